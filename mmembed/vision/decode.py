@@ -41,7 +41,7 @@ def turn(
     if orientation == 4 or orientation == 8: return image.flip(1)
     return image
 
-# %% ../../nbs/vision/02_decode.ipynb #5755db81
+# %% ../../nbs/vision/02_decode.ipynb #a35eb4eb
 def first_gif_frame(
     data: Tensor,   # uint8 (N,): a GIF file
     cut: List[int], # lengths and positions found by `scan_gif`
@@ -54,9 +54,9 @@ def first_gif_frame(
     head[6], head[7], head[8], head[9] = width & 255, width >> 8, height & 255, height >> 8
     parts = [head]
     fill = torch.zeros(768, dtype=torch.uint8)
-    if table > 0:
-        head[10] = 0xF7
-        parts += [data[13:13 + table], fill[:768 - table]]
+    if table > 0: parts += [data[13:13 + table], fill[:768 - table]]
+    elif local == 0: parts.append(torch.arange(256, dtype=torch.uint8).repeat_interleave(3))
+    if table > 0 or local == 0: head[10] = 0xF7
     if control >= 0: parts.append(data[control:control + 8])
     parts.append(data[at:at + 10].clone())
     if local > 0:

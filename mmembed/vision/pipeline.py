@@ -50,7 +50,7 @@ def as_image(
     if image.shape[0] == 1: return image.expand(3, -1, -1)
     return opaque(image, alpha) if image.shape[0] == 4 else image
 
-# %% ../../nbs/vision/05_pipeline.ipynb #2a4805b8
+# %% ../../nbs/vision/05_pipeline.ipynb #5c90189a
 class VisionPipeline(nn.Module):
     """Image files or decoded RGB to `float32 (B, 3, H, W)`.
 
@@ -62,6 +62,7 @@ class VisionPipeline(nn.Module):
         resize_mode: str = 'shortest',        # 'shortest' covers and crops, 'longest' fits and pads, 'squash' distorts
         interpolation: str = 'bicubic',       # 'bicubic', 'bilinear' or 'nearest'
         antialias: bool = True,               # widen the filter when reducing
+        resize: str = 'torch',                # 'torch', or 'pillow' for bit-equality with Pillow at more time
         fill: int | Sequence[int] = 0,        # level or colour of the margin that 'longest' leaves
         mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073),  # of levels / 255; open_clip's OPENAI_DATASET_MEAN
         std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711),  # open_clip's OPENAI_DATASET_STD
@@ -79,12 +80,14 @@ class VisionPipeline(nn.Module):
             return tuple(kind(o) for o in v)
         for name, value, known in [('resize_mode', resize_mode, ('shortest', 'longest', 'squash')),
                                    ('interpolation', interpolation, ('bicubic', 'bilinear', 'nearest')),
-                                   ('alpha', alpha, ('white', 'black', 'drop'))]:
+                                   ('alpha', alpha, ('white', 'black', 'drop')), ('resize', resize, ('torch', 'pillow'))]:
             if value not in known: raise ValueError(f'{name} must be one of {known}, got {value!r}')
+        if resize == 'pillow' and not antialias: raise ValueError("resize='pillow' is always antialiased")
         height, width = numbers('size', size, 2, int)
         if min(height, width) < 1: raise ValueError(f'size must be positive, got {size!r}')
         self.size: Tuple[int, int] = (height, width)
         self.resize_mode, self.interpolation, self.antialias = resize_mode, interpolation, bool(antialias)
+        self.resize = resize
         self.fill: List[int] = list(numbers('fill', fill, 3, int))
         if min(self.fill) < 0 or max(self.fill) > 255: raise ValueError(f'fill must be levels 0 to 255, got {fill!r}')
         self.alpha, self.max_pixels, self.file_decode = alpha, int(max_pixels), bool(file_decode)
@@ -113,7 +116,8 @@ class VisionPipeline(nn.Module):
         "uint8 (3, H, W) of any size to uint8 (3, *size): the resize and the crop or margin."
         if rgb.dim() != 3 or rgb.size(0) != 3 or rgb.dtype != torch.uint8 or rgb.numel() == 0:
             raise ValueError(f'decoded RGB must be uint8 (3, H, W), got {rgb.dtype} of shape {rgb.shape}')
-        return fit(rgb, self.size, self.resize_mode, self.interpolation, self.antialias, self.fill)
+        return fit(rgb, self.size, self.resize_mode, self.interpolation, self.antialias, self.fill,
+                   self.resize == 'pillow')
 
     @torch.jit.export
     def preprocess(self, image: Tensor) -> Tensor:
@@ -152,7 +156,8 @@ class VisionPipeline(nn.Module):
         "A random crop of `image`, perhaps mirrored: what training sees instead of `preprocess`."
         x = as_image(image, self.alpha)
         rgb = self.decode(x) if x.ndim == 1 else x
-        x = random_resized_crop(rgb, self.size, self.scale, self.ratio, self.interpolation, self.antialias, generator)
+        x = random_resized_crop(rgb, self.size, self.scale, self.ratio, self.interpolation, self.antialias,
+                                self.resize == 'pillow', generator)
         return random_flip(x, self.flip, generator)
 
     @torch.jit.unused
@@ -160,7 +165,7 @@ class VisionPipeline(nn.Module):
         "Everything that decides the pixels, as plain JSON values; `from_spec` takes it back."
         mean, std = self._mean_std
         return dict(size=list(self.size), resize_mode=self.resize_mode, interpolation=self.interpolation,
-                    antialias=self.antialias, fill=list(self.fill), mean=list(mean), std=list(std), alpha=self.alpha,
+                    antialias=self.antialias, resize=self.resize, fill=list(self.fill), mean=list(mean), std=list(std), alpha=self.alpha,
                     max_pixels=self.max_pixels, file_decode=self.file_decode, scale=list(self.scale),
                     ratio=list(self.ratio), flip=self.flip)
 
@@ -200,7 +205,7 @@ class VisionPipeline(nn.Module):
         behind = {'white': 'transparency on white', 'black': 'transparency on black', 'drop': 'alpha dropped'}[self.alpha]
         mean, std = ([round(v, 4) for v in o] for o in self._mean_std)
         return (f'first frame, upright, RGB, {behind}; resize {how} '
-                f'({self.interpolation}{", antialiased" if self.antialias else ""}, uint8); '
+                f'({self.interpolation}{", antialiased" if self.antialias else ""}, {"bit-equal to Pillow" if self.resize == "pillow" else "uint8"}); '
                 f'(levels / 255 - {mean}) / {std}; at most {self.max_pixels:,} pixels')
 
     def extra_repr(self): return self.describe()

@@ -126,7 +126,7 @@ def scan_jpeg(data: Tensor) -> Header:
     info = ImageInfo('jpeg', width, height, bits, channels, orientation, 1, error)
     return Header(info, False, applied, torch.jit.annotate(List[int], []))
 
-# %% ../../nbs/vision/01_probe.ipynb #88a30f48
+# %% ../../nbs/vision/01_probe.ipynb #7bb36852
 def scan_png(data: Tensor) -> Header:
     "The header of a PNG file."
     b = read(data, 8, 21)
@@ -148,7 +148,8 @@ def scan_png(data: Tensor) -> Header:
             orientation = exif_orientation(data, pos + 8, pos + 8 + length, True)
             if not pixels: applied = exif_orientation(data, pos + 8, pos + 8 + length, False)
         pos += 12 + length
-    info = ImageInfo('png', width, height, bits, channels, orientation, max(frames, 1), error)
+    if frames < 1 or frames > 0x7FFFFFFF: frames = 1  # not a valid acTL
+    info = ImageInfo('png', width, height, bits, channels, orientation, frames, error)
     return Header(info, alpha, applied, torch.jit.annotate(List[int], []))
 
 # %% ../../nbs/vision/01_probe.ipynb #024a6849
@@ -168,7 +169,7 @@ def skip_blocks(
         else: pos += 1 + size
     return -1
 
-# %% ../../nbs/vision/01_probe.ipynb #68310389
+# %% ../../nbs/vision/01_probe.ipynb #b800d975
 def scan_gif(data: Tensor) -> Header:
     "The header of a GIF file and the place of its first frame."
     b = read(data, 6, 7)
@@ -193,7 +194,6 @@ def scan_gif(data: Tensor) -> Header:
             pos = end
         else: pos += 1
     error = '' if frames > 0 else 'GIF without an image: truncated or corrupt'
-    if len(cut) > 0 and cut[0] + cut[3] == 0: error = 'GIF without a colour table'
     return Header(ImageInfo('gif', width, height, 8, 1, 1, max(frames, 1), error), True, 1, cut)
 
 # %% ../../nbs/vision/01_probe.ipynb #06c09336
