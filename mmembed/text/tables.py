@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/text/01_tables.ipynb #c9ca4e33
+# %% ../../nbs/text/01_tables.ipynb #f992d738
 class PageTable(nn.Module):
     "Maps integers below `len(values)` to values, as two gathers; equal pages of 256 are stored once."
 
@@ -24,15 +24,16 @@ class PageTable(nn.Module):
         super().__init__()
         values = np.asarray(values, dtype=np.int64)
         full = np.pad(values, (0, -len(values) % 256), mode='edge').reshape(-1, 256)
-        pages, which = np.unique(full, axis=0, return_inverse=True)
-        self.register_buffer('page', torch.from_numpy(which.reshape(-1).astype(np.int64) * 256))
-        self.register_buffer('values', torch.from_numpy(pages.reshape(-1)))
+        pages: dict = {}
+        which = [pages.setdefault(page.tobytes(), len(pages)) for page in full]
+        self.register_buffer('page', torch.tensor(which, dtype=torch.int64) * 256)
+        self.register_buffer('values', torch.frombuffer(bytearray(b''.join(pages)), dtype=torch.int64))
 
     def forward(self, keys: Tensor) -> Tensor:
         "int64 (M,) -> int64 (M,)"
         return self.values.index_select(0, self.page.index_select(0, keys >> 8) + (keys & 255))
 
-# %% ../../nbs/text/01_tables.ipynb #7a94dc10
+# %% ../../nbs/text/01_tables.ipynb #f8e3c92a
 class ExpandTable(nn.Module):
     """Maps every integer to a sequence of values. A sequence may carry a flag, which tells the caller that this key
     needs a closer look."""
@@ -47,8 +48,9 @@ class ExpandTable(nn.Module):
         flags = np.zeros(len(counts), bool) if flagged is None else flagged
         first = np.cumsum(counts) - counts
         plain = (counts == 1) & ~flags
+        self.bias = 1 << 40  # a plain entry is value - key + bias, which is positive
         entry = np.empty(len(counts), np.int64)
-        entry[plain] = values[first[plain]]
+        entry[plain] = values[first[plain]] - np.flatnonzero(plain) + self.bias
         entry[~plain] = -1 - np.arange((~plain).sum())
         # equal sequences share one entry, which keeps whole pages equal
         odd = np.flatnonzero(~plain)
@@ -67,7 +69,8 @@ class ExpandTable(nn.Module):
         and whether a flagged key was among them."""
         entry = self.table(keys)
         nowhere = torch.empty(0, dtype=torch.int64, device=keys.device)
-        if entry.numel() == 0 or int(entry.min()) >= 0: return entry, nowhere, False
+        plain = entry + (keys - self.bias)
+        if entry.numel() == 0 or int(entry.min()) >= 0: return plain, nowhere, False
         odd = entry < 0
         seq = torch.where(odd, -1 - entry, 0)
         count = torch.where(odd, self.count.index_select(0, seq), 1)
@@ -75,7 +78,7 @@ class ExpandTable(nn.Module):
         source = torch.repeat_interleave(count)
         nth = torch.arange(source.numel(), device=keys.device) - (count.cumsum(0) - count).index_select(0, source)
         place = (self.start.index_select(0, seq.index_select(0, source)) + nth) * odd.index_select(0, source)
-        values = torch.where(odd.index_select(0, source), self.pool.index_select(0, place), entry.index_select(0, source))
+        values = torch.where(odd.index_select(0, source), self.pool.index_select(0, place), plain.index_select(0, source))
         return values, source, flagged
 
 # %% ../../nbs/text/01_tables.ipynb #bf53aea3

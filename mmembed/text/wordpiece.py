@@ -57,7 +57,7 @@ class Pieces(NamedTuple):
     end: Tensor      # int64 (T,)
     offsets: Tensor  # int64 (B+1,): row i has the pieces offsets[i] to offsets[i+1]
 
-# %% ../../nbs/text/04_wordpiece.ipynb #f64d63b3
+# %% ../../nbs/text/04_wordpiece.ipynb #402805e1
 class WordPiece(nn.Module):
     """Greedy longest-match-first pieces, as Hugging Face's `models.WordPiece` takes them.
 
@@ -136,14 +136,15 @@ class WordPiece(nn.Module):
         while word.numel() > 0:
             widest = min(int((stop - begin).max()), self.lexicon.longest)
             size = torch.arange(1, widest + 1, device=codes.device)
-            till = (begin[:, None] + size).clamp(max=codes.numel())
+            inside = size <= (stop - begin)[:, None]
+            till = torch.where(inside, begin[:, None] + size, stop[:, None])
             keys = (prefix.index_select(0, till.flatten()).view_as(till) - prefix.index_select(0, begin)[:, None]
                 ) * inverses.index_select(0, begin)[:, None] + seed
             entry = self.lexicon.table(keys.flatten())
-            if confirm: entry = self.lexicon.confirmed(codes, torch.where((till <= stop[:, None]).flatten(), entry, -1),
+            if confirm: entry = self.lexicon.confirmed(codes, torch.where(inside.flatten(), entry, -1),
                 begin[:, None].expand_as(till).flatten(), size.expand_as(till).flatten())
             entry = entry.view_as(till)
-            best = (((entry >= 0) & (till <= stop[:, None])) * size).amax(1)
+            best = (((entry >= 0) & inside) * size).amax(1)
             hit = (best > 0).nonzero().flatten()
             word, begin, stop, best = word[hit], begin[hit], stop[hit], best[hit]
             words.append(word)
