@@ -1,1 +1,22 @@
 __version__ = "0.1.0"
+
+# Public names are imported when first used, so that `import mmembed` is fast and needs no optional dependency.
+_WHERE = {
+    'pack': 'core', 'as_bytes': 'core', 'read_bytes': 'core', 'settings': 'core', 'Tokens': 'core', 'Embeddings': 'core',
+    'TextPipeline': 'text.pipeline', 'VisionPipeline': 'vision.pipeline',
+    'PairData': 'data.module', 'PairsFile': 'data.sources', 'Scenes': 'data.scenes',
+    'TextTransformer': 'models.towers', 'ConvNet': 'models.towers', 'bert': 'models.towers', 'image_tower': 'models.towers',
+    'DualEncoder': 'models.dual', 'LitDualEncoder': 'train', 'load_checkpoint': 'train',
+    'verify': 'export.verify', 'read_card': 'runtime', 'Embedder': 'runtime', 'load': 'runtime',
+}
+__all__ = [*_WHERE, 'export']
+
+
+def __getattr__(name):
+    from importlib import import_module
+    if name == 'export': return import_module('.export', __name__)  # the package is callable: mm.export(model, path)
+    if name not in _WHERE: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(import_module(f'.{_WHERE[name]}', __name__), name)
+
+
+def __dir__(): return sorted([*globals(), *__all__])

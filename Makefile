@@ -1,0 +1,21 @@
+# Two commands: `make quickstart` runs the main job, `make test` passes every test. Both set up .venv themselves.
+.PHONY: quickstart test env dev export clean
+
+quickstart: env
+	@.venv/bin/mmembed quickstart
+
+test: dev
+	@.venv/bin/python -m pytest -q
+
+env:
+	@bash tools/setup.sh
+
+dev:
+	@bash tools/setup.sh dev
+
+# after changing a notebook: the library, the metadata and the README follow it
+export: dev
+	@.venv/bin/nbdev-export && .venv/bin/nbdev-clean && .venv/bin/python tools/readme.py
+
+clean:
+	@rm -rf build dist runs artifacts .pytest_cache .hypothesis *.egg-info

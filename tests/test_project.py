@@ -1,0 +1,86 @@
+"""Notebooks, library and README in step; notebooks clean; every notebook runs."""
+import filecmp
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+
+def run(*args, cwd=ROOT, **env):
+    done = subprocess.run([str(a) for a in args], cwd=cwd, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, f'{args} exited {done.returncode}:\n{done.stdout[-4000:]}'
+    return done.stdout
+
+
+def differences(a, b):
+    "Files that differ between two trees, or are in only one of them."
+    skip = shutil.ignore_patterns('__pycache__', '*.pyc')
+    found = []
+    for top, dirs, files in os.walk(a):
+        ignored = skip(top, dirs + files)
+        dirs[:] = [d for d in dirs if d not in ignored]
+        other = Path(b)/Path(top).relative_to(a)
+        found += [str((Path(top)/f).relative_to(a)) for f in files if f not in ignored and
+                  not ((other/f).is_file() and filecmp.cmp(Path(top)/f, other/f, shallow=False))]
+    return found
+
+
+@pytest.fixture(scope='module')
+def copy(tmp_path_factory):
+    "The project, copied, with notebooks cleaned and exported anew."
+    to = tmp_path_factory.mktemp('project')
+    for folder in ('nbs', 'mmembed'): shutil.copytree(ROOT/folder, to/folder, ignore=shutil.ignore_patterns('__pycache__'))
+    for name in ('pyproject.toml', 'settings.ini'): shutil.copy(ROOT/name, to/name)
+    run(BIN/'nbdev-clean', cwd=to)
+    run(BIN/'nbdev-export', cwd=to)
+    return to
+
+
+def test_notebooks_are_clean(copy):
+    assert differences(ROOT/'nbs', copy/'nbs') == [], 'run `make export`'
+
+
+def test_library_is_in_step(copy):
+    assert differences(ROOT/'mmembed', copy/'mmembed') + differences(copy/'mmembed', ROOT/'mmembed') == [], 'run `make export`'
+
+
+def test_every_module_has_a_notebook():
+    modules = [p for p in (ROOT/'mmembed').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py')]
+    assert modules
+    for p in modules:
+        head = next(line for line in p.read_text().splitlines() if 'File to edit' in line)
+        notebook = (p.parent/head.split('File to edit: ')[1].rstrip('.')).resolve()
+        assert notebook.is_file() and notebook.stem.split('_', 1)[1] == p.stem, f'{p} comes from {notebook}'
+
+
+def test_readme_is_in_step():
+    run(sys.executable, ROOT/'tools'/'readme.py', '--check')
+
+
+def test_style():
+    run(BIN/'chkstyle', 'nbs')
+
+
+def test_notebooks_run():
+    run(BIN/'nbdev-test', '--n-workers', '0', OMP_NUM_THREADS='2')
+
+
+def test_settings_keys_are_known():
+    from mmembed.core import Settings, _read_settings
+    assert set(_read_settings(ROOT/'settings.ini')) == set(Settings._fields)
+
+
+def test_no_machine_paths():
+    "No notebook, module or document names a folder of the machine it was written on."
+    tracked = run('git', 'ls-files').split() if (ROOT/'.git').exists() else []
+    for name in tracked:
+        text = (ROOT/name).read_bytes()
+        for bad in (b'/home/', b'/root/', b'/work/', b'site-packages/'):
+            if name in ('tests/test_project.py', 'mmembed/export/host.py'): continue
+            assert bad not in text, f'{name} contains {bad.decode()}'
