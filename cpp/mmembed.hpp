@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <memory>
 #include <regex>
@@ -39,19 +40,22 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// The sentence inside a torch error: its last line, without the type and the place in torchcodec's sources.
+// The sentence inside a torch error: the last line of a TorchScript traceback that names an exception, else the first
+// line; without the exception's type and the place in torchcodec's sources.
 inline std::string reason(const std::exception& e) {
+  static const std::regex type("^(builtins\\.)?\\w*(Error|Exception): "), place("^\\w+, /\\S+:\\d+, ");
   const auto* c10_error = dynamic_cast<const c10::Error*>(&e);
   std::istringstream lines(c10_error ? c10_error->what_without_backtrace() : e.what());
-  std::string line, last;
-  while (std::getline(lines, line))
-    if (line.find_first_not_of(" \t\r") != std::string::npos) last = line;
-  static const std::regex type("^(builtins\\.)?\\w*(Error|Exception): "), place("^\\w+, /\\S+:\\d+, ");
-  last = std::regex_replace(last, type, "");
-  return std::regex_replace(last, place, "");
+  std::string line, found;
+  while (std::getline(lines, line)) {
+    const bool blank = line.find_first_not_of(" \t\r") == std::string::npos;
+    if (!blank && (found.empty() || std::regex_search(line, type))) found = line;
+  }
+  return std::regex_replace(std::regex_replace(found, type, ""), place, "");
 }
 
 inline std::string read_file(const std::string& path) {
+  if (std::filesystem::is_directory(path)) throw Error(path + ": " + std::strerror(EISDIR));
   std::ifstream in(path, std::ios::binary);
   if (!in) throw Error(path + ": " + std::strerror(errno));
   std::ostringstream out;
@@ -115,17 +119,20 @@ inline bool image_ops_registered() {
   return c10::Dispatcher::singleton().findSchema({"torchcodec_ns::decode_jpeg", ""}).has_value();
 }
 
+// Loads a library that lies beside libtorch_cpu.so, if there is one: programs link no more of libtorch than they must.
+inline void load_beside(const char* library) {
+  Dl_info here;
+  if (!dladdr(reinterpret_cast<void*>(&at::get_num_threads), &here) || !here.dli_fname) return;
+  std::string folder(here.dli_fname);
+  dlopen((folder.substr(0, folder.rfind('/') + 1) + library).c_str(), RTLD_NOW | RTLD_GLOBAL);
+}
+
 // Registers torchcodec's image operators. Tried in turn: `path`, $MMEMBED_TORCHCODEC, the file found when this program
 // was built, the loader's own search path.
 inline void register_image_ops(const std::string& path = "") {
   if (image_ops_registered()) return;
-  // The library of the CUDA wheels wants libtorch_cuda.so; where there is one it lies beside libtorch_cpu.so.
-  Dl_info here;
-  if (dladdr(reinterpret_cast<void*>(&at::get_num_threads), &here) && here.dli_fname) {
-    std::string folder(here.dli_fname);
-    folder = folder.substr(0, folder.rfind('/') + 1);
-    dlopen((folder + "libtorch_cuda.so").c_str(), RTLD_NOW | RTLD_GLOBAL);
-  }
+  load_beside("libtorch_cuda.so");  // the library of the CUDA wheels wants both
+  load_beside("libtorch.so");
   std::vector<std::string> tries;
   const char* env = std::getenv("MMEMBED_TORCHCODEC");
   if (!path.empty()) {
@@ -176,6 +183,7 @@ class Embedder {
   explicit Embedder(const std::string& path, Options options = {}) : options_(std::move(options)), card_(read_card(path)) {
     if (options_.batch_size < 1) throw Error("batch_size must be at least 1");
     if (card_field(card_, "decode") == "true") register_image_ops(options_.torchcodec);
+    if (options_.device.is_cuda()) load_beside("libtorch_cuda.so");
     if (options_.threads > 0) at::set_num_threads(options_.threads);
     torch::jit::getProfilingMode() = false;  // its recompilations make the first calls slow
     try {

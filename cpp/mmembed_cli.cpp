@@ -62,7 +62,14 @@ void print_row(const torch::Tensor& row, const char* key) {  // one row, float32
   std::printf("]");
 }
 
-// A device name, a number: with an error that names the option.
+torch::Device device(const std::string& name) {
+  try {
+    return torch::Device(name);
+  } catch (const std::exception&) {
+    throw mmembed::Error("--device wants cpu, cuda, cuda:1 or the like, got '" + name + "'");
+  }
+}
+
 int64_t number(const std::string& option, const std::string& value) {
   try {
     size_t end = 0;
@@ -112,7 +119,7 @@ int run(int argc, char** argv) {
     else if (a == "--rgb") images.push_back(read_rgb(value()));
     else if (a == "--batch") options.batch_size = number(a, value());
     else if (a == "--threads") options.threads = static_cast<int>(number(a, value()));
-    else if (a == "--device") options.device = torch::Device(value());
+    else if (a == "--device") options.device = device(value());
     else if (a == "--dump") dump = value();
     else if (a == "--torchcodec") options.torchcodec = value();
     else if (a.rfind("--", 0) == 0) throw mmembed::Error("unknown option " + a + "; see --help");

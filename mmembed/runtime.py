@@ -61,14 +61,15 @@ def register_image_ops():
     except OSError as e:
         raise ImportError(f"torchcodec's image operators do not load beside torch {torch.__version__}: {e}") from None
 
-# %% ../nbs/30_runtime.ipynb #b6076f49
+# %% ../nbs/30_runtime.ipynb #6b5cfb22
 def reason(
     error: Exception, # from torch, scripted or not
 ) -> str:
     "The sentence that says what went wrong."
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    last = re.sub(r'^(builtins\.)?\w*(Error|Exception): ', '', lines[-1]) if lines else type(error).__name__
-    return re.sub(r'^\w+, /\S+:\d+, ', '', last)
+    kind = r'^(builtins\.)?\w*(Error|Exception): '
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    found = ([line for line in lines if re.search(kind, line)] or lines[:1])[-1]
+    return re.sub(r'^\w+, /\S+:\d+, ', '', re.sub(kind, '', found))
 
 # %% ../nbs/30_runtime.ipynb #965d6ff8
 def _as_image(item) -> Tensor: # uint8 (N,), a file, or uint8 (3, H, W), decoded RGB
@@ -121,7 +122,7 @@ def _items(x, name: str):
         raise TypeError(f'{name} is a single {type(x).__name__}; pass a list: [{name[:-1]}]')
     return x
 
-# %% ../nbs/30_runtime.ipynb #17d8dbc9
+# %% ../nbs/30_runtime.ipynb #ba41c8a0
 class Embedder:
     "An artifact, loaded: texts and images to embeddings, with a status for every item"
     def __init__(
@@ -174,7 +175,7 @@ class Embedder:
             levels = []
             for item in chunk:
                 try: levels.append(self.preprocess(item))
-                except (OSError, TypeError, ValueError) as e: errors.append(f'{e.strerror}: {item}' if isinstance(e, OSError) and e.strerror else reason(e))
+                except (OSError, TypeError, ValueError) as e: errors.append(f'{item}: {e.strerror}' if isinstance(e, OSError) and e.strerror else reason(e))
                 else: errors.append('')
             self._check(errors, on_error, 'images')
             with torch.no_grad():

@@ -178,7 +178,7 @@ def scriptable(
             model.image = torch.jit.trace(model.image, torch.zeros(2, 3, *vp.size), check_trace=False)
     return model
 
-# %% ../../nbs/export/01_artifact.ipynb #7211e84c
+# %% ../../nbs/export/01_artifact.ipynb #26662523
 def assemble(
     model: nn.Module,    # a DualEncoder with its two pipelines; left as it is
     decode: bool = True, # False leaves the file decoders out: the artifact takes decoded RGB and loads without torchcodec
@@ -187,11 +187,13 @@ def assemble(
     for name in ('text_pipeline', 'vision_pipeline'):
         if not isinstance(getattr(model, name, None), nn.Module):
             raise TypeError(f'{type(model).__name__} has no {name}: an artifact holds the preprocessing, so its towers must carry it')
-    tp, vp = copy.deepcopy(model.text_pipeline).cpu().eval(), copy.deepcopy(model.vision_pipeline).cpu().eval()
+    tp, vp = copy.deepcopy(model.text_pipeline).cpu(), copy.deepcopy(model.vision_pipeline).cpu()
     vp.file_decode = decode
     ready = scriptable(model)
     with torch.no_grad(): dim = ready.encode_text(tp(['x'])).shape[1]
-    return Artifact(ready, tp, vp, dim).eval()
+    artifact = Artifact(ready, tp, vp, dim)
+    for m in artifact.modules(): m.training = False  # not eval(): that calls train(False), and TextPipeline.train learns a vocabulary
+    return artifact
 
 # %% ../../nbs/export/01_artifact.ipynb #04c7f4f2
 def save(

@@ -202,7 +202,7 @@ class Report:
         return json.dumps({'artifact': self.path.name, 'short_hash': self.card['short_hash'], 'ok': self.ok, 'bytes': self.bytes,
                            'seconds': round(self.seconds, 2), 'rows': rows, 'not_run': self.notes}, indent=1)
 
-# %% ../../nbs/export/05_verify.ipynb #13bb48c2
+# %% ../../nbs/export/05_verify.ipynb #fd0e1bc7
 def verify(
     path: str | Path,                      # an artifact
     model: nn.Module | None = None,        # the model it was exported from: the reference, when given
@@ -216,23 +216,25 @@ def verify(
 
     Raises `FileNotFoundError` or `ValueError` for a file that is no artifact, as `read_card` does."""
     start, path, card = time.perf_counter(), Path(path).resolve(), read_card(path)
-    decode, notes = card['decode'], []
+    decode = card['decode']
     built_in = [as_bytes(b) for b in cases.images().values()] if decode else cases.arrays()
     asked = {'texts': [as_bytes(t) for t in cases.texts()] + [pack([t])[0] for t in texts],
              'images': built_in + [x if isinstance(x, Tensor) else as_bytes(x) for x in images], 'sizes': list(sizes)}
     if decode: register_image_ops()
     try: loaded = quietly(torch.jit.load, str(path)).eval()
     except RuntimeError as e: raise ValueError(f'{path} cannot be loaded: {reason(e)}') from None
-    rows = _integrity(loaded, card, model, decode)
-    if model:
-        want = answers(Eager(copy.deepcopy(model).cpu().eval()), **asked)
-        rows += _compare('artifact', want, lambda: answers(loaded, **asked))
-    else: want = answers(loaded, **asked)
-    if fresh: rows += _compare('fresh process', want, lambda: _fresh(path, asked, decode))
     exe = host.built() if cpp is None else Path(cpp) if isinstance(cpp, (str, Path)) else host.build() if cpp else None
-    if exe: rows += _compare('c++', want, lambda: _cpp(exe, path, asked | {'sizes': [s for s in sizes if s]}))
-    else: notes.append('c++' + ('' if cpp is False else ': no host is built; pass cpp=True to build it'))
-    if not fresh: notes.append('fresh process')
+    notes = [] if fresh else ['fresh process']
+    if not exe: notes.append('c++' + ('' if cpp is False else ': no host is built; pass cpp=True to build it'))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the answers are many small operations, and every host is to work alike
+    try:
+        rows = _integrity(loaded, card, model, decode)
+        want = answers(Eager(copy.deepcopy(model).cpu().eval()) if model else loaded, **asked)
+        if model: rows += _compare('artifact', want, lambda: answers(loaded, **asked))
+        if fresh: rows += _compare('fresh process', want, lambda: _fresh(path, asked, decode))
+        if exe: rows += _compare('c++', want, lambda: _cpp(exe, path, asked | {'sizes': [s for s in sizes if s]}))
+    finally: torch.set_num_threads(threads)
     return Report(path, card, rows, time.perf_counter() - start, notes)
 
 # %% ../../nbs/export/05_verify.ipynb #6755f980
