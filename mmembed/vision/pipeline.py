@@ -50,7 +50,7 @@ def as_image(
     if image.shape[0] == 1: return image.expand(3, -1, -1)
     return opaque(image, alpha) if image.shape[0] == 4 else image
 
-# %% ../../nbs/vision/05_pipeline.ipynb #5c90189a
+# %% ../../nbs/vision/05_pipeline.ipynb #5b1a96e3
 class VisionPipeline(nn.Module):
     """Image files or decoded RGB to `float32 (B, 3, H, W)`.
 
@@ -176,22 +176,30 @@ class VisionPipeline(nn.Module):
 
     @classmethod
     def from_open_clip(cls,
-        name,        # an open_clip model name, or one of its models
-        **overrides, # arguments that win over the preset
+        name,             # an open_clip model name, or a model of open_clip's
+        pretrained=None,  # a tag of its published weights; None: the rule that most of them share
+        **overrides,      # arguments that win over the preset
     ):
         """The evaluation rule of an open_clip model; offline, nothing is built or downloaded.
 
-        A name gives the architecture's rule; a checkpoint may have another, which its model object knows. Raises
-        `ValueError` for a name that open_clip does not know."""
+        Raises `ValueError` for a name or tag that open_clip does not know."""
         import open_clip
-        if isinstance(name, nn.Module): cfg = dict(open_clip.get_model_preprocess_cfg(name))
-        else:
-            config = open_clip.get_model_config(name)
-            if config is None:
-                raise ValueError(f'open_clip knows no model {name!r}; open_clip.list_models() lists them')
-            cfg = {'size': config['vision_cfg'].get('image_size', 224)} | config.get('preprocess_cfg', {})
+        if isinstance(name, nn.Module): return cls._from_config(open_clip.get_model_preprocess_cfg(name), overrides)
+        config, tags = open_clip.get_model_config(name), open_clip.list_pretrained_tags_by_model(name)
+        if config is None: raise ValueError(f'open_clip knows no model {name!r}; open_clip.list_models() lists them')
+        if pretrained is not None and pretrained not in tags:
+            raise ValueError(f'open_clip knows no weights {pretrained!r} of {name}; it knows {", ".join(tags) or "none"}')
+        rules = [open_clip.get_pretrained_cfg(name, t) for t in ([pretrained] if pretrained else tags)]
+        keys = ('size', 'mean', 'std', 'interpolation', 'resize_mode', 'fill_color')
+        rules = [tuple((k, r[k]) for k in keys if r.get(k) is not None) for r in rules]
+        most = dict(max(rules, key=lambda r: sum(o == r for o in rules))) if rules else {}
+        size = {'size': config['vision_cfg'].get('image_size', 224)}
+        return cls._from_config(size | config.get('preprocess_cfg', {}) | most, overrides)
+
+    @classmethod
+    def _from_config(cls, config, overrides):
         keys = dict(size='size', resize_mode='resize_mode', interpolation='interpolation', fill_color='fill', mean='mean', std='std')
-        args = {keys[k]: v for k, v in cfg.items() if k in keys and v is not None}
+        args = {keys[k]: v for k, v in config.items() if k in keys and v is not None}
         if args.get('interpolation') == 'random': args['interpolation'] = 'bicubic'  # as open_clip's evaluation does
         return cls(**(args | overrides))
 

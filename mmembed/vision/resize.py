@@ -48,13 +48,13 @@ def crop_or_pad(
     top, left = int(round((height - size[0]) / 2.0)), int(round((width - size[1]) / 2.0))
     return image[:, top:top + size[0], left:left + size[1]]
 
-# %% ../../nbs/vision/03_resize.ipynb #a7f8f7e9
+# %% ../../nbs/vision/03_resize.ipynb #869cd278
 def nearest(
     n: int, new: int, # length before and after
 ) -> Tensor: # int64 (new,)
     "Which position each new position copies; Pillow's `ImagingScaleAffine`."
     step = torch.full([new], n / new, dtype=torch.float64)
-    step[0] = 0.5 * (n / new)
+    step[:1].mul_(0.5)  # not step[0] = x: scripted, that rounds x to float32
     return step.cumsum(0).to(torch.int64).clamp(max=n - 1)
 
 def resize(
@@ -125,7 +125,7 @@ def pillow_reads(n: int, new: int, first: int, count: int, interpolation: str) -
     low, high = (first + 0.5) * (n / new) - support, (first + count - 0.5) * (n / new) + support
     return max(int(low) - 1, 0), min(int(high) + 3 + int(2 * support), n)
 
-# %% ../../nbs/vision/03_resize.ipynb #2da777ef
+# %% ../../nbs/vision/03_resize.ipynb #0a8fb563
 def pillow_resize(
     image: Tensor,           # uint8 (3, H, W)
     height: int, width: int, # the new size
@@ -139,6 +139,11 @@ def pillow_resize(
         return resize(image, height, width, interpolation, False)[:, top:top + rows, left:left + columns]
     low, high = pillow_reads(h, height, top, rows, interpolation)
     first, last = pillow_reads(w, width, left, columns, interpolation)
+    if h > 100 * w and height < h:  # Pillow's one exception: columns first in a tall narrow picture
+        x = image[:, low:high, first:last].permute(1, 2, 0).reshape(high - low, -1)
+        x = pillow_pass(x, low, h, height, top, rows, interpolation)
+        x = x.reshape(rows, last - first, 3).transpose(0, 1).reshape(last - first, -1)
+        return pillow_pass(x, first, w, width, left, columns, interpolation).reshape(columns, rows, 3).permute(2, 1, 0)
     x = image[:, low:high, first:last].permute(2, 1, 0).reshape(last - first, -1)
     x = pillow_pass(x, first, w, width, left, columns, interpolation)
     x = x.reshape(columns, high - low, 3).transpose(0, 1).reshape(high - low, -1)

@@ -1,0 +1,230 @@
+"""One pipeline in every form, in every worker, against open_clip; and what it says when things go wrong."""
+import io
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from mmembed.core import as_bytes, quietly, read_bytes
+from mmembed.vision.pipeline import VisionPipeline, as_image
+
+from ..helpers import FORMS, data_path
+from .conftest import FILES, in_form, opened, picture, saved
+
+PIPELINES = {
+    'clip': dict(size=64), 'pillow': dict(size=64, resize='pillow'),
+    'longest': dict(size=(48, 64), resize_mode='longest', fill=(1, 2, 3), interpolation='bilinear', alpha='black'),
+    'squash': dict(size=33, resize_mode='squash', interpolation='nearest', alpha='drop', mean=0.5, std=0.5),
+}
+
+
+def raises(f, text):
+    with pytest.raises(Exception) as e: f()
+    assert text in str(e.value)
+
+
+@pytest.mark.parametrize('options', PIPELINES.values(), ids=PIPELINES)
+@pytest.mark.parametrize('form', FORMS)
+def test_every_form_gives_the_same_bits(form, options):
+    eager = VisionPipeline(**options)
+    vp = in_form(VisionPipeline(**options), form)
+    files = [*FILES.values(), as_image(picture(50, 40))]
+    for _ in range(3):  # the profiling executor recompiles between calls
+        assert torch.equal(vp(files), eager(files))
+    for x in files:
+        level = vp.preprocess(x)
+        assert level.dtype == torch.uint8 and torch.equal(level, eager.preprocess(x))
+        if x.ndim == 1:
+            assert tuple(vp.probe(x)) == tuple(eager.probe(x))
+            assert torch.equal(vp.decode(x), eager.decode(x))
+            assert torch.equal(vp.transform(vp.decode(x)), level)
+    assert torch.equal(vp.normalize(torch.stack([eager.preprocess(x) for x in files])), eager(files))
+    assert vp([]).shape == (0, 3, *eager.size)
+
+
+def test_any_batch_composition():
+    vp = VisionPipeline(size=40)
+    files = list(FILES.values())
+    whole = vp(files)
+    for i, x in enumerate(files): assert torch.equal(vp([x])[0], whole[i])
+    assert torch.equal(vp(files[::-1]), whole.flip(0))
+
+
+def test_normalize_is_torchvisions():
+    from torchvision.transforms.functional import normalize
+    vp = VisionPipeline()
+    levels = torch.randint(0, 256, (2, 3, 9, 8), dtype=torch.uint8)
+    theirs = normalize(levels.float().div(255), vp.spec()['mean'], vp.spec()['std'])
+    assert torch.equal(vp.normalize(levels), theirs)
+
+
+class Files(Dataset):
+    def __init__(self, vp, files): self.vp, self.files = vp, files
+    def __len__(self): return len(self.files)
+    def __getitem__(self, i):
+        g = torch.Generator().manual_seed(i)
+        return self.vp([self.files[i]])[0], self.vp.augment(self.files[i], g)
+
+
+@pytest.mark.parametrize('context', ['fork', 'spawn'])
+def test_workers_give_the_same_bits(context):
+    vp = VisionPipeline(size=32, scale=(0.3, 1.0))
+    data = Files(vp, list(FILES.values()))
+    scripted = quietly(torch.jit.script, vp)
+    scripted(data.files)  # the parent has used its threads before it forks
+    here = [data[i] for i in range(len(data))]
+    loader = DataLoader(data, batch_size=5, num_workers=2, multiprocessing_context=context, timeout=120)
+    batches = list(loader)
+    assert torch.equal(torch.cat([b[0] for b in batches]), torch.stack([h[0] for h in here]))
+    assert torch.equal(torch.cat([b[1] for b in batches]), torch.stack([h[1] for h in here]))
+
+
+def test_threads_give_the_same_bits():
+    vp = VisionPipeline(size=64)
+    files, before = list(FILES.values()), torch.get_num_threads()
+    whole = vp(files)
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            assert torch.equal(vp(files), whole)
+    finally: torch.set_num_threads(before)
+
+
+def levels_of(transform, vp, image):
+    x = transform(image) * vp.std + vp.mean
+    return (x * 255).round().to(torch.uint8)
+
+
+@pytest.mark.parametrize('mode', ['shortest', 'longest', 'squash'])
+@pytest.mark.parametrize('interpolation', ['bicubic', 'bilinear'])
+def test_transform_is_open_clips(mode, interpolation):
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+    cfg = dict(size=64, resize_mode=mode, interpolation=interpolation)
+    theirs = image_transform_v2(PreprocessCfg(fill_color=9, **cfg), is_train=False)
+    fast, exact = VisionPipeline(fill=9, **cfg), VisionPipeline(fill=9, resize='pillow', **cfg)
+    differ = total = 0
+    for w, h in [(1, 1), (2, 90), (64, 64), (65, 64), (63, 65), (97, 301), (640, 480), (333, 777), (64, 1000)]:
+        data = saved(picture(w, h, w), 'JPEG', quality=90)
+        want = levels_of(theirs, fast, opened(data))
+        assert torch.equal(exact.preprocess(data), want), (w, h)
+        assert torch.equal(exact([data])[0], theirs(opened(data)))  # the floats too
+        difference = (fast.preprocess(data).int() - want.int()).abs()
+        assert difference.max() <= 2
+        differ, total = differ + int((difference > 0).sum()), total + difference.numel()
+    assert differ / total <= 0.005
+
+
+def test_transform_of_real_photos_is_open_clips():
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+    rows = data_path('figures', 'pairs.jsonl').read_text().splitlines()
+    theirs = image_transform_v2(PreprocessCfg(), is_train=False)
+    fast, exact = VisionPipeline(), VisionPipeline(resize='pillow')
+    differ = total = 0
+    for row in rows[::10]:
+        path = data_path('figures', json.loads(row)['image'])
+        want = levels_of(theirs, fast, Image.open(path))
+        assert torch.equal(exact.preprocess(read_bytes(path)), want), path
+        difference = (fast.preprocess(read_bytes(path)).int() - want.int()).abs()
+        assert difference.max() <= 2, path
+        differ, total = differ + int((difference > 0).sum()), total + difference.numel()
+    assert differ / total <= 0.005
+
+
+def test_presets():
+    assert VisionPipeline.from_open_clip('ViT-B-32').spec() == VisionPipeline().spec()
+    siglip = VisionPipeline.from_open_clip('ViT-B-16-SigLIP').spec()
+    assert (siglip['size'], siglip['resize_mode'], siglip['mean']) == ([224, 224], 'squash', [0.5] * 3)
+    assert VisionPipeline.from_open_clip('ViT-B-32', size=96, resize='pillow').size == (96, 96)
+    assert VisionPipeline.from_open_clip('ViT-L-14').spec()['mean'][0] == 0.48145466
+    assert VisionPipeline.from_open_clip('ViT-L-14', 'laion2b_s32b_b82k').spec()['mean'] == [0.5] * 3
+    raises(lambda: VisionPipeline.from_open_clip('ViT-Z'), 'ViT-Z')
+    raises(lambda: VisionPipeline.from_open_clip('ViT-B-32', 'no-tag'), 'laion2b_s34b_b79k')
+
+
+@pytest.mark.parametrize('options', PIPELINES.values(), ids=PIPELINES)
+def test_spec_is_complete(options):
+    vp = VisionPipeline(**options)
+    again = VisionPipeline.from_spec(json.loads(json.dumps(vp.spec())))
+    assert again.spec() == vp.spec()
+    files = list(FILES.values())
+    assert torch.equal(again(files), vp(files))
+    assert torch.equal(pickle.loads(pickle.dumps(vp))(files), vp(files))
+    assert set(vp.spec()) == set(VisionPipeline.__init__.__annotations__)
+
+
+def test_everything_that_holds_a_picture():
+    vp, rgb = VisionPipeline(size=32), picture(50, 40)
+    hwc = np.array(rgb)
+    want = vp([as_image(rgb)])
+    png = saved(rgb, 'PNG')
+    same = [rgb, hwc, torch.from_numpy(hwc), torch.from_numpy(hwc).permute(2, 0, 1), png, png.numpy().tobytes(), bytearray(png.numpy())]
+    for x in same: assert torch.equal(vp([x]), want)
+    gray = np.array(rgb.convert('L'))
+    assert torch.equal(vp([gray]), vp([rgb.convert('L')])) and torch.equal(vp([gray[..., None]]), vp([gray]))
+
+
+def test_a_picture_opened_by_pillow_is_the_file(tmp_path, file):
+    vp = VisionPipeline(size=32)
+    (tmp_path/'x').write_bytes(file.numpy().tobytes())
+    want = vp([file])
+    assert torch.equal(vp([str(tmp_path/'x')]), want)
+    assert torch.equal(vp([opened(file)]), want)
+
+
+def test_errors_name_the_item():
+    vp, good = VisionPipeline(size=32), FILES['jpeg']
+    raises(lambda: vp([good, as_bytes(b'')]), 'images[1]: the file is empty')
+    raises(lambda: vp([good, good, good[:500]]), 'images[2]: ')
+    raises(lambda: vp([3]), 'images[0]: an image is bytes')
+    raises(lambda: vp([torch.zeros(3, 4, 4)]), 'must be uint8')
+    raises(lambda: vp([torch.zeros(7, 4, 5, dtype=torch.uint8)]), '(7, 4, 5)')
+    raises(lambda: vp(b'abc'), 'pass a list')
+    raises(lambda: vp('no/such/file'), 'pass a list')
+    raises(lambda: vp(['no/such/file']), 'images[0]: ')
+    raises(lambda: VisionPipeline(size=32, max_pixels=100)([good]), 'max_pixels=100')
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_errors_in_every_form(form):
+    vp = in_form(VisionPipeline(size=32), form)
+    raises(lambda: vp.decode(as_bytes(b'')), 'the file is empty')
+    raises(lambda: vp.preprocess(as_bytes(b'no picture at all')), 'not an image file')
+    raises(lambda: vp.transform(torch.zeros(3, 4, 4)), 'must be uint8')
+    raises(lambda: vp.preprocess(torch.zeros(2, 4, 4, dtype=torch.uint8)), 'must be uint8 (3, H, W)')
+    assert vp.probe(as_bytes(b'')).error == 'the file is empty'
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_without_file_decoders(form):
+    vp = in_form(VisionPipeline(size=32, file_decode=False), form)
+    rgb = as_image(picture(50, 40))
+    assert torch.equal(vp([rgb]), VisionPipeline(size=32)([rgb]))
+    raises(lambda: vp.preprocess(FILES['jpeg']), 'file_decode=False')
+    assert vp.probe(FILES['jpeg']).width == 97
+
+
+def test_no_decoder_operator_is_left_without_file_decode():
+    f = io.BytesIO()
+    quietly(torch.jit.save, quietly(torch.jit.script, VisionPipeline(file_decode=False)), f)
+    import zipfile
+    code = [zipfile.ZipFile(f).read(n) for n in zipfile.ZipFile(f).namelist() if n.endswith('.py')]
+    assert code and not any(b'torchcodec_ns' in c for c in code)
+
+
+@pytest.mark.parametrize('bad', [dict(resize_mode='fit'), dict(interpolation='lanczos'), dict(alpha='pink'), dict(size=0),
+                                 dict(mean=(1, 2)), dict(std=0), dict(fill=300), dict(resize='pil'),
+                                 dict(resize='pillow', antialias=False)])
+def test_bad_options_are_named(bad):
+    with pytest.raises(ValueError) as e: VisionPipeline(**bad)
+    assert next(iter(bad)) in str(e.value)
+
+
+def test_describe_states_the_rule():
+    text = VisionPipeline(resize_mode='longest', fill=9, alpha='black', max_pixels=1000).describe()
+    for part in ['fit into 224 x 224', '(9, 9, 9)', 'transparency on black', 'bicubic', 'antialiased', '1,000 pixels']:
+        assert part in text
+    assert text in repr(VisionPipeline(resize_mode='longest', fill=9, alpha='black', max_pixels=1000))
