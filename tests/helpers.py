@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._jit_internal import FunctionModifiers
 
 from mmembed.core import quietly
 
@@ -17,12 +18,11 @@ def in_form(module, form):
     if form == 'eager': return module
     scripted = quietly(torch.jit.script, module)
     if form == 'scripted': return scripted
-    exported = [m for m in dir(module) if getattr(getattr(type(module), m, None), '_torchscript_modifier', None)]
     if form == 'frozen':
-        keep = [m for m in exported if hasattr(scripted, m)]
+        keep = [m for m in dir(type(module)) if getattr(getattr(type(module), m), '_torchscript_modifier', None) is FunctionModifiers.EXPORT]
         return quietly(torch.jit.freeze, scripted, preserved_attrs=keep)
     buffer = io.BytesIO()
-    scripted.save(buffer)
+    quietly(torch.jit.save, scripted, buffer)
     buffer.seek(0)
     return quietly(torch.jit.load, buffer)
 

