@@ -39,7 +39,7 @@ def split_words(
     first = torch.zeros(n + 1, dtype=torch.int64, device=x.codes.device).index_fill_(0, start + 1, 1)
     return Words(start, end.index_select(0, keep), first.cumsum(0).index_select(0, x.offsets))
 
-# %% ../../nbs/text/03_split.ipynb #c6685e5d
+# %% ../../nbs/text/03_split.ipynb #4426e241
 class AddedTokens(nn.Module):
     "Replaces each occurrence of token `k` by the code point ADDED + k (Hugging Face's leftmost-longest matching)."
 
@@ -55,7 +55,8 @@ class AddedTokens(nn.Module):
         self.first: list[int] = sorted({c[0] for c in self.codes})
 
     def forward(self, x: Codes) -> tuple[Codes, Tensor]:
-        "Code points -> the same with matches replaced, and where each now comes from, int64 (K,), empty if nothing changed."
+        """Code points -> the same with matches replaced, and where each now begins, int64 (K+1,) with the total at the end;
+        empty if nothing changed."""
         nowhere = torch.empty(0, dtype=torch.int64, device=x.codes.device)
         likely = torch.zeros_like(x.codes, dtype=torch.bool)
         for c in self.first: likely |= x.codes == c
@@ -79,7 +80,8 @@ class AddedTokens(nn.Module):
         source = (change.cumsum(0)[:n] == 0).nonzero().flatten()  # the first character of a match stays
         codes = x.codes.index_copy(0, at, token + self.base)
         kept = torch.zeros(n + 1, dtype=torch.int64, device=x.codes.device).index_fill_(0, source + 1, 1)
-        return Codes(codes.index_select(0, source), kept.cumsum(0).index_select(0, x.offsets)), source
+        return (Codes(codes.index_select(0, source), kept.cumsum(0).index_select(0, x.offsets)),
+            nn.functional.pad(source, (0, 1), value=float(n)))
 
     def _row_end(self, x: Codes) -> Tensor:
         "For each position, where its row ends: int64 (M,)."
