@@ -7,19 +7,21 @@ Docs: https://mmembed.github.io/mmembed/vision/pipeline.html.md"""
 # %% auto #0
 __all__ = ['as_image', 'VisionPipeline']
 
-# %% ../../nbs/vision/05_pipeline.ipynb #075d20aa
+# %% ../../nbs/vision/05_pipeline.ipynb #ad22b2ae
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, List, Optional, Tuple
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core import ImageInfo, as_bytes, read_bytes
-from .augment import random_flip, random_resized_crop
+from .augment import color_jitter, random_erasing, random_flip, random_gray, random_resized_crop
 from .decode import decode_scanned, opaque
+from .presets import open_clip_preset, torchvision_preset, transformers_preset
 from .probe import probe, scan
-from .resize import fit
+from .resize import fit, resized
 
 # %% ../../nbs/vision/05_pipeline.ipynb #4f2af36b
 def as_image(
@@ -50,7 +52,7 @@ def as_image(
     if image.shape[0] == 1: return image.expand(3, -1, -1)
     return opaque(image, alpha) if image.shape[0] == 4 else image
 
-# %% ../../nbs/vision/05_pipeline.ipynb #5b1a96e3
+# %% ../../nbs/vision/05_pipeline.ipynb #3c816380
 class VisionPipeline(nn.Module):
     """Image files or decoded RGB to `float32 (B, 3, H, W)`.
 
@@ -63,6 +65,8 @@ class VisionPipeline(nn.Module):
         interpolation: str = 'bicubic',       # 'bicubic', 'bilinear' or 'nearest'
         antialias: bool = True,               # widen the filter when reducing
         resize: str = 'torch',                # 'torch', or 'pillow' for bit-equality with Pillow at more time
+        shortest: int = 0,                    # for 'shortest': the shortest side before the crop; 0: just covers `size`
+        crop: str = 'round',                  # an odd remainder: 'round' as torchvision, 'floor' as transformers
         fill: int | Sequence[int] = 0,        # level or colour of the margin that 'longest' leaves
         mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073),  # of levels / 255; open_clip's OPENAI_DATASET_MEAN
         std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711),  # open_clip's OPENAI_DATASET_STD
@@ -72,6 +76,10 @@ class VisionPipeline(nn.Module):
         scale: Sequence[float] = (0.9, 1.0),  # training crop: share of the area (open_clip's default)
         ratio: Sequence[float] = (3/4, 4/3),  # training crop: width / height
         flip: float = 0.5,                    # training: how often mirrored
+        color_jitter: Sequence[float] = (0., 0., 0., 0.),  # training: brightness, contrast, saturation, hue
+        color_jitter_prob: float = 0.,        # training: how often
+        gray_scale_prob: float = 0.,          # training: how often without colour
+        re_prob: float = 0.,                  # training: how often a rectangle is erased
     ):
         super().__init__()
         def numbers(name, value, n, kind):
@@ -80,14 +88,15 @@ class VisionPipeline(nn.Module):
             return tuple(kind(o) for o in v)
         for name, value, known in [('resize_mode', resize_mode, ('shortest', 'longest', 'squash')),
                                    ('interpolation', interpolation, ('bicubic', 'bilinear', 'nearest')),
-                                   ('alpha', alpha, ('white', 'black', 'drop')), ('resize', resize, ('torch', 'pillow'))]:
+                                   ('alpha', alpha, ('white', 'black', 'drop')), ('resize', resize, ('torch', 'pillow')),
+                                   ('crop', crop, ('round', 'floor'))]:
             if value not in known: raise ValueError(f'{name} must be one of {known}, got {value!r}')
         if resize == 'pillow' and not antialias: raise ValueError("resize='pillow' is always antialiased")
         height, width = numbers('size', size, 2, int)
         if min(height, width) < 1: raise ValueError(f'size must be positive, got {size!r}')
         self.size: Tuple[int, int] = (height, width)
         self.resize_mode, self.interpolation, self.antialias = resize_mode, interpolation, bool(antialias)
-        self.resize = resize
+        self.resize, self.crop = resize, crop
         self.fill: List[int] = list(numbers('fill', fill, 3, int))
         if min(self.fill) < 0 or max(self.fill) > 255: raise ValueError(f'fill must be levels 0 to 255, got {fill!r}')
         self.alpha, self.max_pixels, self.file_decode = alpha, int(max_pixels), bool(file_decode)
@@ -97,7 +106,9 @@ class VisionPipeline(nn.Module):
         self.register_buffer('std', torch.tensor(std)[:, None, None])
         self.scale: Tuple[float, float] = numbers('scale', scale, 2, float)
         self.ratio: Tuple[float, float] = numbers('ratio', ratio, 2, float)
-        self.flip = float(flip)
+        self.color_jitter, self.flip = numbers('color_jitter', color_jitter, 4, float), float(flip)
+        self.color_jitter_prob, self.gray_scale_prob = float(color_jitter_prob), float(gray_scale_prob)
+        self.re_prob, self.shortest = float(re_prob), int(shortest)
         self._mean_std = mean, std
 
     @torch.jit.export
@@ -117,7 +128,7 @@ class VisionPipeline(nn.Module):
         if rgb.dim() != 3 or rgb.size(0) != 3 or rgb.dtype != torch.uint8 or rgb.numel() == 0:
             raise ValueError(f'decoded RGB must be uint8 (3, H, W), got {rgb.dtype} of shape {rgb.shape}')
         return fit(rgb, self.size, self.resize_mode, self.interpolation, self.antialias, self.fill,
-                   self.resize == 'pillow')
+                   self.resize == 'pillow', self.shortest, self.crop == 'floor')
 
     @torch.jit.export
     def preprocess(self, image: Tensor) -> Tensor:
@@ -129,12 +140,25 @@ class VisionPipeline(nn.Module):
         "uint8 (B, 3, H, W) to float32: / 255, - mean, / std, as torchvision does it."
         return levels.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
 
+    @torch.jit.export
+    def preprocess_all(self, images: List[Tensor], parallel: bool) -> Tensor:
+        """B files or decoded pictures to uint8 (B, 3, *size).
+
+        Scripted, `parallel` spreads the batch over torch's inter-op threads. Not in a forked process, such as a
+        DataLoader worker: those threads did not survive the fork, and the call would wait for them for ever."""
+        levels: List[Tensor] = []
+        if not torch.jit.is_scripting(): levels = self._levels(images)
+        elif parallel and len(images) > 1:
+            waiting = [torch.jit.fork(self.preprocess, x) for x in images]
+            for w in waiting: levels.append(torch.jit.wait(w))
+        else:
+            for x in images: levels.append(self.preprocess(x))
+        if len(levels) == 0: return torch.zeros([0, 3, self.size[0], self.size[1]], dtype=torch.uint8)
+        return torch.stack(levels)
+
     def forward(self, images: List[Tensor]) -> Tensor:
         "B files or decoded pictures to float32 (B, 3, *size); in Python also whatever `as_image` takes."
-        if torch.jit.is_scripting(): levels = [self.preprocess(x) for x in images]
-        else: levels = self._levels(images)
-        if len(levels) == 0: return torch.zeros([0, 3, self.size[0], self.size[1]], device=self.mean.device)
-        return self.normalize(torch.stack(levels))
+        return self.normalize(self.preprocess_all(images, False).to(self.mean.device))
 
     @torch.jit.unused
     def _levels(self, images: List[Tensor]) -> List[Tensor]:
@@ -153,21 +177,28 @@ class VisionPipeline(nn.Module):
         image: Any,                                   # as `forward` takes them
         generator: Optional[torch.Generator] = None,  # None: torch's global one
     ): # uint8 (3, *size)
-        "A random crop of `image`, perhaps mirrored: what training sees instead of `preprocess`."
+        "A random crop of `image`, perhaps mirrored and recoloured: what training sees instead of `preprocess`."
         x = as_image(image, self.alpha)
         rgb = self.decode(x) if x.ndim == 1 else x
         x = random_resized_crop(rgb, self.size, self.scale, self.ratio, self.interpolation, self.antialias,
                                 self.resize == 'pillow', generator)
-        return random_flip(x, self.flip, generator)
+        x = random_flip(x, self.flip, generator)
+        if self.color_jitter_prob > 0: x = color_jitter(x, self.color_jitter, self.color_jitter_prob, generator)
+        if self.gray_scale_prob > 0: x = random_gray(x, self.gray_scale_prob, generator)
+        if self.re_prob > 0:
+            x = random_erasing(x, self.re_prob, [round(255 * m) for m in self._mean_std[0]], generator)
+        return x
 
     @torch.jit.unused
     def spec(self):
         "Everything that decides the pixels, as plain JSON values; `from_spec` takes it back."
         mean, std = self._mean_std
         return dict(size=list(self.size), resize_mode=self.resize_mode, interpolation=self.interpolation,
-                    antialias=self.antialias, resize=self.resize, fill=list(self.fill), mean=list(mean), std=list(std), alpha=self.alpha,
-                    max_pixels=self.max_pixels, file_decode=self.file_decode, scale=list(self.scale),
-                    ratio=list(self.ratio), flip=self.flip)
+                    antialias=self.antialias, resize=self.resize, shortest=self.shortest, crop=self.crop, fill=list(self.fill),
+                    mean=list(mean), std=list(std), alpha=self.alpha,
+                    max_pixels=self.max_pixels, file_decode=self.file_decode, scale=list(self.scale), ratio=list(self.ratio),
+                    flip=self.flip, color_jitter=list(self.color_jitter), color_jitter_prob=self.color_jitter_prob,
+                    gray_scale_prob=self.gray_scale_prob, re_prob=self.re_prob)
 
     @classmethod
     def from_spec(cls, spec): # what `spec()` gave
@@ -175,45 +206,76 @@ class VisionPipeline(nn.Module):
         return cls(**spec)
 
     @classmethod
-    def from_open_clip(cls,
-        name,             # an open_clip model name, or a model of open_clip's
-        pretrained=None,  # a tag of its published weights; None: the rule that most of them share
-        **overrides,      # arguments that win over the preset
-    ):
-        """The evaluation rule of an open_clip model; offline, nothing is built or downloaded.
-
-        Raises `ValueError` for a name or tag that open_clip does not know."""
-        import open_clip
-        if isinstance(name, nn.Module): return cls._from_config(open_clip.get_model_preprocess_cfg(name), overrides)
-        config, tags = open_clip.get_model_config(name), open_clip.list_pretrained_tags_by_model(name)
-        if config is None: raise ValueError(f'open_clip knows no model {name!r}; open_clip.list_models() lists them')
-        if pretrained is not None and pretrained not in tags:
-            raise ValueError(f'open_clip knows no weights {pretrained!r} of {name}; it knows {", ".join(tags) or "none"}')
-        rules = [open_clip.get_pretrained_cfg(name, t) for t in ([pretrained] if pretrained else tags)]
-        keys = ('size', 'mean', 'std', 'interpolation', 'resize_mode', 'fill_color')
-        rules = [tuple((k, r[k]) for k in keys if r.get(k) is not None) for r in rules]
-        most = dict(max(rules, key=lambda r: sum(o == r for o in rules))) if rules else {}
-        size = {'size': config['vision_cfg'].get('image_size', 224)}
-        return cls._from_config(size | config.get('preprocess_cfg', {}) | most, overrides)
+    def from_open_clip(cls, name, pretrained=None, **overrides):
+        "The evaluation rule of an open_clip model, offline; see `open_clip_preset`."
+        return cls(**(open_clip_preset(name, pretrained) | overrides))
 
     @classmethod
-    def _from_config(cls, config, overrides):
-        keys = dict(size='size', resize_mode='resize_mode', interpolation='interpolation', fill_color='fill', mean='mean', std='std')
-        args = {keys[k]: v for k, v in config.items() if k in keys and v is not None}
-        if args.get('interpolation') == 'random': args['interpolation'] = 'bicubic'  # as open_clip's evaluation does
-        return cls(**(args | overrides))
+    def from_transformers(cls, config, **overrides):
+        "The rule of a transformers preprocessor_config.json; see `transformers_preset`."
+        return cls(**(transformers_preset(config) | overrides))
+
+    @classmethod
+    def from_torchvision(cls, weights, **overrides):
+        "The rule of torchvision's classification weights; see `torchvision_preset`."
+        return cls(**(torchvision_preset(weights) | overrides))
 
     @torch.jit.unused
     def describe(self):
         "The pixel rule in words."
         h, w = self.size
-        how = {'shortest': f'the shortest side to cover {h} x {w}, centre crop',
-               'longest': f'to fit into {h} x {w}, margin of colour {tuple(self.fill)}',
+        cover = f'to a shortest side of {self.shortest}, then {h} x {w} from the centre' if self.shortest else \
+                f'the shortest side to cover {h} x {w}, centre crop'
+        if self.crop == 'floor': cover += ' rounded down'
+        how = {'shortest': cover, 'longest': f'to fit into {h} x {w}, margin of colour {tuple(self.fill)}',
                'squash': f'to {h} x {w} whatever the shape'}[self.resize_mode]
         behind = {'white': 'transparency on white', 'black': 'transparency on black', 'drop': 'alpha dropped'}[self.alpha]
         mean, std = ([round(v, 4) for v in o] for o in self._mean_std)
         return (f'first frame, upright, RGB, {behind}; resize {how} '
-                f'({self.interpolation}{", antialiased" if self.antialias else ""}, {"bit-equal to Pillow" if self.resize == "pillow" else "uint8"}); '
+                f'({self.interpolation}{", antialiased" if self.antialias else ""}, '
+                f'{"bit-equal to Pillow" if self.resize == "pillow" else "uint8"}); '
                 f'(levels / 255 - {mean}) / {std}; at most {self.max_pixels:,} pixels')
 
     def extra_repr(self): return self.describe()
+
+# %% ../../nbs/vision/05_pipeline.ipynb #35788b99
+@patch
+def _repr_html_(self: VisionPipeline):
+    "The rule as a table, for notebooks."
+    from html import escape
+    rows = ''.join(f'<tr><th style="text-align:left">{escape(k)}</th><td style="text-align:left">{escape(v)}</td></tr>'
+                   for k, v in self.spec_in_words().items())
+    return f'<b>VisionPipeline</b><table>{rows}</table>'
+
+@patch
+def spec_in_words(self: VisionPipeline) -> dict:
+    "The steps of the rule, by name."
+    picture, resize, levels, limit = self.describe().split('; ')
+    train = f'area {self.scale[0]:g} to {self.scale[1]:g}, mirrored {self.flip:.0%}'
+    return dict(picture=picture, resize=resize.removeprefix('resize '), pixels=levels, limit=limit, training=train)
+
+@patch
+def show(self: VisionPipeline,
+    image,      # as `forward` takes them
+    axes=None,  # two matplotlib axes; None: a new figure
+): # the figure
+    "Draw `image` with the part that is cut away shaded, and beside it what the model sees."
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Rectangle
+    x = as_image(image, self.alpha)
+    rgb = self.decode(x) if x.ndim == 1 else x
+    h, w = rgb.shape[1:]
+    axes = plt.subplots(1, 2, figsize=(7, 3.2))[1] if axes is None else axes
+    axes[0].imshow(rgb.permute(1, 2, 0).numpy())
+    if self.resize_mode == 'shortest':
+        height, width = resized(h, w, self.size, 'shortest', self.shortest)
+        kept_h, kept_w = min(self.size[0] / height, 1) * h, min(self.size[1] / width, 1) * w
+        shade = dict(facecolor='white', alpha=0.6, edgecolor='none')
+        for x0, y0, dx, dy in [(0, 0, (w - kept_w) / 2, h), ((w + kept_w) / 2, 0, (w - kept_w) / 2, h),
+                               (0, 0, w, (h - kept_h) / 2), (0, (h + kept_h) / 2, w, (h - kept_h) / 2)]:
+            axes[0].add_patch(Rectangle((x0 - 0.5, y0 - 0.5), dx, dy, **shade))
+    axes[0].set_title(f'{w} x {h}')
+    axes[1].imshow(self.transform(rgb).permute(1, 2, 0).numpy())
+    axes[1].set_title(f'what the model sees: {self.size[1]} x {self.size[0]}')
+    for a in axes: a.axis('off')
+    return axes[0].figure

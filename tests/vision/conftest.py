@@ -86,7 +86,7 @@ def in_form(module, form):
     return scripted
 
 
-METHODS = ['forward', 'probe', 'decode', 'transform', 'preprocess', 'normalize']
+METHODS = ['forward', 'probe', 'decode', 'transform', 'preprocess', 'preprocess_all', 'normalize']
 FILES = files()
 
 

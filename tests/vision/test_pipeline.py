@@ -43,6 +43,7 @@ def test_every_form_gives_the_same_bits(form, options):
             assert torch.equal(vp.decode(x), eager.decode(x))
             assert torch.equal(vp.transform(vp.decode(x)), level)
     assert torch.equal(vp.normalize(torch.stack([eager.preprocess(x) for x in files])), eager(files))
+    assert torch.equal(vp.preprocess_all(files, True), eager.preprocess_all(files, False))
     assert vp([]).shape == (0, 3, *eager.size)
 
 
@@ -75,7 +76,7 @@ def test_workers_give_the_same_bits(context):
     vp = VisionPipeline(size=32, scale=(0.3, 1.0))
     data = Files(vp, list(FILES.values()))
     scripted = quietly(torch.jit.script, vp)
-    scripted(data.files)  # the parent has used its threads before it forks
+    scripted.preprocess_all(data.files, True)  # the parent has used its threads before it forks
     here = [data[i] for i in range(len(data))]
     loader = DataLoader(data, batch_size=5, num_workers=2, multiprocessing_context=context, timeout=120)
     batches = list(loader)
@@ -143,6 +144,61 @@ def test_presets():
     assert VisionPipeline.from_open_clip('ViT-L-14', 'laion2b_s32b_b82k').spec()['mean'] == [0.5] * 3
     raises(lambda: VisionPipeline.from_open_clip('ViT-Z'), 'ViT-Z')
     raises(lambda: VisionPipeline.from_open_clip('ViT-B-32', 'no-tag'), 'laion2b_s34b_b79k')
+
+
+def test_transformers_preset_is_the_fast_processor():
+    from transformers import CLIPImageProcessor, ViTImageProcessor
+    for processor in [CLIPImageProcessor(), CLIPImageProcessor(size={'shortest_edge': 72}, crop_size={'height': 64, 'width': 64}),
+                      ViTImageProcessor(size={'height': 96, 'width': 96})]:
+        vp = VisionPipeline.from_transformers(processor.to_dict())
+        for size in [(97, 64), (64, 97), (33, 500), (640, 481)]:
+            image = picture(*size)
+            theirs = processor(image, return_tensors='pt')['pixel_values'][0]
+            assert theirs.shape[1:] == vp.size
+            # its fast form folds / 255 into mean and std, so its floats differ in the last bits
+            assert (vp([image])[0] - theirs).abs().max() < 1e-5
+
+
+def test_torchvision_preset_is_its_transform():
+    from torchvision.models import get_weight
+    for name in ['ResNet18_Weights.IMAGENET1K_V1', 'ResNet50_Weights.IMAGENET1K_V2', 'EfficientNet_B0_Weights.IMAGENET1K_V1']:
+        theirs = get_weight(name).transforms()
+        vp = VisionPipeline.from_torchvision(name, resize='pillow')
+        for size in [(97, 64), (64, 97), (640, 481)]:
+            image = picture(*size)
+            assert torch.equal(vp([image])[0], theirs(image)), name
+
+
+def test_presets_refuse_what_they_cannot_express():
+    base = dict(size=224, do_center_crop=True, crop_size=224, image_mean=[.5]*3, image_std=[.5]*3)
+    for bad in [dict(do_pad=True), dict(resample=1), dict(rescale_factor=1/127.5), dict(do_normalize=False), dict(crop_pct=0.9),
+                dict(size={'longest_edge': 300}), dict(size={'shortest_edge': 224}, do_center_crop=False)]:
+        with pytest.raises(ValueError) as e: VisionPipeline.from_transformers(base | bad)
+        assert 'preprocessor_config: ' in str(e.value)
+    with pytest.raises(OSError): VisionPipeline.from_transformers('/no/such/folder')
+
+
+def test_augmentations_of_training():
+    vp = VisionPipeline(size=32, color_jitter=(.4, .4, .4, .1), color_jitter_prob=.8, gray_scale_prob=.2, re_prob=.5)
+    data = FILES['jpeg']
+    a, b = ([vp.augment(data, torch.Generator().manual_seed(s)) for s in range(30)] for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(a, b))
+    gray = sum(int((x[0] == x[1]).all() and (x[1] == x[2]).all()) for x in a)
+    mean = torch.tensor([round(255 * m) for m in vp.spec()['mean']])[:, None, None]
+    erased = sum(int((x == mean).all(0).sum() > 15) for x in a)
+    assert 1 <= gray <= 15 and 8 <= erased <= 25
+    assert vp.spec()['re_prob'] == .5
+
+
+def test_show_and_html():
+    pytest.importorskip('matplotlib').use('agg')
+    for options in PIPELINES.values():
+        vp = VisionPipeline(**options)
+        figure = vp.show(FILES['jpeg'])
+        assert figure.axes[1].get_images()[0].get_array().shape == (*vp.size, 3)
+        assert f'{vp.size[0]} x {vp.size[1]}' in vp._repr_html_()
+        import matplotlib.pyplot as plt
+        plt.close(figure)
 
 
 @pytest.mark.parametrize('options', PIPELINES.values(), ids=PIPELINES)
