@@ -1,0 +1,144 @@
+import copy
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mmembed
+from mmembed.core import quietly
+from mmembed.export import cases
+from mmembed.export.artifact import save
+from mmembed.export.verify import BOUNDS, Report, Row, VerifyError, _program, export, verify
+from mmembed.models.towers import ConvNet
+from mmembed.vision.pipeline import VisionPipeline
+
+from . import tiny
+
+
+def quick(path, *args, **kwargs): return verify(path, *args, **{'fresh': False, 'cpp': False} | kwargs)
+
+
+def test_every_stage_agrees():
+    report = verify(tiny.artifact(), tiny.model(), texts=['mein Text', b'\xff'], images=[b'no image'], cpp=False).check()
+    assert report.ok and not report.failures
+    for stage in ('artifact', 'fresh process'):
+        rows = {r.what: r for r in report.rows if r.stage == stage}
+        assert set(rows) == set(BOUNDS)
+        assert rows['token ids'].difference == rows['pixels'].difference == 0
+        assert rows['image status'].n == len(cases.images()) + 1
+        assert rows['text embedding'].n == 24 * (len(cases.texts()) + 2) * 3
+    assert verify(tiny.artifact(False), tiny.model(), cpp=False).check().ok
+
+
+def test_without_a_model_the_artifact_is_the_reference():
+    report = verify(tiny.artifact(), cpp=False)
+    assert report.ok and {r.stage for r in report.rows} == {'card', 'fresh process'}
+
+
+def altered(tmp_path, change):
+    "The artifact with `change` applied to the loaded module, its card as it was."
+    module = quietly(torch.jit.load, str(tiny.artifact()))
+    with torch.no_grad(): change(module)
+    save(module, tmp_path/'altered.pt', module.card())
+    return tmp_path/'altered.pt'
+
+
+def failing(report): return {(r.stage, r.what) for r in report.failures}
+
+
+def test_an_altered_table_entry_is_found(tmp_path):
+    tp, _ = tiny.pipelines()
+    token = int(tp(['red']).ids[0, 1])
+    def change(m):
+        tables = [t for name, t in m.text_pipeline.named_buffers() if name.endswith('.ids') and (t == token).sum() == 1]
+        tables[0][tables[0] == token] += 1
+    report = quick(altered(tmp_path, change), tiny.model())
+    assert failing(report) >= {('card', 'tensors'), ('artifact', 'token ids')}
+    assert ('artifact', 'pixels') not in failing(report)
+    with pytest.raises(VerifyError, match='altered.pt fails verification: card, tensors'): report.check()
+
+
+def test_one_altered_weight_is_found(tmp_path):
+    def change(m): m.model.image_proj.weight[0, 0].add_(0.05)
+    report = quick(altered(tmp_path, change), tiny.model())
+    assert failing(report) == {('card', 'tensors'), ('artifact', 'image embedding'), ('artifact', 'score')}
+    def slightly(m): m.model.text_proj.weight[0, 0].add_(1e-9 + m.model.text_proj.weight[0, 0].abs() * 1e-6)
+    assert failing(quick(altered(tmp_path, slightly), tiny.model())) == {('card', 'tensors')}
+    assert failing(quick(altered(tmp_path, slightly))) == {('card', 'tensors')}
+
+
+def test_another_resize_mode_is_found(tmp_path):
+    model = tiny.model()
+    other = copy.deepcopy(model)
+    other.image = ConvNet(VisionPipeline(size=48, resize_mode='squash'), channels=(8, 16), width=32).eval()
+    other.image.load_state_dict(model.image.state_dict())
+    export(other, tmp_path/'squash.pt', fresh=False, cpp=False)
+    assert failing(quick(tmp_path/'squash.pt', model)) == {('card', 'model'), ('artifact', 'pixels'), ('artifact', 'image embedding'), ('artifact', 'score')}
+
+
+def test_another_card_is_found(tmp_path):
+    module = quietly(torch.jit.load, str(tiny.artifact()))
+    card = json.loads(module.card()) | {'dim': 25}
+    save(module, tmp_path/'card.pt', json.dumps(card))
+    assert ('card', 'identity card') in failing(quick(tmp_path/'card.pt'))
+
+
+class TwoFaced(torch.nn.Linear):
+    "Scripted it answers otherwise than in eager Python: what verification exists for"
+    def forward(self, x):
+        if torch.jit.is_scripting(): x = x + 0.01
+        return F.linear(x, self.weight)
+
+
+def test_export_leaves_no_file_that_fails(tmp_path):
+    model, path = tiny.model(), tmp_path/'deep'/'model.pt'
+    export(model, path, fresh=False, cpp=False)
+    before = path.read_bytes()
+    bad = copy.deepcopy(model)
+    bad.text_proj = TwoFaced(32, 24, bias=False).eval()
+    for p in (path, tmp_path/'deep'/'new.pt'):
+        with pytest.raises(VerifyError, match=f'{p.name} fails verification: artifact, text embedding'): export(bad, p, fresh=False, cpp=False)
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ['model.pt']
+
+
+def test_wrong_calls(tmp_path):
+    with pytest.raises(ValueError, match='is a folder'): export(tiny.model(), tmp_path)
+    with pytest.raises(TypeError, match='has no text_pipeline'): export(torch.nn.Linear(1, 1), tmp_path/'x.pt')
+    with pytest.raises(FileNotFoundError, match='x.pt not found'): verify(tmp_path/'x.pt')
+    (tmp_path/'x.pt').write_bytes(tiny.artifact().read_bytes()[:-100])
+    with pytest.raises(ValueError, match='is truncated'): verify(tmp_path/'x.pt')
+
+
+def test_the_fresh_process_knows_no_mmembed():
+    head = _program().split('import importlib')[0]
+    run = subprocess.run([sys.executable, '-I', '-c', head + 'import mmembed.core'], capture_output=True, text=True)
+    assert run.returncode and 'ModuleNotFoundError' in run.stderr
+
+
+def test_a_fresh_process_that_dies_is_a_failing_stage(monkeypatch):
+    verify_module = importlib.import_module('mmembed.export.verify')
+    monkeypatch.setattr(verify_module, '_program', lambda: 'import sys; sys.exit("no such luck")')
+    report = verify(tiny.artifact(), cpp=False)
+    assert failing(report) == {('fresh process', 'runs')} and report.failures[0].note == 'no such luck'
+    with pytest.raises(VerifyError, match='fresh process, runs: no such luck'): report.check()
+
+
+def test_report_in_three_forms():
+    report = quick(tiny.artifact(), tiny.model())
+    said = json.loads(report.to_json())
+    assert said['ok'] is True and said['short_hash'] in str(report) and 'verified' in str(report) and len(said['rows']) == len(report.rows)
+    assert said['not_run'] == ['fresh process', 'c++'] and 'not run: c++' in str(report)
+    bad = Report(report.path, report.card, [*report.rows, Row('c++', 'pixels', 0, float('inf'), 0., 'shape <1>')], 1.)
+    assert not bad.ok and 'FAILED: shape <1>' in str(bad) and 'FAILED: shape &lt;1&gt;' in bad._repr_html_()
+    assert json.loads(bad.to_json())['rows'][-1]['difference'] is None
+
+
+def test_the_package_is_the_function(tmp_path):
+    assert callable(mmembed.export) and inspect.ismodule(mmembed.export) and mmembed.export is sys.modules['mmembed.export']
+    report = mmembed.export(tiny.model(), tmp_path/'model.pt', fresh=False, cpp=False)
+    assert report.path == tmp_path/'model.pt' and report.ok
