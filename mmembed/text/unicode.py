@@ -174,7 +174,7 @@ def _probe_ranks() -> np.ndarray:
     out[[ord(c) for c in marks]] = 1 + ranks
     return out
 
-# %% ../../nbs/text/02_unicode.ipynb #6545464b
+# %% ../../nbs/text/02_unicode.ipynb #4325fd48
 class CanonicalOrder(nn.Module):
     "Sorts each run of combining marks by class, stably, within its row (Unicode standard, D109)."
 
@@ -182,13 +182,14 @@ class CanonicalOrder(nn.Module):
         super().__init__()
         self.rank = PageTable(np.concatenate([combining_ranks(), np.zeros(MAX_ADDED, np.int64)]))
 
-    def forward(self, x: Codes) -> Codes:
+    def forward(self, x: Codes) -> Tensor:
+        "The positions of the code points in their new order: int64 (M,)."
         rank = self.rank(x.codes)
         starts = rank == 0
         inside = x.offsets[x.offsets < x.codes.numel()]
         starts[inside] = True  # a row's first mark follows nothing in the row before
         key = starts.cumsum(0) * 4096 + rank
-        return Codes(x.codes.index_select(0, key.argsort(stable=True)), x.offsets)
+        return key.argsort(stable=True)
 
 # %% ../../nbs/text/02_unicode.ipynb #f5336558
 class CharRules(NamedTuple):
@@ -237,7 +238,7 @@ def _probe_bert(clean_text: bool, handle_chinese_chars: bool, strips: bool, lowe
             answer[f'{k}_counts'], answer[f'{k}_images'] = probe_normalizer(n)
     return answer
 
-# %% ../../nbs/text/02_unicode.ipynb #885eb6a2
+# %% ../../nbs/text/02_unicode.ipynb #122c8a04
 class CharTables(nn.Module):
     "Code points to values (code point | class << 21), as one table look-up; the order of marks where it matters."
 
@@ -259,8 +260,12 @@ class CharTables(nn.Module):
         if not (self.sorts and sort): return self._placed(values, source, x, nowhere)
         values, source, _ = self.decompose(x.codes)
         apart, first = self._placed(values, source, x, nowhere)
-        values, source, _ = self.finish(self.order(apart).codes)
-        return self._placed(values, source, apart, first)
+        order = self.order(apart)
+        values, source, _ = self.finish(apart.codes.index_select(0, order))
+        if first.numel() == 0: return self._placed(values, source, apart, first)  # sorting moves marks, not their places
+        opens = nn.functional.pad((first[1:] != first[:-1]).long(), (1, 0), value=1.)
+        place = opens.index_select(0, order).cumsum(0).clamp(min=1) - 1
+        return self._placed(values, source, apart, first.index_select(0, opens.nonzero().flatten()).index_select(0, place))
 
     def _placed(self, values: Tensor, source: Tensor, x: Codes, before: Tensor) -> tuple[Codes, Tensor]:
         "What a table made of `x`, with the rows' new offsets; the sources composed with those of the step `before`."

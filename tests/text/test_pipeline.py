@@ -121,3 +121,26 @@ def test_files_that_are_no_tokenizer(tmp_path):
     with pytest.raises(ValueError, match='is not JSON'): TextPipeline.from_tokenizer_file(tmp_path)
     (tmp_path/'tokenizer.json').write_text('{"a": 1}')
     with pytest.raises(ValueError, match='no "model"'): TextPipeline.from_tokenizer_file(tmp_path)
+
+
+@pytest.mark.parametrize('paired', [False, True], ids=['texts', 'pairs'])
+def test_encodings_are_the_references(paired):
+    "ids, segment ids, and spans of every token, in bytes of its text."
+    tok, texts = minilm(), fuzz_text.random_texts(1500, seed=8)
+    tp = in_form(TextPipeline(json.loads(tok.to_str()), max_length=40), 'scripted')
+    tok.enable_truncation(40)
+    tok.no_padding()
+    pairs = texts[::-1] if paired else None
+    enc = tp.encode(texts, pairs)
+    for i, want in enumerate(tok.encode_batch(list(zip(texts, pairs)) if paired else texts)):
+        n = int(enc.mask[i].sum())
+        assert (enc.ids[i, :n].tolist(), enc.segment_ids[i, :n].tolist()) == (want.ids, want.type_ids)
+        sides = [t[i] for t in (texts, pairs) if t]
+        chars = [[0, 0] if s is None else [len(sides[s][:c].encode()) for c in o] for o, s in zip(want.offsets, want.sequence_ids)]
+        assert enc.spans[i, :n].tolist() == chars, ascii(sides)
+
+
+def test_as_many_pairs_as_texts():
+    tp = TextPipeline.learn(CAPTIONS, vocab_size=400)
+    with pytest.raises(RuntimeError, match='2 texts, but 1 pairs'): tp.encode(['a', 'b'], ['c'])
+    assert tp.encode([], []).spans.shape == (0, 3, 2)
