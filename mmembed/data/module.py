@@ -7,7 +7,8 @@ Docs: https://mmembed.github.io/mmembed/data/module.html.md"""
 # %% auto #0
 __all__ = ['Row', 'Rows', 'Collate', 'Ledger', 'PairLoader', 'Shuffle', 'Shuffled', 'PairData']
 
-# %% ../../nbs/data/03_module.ipynb #d429d4e1
+# %% ../../nbs/data/03_module.ipynb #83884588
+import re
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -21,7 +22,7 @@ from .sources import PairsFile, Part, Source
 from ..text.pipeline import TextPipeline
 from ..vision.pipeline import VisionPipeline
 
-# %% ../../nbs/data/03_module.ipynb #8b010cbe
+# %% ../../nbs/data/03_module.ipynb #3ffd30c1
 class Row(NamedTuple):
     "One pair, ready to be batched"
     index: int
@@ -47,12 +48,18 @@ class Rows(Dataset):
         text = self.source.text(i)
         try: return Row(i, text, self._levels(self.source.image(i), epoch, i), '')
         except (RuntimeError, ValueError, OSError) as e:
-            return Row(i, text, None, (str(e).strip().splitlines() or [type(e).__name__])[-1])
+            return Row(i, text, None, _reason(e))
 
     def _levels(self, file: Tensor, epoch: int, i: int) -> Tensor:
         if not self.augment: return self.vision.preprocess(file)
         generator = torch.Generator().manual_seed(hash((self.seed, epoch, i)))
         return self.vision.augment(file, generator)
+
+# %% ../../nbs/data/03_module.ipynb #6fa87f42
+def _reason(e: Exception) -> str:
+    "The last line of an error, without the place in a library's C++ source."
+    lines = str(e).strip().splitlines() or [type(e).__name__]
+    return re.sub(r'^.*\.(cpp|h):\d+, ', '', lines[-1])
 
 # %% ../../nbs/data/03_module.ipynb #4c9a1708
 class Collate:

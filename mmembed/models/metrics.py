@@ -27,15 +27,16 @@ def ranks(
     best = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).masked_fill(~relevant, -torch.inf).amax(1, keepdim=True)
     return 1 + ((scores >= best) | scores.isnan()).logical_and(~relevant).sum(1)
 
-# %% ../../nbs/models/05_metrics.ipynb #9ebfa53e
+# %% ../../nbs/models/05_metrics.ipynb #7d582a14
 class Recall(NamedTuple):
     "Retrieval in one direction"
     at: dict[int, float]      # k: share of queries with a right answer among the first k
     chance: dict[int, float]  # k: the same for a random order
     median_rank: float        # of the first right answer
     queries: int              # how many
+    gallery: int              # how many items each was looked for in
 
-# %% ../../nbs/models/05_metrics.ipynb #33de9b77
+# %% ../../nbs/models/05_metrics.ipynb #b3ce7ab6
 def recall_at_k(
     scores: Tensor,                      # float32 (Q, N): queries in rows, the gallery in columns
     relevant: Tensor | None = None,      # bool (Q, N): right answers; by default item q for query q
@@ -52,7 +53,7 @@ def recall_at_k(
         miss = torch.ones_like(right)
         for j in range(min(k, N)): miss = miss * (N - right - j).clamp(min=0) / (N - j)
         chance[k] = float((1 - miss).mean())
-    return Recall({k: float((r <= k).float().mean()) for k in ks}, chance, float(r.quantile(0.5)), len(scores))
+    return Recall({k: float((r <= k).float().mean()) for k in ks}, chance, float(r.quantile(0.5)), len(scores), N)
 
 # %% ../../nbs/models/05_metrics.ipynb #43106899
 def both_ways(

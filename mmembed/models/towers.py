@@ -221,7 +221,7 @@ def image_tower(
     except RuntimeError as e: raise ValueError(f'{weights} does not fit {name}: {str(e).splitlines()[1].strip()}') from None
     return tower
 
-# %% ../../nbs/models/01_towers.ipynb #1e489206
+# %% ../../nbs/models/01_towers.ipynb #331e9765
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file(): raise FileNotFoundError(f'no weights file {path}')
     if path.suffix == '.safetensors':
@@ -234,7 +234,7 @@ def _hub_weights(name: str, weights: str) -> dict[str, Tensor]:
     try: return torchvision.models.get_model_weights(name)[weights].get_state_dict()
     except KeyError:
         names = ', '.join(torchvision.models.get_model_weights(name).__members__)
-        raise ValueError(f'{name} has no weights {weights!r}; want a file or one of DEFAULT, {names}') from None
+        raise ValueError(f'{name} has no weights {weights!r}; want a file or one of {names}') from None
     except OSError as e:
         raise OSError(f'cannot download the weights {weights} of {name} ({e}); give a local file, or weights=None for random ones') from None
 

@@ -1,0 +1,158 @@
+"Towers: padding is not seen, scripting changes nothing, a spec makes the same again, public weights give public answers."
+import json
+import pickle
+
+import pytest
+import torch
+import torchvision
+
+from mmembed.core import Tokens
+from mmembed.models.towers import Bert, ConvNet, TextTransformer, bert, from_spec, image_tower
+from mmembed.text.pipeline import TextPipeline
+from mmembed.vision.pipeline import VisionPipeline
+from tests.helpers import FORMS, in_form
+
+TEXTS = ['a red circle', 'a blue square left of a red ring', '一个红色圆形', '', 'a ' * 60]
+TP = TextPipeline.learn(TEXTS * 9, vocab_size=200, max_length=32)
+VP = VisionPipeline(size=(64, 48))
+
+
+def text_tower(): return TextTransformer(TP, width=32, depth=2)
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    torch.manual_seed(0)
+    with torch.no_grad(): yield
+
+
+@pytest.fixture(scope='module')
+def bert_folder(tmp_path_factory):
+    from transformers import BertConfig, BertModel
+    folder = tmp_path_factory.mktemp('bert')
+    torch.manual_seed(1)
+    BertModel(BertConfig(vocab_size=TP.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                         intermediate_size=48, max_position_embeddings=40)).save_pretrained(folder)
+    TP.to_tokenizer_file(folder/'tokenizer.json')
+    return folder
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_text_transformer_in_every_form(form):
+    tower = text_tower().eval()
+    got = in_form(tower, form)
+    for texts in (TEXTS, TEXTS[:1], TEXTS[3:4]):
+        tokens = TP(texts)
+        assert torch.allclose(got(tokens), tower(tokens), atol=1e-6) and got(tokens).shape == (len(texts), 32)
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('make', [lambda: ConvNet(VP, channels=(8, 16), width=24), lambda: image_tower('resnet18', pipeline=VP)])
+def test_image_towers_in_every_form(form, make):
+    tower = make().eval()
+    pixels = torch.randn(3, 3, *tower.pipeline.size)
+    got = in_form(tower, form)(pixels)
+    assert torch.allclose(got, tower(pixels), atol=1e-5) and got.shape == (3, tower.width)
+
+
+@pytest.mark.parametrize('make', [text_tower, lambda: Bert(TP, _config()), lambda: Bert(TP, _config(), 'cls')])
+def test_padding_is_not_seen(make):
+    tower = make().eval()
+    together = tower(TP(TEXTS))
+    for i, text in enumerate(TEXTS): assert torch.allclose(tower(TP([text]))[0], together[i], atol=1e-5)
+    tokens = TP(TEXTS)
+    junk = Tokens(tokens.ids.where(tokens.mask > 0, torch.tensor(7)), tokens.mask)
+    assert torch.allclose(tower(junk), together, atol=1e-6)
+
+
+def test_order_of_words_is_seen():
+    tower = text_tower().eval()
+    a, b = tower(TP(['a red circle a blue square', 'a blue circle a red square']))
+    assert (a - b).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize('make', [text_tower, lambda: ConvNet(VP, channels=(8, 16), width=24), lambda: Bert(TP, _config(), 'cls'),
+                                  lambda: image_tower('mobilenet_v2', pipeline=VP)])
+def test_a_spec_makes_the_same_tower(make):
+    tower = make().eval()
+    spec = json.loads(json.dumps(tower.spec()))
+    again = from_spec(spec).eval()
+    again.load_state_dict(tower.state_dict())
+    assert again.spec() == tower.spec() == spec and type(again) is type(tower)
+    x = TP(TEXTS) if isinstance(tower.pipeline, TextPipeline) else torch.randn(2, 3, 64, 48)
+    assert again(x).equal(tower(x))
+
+
+def test_the_pipeline_is_carried_but_is_no_part_of_the_network():
+    tower = ConvNet(VP, channels=(8, 16))
+    assert tower.pipeline is VP and list(dict(tower.named_children())) == ['stem', 'norm', 'blocks', 'pool', 'head']
+    assert not {k for k in tower.state_dict() if 'pipeline' in k or k.endswith(('mean', 'std')) and 'running' not in k}
+    tower.double()
+    assert VP.mean.dtype == torch.float32
+    again = pickle.loads(pickle.dumps(tower))
+    assert again.pipeline.spec() == VP.spec()
+
+
+def test_tokenizer_file_or_folder(tmp_path):
+    TP.to_tokenizer_file(tmp_path/'tokenizer.json')
+    for where in (tmp_path, tmp_path/'tokenizer.json'):
+        tower = TextTransformer(str(where), width=32, max_length=20)
+        assert tower.pipeline.max_length == 20 and tower.pipeline(TEXTS[:3]).ids.equal(TP(TEXTS[:3]).ids)
+
+
+def test_bert_is_the_reference_model(bert_folder):
+    from transformers import AutoModel
+    net = AutoModel.from_pretrained(bert_folder).eval()
+    tokens = TP(TEXTS)
+    hidden = net(input_ids=tokens.ids, attention_mask=tokens.mask).last_hidden_state
+    weight = tokens.mask[:, :, None].float()
+    assert torch.allclose(bert(bert_folder, max_length=32).eval()(tokens), (hidden*weight).sum(1)/weight.sum(1), atol=1e-6)
+    assert torch.allclose(bert(bert_folder, 'cls', max_length=32).eval()(tokens), hidden[:, 0], atol=1e-6)
+
+
+def test_a_traced_bert_follows_batch_and_length(bert_folder):
+    tower = bert(bert_folder, max_length=32).eval()
+    class Flat(torch.nn.Module):
+        def __init__(self): super().__init__(); self.tower = tower
+        def forward(self, ids, mask): return self.tower(Tokens(ids, mask))
+    traced = torch.jit.trace(Flat(), tuple(TP(TEXTS[:2])), check_trace=False)
+    assert 'device("cpu")' not in traced.inlined_graph.__str__().replace("'", '"').split('prim::Constant[value="cpu"]')[0]
+    for texts in (TEXTS, TEXTS[:1], TEXTS[4:]): assert torch.allclose(traced(*TP(texts)), tower(TP(texts)), atol=1e-6)
+
+
+def test_image_weights_from_a_file(tmp_path):
+    full = torchvision.models.resnet18().eval()
+    torch.save(full.state_dict(), tmp_path/'w.pth')
+    from safetensors.torch import save_file
+    save_file(full.state_dict(), tmp_path/'w.safetensors')
+    pixels = torch.randn(2, 3, 64, 64)
+    for name in ('w.pth', 'w.safetensors'):
+        assert full.fc(image_tower('resnet18', str(tmp_path/name)).eval()(pixels)).equal(full(pixels))
+
+
+def test_mistakes(tmp_path):
+    torch.save({'x': torch.zeros(1)}, tmp_path/'other.pth')
+    for f, error, message in [
+            (lambda: TextTransformer('no.json'), FileNotFoundError, 'no tokenizer file no.json'),
+            (lambda: TextTransformer(TP, width=10, heads=3), ValueError, 'heads must divide width, got 3 and 10'),
+            (lambda: image_tower('resnet7'), ValueError, "torchvision knows no model 'resnet7'"),
+            (lambda: image_tower('squeezenet1_1'), ValueError, 'does not end in a linear layer'),
+            (lambda: image_tower('resnet18', 'no.pth'), FileNotFoundError, 'no weights file no.pth'),
+            (lambda: image_tower('resnet18', 'BEST'), ValueError, "resnet18 has no weights 'BEST'; want a file or one of"),
+            (lambda: image_tower('resnet18', str(tmp_path/'other.pth')), ValueError, 'does not fit resnet18'),
+            (lambda: bert('bert-base-uncased'), FileNotFoundError, 'hub names are not looked up'),
+            (lambda: Bert(TP, _config(), 'max'), ValueError, "pooling must be 'mean' or 'cls', got 'max'"),
+            (lambda: from_spec({'class_path': 'no.such.Tower', 'init_args': {}}), ValueError, 'cannot rebuild no.such.Tower'),
+            (lambda: from_spec({'class_path': 'subprocess.Popen', 'init_args': {'args': 'x'}}), ValueError, 'is no nn.Module')]:
+        with pytest.raises(error, match=message): f()
+
+
+def test_a_download_that_fails_says_what_to_do(monkeypatch):
+    def offline(*_, **__): raise OSError('no network')
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', offline)
+    with pytest.raises(OSError, match=r'cannot download the weights DEFAULT of resnet18 \(no network\); give a local file'):
+        image_tower('resnet18', 'DEFAULT')
+
+
+def _config():
+    return dict(model_type='bert', vocab_size=TP.vocab_size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)

@@ -1,0 +1,248 @@
+"Whole runs: from a configuration to a checkpoint that stands alone; resuming; what a user's mistakes say."
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmembed.core import PairBatch
+from mmembed.data.module import PairData
+from mmembed.data.scenes import Scenes
+from mmembed.models.dual import DualEncoder
+from mmembed.models.towers import ConvNet, TextTransformer
+from mmembed.train import LitDualEncoder, decay_groups, judge, load_checkpoint, new_folder, prepare, run, warm_cosine
+from mmembed.text.pipeline import TextPipeline
+from mmembed.vision.pipeline import VisionPipeline
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = """
+name: tiny
+vocab_size: 150
+data:
+  source: {class_path: mmembed.data.scenes.Scenes, init_args: {train: 96, valid: 40}}
+  batch_size: 32
+model:
+  model:
+    class_path: mmembed.models.dual.DualEncoder
+    init_args:
+      dim: 16
+      text: {class_path: mmembed.models.towers.TextTransformer, init_args: {tokenizer: learn, width: 32, depth: 1, max_length: 40}}
+      image:
+        class_path: mmembed.models.towers.ConvNet
+        init_args: {channels: [8, 16], width: 32, pipeline: {class_path: mmembed.vision.pipeline.VisionPipeline, init_args: {size: 32, flip: 0}}}
+trainer: {max_epochs: 2, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false, log_every_n_steps: 1}
+"""
+SMALL = ['--config', 'tiny.yaml']
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    "An empty working folder of its own, with the tiny configuration."
+    (tmp_path/'settings.ini').write_text('[DEFAULT]\nruns_path = out\nseed = 5\n')
+    (tmp_path/'tiny.yaml').write_text(TINY)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def embed(model, data, n=8):
+    with torch.no_grad():
+        return (model.encode_text(model.text_pipeline([data.valid.text(i) for i in range(n)])),
+                model.encode_image(model.vision_pipeline([data.valid.image(i) for i in range(n)])))
+
+
+def table(source, folder, n=60):
+    for i in range(n): (folder/f'{i}.jpg').write_bytes(bytes(source.image(i).tolist()))
+    with (folder/'pairs.csv').open('w', newline='', encoding='utf-8') as f:
+        csv.writer(f).writerows([['image', 'text'], *([f'{i}.jpg', source.text(i)] for i in range(n))])
+    return folder/'pairs.csv'
+
+
+def test_a_run_and_its_checkpoint(work):
+    result = run(SMALL)
+    assert result.folder == work/'out'/'tiny' and result.checkpoint.name == 'best.ckpt'
+    assert {'config.yaml', 'tokenizer.json', 'best.ckpt', 'last.ckpt', 'logs'} <= {p.name for p in result.folder.iterdir()}
+    assert list((result.folder/'logs').glob('events*')) and 'train/loss' in (result.folder/'logs'/'metrics.csv').read_text()
+    some = result.recall['all']['text_to_image']
+    assert some['queries'] == some['gallery'] == 40 and some['chance']['1'] == pytest.approx(1/40)
+    assert {k: v['text_to_image']['queries'] for k, v in result.recall.items()} == {'all': 40, 'seen': 30, 'unseen': 10}
+    (result.folder/'tokenizer.json').unlink()  # the checkpoint needs no other file
+    again = load_checkpoint(result.checkpoint)
+    for a, b in zip(embed(result.model, result.data), embed(again, result.data), strict=True): assert a.equal(b)
+    text, image = embed(again, result.data, 40)
+    found = judge(text, image, [result.data.valid.text(i) for i in range(40)], [])['all']
+    assert {str(k): v for k, v in found['text_to_image'].at.items()} == pytest.approx(some['at'], abs=0.051)
+
+
+def test_a_checkpoint_loads_in_a_process_of_its_own(work):
+    result = run([*SMALL, '--trainer.max_steps', '2'])
+    code = ("import json, sys, torch; from mmembed.train import load_checkpoint; m = load_checkpoint(sys.argv[1])\n"
+            "with torch.no_grad(): print(json.dumps(m.encode_text(m.text_pipeline(['a red ring', '红色'])).tolist()))")
+    out = subprocess.run([sys.executable, '-c', code, result.checkpoint], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    with torch.no_grad(): want = result.model.encode_text(result.model.text_pipeline(['a red ring', '红色']))
+    assert torch.allclose(torch.tensor(json.loads(out.splitlines()[-1])), want, atol=1e-6)
+
+
+def test_runs_repeat(work):
+    a, b = (run([*SMALL, '--trainer.max_epochs', '1', '--data.workers', w]) for w in ('0', '1'))
+    assert (a.folder.name, b.folder.name) == ('tiny', 'tiny-2')
+    assert all(x.equal(y) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True))
+    c = run([*SMALL, '--trainer.max_epochs', '1', '--seed_everything', '6', '--data.seed', '6'])
+    assert not a.model.text_proj.weight.equal(c.model.text_proj.weight)
+
+
+def test_the_kept_configuration_repeats_the_run(work):
+    a = run([*SMALL, '--trainer.max_steps', '3', '--model.lr', '0.002'])
+    b = run(['--config', str(a.folder/'config.yaml')])
+    assert all(x.equal(y) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True))
+
+
+def test_a_resumed_run_ends_where_an_unbroken_one_does(work):
+    whole = run([*SMALL, '--trainer.max_epochs', '4'])
+    cli = prepare([*SMALL, '--trainer.max_epochs', '4'])
+    cli.trainer.fit_loop.max_epochs = 2
+    cli.model.trainer = cli.trainer
+    first = run([*SMALL, '--trainer.max_epochs', '4', '--name', 'half', '--trainer.callbacks+=tests.test_train.StopAfterTwo'])
+    resumed = run([*SMALL, '--trainer.max_epochs', '4', '--name', 'rest', '--resume', str(first.folder/'last.ckpt')])
+    a, b = (torch.load(r.folder/'last.ckpt', weights_only=True)['state_dict'] for r in (whole, resumed))
+    assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
+
+
+def test_a_table_of_pairs_by_the_command_line(work):
+    table(Scenes(train=60, valid=0), work)
+    result = run([*SMALL, '--data.source', 'null', '--data.path', 'pairs.csv', '--data.valid_share', '0.3', '--trainer.max_steps', '2'])
+    assert list(result.recall) == ['all'] and len(result.data.train) + len(result.data.valid) == 60
+
+
+def test_broken_images_in_a_run(work, capsys):
+    table(Scenes(train=60, valid=0), work)
+    for name in ('7.jpg', '30.jpg'): (work/name).write_bytes((work/name).read_bytes()[:200])
+    argv = [*SMALL, '--data.source', 'null', '--data.path', 'pairs.csv', '--data.batch_size', '8', '--trainer.max_epochs', '1']
+    result = run(argv)
+    assert set(result.data.ledger) == {'7.jpg', '30.jpg'}
+    said = capsys.readouterr().out
+    assert '2 images could not be read and were skipped' in said and '30.jpg: ' in said
+    with pytest.raises(ValueError, match=r'^(7|30)\.jpg: '): run([*argv, '--data.on_error', 'raise'])
+
+
+def test_shuffled_captions_by_option(work):
+    cli = prepare([*SMALL, '--data.shuffle_captions', 'true'])
+    assert type(cli.datamodule.train).__name__ == 'Shuffled'
+
+
+def test_the_vocabulary_is_learnt_from_training_captions_alone(work):
+    rows = [('x.jpg', f'word{"abcdefghij"[i % 10]} only{i}') for i in range(200)]
+    (work/'x.jpg').write_bytes(bytes(Scenes(1, 0).image(0).tolist()))
+    (work/'pairs.csv').write_text('image,text\n' + ''.join(f'{a},{b}\n' for a, b in rows))
+    cli = prepare([*SMALL, '--data.source', 'null', '--data.path', 'pairs.csv', '--data.split_key', 'text', '--vocab_size', '5000'])
+    tp = cli.model.model.text_pipeline
+    train = {w for t in cli.datamodule.captions() for w in t.split()}
+    valid = {w for i in range(len(cli.datamodule.valid)) for w in cli.datamodule.valid.text(i).split()} - train
+    assert len(valid) > 5
+    whole = set(json.loads((cli.folder/'tokenizer.json').read_text())['model']['vocab'])
+    assert not valid & whole and len(train & whole) > 100 and tp.vocab_size == len(whole)
+
+
+MISTAKES = [
+    (['--config', 'none.yaml'], 'does not exist: .*none.yaml'),
+    (['--config', 'broken.yaml'], 'Problems parsing config'),
+    (['--config', 'empty.yaml'], 'not a configuration, .*the file is empty'),
+    (['--config', 'words.yaml'], 'not a configuration, .*just words'),
+    ([*SMALL, '--data.bath_size', '3'], 'unrecognized arguments: --data.bath_size'),
+    ([*SMALL, '--model.lr', 'fast'], 'Parser key "model.lr": Expected a float. Got value: fast'),
+    ([*SMALL, '--data.source.lang', 'fr'], r"data.source \(Scenes\): .*Got value: fr"),
+    ([*SMALL, '--data.path', 'x.csv'], 'wants either path, a file of pairs, or source'),
+    ([*SMALL, '--data.source', 'null', '--data.path', 'none.csv'], 'no such file: none.csv'),
+    ([*SMALL, '--data.source', 'null', '--data.path', 'empty.csv'], 'empty.csv holds no pairs'),
+    ([*SMALL, '--data.source', 'null', '--data.path', 'gone.csv'], 'gone.csv, line 2: no image file'),
+    ([*SMALL, '--model.model.text.tokenizer', 'none.json'], 'no tokenizer file none.json'),
+    ([*SMALL, '--resume', 'none.ckpt'], 'no checkpoint none.ckpt'),
+]
+
+
+@pytest.mark.parametrize('argv, message', MISTAKES, ids=[m for _, m in MISTAKES])
+def test_mistakes_are_one_sentence(work, argv, message):
+    (work/'broken.yaml').write_text('data: [1,\n x: {')
+    (work/'words.yaml').write_text('just words')
+    (work/'empty.yaml').write_text('')
+    (work/'empty.csv').write_text('image,text\n')
+    (work/'gone.csv').write_text('image,text\nx.jpg,a cat\n')
+    with pytest.raises((ValueError, OSError), match=message) as e: run(argv)
+    assert '\n' not in str(e.value) and len(str(e.value)) < 300
+    assert not (work/'out').exists() or 'none.json' in message  # a run that cannot start leaves no folder
+
+
+def test_bad_checkpoints(work):
+    (work/'a.ckpt').write_bytes(b'PK\x03\x04')
+    torch.save({'state_dict': {}}, work/'b.ckpt')
+    torch.save({'state_dict': {}, 'mmembed': {'model': None}}, work/'c.ckpt')
+    for name, error, message in [('none.ckpt', FileNotFoundError, 'no checkpoint'), ('a.ckpt', ValueError, 'not a readable checkpoint'),
+                                 ('b.ckpt', ValueError, 'not a checkpoint of mmembed'), ('c.ckpt', ValueError, 'does not describe its model')]:
+        with pytest.raises(error, match=message) as e: load_checkpoint(name)
+        assert '\n' not in str(e.value)
+
+
+def test_print_config(work, capsys):
+    with pytest.raises(SystemExit) as e: run([*SMALL, '--print_config'])
+    assert e.value.code == 0 and 'batch_size: 32' in capsys.readouterr().out and not (work/'out').exists()
+
+
+@pytest.mark.parametrize('path', sorted((ROOT/'configs').glob('*.yaml')), ids=lambda p: p.name)
+def test_configs_are_short_and_complete(work, path, monkeypatch):
+    assert 8 <= len(path.read_text().splitlines()) <= 37
+    table(Scenes(train=60, valid=0), work)
+    data = ['--data.path', 'pairs.csv', '--data.text_key', 'text', '--data.split_key', 'null'] if 'path:' in path.read_text() else []
+    cli = prepare(['--config', str(path), *data])
+    assert isinstance(cli.model.model, DualEncoder) and cli.model.model.text_pipeline.vocab_size > 50
+
+
+def test_decay_groups_hold_every_parameter_once():
+    tp = TextPipeline.learn(['a red ring'] * 9, vocab_size=50)
+    model = DualEncoder(TextTransformer(tp, width=32, depth=1), ConvNet(VisionPipeline(size=32), channels=(8, 16)))
+    groups = decay_groups(model, 0.1)
+    assert sorted(id(p) for g in groups for p in g['params']) == sorted(map(id, model.parameters()))
+    names = {id(p): n for n, p in model.named_parameters()}
+    free = {names[id(p)] for p in groups[1]['params']}
+    assert 'logit_scale' in free and 'image.stem.weight' not in free and {n for n in names.values() if n.endswith('bias')} <= free
+    model.text.requires_grad_(False)
+    assert not {id(p) for g in decay_groups(model, 0.1) for p in g['params']} & set(map(id, model.text.parameters()))
+
+
+def test_schedule():
+    values = [warm_cosine(s, 200, 0.1) for s in range(201)]
+    assert values[0] == 1/20 and max(values) == 1 == values[19] and values[200] == pytest.approx(0, abs=1e-9)
+    assert all(a < b for a, b in zip(values[:19], values[1:20])) and all(a >= b for a, b in zip(values[20:], values[21:]))
+    assert warm_cosine(0, 1, 0.) == 1
+
+
+def test_the_logit_scale_is_held(work):
+    cli = prepare([*SMALL, '--trainer.max_steps', '2', '--model.max_logit_scale', '10'])
+    cli.trainer.fit(cli.model, cli.datamodule)
+    assert cli.model.model.logit_scale.exp().item() <= 10 + 1e-4
+
+
+def test_captions_that_say_the_same_are_all_right():
+    eye = torch.eye(4)
+    swapped = eye[[1, 0, 2, 3]]
+    assert judge(eye, swapped, ['a', 'a', 'b', 'c'], [])['all']['text_to_image'].at[1] == 1
+    assert judge(eye, swapped, ['a', 'd', 'b', 'c'], [])['all']['text_to_image'].at[1] == 0.5
+    kinds = judge(eye, swapped, ['a', 'd', 'b', 'c'], ['x', 'x', 'y', 'y'])
+    assert (kinds['x']['text_to_image'].at[1], kinds['y']['text_to_image'].at[1], kinds['y']['text_to_image'].gallery) == (0, 1, 4)
+
+
+def test_new_folder(tmp_path):
+    for want in ('a', 'a-2', 'a-3'):
+        folder = new_folder(tmp_path/'a')
+        assert folder.name == want
+        folder.mkdir()
+
+
+from lightning.pytorch.callbacks import Callback  # noqa: E402
+
+
+class StopAfterTwo(Callback):
+    "Ends a run of four epochs after its second, as a crash would"
+    def on_train_epoch_end(self, trainer, _): trainer.should_stop = trainer.current_epoch == 1
