@@ -1,0 +1,186 @@
+"""Speed of the image pipeline beside its peers: the same files in, the same size of picture out.
+
+    python benchmarks/vision.py                     # one thread, then two; a table for each
+    python benchmarks/vision.py --threads 1 --sides 500 2000 --rounds 15
+
+Photos are re-encoded as JPEG (quality 90) with a longest side of 500, 1,000, 2,000 and 4,000 pixels; the source is the data
+folder's `figures` and `images` where `MMEMBED_DATA` has them (enlarged where they are smaller), otherwise generated pictures. Every
+contender gets the bytes of a file and gives float32 (3, 224, 224), normalised. Contenders take turns within a round, files
+in the same order, and a figure is the median over rounds of the ratio to Pillow + torchvision in the same round, so that
+a noisy machine harms all alike. Peers that are not installed, or that do not run here, are listed as not run.
+"""
+import argparse
+import io
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mmembed.core import as_bytes, quietly
+from mmembed.vision.pipeline import VisionPipeline
+
+MEAN, STD = VisionPipeline().spec()['mean'], VisionPipeline().spec()['std']
+
+
+def photos(side, n, seed=0):
+    "`n` JPEG files with a longest side of `side`."
+    root = Path(os.environ.get('MMEMBED_DATA') or Path(__file__).resolve().parents[2]/'shared'/'data')/'figures'
+    rng = np.random.default_rng(seed)
+    if (root/'pairs.jsonl').exists():
+        rows = [json.loads(r) for r in (root/'pairs.jsonl').read_text().splitlines()]
+        rows = [r for r in rows if r.get('kind', '').startswith('photo')] or rows
+        images = [Image.open(root/rows[i]['image']).convert('RGB') for i in rng.permutation(len(rows))[:n]]
+    else: images = [Image.effect_noise((300, 200), 60).convert('RGB') for _ in range(n)]
+    out = []
+    for image in images:
+        scale = side / max(image.size)
+        image = image.resize([max(round(v * scale), 1) for v in image.size], Image.BICUBIC)
+        # an enlarged picture is smoother than a photo: grain makes the decoder work
+        grain = rng.normal(0, 4, (image.height, image.width, 1))
+        image = Image.fromarray((np.asarray(image) + grain).clip(0, 255).astype(np.uint8))
+        f = io.BytesIO()
+        image.save(f, 'JPEG', quality=90)
+        out.append(f.getvalue())
+    return out
+
+
+def contenders():
+    "name -> a function from the bytes of a file to float32 (3, 224, 224); and the reasons of those that do not run."
+    from torchvision.transforms import v2
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+    found, missing = {}, {}
+
+    clip = image_transform_v2(PreprocessCfg(), is_train=False)
+    found['Pillow + torchvision (open_clip)'] = lambda b: clip(Image.open(io.BytesIO(b)))
+
+    vp = VisionPipeline()
+    found['mmembed, eager'] = lambda b: vp([as_bytes(b)])[0]
+    scripted = quietly(torch.jit.freeze, quietly(torch.jit.script, vp.eval()))
+    found['mmembed, scripted and frozen'] = lambda b: scripted([as_bytes(b)])[0]
+    exact = quietly(torch.jit.freeze, quietly(torch.jit.script, VisionPipeline(resize='pillow').eval()))
+    found["mmembed, resize='pillow', scripted"] = lambda b: exact([as_bytes(b)])[0]
+
+    import torchcodec  # noqa: F401 (registers the operator)
+    after = v2.Compose([v2.Resize(224, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(224),
+                        v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    found['torchcodec + torchvision v2'] = lambda b: after(torch.ops.torchcodec_ns.decode_jpeg(as_bytes(b), 3))
+    try:
+        from torchvision.io import decode_jpeg
+        decode_jpeg(as_bytes(photos(64, 1)[0]))
+        found['torchvision.io + torchvision v2'] = lambda b: after(decode_jpeg(as_bytes(b)))
+    except Exception as e: missing['torchvision.io + torchvision v2'] = str(e).splitlines()[0]
+
+    try:
+        from transformers import CLIPImageProcessor
+        fast = CLIPImageProcessor()
+        found['transformers CLIPImageProcessor (fast)'] = lambda b: fast(Image.open(io.BytesIO(b)), return_tensors='pt')['pixel_values'][0]
+    except ImportError as e: missing['transformers CLIPImageProcessor (fast)'] = str(e)
+
+    try:
+        import cv2
+        mean, std = np.array(MEAN, np.float32), np.array(STD, np.float32)
+        def opencv(b):
+            x = cv2.cvtColor(cv2.imdecode(np.frombuffer(b, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+            h, w = x.shape[:2]
+            w, h = (224, int(224 * h / w)) if w <= h else (int(224 * w / h), 224)
+            x = cv2.resize(x, (w, h), interpolation=cv2.INTER_AREA)  # OpenCV's only antialiased reduction
+            top, left = (h - 224) // 2, (w - 224) // 2
+            x = (x[top:top + 224, left:left + 224].astype(np.float32) / 255 - mean) / std
+            return torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1)))
+        found['OpenCV, area'] = opencv
+    except ImportError as e: missing['OpenCV, area'] = str(e)
+
+    missing['NVIDIA DALI (CPU)'] = 'not run: a pipeline of its own process model, compare apart'
+    missing['MATXScript'] = 'not run: needs an environment of its own (numpy < 2, torch 1.12 for its extension)'
+    return found, missing
+
+
+def measure(found, files, rounds):
+    "Seconds a file of every contender in every round."
+    for f in found.values():
+        for b in files[:3] * 2:
+            y = f(b)
+            assert y.shape == (3, 224, 224) and y.dtype == torch.float32
+    seconds = {k: [] for k in found}
+    names = list(found)
+    for r in range(rounds):
+        for k in names[r % len(names):] + names[:r % len(names)]:
+            start = time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+            for b in files: found[k](b)
+            end = time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+            seconds[k].append((end - start) / len(files))
+    return seconds
+
+
+def parts(files, rounds=5):
+    "Where the time of one file goes, in milliseconds."
+    vp, out = VisionPipeline(), {k: [] for k in ('probe', 'decode (with probe)', 'transform', 'normalize')}
+    for _ in range(rounds):
+        for b in files:
+            x = as_bytes(b)
+            t = [time.perf_counter()]
+            vp.probe(x); t.append(time.perf_counter())
+            rgb = vp.decode(x); t.append(time.perf_counter())
+            y = vp.transform(rgb); t.append(time.perf_counter())
+            vp.normalize(y[None]); t.append(time.perf_counter())
+            for k, a, e in zip(out, t, t[1:]): out[k].append((e - a) * 1e3)
+    return {k: statistics.median(v) for k, v in out.items()}
+
+
+def batches(files, rounds):
+    "A batch of 16 in the scripted module, one after the other and in parallel, milliseconds."
+    scripted = quietly(torch.jit.script, VisionPipeline())
+    xs = [as_bytes(b) for b in files][:16]
+    seconds = {False: [], True: []}
+    for p in (False, True):
+        for _ in range(3): scripted.preprocess_all(xs, p)
+    for _ in range(rounds):
+        for p in (False, True):
+            start = time.perf_counter()
+            scripted.preprocess_all(xs, p)
+            seconds[p].append((time.perf_counter() - start) * 1e3)
+    return statistics.median(seconds[False]), statistics.median(seconds[True])
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--sides', type=int, nargs='+', default=[500, 1000, 2000, 4000])
+    p.add_argument('--threads', type=int, nargs='+', default=[1, 2])
+    p.add_argument('--files', type=int, default=16)
+    p.add_argument('--rounds', type=int, default=9)
+    p.add_argument('--json', type=Path, help='write the figures here too')
+    a = p.parse_args()
+    found, missing = contenders()
+    print(f'{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}')
+    base, results = next(iter(found)), []
+    for threads in a.threads:
+        torch.set_num_threads(threads)
+        if 'OpenCV, area' in found: __import__('cv2').setNumThreads(threads)
+        for side in a.sides:
+            n = max(a.files * 500 // side, 4) if side > 500 else a.files
+            files = photos(side, n)
+            seconds = measure(found, files, a.rounds)
+            clock = 'CPU time' if threads == 1 else 'wall time'
+            print(f'\n{side} px, {n} photos of {statistics.mean(map(len, files))/1e3:.0f} kB, {threads} thread{"s"*(threads > 1)}, {clock}')
+            print(f'  {"":42}{"ms a photo":>11}{"times Pillow":>14}{"quartiles":>14}')
+            for k, v in seconds.items():
+                ratios = sorted(b / s for b, s in zip(seconds[base], v))
+                low, high = ratios[len(ratios)//4], ratios[-1 - len(ratios)//4]
+                print(f'  {k:42}{statistics.median(v)*1e3:11.2f}{statistics.median(ratios):14.2f}{low:8.2f}-{high:.2f}')
+                results.append(dict(side=side, threads=threads, name=k, ms=statistics.median(v)*1e3, ratio=statistics.median(ratios)))
+            print('  of mmembed, eager:', ', '.join(f'{k} {v:.2f} ms' for k, v in parts(files).items()))
+    torch.set_num_threads(1)
+    serial, parallel = batches(photos(500, 16), a.rounds)
+    print(f'\n16 photos of 500 px in one scripted call: one after the other {serial:.1f} ms, in parallel {parallel:.1f} ms')
+    for k, v in missing.items(): print(f'not run: {k}: {v}')
+    if a.json: a.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == '__main__': sys.exit(main())
