@@ -25,7 +25,7 @@ from .wordpiece import Pieces, kind_of, refuse, wordpiece_family
 # %% ../../nbs/text/09_pipeline.ipynb #03bae8ac
 FAMILIES: dict[str, Callable] = dict(WordPiece=wordpiece_family)  # a tokenizer.json's model type -> its (front, model)
 
-# %% ../../nbs/text/09_pipeline.ipynb #ebcfea0c
+# %% ../../nbs/text/09_pipeline.ipynb #ae38d241
 def family(
     tok: dict, # a parsed tokenizer.json
 ) -> tuple[nn.Module, nn.Module]: # front: bytes -> values; model: values -> pieces
@@ -34,10 +34,6 @@ def family(
     if kind not in FAMILIES: refuse('model', kind, ', '.join(FAMILIES))
     if kind_of(tok, 'post_processor') not in (None, 'TemplateProcessing', 'BertProcessing', 'RobertaProcessing'):
         refuse('post_processor', kind_of(tok, 'post_processor'), 'TemplateProcessing, BertProcessing, RobertaProcessing, none')
-    for t in tok.get('added_tokens', []):
-        if not t['content']: refuse('added token', t['content'], 'strings that are not empty')
-        for flag in ('single_word', 'lstrip', 'rstrip', 'normalized'):
-            if t.get(flag): refuse(f'added token {t["content"]!r}', f'{flag}=true', 'tokens matched as they are')
     for part in ('truncation', 'padding'):
         if (tok.get(part) or {}).get('direction', 'Right') != 'Right': refuse(f'{part} direction', 'Left', 'Right')
     return FAMILIES[kind](tok)

@@ -7,13 +7,15 @@ Docs: https://mmembed.github.io/mmembed/text/split.html.md"""
 # %% auto #0
 __all__ = ['Words', 'split_words', 'AddedTokens']
 
-# %% ../../nbs/text/03_split.ipynb #e7b24c0d
+# %% ../../nbs/text/03_split.ipynb #14406cb9
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .unicode import ADDED, CLASS_SHIFT, MAX_ADDED, SPACE, Codes
+from .tables import PageTable
+from .unicode import ADDED, CLASS_SHIFT, MAX_ADDED, SPACE, WHITE_SPACE, Codes, word_characters
 
 # %% ../../nbs/text/03_split.ipynb #c4e4e0cb
 class Words(NamedTuple):
@@ -39,20 +41,29 @@ def split_words(
     first = torch.zeros(n + 1, dtype=torch.int64, device=x.codes.device).index_fill_(0, start + 1, 1)
     return Words(start, end.index_select(0, keep), first.cumsum(0).index_select(0, x.offsets))
 
-# %% ../../nbs/text/03_split.ipynb #4426e241
+# %% ../../nbs/text/03_split.ipynb #a02fa156
 class AddedTokens(nn.Module):
-    "Replaces each occurrence of token `k` by the code point ADDED + k (Hugging Face's leftmost-longest matching)."
+    """Replaces each occurrence of token `k` by the code point ADDED + k: Hugging Face's leftmost-longest matching
+    (`added_vocabulary.rs`). Raises `ValueError` for a token that is empty, or that has white space at an edge where it would swallow more."""
 
     def __init__(self,
-        tokens: list[str], # not empty, distinct
+        tokens: list[dict], # as in a tokenizer.json: content, and perhaps single_word, lstrip, rstrip
     ):
         super().__init__()
         if len(tokens) > MAX_ADDED: raise ValueError(f'{len(tokens)} added tokens; at most {MAX_ADDED} can be told apart')
-        order = sorted(range(len(tokens)), key=lambda k: len(tokens[k]))  # a longer match replaces a shorter one
-        self.codes: list[list[int]] = [[ord(c) for c in tokens[k]] for k in order]
+        for t in tokens:
+            text, strips = t['content'], t.get('lstrip') or t.get('rstrip')
+            if not text or strips and text.strip() != text: raise ValueError(f'an added token cannot be {text!r}' + ' and strip' * bool(strips))
+        order = sorted(range(len(tokens)), key=lambda k: len(tokens[k]['content']))  # a longer match replaces a shorter one
+        self.codes: list[list[int]] = [[ord(c) for c in tokens[k]['content']] for k in order]
         self.number: list[int] = order
         self.base = ADDED
         self.first: list[int] = sorted({c[0] for c in self.codes})
+        flags = torch.tensor([[bool(t.get(f)) for f in ('single_word', 'lstrip', 'rstrip')] for t in tokens]).reshape(-1, 3)
+        self.conditions = bool(flags.any())
+        self.register_buffer('flags', flags)
+        self.register_buffer('space', torch.tensor(WHITE_SPACE))
+        self.word = PageTable(word_characters() if bool(flags[:, 0].any()) else np.zeros(1))
 
     def forward(self, x: Codes) -> tuple[Codes, Tensor]:
         """Code points -> the same with matches replaced, and where each now begins, int64 (K+1,) with the total at the end;
@@ -63,7 +74,7 @@ class AddedTokens(nn.Module):
         at = likely.nonzero().flatten()
         if at.numel() == 0: return x, nowhere
         n = x.codes.numel()
-        row_end = self._row_end(x).index_select(0, at)
+        row_end = self._per_code(x.offsets[1:], x).index_select(0, at)
         token, length = torch.full_like(at, -1), torch.zeros_like(at)
         for k, codes in enumerate(self.codes):
             here = at + len(codes) <= row_end
@@ -72,20 +83,23 @@ class AddedTokens(nn.Module):
             length = torch.where(here, len(codes), length)
         found = (token >= 0).nonzero().flatten()
         if found.numel() == 0: return x, nowhere
-        at, token, length = at[found], token[found], length[found]
-        keep = self._leftmost(at, at + length)
-        at, token, length = at[keep], token[keep], length[keep]
+        at, token, end = at[found], token[found], (at + length)[found]
+        keep = self._leftmost(at, end)
+        at, token, end = at[keep], token[keep], end[keep]
+        if self.conditions:
+            at, token, end = self._conditioned(x, at, token, end)
+            if at.numel() == 0: return x, nowhere
         change = torch.zeros(n + 1, dtype=torch.int64, device=x.codes.device)
-        change.index_add_(0, at + 1, torch.ones_like(at)).index_add_(0, at + length, -torch.ones_like(at))
+        change.index_add_(0, at + 1, torch.ones_like(at)).index_add_(0, end, -torch.ones_like(at))
         source = (change.cumsum(0)[:n] == 0).nonzero().flatten()  # the first character of a match stays
         codes = x.codes.index_copy(0, at, token + self.base)
         kept = torch.zeros(n + 1, dtype=torch.int64, device=x.codes.device).index_fill_(0, source + 1, 1)
         return (Codes(codes.index_select(0, source), kept.cumsum(0).index_select(0, x.offsets)),
             nn.functional.pad(source, (0, 1), value=float(n)))
 
-    def _row_end(self, x: Codes) -> Tensor:
-        "For each position, where its row ends: int64 (M,)."
-        return torch.repeat_interleave(x.offsets[1:], x.offsets[1:] - x.offsets[:-1])
+    def _per_code(self, per_row: Tensor, x: Codes) -> Tensor:
+        "A value of each row, int64 (B,), for each of its code points: int64 (M,)."
+        return torch.repeat_interleave(per_row, x.offsets[1:] - x.offsets[:-1])
 
     def _leftmost(self, start: Tensor, end: Tensor) -> Tensor:
         "Which of these matches, sorted by start, remain when each excludes those that it overlaps."
@@ -99,3 +113,20 @@ class AddedTokens(nn.Module):
                 keep.append(i)
                 last = e[i]
         return torch.tensor(keep, dtype=torch.int64, device=start.device)
+
+    def _conditioned(self, x: Codes, at: Tensor, token: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        "The matches that are words of their own where they must be, with the white space that they swallow."
+        n = x.codes.numel()
+        flags = self.flags.index_select(0, token)
+        row_start, row_end = self._per_code(x.offsets[:-1], x)[at], self._per_code(x.offsets[1:], x)[at]
+        word = self.word(x.codes) > 0
+        touched = (word[(at - 1).clamp(min=0)] & (at > row_start)) | (word[end.clamp(max=n - 1)] & (end < row_end))
+        keep = (~(flags[:, 0] & touched)).nonzero().flatten()
+        at, token, end, flags, row_start, row_end = at[keep], token[keep], end[keep], flags[keep], row_start[keep], row_end[keep]
+        place = torch.arange(n, device=x.codes.device)
+        solid = ~torch.isin(x.codes, self.space)
+        last = nn.functional.pad(torch.where(solid, place + 1, 0).cummax(0)[0], (1, 0))   # one past the last solid before a place
+        next = nn.functional.pad(torch.where(solid, place, n).flip(0).cummin(0)[0].flip(0), (0, 1), value=float(n))
+        end = torch.where(flags[:, 2], torch.minimum(next[end], row_end), end)
+        before = torch.maximum(row_start, nn.functional.pad(end[:-1], (1, 0)))            # a match before has had its spaces
+        return torch.where(flags[:, 1], torch.maximum(last[at], before), at), token, end

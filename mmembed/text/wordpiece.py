@@ -159,7 +159,7 @@ class WordPiece(nn.Module):
             seed, nth = self.continues, nth + 1
         return torch.cat(words), torch.cat(nths), torch.cat(begins), torch.cat(ends), torch.cat(entries)
 
-# %% ../../nbs/text/04_wordpiece.ipynb #9755b2a2
+# %% ../../nbs/text/04_wordpiece.ipynb #b4c3dcbf
 class BertFront(nn.Module):
     "Packed UTF-8 -> normalised values with their classes, added tokens marked, as BERT's rules have it."
 
@@ -169,7 +169,7 @@ class BertFront(nn.Module):
     ):
         super().__init__()
         self.utf8 = Utf8()
-        self.added = AddedTokens([t['content'] for t in added])
+        self.added = AddedTokens(added)
         rules = bert_rules(clean_text, handle_chinese_chars, strip_accents, lowercase)
         self.classes = rules.classes  # Python only
         self.tables = CharTables(rules)
@@ -215,13 +215,15 @@ def kind_of(
     "The type of one part; None if it has none."
     return (tok.get(part) or {}).get('type')
 
-# %% ../../nbs/text/04_wordpiece.ipynb #8da5efcd
+# %% ../../nbs/text/04_wordpiece.ipynb #eb7b4184
 def wordpiece_family(
     tok: dict, # a parsed tokenizer.json with a WordPiece model
 ) -> tuple[nn.Module, nn.Module]: # front: bytes -> values; model: values -> pieces
     "BERT's rules. Raises `ValueError` with the first rule of `tok` that is not implemented."
     for part, known in [('normalizer', 'BertNormalizer'), ('pre_tokenizer', 'BertPreTokenizer')]:
         if kind_of(tok, part) != known: refuse(part, kind_of(tok, part), known)
+    for t in tok.get('added_tokens', []):
+        if t.get('normalized'): refuse(f'added token {t["content"]!r}', 'normalized=true', 'added tokens that are matched before normalisation')
     n, m, added = tok['normalizer'], tok['model'], tok.get('added_tokens', [])
     front = BertFront(added, n['clean_text'], n['handle_chinese_chars'], n['strip_accents'], n['lowercase'])
     def values(piece): return [ord(c) | int(front.classes[ord(c)]) << CLASS_SHIFT for c in piece]

@@ -109,7 +109,7 @@ def changed(**parts): return {**TextPipeline.learn(CAPTIONS, vocab_size=400).spe
     (lambda: changed(model={'type': 'BPE'}), "its model is 'BPE'"),
     (lambda: changed(normalizer={'type': 'NFKC'}), "its normalizer is 'NFKC'"),
     (lambda: changed(pre_tokenizer={'type': 'Whitespace'}), "its pre_tokenizer is 'Whitespace'"),
-    (lambda: changed(added_tokens=[dict(id=0, content='x', lstrip=True)]), 'lstrip=true'),
+    (lambda: changed(added_tokens=[dict(id=0, content='x', normalized=True)]), 'normalized=true'),
     (lambda: changed(truncation=dict(direction='Left')), "truncation direction is 'Left'")])
 def test_unknown_rules_are_refused(tokenizer, says):
     with pytest.raises(ValueError, match=says): TextPipeline(tokenizer())
