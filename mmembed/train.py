@@ -8,7 +8,7 @@ Docs: https://mmembed.github.io/mmembed/train.html.md"""
 __all__ = ['decay_groups', 'warm_cosine', 'LitDualEncoder', 'judge', 'load_checkpoint', 'TrainCLI', 'new_folder',
            'learn_tokenizer', 'RunResult', 'run', 'prepare', 'show_recall']
 
-# %% ../nbs/20_train.ipynb #0a0ae7b7
+# %% ../nbs/20_train.ipynb #90341042
 import math
 import re
 import warnings
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
@@ -158,7 +158,7 @@ def _first(e: BaseException, line: int = 0) -> str:
     lines = [s.strip() for s in str(e).splitlines() if s.strip()] or [type(e).__name__]
     return lines[min(line, len(lines) - 1)]
 
-# %% ../nbs/20_train.ipynb #6d644251
+# %% ../nbs/20_train.ipynb #09ba92e1
 class TrainCLI(LightningCLI):
     "A run described by arguments and configuration files; everything is made here, nothing is fitted yet"
     def __init__(self,
@@ -192,9 +192,10 @@ class TrainCLI(LightningCLI):
         self.parser.save(self.config, self.folder/'config.yaml', overwrite=True, skip_validation=True)
         if _get(self.config, 'trainer.logger') is None:
             kwargs['logger'] = [logger(self.folder, name='logs', version='') for logger in (CSVLogger, TensorBoardLogger)]
-        self.checkpoint = ModelCheckpoint(self.folder, 'best', monitor='recall@1', mode='max', save_last=True)
+        self.best = ModelCheckpoint(self.folder, 'best', monitor='recall@1', mode='max', enable_version_counter=False)
+        last = ModelCheckpoint(self.folder, 'last', enable_version_counter=False, save_on_train_epoch_end=True)
         bars = [RichProgressBar()] if _get(self.config, 'trainer.enable_progress_bar') is not False else []
-        self.trainer_defaults['callbacks'] = [self.checkpoint, *bars]
+        self.trainer_defaults['callbacks'] = [self.best, last, *bars]
         return super().instantiate_trainer(default_root_dir=self.folder, **kwargs)
 
 # %% ../nbs/20_train.ipynb #4faf03d3
@@ -236,7 +237,7 @@ class RunResult(NamedTuple):
     model: DualEncoder   # as that checkpoint has it, on the CPU, in eval mode
     data: PairData       # `data.valid` is the gallery, `data.ledger` what was skipped
 
-# %% ../nbs/20_train.ipynb #b5318cc9
+# %% ../nbs/20_train.ipynb #77911dfe
 def run(
     argv: list[str], # e.g. ['--config', 'configs/pairs.yaml', '--data.path', 'pairs.csv']
 ) -> RunResult:
@@ -248,7 +249,7 @@ def run(
         warnings.filterwarnings('ignore', message='.*exists and is not empty')   # it holds our configuration and tokenizer
         warnings.filterwarnings('ignore', message='.*LeafSpec')
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.resume)
-    path = Path(cli.checkpoint.best_model_path or cli.folder/'last.ckpt')
+    path = cli.folder/('best.ckpt' if cli.best.best_model_score is not None else 'last.ckpt')
     if not path.is_file(): cli.trainer.save_checkpoint(path)
     spec = torch.load(path, map_location='cpu', weights_only=True)['mmembed']
     model = load_checkpoint(path, model=None if spec['model'] else cli.model.model.cpu())
