@@ -95,7 +95,7 @@ class Explanation(NamedTuple):
         cells = ''.join(cell(k, *s) for k, s in enumerate(self.spans))
         return f'<div style="overflow-x:auto"><table><tr>{cells}</tr></table><small>text, token, id, bytes</small></div>'
 
-# %% ../../nbs/text/09_pipeline.ipynb #293f8cff
+# %% ../../nbs/text/09_pipeline.ipynb #c70ceeb6
 class TextPipeline(nn.Module):
     """Texts -> `Tokens(ids, mask)`, exactly as the Hugging Face tokenizer it was made from: truncated to `max_length`, padded
     to the longest row, rounded up to a multiple of `pad_to` (0: always to `max_length`).
@@ -115,7 +115,7 @@ class TextPipeline(nn.Module):
         vocab = tokenizer['model']['vocab']
         added = {t['content']: t['id'] for t in tokenizer.get('added_tokens', [])}
         self.single, self.pair = frame(tokenizer, False), frame(tokenizer, True)
-        special = sum(map(len, self.pair.ids))
+        special = sum(map(len, self.single.ids))
         if max_length <= special: raise ValueError(f'max_length={max_length} leaves no room for text: {special} special tokens')
         self.max_length, self.pad_to = max_length, pad_to
         self.pad_id = (tokenizer.get('padding') or {}).get('pad_id', {**vocab, **added}.get('[PAD]', 0))
@@ -191,6 +191,7 @@ class TextPipeline(nn.Module):
             n_b = b.offsets[1:] - b.offsets[:-1]
         before, between, after = f.ids[0], f.ids[1], f.ids[2]
         edge = len(before) + len(between) + len(after)
+        if self.max_length < edge: raise RuntimeError(f'max_length={self.max_length} leaves no room for a pair: {edge} special tokens')
         n_a, n_b = self._longest_first(n_a, n_b, self.max_length - edge)
         total = (n_a + n_b + edge)[:, None]
         column = torch.arange(self._width(int(total.max()) if total.numel() > 0 else edge), device=data.device).expand(total.shape[0], -1)
