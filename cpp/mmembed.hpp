@@ -173,14 +173,16 @@ inline std::string read_card(const std::string& path) {
 // A string or literal field on the top level of the card, "" when absent. The card is flat where hosts need it.
 inline std::string card_field(const std::string& card, const std::string& key) {
   std::smatch m;
-  if (std::regex_search(card, m, std::regex("\"" + key + "\": ?(\"([^\"]*)\"|[^,}\\s]+)"))) return m[2].matched ? m[2] : m[1];
+  if (std::regex_search(card, m, std::regex("\"" + key + "\": ?(\"([^\"]*)\"|[^,}\\s]+)")))
+    return m[2].matched ? m[2] : m[1];
   return "";
 }
 
 // A loaded artifact. Calls are const and may come from several threads.
 class Embedder {
  public:
-  explicit Embedder(const std::string& path, Options options = {}) : options_(std::move(options)), card_(read_card(path)) {
+  explicit Embedder(const std::string& path, Options options = {})
+      : options_(std::move(options)), card_(read_card(path)) {
     if (options_.batch_size < 1) throw Error("batch_size must be at least 1");
     if (card_field(card_, "decode") == "true") register_image_ops(options_.torchcodec);
     if (options_.device.is_cuda()) load_beside("libtorch_cuda.so");

@@ -88,7 +88,7 @@ mmembed::Image read_rgb(const std::string& spec) {
   try {
     std::string data = mmembed::read_file(m[3]);
     if (static_cast<int64_t>(data.size()) != 3 * h * w)
-      return {torch::Tensor(), std::string(m[3]) + " holds " + std::to_string(data.size()) + " bytes, not 3*" + std::string(m[1]) + "*" + std::string(m[2])};
+      return {torch::Tensor(), m[3].str() + " holds " + std::to_string(data.size()) + " bytes, not 3*" + m[1].str() + "*" + m[2].str()};
     return mmembed::Image::rgb(mmembed::as_bytes(data).view({3, h, w}));
   } catch (const mmembed::Error& e) {
     return {torch::Tensor(), e.what()};

@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/runtime.html.md"""
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'read_card', 'register_image_ops', 'reason', 'Encoded', 'Ranking', 'Embedder', 'load']
 
-# %% ../nbs/30_runtime.ipynb #02d2385e
+# %% ../nbs/30_runtime.ipynb #2682946f
 import importlib.util
 import json
 import re
@@ -22,18 +22,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .core import ImageInfo, Tokens, pack, quietly
+from .core import ImageInfo, Tokens, as_bytes, pack, quietly, read_bytes
 
 # %% ../nbs/30_runtime.ipynb #54fa9a8f
 FORMAT_VERSION = 1 # of the identity card and of the artifact's methods
 
-# %% ../nbs/30_runtime.ipynb #a9df5267
+# %% ../nbs/30_runtime.ipynb #fbe1f731
 def read_card(
     path: str | Path, # an artifact
 ) -> dict:
     """The identity card of the artifact at `path`, without loading the model.
 
-    Raises `FileNotFoundError`, and `ValueError` for a file that is no artifact, is truncated, or is of a newer format."""
+    Raises `FileNotFoundError`, or `ValueError` for a file that is no artifact, truncated, or of a newer format."""
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'{path} not found: no such artifact')
     try:
@@ -44,7 +44,8 @@ def read_card(
         raise ValueError(f'{path} is not an mmembed artifact, or is truncated: it is no complete zip archive') from None
     if not isinstance(card, dict): raise ValueError(f'{path} is not an mmembed artifact: it holds no identity card')
     if card.get('format_version', 0) > FORMAT_VERSION:
-        raise ValueError(f'{path} has format {card["format_version"]}; this mmembed reads up to {FORMAT_VERSION}: upgrade mmembed')
+        raise ValueError(f'{path} has format {card["format_version"]}; this mmembed reads up to {FORMAT_VERSION}: '
+                         'upgrade mmembed')
     return card
 
 # %% ../nbs/30_runtime.ipynb #bc498bea
@@ -71,23 +72,23 @@ def reason(
     found = ([line for line in lines if re.search(kind, line)] or lines[:1])[-1]
     return re.sub(r'^\w+, /\S+:\d+, ', '', re.sub(kind, '', found))
 
-# %% ../nbs/30_runtime.ipynb #965d6ff8
+# %% ../nbs/30_runtime.ipynb #4da3c839
 def _as_image(item) -> Tensor: # uint8 (N,), a file, or uint8 (3, H, W), decoded RGB
-    if isinstance(item, (bytes, bytearray, memoryview)):
-        return torch.frombuffer(bytearray(item), dtype=torch.uint8) if len(item) else torch.empty(0, dtype=torch.uint8)
-    if isinstance(item, (str, Path)): return _as_image(Path(item).read_bytes())
+    if isinstance(item, (bytes, bytearray, memoryview)): return as_bytes(item)
+    if isinstance(item, (str, Path)): return read_bytes(item)
     if isinstance(item, Tensor): return item.cpu()
     pil, np = sys.modules.get('PIL.Image'), sys.modules.get('numpy')
     if pil and isinstance(item, pil.Image): return _from_pil(item)
     if np and isinstance(item, np.ndarray):
         if item.dtype != np.uint8 or item.ndim not in (2, 3) or item.shape[2:] not in ((), (3,), (4,)) or not item.size:
-            raise ValueError(f'an array must be uint8 of shape (H, W), (H, W, 3) or (H, W, 4), got {item.dtype} {item.shape}')
+            raise ValueError('an array must be uint8 of shape (H, W), (H, W, 3) or (H, W, 4), '
+                             f'got {item.dtype} {item.shape}')
         if item.shape[2:] == (3,): return torch.from_numpy(item.transpose(2, 0, 1).copy())
         from PIL import Image
         return _from_pil(Image.fromarray(item))
     raise TypeError(f'{type(item).__name__} is no image: pass bytes, a path, a uint8 tensor, a PIL image or an array')
 
-# %% ../nbs/30_runtime.ipynb #565714e9
+# %% ../nbs/30_runtime.ipynb #e3885c7f
 def _from_pil(image) -> Tensor:
     import io
     from PIL import ImageOps
@@ -95,10 +96,10 @@ def _from_pil(image) -> Tensor:
     if image.mode in ('CMYK', 'YCbCr', 'LAB', 'HSV'): image = image.convert('RGB')
     if image.mode == 'RGB' and 'transparency' not in image.info:
         w, h = image.size
-        return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(h, w, 3).permute(2, 0, 1).contiguous()
+        return as_bytes(image.tobytes()).view(h, w, 3).permute(2, 0, 1).contiguous()
     out = io.BytesIO()
     image.save(out, 'PNG', compress_level=1)
-    return _as_image(out.getvalue())
+    return as_bytes(out.getvalue())
 
 # %% ../nbs/30_runtime.ipynb #4de217e7
 class Encoded(NamedTuple):
@@ -122,7 +123,7 @@ def _items(x, name: str):
         raise TypeError(f'{name} is a single {type(x).__name__}; pass a list: [{name[:-1]}]')
     return x
 
-# %% ../nbs/30_runtime.ipynb #ba41c8a0
+# %% ../nbs/30_runtime.ipynb #2ba9de74
 class Embedder:
     "An artifact, loaded: texts and images to embeddings, with a status for every item"
     def __init__(
@@ -162,11 +163,12 @@ class Embedder:
             if good: rows.append(t)
         batches = [pack(rows[i:i+self.batch_size]) for i in range(0, len(rows), self.batch_size)] or [pack([])]
         self._check(errors, on_error, 'texts')
-        with torch.no_grad(): return self._result([self.module.encode_text_bytes(*b) for b in batches], errors, on_error)
+        with torch.no_grad(): done = [self.module.encode_text_bytes(*b) for b in batches]
+        return self._result(done, errors, on_error)
 
     def encode_image(
         self,
-        images: Iterable,        # each bytes of a file, a path, uint8 (N,) or (3, H, W), a PIL image or uint8 (H, W, 3) array
+        images: Iterable,        # each a file's bytes or path, uint8 (N,) or (3, H, W), a PIL image, an array (H, W, 3)
         on_error: str = 'raise', # 'raise', 'flag' or 'skip'
     ) -> Tensor | Encoded: # float32 (B, D) for 'raise', else `Encoded`
         "Embeddings of unit length; an image that cannot be read or decoded fails alone."
@@ -175,7 +177,8 @@ class Embedder:
             levels = []
             for item in chunk:
                 try: levels.append(self.preprocess(item))
-                except (OSError, TypeError, ValueError) as e: errors.append(f'{item}: {e.strerror}' if isinstance(e, OSError) and e.strerror else reason(e))
+                except OSError as e: errors.append(f'{item}: {e.strerror}' if e.strerror else reason(e))
+                except (TypeError, ValueError) as e: errors.append(reason(e))
                 else: errors.append('')
             self._check(errors, on_error, 'images')
             with torch.no_grad():
@@ -244,7 +247,8 @@ class Embedder:
 
     def __repr__(self):
         c = self.card
-        return f"Embedder({self.path.name!r}, {c['short_hash']}: {c['parameters']:,} parameters, dim={self.dim}, device={str(self.device)!r})"
+        what = f"{c['short_hash']}: {c['parameters']:,} parameters, dim={self.dim}, device={str(self.device)!r}"
+        return f'Embedder({self.path.name!r}, {what})'
 
     def _repr_html_(self):
         rows = {k: v for k, v in self.card.items() if not isinstance(v, dict)}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core import ImageInfo, Tokens, pack_str, quietly
 
-# %% ../../nbs/export/01_artifact.ipynb #e80f2df0
+# %% ../../nbs/export/01_artifact.ipynb #0bea0c93
 class Artifact(nn.Module):
     "Both pipelines and both towers in one module that scripts: raw bytes in, embeddings out"
     dim: int
@@ -81,7 +81,7 @@ class Artifact(nn.Module):
         levels: list[Tensor] = []
         for i, image in enumerate(images):
             info = self.probe(image)
-            if info.error != '': raise ValueError('images[' + str(i) + ']: ' + info.error)
+            if info.error != '': raise ValueError(f'images[{i}]: {info.error}')
             levels.append(self.vision_pipeline.preprocess(image))
         if len(levels) == 0: return torch.zeros((0, self.dim), device=self.logit_scale.device)
         return self.encode_pixels(torch.stack(levels))
@@ -94,7 +94,8 @@ class Artifact(nn.Module):
         if image.dim() == 1: return self.vision_pipeline.probe(image)
         c, h, w = image.shape[0], image.shape[1], image.shape[2]
         good = c == 3 and h > 0 and w > 0
-        return ImageInfo('rgb', w, h, 8, c, 1, 1, '' if good else 'decoded RGB must have the shape (3, H, W), H and W at least 1')
+        error = '' if good else 'decoded RGB must have the shape (3, H, W), H and W at least 1'
+        return ImageInfo('rgb', w, h, 8, c, 1, 1, error)
 
     @torch.jit.export
     def preprocess_image(self, image: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ class Artifact(nn.Module):
         "Unit-length float32 (B, D) of (B, 3, S, S): uint8 levels, or float32 that is normalised already."
         h, w = self.vision_pipeline.size
         if pixels.dim() != 4 or pixels.shape[1] != 3 or pixels.shape[2] != h or pixels.shape[3] != w:
-            raise ValueError('pixels must have the shape (B, 3, ' + str(h) + ', ' + str(w) + ')')
+            raise ValueError(f'pixels must have the shape (B, 3, {h}, {w})')
         if pixels.dtype != torch.uint8 and pixels.dtype != torch.float32:
             raise ValueError('pixels must be uint8 levels or normalised float32')
         pixels = pixels.to(self.logit_scale.device)
@@ -117,8 +118,9 @@ class Artifact(nn.Module):
     @torch.jit.export
     def score(self, text: Tensor, image: Tensor) -> Tensor:
         "Scores float32 (T, I) of embeddings (T, D) and (I, D)."
-        if text.dim() != 2 or text.shape[1] != self.dim: raise ValueError('text must have the shape (T, ' + str(self.dim) + ')')
-        if image.dim() != 2 or image.shape[1] != self.dim: raise ValueError('image must have the shape (I, ' + str(self.dim) + ')')
+        D = self.dim
+        if text.dim() != 2 or text.shape[1] != D: raise ValueError(f'text must have the shape (T, {D})')
+        if image.dim() != 2 or image.shape[1] != D: raise ValueError(f'image must have the shape (I, {D})')
         return self.logit_scale * (text @ image.T) + self.logit_bias
 
 # %% ../../nbs/export/01_artifact.ipynb #4495f1da
@@ -142,7 +144,7 @@ class _Flat(nn.Module):
         self.tower = tower
     def forward(self, ids, mask): return self.tower(Tokens(ids, mask))
 
-# %% ../../nbs/export/01_artifact.ipynb #041bc99c
+# %% ../../nbs/export/01_artifact.ipynb #842f9bb9
 def trace_text(
     tower: nn.Module,     # forward(Tokens) -> (B, width), in eval mode
     tokens: list[Tokens], # batches of different sizes and lengths; the first is traced, all are compared
@@ -158,8 +160,8 @@ def trace_text(
             try: off = float((traced(*t) - want).abs().max())
             except RuntimeError as e: off = str(e).strip().splitlines()[-1]
             if isinstance(off, str) or not off <= bound:
-                raise ValueError(f'the text tower {type(tower).__name__}, traced with ids of shape {tuple(tokens[0].ids.shape)}, '
-                                 f'is wrong for {tuple(t.ids.shape)}: {off}')
+                raise ValueError(f'the text tower {type(tower).__name__}, traced with ids of shape '
+                                 f'{tuple(tokens[0].ids.shape)}, is wrong for {tuple(t.ids.shape)}: {off}')
     return TracedText(traced, tower.width)
 
 # %% ../../nbs/export/01_artifact.ipynb #8e4cb916
@@ -178,22 +180,21 @@ def scriptable(
             model.image = torch.jit.trace(model.image, torch.zeros(2, 3, *vp.size), check_trace=False)
     return model
 
-# %% ../../nbs/export/01_artifact.ipynb #26662523
+# %% ../../nbs/export/01_artifact.ipynb #c4326c4f
 def assemble(
     model: nn.Module,    # a DualEncoder with its two pipelines; left as it is
-    decode: bool = True, # False leaves the file decoders out: the artifact takes decoded RGB and loads without torchcodec
+    decode: bool = True, # False: no file decoders; the artifact takes decoded RGB and loads without torchcodec
 ) -> Artifact: # not yet scripted
     "The `Artifact` of `model`. Raises `TypeError` for a model whose towers carry no pipelines."
     for name in ('text_pipeline', 'vision_pipeline'):
         if not isinstance(getattr(model, name, None), nn.Module):
-            raise TypeError(f'{type(model).__name__} has no {name}: an artifact holds the preprocessing, so its towers must carry it')
+            raise TypeError(f'{type(model).__name__} has no {name}: an artifact holds the preprocessing, '
+                            'so its towers must carry it')
     tp, vp = copy.deepcopy(model.text_pipeline).cpu(), copy.deepcopy(model.vision_pipeline).cpu()
     vp.file_decode = decode
     ready = scriptable(model)
     with torch.no_grad(): dim = ready.encode_text(tp(['x'])).shape[1]
-    artifact = Artifact(ready, tp, vp, dim)
-    for m in artifact.modules(): m.training = False  # not eval(): that calls train(False), and TextPipeline.train learns a vocabulary
-    return artifact
+    return Artifact(ready, tp, vp, dim).eval()
 
 # %% ../../nbs/export/01_artifact.ipynb #04c7f4f2
 def save(

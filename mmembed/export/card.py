@@ -70,11 +70,12 @@ def _plain(x, key='training'):
     if isinstance(x, str): return PurePath(x).name if PurePath(x).is_absolute() or x.startswith('~') else x
     raise TypeError(f'{key} is {type(x).__name__}, which the identity card cannot hold')
 
-# %% ../../nbs/export/02_card.ipynb #2b5982f9
+# %% ../../nbs/export/02_card.ipynb #38ba342d
 def _training(training: dict | None) -> dict:
     known = ('config', 'counts', 'metrics')
     for k in training or {}:
-        if k not in known: raise ValueError(f'training has the key {k!r}; the card takes {", ".join(known)} and never examples')
+        if k not in known:
+            raise ValueError(f'training has the key {k!r}; the card takes {", ".join(known)} and never examples')
     return _plain(training or {})
 
 # %% ../../nbs/export/02_card.ipynb #b564b62d
@@ -85,7 +86,7 @@ def _versions() -> dict:
         except importlib.metadata.PackageNotFoundError: pass
     return out
 
-# %% ../../nbs/export/02_card.ipynb #af86a614
+# %% ../../nbs/export/02_card.ipynb #e43f45a9
 def make_card(
     model: nn.Module,              # a DualEncoder with its two pipelines
     dim: int,                      # width of the embeddings
@@ -104,7 +105,8 @@ def make_card(
         'format': 'mmembed', 'format_version': FORMAT_VERSION, 'short_hash': '', 'content_hash': '',
         'kind': type(model).__name__, 'decode': decode, 'dim': dim, 'normalized': True,
         'dtype': ' '.join(sorted(str(d).removeprefix('torch.') for d in dtypes)),
-        'logit_scale': float(model.logit_scale.detach().float().exp()), 'logit_bias': 0. if bias is None else float(bias),
+        'logit_scale': float(model.logit_scale.detach().float().exp()),
+        'logit_bias': 0. if bias is None else float(bias.detach()),
         'max_length': tp.max_length, 'vocab_size': tp.vocab_size, 'image_size': list(vp.size),
         'parameters': sum(p.numel() for p in model.parameters()),
         'text_tower': type(model.text).__name__, 'image_tower': type(model.image).__name__,

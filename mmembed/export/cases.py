@@ -51,7 +51,7 @@ def _bytes(image, format: str, **kwargs) -> bytes:
     image.save(out, format, **kwargs)
     return out.getvalue()
 
-# %% ../../nbs/export/03_cases.ipynb #bdf59879
+# %% ../../nbs/export/03_cases.ipynb #7d693e22
 def images() -> dict[str, bytes]: # name -> content of a file
     "About forty image files: formats, colour modes, orientations and sizes, and files that are broken."
     from PIL import Image, features
@@ -71,7 +71,8 @@ def images() -> dict[str, bytes]: # name -> content of a file
     deep.putdata([(i * 977) % 65536 for i in range(64 * 48)])
     files['16 bit.png'] = _bytes(deep, 'PNG')
     files['16 bit rgb.png'] = _png(40, 30, 16, 2, bytes((i * 131) % 256 for i in range(40 * 30 * 6)))
-    files['lossy.webp'], files['lossless.webp'] = _bytes(s, 'WEBP', quality=60), _bytes(_scene(90, 90, 'RGBA'), 'WEBP', lossless=True)
+    files['lossy.webp'] = _bytes(s, 'WEBP', quality=60)
+    files['lossless.webp'] = _bytes(_scene(90, 90, 'RGBA'), 'WEBP', lossless=True)
     files['still.gif'] = _bytes(palette, 'GIF')
     moving = [s.rotate(a) for a in (0, 30, 60)]
     files['moving.gif'] = _bytes(moving[0], 'GIF', save_all=True, append_images=moving[1:])
@@ -84,25 +85,29 @@ def images() -> dict[str, bytes]: # name -> content of a file
     flipped = bytearray(png)
     flipped[len(png)//2] ^= 0x10
     return files | {
-        'empty': b'', 'one byte': b'\xff', 'text': b'this is not an image', 'html': b'<!DOCTYPE html><html></html>', 'truncated.jpg': jpeg[:len(jpeg)//2],
-        'header only.jpg': jpeg[:20], 'truncated.png': png[:len(png)//2], 'flipped bit.png': bytes(flipped), 'signature only.png': png[:8],
-        'bomb.png': _png(65535, 65535, 8, 2, b''), 'no size.png': _png(0, 0, 8, 2, b''), 'truncated.webp': files['lossy.webp'][:100], 'truncated.gif': files['still.gif'][:40],
+        'empty': b'', 'one byte': b'\xff', 'text': b'this is not an image', 'html': b'<!DOCTYPE html><html></html>',
+        'truncated.jpg': jpeg[:len(jpeg)//2], 'header only.jpg': jpeg[:20],
+        'truncated.png': png[:len(png)//2], 'flipped bit.png': bytes(flipped), 'signature only.png': png[:8],
+        'bomb.png': _png(65535, 65535, 8, 2, b''), 'no size.png': _png(0, 0, 8, 2, b''),
+        'truncated.webp': files['lossy.webp'][:100], 'truncated.gif': files['still.gif'][:40],
     }
 
-# %% ../../nbs/export/03_cases.ipynb #28e3d03b
+# %% ../../nbs/export/03_cases.ipynb #0d3ffcdc
 def _png(width: int, height: int, bits: int, colour: int, pixels: bytes) -> bytes:
     "A PNG as it says, whatever the pixels: Pillow writes neither 16-bit RGB nor broken headers."
-    def chunk(name, data): return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+    def chunk(name, data):
+        return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
     row = len(pixels) // max(height, 1) if pixels else 0
     lines = b''.join(b'\0' + pixels[i:i+row] for i in range(0, len(pixels), row)) if row else b''
     return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, bits, colour, 0, 0, 0)) \
         + chunk(b'IDAT', zlib.compress(lines)) + chunk(b'IEND', b'')
 
-# %% ../../nbs/export/03_cases.ipynb #c5c09d0f
+# %% ../../nbs/export/03_cases.ipynb #cd8559bb
 def arrays() -> list[Tensor]: # uint8 (3, H, W) each
     "Decoded RGB of several sizes, noise and gradients."
     g = torch.Generator().manual_seed(0)
-    good = [torch.randint(0, 256, (3, h, w), generator=g, dtype=torch.uint8) for h, w in ((1, 1), (64, 64), (37, 91), (300, 7), (2, 500), (224, 224))]
+    sizes = (1, 1), (64, 64), (37, 91), (300, 7), (2, 500), (224, 224)
+    good = [torch.randint(0, 256, (3, h, w), generator=g, dtype=torch.uint8) for h, w in sizes]
     ramp = torch.arange(256, dtype=torch.uint8)
     good.append(torch.stack([ramp.expand(90, 256), ramp.flip(0).expand(90, 256), ramp[:90, None].expand(90, 256)]))
     return good

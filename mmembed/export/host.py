@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/export/host.html.md"""
 # %% auto #0
 __all__ = ['missing', 'build', 'built', 'ask']
 
-# %% ../../nbs/export/04_host.ipynb #8ff7265d
+# %% ../../nbs/export/04_host.ipynb #6f62ab1a
 import fcntl
 import json
 import os
@@ -20,6 +20,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ..core import read_bytes
+from .card import sha256
 
 # %% ../../nbs/export/04_host.ipynb #2724da4b
 def _root() -> Path | None: # the checkout that holds cpp/, if the package lies in one
@@ -35,21 +38,21 @@ def missing() -> str:
         return 'no C++ compiler: apt install g++'
     return ''
 
-# %% ../../nbs/export/04_host.ipynb #6bd83afb
-def _cmake() -> str | None: return shutil.which('cmake', path=f'{sysconfig.get_path("scripts")}{os.pathsep}{os.environ.get("PATH", "")}')
+# %% ../../nbs/export/04_host.ipynb #bf1791ea
+def _cmake() -> str | None:
+    return shutil.which('cmake', path=os.pathsep.join([sysconfig.get_path('scripts'), os.environ.get('PATH', '')]))
 
-# %% ../../nbs/export/04_host.ipynb #a017dd28
+# %% ../../nbs/export/04_host.ipynb #e8faf168
 def _stamp(folders: list[Path]) -> str:
-    from mmembed.export.card import sha256
     files = sorted(p for f in folders for p in f.glob('*') if p.suffix in ('.hpp', '.cpp', '.txt'))
     return sha256(torch.__version__, torch.__file__, sys.executable, *(p.read_bytes() for p in files))
 
-# %% ../../nbs/export/04_host.ipynb #4ba65e98
+# %% ../../nbs/export/04_host.ipynb #a165395e
 def build(
     target: str = 'mmembed_cli',     # or 'mmembed_test'
     folder: str | Path | None = None, # where to build; build/cpp of the checkout by default
 ) -> Path: # the program
-    "The compiled host, built when its sources or torch have changed. Raises `RuntimeError` with the compiler's last words."
+    "The compiled host, built anew when its sources or torch have changed; raises `RuntimeError` when that fails."
     if why := missing(): raise RuntimeError(f'the C++ host cannot be built: {why}')
     root, cmake = _root(), _cmake()
     folder = Path(folder or root/'build'/'cpp')
@@ -59,10 +62,12 @@ def build(
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (folder/target).is_file() and stamp.is_file() and stamp.read_text() == current: return folder/target
         tests = 'ON' if (root/'tests'/'cpp'/'mmembed_test.cpp').is_file() else 'OFF'
-        for command in ([cmake, '-S', root/'cpp', '-B', folder, f'-DPython_EXECUTABLE={sys.executable}', f'-DMMEMBED_TESTS={tests}'],
-                        [cmake, '--build', folder, '--target', target]):
+        defines = [f'-DPython_EXECUTABLE={sys.executable}', f'-DMMEMBED_TESTS={tests}']
+        configure, compile = ['-S', root/'cpp', '-B', folder, *defines], ['--build', folder, '--target', target]
+        for command in ([cmake, *configure], [cmake, *compile]):
             done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode: raise RuntimeError(f'building the C++ host failed:\n{(done.stdout + done.stderr)[-3000:]}')
+            if done.returncode:
+                raise RuntimeError(f'building the C++ host failed:\n{(done.stdout + done.stderr)[-3000:]}')
         stamp.write_text(current)
     return folder/target
 
@@ -75,7 +80,7 @@ def built() -> Path | None:
     fresh = exe.is_file() and stamp.is_file() and stamp.read_text() == _stamp([root/'cpp', root/'tests'/'cpp'])
     return exe if fresh else None
 
-# %% ../../nbs/export/04_host.ipynb #0bcde673
+# %% ../../nbs/export/04_host.ipynb #bf06707e
 def ask(
     exe: str | Path,        # the compiled mmembed_cli
     path: str | Path,       # an artifact
@@ -92,14 +97,14 @@ def ask(
         for i, x in enumerate(images):
             (d/f'i{i}').write_bytes(x.contiguous().numpy().tobytes())
             args += ['--image', d/f'i{i}'] if x.ndim == 1 else ['--rgb', f'{x.shape[1]}x{x.shape[2]}:{d}/i{i}']
-        done = subprocess.run([exe, path, '--batch', str(batch), '--threads', str(torch.get_num_threads()), '--dump', d, *args],
-                              capture_output=True, text=True)
+        options = ['--batch', str(batch), '--threads', str(torch.get_num_threads()), '--dump', d]
+        done = subprocess.run([exe, path, *options, *args], capture_output=True, text=True)
         if done.returncode not in (0, 1) or done.stderr: raise RuntimeError(_last(done))
         answers = {'text': [], 'image': []}
         for row in map(json.loads, done.stdout.splitlines()):
             for k, dtype in (('ids', torch.int64), ('mask', torch.int64), ('embedding', torch.float32)):
                 if k in row: row[k] = torch.tensor(row[k], dtype=dtype)
-            if 'crc32' in row: row['pixels'] = torch.frombuffer(bytearray((d/f"{row['index']}.bin").read_bytes()), dtype=torch.uint8)
+            if 'crc32' in row: row['pixels'] = read_bytes(d/f"{row['index']}.bin")
             answers[row.pop('kind')].append(row)
     return answers
 
