@@ -89,13 +89,13 @@ asked = torch.load(asked)
 torch.save(answers(torch.jit.load(path).eval(), **asked), told)
 '''
 
-# %% ../../nbs/export/05_verify.ipynb #d25a0640
+# %% ../../nbs/export/05_verify.ipynb #599b2247
 def _fresh(path: Path, asked: dict, decode: bool) -> dict:
     with tempfile.TemporaryDirectory() as d:
         torch.save(asked, f'{d}/asked.pt')
         args = path, f'{d}/asked.pt', f'{d}/told.pt', str(decode), str(torch.get_num_threads())
         done = subprocess.run([sys.executable, '-I', '-W', 'ignore', '-c', _program(), *args],
-                              capture_output=True, text=True, cwd=d)
+                              capture_output=True, text=True, errors='replace', cwd=d)
         if done.returncode: raise RuntimeError(host._last(done))
         return torch.load(f'{d}/told.pt')
 

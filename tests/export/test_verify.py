@@ -17,6 +17,7 @@ from mmembed.export.verify import BOUNDS, Report, Row, VerifyError, _program, ex
 from mmembed.models.towers import ConvNet
 from mmembed.vision.pipeline import VisionPipeline
 
+from ..helpers import data_path
 from . import tiny
 
 
@@ -142,3 +143,14 @@ def test_the_package_is_the_function(tmp_path):
     assert callable(mmembed.export) and inspect.ismodule(mmembed.export) and mmembed.export is sys.modules['mmembed.export']
     report = mmembed.export(tiny.model(), tmp_path/'model.pt', fresh=False, cpp=False)
     assert report.path == tmp_path/'model.pt' and report.ok
+
+
+def test_real_files_and_texts():
+    "Every awkward file of three decoders' own test suites, and every text of the corpora, in all hosts that are there."
+    files = [p for p in sorted(data_path('images').rglob('*')) if p.is_file() and p.suffix != '.json']
+    texts = json.loads(data_path('text', 'naughty_strings.json').read_text())
+    for corpus in sorted(data_path('text').glob('ud_*.txt')): texts += corpus.read_text().splitlines()[:100]
+    report = verify(tiny.artifact(), tiny.model(), texts, [p.read_bytes() for p in files],
+                    sizes=(0, 64)).check()
+    status = next(r for r in report.rows if r.what == 'image status')
+    assert status.n == len(files) + len(cases.images()) and len(files) > 300
