@@ -48,6 +48,7 @@ inline std::string reason(const std::exception& e) {
   std::istringstream lines(c10_error ? c10_error->what_without_backtrace() : e.what());
   std::string line, found;
   while (std::getline(lines, line)) {
+    if (line.size() > 1000) line.resize(1000);  // std::regex recurses along the line
     const bool blank = line.find_first_not_of(" \t\r") == std::string::npos;
     if (!blank && (found.empty() || std::regex_search(line, type))) found = line;
   }
@@ -178,7 +179,7 @@ inline std::string card_field(const std::string& card, const std::string& key) {
   return "";
 }
 
-// A loaded artifact. Calls are const and may come from several threads.
+// A loaded artifact. Calls are const and may come from several threads; what they return lies on the CPU.
 class Embedder {
  public:
   explicit Embedder(const std::string& path, Options options = {})
@@ -217,7 +218,7 @@ class Embedder {
       auto [data, offsets] = pack(texts.begin() + i, texts.begin() + std::min(i + step, texts.size()));
       rows.push_back(call("encode_text_bytes", {data, offsets}).toTensor());
     }
-    return rows.size() == 1 ? rows[0] : torch::cat(rows);
+    return (rows.size() == 1 ? rows[0] : torch::cat(rows)).to(torch::kCPU);
   }
 
   ImageInfo probe(const Image& image) const {
@@ -266,7 +267,7 @@ class Embedder {
   // Scores float32 (T, I) of embeddings (T, D) and (I, D).
   torch::Tensor score(const torch::Tensor& text, const torch::Tensor& image) const {
     torch::NoGradGuard no_grad;
-    return call("score", {text.to(options_.device), image.to(options_.device)}).toTensor();
+    return call("score", {text.to(options_.device), image.to(options_.device)}).toTensor().to(torch::kCPU);
   }
 
  private:
