@@ -53,7 +53,7 @@ def warm_cosine(
     if step < up: return (step + 1) / up
     return 0.5 * (1 + math.cos(math.pi * min(1, (step - up) / max(1, steps - up))))
 
-# %% ../nbs/20_train.ipynb #08a06be0
+# %% ../nbs/20_train.ipynb #af6bd67b
 class LitDualEncoder(LightningModule):
     "Trains a `DualEncoder` with the symmetric contrastive loss"
     def __init__(self,
@@ -76,7 +76,8 @@ class LitDualEncoder(LightningModule):
         out = self(batch)
         same = same_text(batch.tokens) if self.hparams.share_targets else None
         loss = info_nce(out.logit_scale * out.text @ out.image.T, same)
-        self.log_dict({'train/loss': loss, 'train/logit_scale': out.logit_scale}, prog_bar=True, batch_size=len(batch.index))
+        figures = {'train/loss': loss, 'train/logit_scale': out.logit_scale}
+        self.log_dict(figures, prog_bar=True, batch_size=len(batch.index))
         return loss
 
     def on_before_zero_grad(self, _):
@@ -97,7 +98,8 @@ class LitDualEncoder(LightningModule):
         for kind, ways in self.recall.items():
             at = f'/{kind}' if kind != 'all' else ''
             for way, r in ways.items():
-                self.log_dict({f'{way}@{k}{at}': v for k, v in r.at.items()} | {f'{way}_median_rank{at}': r.median_rank}, batch_size=1)
+                figures = {f'{way}@{k}{at}': v for k, v in r.at.items()}
+                self.log_dict(figures | {f'{way}_median_rank{at}': r.median_rank}, batch_size=1)
             self.log_dict({f'chance@{k}{at}': v for k, v in ways['text_to_image'].chance.items()}, batch_size=1)
         self.log('recall@1', self.recall['all']['text_to_image'].at[1], prog_bar=True, batch_size=1)
         self._seen = []
@@ -112,7 +114,7 @@ class LitDualEncoder(LightningModule):
         try: checkpoint['mmembed'] = {'model': self.model.spec(), 'recall': _plain(self.recall)}
         except (AttributeError, TypeError): checkpoint['mmembed'] = {'model': None, 'recall': _plain(self.recall)}
 
-# %% ../nbs/20_train.ipynb #82f879aa
+# %% ../nbs/20_train.ipynb #cd92076c
 def judge(
     text: Tensor,      # float32 (N, D)
     image: Tensor,     # float32 (N, D): image i belongs to text i
@@ -129,23 +131,28 @@ def judge(
     return result
 
 def _plain(recall: dict[str, dict[str, Recall]]) -> dict:
-    return {kind: {way: {'at': {str(k): v for k, v in r.at.items()}, 'chance': {str(k): v for k, v in r.chance.items()},
-                         'median_rank': r.median_rank, 'queries': r.queries, 'gallery': r.gallery} for way, r in ways.items()} for kind, ways in recall.items()}
+    "The same as JSON has it."
+    def one(r): return r._asdict() | {k: {str(n): v for n, v in getattr(r, k).items()} for k in ('at', 'chance')}
+    return {kind: {way: one(r) for way, r in ways.items()} for kind, ways in recall.items()}
 
-# %% ../nbs/20_train.ipynb #168ef234
+# %% ../nbs/20_train.ipynb #a1043985
 def load_checkpoint(
     path: str | Path,                   # what Lightning saved
     model: DualEncoder | None = None,   # for a model that cannot describe itself: one of the same shape
 ) -> DualEncoder:
-    "The trained model with its pipelines, on the CPU, in eval mode. Raises `FileNotFoundError` or `ValueError` for what is no such checkpoint."
+    """The trained model with its pipelines, on the CPU, in eval mode.
+
+    Raises `FileNotFoundError`, and `ValueError` for what is no such checkpoint."""
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'no checkpoint {path}')
     try: saved = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f'{path} is not a readable checkpoint: {_first(e).split(". ")[0]}') from None
+    except Exception as e:
+        raise ValueError(f'{path} is not a readable checkpoint: {_first(e).split(". ")[0]}') from None
     if not isinstance(saved, dict) or 'mmembed' not in saved or 'state_dict' not in saved:
         raise ValueError(f'{path} is not a checkpoint of mmembed')
     spec = saved['mmembed']['model']
-    if model is None and spec is None: raise ValueError(f'{path} does not describe its model: pass model=, one of the same shape')
+    if model is None and spec is None:
+        raise ValueError(f'{path} does not describe its model: pass model=, one of the same shape')
     model = model or from_spec(spec)
     weights = {k.removeprefix('model.'): v for k, v in saved['state_dict'].items() if k.startswith('model.')}
     try: model.load_state_dict(weights)
@@ -158,7 +165,7 @@ def _first(e: BaseException, line: int = 0) -> str:
     lines = [s.strip() for s in str(e).splitlines() if s.strip()] or [type(e).__name__]
     return lines[min(line, len(lines) - 1)]
 
-# %% ../nbs/20_train.ipynb #09ba92e1
+# %% ../nbs/20_train.ipynb #5772f305
 class TrainCLI(LightningCLI):
     "A run described by arguments and configuration files; everything is made here, nothing is fitted yet"
     def __init__(self,
@@ -175,7 +182,7 @@ class TrainCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser):
         parser.add_argument('--name', type=str, default='train', help='the run; its folder is <runs_path>/<name>')
         parser.add_argument('--vocab_size', type=int, default=4000, help='tokens that `tokenizer: learn` may learn')
-        parser.add_argument('--resume', type=str | None, default=None, help='a checkpoint of the same model to go on from')
+        parser.add_argument('--resume', type=str | None, default=None, help='a checkpoint to go on from')
 
     def before_instantiate_classes(self):
         if self.config.resume and not Path(self.config.resume).is_file():
@@ -191,7 +198,7 @@ class TrainCLI(LightningCLI):
         self.folder.mkdir(parents=True, exist_ok=True)
         self.parser.save(self.config, self.folder/'config.yaml', overwrite=True, skip_validation=True)
         if _get(self.config, 'trainer.logger') is None:
-            kwargs['logger'] = [logger(self.folder, name='logs', version='') for logger in (CSVLogger, TensorBoardLogger)]
+            kwargs['logger'] = [make(self.folder, name='logs', version='') for make in (CSVLogger, TensorBoardLogger)]
         self.best = ModelCheckpoint(self.folder, 'best', monitor='recall@1', mode='max', enable_version_counter=False)
         last = ModelCheckpoint(self.folder, 'last', enable_version_counter=False, save_on_train_epoch_end=True)
         bars = [RichProgressBar()] if _get(self.config, 'trainer.enable_progress_bar') is not False else []
@@ -237,16 +244,16 @@ class RunResult(NamedTuple):
     model: DualEncoder   # as that checkpoint has it, on the CPU, in eval mode
     data: PairData       # `data.valid` is the gallery, `data.ledger` what was skipped
 
-# %% ../nbs/20_train.ipynb #77911dfe
+# %% ../nbs/20_train.ipynb #1d6bca0d
 def run(
     argv: list[str], # e.g. ['--config', 'configs/pairs.yaml', '--data.path', 'pairs.csv']
 ) -> RunResult:
     """Train what the arguments describe.
 
-    A user's mistake is a `ValueError` or `OSError` of one sentence; `--help` and `--print_config` raise `SystemExit`."""
+    A user's mistake is a `ValueError` or `OSError` of one sentence; `--help`, `--print_config` raise `SystemExit`."""
     cli = prepare(argv)
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='.*exists and is not empty')   # it holds our configuration and tokenizer
+        warnings.filterwarnings('ignore', message='.*exists and is not empty')  # our configuration is in it
         warnings.filterwarnings('ignore', message='.*LeafSpec')
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.resume)
     path = cli.folder/('best.ckpt' if cli.best.best_model_score is not None else 'last.ckpt')
@@ -256,27 +263,30 @@ def run(
     if spec['recall']: show_recall(spec['recall'])
     return RunResult(cli.folder, path, spec['recall'], model, cli.datamodule)
 
-# %% ../nbs/20_train.ipynb #1a0eda86
+# %% ../nbs/20_train.ipynb #44cdd504
 def prepare(
     argv: list[str], # as for `run`
 ) -> TrainCLI:
     "Model, data and trainer of a run, made but not fitted."
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message="LightningCLI's args parameter")  # sys.argv is the command's, argv is ours
+        warnings.filterwarnings('ignore', message="LightningCLI's args parameter")  # sys.argv is not ours
         try: return TrainCLI(argv)
         except ArgumentError as e: raise ValueError(_sentence(e)) from None
 
-# %% ../nbs/20_train.ipynb #2ad12a1b
+# %% ../nbs/20_train.ipynb #16ac93eb
 def _sentence(e: ArgumentError) -> str:
     "What jsonargparse says, in one line that a user can read."
     text = re.sub(r'\s+', ' ', str(e)).strip()
-    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r'\1', text).replace('a typing.Literal', 'one of ').replace(' a int.', ' an int.')
-    if nested := re.search(r"Parser key \"([^\"]+)\".*- Problem with given class_path '[\w.]*\.(\w+)': (.*?)(?: - Expected|$)", text):
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r'\1', text)
+    text = text.replace('a typing.Literal', 'one of ').replace(' a int.', ' an int.')
+    inner = r"Parser key \"([^\"]+)\".*- Problem with given class_path '[\w.]*\.(\w+)': (.*?)(?: - Expected|$)"
+    if nested := re.search(inner, text):
         return f'{nested[1]} ({nested[2]}): {nested[3]}'
-    if text.startswith('Unexpected config:'): return 'not a configuration, want lines like `key: value`: ' + (text[19:] or 'the file is empty')
+    if text.startswith('Unexpected config:'):
+        return 'not a configuration, want lines like `key: value`: ' + (text[19:] or 'the file is empty')
     return text
 
-# %% ../nbs/20_train.ipynb #05f58c3b
+# %% ../nbs/20_train.ipynb #1c50c915
 def show_recall(
     recall: dict, # as `RunResult` has it
 ):
@@ -285,7 +295,8 @@ def show_recall(
     from rich.table import Table
     some = next(iter(recall['all'].values()))
     table = Table(title=f"Recall among {some['gallery']:,} held-out pairs")
-    for c in ['', 'queries', *(f'@{k}' for k in some['at']), 'median rank']: table.add_column(c, justify='right' if c else 'left')
+    for c in ['', 'queries', *(f'@{k}' for k in some['at']), 'median rank']:
+        table.add_column(c, justify='right' if c else 'left')
     for kind, ways in recall.items():
         for way, r in ways.items():
             table.add_row(way.replace('_', ' ') + (f', {kind}' if kind != 'all' else ''), f"{r['queries']:,}",

@@ -61,7 +61,7 @@ def _reason(e: Exception) -> str:
     lines = str(e).strip().splitlines() or [type(e).__name__]
     return re.sub(r'^.*\.(cpp|h):\d+, ', '', lines[-1])
 
-# %% ../../nbs/data/03_module.ipynb #4c9a1708
+# %% ../../nbs/data/03_module.ipynb #8c23ce13
 class Collate:
     "Rows to a `PairBatch` and the rows that failed"
     def __init__(self,
@@ -73,15 +73,17 @@ class Collate:
         good = [r for r in rows if r.levels is not None]
         failed = [(r.index, r.error) for r in rows if r.levels is None]
         tokens = Tokens(*self.text.tokenize(*pack([r.text for r in good])))
-        pixels = self.vision.normalize(torch.stack([r.levels for r in good])) if good else torch.zeros(0, 3, *self.vision.size)
+        none = torch.zeros(0, 3, *self.vision.size, dtype=torch.uint8)
+        pixels = self.vision.normalize(torch.stack([r.levels for r in good]) if good else none)
         return PairBatch(tokens, pixels, torch.tensor([r.index for r in good], dtype=torch.int64)), failed
 
-# %% ../../nbs/data/03_module.ipynb #d9f45062
+# %% ../../nbs/data/03_module.ipynb #daf49ea6
 class Ledger(dict):
     "What was skipped: {name: reason}"
     def __str__(self):
         if not self: return 'nothing was skipped'
-        lines = [f'{len(self)} image{"s" if len(self) > 1 else ""} could not be read and {"were" if len(self) > 1 else "was"} skipped:']
+        many = len(self) > 1
+        lines = [f'{len(self)} image{"s" if many else ""} could not be read and {"were" if many else "was"} skipped:']
         lines += [f'  {name}: {reason}' for name, reason in list(self.items())[:20]]
         return '\n'.join(lines + ([f'  and {len(self) - 20} more'] if len(self) > 20 else []))
 
@@ -130,7 +132,7 @@ class Shuffled(Part):
 
     def text(self, i: int) -> str: return self.source.text(self.dealt[i])
 
-# %% ../../nbs/data/03_module.ipynb #2d74b75c
+# %% ../../nbs/data/03_module.ipynb #734831cb
 class PairData(LightningDataModule):
     "Batches of matching texts and images from any source, through the model's own pipelines"
     def __init__(self,
@@ -138,13 +140,13 @@ class PairData(LightningDataModule):
         source: Source | None = None,                   # or any other source
         image_key: str = 'image',                       # column of `path` that holds paths of image files
         text_key: str = 'text',                         # column of `path` that holds captions
-        split_key: str | None = None,                   # column of `path` whose equal values stay on one side of the split
+        split_key: str | None = None,                   # column of `path`: equal values stay on one side of the split
         image_root: str | None = None,                  # where image paths begin; the folder of `path` by default
         valid_share: float = 0.1,                       # share of the groups kept for validation
         batch_size: int = 128,                          # pairs
         workers: int = 0,                               # processes that prepare batches; 0: none but this one
         start_method: Literal['fork', 'spawn', 'forkserver'] | None = None, # of the workers; None: the platform's
-        augment: bool = True,                           # random crops and flips in training, as the vision pipeline has them
+        augment: bool = True,                           # random crops and flips in training, as the pipeline has them
         on_error: Literal['skip', 'raise'] = 'skip',    # what an unreadable image does
         shuffle_captions: bool = False,                 # a control: train on captions of other images
         seed: int | None = None,                        # of order and crops; `settings().seed` by default
@@ -153,7 +155,8 @@ class PairData(LightningDataModule):
     ):
         "Raises `ValueError` unless one of `path` and `source` is given, and what `PairsFile` raises."
         super().__init__()
-        if (path is None) == (source is None): raise ValueError('PairData wants either path, a file of pairs, or source')
+        if (path is None) == (source is None):
+            raise ValueError('PairData wants either path, a file of pairs, or source')
         if batch_size < 1: raise ValueError(f'batch_size must be at least 1, got {batch_size}')
         if not 0 < valid_share < 1: raise ValueError(f'valid_share must be between 0 and 1, got {valid_share}')
         self.source = source if path is None else PairsFile(path, image_key, text_key, split_key, image_root)
@@ -177,15 +180,17 @@ class PairData(LightningDataModule):
         model = getattr(getattr(self.trainer, 'lightning_module', None), 'model', None)
         found = [getattr(self, k) or getattr(model, k, None) for k in ('text_pipeline', 'vision_pipeline')]
         for k, v in zip(('text_pipeline', 'vision_pipeline'), found):
-            if v is None: raise ValueError(f'PairData has no {k}: give it one, or train a model whose towers carry theirs')
+            if v is None:
+                raise ValueError(f'PairData has no {k}: give it one, or train a model whose towers carry theirs')
         return tuple(found)
 
     def _loader(self, part: Source, training: bool) -> PairLoader:
         text, vision = self.pipelines()
         rows = Rows(part, vision, augment=training and self.augment, seed=self.seed)
-        busy = dict(persistent_workers=True, multiprocessing_context=self.start_method) if self.workers else {}
-        loader = PairLoader(rows, self.batch_size, sampler=Shuffle(len(part), self.seed) if training else None, num_workers=self.workers,
-                            collate_fn=Collate(text, vision), drop_last=training and len(part) >= self.batch_size, **busy)
+        options: dict = {'num_workers': self.workers, 'collate_fn': Collate(text, vision)}
+        if self.workers: options |= {'persistent_workers': True, 'multiprocessing_context': self.start_method}
+        if training: options |= {'sampler': Shuffle(len(part), self.seed), 'drop_last': len(part) >= self.batch_size}
+        loader = PairLoader(rows, self.batch_size, **options)
         loader.ledger = self.ledger if self.on_error == 'skip' else None
         return loader
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core import as_bytes
 from .sources import Part, Source
 
-# %% ../../nbs/data/02_scenes.ipynb #07d67f88
+# %% ../../nbs/data/02_scenes.ipynb #307fa244
 SIZES = {'small': '小', 'large': '大'}
 COLOURS = {  # name: Chinese, RGB
     'red': ('红色', (205, 30, 35)), 'orange': ('橙色', (245, 140, 20)), 'yellow': ('黄色', (245, 222, 40)),
@@ -29,7 +29,8 @@ COLOURS = {  # name: Chinese, RGB
 }
 SHAPES = {'circle': '圆形', 'square': '正方形', 'triangle': '三角形', 'star': '星形', 'cross': '十字形', 'ring': '圆环'}
 RELATIONS = {'left of': '左边', 'right of': '右边', 'above': '上方', 'below': '下方'}
-HELD_OUT = {('red', 'star'), ('orange', 'ring'), ('green', 'triangle'), ('blue', 'cross'), ('purple', 'square'), ('black', 'circle')}
+HELD_OUT = {('red', 'star'), ('orange', 'ring'), ('green', 'triangle'), ('blue', 'cross'), ('purple', 'square'),
+            ('black', 'circle')}
 
 # %% ../../nbs/data/02_scenes.ipynb #4f8b4011
 class Thing(NamedTuple):
@@ -59,12 +60,12 @@ def canonical(
     turned = {'right of': 'left of', 'below': 'above'}.get(scene.relation)
     return Scene(scene.second, turned, scene.first) if turned else scene
 
-# %% ../../nbs/data/02_scenes.ipynb #fe44da05
+# %% ../../nbs/data/02_scenes.ipynb #769fbe42
 def _english(scene: Scene, way: int) -> str:
     a, b = (f'{t.size} {t.colour} {t.shape}' for t in (scene.first, scene.second))
     first, second = (f'an {x}' if x[0] in 'aeiou' else f'a {x}' for x in (a, b))
     at = f'to the {scene.relation}' if scene.relation in ('left of', 'right of') else scene.relation
-    its = {'left of': 'on its left', 'right of': 'on its right', 'above': 'above it', 'below': 'below it'}[scene.relation]
+    its = f'on its {scene.relation[:-3]}' if scene.relation in ('left of', 'right of') else f'{scene.relation} it'
     return [f'{first} {scene.relation} {second}', f'{first} {at} {second}', f'there is {first} {at} {second}',
             f'{second} with {first} {its}'][way]
 
@@ -83,9 +84,11 @@ def caption(
     "The scene in one sentence."
     return (_chinese if lang == 'zh' else _english)(scene, way)
 
-# %% ../../nbs/data/02_scenes.ipynb #df56bc6e
+# %% ../../nbs/data/02_scenes.ipynb #3ea86cac
 def _background(rng: random.Random, w: int, h: int) -> Image.Image:
-    def muted(): return tuple(rng.randint(150, 245) for _ in range(3)) if rng.random() < 0.5 else (rng.randint(140, 250),) * 3
+    def muted():
+        if rng.random() < 0.5: return tuple(rng.randint(150, 245) for _ in range(3))
+        return (rng.randint(140, 250),) * 3
     style = rng.choice(('plain', 'gradient', 'noise'))
     image = Image.new('RGB', (w, h), muted())
     if style == 'gradient':
@@ -96,22 +99,24 @@ def _background(rng: random.Random, w: int, h: int) -> Image.Image:
         image = Image.blend(image, Image.merge('RGB', (grain,) * 3), rng.uniform(0.05, 0.25))
     return image
 
-# %% ../../nbs/data/02_scenes.ipynb #3c7b5a4b
+# %% ../../nbs/data/02_scenes.ipynb #8c007f6d
 def _outline(shape: str, x: float, y: float, r: float, turn: float) -> list[tuple[float, float]]:
     "The corners of a polygon of radius `r`; squares and triangles are scaled to about the area of the circle."
+    arm = (math.hypot(1.15, 0.38), math.atan2(0.38, 1.15))  # the outer corner of a cross's arm
     corners = {
         'square': [(1.25, math.pi/4 + k*math.pi/2) for k in range(4)],
         'triangle': [(1.3, -math.pi/2 + k*2*math.pi/3) for k in range(3)],
         'star': [(1.3 if k % 2 == 0 else 0.52, -math.pi/2 + k*math.pi/5) for k in range(10)],
-        'cross': [(math.hypot(1.15, 0.38), math.atan2(0.38, 1.15)*s + k*math.pi/2) if s else (0.38*math.sqrt(2), math.pi/4 + k*math.pi/2)
-                  for k in range(4) for s in (-1, 1, 0)],
+        'cross': [(q, a + k*math.pi/2) for k in range(4)
+                  for q, a in [(arm[0], -arm[1]), (arm[0], arm[1]), (0.38*math.sqrt(2), math.pi/4)]],
     }[shape]
     return [(x + q*r*math.cos(a + turn), y + q*r*math.sin(a + turn)) for q, a in corners]
 
-# %% ../../nbs/data/02_scenes.ipynb #44dda561
+# %% ../../nbs/data/02_scenes.ipynb #6368fa1f
 def _place(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]]:
     "Centre and radius of both things in a unit square."
-    radii = [rng.uniform(0.085, 0.115) if t.size == 'small' else rng.uniform(0.155, 0.185) for t in (scene.first, scene.second)]
+    sizes = {'small': (0.085, 0.115), 'large': (0.155, 0.185)}
+    radii = [rng.uniform(*sizes[t.size]) for t in (scene.first, scene.second)]
     lo = radii[0]*1.3 + 0.01
     hi = 1 - radii[1]*1.3 - 0.01
     gap = (radii[0] + radii[1])*1.3                          # along the axis of the relation, first thing first
@@ -156,7 +161,7 @@ def _random_scene(rng: random.Random) -> Scene:
 def _is_for_validation(scene: Scene) -> bool:
     return _rng('split', *canonical(scene)).random() < 0.1
 
-# %% ../../nbs/data/02_scenes.ipynb #74826727
+# %% ../../nbs/data/02_scenes.ipynb #8a6d682b
 class Scenes(Source):
     "Generated scenes of two coloured shapes, with captions in English and Chinese"
     def __init__(self,
@@ -165,8 +170,10 @@ class Scenes(Source):
         seed: int = 42,                                        # another seed, other scenes and pictures
         lang: Literal['en', 'zh', 'mixed', 'both'] = 'mixed',  # captions; 'mixed': either, 'both': both in one text
     ):
-        if lang not in ('en', 'zh', 'mixed', 'both'): raise ValueError(f"lang must be 'en', 'zh', 'mixed' or 'both', got {lang!r}")
-        if train < 0 or not 0 <= valid <= 2000: raise ValueError(f'want train >= 0 and 0 <= valid <= 2000, got {train} and {valid}')
+        if lang not in ('en', 'zh', 'mixed', 'both'):
+            raise ValueError(f"lang must be 'en', 'zh', 'mixed' or 'both', got {lang!r}")
+        if train < 0 or not 0 <= valid <= 2000:
+            raise ValueError(f'want train >= 0 and 0 <= valid <= 2000, got {train} and {valid}')
         self.train, self.valid, self.seed, self.lang = train, valid, seed, lang
         self.scenes = [self._training_scene(i) for i in range(train)] + self._validation_scenes()
         self._files: dict[int, bytes] = {}

@@ -85,7 +85,7 @@ class Part(Source):
     def kind(self, i: int) -> str: return self.source.kind(self.rows[i])
     def __repr__(self): return f'{len(self)} of {self.source!r}'
 
-# %% ../../nbs/data/01_sources.ipynb #49d12481
+# %% ../../nbs/data/01_sources.ipynb #53bc10b9
 def _lines(path: Path) -> Iterator[tuple[str, dict]]:
     with path.open(encoding='utf-8-sig') as f:
         for n, line in enumerate(f, 1):
@@ -93,10 +93,11 @@ def _lines(path: Path) -> Iterator[tuple[str, dict]]:
             try: row = json.loads(line)
             except json.JSONDecodeError as e: raise ValueError(f'{path}, line {n}: not JSON ({e.msg})') from None
             if not isinstance(row, dict):
-                raise ValueError(f'{path}, line {n}: want an object like {{"image": ..., "text": ...}}, got {line.strip()[:60]}')
+                raise ValueError(f'{path}, line {n}: want an object like {{"image": ..., "text": ...}}, '
+                                 f'got {line.strip()[:60]}')
             yield f'line {n}', row
 
-# %% ../../nbs/data/01_sources.ipynb #28ccdc35
+# %% ../../nbs/data/01_sources.ipynb #71860da5
 def _table(path: Path, delimiter: str) -> Iterator[tuple[str, dict]]:
     with path.open(encoding='utf-8-sig', newline='') as f:
         reader = csv.DictReader(f, delimiter=delimiter, strict=True)  # what exceeds the header comes under None
@@ -107,7 +108,7 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[str, dict]]:
                     found = sum(v is not None for k, v in row.items() if k is not None) + len(row.get(None, []))
                     raise ValueError(f'{path}, {place}: {found} columns where the header has {len(reader.fieldnames)}')
                 yield place, row
-        except csv.Error as e: raise ValueError(f'{path}, line {reader.reader.line_num}: {e}')  # where it stopped from None
+        except csv.Error as e: raise ValueError(f'{path}, line {reader.reader.line_num}: {e}') from None
 
 # %% ../../nbs/data/01_sources.ipynb #c9ee0505
 def _parquet(path: Path, keys: list[str]) -> Iterator[tuple[str, dict]]:
@@ -129,18 +130,18 @@ def _parquet(path: Path, keys: list[str]) -> Iterator[tuple[str, dict]]:
 def _no_column(where, key: str, names) -> ValueError:
     return ValueError(f'{where}: no column {key!r}; there are: {", ".join(map(str, names))}')
 
-# %% ../../nbs/data/01_sources.ipynb #5ddca681
+# %% ../../nbs/data/01_sources.ipynb #7ebd1d61
 class PairsFile(Source):
     "The pairs that a JSONL, CSV, TSV or Parquet file lists"
     def __init__(self,
-        path: str | Path,                     # .jsonl, .ndjson, .csv, .tsv or .parquet; relative to here, else to `settings().data_path`
+        path: str | Path,                     # .jsonl, .csv, .tsv or .parquet; else in `settings().data_path`
         image_key: str = 'image',             # column that holds paths of image files
         text_key: str = 'text',               # column that holds captions
         split_key: str | None = None,         # column whose equal values stay on one side of a split
         image_root: str | Path | None = None, # where the image paths begin; the folder of `path` by default
     ):
-        """Raises `FileNotFoundError` for a missing file or image, `ValueError` for what cannot be read, naming the line, for a
-        missing column, listing those there are, and for an empty table."""
+        """Raises `FileNotFoundError` for a missing file or image, `ValueError` for what cannot be read, naming the
+        line, for a missing column, listing those there are, and for an empty table."""
         self.path = _find(path)
         self.root = Path(image_root) if image_root else self.path.parent
         if not self.root.is_dir(): raise FileNotFoundError(f'image_root {self.root} is not a folder')
@@ -167,7 +168,8 @@ class PairsFile(Source):
                 if k not in row: raise _no_column(f'{self.path}, {place}', k, row)
             for k in keys[:2]:
                 if not isinstance(row[k], str):
-                    raise ValueError(f'{self.path}, {place}: {k} is {type(row[k]).__name__}, not text: {str(row[k])[:60]}')
+                    kind = type(row[k]).__name__
+                    raise ValueError(f'{self.path}, {place}: {k} is {kind}, not text: {str(row[k])[:60]}')
             self.images.append(row[keys[0]])
             self.texts.append(row[keys[1]])
             if self.groups is not None: self.groups.append(str(row[keys[2]]))
@@ -177,7 +179,8 @@ class PairsFile(Source):
         gone = [i for i, image in enumerate(self.images) if not (self.root/image).is_file()]
         if gone:
             more = f' (and {len(gone) - 1} more of {len(self)})' if len(gone) > 1 else ''
-            raise FileNotFoundError(f'{self.path}, {self.places[gone[0]]}: no image file {self.root/self.images[gone[0]]}{more}')
+            place, image = self.places[gone[0]], self.root/self.images[gone[0]]
+            raise FileNotFoundError(f'{self.path}, {place}: no image file {image}{more}')
 
     def __len__(self) -> int: return len(self.texts)
     def text(self, i: int) -> str: return self.texts[i]

@@ -19,7 +19,7 @@ from .towers import Tower, from_spec
 from ..text.pipeline import TextPipeline
 from ..vision.pipeline import VisionPipeline
 
-# %% ../../nbs/models/02_dual.ipynb #ef4dd4c1
+# %% ../../nbs/models/02_dual.ipynb #8fc764d0
 class DualEncoder(nn.Module):
     "Texts and images as unit vectors in one space"
     __jit_unused_properties__ = ['text_pipeline', 'vision_pipeline']
@@ -62,9 +62,12 @@ class DualEncoder(nn.Module):
 
     @torch.jit.unused
     def spec(self) -> dict:
-        "How to make this model again, pipelines included, weights not: JSON-able. Raises `TypeError` for a tower that cannot tell."
+        """How to make this model again, pipelines included, weights not: JSON-able.
+
+        Raises `TypeError` for a tower that cannot tell."""
         for tower in (self.text, self.image):
-            if not isinstance(tower, Tower): raise TypeError(f'{type(tower).__name__} has no spec(): make it a Tower to rebuild it')
+            if not isinstance(tower, Tower):
+                raise TypeError(f'{type(tower).__name__} has no spec(): make it a Tower to rebuild it')
         return {'class_path': f'{type(self).__module__}.{type(self).__qualname__}',
                 'init_args': {'text': self.text.spec(), 'image': self.image.spec(), 'dim': self.dim}}
 

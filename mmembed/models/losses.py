@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ..core import Tokens
 
-# %% ../../nbs/models/04_losses.ipynb #dfd712d8
+# %% ../../nbs/models/04_losses.ipynb #7fec9b77
 def info_nce(
     logits: Tensor,                # float32 (B, B): texts in rows, images in columns, pairs on the diagonal
     same: Tensor | None = None,    # bool (B, B): further matches, as `same_text` finds them
 ) -> Tensor: # float32 ()
-    "The mean cross-entropy of texts over images and of images over texts; matches beyond the diagonal share the target equally."
+    "Mean cross-entropy of texts over images and images over texts; further matches share the target equally."
     if same is None:
         target = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

@@ -13,18 +13,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../../nbs/models/05_metrics.ipynb #7697a9c8
+# %% ../../nbs/models/05_metrics.ipynb #83540b41
 def ranks(
     scores: Tensor,                  # float32 (Q, N): queries in rows, the gallery in columns
     relevant: Tensor | None = None,  # bool (Q, N): right answers; by default item q for query q
 ) -> Tensor: # int64 (Q,), from 1
     "Where the first right answer stands, ties counted against it; raises `ValueError` for a query without one."
     if relevant is None:
-        if scores.shape[0] > scores.shape[1]: raise ValueError(f'{scores.shape[0]} queries need as many items, got {scores.shape[1]}')
+        q, n = scores.shape
+        if q > n: raise ValueError(f'{q} queries need as many items, got {n}')
         relevant = torch.eye(*scores.shape, dtype=torch.bool, device=scores.device)
-    if relevant.shape != scores.shape: raise ValueError(f'relevant is {tuple(relevant.shape)}, scores {tuple(scores.shape)}')
+    if relevant.shape != scores.shape:
+        raise ValueError(f'relevant is {tuple(relevant.shape)}, scores {tuple(scores.shape)}')
     if not relevant.any(1).all(): raise ValueError(f'query {int((~relevant.any(1)).nonzero()[0])} has no relevant item')
-    best = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).masked_fill(~relevant, -torch.inf).amax(1, keepdim=True)
+    worst = scores.masked_fill(scores.isnan() | ~relevant, -torch.inf)
+    best = worst.amax(1, keepdim=True)
     return 1 + ((scores >= best) | scores.isnan()).logical_and(~relevant).sum(1)
 
 # %% ../../nbs/models/05_metrics.ipynb #7d582a14

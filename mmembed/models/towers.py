@@ -47,7 +47,7 @@ def spec_of(
     cls = type(module)
     return {'class_path': f'{cls.__module__}.{cls.__qualname__}', 'init_args': module.made_with | more}
 
-# %% ../../nbs/models/01_towers.ipynb #ed4f40c8
+# %% ../../nbs/models/01_towers.ipynb #97d11e6b
 def from_spec(
     spec: dict, # what `spec()` gave
 ) -> nn.Module:
@@ -55,7 +55,8 @@ def from_spec(
     room, _, name = spec['class_path'].rpartition('.')
     try: cls = getattr(importlib.import_module(room), name)
     except (ImportError, AttributeError) as e: raise ValueError(f"cannot rebuild {spec['class_path']}: {e}") from None
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)): raise ValueError(f"{spec['class_path']} is no nn.Module")
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise ValueError(f"{spec['class_path']} is no nn.Module")
     return cls._from_spec(dict(spec['init_args'])) if hasattr(cls, '_from_spec') else cls(**spec['init_args'])
 
 # %% ../../nbs/models/01_towers.ipynb #1284e8b5
@@ -171,7 +172,7 @@ class ConvNet(Tower):
     def _from_spec(cls, args: dict) -> 'ConvNet':
         return cls(VisionPipeline.from_spec(args.pop('pipeline')), **args)
 
-# %% ../../nbs/models/01_towers.ipynb #289b38e6
+# %% ../../nbs/models/01_towers.ipynb #3fe34a6d
 class TorchvisionTower(Tower):
     "A torchvision classifier without its last linear layer"
     def __init__(self,
@@ -183,7 +184,8 @@ class TorchvisionTower(Tower):
         import torchvision
         self.carry(pipeline, name=name)
         try: self.net = torchvision.models.get_model(name, weights=None)
-        except ValueError: raise ValueError(f'torchvision knows no model {name!r}; see torchvision.models.list_models()') from None
+        except ValueError:
+            raise ValueError(f'torchvision knows no model {name!r}; see torchvision.models.list_models()') from None
         self.head_key, self.width = _behead(self.net, name)
 
     def forward(self,
@@ -195,19 +197,20 @@ class TorchvisionTower(Tower):
     def _from_spec(cls, args: dict) -> 'TorchvisionTower':
         return cls(VisionPipeline.from_spec(args.pop('pipeline')), **args)
 
-# %% ../../nbs/models/01_towers.ipynb #62c71efa
+# %% ../../nbs/models/01_towers.ipynb #4d91e1ff
 def _behead(net: nn.Module, name: str) -> tuple[str, int]:
     "Replace the last linear layer by nothing; its name and how wide its input was."
     last, layer = list(net.named_modules())[-1]
-    if not isinstance(layer, nn.Linear): raise ValueError(f'{name} does not end in a linear layer but in {type(layer).__name__}')
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f'{name} does not end in a linear layer but in {type(layer).__name__}')
     owner, _, key = last.rpartition('.')
     setattr(net.get_submodule(owner), key, nn.Identity())
     return last, layer.in_features
 
-# %% ../../nbs/models/01_towers.ipynb #84b39a97
+# %% ../../nbs/models/01_towers.ipynb #3b3dc8fd
 def image_tower(
     name: str = 'resnet18',                 # a torchvision classifier
-    weights: str | None = None,             # a local .pth, .pt or .safetensors file, or a torchvision name like 'DEFAULT'; None: random
+    weights: str | None = None,             # a .pth, .pt or .safetensors file, or a name like 'DEFAULT'; None: random
     pipeline: VisionPipeline | None = None, # by default 224 pixels with ImageNet's mean and deviation
 ) -> TorchvisionTower:
     """A torchvision network as a tower.
@@ -218,10 +221,11 @@ def image_tower(
     state = _read_weights(Path(weights)) if Path(weights).suffix else _hub_weights(name, weights)
     state = {k: v for k, v in state.items() if not k.startswith(tower.head_key + '.')}
     try: tower.net.load_state_dict(state)
-    except RuntimeError as e: raise ValueError(f'{weights} does not fit {name}: {str(e).splitlines()[1].strip()}') from None
+    except RuntimeError as e:
+        raise ValueError(f'{weights} does not fit {name}: {str(e).splitlines()[1].strip()}') from None
     return tower
 
-# %% ../../nbs/models/01_towers.ipynb #331e9765
+# %% ../../nbs/models/01_towers.ipynb #8f3de54e
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file(): raise FileNotFoundError(f'no weights file {path}')
     if path.suffix == '.safetensors':
@@ -236,7 +240,8 @@ def _hub_weights(name: str, weights: str) -> dict[str, Tensor]:
         names = ', '.join(torchvision.models.get_model_weights(name).__members__)
         raise ValueError(f'{name} has no weights {weights!r}; want a file or one of {names}') from None
     except OSError as e:
-        raise OSError(f'cannot download the weights {weights} of {name} ({e}); give a local file, or weights=None for random ones') from None
+        raise OSError(f'cannot download the weights {weights} of {name} ({e}); give a local file, or weights=None '
+                      'for random ones') from None
 
 # %% ../../nbs/models/01_towers.ipynb #9dcab67b
 class Bert(Tower):
@@ -271,7 +276,7 @@ class Bert(Tower):
     def _from_spec(cls, args: dict) -> 'Bert':
         return cls(TextPipeline.from_spec(args.pop('pipeline')), **args)
 
-# %% ../../nbs/models/01_towers.ipynb #e7edbe26
+# %% ../../nbs/models/01_towers.ipynb #f7f046cd
 def bert(
     folder: str,            # with config.json, tokenizer.json and model.safetensors
     pooling: str = 'mean',  # 'mean' over tokens or 'cls', the first position
@@ -281,7 +286,8 @@ def bert(
     from transformers import AutoModel
     for name in ('config.json', 'tokenizer.json'):
         if not (Path(folder)/name).is_file():
-            raise FileNotFoundError(f'no {name} in {folder}: bert() wants the folder of a saved encoder (hub names are not looked up)')
+            raise FileNotFoundError(f'no {name} in {folder}: bert() wants the folder of a saved encoder '
+                                    '(hub names are not looked up)')
     net = AutoModel.from_pretrained(folder, local_files_only=True)
     tower = Bert(_text_pipeline(folder, max_length), net.config.to_dict(), pooling)
     tower.net.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith('pooler.')})
