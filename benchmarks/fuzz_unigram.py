@@ -1,0 +1,109 @@
+"""Holds TextPipeline to `sentencepiece` on random strings, every code point, and (where present) the real corpora.
+
+    python benchmarks/fuzz_unigram.py --n 200000
+
+learns unigram models (one of 32,000 pieces where the real texts are present, kept in build/), and prints a line a model and corpus: texts
+compared, texts whose ids differ. Exits 1 if any differ."""
+import argparse
+import io
+import random
+import sys
+from pathlib import Path
+
+import sentencepiece
+import torch
+from sentencepiece import sentencepiece_model_pb2
+
+from benchmarks import fuzz_text
+from mmembed.core import pack, quietly
+from mmembed.text.pipeline import TextPipeline
+
+LINES = ['A small red circle left of a large blue square.', 'Crème brûlée; naïve café!', '一个红色的小圆在蓝色方块左边', 'ไทย ที่นี่', '각 한국어 가각힣',
+         'unaffable, affable: internationalization', "don't I'll 10000 200", 'Ωμέγα straße', '👩‍👩‍👧🏽🇩🇪❤️', 'اَبُّتِ ١٢٣'] * 20
+
+
+def learn(lines, **options):
+    "A model learnt from `lines`, as the content of its file."
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=out, minloglevel=2, hard_vocab_limit=False, num_threads=1,
+                                             **{'vocab_size': 500, 'byte_fallback': True, **options})
+    return out.getvalue()
+
+
+def multilingual(root, cache):
+    "The model of up to 32,000 pieces learnt from the real texts, kept in the folder `cache`."
+    path = cache/f'multilingual-{sentencepiece.__version__}.model'
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [t for t in fuzz_text.corpus(root) if t.strip() and '\0' not in t and not any(0xD800 <= ord(c) < 0xE000 for c in t)]
+        own = path.with_suffix('.tmp')
+        own.write_bytes(learn(lines, vocab_size=32_000, character_coverage=.9995))
+        own.replace(path)
+    return path.read_bytes()
+
+
+def scored(pieces, **normalizer):
+    "A model of given (piece, score), with the identity for a normaliser."
+    m = sentencepiece_model_pb2.ModelProto()
+    for p, s, kind in [('<unk>', 0., 2), *((p, s, 1) for p, s in pieces)]: m.pieces.add(piece=p, score=s, type=kind)
+    m.trainer_spec.model_type, m.trainer_spec.unk_id, m.normalizer_spec.name = 1, 0, 'identity'
+    for k, v in normalizer.items(): setattr(m.normalizer_spec, k, v)
+    return m.SerializeToString()
+
+
+def tied(seed, texts=False):
+    "A model whose pieces tie and nearly tie, and texts over its few letters."
+    rng, pieces = random.Random(seed), {'a', 'b', '▁'}
+    while len(pieces) < 16: pieces.add(rng.choice(['', '▁']) + ''.join(rng.choices('abc', k=rng.randrange(1, 6))))
+    def score(): return rng.choice([-1., -2., -3., -1.1, -2.2, -3.3, -rng.random() * 5, -1. - rng.randrange(4) * 2 ** -20])
+    model = scored([(p, score()) for p in sorted(pieces)], add_dummy_prefix=rng.random() < .5, remove_extra_whitespaces=rng.random() < .5)
+    return model, [''.join(rng.choices('abcx ', weights=[5, 5, 2, 1, 1], k=rng.randrange(1, rng.choice([8, 40, 400])))) for _ in range(200)]
+
+
+VARIANTS = {'byte fallback': {}, 'unknowns': dict(byte_fallback=False, character_coverage=.98), 'no dummy prefix': dict(add_dummy_prefix=False),
+            'spaces kept': dict(remove_extra_whitespaces=False, allow_whitespace_only_pieces=True), 'pieces across words': dict(split_by_whitespace=False),
+            'identity': dict(normalization_rule_name='identity'), 'NFKC, case folded': dict(normalization_rule_name='nmt_nfkc_cf'),
+            'user symbols': dict(user_defined_symbols=['[SEP]', '[sep', 'don', ' x', 'é', 'aa'])}
+
+
+def differences(model, tokenize, texts, batch=1000):
+    "The texts (str or bytes) whose ids from `tokenize(data, offsets)` are not those of the SentencePiece model."
+    sp, wrong = sentencepiece.SentencePieceProcessor(model_proto=model), []
+    for i in range(0, len(texts), batch):
+        part = texts[i:i + batch]
+        want = sp.encode([t if isinstance(t, str) else t.decode(errors='replace') for t in part])
+        ids, mask = tokenize(*pack(part))
+        wrong += [t for t, w, r, n in zip(part, want, ids.tolist(), mask.sum(1).tolist()) if w != r[:n]]
+    return wrong
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--n', type=int, default=200_000, help='random strings a model')
+    parser.add_argument('--seed', type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    root, models = fuzz_text.data_root()/'text', {}
+    if root.exists(): models['multilingual, 32,000'] = multilingual(root, Path(__file__).resolve().parents[1]/'build')
+    models |= {name: learn(LINES, **options) for name, options in VARIANTS.items()}
+    sets = {'random strings': fuzz_text.random_texts(args.n, args.seed), 'broken UTF-8': fuzz_text.random_bytes(args.n // 4, args.seed),
+            'code points': fuzz_text.code_points(), 'between letters': [f'a{c}b' for c in fuzz_text.code_points()]}
+    if root.exists(): sets['real corpora'] = fuzz_text.corpus(root)
+    total = 0
+    for k, (name, model) in enumerate(models.items()):
+        scripted = quietly(torch.jit.script, TextPipeline.from_sentencepiece(model, max_length=1 << 20))
+        for what, texts in sets.items():
+            if k: texts = texts[k % 7::7]
+            wrong = differences(model, scripted.tokenize, texts, batch=20_000 if what in ('code points', 'between letters') else 1000)
+            total += len(wrong)
+            print(f'{name:24} {what:16} {len(texts):>9,} texts {len(wrong):>5} differ', *map(ascii, wrong[:3]), flush=True)
+    texts = wrong = 0
+    for seed in range(args.n // 2000):
+        model, strings = tied(seed + args.seed)
+        found = differences(model, TextPipeline.from_sentencepiece(model, max_length=1 << 20).tokenize, strings)
+        texts, wrong = texts + len(strings), wrong + len(found)
+    print(f'{"tied scores":24} {"few letters":16} {texts:>9,} texts {wrong:>5} differ', flush=True)
+    sys.exit(total + wrong > 0)
+
+
+if __name__ == '__main__': main()
