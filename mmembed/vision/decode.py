@@ -16,18 +16,24 @@ from torch import Tensor
 
 from .probe import Header, scan
 
-# %% ../../nbs/vision/02_decode.ipynb #68b06e01
+# %% ../../nbs/vision/02_decode.ipynb #089710ff
 def opaque(
     rgba: Tensor, # uint8 (4, H, W)
     alpha: str,   # 'white', 'black' or 'drop'
 ) -> Tensor: # uint8 (3, H, W)
     "`rgba` composited on white or black, or with its alpha dropped."
     if alpha == 'drop': return rgba[:3]
-    a = rgba[3:].to(torch.int32)
-    x = rgba[:3] * a
-    if alpha == 'white': x = x + (255 - a) * 255
-    x = x + 128
-    return ((x + (x >> 8)) >> 8).to(torch.uint8)
+    height, width = rgba.size(1), rgba.size(2)
+    out = torch.empty([height, width, 3], dtype=torch.uint8, device=rgba.device).permute(2, 0, 1)
+    rows = max(65536 // max(width, 1), 1)  # in strips, or a large picture would need 16 bytes a pixel more
+    for i in range(0, height, rows):
+        strip, a = rgba[:3, i:i + rows], rgba[3:, i:i + rows]
+        if bool((a == 255).all()): out[:, i:i + rows] = strip
+        else:  # on white: black with everything inverted
+            x = (255 - strip if alpha == 'white' else strip).to(torch.int32).mul_(a).add_(128)
+            x = x.add_(x >> 8).bitwise_right_shift_(8).to(torch.uint8)
+            out[:, i:i + rows] = 255 - x if alpha == 'white' else x
+    return out
 
 # %% ../../nbs/vision/02_decode.ipynb #b00c084a
 def turn(

@@ -52,7 +52,7 @@ def as_image(
     if image.shape[0] == 1: return image.expand(3, -1, -1)
     return opaque(image, alpha) if image.shape[0] == 4 else image
 
-# %% ../../nbs/vision/05_pipeline.ipynb #3c816380
+# %% ../../nbs/vision/05_pipeline.ipynb #3b391fbf
 class VisionPipeline(nn.Module):
     """Image files or decoded RGB to `float32 (B, 3, H, W)`.
 
@@ -144,8 +144,9 @@ class VisionPipeline(nn.Module):
     def preprocess_all(self, images: List[Tensor], parallel: bool) -> Tensor:
         """B files or decoded pictures to uint8 (B, 3, *size).
 
-        Scripted, `parallel` spreads the batch over torch's inter-op threads. Not in a forked process, such as a
-        DataLoader worker: those threads did not survive the fork, and the call would wait for them for ever."""
+        Scripted, `parallel` spreads the batch over torch's inter-op threads, for C++ hosts. Not in a forked process, such
+        as a DataLoader worker: those threads did not survive the fork, and the call would wait for ever. In Python threads
+        that call `preprocess` serve better: a program that ends at once after a parallel call may abort."""
         levels: List[Tensor] = []
         if not torch.jit.is_scripting(): levels = self._levels(images)
         elif parallel and len(images) > 1:

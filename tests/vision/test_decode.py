@@ -1,6 +1,8 @@
 """Decoded pixels against Pillow: equal bit for bit, and every exception is a rule with a test of its own."""
 import json
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,8 +10,8 @@ import torch
 from PIL import Image
 
 from mmembed.core import as_bytes, quietly, read_bytes
-from mmembed.vision.decode import decode_image
-from mmembed.vision.probe import probe
+from mmembed.vision.decode import decode_image, opaque
+from mmembed.vision.probe import probe, scan
 
 from ..helpers import data_path
 from .conftest import FILES, opened, picture, saved, upright
@@ -173,3 +175,37 @@ def test_every_byte_changed_never_crashes(file):
         try: out = decode_image(data, max_pixels=100_000)
         except (ValueError, RuntimeError): continue
         assert out.dtype == torch.uint8 and out.shape[0] == 3 and out[0].numel() <= 100_000
+
+
+def test_an_animation_costs_its_first_frame():
+    frames = [picture(600, 400, s) for s in range(12)]
+    for format, options in [('GIF', {}), ('WEBP', dict(lossless=True, method=0))]:
+        data = saved(frames[0], format, save_all=True, append_images=frames[1:], **options)
+        cut = scan(data, 10**9).cut
+        assert cut and cut[-1] < len(data) / 6
+        assert decode_image(data, max_pixels=600 * 400).shape == (3, 400, 600)
+    data = saved(frames[0], 'AVIF', save_all=True, append_images=frames[1:], speed=10)  # decoded whole, so all frames count
+    assert decode_image(data, max_pixels=12 * 600 * 400).shape == (3, 400, 600)
+    with pytest.raises(ValueError, match='600 x 400 x 12 frames'): decode_image(data, max_pixels=11 * 600 * 400)
+
+
+def test_transparency_of_a_large_picture_takes_little_memory():
+    code = '''
+import resource, torch
+from mmembed.vision.decode import opaque
+x = torch.zeros(3000, 3000, 4, dtype=torch.uint8).permute(2, 0, 1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert opaque(x, 'white').min() == 255
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+'''
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 120_000  # kilobytes; the result itself takes 27,000
+
+
+@pytest.mark.parametrize('alpha', ['white', 'black'])
+def test_every_level_with_every_alpha(alpha):
+    levels = torch.arange(256, dtype=torch.uint8)
+    rgba = torch.stack([levels[:, None].expand(256, 256)] * 3 + [levels[None].expand(256, 256)])
+    want = upright(Image.fromarray(hwc(rgba)), alpha)
+    for x in [rgba, rgba.permute(1, 2, 0).contiguous().permute(2, 0, 1), rgba[:, :, 255:], rgba[:, :1]]:
+        np.testing.assert_array_equal(hwc(opaque(x, alpha)), want[:x.shape[1], -x.shape[2]:])
