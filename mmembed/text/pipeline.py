@@ -107,7 +107,7 @@ class Explanation(NamedTuple):
         cells = ''.join(cell(k, *s) for k, s in enumerate(self.spans))
         return f'<div style="overflow-x:auto"><table><tr>{cells}</tr></table><small>text, token, id, bytes</small></div>'
 
-# %% ../../nbs/text/09_pipeline.ipynb #0f83a36e
+# %% ../../nbs/text/09_pipeline.ipynb #939e2cef
 class TextPipeline(nn.Module):
     """Texts -> `Tokens(ids, mask)`, exactly as the Hugging Face tokenizer it was made from: truncated to `max_length`, padded
     to the longest row, rounded up to a multiple of `pad_to` (0: always to `max_length`).
@@ -298,10 +298,18 @@ class TextPipeline(nn.Module):
         tok = Tokenizer(models.WordPiece(unk_token='[UNK]'))
         tok.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
         tok.pre_tokenizer, tok.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
-        tok.train_from_iterator(captions, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False))
+        captions = list(captions)
+        # the trainer numbers the letters inside words in the order of a hash map that differs from run to run, and settles
+        # ties by number; given as special tokens, in order, they make the vocabulary a function of the captions
+        words = {w for c in captions for w, _ in tok.pre_tokenizer.pre_tokenize_str(tok.normalizer.normalize_str(c))}
+        inside = [f'##{c}' for c in sorted({c for w in words for c in w[1:]})]
+        trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special + inside, show_progress=False)
+        tok.train_from_iterator(captions, trainer)
         if tok.get_vocab_size() <= len(special): raise ValueError('no vocabulary can be learnt: there are no captions')
         tok.post_processor = processors.BertProcessing(('[SEP]', 3), ('[CLS]', 2))
-        return cls(json.loads(tok.to_str()), max_length, pad_to)
+        learnt = json.loads(tok.to_str())
+        learnt['added_tokens'] = [t for t in learnt['added_tokens'] if t['content'] in special]
+        return cls(learnt, max_length, pad_to)
 
     @torch.jit.unused
     def to_tokenizer_file(self, path: str | Path):

@@ -86,7 +86,7 @@ def _wrap(x: int) -> int:
     "A Python integer as the signed 64-bit one it wraps to."
     return ((x + (1 << 63)) % (1 << 64)) - (1 << 63)
 
-# %% ../../nbs/text/01_tables.ipynb #939c5831
+# %% ../../nbs/text/01_tables.ipynb #af9bf9eb
 class SubstringHash(nn.Module):
     "Keys of substrings of one flat sequence of integers. Equal content has equal keys; the converse is for the caller to confirm."
     BASE = 0x9E3779B97F4A7C15 | 1  # odd, so invertible mod 2**64; the golden ratio's digits
@@ -107,11 +107,11 @@ class SubstringHash(nn.Module):
         x[:1] = first
         return x.cumprod(0)
 
-    def prefix(self, codes: Tensor) -> Tensor:
-        "Running sums H of `codes` int64 (M,): int64 (M+1,), H[0] = 0."
+    def prefix(self, codes: Tensor, beyond: int = 0) -> Tensor:
+        "Running sums H of `codes` int64 (M,): int64 (M+1+beyond,), H[0] = 0; what lies beyond the end may be read, and is 0."
         n = codes.numel()
         powers = self.powers[:n] if n <= self.powers.numel() else self._series(n, self.base, 1, codes.device)
-        return torch.nn.functional.pad((codes * powers).cumsum(0), (1, 0))
+        return torch.nn.functional.pad((codes * powers).cumsum(0), (1, beyond))
 
     def inverses(self, n: int, device: torch.device) -> Tensor:
         "P⁻ˢ for s up to `n`, scaled: int64 (at least n+1,)."
@@ -129,7 +129,7 @@ class SubstringHash(nn.Module):
         codes = torch.tensor([c for s in strings for c in s], dtype=torch.int64)
         return self(self.prefix(codes), self.inverses(codes.numel(), codes.device), lengths[:-1], lengths[1:])
 
-# %% ../../nbs/text/01_tables.ipynb #11d57bbc
+# %% ../../nbs/text/01_tables.ipynb #d68107f3
 class VocabTable(nn.Module):
     """A set of distinct int64 keys, each with an id; look-ups of any number of keys at once.
 
@@ -146,7 +146,7 @@ class VocabTable(nn.Module):
         self.slot_shift, self.slot_mask = 64 - bits, (1 << bits) - 1
         self.bucket_shift, self.bucket_mask = 64 - (bits - 2), (1 << (bits - 2)) - 1
         multiplier, slot = self._displace(keys)
-        table, values = np.zeros(1 << bits, np.int64), np.full(1 << bits, -1, np.int64)  # an empty slot answers -1
+        table, values = self._fillers(multiplier), np.full(1 << bits, -1, np.int64)
         table[slot], values[slot] = keys, ids
         self.register_buffer('multiplier', torch.from_numpy(multiplier))
         self.register_buffer('keys', torch.from_numpy(table))
@@ -154,9 +154,23 @@ class VocabTable(nn.Module):
 
     def forward(self, keys: Tensor) -> Tensor:
         "int64 (W,) -> the ids, int64 (W,); -1 where a key is absent."
+        slot, hit = self.slots(keys)
+        return torch.where(hit, self.ids.index_select(0, slot), -1)
+
+    def slots(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        "int64 (W,) -> the slot that each key could only be in, int64 (W,), and whether it is there, bool (W,)."
         by = self.multiplier.index_select(0, (keys >> self.bucket_shift) & self.bucket_mask)
         slot = ((keys * by) >> self.slot_shift) & self.slot_mask
-        return torch.where(self.keys.index_select(0, slot) == keys, self.ids.index_select(0, slot), -1)
+        return slot, self.keys.index_select(0, slot) == keys
+
+    @torch.jit.unused
+    def _fillers(self, multiplier: np.ndarray) -> np.ndarray:
+        "A key for every slot that a look-up of this key does not lead to: an empty slot is never a hit."
+        any_two = np.random.default_rng(1).integers(-2**63, 2**63 - 1, 64)
+        own = ((any_two * multiplier[(any_two >> self.bucket_shift) & self.bucket_mask]) >> self.slot_shift) & self.slot_mask
+        fill = np.full(self.slot_mask + 1, any_two[0])
+        fill[own[0]] = any_two[np.flatnonzero(own != own[0])[0]]
+        return fill
 
     @torch.jit.unused
     def _displace(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

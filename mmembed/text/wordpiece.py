@@ -57,7 +57,7 @@ class Pieces(NamedTuple):
     end: Tensor      # int64 (T,)
     offsets: Tensor  # int64 (B+1,): row i has the pieces offsets[i] to offsets[i+1]
 
-# %% ../../nbs/text/04_wordpiece.ipynb #4343938e
+# %% ../../nbs/text/04_wordpiece.ipynb #62df2780
 class WordPiece(nn.Module):
     """Greedy longest-match-first pieces, as Hugging Face's `models.WordPiece` takes them.
 
@@ -92,72 +92,75 @@ class WordPiece(nn.Module):
     def _tokenize(self, codes: Tensor, words: Words, confirm: bool) -> tuple[Pieces, bool]:
         "The pieces, and whether every hit that was used agrees with the text; with `confirm` each candidate is checked first."
         start, length = words.start, words.end - words.start
-        prefix = self.lexicon.hash.prefix(codes)
-        inverses = self.lexicon.hash.inverses(codes.numel(), codes.device)
-        entry = self.lexicon.table(self.lexicon.hash(prefix, inverses, start, words.end))
-        if self.lexicon.longest > self.max_chars: entry = torch.where(length > self.max_chars, -1, entry)
-        if confirm: entry = self.lexicon.confirmed(codes, entry, start, length)
+        lex = self.lexicon
+        prefix, inverses = lex.hash.prefix(codes, lex.longest), lex.hash.inverses(codes.numel(), codes.device)
+        entry = lex.table(lex.hash(prefix, inverses, start, words.end))
+        if lex.longest > self.max_chars: entry = torch.where(length > self.max_chars, -1, entry)
+        if confirm: entry = lex.confirmed(codes, entry, start, length)
         rest = (entry < 0).nonzero().flatten()
         if rest.numel() == 0:
-            sure = confirm or bool(self.lexicon.agrees(codes, entry, start, length)[0].all())
+            sure = confirm or bool(lex.agrees(codes, entry, start, length)[0].all())
             return Pieces(self.ids.index_select(0, entry), start, words.end, words.offsets), sure
-        word, nth, first, last, piece = self._rounds(codes, prefix, inverses, rest, start, words.end, confirm)
-        sure = confirm or (bool(self.lexicon.agrees(codes, piece, first, last - first)[0].all()) and
-            self._whole_agree(codes, entry, start, length))
-        # a word that has no pieces reaching its end is unknown
-        count = torch.ones_like(start)
-        done = torch.zeros_like(start).index_copy(0, rest, -words.end.index_select(0, rest))
-        done = done.index_add(0, word, last - first).index_add(0, rest, start.index_select(0, rest)) == 0
-        ok = done.index_select(0, word).nonzero().flatten()
-        word, nth, first, last, piece = word[ok], nth[ok], first[ok], last[ok], piece[ok]
-        count = count.index_add(0, word, (nth > 0).long())
+        word, nth, first, size, piece = self._rounds(codes, prefix, inverses, rest, start, words.end, confirm)
+        sure = confirm or self._all_agree(codes, torch.cat([entry, piece]), torch.cat([start, first]), torch.cat([length, size]))
+        # a word that is stuck, or too long to begin with, is one unknown piece
+        stuck = (piece < 0).nonzero().flatten()
+        if stuck.numel() > 0:
+            fine = torch.ones_like(start, dtype=torch.bool).index_fill(0, word.index_select(0, stuck), False)
+            ok = fine.index_select(0, word).nonzero().flatten()
+            word, nth, first = word.index_select(0, ok), nth.index_select(0, ok), first.index_select(0, ok)
+            size, piece = size.index_select(0, ok), piece.index_select(0, ok)
+        count = torch.ones_like(start).index_add(0, word, (nth > 0).long())
         total = count.cumsum(0)
-        at = total - count
-        ids = torch.where(entry < 0, self.ids.numel() - 1, entry)
+        place = (total - count).index_select(0, word) + nth
         owner = torch.repeat_interleave(count)
-        out, begin, end = ids.index_select(0, owner), start.index_select(0, owner), words.end.index_select(0, owner)
-        place = at.index_select(0, word) + nth
-        out, begin, end = out.index_copy(0, place, piece), begin.index_copy(0, place, first), end.index_copy(0, place, last)
+        unknown = self.ids.numel() - 1
+        out = torch.where(entry < 0, unknown, entry).index_select(0, owner).index_copy(0, place, piece)
+        begin = start.index_select(0, owner).index_copy(0, place, first)
+        end = words.end.index_select(0, owner).index_copy(0, place, first + size)
         offsets = nn.functional.pad(total, (1, 0)).index_select(0, words.offsets)
         return Pieces(self.ids.index_select(0, out), begin, end, offsets), sure
 
-    def _whole_agree(self, codes: Tensor, entry: Tensor, start: Tensor, length: Tensor) -> bool:
+    def _all_agree(self, codes: Tensor, entry: Tensor, start: Tensor, length: Tensor) -> bool:
+        "Whether every entry that is one (not -1) has the characters of the text at its place."
         hit = (entry >= 0).nonzero().flatten()
         same, _ = self.lexicon.agrees(codes, entry.index_select(0, hit), start.index_select(0, hit), length.index_select(0, hit))
         return bool(same.all())
 
     def _rounds(self, codes: Tensor, prefix: Tensor, inverses: Tensor, word: Tensor, start: Tensor, end: Tensor,
                 confirm: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        "The longest match of every unfinished word, until all are consumed or stuck: word, number, start, end, entry of each piece."
-        begin, stop = start.index_select(0, word), end.index_select(0, word)
-        fits = (stop - begin <= self.max_chars).nonzero().flatten()
-        word, begin, stop = word[fits], begin[fits], stop[fits]
+        """The longest match of every unfinished word, round by round, until all are consumed or stuck: word, round, start,
+        length, entry of each piece; where a word got stuck, the entry is -1."""
+        at, left = start.index_select(0, word), (end - start).index_select(0, word)
         seed, nth = 0, 0
-        words, nths, begins, ends, entries = [word[:0]], [word[:0]], [word[:0]], [word[:0]], [word[:0]]
+        words, nths, starts, lengths, entries = [word[:0]], [word[:0]], [word[:0]], [word[:0]], [word[:0]]
+        if int(left.max()) > self.max_chars:
+            fits = (left <= self.max_chars).nonzero().flatten()
+            word, at, left = word.index_select(0, fits), at.index_select(0, fits), left.index_select(0, fits)
+        table = self.lexicon.table
         while word.numel() > 0:
-            widest = min(int((stop - begin).max()), self.lexicon.longest)
-            size = torch.arange(1, widest + 1, device=codes.device)
-            inside = size <= (stop - begin)[:, None]
-            till = torch.where(inside, begin[:, None] + size, stop[:, None])
-            keys = (prefix.index_select(0, till.flatten()).view_as(till) - prefix.index_select(0, begin)[:, None]
-                ) * inverses.index_select(0, begin)[:, None] + seed
-            entry = self.lexicon.table(keys.flatten())
-            if confirm: entry = self.lexicon.confirmed(codes, torch.where(inside.flatten(), entry, -1),
-                begin[:, None].expand_as(till).flatten(), size.expand_as(till).flatten())
-            entry = entry.view_as(till)
-            best = (((entry >= 0) & inside) * size).amax(1)
-            hit = (best > 0).nonzero().flatten()
-            word, begin, stop, best = word[hit], begin[hit], stop[hit], best[hit]
+            size = torch.arange(1, min(int(left.max()), self.lexicon.longest) + 1, device=codes.device)
+            from_ = at.unsqueeze(1)
+            till = (from_ + size).flatten()
+            key = (prefix.index_select(0, till).view(-1, size.numel()) - prefix.index_select(0, at).unsqueeze(1)
+                ) * inverses.index_select(0, at).unsqueeze(1) + seed
+            slot, hit = table.slots(key.flatten())
+            good = hit.view_as(key) & (size <= left.unsqueeze(1))
+            if confirm:
+                entry = torch.where(good.flatten(), table.ids.index_select(0, slot), -1)
+                good = (self.lexicon.confirmed(codes, entry, from_.expand_as(key).flatten(), size.expand_as(key).flatten()) >= 0).view_as(key)
+            best = (good * size).amax(1)
+            entry = table.ids.index_select(0, slot.view_as(key).gather(1, (best - 1).clamp(min=0).unsqueeze(1)).flatten())
             words.append(word)
             nths.append(torch.full_like(word, nth))
-            begins.append(begin)
-            begin = begin + best
-            ends.append(begin)
-            entries.append(entry.index_select(0, hit).gather(1, best[:, None] - 1).flatten())
-            more = (begin < stop).nonzero().flatten()
-            word, begin, stop = word[more], begin[more], stop[more]
+            starts.append(at)
+            lengths.append(best)
+            entries.append(torch.where(best > 0, entry, -1))
+            left = left - best
+            more = ((left > 0) & (best > 0)).nonzero().flatten()
+            word, at, left = word.index_select(0, more), (at + best).index_select(0, more), left.index_select(0, more)
             seed, nth = self.continues, nth + 1
-        return torch.cat(words), torch.cat(nths), torch.cat(begins), torch.cat(ends), torch.cat(entries)
+        return torch.cat(words), torch.cat(nths), torch.cat(starts), torch.cat(lengths), torch.cat(entries)
 
 # %% ../../nbs/text/04_wordpiece.ipynb #b4c3dcbf
 class BertFront(nn.Module):
