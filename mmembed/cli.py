@@ -8,7 +8,8 @@ Docs: https://mmembed.github.io/mmembed/cli.html.md"""
 __all__ = ['COMMANDS', 'train', 'export', 'training_record', 'verify', 'info', 'embed', 'quickstart', 'config_path',
            'show_matches', 'next_steps', 'usage', 'main', 'call', 'split_doc', 'sentence', 'quiet']
 
-# %% ../nbs/50_cli.ipynb #eb6d759b
+# %% ../nbs/50_cli.ipynb #ed4db8c8
+import argparse
 import inspect
 import json
 import logging
@@ -20,6 +21,8 @@ from pathlib import Path
 
 from fastcore.script import anno_parser, store_true
 
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch: threads that spin while they wait slow a busy machine down
+
 from .core import settings
 
 # %% ../nbs/50_cli.ipynb #fe62abb7
@@ -29,7 +32,7 @@ def train():
     mmembed train --config configs/quickstart.yaml
     mmembed train --config configs/pairs.yaml --data.path pairs.csv --trainer.max_epochs 5"""
 
-# %% ../nbs/50_cli.ipynb #ef0610ce
+# %% ../nbs/50_cli.ipynb #e50036f0
 def export(
     checkpoint: str,           # what `mmembed train` printed: a .ckpt file
     out: str = None,           # the artifact; by default <artifacts_path>/<name of the run>.pt
@@ -39,7 +42,7 @@ def export(
 ):
     """Freeze a trained model and its preprocessing into one file, and verify it.
 
-    mmembed export runs/quickstart/best.ckpt -o model.pt"""
+    mmembed export runs/quickstart/best.ckpt --out model.pt"""
     import mmembed as mm
     from mmembed.train import load_checkpoint
     path = Path(checkpoint)
@@ -84,7 +87,7 @@ def info(
     from mmembed.runtime import read_card
     print(json.dumps(read_card(artifact), indent=1, ensure_ascii=False))
 
-# %% ../nbs/50_cli.ipynb #05db07f9
+# %% ../nbs/50_cli.ipynb #436cc9f4
 def embed(
     artifact: str,         # an exported file
     *images: str,          # image files
@@ -92,7 +95,7 @@ def embed(
     stdin: store_true = False, # read texts from standard input, one a line
     device: str = 'cpu',   # where the towers run: cpu, cuda, ...
 ):
-    """Print the embeddings of texts and image files as JSON lines, one an item, as the C++ host does.
+    """Print the embeddings of texts and image files as JSON lines, one an item.
 
     mmembed embed model.pt photo.jpg --text "a red boat"
     mmembed embed model.pt --stdin < captions.txt"""
@@ -226,7 +229,7 @@ def main(
         return 1
     return 0
 
-# %% ../nbs/50_cli.ipynb #a20c8193
+# %% ../nbs/50_cli.ipynb #84bd4d56
 def call(name: str, rest: list[str]):
     "One command with its options."
     if name == 'train':
@@ -236,6 +239,7 @@ def call(name: str, rest: list[str]):
         return
     f = COMMANDS[name]
     parser = anno_parser(f, prog=f'mmembed {name}')
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description, parser.epilog = split_doc(f)
     args = vars(parser.parse_args(rest))
     args.pop('pdb', None), args.pop('xtra', None)
