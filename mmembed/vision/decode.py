@@ -81,13 +81,13 @@ def first_webp_frame(
     for i in range(4): cut[4 + i] = ((end - 8) >> (8 * i)) & 255
     return cut
 
-# %% ../../nbs/vision/02_decode.ipynb #21122501
+# %% ../../nbs/vision/02_decode.ipynb #0eda8ac8
 def decode_scanned(
     data: Tensor,  # uint8 (N,): a file
     h: Header,     # what `scan` found in it
     alpha: str,    # 'white', 'black' or 'drop'
 ) -> Tensor: # uint8 (3, H, W)
-    "The file as upright RGB. Raises `ValueError` with the scan's reason, and what the operator raises for a corrupt file."
+    "The file as upright RGB; raises `ValueError` with the scan's reason, or what the operator raises."
     if h.info.error != '': raise ValueError(h.info.error)
     format = h.info.format
     if format == 'jpeg': x = torch.ops.torchcodec_ns.decode_jpeg(data, 3)
@@ -103,10 +103,10 @@ def decode_scanned(
         x = turn(turn(x, undo), h.info.orientation)
     return opaque(x, alpha) if x.size(0) == 4 else x
 
-# %% ../../nbs/vision/02_decode.ipynb #09e7acc1
+# %% ../../nbs/vision/02_decode.ipynb #bbf303a1
 def decode_image(
     data: Tensor,               # uint8 (N,): a file
-    alpha: str = 'white',       # what shows through transparent pixels: 'white', 'black', or 'drop' for the hidden colour
+    alpha: str = 'white',       # behind transparent pixels: 'white', 'black', or 'drop' for the hidden colours
     max_pixels: int = 89478485, # refuse more than this before decoding; Pillow's `Image.MAX_IMAGE_PIXELS`
 ) -> Tensor: # uint8 (3, H, W)
     """An image file as upright RGB.

@@ -23,7 +23,7 @@ from .presets import open_clip_preset, torchvision_preset, transformers_preset
 from .probe import probe, scan
 from .resize import fit, resized
 
-# %% ../../nbs/vision/05_pipeline.ipynb #4f2af36b
+# %% ../../nbs/vision/05_pipeline.ipynb #395fc0f1
 def as_image(
     image: Any,            # a file as bytes or path, a PIL image, an array or tensor (H, W, C) or (C, H, W)
     alpha: str = 'white',  # what shows through transparent pixels
@@ -46,13 +46,14 @@ def as_image(
     if image.dtype != torch.uint8: raise TypeError(f'an image tensor must be uint8, got {image.dtype}')
     if image.ndim == 1: return image
     if image.ndim == 2: image = image[None]
-    if image.ndim == 3 and image.shape[0] not in (1, 3, 4) and image.shape[2] in (1, 3, 4): image = image.permute(2, 0, 1)
+    last = image.ndim == 3 and image.shape[0] not in (1, 3, 4) and image.shape[2] in (1, 3, 4)
+    if last: image = image.permute(2, 0, 1)
     if image.ndim != 3 or image.shape[0] not in (1, 3, 4) or image.numel() == 0:
         raise ValueError(f'an image tensor must be a file (N,) or pixels (3, H, W), got shape {tuple(image.shape)}')
     if image.shape[0] == 1: return image.expand(3, -1, -1)
     return opaque(image, alpha) if image.shape[0] == 4 else image
 
-# %% ../../nbs/vision/05_pipeline.ipynb #3b391fbf
+# %% ../../nbs/vision/05_pipeline.ipynb #b2e4187e
 class VisionPipeline(nn.Module):
     """Image files or decoded RGB to `float32 (B, 3, H, W)`.
 
@@ -70,7 +71,7 @@ class VisionPipeline(nn.Module):
         fill: int | Sequence[int] = 0,        # level or colour of the margin that 'longest' leaves
         mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073),  # of levels / 255; open_clip's OPENAI_DATASET_MEAN
         std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711),  # open_clip's OPENAI_DATASET_STD
-        alpha: str = 'white',                 # behind transparent pixels: 'white', 'black', or 'drop' for hidden colours
+        alpha: str = 'white',                 # behind transparency: 'white', 'black'; 'drop' shows hidden colours
         max_pixels: int = 89478485,           # refuse larger pictures unread; Pillow's `Image.MAX_IMAGE_PIXELS`
         file_decode: bool = True,             # False: no file decoders in the scripted code
         scale: Sequence[float] = (0.9, 1.0),  # training crop: share of the area (open_clip's default)
@@ -88,7 +89,8 @@ class VisionPipeline(nn.Module):
             return tuple(kind(o) for o in v)
         for name, value, known in [('resize_mode', resize_mode, ('shortest', 'longest', 'squash')),
                                    ('interpolation', interpolation, ('bicubic', 'bilinear', 'nearest')),
-                                   ('alpha', alpha, ('white', 'black', 'drop')), ('resize', resize, ('torch', 'pillow')),
+                                   ('alpha', alpha, ('white', 'black', 'drop')),
+                                   ('resize', resize, ('torch', 'pillow')),
                                    ('crop', crop, ('round', 'floor'))]:
             if value not in known: raise ValueError(f'{name} must be one of {known}, got {value!r}')
         if resize == 'pillow' and not antialias: raise ValueError("resize='pillow' is always antialiased")
@@ -144,9 +146,10 @@ class VisionPipeline(nn.Module):
     def preprocess_all(self, images: List[Tensor], parallel: bool) -> Tensor:
         """B files or decoded pictures to uint8 (B, 3, *size).
 
-        Scripted, `parallel` spreads the batch over torch's inter-op threads, for C++ hosts. Not in a forked process, such
-        as a DataLoader worker: those threads did not survive the fork, and the call would wait for ever. In Python threads
-        that call `preprocess` serve better: a program that ends at once after a parallel call may abort."""
+        Scripted, `parallel` spreads the batch over torch's inter-op threads, for C++ hosts. Not in a forked process,
+        such as a DataLoader worker: those threads did not survive the fork, and the call would wait for ever. In
+        Python, threads that call `preprocess` serve better: a program that ends right after a parallel call may
+        abort."""
         levels: List[Tensor] = []
         if not torch.jit.is_scripting(): levels = self._levels(images)
         elif parallel and len(images) > 1:
@@ -195,11 +198,12 @@ class VisionPipeline(nn.Module):
         "Everything that decides the pixels, as plain JSON values; `from_spec` takes it back."
         mean, std = self._mean_std
         return dict(size=list(self.size), resize_mode=self.resize_mode, interpolation=self.interpolation,
-                    antialias=self.antialias, resize=self.resize, shortest=self.shortest, crop=self.crop, fill=list(self.fill),
-                    mean=list(mean), std=list(std), alpha=self.alpha,
-                    max_pixels=self.max_pixels, file_decode=self.file_decode, scale=list(self.scale), ratio=list(self.ratio),
-                    flip=self.flip, color_jitter=list(self.color_jitter), color_jitter_prob=self.color_jitter_prob,
-                    gray_scale_prob=self.gray_scale_prob, re_prob=self.re_prob)
+                    antialias=self.antialias, resize=self.resize, shortest=self.shortest, crop=self.crop,
+                    fill=list(self.fill), mean=list(mean), std=list(std), alpha=self.alpha,
+                    max_pixels=self.max_pixels, file_decode=self.file_decode, scale=list(self.scale),
+                    ratio=list(self.ratio), flip=self.flip, color_jitter=list(self.color_jitter),
+                    color_jitter_prob=self.color_jitter_prob, gray_scale_prob=self.gray_scale_prob,
+                    re_prob=self.re_prob)
 
     @classmethod
     def from_spec(cls, spec): # what `spec()` gave
@@ -230,7 +234,7 @@ class VisionPipeline(nn.Module):
         if self.crop == 'floor': cover += ' rounded down'
         how = {'shortest': cover, 'longest': f'to fit into {h} x {w}, margin of colour {tuple(self.fill)}',
                'squash': f'to {h} x {w} whatever the shape'}[self.resize_mode]
-        behind = {'white': 'transparency on white', 'black': 'transparency on black', 'drop': 'alpha dropped'}[self.alpha]
+        behind = 'alpha dropped' if self.alpha == 'drop' else f'transparency on {self.alpha}'
         mean, std = ([round(v, 4) for v in o] for o in self._mean_std)
         return (f'first frame, upright, RGB, {behind}; resize {how} '
                 f'({self.interpolation}{", antialiased" if self.antialias else ""}, '

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-# %% ../../nbs/vision/06_presets.ipynb #f2c1fe93
+# %% ../../nbs/vision/06_presets.ipynb #b037d2dc
 def open_clip_preset(
     name,             # an open_clip model name, or a model of open_clip's
     pretrained=None,  # a tag of its published weights; None: the rule that most of them share
@@ -26,24 +26,25 @@ def open_clip_preset(
         model, tags = open_clip.get_model_config(name), open_clip.list_pretrained_tags_by_model(name)
         if model is None: raise ValueError(f'open_clip knows no model {name!r}; open_clip.list_models() lists them')
         if pretrained is not None and pretrained not in tags:
-            raise ValueError(f'open_clip knows no weights {pretrained!r} of {name}; it knows {", ".join(tags) or "none"}')
+            known = ', '.join(tags) or 'none'
+            raise ValueError(f'open_clip knows no weights {pretrained!r} of {name}; it knows {known}')
         rules = [open_clip.get_pretrained_cfg(name, t) for t in ([pretrained] if pretrained else tags)]
         keys = ('size', 'mean', 'std', 'interpolation', 'resize_mode', 'fill_color')
         rules = [tuple((k, r[k]) for k in keys if r.get(k) is not None) for r in rules]
         most = dict(max(rules, key=lambda r: sum(o == r for o in rules))) if rules else {}
         config = {'size': model['vision_cfg'].get('image_size', 224)} | model.get('preprocess_cfg', {}) | most
-    args = dict(size='size', resize_mode='resize_mode', interpolation='interpolation', fill_color='fill', mean='mean', std='std')
-    preset = {args[k]: v for k, v in config.items() if k in args and v is not None}
+    keys = ('size', 'resize_mode', 'interpolation', 'fill_color', 'mean', 'std')
+    preset = {'fill' if k == 'fill_color' else k: v for k, v in config.items() if k in keys and v is not None}
     if preset.get('interpolation') == 'random': preset['interpolation'] = 'bicubic'  # as open_clip's evaluation does
     return preset
 
-# %% ../../nbs/vision/06_presets.ipynb #5e1e7d26
+# %% ../../nbs/vision/06_presets.ipynb #edd4ca4a
 def transformers_preset(
     config: str | Path | Mapping, # a preprocessor_config.json, its folder, or its content
 ) -> dict:
     """The arguments of `VisionPipeline` that a transformers image processor asks for.
 
-    Raises `ValueError` for a setting that `VisionPipeline` cannot express, naming it, and `OSError` for a missing file."""
+    Raises `ValueError` naming a setting that `VisionPipeline` cannot express, and `OSError` for a missing file."""
     if not isinstance(config, Mapping):
         path = Path(config)
         config = json.loads((path/'preprocessor_config.json' if path.is_dir() else path).read_text())
@@ -61,17 +62,17 @@ def transformers_preset(
     def pair(v): return [v, v] if isinstance(v, int) else [v['height'], v['width']] if 'height' in v else None
     size, crop = c['size'], pair(c['crop_size']) if c.get('do_center_crop') and 'crop_size' in c else None
     preset = dict(interpolation=resample, crop='floor', mean=list(c['image_mean']), std=list(c['image_std']))
-    if isinstance(size, Mapping) and size.get('longest_edge'): refuse('size', 'has a longest_edge, which is not supported')
+    if isinstance(size, Mapping) and size.get('longest_edge'): refuse('size', 'has an unsupported longest_edge')
     shortest = size.get('shortest_edge') if isinstance(size, Mapping) else size if c.get('do_center_crop') else None
     if shortest is not None:
         if crop is None: refuse('do_center_crop', 'leaves pictures of every shape; a model of fixed size is wanted')
         same = crop == [shortest, shortest]
         return preset | dict(size=crop, resize_mode='shortest') | ({} if same else dict(shortest=shortest))
     if pair(size) is None: refuse('size', 'is neither shortest_edge nor height and width')
-    if crop is not None and crop != pair(size): refuse('crop_size', 'after a resize to height and width is not supported')
+    if crop is not None and crop != pair(size): refuse('crop_size', 'differs from size, which is not supported')
     return preset | dict(size=pair(size), resize_mode='squash')
 
-# %% ../../nbs/vision/06_presets.ipynb #0848a01d
+# %% ../../nbs/vision/06_presets.ipynb #62677c99
 def torchvision_preset(
     weights, # a weights entry, its name ('ResNet50_Weights.DEFAULT'), or its `transforms()`
 ) -> dict:
@@ -85,5 +86,6 @@ def torchvision_preset(
     if not all(hasattr(t, k) for k in ('crop_size', 'resize_size', 'mean', 'std', 'interpolation')):
         raise ValueError(f'not the transform of an image classification: {type(t).__name__}')
     crop, shortest = list(t.crop_size) * (2 // len(t.crop_size)), t.resize_size[0]
-    return dict(size=crop, resize_mode='shortest', interpolation=t.interpolation.value, mean=list(t.mean), std=list(t.std),
-                **({} if crop == [shortest, shortest] else dict(shortest=shortest)))
+    preset = dict(size=crop, resize_mode='shortest', interpolation=t.interpolation.value)
+    preset |= dict(mean=list(t.mean), std=list(t.std))
+    return preset if crop == [shortest, shortest] else preset | dict(shortest=shortest)
