@@ -25,17 +25,17 @@ from .wordpiece import Lexicon, Pieces, refuse
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of pieces (ModelProto.SentencePiece.Type)
 METASPACE = 0x2581                                               # ▁, which stands for a space
 
-# %% ../../nbs/text/06_unigram.ipynb #a3e6bb91
+# %% ../../nbs/text/06_unigram.ipynb #dd306785
 def read_sentencepiece(
     path: str | Path | bytes, # a SentencePiece .model file, or its content
 ) -> dict: # as a tokenizer.json would say it: model, normalizer
     """What a `.model` file says, as JSON. Needs the package `sentencepiece`.
 
-    Raises `ValueError` if it is no such file, or if it states a rule that is not implemented."""
+    Raises `FileNotFoundError`, `ValueError` if it is no such file, or if it states a rule that is not implemented."""
     try: from sentencepiece import sentencepiece_model_pb2
     except ImportError as e: raise ImportError('reading a SentencePiece .model needs: pip install sentencepiece protobuf') from e
-    proto = sentencepiece_model_pb2.ModelProto()
-    try: proto.ParseFromString(path if isinstance(path, bytes) else Path(path).read_bytes())
+    proto, content = sentencepiece_model_pb2.ModelProto(), path if isinstance(path, bytes) else Path(path).read_bytes()
+    try: proto.ParseFromString(content)
     except Exception as e: raise ValueError(f'not a SentencePiece model: {e}') from None
     n, t = proto.normalizer_spec, proto.trainer_spec
     if not proto.pieces: raise ValueError('not a SentencePiece model: it has no pieces')
@@ -410,18 +410,19 @@ class Unigram(nn.Module):
         final = nn.functional.pad(keep[1:], (0, 1), value=float(last.numel())) - 1
         return Pieces(ids.index_select(0, keep), start.index_select(0, keep), end.index_select(0, final), kept.index_select(0, count))
 
-# %% ../../nbs/text/06_unigram.ipynb #e7a247c2
+# %% ../../nbs/text/06_unigram.ipynb #7762f1f7
 def sentencepiece_family(
     tok: dict, # from `read_sentencepiece`
 ) -> tuple[nn.Module, nn.Module]: # front: bytes -> values; model: values -> pieces
-    "SentencePiece's unigram model."
+    """SentencePiece's unigram model, in the arithmetic of `sentencepiece` 0.2.3.
+
+    User-defined symbols get the score that this version was observed to give them (releases before it had another)."""
     m, n = tok['model'], tok['normalizer']
     pieces, kinds = m['vocab'], m['kinds']
     symbols = [p for (p, _), k in zip(pieces, kinds) if k == USER]
     front = SentenceFront(base64.b64decode(n['charsmap']), symbols, n['add_dummy_prefix'], n['remove_extra_whitespaces'], n['escape_whitespaces'])
     normal = np.array([s for (_, s), k in zip(pieces, kinds) if k == NORMAL], np.float32)
-    top = np.float32(max(np.finfo(np.float32).tiny, *normal))
-    def score(p, s, k): return float(np.float32(len(p.encode()) * top - 0.1)) if k == USER else s
+    def score(p, s, k): return float(np.float32(0.1 * (len(p.encode()) - 1))) if k == USER else s  # as sentencepiece 0.2.3 answers
     used = [(p, i, score(p, s, k)) for i, ((p, s), k) in enumerate(zip(pieces, kinds)) if k in (NORMAL, USER)]
     byte_ids = [{p: i for i, (p, _) in enumerate(pieces)}[f'<0x{b:02X}>'] for b in range(256)] if m['byte_fallback'] else None
     return front, Unigram(*map(list, zip(*used)), kinds.index(UNKNOWN), float(normal.min() - np.float32(10)), byte_ids, front.mark)
