@@ -39,14 +39,32 @@ uint32_t crc32(const uint8_t* data, size_t size) {
   return c ^ 0xFFFFFFFFu;
 }
 
-// JSON of bytes that may not be UTF-8: what lies outside printable ASCII is written as \u00XX of the byte.
+// How many bytes the UTF-8 sequence at s[i] has; 0 where there is none.
+size_t sequence(const std::string& s, size_t i) {
+  auto byte = [&](size_t k) { return k < s.size() ? static_cast<unsigned char>(s[k]) : 0u; };
+  unsigned lead = byte(i), low = 0x80, high = 0xBF;
+  size_t size = lead < 0x80 ? 1 : lead < 0xC2 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : lead < 0xF5 ? 4 : 0;
+  if (lead == 0xE0) low = 0xA0;
+  if (lead == 0xED) high = 0x9F;
+  if (lead == 0xF0) low = 0x90;
+  if (lead == 0xF4) high = 0x8F;
+  for (size_t k = 1; k < size; ++k, low = 0x80, high = 0xBF)
+    if (byte(i + k) < low || byte(i + k) > high) return 0;
+  return size;
+}
+
+// JSON string of bytes that may not be UTF-8: a byte that is not becomes U+FFFD.
 std::string quote(const std::string& s) {
   std::string out = "\"";
   char buffer[8];
-  for (unsigned char c : s) {
-    if (c == '"' || c == '\\') { out += '\\'; out += static_cast<char>(c); }
-    else if (c < 0x20 || c > 0x7E) { std::snprintf(buffer, sizeof buffer, "\\u%04x", c); out += buffer; }
-    else out += static_cast<char>(c);
+  for (size_t i = 0; i < s.size();) {
+    unsigned char c = s[i];
+    size_t size = sequence(s, i);
+    if (size == 0) out += "\\ufffd";
+    else if (c == '"' || c == '\\') { out += '\\'; out += static_cast<char>(c); }
+    else if (c < 0x20 || c == 0x7F) { std::snprintf(buffer, sizeof buffer, "\\u%04x", c); out += buffer; }
+    else out += s.substr(i, size);
+    i += size ? size : 1;
   }
   return out + "\"";
 }
