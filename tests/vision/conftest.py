@@ -3,10 +3,9 @@ import io
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageOps
 
-from mmembed.core import as_bytes, quietly
+from mmembed.core import as_bytes
 
 
 def picture(width, height, seed=0, mode='RGB'):
@@ -71,22 +70,6 @@ def files():
     }
 
 
-def in_form(module, form):
-    "`module` as it is, scripted, frozen, or saved and loaded again."
-    module = module.eval()
-    if form == 'eager': return module
-    scripted = quietly(torch.jit.script, module)
-    if form == 'frozen':
-        return quietly(torch.jit.freeze, scripted, preserved_attrs=[m for m in METHODS if m != 'forward'])
-    if form == 'loaded':
-        f = io.BytesIO()
-        quietly(torch.jit.save, scripted, f)
-        f.seek(0)
-        return quietly(torch.jit.load, f)
-    return scripted
-
-
-METHODS = ['forward', 'probe', 'decode', 'transform', 'preprocess', 'preprocess_all', 'normalize']
 FILES = files()
 
 

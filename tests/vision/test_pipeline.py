@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 from mmembed.core import as_bytes, quietly, read_bytes
 from mmembed.vision.pipeline import VisionPipeline, as_image
 
-from ..helpers import FORMS, data_path
-from .conftest import FILES, in_form, opened, picture, saved
+from ..helpers import FORMS, data_path, in_form
+from .conftest import FILES, opened, picture, saved
 
 PIPELINES = {
     'clip': dict(size=64), 'pillow': dict(size=64, resize='pillow'),
