@@ -63,10 +63,6 @@ def test_readme_is_in_step():
     run(sys.executable, ROOT/'tools'/'readme.py', '--check')
 
 
-def test_style():
-    run(BIN/'chkstyle', 'nbs')
-
-
 def test_notebooks_run():
     run(BIN/'nbdev-test', '--n-workers', '0', OMP_NUM_THREADS='2')
 
@@ -79,8 +75,7 @@ def test_settings_keys_are_known():
 def test_no_machine_paths():
     "No notebook, module or document names a folder of the machine it was written on."
     tracked = run('git', 'ls-files').split() if (ROOT/'.git').exists() else []
-    for name in tracked:
+    folders = [f'{ROOT}/', f'{Path.home()}/', '/root/', '/work/', 'lib/python3']
+    for name in set(tracked) - {'tests/test_project.py'}:
         text = (ROOT/name).read_bytes()
-        for bad in (b'/home/', b'/root/', b'/work/', b'site-packages/'):
-            if name in ('tests/test_project.py', 'mmembed/export/host.py'): continue
-            assert bad not in text, f'{name} contains {bad.decode()}'
+        for folder in folders: assert folder.encode() not in text, f'{name} contains {folder}'

@@ -41,10 +41,13 @@ def split_words(
     first = torch.zeros(n + 1, dtype=torch.int64, device=x.codes.device).index_fill_(0, start + 1, 1)
     return Words(start, end.index_select(0, keep), first.cumsum(0).index_select(0, x.offsets))
 
-# %% ../../nbs/text/03_split.ipynb #a02fa156
+# %% ../../nbs/text/03_split.ipynb #c063c40f
 class AddedTokens(nn.Module):
     """Replaces each occurrence of token `k` by the code point ADDED + k: Hugging Face's leftmost-longest matching
     (`added_vocabulary.rs`). Raises `ValueError` for a token that is empty, or that has white space at an edge where it would swallow more."""
+    codes: list[list[int]]
+    number: list[int]
+    first: list[int]
 
     def __init__(self,
         tokens: list[dict], # as in a tokenizer.json: content, and perhaps single_word, lstrip, rstrip
@@ -55,10 +58,10 @@ class AddedTokens(nn.Module):
             text, strips = t['content'], t.get('lstrip') or t.get('rstrip')
             if not text or strips and text.strip() != text: raise ValueError(f'an added token cannot be {text!r}' + ' and strip' * bool(strips))
         order = sorted(range(len(tokens)), key=lambda k: len(tokens[k]['content']))  # a longer match replaces a shorter one
-        self.codes: list[list[int]] = [[ord(c) for c in tokens[k]['content']] for k in order]
-        self.number: list[int] = order
+        self.codes = [[ord(c) for c in tokens[k]['content']] for k in order]
+        self.number = order
         self.base = ADDED
-        self.first: list[int] = sorted({c[0] for c in self.codes})
+        self.first = sorted({c[0] for c in self.codes})
         flags = torch.tensor([[bool(t.get(f)) for f in ('single_word', 'lstrip', 'rstrip')] for t in tokens]).reshape(-1, 3)
         self.conditions = bool(flags.any())
         self.register_buffer('flags', flags)
