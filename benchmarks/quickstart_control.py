@@ -3,13 +3,27 @@
     python benchmarks/quickstart_control.py [--trainer.max_epochs 12 ...]     # about twice the quickstart's time
 
 The control's loss can fall (it may memorise), but on held-out pairs its recall must be that of guessing. Prints a table in Markdown.
+
+Run once at ten epochs (each run 189 s of CPU on a busy machine with 2 cores), a gallery of 1,000 distinct held-out captions:
+
+| captions | direction | combinations | queries | @1 | @5 | @10 | median rank |
+|---|---|---|---|---|---|---|---|
+| true | text to image | all | 1,000 | 71.4 % | 99.3 % | 99.9 % | 1 |
+| true | image to text | all | 1,000 | 72.0 % | 99.3 % | 99.9 % | 1 |
+| true | text to image | unseen | 250 | 68.4 % | 98.4 % | 99.6 % | 1 |
+| true | image to text | unseen | 250 | 72.0 % | 98.4 % | 99.6 % | 1 |
+| shuffled | text to image | all | 1,000 | 0.1 % | 0.5 % | 0.7 % | 491 |
+| shuffled | image to text | all | 1,000 | 0.3 % | 0.7 % | 1.0 % | 508 |
+| shuffled | text to image | unseen | 250 | 0.4 % | 0.8 % | 0.8 % | 480 |
+| shuffled | image to text | unseen | 250 | 0.4 % | 1.2 % | 1.2 % | 570 |
+| chance | | | | 0.1 % | 0.5 % | 1.0 % | 500 |
 """
 import os
 import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch: waiting threads that spin cost five times the time on a busy machine
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch: threads that wait must not spin
 
 from mmembed.train import run  # noqa: E402
 
