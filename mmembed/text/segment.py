@@ -62,7 +62,7 @@ def kinds() -> np.ndarray: # int64 (0x110000,)
     for c in '+#&_-': out[ord(c)] = SIGN
     return out
 
-# %% ../../nbs/text/08_segment.ipynb #1b484847
+# %% ../../nbs/text/08_segment.ipynb #7af3c3b9
 class WordStates(nn.Module):
     "Which characters of runs of unknown Chinese end a word (`jieba.finalseg.viterbi`)."
     NEVER = -3.14e100
@@ -71,12 +71,12 @@ class WordStates(nn.Module):
         model: dict, # start, trans and emit: log probabilities by state
     ):
         super().__init__()
-        emit = np.full((4, N_CODES), self.NEVER)
-        for k, s in enumerate('BMES'):
-            for c, p in model['emit'][s].items(): emit[k, ord(c)] = p
-        rows, which = np.unique(emit, axis=1, return_inverse=True)
-        self.row = PageTable(which.reshape(-1))
-        self.register_buffer('emit', torch.from_numpy(np.ascontiguousarray(rows.T)))
+        known = sorted({c for s in 'BMES' for c in model['emit'][s]})
+        row = np.zeros(N_CODES, np.int64)
+        row[[ord(c) for c in known]] = np.arange(len(known)) + 1
+        self.row = PageTable(row)
+        self.register_buffer('emit', torch.tensor([[self.NEVER] * 4] + [[model['emit'][s].get(c, self.NEVER) for s in 'BMES'] for c in known],
+            dtype=torch.float64))
         self.register_buffer('first', torch.tensor([model['start'][s] for s in 'BMES'], dtype=torch.float64))
         self.register_buffer('before', torch.tensor([[2, 3], [0, 1], [0, 1], [2, 3]]))  # who may precede B, M, E, S, the larger letter last
         self.register_buffer('trans', torch.tensor([[model['trans'][a].get(b, self.NEVER) for a in p]
@@ -112,7 +112,7 @@ class WordStates(nn.Module):
             if t > 0: state = torch.cat([came[t - 1].gather(1, now[:, None]).flatten(), state[n:]])
         return ends
 
-# %% ../../nbs/text/08_segment.ipynb #2f17d642
+# %% ../../nbs/text/08_segment.ipynb #6233ff1e
 class Segmenter(nn.Module):
     "Cuts each row into words, exactly as `jieba.cut` does (0.42.1). Nothing is dropped: the words of a row, joined, are the row."
 
@@ -120,9 +120,9 @@ class Segmenter(nn.Module):
         spec: dict, # from `read_jieba`
     ):
         super().__init__()
-        count = dict((w, int(c)) for w, c in (line.split(' ') for line in _unpack(spec['dictionary']).split('\n') if line))
         lines = [line.split(' ') for line in _unpack(spec['dictionary']).split('\n') if line]
-        total = math.log(sum(int(c) for _, c in lines))  # a word that is listed twice counts twice there, and its last count holds
+        count = {w: int(c) for w, c in lines}  # of a word that is listed twice the last count holds, but the total has both
+        total = math.log(sum(int(c) for _, c in lines))
         words = [w for w, c in count.items() if c]
         self.trie, self.none = trie([[ord(c) for c in w] for w in words]), len(words) + 1
         scores = [math.log(count[w]) - total for w in words] + [math.log(1) - total]

@@ -410,7 +410,7 @@ class Unigram(nn.Module):
         final = nn.functional.pad(keep[1:], (0, 1), value=float(last.numel())) - 1
         return Pieces(ids.index_select(0, keep), start.index_select(0, keep), end.index_select(0, final), kept.index_select(0, count))
 
-# %% ../../nbs/text/06_unigram.ipynb #7762f1f7
+# %% ../../nbs/text/06_unigram.ipynb #687e496f
 def sentencepiece_family(
     tok: dict, # from `read_sentencepiece`
 ) -> tuple[nn.Module, nn.Module]: # front: bytes -> values; model: values -> pieces
@@ -424,7 +424,8 @@ def sentencepiece_family(
     normal = np.array([s for (_, s), k in zip(pieces, kinds) if k == NORMAL], np.float32)
     def score(p, s, k): return float(np.float32(0.1 * (len(p.encode()) - 1))) if k == USER else s  # as sentencepiece 0.2.3 answers
     used = [(p, i, score(p, s, k)) for i, ((p, s), k) in enumerate(zip(pieces, kinds)) if k in (NORMAL, USER)]
-    byte_ids = [{p: i for i, (p, _) in enumerate(pieces)}[f'<0x{b:02X}>'] for b in range(256)] if m['byte_fallback'] else None
+    numbers = {p: i for i, (p, _) in enumerate(pieces)}
+    byte_ids = [numbers[f'<0x{b:02X}>'] for b in range(256)] if m['byte_fallback'] else None
     return front, Unigram(*map(list, zip(*used)), kinds.index(UNKNOWN), float(normal.min() - np.float32(10)), byte_ids, front.mark)
 
 # %% ../../nbs/text/06_unigram.ipynb #1fdbd34d
