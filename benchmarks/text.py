@@ -9,6 +9,7 @@ import argparse
 import gzip
 import json
 import os
+import random
 import statistics
 import time
 
@@ -80,7 +81,7 @@ def compare(contestants, texts, batch, rounds):
     for r in range(rounds + 2):
         at = (r * batch) % max(len(texts) - batch, 1)
         part = texts[at:at + batch]
-        for n in names[r % len(names):] + names[:r % len(names)]:
+        for n in random.Random(r).sample(names, len(names)):  # nobody always follows the same neighbour
             start = time.perf_counter()
             contestants[n](part)
             if r > 1: times[n].append(time.perf_counter() - start)
