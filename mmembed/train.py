@@ -263,7 +263,7 @@ def run(
     if spec['recall']: show_recall(spec['recall'])
     return RunResult(cli.folder, path, spec['recall'], model, cli.datamodule)
 
-# %% ../nbs/20_train.ipynb #44cdd504
+# %% ../nbs/20_train.ipynb #998fe59f
 def prepare(
     argv: list[str], # as for `run`
 ) -> TrainCLI:
@@ -271,7 +271,9 @@ def prepare(
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message="LightningCLI's args parameter")  # sys.argv is not ours
         try: return TrainCLI(argv)
-        except ArgumentError as e: raise ValueError(_sentence(e)) from None
+        except ArgumentError as e:
+            files = ', '.join(v for k, v in zip(argv, argv[1:]) if k == '--config')
+            raise ValueError(_sentence(e).replace('parsing config', f'parsing {files or "the configuration"}')) from None
 
 # %% ../nbs/20_train.ipynb #16ac93eb
 def _sentence(e: ArgumentError) -> str:
