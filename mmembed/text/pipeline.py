@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/text/pipeline.html.md"""
 # %% auto #0
 __all__ = ['FAMILIES', 'vocabulary', 'family', 'Frame', 'frame', 'Explanation', 'TextPipeline']
 
-# %% ../../nbs/text/09_pipeline.ipynb #7225bf60
+# %% ../../nbs/text/09_pipeline.ipynb #7e0820d5
 import json
 from collections.abc import Callable, Iterable
 from html import escape
@@ -22,11 +22,12 @@ from ..core import Encoding, Tokens, pack_str
 from .bpe import bpe_family, open_clip_tokenizer
 from .unicode import Codes
 from .wordpiece import Pieces, kind_of, refuse, wordpiece_family
+from .segment import read_jieba, segmented_family
 from .unigram import decode_sentencepiece, framed, read_sentencepiece, sentencepiece_family
 from .words import wordlevel_family
 
-# %% ../../nbs/text/09_pipeline.ipynb #a5fb2fb6
-FAMILIES: dict[str, Callable] = dict(WordPiece=wordpiece_family, WordLevel=wordlevel_family, SentencePiece=sentencepiece_family, BPE=bpe_family)  # a tokenizer.json's model type -> its (front, model)
+# %% ../../nbs/text/09_pipeline.ipynb #a62a4dab
+FAMILIES: dict[str, Callable] = dict(WordPiece=wordpiece_family, WordLevel=wordlevel_family, SentencePiece=sentencepiece_family, Segmented=segmented_family, BPE=bpe_family)  # a tokenizer.json's model type -> its (front, model)
 
 # %% ../../nbs/text/09_pipeline.ipynb #2261c222
 def vocabulary(
@@ -107,12 +108,13 @@ class Explanation(NamedTuple):
         cells = ''.join(cell(k, *s) for k, s in enumerate(self.spans))
         return f'<div style="overflow-x:auto"><table><tr>{cells}</tr></table><small>text, token, id, bytes</small></div>'
 
-# %% ../../nbs/text/09_pipeline.ipynb #939e2cef
+# %% ../../nbs/text/09_pipeline.ipynb #d0fe05e5
 class TextPipeline(nn.Module):
     """Texts -> `Tokens(ids, mask)`, exactly as the Hugging Face tokenizer it was made from: truncated to `max_length`, padded
     to the longest row, rounded up to a multiple of `pad_to` (0: always to `max_length`).
 
     Make one with `from_tokenizer_file`, `learn` or `from_spec`."""
+    shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
     single: Frame
     pair: Frame
 
@@ -153,11 +155,11 @@ class TextPipeline(nn.Module):
         batch, first = p.offsets.numel() - 1, p.offsets[:-1]
         before, after = self.single.ids[0], self.single.ids[2]
         edge = len(before) + len(after)
-        if batch == 0:
+        if self.shortcuts and batch == 0:
             empty = torch.zeros((0, edge), dtype=torch.int64, device=p.ids.device)
             return Tokens(empty, empty.clone())
         count = (p.offsets[1:] - first).clamp(max=self.max_length - edge)
-        column = torch.arange(self._width(int(count.max()) + edge), device=p.ids.device)
+        column = torch.arange(self._width(self._most(count) + edge), device=p.ids.device)
         total = (count + edge)[:, None]
         mask = (column < total).long()
         source = first[:, None] + (column - len(before))
@@ -166,6 +168,8 @@ class TextPipeline(nn.Module):
         for j, t in enumerate(after): ids.scatter_(1, total - len(after) + j, torch.full_like(total, t))
         return Tokens(ids, mask)
 
+    def _most(self, count: Tensor) -> int: return int(count.max())
+
     def _width(self, longest: int) -> int:
         "The padded length of a batch whose longest row is that long."
         if self.pad_to == 0: return self.max_length
@@ -173,7 +177,8 @@ class TextPipeline(nn.Module):
 
     def _taken(self, x: Tensor, index: Tensor) -> Tensor:
         "x[index], with anything where the index is out of range."
-        if x.numel() == 0: return torch.zeros_like(index)
+        if not self.shortcuts: x = nn.functional.pad(x, (0, 1))
+        elif x.numel() == 0: return torch.zeros_like(index)
         return x.index_select(0, index.flatten().clamp(min=0, max=x.numel() - 1)).view_as(index)
 
     @torch.jit.export
@@ -284,6 +289,20 @@ class TextPipeline(nn.Module):
         Raises `ValueError` for a name that open_clip does not know, and for a model with another tokenizer than CLIP's."""
         tok, length = open_clip_tokenizer(name, fix=not cleaned)
         return cls(tok, max_length or length, pad_to)
+
+    @classmethod
+    def from_jieba(cls,
+        vocab: dict[str, int],         # word -> id; [CLS] and [SEP], if it has them, frame the text
+        max_length: int = 128,         # tokens, with the special ones
+        hmm: bool = True,              # guess at words that the dictionary lacks, as `jieba.cut(text, HMM=True)` does
+        dictionary: str | None = None, # lines `word count`; jieba's own by default
+        unk_token: str = '[UNK]',
+        pad_to: int = 8,               # bucket for the padded length, in tokens
+    ) -> 'TextPipeline':
+        "Chinese words as `jieba.cut` finds them, white space dropped, each with its id. Raises `ValueError` if `vocab` lacks `unk_token`."
+        framed = dict(type='BertProcessing', cls=['[CLS]', vocab['[CLS]']], sep=['[SEP]', vocab['[SEP]']]) if {'[CLS]', '[SEP]'} <= set(vocab) else None
+        model = dict(type='Segmented', vocab=dict(vocab), unk_token=unk_token)
+        return cls(dict(model=model, segmenter=read_jieba(dictionary, hmm), post_processor=framed), max_length, pad_to)
 
     @classmethod
     def learn(cls,

@@ -7,14 +7,14 @@ Docs: https://mmembed.github.io/mmembed/text/split.html.md"""
 # %% auto #0
 __all__ = ['Words', 'split_words', 'AddedTokens']
 
-# %% ../../nbs/text/03_split.ipynb #14406cb9
+# %% ../../nbs/text/03_split.ipynb #aa74d324
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .tables import PageTable
+from .tables import PageTable, ended
 from .unicode import ADDED, CLASS_SHIFT, MAX_ADDED, SPACE, WHITE_SPACE, Codes, word_characters
 
 # %% ../../nbs/text/03_split.ipynb #c4e4e0cb
@@ -24,7 +24,7 @@ class Words(NamedTuple):
     end: Tensor      # int64 (W,): one past the last
     offsets: Tensor  # int64 (B+1,): row i has the pieces offsets[i] to offsets[i+1]
 
-# %% ../../nbs/text/03_split.ipynb #ee3b9d77
+# %% ../../nbs/text/03_split.ipynb #109b9afa
 def split_words(
     x: Codes,                 # values: code point | class << 21
     shift: int = CLASS_SHIFT, # where a value keeps its class (a default, since TorchScript sees no module constants)
@@ -36,15 +36,16 @@ def split_words(
     before = torch.nn.functional.pad(kind, (1, 0)).index_fill_(0, x.offsets, space)
     bound = (kind | before[:n]).nonzero().flatten()  # WORD is 0: inside a word both are
     keep = (kind.index_select(0, bound) != space).nonzero().flatten()
-    end = torch.nn.functional.pad(bound[1:], (0, 1), value=float(n))
+    end = ended(bound[1:], n)
     start = bound.index_select(0, keep)
     first = torch.zeros(n + 1, dtype=torch.int64, device=x.codes.device).index_fill_(0, start + 1, 1)
     return Words(start, end.index_select(0, keep), first.cumsum(0).index_select(0, x.offsets))
 
-# %% ../../nbs/text/03_split.ipynb #c063c40f
+# %% ../../nbs/text/03_split.ipynb #91b8fff5
 class AddedTokens(nn.Module):
     """Replaces each occurrence of token `k` by the code point ADDED + k: Hugging Face's leftmost-longest matching
     (`added_vocabulary.rs`). Raises `ValueError` for a token that is empty, or that has white space at an edge where it would swallow more."""
+    shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
     codes: list[list[int]]
     number: list[int]
     first: list[int]
@@ -75,7 +76,7 @@ class AddedTokens(nn.Module):
         likely = torch.zeros_like(x.codes, dtype=torch.bool)
         for c in self.first: likely |= x.codes == c
         at = likely.nonzero().flatten()
-        if at.numel() == 0: return x, nowhere
+        if self.shortcuts and at.numel() == 0: return x, nowhere
         n = x.codes.numel()
         row_end = self._per_code(x.offsets[1:], x).index_select(0, at)
         token, length = torch.full_like(at, -1), torch.zeros_like(at)
@@ -85,37 +86,40 @@ class AddedTokens(nn.Module):
             token = torch.where(here, self.number[k], token)
             length = torch.where(here, len(codes), length)
         found = (token >= 0).nonzero().flatten()
-        if found.numel() == 0: return x, nowhere
+        if self.shortcuts and found.numel() == 0: return x, nowhere
         at, token, end = at[found], token[found], (at + length)[found]
-        keep = self._leftmost(at, end)
+        keep = self._leftmost(at, end, n)
         at, token, end = at[keep], token[keep], end[keep]
         if self.conditions:
             at, token, end = self._conditioned(x, at, token, end)
-            if at.numel() == 0: return x, nowhere
+            if self.shortcuts and at.numel() == 0: return x, nowhere
         change = torch.zeros(n + 1, dtype=torch.int64, device=x.codes.device)
         change.index_add_(0, at + 1, torch.ones_like(at)).index_add_(0, end, -torch.ones_like(at))
         source = (change.cumsum(0)[:n] == 0).nonzero().flatten()  # the first character of a match stays
         codes = x.codes.index_copy(0, at, token + self.base)
         kept = torch.zeros(n + 1, dtype=torch.int64, device=x.codes.device).index_fill_(0, source + 1, 1)
         return (Codes(codes.index_select(0, source), kept.cumsum(0).index_select(0, x.offsets)),
-            nn.functional.pad(source, (0, 1), value=float(n)))
+            ended(source, n))
 
     def _per_code(self, per_row: Tensor, x: Codes) -> Tensor:
         "A value of each row, int64 (B,), for each of its code points: int64 (M,)."
         return torch.repeat_interleave(per_row, x.offsets[1:] - x.offsets[:-1])
 
-    def _leftmost(self, start: Tensor, end: Tensor) -> Tensor:
+    def _leftmost(self, start: Tensor, end: Tensor, n: int) -> Tensor:
         "Which of these matches, sorted by start, remain when each excludes those that it overlaps."
-        if not bool((start[1:] < end[:-1]).any()): return torch.arange(start.numel(), device=start.device)
-        keep: list[int] = []
-        last = 0
-        s: list[int] = start.tolist()
-        e: list[int] = end.tolist()
-        for i in range(len(s)):
-            if s[i] >= last:
-                keep.append(i)
-                last = e[i]
-        return torch.tensor(keep, dtype=torch.int64, device=start.device)
+        if self.shortcuts and not bool((start[1:] < end[:-1]).any()): return torch.arange(start.numel(), device=start.device)
+        begun = torch.zeros(n + 1, dtype=torch.int64, device=start.device).index_fill_(0, start + 1, 1).cumsum(0)
+        next = ended(begun.index_select(0, end), start.numel())  # the first match that begins where each has ended
+        return self._followed(nn.functional.pad(torch.zeros_like(start), (1, 0), value=1.), next)[:-1].nonzero().flatten()
+
+    def _followed(self, kept: Tensor, next: Tensor) -> Tensor:
+        "All that are reached by following `next` from those that are kept, int64 (K+1,): the last has no next."
+        while bool((next < next[-1]).any()): kept, next = self._leap(kept, next)
+        return kept
+
+    def _leap(self, kept: Tensor, next: Tensor) -> tuple[Tensor, Tensor]:
+        "One round; leaps double, so that a few are enough."
+        return torch.maximum(kept, torch.zeros_like(kept).index_add(0, next, kept).clamp(max=1)), next.index_select(0, next)
 
     def _conditioned(self, x: Codes, at: Tensor, token: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "The matches that are words of their own where they must be, with the white space that they swallow."
@@ -126,10 +130,10 @@ class AddedTokens(nn.Module):
         touched = (word[(at - 1).clamp(min=0)] & (at > row_start)) | (word[end.clamp(max=n - 1)] & (end < row_end))
         keep = (~(flags[:, 0] & touched)).nonzero().flatten()
         at, token, end, flags, row_start, row_end = at[keep], token[keep], end[keep], flags[keep], row_start[keep], row_end[keep]
-        place = torch.arange(n, device=x.codes.device)
         solid = ~torch.isin(x.codes, self.space)
-        last = nn.functional.pad(torch.where(solid, place + 1, 0).cummax(0)[0], (1, 0))   # one past the last solid before a place
-        next = nn.functional.pad(torch.where(solid, place, n).flip(0).cummin(0)[0].flip(0), (0, 1), value=float(n))
-        end = torch.where(flags[:, 2], torch.minimum(next[end], row_end), end)
-        before = torch.maximum(row_start, nn.functional.pad(end[:-1], (1, 0)))            # a match before has had its spaces
-        return torch.where(flags[:, 1], torch.maximum(last[at], before), at), token, end
+        place, count = solid.nonzero().flatten(), nn.functional.pad(solid.long().cumsum(0), (1, 0))
+        last = nn.functional.pad(place + 1, (1, 0)).index_select(0, count[at])  # one past the last solid before the match
+        next = ended(place, n).index_select(0, count[end])
+        end = torch.where(flags[:, 2], torch.minimum(next, row_end), end)
+        before = torch.maximum(row_start, nn.functional.pad(end[:-1], (1, 0))[:end.numel()])  # a match before has had its spaces
+        return torch.where(flags[:, 1], torch.maximum(last, before), at), token, end

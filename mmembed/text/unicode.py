@@ -261,9 +261,10 @@ def _probe_bert(clean_text: bool, handle_chinese_chars: bool, strips: bool, lowe
             answer[f'{k}_counts'], answer[f'{k}_images'] = probe_normalizer(n)
     return answer
 
-# %% ../../nbs/text/02_unicode.ipynb #122c8a04
+# %% ../../nbs/text/02_unicode.ipynb #e62aeafe
 class CharTables(nn.Module):
     "Code points to values (code point | class << 21), as one table look-up; the order of marks where it matters."
+    shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
     def __init__(self, rules: CharRules):
         super().__init__()
@@ -279,21 +280,21 @@ class CharTables(nn.Module):
     def forward(self, x: Codes) -> tuple[Codes, Tensor]:
         "Code points -> values, and which code point each came from, int64 (K,); that is empty where nothing moved."
         values, source, sort = self.table(x.codes)
-        nowhere = torch.empty(0, dtype=torch.int64, device=source.device)
+        nowhere = torch.empty(0, dtype=torch.int64, device=source.device) if self.shortcuts else torch.arange(x.codes.numel(), device=source.device)
         if not (self.sorts and sort): return self._placed(values, source, x, nowhere)
         values, source, _ = self.decompose(x.codes)
         apart, first = self._placed(values, source, x, nowhere)
         order = self.order(apart)
         values, source, _ = self.finish(apart.codes.index_select(0, order))
-        if first.numel() == 0: return self._placed(values, source, apart, first)  # sorting moves marks, not their places
-        opens = nn.functional.pad((first[1:] != first[:-1]).long(), (1, 0), value=1.)
+        if self.shortcuts and first.numel() == 0: return self._placed(values, source, apart, first)  # sorting moves marks, not their places
+        opens = nn.functional.pad((first[1:] != first[:-1]).long(), (1, 0), value=1.)[:first.numel()]
         place = opens.index_select(0, order).cumsum(0).clamp(min=1) - 1
         return self._placed(values, source, apart, first.index_select(0, opens.nonzero().flatten()).index_select(0, place))
 
     def _placed(self, values: Tensor, source: Tensor, x: Codes, before: Tensor) -> tuple[Codes, Tensor]:
         "What a table made of `x`, with the rows' new offsets; the sources composed with those of the step `before`."
-        if source.numel() == 0 and values.numel() == x.codes.numel(): return Codes(values, x.offsets), before
-        return Codes(values, self._moved(source, x)), before.index_select(0, source) if before.numel() > 0 else source
+        if self.shortcuts and source.numel() == 0 and values.numel() == x.codes.numel(): return Codes(values, x.offsets), before
+        return Codes(values, self._moved(source, x)), source if self.shortcuts and before.numel() == 0 else before.index_select(0, source)
 
     def _moved(self, source: Tensor, x: Codes) -> Tensor:
         "The offsets of rows, once position `source[j]` has become position j."

@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/text/wordpiece.html.md"""
 # %% auto #0
 __all__ = ['Lexicon', 'Pieces', 'WordPiece', 'BertFront', 'refuse', 'kind_of', 'wordpiece_family']
 
-# %% ../../nbs/text/04_wordpiece.ipynb #e6860765
+# %% ../../nbs/text/04_wordpiece.ipynb #c5a2a0df
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .split import AddedTokens, Words, split_words
-from .tables import SubstringHash, VocabTable
+from .tables import SubstringHash, VocabTable, ended
 from .unicode import ADDED, ALONE, CLASS_SHIFT, CharTables, Codes, Located, Utf8, bert_rules
 
 # %% ../../nbs/text/04_wordpiece.ipynb #452e84eb
@@ -57,11 +57,12 @@ class Pieces(NamedTuple):
     end: Tensor      # int64 (T,)
     offsets: Tensor  # int64 (B+1,): row i has the pieces offsets[i] to offsets[i+1]
 
-# %% ../../nbs/text/04_wordpiece.ipynb #62df2780
+# %% ../../nbs/text/04_wordpiece.ipynb #24f2eb57
 class WordPiece(nn.Module):
     """Greedy longest-match-first pieces, as Hugging Face's `models.WordPiece` takes them.
 
     Raises `ValueError` if the vocabulary lacks `unk_token`."""
+    shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
     CONTINUES = 0x2545F4914F6CDD1D  # the seed of pieces inside a word (an odd 64-bit constant of Marsaglia's)
 
     def __init__(self,
@@ -86,6 +87,7 @@ class WordPiece(nn.Module):
     def forward(self, x: Codes) -> Pieces:
         "Values -> pieces."
         words = split_words(x)
+        if not self.shortcuts: return self._tokenize(x.codes, words, True)[0]
         pieces, sure = self._tokenize(x.codes, words, False)
         return pieces if sure else self._tokenize(x.codes, words, True)[0]
 
@@ -98,14 +100,14 @@ class WordPiece(nn.Module):
         if lex.longest > self.max_chars: entry = torch.where(length > self.max_chars, -1, entry)
         if confirm: entry = lex.confirmed(codes, entry, start, length)
         rest = (entry < 0).nonzero().flatten()
-        if rest.numel() == 0:
+        if self.shortcuts and rest.numel() == 0:
             sure = confirm or bool(lex.agrees(codes, entry, start, length)[0].all())
             return Pieces(self.ids.index_select(0, entry), start, words.end, words.offsets), sure
         word, nth, first, size, piece = self._rounds(codes, prefix, inverses, rest, start, words.end, confirm)
         sure = confirm or self._all_agree(codes, torch.cat([entry, piece]), torch.cat([start, first]), torch.cat([length, size]))
         # a word that is stuck, or too long to begin with, is one unknown piece
         stuck = (piece < 0).nonzero().flatten()
-        if stuck.numel() > 0:
+        if not self.shortcuts or stuck.numel() > 0:
             fine = torch.ones_like(start, dtype=torch.bool).index_fill(0, word.index_select(0, stuck), False)
             ok = fine.index_select(0, word).nonzero().flatten()
             word, nth, first = word.index_select(0, ok), nth.index_select(0, ok), first.index_select(0, ok)
@@ -137,34 +139,41 @@ class WordPiece(nn.Module):
         if int(left.max()) > self.max_chars:
             fits = (left <= self.max_chars).nonzero().flatten()
             word, at, left = word.index_select(0, fits), at.index_select(0, fits), left.index_select(0, fits)
-        table = self.lexicon.table
         while word.numel() > 0:
             size = torch.arange(1, min(int(left.max()), self.lexicon.longest) + 1, device=codes.device)
-            from_ = at.unsqueeze(1)
-            till = (from_ + size).flatten()
-            key = (prefix.index_select(0, till).view(-1, size.numel()) - prefix.index_select(0, at).unsqueeze(1)
-                ) * inverses.index_select(0, at).unsqueeze(1) + seed
-            slot, hit = table.slots(key.flatten())
-            good = hit.view_as(key) & (size <= left.unsqueeze(1))
-            if confirm:
-                entry = torch.where(good.flatten(), table.ids.index_select(0, slot), -1)
-                good = (self.lexicon.confirmed(codes, entry, from_.expand_as(key).flatten(), size.expand_as(key).flatten()) >= 0).view_as(key)
-            best = (good * size).amax(1)
-            entry = table.ids.index_select(0, slot.view_as(key).gather(1, (best - 1).clamp(min=0).unsqueeze(1)).flatten())
+            best, entry = self._longest(codes, prefix, inverses, at, left, size, seed, confirm)
             words.append(word)
             nths.append(torch.full_like(word, nth))
             starts.append(at)
             lengths.append(best)
-            entries.append(torch.where(best > 0, entry, -1))
+            entries.append(entry)
             left = left - best
             more = ((left > 0) & (best > 0)).nonzero().flatten()
             word, at, left = word.index_select(0, more), (at + best).index_select(0, more), left.index_select(0, more)
             seed, nth = self.continues, nth + 1
         return torch.cat(words), torch.cat(nths), torch.cat(starts), torch.cat(lengths), torch.cat(entries)
 
-# %% ../../nbs/text/04_wordpiece.ipynb #b4c3dcbf
+    def _longest(self, codes: Tensor, prefix: Tensor, inverses: Tensor, at: Tensor, left: Tensor, size: Tensor, seed: int,
+                 confirm: bool) -> tuple[Tensor, Tensor]:
+        "One round: the longest piece at each of `at`, of the lengths `size` and at most `left`: its length, or 0, and entry, or -1."
+        table = self.lexicon.table
+        from_ = at.unsqueeze(1)
+        till = (from_ + size).flatten()
+        key = (prefix.index_select(0, till).view(-1, size.numel()) - prefix.index_select(0, at).unsqueeze(1)
+            ) * inverses.index_select(0, at).unsqueeze(1) + seed
+        slot, hit = table.slots(key.flatten())
+        good = hit.view_as(key) & (size <= left.unsqueeze(1))
+        if confirm:
+            entry = torch.where(good.flatten(), table.ids.index_select(0, slot), -1)
+            good = (self.lexicon.confirmed(codes, entry, from_.expand_as(key).flatten(), size.expand_as(key).flatten()) >= 0).view_as(key)
+        best = (good * size).amax(1)
+        entry = table.ids.index_select(0, slot.view_as(key).gather(1, (best - 1).clamp(min=0).unsqueeze(1)).flatten())
+        return best, torch.where(best > 0, entry, -1)
+
+# %% ../../nbs/text/04_wordpiece.ipynb #b1a32d3d
 class BertFront(nn.Module):
     "Packed UTF-8 -> normalised values with their classes, added tokens marked, as BERT's rules have it."
+    shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
     def __init__(self,
         added: list[dict], # a tokenizer.json's added_tokens
@@ -182,14 +191,14 @@ class BertFront(nn.Module):
         "uint8 (N,), int64 (B+1,) -> values; with `spans` also the bytes of each."
         nowhere = torch.empty(0, dtype=torch.int64, device=data.device)
         values = self.quick.index_select(0, data.long())
-        if data.numel() == 0 or int(values.min()) >= 0:
+        if self.shortcuts and (data.numel() == 0 or int(values.min()) >= 0):
             at = torch.arange(data.numel(), device=data.device) if spans else nowhere
             return Located(values, offsets, at, at + 1)
         codes, begin = self.utf8(data, offsets)
         codes, kept = self.added(codes)
         x, source = self.tables(codes)
         if not spans: return Located(x.codes, x.offsets, nowhere, nowhere)
-        edges = nn.functional.pad(begin, (0, 1), value=float(data.numel()))
+        edges = ended(begin, data.numel())
         if kept.numel() > 0: edges = edges.index_select(0, kept)
         if source.numel() == 0 and x.codes.numel() + 1 == edges.numel(): return Located(x.codes, x.offsets, edges[:-1], edges[1:])
         return Located(x.codes, x.offsets, edges.index_select(0, source), edges.index_select(0, source + 1))

@@ -7,13 +7,14 @@ Docs: https://mmembed.github.io/mmembed/text/words.html.md"""
 # %% auto #0
 __all__ = ['RUN', 'split_runs', 'word_rules', 'NoTokens', 'RulesFront', 'WholeWords', 'wordlevel_family']
 
-# %% ../../nbs/text/07_words.ipynb #0f55c710
+# %% ../../nbs/text/07_words.ipynb #9757bfb5
 import numpy as np
 import torch
 from tokenizers import normalizers, pre_tokenizers
 from torch import Tensor, nn
 
 from .split import AddedTokens, Words
+from .tables import ended
 from .unicode import (ADDED, ALONE, CLASS_SHIFT, N_CODES, SPACE, CharRules, CharTables, Codes, Utf8, bert_rules,
     probe_normalizer, probe_splitter, probed)
 from .wordpiece import BertFront, Lexicon, Pieces, kind_of, refuse
@@ -21,7 +22,7 @@ from .wordpiece import BertFront, Lexicon, Pieces, kind_of, refuse
 # %% ../../nbs/text/07_words.ipynb #e9e26fff
 RUN = 3  # a character that forms words only with its own kind
 
-# %% ../../nbs/text/07_words.ipynb #b19e3af6
+# %% ../../nbs/text/07_words.ipynb #6ccb0761
 def split_runs(
     x: Codes,                 # values: code point | class << 21
     shift: int = CLASS_SHIFT, # where a value keeps its class (a default, since TorchScript sees no module constants)
@@ -34,7 +35,7 @@ def split_runs(
     before = torch.nn.functional.pad(kind, (1, 0)).index_fill_(0, x.offsets, -1)
     bound = ((kind != before[:n]) | (kind == alone)).nonzero().flatten()
     keep = (kind.index_select(0, bound) != space).nonzero().flatten()
-    end = torch.nn.functional.pad(bound[1:], (0, 1), value=float(n))
+    end = ended(bound[1:], n)
     start = bound.index_select(0, keep)
     first = torch.zeros(n + 1, dtype=torch.int64, device=x.codes.device).index_fill_(0, start + 1, 1)
     return Words(start, end.index_select(0, keep), first.cumsum(0).index_select(0, x.offsets))
