@@ -112,7 +112,7 @@ class WordStates(nn.Module):
             if t > 0: state = torch.cat([came[t - 1].gather(1, now[:, None]).flatten(), state[n:]])
         return ends
 
-# %% ../../nbs/text/08_segment.ipynb #6233ff1e
+# %% ../../nbs/text/08_segment.ipynb #78252c79
 class Segmenter(nn.Module):
     "Cuts each row into words, exactly as `jieba.cut` does (0.42.1). Nothing is dropped: the words of a row, joined, are the row."
 
@@ -126,7 +126,7 @@ class Segmenter(nn.Module):
         words = [w for w, c in count.items() if c]
         self.trie, self.none = trie([[ord(c) for c in w] for w in words]), len(words) + 1
         scores = [math.log(count[w]) - total for w in words] + [math.log(1) - total]
-        self.worst = max(map(abs, scores))
+        self.worst, self.short = max(map(abs, scores)), 500  # a longer segment is left to the exact walk
         self.register_buffer('score', torch.tensor([*scores, float('-inf')], dtype=torch.float64))
         self.kind = PageTable(kinds())
         self.guesses = spec['hmm'] is not None
@@ -190,9 +190,11 @@ class Segmenter(nn.Module):
         both = torch.zeros(n, dtype=torch.bool, device=place.device).index_fill_(0, cut, True).index_fill_(0, block, True)
         cut = both.nonzero().flatten()
         steps = self._sizes(cut, n)
-        best, margin = walk(score, cut, steps, True)
-        length = trace(best, cut, steps)
-        last = length > 0
+        few = (steps <= self.short).nonzero().flatten()
+        best, margin = walk(score, cut.index_select(0, few), steps.index_select(0, few), True)
+        length = trace(best, cut.index_select(0, few), steps.index_select(0, few))
+        long = (cut + steps - 1).index_select(0, (steps > self.short).nonzero().flatten())
+        last, margin = length.index_fill(0, long, 1) > 0, margin.index_fill(0, long, 0)
         # sums of that many numbers of that size, in another order, differ by less than this
         spread = torch.repeat_interleave(width.flip(0), width.flip(0)) * self.worst
         near = last & (margin <= 4 * 2.0 ** -53 * (torch.repeat_interleave(steps, steps) + 2) * spread)

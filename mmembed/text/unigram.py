@@ -6,7 +6,8 @@ Docs: https://mmembed.github.io/mmembed/text/unigram.html.md"""
 
 # %% auto #0
 __all__ = ['NORMAL', 'UNKNOWN', 'CONTROL', 'USER', 'UNUSED', 'BYTE', 'METASPACE', 'read_sentencepiece', 'read_charsmap',
-           'Charsmap', 'SentenceFront', 'Unigram', 'sentencepiece_family', 'framed', 'decode_sentencepiece']
+           'Charsmap', 'SentenceFront', 'Unigram', 'sentencepiece_family', 'framed', 'decode_sentencepiece',
+           'unigram_family']
 
 # %% ../../nbs/text/06_unigram.ipynb #adb71dcc
 import base64
@@ -252,10 +253,10 @@ class SentenceFront(nn.Module):
         rest = torch.repeat_interleave(solid.index_select(0, rows[1:]), rows[1:] - rows[:-1]) - solid[:n]
         return ~(leading & after) & (rest > 0)
 
-# %% ../../nbs/text/06_unigram.ipynb #ae191281
+# %% ../../nbs/text/06_unigram.ipynb #773ea1c8
 class Unigram(nn.Module):
     """The likeliest pieces of each row, as SentencePiece's `unigram::Model::EncodeOptimized` (0.2.3) finds them, with unknown characters merged,
-    or as bytes. With `double` the sums have 64 bits and begin anew at each word, as in Hugging Face's `models.Unigram` behind `Metaspace`."""
+    or as bytes."""
     SEED = 0x2545F4914F6CDD1D  # no key is 0 (an odd 64-bit constant of Marsaglia's)
 
     def __init__(self,
@@ -266,13 +267,13 @@ class Unigram(nn.Module):
         unk_score: float,
         byte_ids: list[int] | None = None, # the ids of bytes 0 to 255; None: an unknown character is `unk_id`
         mark: int = METASPACE,  # begins a word
-        double: bool = False,
     ):
         super().__init__()
         codes = [[ord(c) for c in p] for p in pieces]
-        self.trie, self.unk, self.mark, self.double, self.seed = trie(codes), len(pieces), mark, double, self.SEED
-        self.by_word = double or not any(mark in c[1:] for c in codes)
-        self.unit = 2.0 ** -53 if double else 2.0 ** -24  # half a unit in the last place of 1
+        self.trie, self.unk, self.mark, self.seed = trie(codes), len(pieces), mark, self.SEED
+        self.short = 500  # a longer segment is left to the exact walk
+        self.by_word = not any(mark in c[1:] for c in codes)
+        self.unit = 2.0 ** -24  # half a unit in the last place of 1, in 32 bits
         self.worst = max(map(abs, [*scores, unk_score]))
         self.bytes = byte_ids is not None
         self.register_buffer('ids', torch.tensor([*ids, unk_id], dtype=torch.int64))
@@ -330,7 +331,7 @@ class Unigram(nn.Module):
             entry.index_copy_(0, at, e)
             margin.index_copy_(0, at, m)
             segment.index_copy_(0, at, s)
-            first, stop = self._doubtful(x, start, end, length, entry, margin, segment)
+            first, stop = self._doubtful(x, length, entry, margin, segment)
             if first.numel() > 0:
                 at, room = self._places(first, stop)
                 k, e = self._cut_exactly(x.codes.index_select(0, at), room, stop - first)
@@ -351,25 +352,30 @@ class Unigram(nn.Module):
         grid, place, size = self._grid(codes, room)
         start = uncrossed(place, size, n)
         width = nn.functional.pad(start[1:], (0, 1), value=float(n)) - start
-        best, margin = walk(self.score.index_select(0, grid.flatten()).view_as(grid), start, width, True)
-        length = trace(best, start, width)
+        few = (width <= self.short).nonzero().flatten()
+        begin, size = start.index_select(0, few), width.index_select(0, few)
+        best, margin = walk(self.score.index_select(0, grid.flatten()).view_as(grid), begin, size, True)
+        length = trace(best, begin, size)
+        if few.numel() < start.numel():  # one so long would be doubtful anyway
+            last = (start + width - 1).index_select(0, (width > self.short).nonzero().flatten())
+            length.index_fill_(0, last, 1)
+            margin.index_fill_(0, last, 0)
         return length, self._entries(grid, length), margin, torch.repeat_interleave(width, width)
 
     def _cut_exactly(self, codes: Tensor, room: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
         "Length and entry, by sums that run along the whole of each stretch in the reference's arithmetic."
         grid, _, _ = self._grid(codes, room)
         score = self.score.index_select(0, grid.flatten()).view_as(grid)
-        if not self.double: score = score.float()
         start = width.cumsum(0) - width
-        length = trace(walk(score, start, width, False)[0], start, width)
+        length = trace(walk(score.float(), start, width, False)[0], start, width)
         return length, self._entries(grid, length)
 
     def _entries(self, grid: Tensor, length: Tensor) -> Tensor:
         return grid.gather(1, (grid.shape[1] - length.clamp(min=1))[:, None]).flatten()
 
-    def _doubtful(self, x: Codes, start: Tensor, end: Tensor, length: Tensor, entry: Tensor, margin: Tensor, segment: Tensor) -> tuple[Tensor, Tensor]:
-        "The stretches in which rounding could have decided: starts and ends."
-        if not self.double: start, end = x.offsets[:-1], x.offsets[1:]
+    def _doubtful(self, x: Codes, length: Tensor, entry: Tensor, margin: Tensor, segment: Tensor) -> tuple[Tensor, Tensor]:
+        "The rows in which rounding could have decided: starts and ends."
+        start, end = x.offsets[:-1], x.offsets[1:]
         last = (length > 0).nonzero().flatten()
         total = nn.functional.pad(self.score.index_select(0, entry.index_select(0, last)).abs().cumsum(0), (1, 0))
         count = nn.functional.pad((length > 0).long().cumsum(0), (1, 0))
@@ -465,3 +471,11 @@ def decode_sentencepiece(
             parts, out = [*parts, out, text.replace('▁', ' ').encode()], b''
         start = False
     return ''.join(p.decode(errors='replace') for p in [*parts, out])
+
+# %% ../../nbs/text/06_unigram.ipynb #a38afacd
+def unigram_family(
+    tok: dict, # a parsed tokenizer.json with a Unigram model
+) -> tuple[nn.Module, nn.Module]:
+    """Raises `ValueError`. Hugging Face applies a charsmap to whole grapheme clusters, by the *shortest* rule that begins one, so its ids differ from
+    SentencePiece's own (`ﬁ` with an accent loses the accent): not implemented, and the model file is the better source."""
+    refuse('model', 'Unigram', "the SentencePiece .model that it was made from (TextPipeline.from_sentencepiece)")

@@ -98,36 +98,46 @@ def uncrossed(
     far = (here + 1).scatter_reduce(0, place.index_select(0, long), (place + size).index_select(0, long), 'amax')
     return torch.nn.functional.pad((far.cummax(0)[0][:max(n - 1, 0)] <= here[1:]), (1, 0), value=True).nonzero().flatten()[:n]
 
-# %% ../../nbs/text/06a_viterbi.ipynb #e2be9026
+# %% ../../nbs/text/06a_viterbi.ipynb #c7d2697f
 def walk(
     score: Tensor, # float (n, L): of the piece that ends at each place and has each length, L down to 1; -inf where there is none
     start: Tensor, # int64 (S,): segments, which must not overlap
-    size: Tensor,  # int64 (S,)
+    size: Tensor,  # int64 (S,), none 0
     margins: bool, # whether the second result is wanted
 ) -> tuple[Tensor, Tensor]:
-    "The length of the best last piece up to each place, int64 (n,), and by how much its path beats the next best, (n,); 0 outside of segments."
-    widest = score.shape[1]
-    best = torch.zeros(score.shape[0], dtype=torch.int64, device=score.device)
-    margin = torch.zeros(score.shape[0], dtype=score.dtype, device=score.device)
-    if start.numel() == 0: return best, margin
+    "The length of the best last piece up to each place, int64 (n,), and by how much its path beats the next best, (n,); meaningless outside of segments."
+    n, widest = score.shape[0], score.shape[1]
+    value, offset = torch.zeros(n, dtype=score.dtype, device=score.device), torch.zeros(n, dtype=torch.int64, device=score.device)
+    if start.numel() == 0: return offset, value
     size, order = size.sort(descending=True, stable=True)
     start = start.index_select(0, order)
     active: list[int] = size.bincount().flip(0).cumsum(0).flip(0)[1:].tolist()  # how many segments are longer than t
     window = torch.full((start.numel(), widest), float('-inf'), dtype=score.dtype, device=score.device)
     window[:, -1] = 0
-    places, columns, margin_list = [start[:0]], [start[:0]], [margin[:0]]
-    for t in range(len(active)):
+    places, tops, t = [start[:0]], [value[:0]], 0
+    while t < len(active) and (active[t] > 1 or t == 0):
         here = start[:active[t]] + t
-        total = score.index_select(0, here) + window[:active[t]]
-        top, column = total.max(1)
+        top = (score.index_select(0, here) + window[:active[t]]).amax(1)
         window = torch.cat([window[:active[t], 1:], top[:, None]], 1)
         places.append(here)
-        columns.append(column)
-        if margins: margin_list.append(top - total.scatter(1, column[:, None], float('-inf')).amax(1))
-    place = torch.cat(places)
-    best = best.index_copy(0, place, widest - torch.cat(columns))
-    if margins: margin = margin.index_copy(0, place, torch.cat(margin_list))
-    return best, margin
+        tops.append(top)
+        t += 1
+    if t < len(active):
+        rows = score[int(start[0]) + t:int(start[0]) + len(active)]
+        row = torch.cat([window[0], value[:rows.shape[0]]])
+        for i in range(rows.shape[0]): row[i + widest] = (rows[i] + row[i:i + widest]).amax()
+        places.append(torch.arange(t, len(active), device=start.device) + start[0])
+        tops.append(row[widest:])
+    value.index_copy_(0, torch.cat(places), torch.cat(tops))
+    owner = torch.repeat_interleave(size)
+    nth = torch.arange(owner.numel(), device=start.device) - (size.cumsum(0) - size).index_select(0, owner)
+    offset.index_copy_(0, start.index_select(0, owner) + nth, nth)
+    before = torch.nn.functional.pad(value, (widest, 0)).unfold(0, widest, 1)[:n]
+    reach = torch.arange(widest, 0, -1, device=start.device)
+    total = score + torch.where(offset[:, None] + 1 == reach, 0, before)
+    top, column = total.max(1)  # of equal ones the first, which is the longest piece
+    if margins: value = top - total.scatter(1, column[:, None], float('-inf')).amax(1)
+    return widest - column, value
 
 # %% ../../nbs/text/06a_viterbi.ipynb #3412434a
 def trace(

@@ -27,6 +27,10 @@ def vocabulary():
     return {w: i for i, w in enumerate(['[PAD]', '[UNK]', '[CLS]', '[SEP]', *words])}
 
 
+@functools.cache
+def pipeline(): return TextPipeline.from_jieba(vocabulary(), max_length=24)
+
+
 def agree(texts, hmm, form='scripted', batch=1000):
     assert fuzz_segment.differences(in_form(cutter(hmm), form), texts, hmm, batch)[:5] == []
 
@@ -70,7 +74,7 @@ def test_own_dictionary(hmm, tmp_path):
 
 @pytest.mark.parametrize('form', FORMS)
 def test_ids_mask_and_segment_ids(form):
-    tp, vocab = in_form(TextPipeline.from_jieba(vocabulary(), max_length=24), form), vocabulary()
+    tp, vocab = in_form(pipeline(), form), vocabulary()
     def ids(t): return [vocab.get(w, 1) for w in jieba.lcut(t) if not w.isspace()]
     tokens = tp.tokenize(*pack(TEXTS))
     assert [r[m > 0].tolist() for r, m in zip(*tokens)] == [[2, *ids(t)[:22], 3] for t in TEXTS]
@@ -82,15 +86,20 @@ def test_ids_mask_and_segment_ids(form):
 
 
 def test_spans_are_the_words():
-    enc = TextPipeline.from_jieba(vocabulary()).encode(['小明 在日本'])
+    enc = pipeline().encode(['小明 在日本'])
     spans = enc.spans[0, 1:int(enc.mask.sum()) - 1].tolist()
     assert ['小明 在日本'.encode()[a:b].decode() for a, b in spans] == [w for w in jieba.lcut('小明 在日本') if w != ' ']
 
 
 def test_spec_and_pickle_rebuild_it():
-    tp = TextPipeline.from_jieba(vocabulary(), max_length=32)
+    tp = pipeline()
     for other in [TextPipeline.from_spec(json.loads(json.dumps(tp.spec()))), pickle.loads(pickle.dumps(tp))]:
         assert torch.equal(other(TEXTS).ids, tp(TEXTS).ids) and other.spec() == tp.spec()
+
+
+def test_decode_joins_the_words():
+    text = jieba.lcut(TEXTS[0])[0]
+    assert pipeline().decode(pipeline()([text]).ids[0]) == text
 
 
 def test_what_is_refused():

@@ -113,4 +113,5 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match='not a SentencePiece model'): TextPipeline.from_sentencepiece(tmp_path/'x.model')
     for options, says in [(dict(model_type='bpe'), "'BPE'"), (dict(treat_whitespace_as_suffix=True), 'treat_whitespace_as_suffix')]:
         with pytest.raises(ValueError, match=says): TextPipeline.from_sentencepiece(fuzz_unigram.learn(fuzz_unigram.LINES, **options))
+    with pytest.raises(ValueError, match='from_sentencepiece'): TextPipeline({'model': {'type': 'Unigram', 'vocab': [['a', -1.]]}})
     with pytest.raises(ValueError, match='add_eos'): TextPipeline.from_sentencepiece(fuzz_unigram.learn(fuzz_unigram.LINES, eos_id=-1), add_eos=True)
