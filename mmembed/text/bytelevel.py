@@ -8,12 +8,9 @@ Docs: https://mmembed.github.io/mmembed/text/bytelevel.html.md"""
 __all__ = ['SPACE', 'LETTER', 'NUMBER', 'OTHER', 'MARK', 'pattern_classes', 'open_clip_clean', 'needs_cleaning',
            'open_clip_rules', 'FinalSigma', 'Nothing', 'PatternStrings', 'ByteFront']
 
-# %% ../../nbs/text/05_bytelevel.ipynb #580798b8
+# %% ../../nbs/text/05_bytelevel.ipynb #e3e4efd2
 import functools
-import html
-import re
 import sys
-import unicodedata
 
 import numpy as np
 import torch
@@ -28,23 +25,23 @@ from .unicode import ADDED, CLASS_SHIFT, MAX_ADDED, N_CODES, Codes, Located, Utf
 # %% ../../nbs/text/05_bytelevel.ipynb #1817e2d6
 SPACE, LETTER, NUMBER, OTHER, MARK = 0, 1, 2, 4, 10  # classes; MARK is an added token. Bit 1: never joined by CLIP's pattern; bit 3: by none
 
-# %% ../../nbs/text/05_bytelevel.ipynb #3e662731
+# %% ../../nbs/text/05_bytelevel.ipynb #56bc70a5
 def _classes(
-    replaced, # a function (pattern, text) -> text with every match of the pattern replaced by U+0001
+    replaced, # a function (pattern, replacement, text) -> text with every match of the pattern replaced
 ) -> np.ndarray:
     codes = _code_points()
     text = ''.join(map(chr, codes))
-    out = np.full(N_CODES, OTHER)
-    for pattern, kind in [(r'\p{L}', LETTER), (r'\p{N}', NUMBER), (r'\s', SPACE)]:
-        got = np.frombuffer(replaced(pattern, text).encode('utf-32-le'), np.uint32)
+    out = np.full(N_CODES, SPACE)  # what no part of the pattern matches is dropped like a space
+    for pattern, kind, other in [(r'[\p{L}]', LETTER, '!'), (r'[\p{N}]', NUMBER, '!'), (r'[^\s\p{L}\p{N}]', OTHER, 'a')]:
+        got = np.frombuffer(replaced(pattern, other, text).encode('utf-32-le'), np.uint32)
         out[codes[got != codes]] = kind
     return out
 
-# %% ../../nbs/text/05_bytelevel.ipynb #50dbb51e
+# %% ../../nbs/text/05_bytelevel.ipynb #8795ede5
 @functools.cache
 def pattern_classes() -> np.ndarray: # int64 (0x110000,)
     "SPACE, LETTER, NUMBER or OTHER, as the regular expressions of Hugging Face `tokenizers` have it."
-    ask = lambda pattern, text: normalizers.Replace(Regex(pattern), '\1').normalize_str(text)
+    ask = lambda pattern, other, text: normalizers.Replace(Regex(pattern), other).normalize_str(text)
     return probed('pattern-classes', lambda: dict(classes=_classes(ask)))['classes']
 
 # %% ../../nbs/text/05_bytelevel.ipynb #5f8327e8
@@ -59,7 +56,7 @@ def needs_cleaning(text: str) -> bool:
     import ftfy
     return open_clip_clean(text) != ftfy.fix_text(text, unescape_html=False, fix_encoding=False, remove_terminal_escapes=False).strip()
 
-# %% ../../nbs/text/05_bytelevel.ipynb #3ed65599
+# %% ../../nbs/text/05_bytelevel.ipynb #7590906d
 @functools.cache
 def open_clip_rules() -> dict[str, np.ndarray]:
     "What open_clip's ftfy, `str.lower`, `str.split` and `regex` do to single characters, asked about every code point."
@@ -76,10 +73,9 @@ def open_clip_rules() -> dict[str, np.ndarray]:
         fixed_images = np.insert(images, counts[:0xFFE8].sum(), 0x2502)  # the half-width form of the probe's own sentinel
         counts[0xFFE8] = 1
         lower = probe_normalizer(NormalizedLike(str.lower))
-        classes = _classes(lambda p, t: regex.sub(p, '\1', t))
+        classes = _classes(lambda p, other, t: regex.sub(p, other, t, flags=regex.IGNORECASE))
         codes = _code_points()
         classes[[c for c in codes if chr(c).isspace()]] = SPACE
-        classes[1] = OTHER  # the replacement itself
         after = np.array([(chr(c) + 'Σ').lower()[-1] == 'ς' for c in codes])      # a cased letter makes the Σ after it final
         through = np.array([('A' + chr(c) + 'Σ').lower()[-1] == 'ς' for c in codes])  # so does one behind an ignorable character
         sigma = np.zeros(N_CODES, np.int64)
@@ -149,7 +145,7 @@ class PatternStrings(nn.Module):
         ok = torch.where(begins, nth, -1).cummax(0).values >= torch.where(chained, -1, nth).cummax(0).values
         return at[ok], end[ok], which[ok]
 
-# %% ../../nbs/text/05_bytelevel.ipynb #96bd3d41
+# %% ../../nbs/text/05_bytelevel.ipynb #e2e7c2f2
 class ByteFront(nn.Module):
     """Packed UTF-8 -> normalised bytes, each with flags: 256 begins a word or a stretch of white space, 512 is white space that
     no word keeps. An added token is the byte 0xFF, which no text has, and three bytes of its number."""
@@ -184,6 +180,8 @@ class ByteFront(nn.Module):
         self.early, self.late = len(raw) > 0, len(normed) > 0
         self.raw, self.normed = [AddedTokens(t) if t else Nothing() for t in (raw, normed)]
         if normed: self.normed.base += len(raw)
+        for m in (self.raw, self.normed):  # without a single_word token, AddedTokens keeps no table of word characters that would reach beyond Latin-1
+            if isinstance(m, AddedTokens) and not bool(m.flags[:, 0].any()): m.word = PageTable(np.zeros(N_CODES + MAX_ADDED))
         points = np.arange(N_CODES)
         one = (np.ones(N_CODES, np.int64), points)
         more = np.arange(ADDED, ADDED + MAX_ADDED)
