@@ -8,7 +8,7 @@ Docs: https://mmembed.github.io/mmembed/text/segment.html.md"""
 __all__ = ['HAN', 'LETTER', 'DIGIT', 'DOT', 'PERCENT', 'SIGN', 'OTHER', 'read_jieba', 'kinds', 'WordStates', 'Segmenter',
            'SegmentedWords', 'Utf8Front', 'segmented_family']
 
-# %% ../../nbs/text/08_segment.ipynb #3e15981b
+# %% ../../nbs/text/08_segment.ipynb #f9384612
 import base64
 import json
 import math
@@ -22,7 +22,8 @@ from .split import Words
 from .tables import PageTable
 from .unicode import N_CODES, WHITE_SPACE, Codes, Located, Utf8
 from .viterbi import lattice, trace, trie, uncrossed, walk
-from .wordpiece import Lexicon, Pieces
+from .wordpiece import Pieces
+from .words import WordTable
 
 # %% ../../nbs/text/08_segment.ipynb #e18c1e75
 def _pack(text: str) -> str: return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
@@ -242,10 +243,9 @@ class Segmenter(nn.Module):
         begins = (head & ~joined) | parted | (rest & (turn | ~self._before(rest)))
         return torch.where(han, turn | ended, begins)
 
-# %% ../../nbs/text/08_segment.ipynb #840f2fb7
+# %% ../../nbs/text/08_segment.ipynb #1912840d
 class SegmentedWords(nn.Module):
     "An id for each of jieba's words but white space. Raises `ValueError` if the vocabulary lacks `unk_token`."
-    SEED = 0x2545F4914F6CDD1D  # no key is 0
 
     def __init__(self,
         spec: dict,            # from `read_jieba`
@@ -255,8 +255,8 @@ class SegmentedWords(nn.Module):
         super().__init__()
         if unk_token not in vocab: raise ValueError(f'the vocabulary has no {unk_token!r}, which stands for unknown words')
         words = [w for w in vocab if w]
-        self.segmenter, self.lexicon = Segmenter(spec), Lexicon([[ord(c) for c in w] for w in words], [self.SEED] * len(words))
-        self.unk_id, self.seed = vocab[unk_token], self.SEED
+        self.segmenter, self.table = Segmenter(spec), WordTable([[ord(c) for c in w] for w in words])
+        self.unk_id = vocab[unk_token]
         self.register_buffer('ids', torch.tensor([vocab[w] for w in words] or [0], dtype=torch.int64))
         space = np.zeros(N_CODES, np.int64)
         space[[*WHITE_SPACE, *range(0x1C, 0x20)]] = 1  # str.isspace
@@ -268,9 +268,7 @@ class SegmentedWords(nn.Module):
         solid = self.space(x.codes.index_select(0, words.start)) == 0
         keep = solid.nonzero().flatten()
         start, end = words.start.index_select(0, keep), words.end.index_select(0, keep)
-        h = self.lexicon.hash
-        keys = h(h.prefix(x.codes), h.inverses(x.codes.numel(), x.codes.device), start, end) + self.seed
-        entry = self.lexicon.confirmed(x.codes, self.lexicon.table(keys), start, end - start)
+        entry = self.table(x.codes, start, end)
         ids = torch.where(entry < 0, self.unk_id, self.ids.index_select(0, entry.clamp(min=0)))
         return Pieces(ids, start, end, nn.functional.pad(solid.long().cumsum(0), (1, 0)).index_select(0, words.offsets))
 

@@ -9,7 +9,7 @@ __all__ = ['NORMAL', 'UNKNOWN', 'CONTROL', 'USER', 'UNUSED', 'BYTE', 'METASPACE'
            'Charsmap', 'SentenceFront', 'Unigram', 'sentencepiece_family', 'framed', 'decode_sentencepiece',
            'unigram_family']
 
-# %% ../../nbs/text/06_unigram.ipynb #adb71dcc
+# %% ../../nbs/text/06_unigram.ipynb #bdfecaf9
 import base64
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from .tables import ExpandTable, PageTable
 from .unicode import N_CODES, Codes, Located, Utf8
 from .viterbi import Automaton, lattice, trace, trie, uncrossed, walk
-from .wordpiece import Lexicon, Pieces, refuse
+from .wordpiece import Pieces, refuse
+from .words import WordTable
 
 # %% ../../nbs/text/06_unigram.ipynb #65e39e4d
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of pieces (ModelProto.SentencePiece.Type)
@@ -253,11 +254,10 @@ class SentenceFront(nn.Module):
         rest = torch.repeat_interleave(solid.index_select(0, rows[1:]), rows[1:] - rows[:-1]) - solid[:n]
         return ~(leading & after) & (rest > 0)
 
-# %% ../../nbs/text/06_unigram.ipynb #773ea1c8
+# %% ../../nbs/text/06_unigram.ipynb #4dccacd7
 class Unigram(nn.Module):
     """The likeliest pieces of each row, as SentencePiece's `unigram::Model::EncodeOptimized` (0.2.3) finds them, with unknown characters merged,
     or as bytes."""
-    SEED = 0x2545F4914F6CDD1D  # no key is 0 (an odd 64-bit constant of Marsaglia's)
 
     def __init__(self,
         pieces: list[str],      # those that may stand in a text
@@ -270,7 +270,7 @@ class Unigram(nn.Module):
     ):
         super().__init__()
         codes = [[ord(c) for c in p] for p in pieces]
-        self.trie, self.unk, self.mark, self.seed = trie(codes), len(pieces), mark, self.SEED
+        self.trie, self.unk, self.mark = trie(codes), len(pieces), mark
         self.short = 500  # a longer segment is left to the exact walk
         self.by_word = not any(mark in c[1:] for c in codes)
         self.unit = 2.0 ** -24  # half a unit in the last place of 1, in 32 bits
@@ -279,7 +279,7 @@ class Unigram(nn.Module):
         self.register_buffer('ids', torch.tensor([*ids, unk_id], dtype=torch.int64))
         self.register_buffer('score', torch.tensor([*scores, unk_score, float('-inf')], dtype=torch.float64))
         self.register_buffer('byte_ids', torch.tensor(byte_ids or [0] * 256, dtype=torch.int64))
-        self.words = Lexicon(codes, [self.SEED] * len(codes))
+        self.words = WordTable(codes)
         self.register_buffer('alone', torch.zeros(len(codes) + 1, dtype=torch.float64))
         self.alone = self._margins_alone(codes)
 
@@ -311,9 +311,7 @@ class Unigram(nn.Module):
         if self.by_word: bound = bound | (x.codes == self.mark)
         start = bound.nonzero().flatten()
         end = nn.functional.pad(start[1:], (0, 1), value=float(n))
-        h = self.words.hash
-        piece = self.words.table(h(h.prefix(x.codes), h.inverses(n, x.codes.device), start, end) + self.seed)
-        piece = self.words.confirmed(x.codes, piece, start, end - start)
+        piece = self.words(x.codes, start, end)
         gap = self.alone.index_select(0, torch.where(piece < 0, self.unk, piece))
         settled = gap > 0.01
         done = settled.nonzero().flatten()
