@@ -186,6 +186,7 @@ def test_spans_are_the_bytes_of_each_token():
 
 def test_spans_are_the_references():
     tok = Tokenizer.from_str(gpt2().to_str())
+    tok.no_truncation()
     tok.post_processor = processors.RobertaProcessing(('</s>', 2), ('<s>', 0), trim_offsets=False, add_prefix_space=False)
     tp = in_form(TextPipeline(json.loads(tok.to_str()), max_length=4000), 'scripted')
     texts = [t for t in fuzz_bpe.bpe_texts(400, seed=8) if t]
