@@ -54,7 +54,7 @@ class LoopedAddedTokens(AddedTokens):
     def _followed(self, kept: Tensor, next: Tensor) -> Tensor:
         return torch.while_loop(lambda kept, next: (next < next[-1]).sum() > 0, self._leap, (kept, next))[0]
 
-# %% ../../nbs/text/10_exits.ipynb #8314fbf1
+# %% ../../nbs/text/10_exits.ipynb #bad6cc23
 class AnyLengthHash(SubstringHash):
     "`SubstringHash` of sequences of any length up to 2**26, without a decision on that length."
     BITS = 12
@@ -69,7 +69,7 @@ class AnyLengthHash(SubstringHash):
         return low.index_select(0, at & ((1 << self.BITS) - 1)) * high.index_select(0, at >> self.BITS)
 
     def prefix(self, codes: Tensor, beyond: int = 0) -> Tensor:
-        return nn.functional.pad((codes * self._power(codes.numel(), self.powers, self.high)).cumsum(0), (1, beyond))
+        return nn.functional.pad(((codes + 1) * self._power(codes.numel(), self.powers, self.high)).cumsum(0), (1, beyond))
 
     def inverses(self, n: int, device: torch.device) -> Tensor: return self._power(n + 1, self.scaled_inverses, self.high_inverses)
 

@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/text/pipeline.html.md"""
 # %% auto #0
 __all__ = ['FAMILIES', 'vocabulary', 'family', 'Frame', 'frame', 'Explanation', 'TextPipeline']
 
-# %% ../../nbs/text/09_pipeline.ipynb #7e0820d5
+# %% ../../nbs/text/09_pipeline.ipynb #c57e19df
 import json
 from collections.abc import Callable, Iterable
 from html import escape
@@ -23,11 +23,11 @@ from .bpe import bpe_family, open_clip_tokenizer
 from .unicode import Codes
 from .wordpiece import Pieces, kind_of, refuse, wordpiece_family
 from .segment import read_jieba, segmented_family
-from .unigram import decode_sentencepiece, framed, read_sentencepiece, sentencepiece_family
+from .unigram import decode_sentencepiece, framed, read_sentencepiece, sentencepiece_family, unigram_family
 from .words import wordlevel_family
 
-# %% ../../nbs/text/09_pipeline.ipynb #a62a4dab
-FAMILIES: dict[str, Callable] = dict(WordPiece=wordpiece_family, WordLevel=wordlevel_family, SentencePiece=sentencepiece_family, Segmented=segmented_family, BPE=bpe_family)  # a tokenizer.json's model type -> its (front, model)
+# %% ../../nbs/text/09_pipeline.ipynb #21fda469
+FAMILIES: dict[str, Callable] = dict(WordPiece=wordpiece_family, WordLevel=wordlevel_family, SentencePiece=sentencepiece_family, Segmented=segmented_family, Unigram=unigram_family, BPE=bpe_family)  # a tokenizer.json's model type -> its (front, model)
 
 # %% ../../nbs/text/09_pipeline.ipynb #2261c222
 def vocabulary(
@@ -108,7 +108,7 @@ class Explanation(NamedTuple):
         cells = ''.join(cell(k, *s) for k, s in enumerate(self.spans))
         return f'<div style="overflow-x:auto"><table><tr>{cells}</tr></table><small>text, token, id, bytes</small></div>'
 
-# %% ../../nbs/text/09_pipeline.ipynb #d0fe05e5
+# %% ../../nbs/text/09_pipeline.ipynb #8db48d08
 class TextPipeline(nn.Module):
     """Texts -> `Tokens(ids, mask)`, exactly as the Hugging Face tokenizer it was made from: truncated to `max_length`, padded
     to the longest row, rounded up to a multiple of `pad_to` (0: always to `max_length`).
@@ -346,6 +346,7 @@ class TextPipeline(nn.Module):
     @torch.jit.unused
     def decode(self, ids) -> str:
         "One row of ids as text, special tokens left out; as Hugging Face's `Tokenizer.decode` does it."
+        if kind_of(self._tokenizer, 'model') == 'Segmented': return ''.join(t for t in map(self.token, ids) if t not in ('[CLS]', '[SEP]', '[PAD]'))
         if kind_of(self._tokenizer, 'model') == 'SentencePiece': return decode_sentencepiece(self._tokenizer, [int(i) for i in ids])
         tok = {**self._tokenizer, 'normalizer': None, 'pre_tokenizer': None}  # ours may name rules that Hugging Face does not know
         return Tokenizer.from_str(json.dumps(tok)).decode([int(i) for i in ids])

@@ -92,7 +92,7 @@ def ended(x: Tensor, n: int) -> Tensor:
     "int64 (M,) with `n` behind: (M+1,)."  # F.pad would want a float, which a size in torch.export cannot become
     return torch.cat([x, torch.full((1,), n, dtype=torch.int64, device=x.device)])
 
-# %% ../../nbs/text/01_tables.ipynb #af9bf9eb
+# %% ../../nbs/text/01_tables.ipynb #4fa8fe03
 class SubstringHash(nn.Module):
     "Keys of substrings of one flat sequence of integers. Equal content has equal keys; the converse is for the caller to confirm."
     BASE = 0x9E3779B97F4A7C15 | 1  # odd, so invertible mod 2**64; the golden ratio's digits
@@ -117,7 +117,8 @@ class SubstringHash(nn.Module):
         "Running sums H of `codes` int64 (M,): int64 (M+1+beyond,), H[0] = 0; what lies beyond the end may be read, and is 0."
         n = codes.numel()
         powers = self.powers[:n] if n <= self.powers.numel() else self._series(n, self.base, 1, codes.device)
-        return torch.nn.functional.pad((codes * powers).cumsum(0), (1, beyond))
+        # each code counts as one more than it is, so that a code of 0 (a NUL) is seen
+        return torch.nn.functional.pad(torch.addcmul(powers, codes, powers).cumsum(0), (1, beyond))
 
     def inverses(self, n: int, device: torch.device) -> Tensor:
         "P⁻ˢ for s up to `n`, scaled: int64 (at least n+1,)."
