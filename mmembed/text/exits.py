@@ -8,7 +8,7 @@ Docs: https://mmembed.github.io/mmembed/text/exits.html.md"""
 __all__ = ['EXPORTED', 'FAMILIES_EXPORTED', 'LoopedWordPiece', 'LoopedAddedTokens', 'AnyLengthHash', 'ExportedPipeline',
            'exported_form', 'export_program', 'translations', 'text_to_onnx', 'operators']
 
-# %% ../../nbs/text/10_exits.ipynb #b73f2212
+# %% ../../nbs/text/10_exits.ipynb #607d3fec
 import copy
 import logging
 import operator
@@ -21,24 +21,26 @@ from ..core import pack
 from .pipeline import TextPipeline
 from .split import AddedTokens
 from .tables import SubstringHash
-from .wordpiece import BertFront, WordPiece, refuse
+from .wordpiece import BertFront, WordPiece
 from .words import WholeWords
 
-# %% ../../nbs/text/10_exits.ipynb #1d3d828d
+# %% ../../nbs/text/10_exits.ipynb #301f7db1
 class LoopedWordPiece(WordPiece):
     "`WordPiece` whose rounds are a `torch.while_loop`."
 
-    def _rounds(self, codes: Tensor, prefix: Tensor, inverses: Tensor, word: Tensor, start: Tensor, end: Tensor, confirm: bool):
+    def _rounds(self, codes: Tensor, prefix: Tensor, inverses: Tensor, word: Tensor, start: Tensor, end: Tensor,
+                confirm: bool):
         size = torch.arange(1, self.lexicon.longest + 1, device=codes.device)
-        nowhere = torch.full((), codes.numel(), dtype=torch.int64, device=codes.device)  # one place more takes what is not wanted
-        found = nn.functional.pad(torch.full_like(codes, -2), (0, 1))                    # -1: stuck here, -2: no piece begins here
+        nowhere = torch.full((), codes.numel(), dtype=torch.int64, device=codes.device)  # takes what is not wanted
+        found = nn.functional.pad(torch.full_like(codes, -2), (0, 1))  # -1: stuck here, -2: no piece begins here
         left = (end - start).index_select(0, word)
         def step(at, left, found, length, seed):
             best, entry = self._longest(codes, prefix, inverses, at, left, size, seed, confirm)
             place = torch.where(left > 0, at, nowhere)
             return (place + best, torch.where(best > 0, left - best, 0),
                 found.index_copy(0, place, entry), length.index_copy(0, place, best))
-        state = step(start.index_select(0, word), torch.where(left > self.max_chars, 0, left), found, torch.zeros_like(found), 0)
+        left = torch.where(left > self.max_chars, 0, left)
+        state = step(start.index_select(0, word), left, found, torch.zeros_like(found), 0)
         # a sum, for `any` of nothing is true in onnxruntime
         _, _, found, length = torch.while_loop(lambda at, left, found, length: (left > 0).sum() > 0,
             lambda at, left, found, length: step(at, left, found, length, self.continues), state)
@@ -54,7 +56,7 @@ class LoopedAddedTokens(AddedTokens):
     def _followed(self, kept: Tensor, next: Tensor) -> Tensor:
         return torch.while_loop(lambda kept, next: (next < next[-1]).sum() > 0, self._leap, (kept, next))[0]
 
-# %% ../../nbs/text/10_exits.ipynb #bad6cc23
+# %% ../../nbs/text/10_exits.ipynb #41049719
 class AnyLengthHash(SubstringHash):
     "`SubstringHash` of sequences of any length up to 2**26, without a decision on that length."
     BITS = 12
@@ -69,9 +71,11 @@ class AnyLengthHash(SubstringHash):
         return low.index_select(0, at & ((1 << self.BITS) - 1)) * high.index_select(0, at >> self.BITS)
 
     def prefix(self, codes: Tensor, beyond: int = 0) -> Tensor:
-        return nn.functional.pad(((codes + 1) * self._power(codes.numel(), self.powers, self.high)).cumsum(0), (1, beyond))
+        powers = self._power(codes.numel(), self.powers, self.high)
+        return nn.functional.pad(((codes + 1) * powers).cumsum(0), (1, beyond))
 
-    def inverses(self, n: int, device: torch.device) -> Tensor: return self._power(n + 1, self.scaled_inverses, self.high_inverses)
+    def inverses(self, n: int, device: torch.device) -> Tensor:
+        return self._power(n + 1, self.scaled_inverses, self.high_inverses)
 
 # %% ../../nbs/text/10_exits.ipynb #74a99628
 class ExportedPipeline(TextPipeline):
@@ -87,17 +91,19 @@ class ExportedPipeline(TextPipeline):
         if self.pad_to == 0: return self.max_length
         return torch.sym_min((longest + self.pad_to - 1) // self.pad_to * self.pad_to, self.max_length)
 
-# %% ../../nbs/text/10_exits.ipynb #f75ee8b3
-EXPORTED: dict[type, type] = {WordPiece: LoopedWordPiece, AddedTokens: LoopedAddedTokens, SubstringHash: AnyLengthHash, TextPipeline: ExportedPipeline}
+# %% ../../nbs/text/10_exits.ipynb #2bc61eca
+EXPORTED: dict[type, type] = {WordPiece: LoopedWordPiece, AddedTokens: LoopedAddedTokens, SubstringHash: AnyLengthHash,
+    TextPipeline: ExportedPipeline}
 FAMILIES_EXPORTED = (BertFront, WordPiece), (BertFront, WholeWords)
 
-# %% ../../nbs/text/10_exits.ipynb #07a6e309
+# %% ../../nbs/text/10_exits.ipynb #912cae08
 def exported_form(
     tp: TextPipeline,
 ) -> ExportedPipeline: # a copy
     "The same tables and steps without shortcuts. Raises `ValueError` for a family that has no exported form."
     if not any(isinstance(tp.front, f) and isinstance(tp.model, m) for f, m in FAMILIES_EXPORTED):
-        refuse('exported form', type(tp.model).__name__, ', '.join(m.__name__ for _, m in FAMILIES_EXPORTED))
+        known = ', '.join(m.__name__ for _, m in FAMILIES_EXPORTED)
+        raise ValueError(f'{type(tp.model).__name__} has no exported form; these have: {known}')
     tp = copy.deepcopy(tp).eval()
     for m in tp.modules():
         m.__class__ = EXPORTED.get(type(m), type(m))
@@ -105,17 +111,20 @@ def exported_form(
         if isinstance(m, AnyLengthHash): m.extend()
     return tp
 
-# %% ../../nbs/text/10_exits.ipynb #17514004
+# %% ../../nbs/text/10_exits.ipynb #67959d0d
 def export_program(
     tp: TextPipeline,
 ) -> torch.export.ExportedProgram: # (data uint8 (N,), offsets int64 (B+1,)) -> (ids, mask), int64 (B, L)
-    "`tp.tokenize` as a program; N and B are dynamic, 0 included. Raises `ValueError` for a family that has no exported form."
+    """`tp.tokenize` as a program; N and B are dynamic, 0 included.
+
+    Raises `ValueError` for a family that has no exported form."""
     from torch.fx.experimental import _config
     shapes = {0: torch.export.Dim('N', min=0)}, {0: torch.export.Dim('rows', min=1)}
     with torch.no_grad(), _config.patch(backed_size_oblivious=True):  # otherwise sizes of 0 and 1 would be special
-        return torch.export.export(exported_form(tp), pack(['a [SEP] word', 'Ünïcode', '']), dynamic_shapes=shapes, strict=False)
+        example = pack(['a [SEP] word', 'Ünïcode', ''])
+        return torch.export.export(exported_form(tp), example, dynamic_shapes=shapes, strict=False)
 
-# %% ../../nbs/text/10_exits.ipynb #2312f383
+# %% ../../nbs/text/10_exits.ipynb #74ac0454
 def translations() -> dict:
     "Operators that `torch.onnx` does not translate, or not well, as standard ONNX ones."
     from onnxscript import opset20 as op
@@ -123,16 +132,19 @@ def translations() -> dict:
     def interleaved(repeats, output_size=None):
         total, axis = op.ReduceSum(repeats, one(0), keepdims=1), op.Constant(value_int=0)
         first = op.Sub(op.CumSum(repeats, axis), repeats)
-        marks = op.ScatterElements(op.Expand(one(0), op.Add(total, one(1))), first, op.Expand(one(1), op.Shape(repeats)), axis=0, reduction='add')
+        zeros, ones = op.Expand(one(0), op.Add(total, one(1))), op.Expand(one(1), op.Shape(repeats))
+        marks = op.ScatterElements(zeros, first, ones, axis=0, reduction='add')
         return op.Slice(op.Sub(op.CumSum(marks, axis), one(1)), one(0), total, one(0))
     def sorted_stably(self, stable=None, dim=-1, descending=False):
         return op.TopK(self, op.Shape(self), axis=dim, largest=int(descending), sorted=1)
     def among(elements, test_elements, assume_unique=False, invert=False):
         same = op.Cast(op.Equal(op.Unsqueeze(elements, one(1)), test_elements), to=7)  # 7: int64
         return op.Greater(op.ReduceSum(same, one(1), keepdims=0), op.Constant(value_int=0))
-    def at_most(a, b): return op.LessOrEqual(a, op.Constant(value_int=min(b, (1 << 63) - 1)) if isinstance(b, int) else b)
+    def at_most(a, b):
+        return op.LessOrEqual(a, op.Constant(value_int=min(b, (1 << 63) - 1)) if isinstance(b, int) else b)
     aten = torch.ops.aten
-    return {aten.repeat_interleave.Tensor: interleaved, aten.sort.stable: sorted_stably, aten.isin.Tensor_Tensor: among, operator.le: at_most}
+    return {aten.repeat_interleave.Tensor: interleaved, aten.sort.stable: sorted_stably,
+        aten.isin.Tensor_Tensor: among, operator.le: at_most}
 
 # %% ../../nbs/text/10_exits.ipynb #652a8e13
 def _unsized(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -145,20 +157,21 @@ def _unsized(program: torch.export.ExportedProgram) -> torch.export.ExportedProg
     program.graph_module.recompile()
     return program
 
-# %% ../../nbs/text/10_exits.ipynb #3b113f84
+# %% ../../nbs/text/10_exits.ipynb #dd3fa098
 def text_to_onnx(
     tp: TextPipeline,
     path: str | Path, # the file to write
 ) -> Path:
-    """Writes `tp.tokenize` as an ONNX model of standard operators (opset 20): `data` uint8 (N,), `offsets` int64 (B+1,) -> `ids`, `mask`, int64 (B, L).
+    """Writes `tp.tokenize` as an ONNX model of standard operators (opset 20): `data` uint8 (N,), `offsets` int64 (B+1,)
+    -> `ids`, `mask`, int64 (B, L). At most 2**26 characters a batch; an empty one is as wide as one of empty texts.
 
-    Needs `pip install mmembed[onnx]`. A batch holds at most 2**26 characters. Raises `ValueError` for a family that has no exported form."""
+    Needs `pip install mmembed[onnx]`. Raises `ValueError` for a family that has no exported form."""
     program, log = _unsized(export_program(tp)), logging.getLogger('onnx_ir')
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        onnx = torch.onnx.export(program, dynamo=True, opset_version=20, input_names=['data', 'offsets'], output_names=['ids', 'mask'],
-            custom_translation_table=translations(), verbose=False)
+        onnx = torch.onnx.export(program, dynamo=True, opset_version=20, input_names=['data', 'offsets'],
+            output_names=['ids', 'mask'], custom_translation_table=translations(), verbose=False)
     finally: log.setLevel(level)
     for n in onnx.model.graph.all_nodes(): n.metadata_props.clear()  # where in our source each came from, paths and all
     onnx.save(str(path))
