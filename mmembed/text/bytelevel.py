@@ -113,7 +113,7 @@ class FinalSigma(nn.Module):
 class Nothing(nn.Module):
     "A step that this tokenizer does not have."
 
-# %% ../../nbs/text/05_bytelevel.ipynb #81352df7
+# %% ../../nbs/text/05_bytelevel.ipynb #99ff4891
 class PatternStrings(nn.Module):
     "Finds strings that a pattern lists first and that begin with a punctuation mark found in no other place of them."
 
@@ -135,7 +135,7 @@ class PatternStrings(nn.Module):
         which, end = torch.full_like(at, -1), at
         for k, codes in enumerate(self.strings):
             here = at + len(codes) <= row_end
-            for j, c in enumerate(codes): here &= v.index_select(0, (at + j).clamp(max=n - 1)) == c
+            for j, c in enumerate(codes): here = here & (v.index_select(0, (at + j).clamp(max=n - 1)) == c)
             which, end = torch.where(here, k, which), torch.where(here, at + len(codes), end)
         found = (which >= 0).nonzero().flatten()
         at, end, which = at[found], end[found], which[found]

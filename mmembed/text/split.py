@@ -41,7 +41,7 @@ def split_words(
     first = torch.zeros(n + 1, dtype=torch.int64, device=x.codes.device).index_fill_(0, start + 1, 1)
     return Words(start, end.index_select(0, keep), first.cumsum(0).index_select(0, x.offsets))
 
-# %% ../../nbs/text/03_split.ipynb #91b8fff5
+# %% ../../nbs/text/03_split.ipynb #4b40b6a3
 class AddedTokens(nn.Module):
     """Replaces each occurrence of token `k` by the code point ADDED + k: Hugging Face's leftmost-longest matching
     (`added_vocabulary.rs`). Raises `ValueError` for a token that is empty, or that has white space at an edge where it would swallow more."""
@@ -67,14 +67,14 @@ class AddedTokens(nn.Module):
         self.conditions = bool(flags.any())
         self.register_buffer('flags', flags)
         self.register_buffer('space', torch.tensor(WHITE_SPACE))
-        self.word = PageTable(word_characters() if bool(flags[:, 0].any()) else np.zeros(1))
+        self.word = PageTable(np.pad(word_characters(), (0, MAX_ADDED)) if bool(flags[:, 0].any()) else np.zeros(ADDED + MAX_ADDED))
 
     def forward(self, x: Codes) -> tuple[Codes, Tensor]:
         """Code points -> the same with matches replaced, and where each now begins, int64 (K+1,) with the total at the end;
         empty if nothing changed."""
         nowhere = torch.empty(0, dtype=torch.int64, device=x.codes.device)
         likely = torch.zeros_like(x.codes, dtype=torch.bool)
-        for c in self.first: likely |= x.codes == c
+        for c in self.first: likely = likely | (x.codes == c)
         at = likely.nonzero().flatten()
         if self.shortcuts and at.numel() == 0: return x, nowhere
         n = x.codes.numel()
@@ -82,7 +82,7 @@ class AddedTokens(nn.Module):
         token, length = torch.full_like(at, -1), torch.zeros_like(at)
         for k, codes in enumerate(self.codes):
             here = at + len(codes) <= row_end
-            for j, c in enumerate(codes): here &= x.codes.index_select(0, (at + j).clamp(max=n - 1)) == c
+            for j, c in enumerate(codes): here = here & (x.codes.index_select(0, (at + j).clamp(max=n - 1)) == c)
             token = torch.where(here, self.number[k], token)
             length = torch.where(here, len(codes), length)
         found = (token >= 0).nonzero().flatten()

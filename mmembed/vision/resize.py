@@ -81,7 +81,7 @@ def resize(
     x = image.unsqueeze(0)
     return F.interpolate(x, size=[height, width], mode=interpolation, align_corners=False, antialias=antialias)[0]
 
-# %% ../../nbs/vision/03_resize.ipynb #40a77055
+# %% ../../nbs/vision/03_resize.ipynb #06aa1ecc
 def pillow_weights(
     n: int, new: int,        # length before and after
     first: int, count: int,  # which of the new positions are wanted
@@ -102,9 +102,7 @@ def pillow_weights(
         w = torch.where(x < 1.0, (1.5 * x - 2.5) * x * x + 1.0, far)
     else: w = torch.where(x < 1.0, 1.0 - x, 0.0 * x)
     w = w * (at < end[:, None])
-    total = w[:, 0].clone()
-    for k in range(1, taps): total += w[:, k]  # in Pillow's order: another order may round differently
-    w = w / total[:, None] * 4194304.0
+    w = w / w.cumsum(1)[:, -1:] * 4194304.0  # a running sum adds in Pillow's order: another may round differently
     return start, torch.where(w < 0, w - 0.5, w + 0.5).trunc()
 
 # %% ../../nbs/vision/03_resize.ipynb #c4324fda
