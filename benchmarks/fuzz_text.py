@@ -95,17 +95,22 @@ def references(vocab):
     return [(name, bert_tokenizer(vocab, **rules)) for name, rules in kinds.items()]
 
 
-def differences(tok, tokenize, texts, batch=1000, max_length=128):
-    "The texts (str or bytes) whose ids from `tokenize(data, offsets)` are not those of the Hugging Face tokenizer `tok`."
-    tok.enable_truncation(max_length)
-    tok.no_padding()
+def wrong_rows(reference, tokenize, texts, batch=1000):
+    "The texts (str or bytes) whose ids from `tokenize(data, offsets)` are not those that `reference` gives for a list of str."
     wrong = []
     for i in range(0, len(texts), batch):
         part = texts[i:i + batch]
-        want = [e.ids for e in tok.encode_batch_fast([t if isinstance(t, str) else t.decode(errors='replace') for t in part])]
+        want = reference([t if isinstance(t, str) else t.decode(errors='replace') for t in part])
         ids, mask = tokenize(*pack(part))
         wrong += [t for t, w, r, n in zip(part, want, ids.tolist(), mask.sum(1).tolist()) if w != r[:n]]
     return wrong
+
+
+def differences(tok, tokenize, texts, batch=1000, max_length=128):
+    "The texts whose ids are not those of the Hugging Face tokenizer `tok`."
+    tok.enable_truncation(max_length)
+    tok.no_padding()
+    return wrong_rows(lambda part: [e.ids for e in tok.encode_batch_fast(part)], tokenize, texts, batch)
 
 
 def main():

@@ -15,7 +15,7 @@ import torch
 from sentencepiece import sentencepiece_model_pb2
 
 from benchmarks import fuzz_text
-from mmembed.core import pack, quietly
+from mmembed.core import quietly
 from mmembed.text.pipeline import TextPipeline
 
 LINES = ['A small red circle left of a large blue square.', 'Crème brûlée; naïve café!', '一个红色的小圆在蓝色方块左边', 'ไทย ที่นี่', '각 한국어 가각힣',
@@ -68,13 +68,8 @@ VARIANTS = {'byte fallback': {}, 'unknowns': dict(byte_fallback=False, character
 
 def differences(model, tokenize, texts, batch=1000):
     "The texts (str or bytes) whose ids from `tokenize(data, offsets)` are not those of the SentencePiece model."
-    sp, wrong = sentencepiece.SentencePieceProcessor(model_proto=model), []
-    for i in range(0, len(texts), batch):
-        part = texts[i:i + batch]
-        want = sp.encode([t if isinstance(t, str) else t.decode(errors='replace') for t in part])
-        ids, mask = tokenize(*pack(part))
-        wrong += [t for t, w, r, n in zip(part, want, ids.tolist(), mask.sum(1).tolist()) if w != r[:n]]
-    return wrong
+    sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+    return fuzz_text.wrong_rows(sp.encode, tokenize, texts, batch)
 
 
 def main():
