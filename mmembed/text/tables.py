@@ -33,7 +33,7 @@ class PageTable(nn.Module):
         "int64 (M,) -> int64 (M,)"
         return self.values.index_select(0, self.page.index_select(0, keys >> 8) + (keys & 255))
 
-# %% ../../nbs/text/01_tables.ipynb #b532ba6a
+# %% ../../nbs/text/01_tables.ipynb #4b64e021
 class ExpandTable(nn.Module):
     """Maps every integer to a sequence of values. A sequence may carry a flag, which tells the caller that this key
     needs a closer look."""
@@ -54,10 +54,12 @@ class ExpandTable(nn.Module):
         entry[plain] = values[first[plain]] - np.flatnonzero(plain) + self.bias
         entry[~plain] = -1 - np.arange((~plain).sum())
         # equal sequences share one entry, which keeps whole pages equal
-        odd = np.flatnonzero(~plain)
+        gone = (counts == 0) & ~flags
+        odd = np.flatnonzero(~plain & ~gone)
         seqs = [(*values[first[i]:first[i] + counts[i]].tolist(), bool(flags[i])) for i in odd]
-        ids = {s: k for k, s in enumerate(dict.fromkeys(seqs))}
+        ids = {s: k for k, s in enumerate(dict.fromkeys(seqs + [(False,)] * bool(gone.any())))}
         entry[odd] = [-1 - ids[s] for s in seqs]
+        if gone.any(): entry[gone] = -1 - ids[(False,)]
         lengths = [len(s) - 1 for s in ids]
         self.table = PageTable(entry)
         self.register_buffer('start', torch.tensor([0, *np.cumsum(lengths).tolist()][:max(len(ids), 1)], dtype=torch.int64))

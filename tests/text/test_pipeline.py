@@ -1,10 +1,11 @@
 """TextPipeline against Hugging Face `tokenizers`, in every form."""
 import json
 import pickle
+import random
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 
 from benchmarks import fuzz_text
 from mmembed.core import pack
@@ -109,10 +110,22 @@ def changed(**parts): return {**TextPipeline.learn(CAPTIONS, vocab_size=400).spe
     (lambda: changed(model={'type': 'Fancy'}), "its model is 'Fancy'"),
     (lambda: changed(normalizer={'type': 'NFKC'}), "its normalizer is 'NFKC'"),
     (lambda: changed(pre_tokenizer={'type': 'Whitespace'}), "its pre_tokenizer is 'Whitespace'"),
-    (lambda: changed(added_tokens=[dict(id=0, content='x', normalized=True)]), 'normalized=true'),
+    (lambda: changed(added_tokens=[dict(id=0, content='x', normalized=True, lstrip=True)]), 'normalized=true with lstrip=true'),
     (lambda: changed(truncation=dict(direction='Left')), "truncation direction is 'Left'")])
 def test_unknown_rules_are_refused(tokenizer, says):
     with pytest.raises(ValueError, match=says): TextPipeline(tokenizer())
+
+
+@pytest.mark.parametrize('rules', [dict(lowercase=True), dict(lowercase=False), dict(lowercase=True, handle_chinese_chars=False, clean_text=False)], ids=str)
+def test_tokens_added_without_being_special(rules):
+    "They are matched in normalised text (`add_tokens` makes such), after the special ones."
+    tok = Tokenizer.from_str(learnt().to_str())
+    tok.normalizer = normalizers.BertNormalizer(**rules)
+    tok.add_tokens(['Naïve', 'unaff', 'e\u0301x', '猫', '一猫', 'a  b', '[SEP', 'ß', '각', '\U0001d15e', 'foo bar', 'fo'])
+    atoms = ['naïve', 'NAI\u0308VE', 'unaff', 'UNAFFable', 'E\u0301X', 'éx', '一', '猫', 'a  b', 'a b', '[SEP]', '[sep', 'SS', 'ß', '각', '\U0001d15e', '\U0001d157\U0001d165',
+             '\u0301', ' ', '\u200b', '\t', 'foo\u3000bar', 'FO', 'o', '\0']
+    rng = random.Random(0)
+    agree(tok, [''.join(rng.choices(atoms, k=rng.randrange(1, 9))) for _ in range(3000)] + fuzz_text.random_texts(500, seed=9))
 
 
 def test_files_that_are_no_tokenizer(tmp_path):
