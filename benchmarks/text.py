@@ -1,6 +1,6 @@
 """TextPipeline's speed beside its peers, from Python strings to padded id and mask tensors.
 
-    python benchmarks/text.py [--family wordpiece | clip] [--threads 1] [--rounds 30] [--captions FILE]
+    python benchmarks/text.py [--family wordpiece | clip | words] [--threads 1] [--rounds 30] [--captions FILE]
         [--cpp] [--matxscript PYTHON SOURCE]
 
 The contestants take turns on the same batches; printed are the median time of ours and, a peer, the median over rounds of
@@ -24,6 +24,7 @@ os.environ['TOKENIZERS_PARALLELISM'] = 'false'
 os.environ['RAYON_NUM_THREADS'] = '1'
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from benchmarks.fuzz_text import data_root, minilm
 from mmembed.core import pack, quietly
@@ -132,6 +133,14 @@ def cpp(tp):
     return Program(folder/'run', folder/'pipeline.pt')
 
 
+def matxscript(args, words, *options):
+    "MATXScript's own example in its own environment."
+    vocab = Path(tempfile.mkdtemp(prefix='matxscript_'))/'vocab.txt'
+    vocab.write_text('\n'.join(words), encoding='utf-8')
+    program = Path(__file__).resolve().parent/'peers'/'text_matxscript.py'
+    return Program(args.matxscript[0], program, Path(args.matxscript[1]).resolve(), vocab, *options)
+
+
 def forms(tp):
     "Our contestants for one pipeline."
     tp = tp.eval()
@@ -152,12 +161,18 @@ def wordpiece(args):
     naive = quietly(torch.jit.script, NaiveWordPiece(vocab))
     contestants['scripted loop'] = lambda t: padded(naive(t))
     if args.cpp: contestants['ours, C++'] = cpp(tp)
-    if args.matxscript:
-        words = Path(tempfile.mkdtemp(prefix='matxscript_'))/'vocab.txt'
-        words.write_text('\n'.join(sorted(vocab, key=vocab.get)), encoding='utf-8')
-        program, source = Path(__file__).resolve().parent/'peers'/'text_matxscript.py', Path(args.matxscript[1]).resolve()
-        contestants['MATXScript'] = Program(args.matxscript[0], program, source, words)
+    if args.matxscript: contestants['MATXScript'] = matxscript(args, sorted(vocab, key=vocab.get))
     return contestants
+
+
+def words(args):
+    "Name -> function of a list of texts, for a table of whole words parted by white space; ours first."
+    known = ['[UNK]', *sorted({w for t in captions(args.captions)['10 words'] for w in t.split()})]
+    tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(known)}, unk_token='[UNK]'))
+    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tp, vocab = TextPipeline(json.loads(tok.to_str()), max_length=128), {w: i for i, w in enumerate(known)}
+    plain = {'tokenizers': hf(tok), 'plain Python': lambda texts: padded([[vocab.get(w, 0) for w in t.split()] for t in texts])}
+    return forms(tp) | plain | ({'ours, C++': cpp(tp)} if args.cpp else {}) | ({'MATXScript': matxscript(args, known, '--words')} if args.matxscript else {})
 
 
 def clip(args):
@@ -168,7 +183,7 @@ def clip(args):
     return forms(tp) | peers | ({'ours, C++': cpp(tp)} if args.cpp else {})
 
 
-FAMILIES = {'wordpiece': ('WordPiece (bert-base-uncased)', wordpiece), 'clip': ('CLIP byte-level BPE (open_clip ViT-B-32)', clip)}
+FAMILIES = {'words': ('Whole words, parted by white space', words), 'wordpiece': ('WordPiece (bert-base-uncased)', wordpiece), 'clip': ('CLIP byte-level BPE (open_clip ViT-B-32)', clip)}
 
 
 def same(ours, peer):
@@ -198,7 +213,7 @@ def compare(contestants, texts, batch, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--family', choices=['wordpiece', 'clip'], default='wordpiece')
+    parser.add_argument('--family', choices=FAMILIES, default='wordpiece')
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--rounds', type=int, default=30)
     parser.add_argument('--captions', help='a file with one text a line')
