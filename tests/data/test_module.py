@@ -65,10 +65,14 @@ def test_training_batches_are_augment_of_the_pipeline(scenes, pipelines):
     for batch in batches(plain): assert batch.pixels.equal(vp([scenes.image(i) for i in batch.index.tolist()]))
 
 
-@pytest.mark.parametrize('start_method', [m for m in ('fork', 'spawn') if m in multiprocessing.get_all_start_methods()])
-def test_workers_change_nothing(scenes, pipelines, start_method):
+METHODS = [m for m in ('fork', 'spawn') if m in multiprocessing.get_all_start_methods()]
+WORKERS = [dict(start_method=m) for m in METHODS] + [dict(worker_type='threads')]
+
+
+@pytest.mark.parametrize('kind', WORKERS, ids=lambda k: next(iter(k.values())))
+def test_workers_change_nothing(scenes, pipelines, kind):
     alone = PairData(source=scenes, batch_size=16, **pipelines)
-    helped = PairData(source=scenes, batch_size=16, workers=2, start_method=start_method, **pipelines)
+    helped = PairData(source=scenes, batch_size=16, workers=2, **kind, **pipelines)
     loader = helped.train_dataloader()
     for epoch in (0, 1):  # the second epoch reaches workers that were born in the first
         loader.sampler.set_epoch(epoch)
@@ -82,10 +86,7 @@ def test_epochs_and_seeds_differ(scenes, pipelines):
     assert order(1, 0) == order(1, 0) and order(1, 0) != order(1, 1) and order(1, 0) != order(2, 0)
     state = torch.random.get_rng_state()
     batches(PairData(source=scenes, batch_size=16, **pipelines))
-    loader_draw = torch.random.get_rng_state()  # DataLoader itself draws one base seed; crops must not draw
-    torch.random.set_rng_state(state)
-    list(torch.utils.data.DataLoader([0, 1]))
-    assert torch.random.get_rng_state().equal(loader_draw)
+    assert torch.random.get_rng_state().equal(state)  # neither crops nor the loader draw from the run's own generator
 
 
 def _at(n, seed, epoch):
@@ -94,9 +95,9 @@ def _at(n, seed, epoch):
     return shuffle
 
 
-@pytest.mark.parametrize('workers', [0, 2])
-def test_broken_images_are_skipped_and_named(pipelines, workers):
-    data = PairData(source=Broken(train=20, valid=10), batch_size=5, workers=workers, **pipelines)
+@pytest.mark.parametrize('workers, kind', [(0, 'processes'), (2, 'processes'), (2, 'threads')])
+def test_broken_images_are_skipped_and_named(pipelines, workers, kind):
+    data = PairData(source=Broken(train=20, valid=10), batch_size=5, workers=workers, worker_type=kind, **pipelines)
     index = torch.cat([b.index for b in data.train_dataloader()])
     assert sorted(index.tolist()) == [i for i in range(20) if i % 5 != 2]
     assert set(data.ledger) == {f'scene train {i}' for i in (2, 7, 12, 17)}
@@ -104,9 +105,10 @@ def test_broken_images_are_skipped_and_named(pipelines, workers):
     assert '.cpp' not in str(data.ledger) and all(data.ledger.values())
 
 
-@pytest.mark.parametrize('workers', [0, 1])
-def test_strict_runs_stop_at_a_broken_image(pipelines, workers):
-    data = PairData(source=Broken(train=20, valid=10), batch_size=5, workers=workers, on_error='raise', **pipelines)
+@pytest.mark.parametrize('workers, kind', [(0, 'processes'), (1, 'processes'), (2, 'threads')])
+def test_strict_runs_stop_at_a_broken_image(pipelines, workers, kind):
+    data = PairData(source=Broken(train=20, valid=10), batch_size=5, workers=workers, worker_type=kind, on_error='raise',
+                    **pipelines)
     with pytest.raises(ValueError, match=r'^scene train (2|7|12|17): [^\n]+$'): list(data.train_dataloader())
     assert len(list(data.val_dataloader())) == 2
 
@@ -114,6 +116,16 @@ def test_strict_runs_stop_at_a_broken_image(pipelines, workers):
 def test_a_data_set_without_one_readable_image(pipelines):
     data = PairData(source=AllBroken(train=4, valid=2), batch_size=2, **pipelines)
     with pytest.raises(ValueError, match='none of 4 images could be read; scene train'): list(data.train_dataloader())
+
+
+class Typo(Scenes):
+    def text(self, i): return super().text(i) if i != 7 else {}['caption']
+
+
+@pytest.mark.parametrize('workers, kind', [(0, 'processes'), (1, 'processes'), (2, 'threads')])
+def test_a_mistake_in_a_source_stops_the_run_and_names_the_row(pipelines, workers, kind):
+    data = PairData(source=Typo(train=20, valid=10), batch_size=5, workers=workers, worker_type=kind, **pipelines)
+    with pytest.raises(RuntimeError, match="scene train 7: KeyError: 'caption'"): list(data.train_dataloader())
 
 
 def test_ledger_text():
@@ -150,6 +162,7 @@ def test_mistakes(scenes, pipelines):
     for kw, message in [({}, 'wants either path'), (dict(path='x.csv', source=scenes), 'wants either path'),
                         (dict(source=scenes, batch_size=0), 'batch_size must be at least 1, got 0'),
                         (dict(source=scenes, valid_share=1.0), 'valid_share must be between 0 and 1'),
+                        (dict(source=scenes, worker_type='fibres'), "worker_type must be 'processes' or 'threads', got 'fibres'"),
                         (dict(source=Scenes(train=0, valid=3)), 'no rows for training'),
                         (dict(source=Scenes(train=3, valid=0)), 'no rows for validation')]:
         with pytest.raises(ValueError, match=message): PairData(**kw)
