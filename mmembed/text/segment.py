@@ -8,7 +8,7 @@ Docs: https://mmembed.github.io/mmembed/text/segment.html.md"""
 __all__ = ['HAN', 'LETTER', 'DIGIT', 'DOT', 'PERCENT', 'SIGN', 'OTHER', 'read_jieba', 'kinds', 'WordStates', 'Segmenter',
            'SegmentedWords', 'Utf8Front', 'segmented_family']
 
-# %% ../../nbs/text/08_segment.ipynb #f9384612
+# %% ../../nbs/text/08_segment.ipynb #e60eaaf9
 import base64
 import json
 import math
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .split import Words
-from .tables import PageTable
+from .tables import PageTable, ended
 from .unicode import N_CODES, WHITE_SPACE, Codes, Located, Utf8
 from .viterbi import lattice, trace, trie, uncrossed, walk
 from .wordpiece import Pieces
@@ -113,9 +113,10 @@ class WordStates(nn.Module):
             if t > 0: state = torch.cat([came[t - 1].gather(1, now[:, None]).flatten(), state[n:]])
         return ends
 
-# %% ../../nbs/text/08_segment.ipynb #78252c79
+# %% ../../nbs/text/08_segment.ipynb #72dcfe3d
 class Segmenter(nn.Module):
     "Cuts each row into words, exactly as `jieba.cut` does (0.42.1). Nothing is dropped: the words of a row, joined, are the row."
+    shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
     def __init__(self,
         spec: dict, # from `read_jieba`
@@ -143,16 +144,22 @@ class Segmenter(nn.Module):
         edge = edge | (block != self._before(block))  # where a block or a stretch of other characters begins
         begins = ~(self._before(x.codes == 13) & (x.codes == 10) & ~edge)  # each character, but for the \n of \r\n
         at = block.nonzero().flatten()
-        if at.numel() > 0: begins = begins.index_copy(0, at, self._blocks(x.codes.index_select(0, at), edge.index_select(0, at), kind.index_select(0, at)))
+        if not self.shortcuts or at.numel() > 0: begins = begins.index_copy(0, at, self._blocks(x.codes.index_select(0, at), edge.index_select(0, at), kind.index_select(0, at)))
         start = begins.nonzero().flatten()
         count = nn.functional.pad(begins.long().cumsum(0), (1, 0))
-        return Words(start, nn.functional.pad(start[1:], (0, 1), value=float(n)), count.index_select(0, x.offsets))
+        return Words(start, ended(start[1:], n)[:start.numel()], count.index_select(0, x.offsets))
 
     def _before(self, x: Tensor) -> Tensor:
         "bool (M,) one place later; false in front."
-        return nn.functional.pad(x[:-1], (1, 0))
+        return nn.functional.pad(x, (1, 0))[:x.numel()]
 
-    def _sizes(self, start: Tensor, n: int) -> Tensor: return nn.functional.pad(start[1:], (0, 1), value=float(n)) - start
+    def _sizes(self, start: Tensor, n: int) -> Tensor: return ended(start[1:], n)[:start.numel()] - start
+
+    def _widest(self, size: Tensor) -> int: return max(int(size.max()), 1) if size.numel() > 0 else 1
+
+    def _counted(self, which: Tensor, mark: Tensor, n: int) -> Tensor:
+        "How many of `mark`, bool (M,), there are for each number in `which`, int64 (M,): (n,)."
+        return torch.zeros(n + 1, dtype=torch.int64, device=which.device).index_add(0, which + 1, mark.long())[1:]
 
     def _blocks(self, codes: Tensor, edge: Tensor, kind: Tensor) -> Tensor:
         "Where words begin in blocks joined to one sequence, in which `edge` tells them apart: bool (M,)."
@@ -161,7 +168,7 @@ class Segmenter(nn.Module):
         width = self._sizes(start, n)
         room = torch.repeat_interleave(start + width, width) - torch.arange(n, device=codes.device)
         place, size, entry = self.trie(codes, room, torch.arange(n, device=codes.device))
-        length = self._best(place, size, entry, start, width)
+        length = self._best(codes, place, size, entry, start, width)
         begins = length > 0
         single = length == 1
         if not self.guesses:
@@ -169,25 +176,30 @@ class Segmenter(nn.Module):
             return begins & ~(name & self._before(name) & ~edge)
         first = single & (~self._before(single) | edge)
         run = first.nonzero().flatten()
+        if self.shortcuts and run.numel() == 0: return begins
         owner = first.long().cumsum(0) - 1
-        if run.numel() == 0: return begins
-        long = torch.zeros_like(run).index_add(0, owner[single], torch.ones_like(owner[single]))
+        long = self._counted(owner, single, run.numel())
         # a run that is a word keeps its characters apart
         extent = torch.zeros_like(codes).index_copy(0, run, long)
         known = torch.zeros_like(single).index_fill(0, place[extent.index_select(0, place) == size], True).index_select(0, run)
-        guess = single & ((long > 1) & ~known).index_select(0, owner.clamp(min=0))
+        wanted = nn.functional.pad(((long > 1) & ~known).long(), (1, 0))  # in front what no run owns
+        guess = single & (wanted.index_select(0, owner + 1) > 0)
         return torch.where(guess, self._guessed(codes, kind, guess, first), begins)
 
-    def _best(self, place: Tensor, size: Tensor, entry: Tensor, start: Tensor, width: Tensor) -> Tensor:
+    def _best(self, codes: Tensor, place: Tensor, size: Tensor, entry: Tensor, start: Tensor, width: Tensor) -> Tensor:
         "The length of the word that begins at each place of the blocks [start, start + width), 0 inside words: int64 (M,)."
-        n = int(width.sum())
+        n = codes.numel()
         place = n - place - size  # mirrored: the walk goes from left to right, jieba from right to left
-        grid = lattice(place, size, entry, n, self.none)
+        grid = lattice(place, size, entry, n, self.none, self._widest(size))
         alone = (grid == self.none).all(1)
         grid = torch.cat([grid[:, :-1], torch.where(alone[:, None], self.none - 1, grid[:, -1:])], 1)
         score = self.score.index_select(0, grid.flatten()).view_as(grid)
+        return self._paths(score, place, size, (n - start - width).flip(0), width.flip(0)).flip(0)
+
+    def _paths(self, score: Tensor, place: Tensor, size: Tensor, block: Tensor, width: Tensor) -> Tensor:
+        "The length of the word that ends at each place of the mirrored blocks [block, block + width), 0 inside words: int64 (M,)."
+        n = score.shape[0]
         cut = uncrossed(place, size, n)
-        block = (n - start - width).flip(0)
         both = torch.zeros(n, dtype=torch.bool, device=place.device).index_fill_(0, cut, True).index_fill_(0, block, True)
         cut = both.nonzero().flatten()
         steps = self._sizes(cut, n)
@@ -197,17 +209,16 @@ class Segmenter(nn.Module):
         long = (cut + steps - 1).index_select(0, (steps > self.short).nonzero().flatten())
         last, margin = length.index_fill(0, long, 1) > 0, margin.index_fill(0, long, 0)
         # sums of that many numbers of that size, in another order, differ by less than this
-        spread = torch.repeat_interleave(width.flip(0), width.flip(0)) * self.worst
+        spread = torch.repeat_interleave(width, width) * self.worst
         near = last & (margin <= 4 * 2.0 ** -53 * (torch.repeat_interleave(steps, steps) + 2) * spread)
         if bool(near.any()):
             wrong = nn.functional.pad(near.long().cumsum(0), (1, 0))
-            size = width.flip(0)
-            some = (wrong.index_select(0, block + size) > wrong.index_select(0, block)).nonzero().flatten()
-            block, size = block.index_select(0, some), size.index_select(0, some)
+            some = (wrong.index_select(0, block + width) > wrong.index_select(0, block)).nonzero().flatten()
+            block, size = block.index_select(0, some), width.index_select(0, some)
             inside = torch.zeros(n + 1, dtype=torch.int64, device=place.device)
             inside = inside.index_add(0, block, torch.ones_like(block)).index_add(0, block + size, -torch.ones_like(block)).cumsum(0)[:n] > 0
             length = torch.where(inside, trace(walk(score, block, size, False)[0], block, size), length)
-        return length.flip(0)
+        return length
 
     def _guessed(self, codes: Tensor, kind: Tensor, guess: Tensor, first: Tensor) -> Tensor:
         "Where words begin in the runs `guess` of single characters, each beginning at `first`: bool (M,)."
@@ -216,8 +227,7 @@ class Segmenter(nn.Module):
         turn = first | ((kind == 1) != self._before(kind == 1)) | (guess != self._before(guess))
         start = (han & turn).nonzero().flatten()
         runs = (turn & han).long().cumsum(0) - 1
-        size = torch.zeros_like(start).index_add(0, runs[han], torch.ones_like(runs[han]))
-        ended = self._before(self.states(codes, start, size))
+        done = self._before(self.states(codes, start, self._counted(runs, han, start.numel())))
         # [a-zA-Z0-9]+(?:\.\d+)?%?, and what is between such matches
         name, digit, dot = guess & ((kind == 2) | (kind == 3)), guess & (kind == 3), guess & (kind == 4)
         head = name & (turn | ~self._before(name))      # where a run of letters and digits begins
@@ -226,22 +236,23 @@ class Segmenter(nn.Module):
         place = torch.arange(n, device=codes.device)
         run = head.long().cumsum(0) - 1
         heads = head.nonzero().flatten()
-        letters = torch.zeros_like(heads).index_add(0, run[name], (kind[name] == 2).long())
-        numeric = (letters == 0) & linked[heads]        # all digits after a dot: a fraction, unless what precedes the dot is one
+        letters = self._counted(run, name & (kind == 2), heads.numel())
+        follows = linked.index_select(0, heads)
+        numeric = (letters == 0) & follows              # all digits after a dot: a fraction, unless what precedes the dot is one
         order = torch.arange(heads.numel(), device=codes.device)
-        base = torch.where(numeric, -1, order).cummax(0)[0] if heads.numel() > 0 else order
-        fraction = linked[heads] & ~self._before(numeric & ((order - base) % 2 == 1))
+        other_heads = nn.functional.pad((~numeric).nonzero().flatten() + 1, (1, 0)) - 1
+        base = other_heads.index_select(0, (~numeric).long().cumsum(0))  # the last that is none; the first of all never follows
+        fraction = follows & ~self._before(numeric & ((order - base) % 2 == 1))
         joined = torch.zeros_like(name).index_copy(0, heads, fraction)
-        if heads.numel() > 0:  # letters after a fraction's digits begin a new name
-            whole = fraction.index_select(0, run.clamp(min=0)) & name & ~digit
-            nondigit = torch.full_like(heads, n).scatter_reduce(0, run[whole], place[whole], 'amin')
-            parted = torch.zeros(n + 1, dtype=torch.bool, device=codes.device).index_fill_(0, nondigit, True)[:n]
-        else: parted = joined
+        # letters after a fraction's digits begin a new name
+        whole = (nn.functional.pad(fraction.long(), (1, 0)).index_select(0, run + 1) > 0) & name & ~digit
+        nondigit = torch.full_like(heads, n).scatter_reduce(0, run[whole], place[whole], 'amin')
+        parted = torch.zeros(n + 1, dtype=torch.bool, device=codes.device).index_fill_(0, nondigit, True)[:n]
         percent = other & (kind == 5) & ~turn & self._before(name)
-        link = dot & nn.functional.pad(joined[1:], (0, 1))
+        link = dot & nn.functional.pad(joined, (0, 1))[1:]
         rest = other & ~percent & ~link
         begins = (head & ~joined) | parted | (rest & (turn | ~self._before(rest)))
-        return torch.where(han, turn | ended, begins)
+        return torch.where(han, turn | done, begins)
 
 # %% ../../nbs/text/08_segment.ipynb #1912840d
 class SegmentedWords(nn.Module):
@@ -272,7 +283,7 @@ class SegmentedWords(nn.Module):
         ids = torch.where(entry < 0, self.unk_id, self.ids.index_select(0, entry.clamp(min=0)))
         return Pieces(ids, start, end, nn.functional.pad(solid.long().cumsum(0), (1, 0)).index_select(0, words.offsets))
 
-# %% ../../nbs/text/08_segment.ipynb #08dfbef1
+# %% ../../nbs/text/08_segment.ipynb #c40ef7d8
 class Utf8Front(nn.Module):
     "Packed UTF-8 -> code points as they are."
     def __init__(self):
@@ -282,8 +293,8 @@ class Utf8Front(nn.Module):
     def forward(self, data: Tensor, offsets: Tensor, spans: bool) -> Located:
         "uint8 (N,), int64 (B+1,) -> values; with `spans` also the bytes of each."
         x, begin = self.utf8(data, offsets)
-        if not spans: begin = begin[:0]
-        return Located(x.codes, x.offsets, begin, nn.functional.pad(begin[1:], (0, min(begin.numel(), 1)), value=float(data.numel())))
+        if not spans: return Located(x.codes, x.offsets, begin[:0], begin[:0])
+        return Located(x.codes, x.offsets, begin, ended(begin[1:], data.numel())[:begin.numel()])
 
 # %% ../../nbs/text/08_segment.ipynb #c9a0dddd
 def segmented_family(

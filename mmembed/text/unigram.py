@@ -9,7 +9,7 @@ __all__ = ['NORMAL', 'UNKNOWN', 'CONTROL', 'USER', 'UNUSED', 'BYTE', 'METASPACE'
            'Charsmap', 'SentenceFront', 'Unigram', 'sentencepiece_family', 'framed', 'decode_sentencepiece',
            'unigram_family']
 
-# %% ../../nbs/text/06_unigram.ipynb #bdfecaf9
+# %% ../../nbs/text/06_unigram.ipynb #21bc0131
 import base64
 from pathlib import Path
 
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .tables import ExpandTable, PageTable
+from .tables import ExpandTable, PageTable, ended
 from .unicode import N_CODES, Codes, Located, Utf8
-from .viterbi import Automaton, lattice, trace, trie, uncrossed, walk
+from .viterbi import Automaton, lattice, leap, trace, trie, uncrossed, walk
 from .wordpiece import Pieces, refuse
 from .words import WordTable
 
@@ -87,9 +87,10 @@ def read_charsmap(
                     values[child] = pool[at:pool.index(0, at)].decode()
     return edges, values
 
-# %% ../../nbs/text/06_unigram.ipynb #d7ce377f
+# %% ../../nbs/text/06_unigram.ipynb #3f20df7b
 class Charsmap(nn.Module):
     "Replaces the longest rule at each place, from left to right; `symbols` go before rules and stay as they are (`Normalizer::NormalizePrefix`)."
+    shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
     def __init__(self,
         blob: bytes,             # a model's precompiled_charsmap
@@ -125,11 +126,11 @@ class Charsmap(nn.Module):
         """Code points -> values, and which element each came from (empty: one each); those elements (code points and matches), and
         where each begins in `x`, int64 (E+1,), empty if none matched."""
         kept = torch.empty(0, dtype=torch.int64, device=x.codes.device)
-        if x.codes.numel() > 0:
+        if not self.shortcuts or x.codes.numel() > 0:
             pair = self.pair(x.codes)
-            next = nn.functional.pad(pair[1:], (0, 1))
+            next = ended(pair[1:], 0)[:x.codes.numel()]
             at = (((pair & (next >> 1) & 1) > 0) | (pair > 3)).nonzero().flatten()
-            if at.numel() > 0: x, kept = self._replaced(x, at)
+            if not self.shortcuts or at.numel() > 0: x, kept = self._replaced(x, at)
         values, source, _ = self.images(x.codes)
         return values, source, x, kept
 
@@ -138,7 +139,6 @@ class Charsmap(nn.Module):
         n = x.codes.numel()
         here = torch.arange(n, device=at.device)
         room = torch.repeat_interleave(x.offsets[1:], x.offsets[1:] - x.offsets[:-1]) - here
-        length, image = torch.ones_like(here), torch.full_like(here, -1)
         place, size, entry = self.rules(x.codes, room, at)
         if self.has_symbols:  # written over the rules
             p, s, e = self.symbols(x.codes, room, at)
@@ -147,14 +147,14 @@ class Charsmap(nn.Module):
             long = (size > 1).nonzero().flatten()
             place, size, entry = place.index_select(0, long), size.index_select(0, long), entry.index_select(0, long)
         order = torch.zeros_like(here).index_add(0, place, torch.ones_like(place))
-        if place.numel() > 0 and int(order.max()) > 1:  # only the last, the longest, counts
+        if not self.shortcuts or place.numel() > 0 and int(order.max()) > 1:  # only the last, the longest, counts
             last = torch.full_like(here, -1).scatter_reduce(0, place, torch.arange(place.numel(), device=at.device), 'amax')
             last = last[last >= 0]
             place, size, entry = place.index_select(0, last), size.index_select(0, last), entry.index_select(0, last)
         else:
             place, by = place.sort()
             size, entry = size.index_select(0, by), entry.index_select(0, by)
-        keep = self._leftmost(place, place + size)
+        keep = self._leftmost(place, place + size, n)
         place, size, entry = place.index_select(0, keep), size.index_select(0, keep), entry.index_select(0, keep)
         change = torch.zeros(n + 1, dtype=torch.int64, device=at.device)
         change = change.index_add(0, place + 1, torch.ones_like(place)).index_add(0, place + size, -torch.ones_like(place))
@@ -162,28 +162,29 @@ class Charsmap(nn.Module):
         codes = x.codes.index_copy(0, place, entry + self.base)
         kept = torch.zeros(n + 1, dtype=torch.int64, device=at.device).index_fill_(0, source + 1, 1)
         return (Codes(codes.index_select(0, source), kept.cumsum(0).index_select(0, x.offsets)),
-            nn.functional.pad(source, (0, 1), value=float(n)))
+            ended(source, n))
 
-    def _leftmost(self, start: Tensor, end: Tensor) -> Tensor:
-        "Which of these matches, sorted by start, remain when each excludes those that it overlaps: int64 (K,)."
+    def _leftmost(self, start: Tensor, end: Tensor, n: int) -> Tensor:
+        "Which of these matches in `n` places, sorted by start, remain when each excludes those that it overlaps: int64 (K,)."
         m = start.numel()
-        here = torch.arange(m, device=start.device)
-        if m < 2 or not bool((start[1:] < end[:-1]).any()): return here
-        head = nn.functional.pad(start[1:] >= end.cummax(0)[0][:-1], (1, 0), value=True)
-        begun = torch.zeros(int(end.max()) + 2, dtype=torch.int64, device=start.device)
-        begun = begun.index_fill_(0, start + 1, 1).cumsum(0)
-        next = nn.functional.pad(begun.index_select(0, end), (0, 1), value=float(m))  # the first that begins after each
-        taken = nn.functional.pad(head, (0, 1))
-        while True:
-            more = taken.index_fill(0, next[taken], True)
-            more[m] = False
-            if bool((more == taken).all()): break
-            taken, next = more, next.index_select(0, next)
-        return taken.nonzero().flatten()
+        here, one = torch.arange(m, device=start.device), torch.ones_like(start)
+        if self.shortcuts and (m < 2 or not bool((start[1:] < end[:-1]).any())): return here
+        none = torch.zeros(n + 1, dtype=torch.int64, device=start.device)
+        over = none.index_add(0, end, one).cumsum(0)  # how many have ended where each begins: all before it, and it is the head of a cluster
+        head = ended((over.index_select(0, start) == here).long(), 1)
+        next = ended(none.index_fill(0, start + 1, 1).cumsum(0).index_select(0, end), m)  # the first that begins after each
+        next = torch.where(head.index_select(0, next) > 0, m, next)
+        return self._followed(head, next)[:-1].nonzero().flatten()
 
-# %% ../../nbs/text/06_unigram.ipynb #fd0fdfb1
+    def _followed(self, kept: Tensor, next: Tensor) -> Tensor:
+        "All that are reached by following `next` from those that are kept, int64 (K+1,): the last has no next."
+        while bool((next < next[-1]).any()): kept, next = leap(kept, next)
+        return kept
+
+# %% ../../nbs/text/06_unigram.ipynb #a8ead0ed
 class SentenceFront(nn.Module):
     "Packed UTF-8 -> code points as SentencePiece's `Normalizer::Normalize` yields them. Bytes that are not UTF-8 become U+FFFD first, as Python does it."
+    shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
     def __init__(self,
         charsmap: bytes,         # a model's precompiled_charsmap
@@ -201,13 +202,13 @@ class SentenceFront(nn.Module):
         "uint8 (N,), int64 (B+1,) -> values; with `spans` also the bytes of each."
         nowhere = torch.empty(0, dtype=torch.int64, device=data.device)
         begin = nowhere
-        if data.numel() == 0 or int(data.max()) < 128:
+        if self.shortcuts and (data.numel() == 0 or int(data.max()) < 128):
             x = Codes(data.long(), offsets)
             if spans: begin = torch.arange(data.numel(), device=data.device)
         else: x, begin = self.utf8(data, offsets)
         some = x.offsets[1:] > x.offsets[:-1]  # texts that are not empty
         values, source, x, kept = self.charsmap(x)
-        rows = self._moved(source, x) if source.numel() + x.codes.numel() != 0 and self._several(values, source, x) else x.offsets
+        rows = self._moved(source, x) if self._several(values, source, x) else x.offsets
         keep = self._kept(values, source, rows).nonzero().flatten()
         count = torch.zeros(values.numel() + 1, dtype=torch.int64, device=data.device).index_fill_(0, keep + 1, 1)
         count = count.cumsum(0).index_select(0, rows)
@@ -216,11 +217,11 @@ class SentenceFront(nn.Module):
         added = some.long().cumsum(0) if self.dummy else torch.zeros_like(size)
         place = torch.arange(keep.numel(), device=data.device) + torch.repeat_interleave(added, size)
         ends = nn.functional.pad(count[1:] + added, (1, 0))
-        out = torch.full((int(ends[-1]),), self.mark, dtype=torch.int64, device=data.device)
+        out = torch.full_like(torch.repeat_interleave(ends[1:] - ends[:-1]), self.mark)
         kept_values = values.index_select(0, keep)
         out.index_copy_(0, place, torch.where(kept_values == 32, self.mark, kept_values))
         if not spans: return Located(out, ends, nowhere, nowhere)
-        edges = nn.functional.pad(begin, (0, 1), value=float(data.numel()))
+        edges = ended(begin, data.numel())
         if kept.numel() > 0: edges = edges.index_select(0, kept)
         element = source.index_select(0, keep) if self._several(values, source, x) else keep
         first = torch.repeat_interleave(offsets[:-1], ends[1:] - ends[:-1])  # the space before a text has no bytes of its own
@@ -229,7 +230,7 @@ class SentenceFront(nn.Module):
 
     def _several(self, values: Tensor, source: Tensor, x: Codes) -> bool:
         "Whether some element has not exactly one value."
-        return source.numel() > 0 or values.numel() != x.codes.numel()
+        return not self.shortcuts or source.numel() > 0 or values.numel() != x.codes.numel()
 
     def _moved(self, source: Tensor, x: Codes) -> Tensor:
         "The offsets of rows, once element `source[j]` has become value j."
@@ -240,13 +241,13 @@ class SentenceFront(nn.Module):
         "Which values are neither a space after a space nor at an end: bool (K,)."
         n = values.numel()
         blank = values == 32
-        if not self.squeeze or n == 0: return torch.ones_like(blank)
+        if not self.squeeze or self.shortcuts and n == 0: return torch.ones_like(blank)
         pad = nn.functional.pad
         after = pad(blank, (1, 0)).index_fill_(0, rows, True)[:n]  # follows a space, or nothing
         leading = blank
-        if source.numel() > 0:
-            head = pad(source[1:] != source[:-1], (1, 0), value=True)
-            head_at = torch.where(head, torch.arange(n, device=values.device), 0).cummax(0)[0]
+        if not self.shortcuts or source.numel() > 0:
+            head = source != pad(source, (1, 0), value=-1.)[:n]
+            head_at = head.nonzero().flatten().index_select(0, head.long().cumsum(0) - 1)
             solid = pad((~blank).long().cumsum(0), (1, 0))
             leading = blank & (solid[:n] == solid.index_select(0, head_at))
             after = after.index_select(0, head_at)
@@ -254,10 +255,11 @@ class SentenceFront(nn.Module):
         rest = torch.repeat_interleave(solid.index_select(0, rows[1:]), rows[1:] - rows[:-1]) - solid[:n]
         return ~(leading & after) & (rest > 0)
 
-# %% ../../nbs/text/06_unigram.ipynb #4dccacd7
+# %% ../../nbs/text/06_unigram.ipynb #a191cddd
 class Unigram(nn.Module):
     """The likeliest pieces of each row, as SentencePiece's `unigram::Model::EncodeOptimized` (0.2.3) finds them, with unknown characters merged,
     or as bytes."""
+    shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
     def __init__(self,
         pieces: list[str],      # those that may stand in a text
@@ -298,9 +300,11 @@ class Unigram(nn.Module):
         "The entry of the piece that ends at each place and has each length, int64 (M, L); place and length of all pieces."
         n, none = codes.numel(), self.unk + 1
         place, size, entry = self.trie(codes, room, torch.arange(n, device=codes.device))
-        grid = lattice(place, size, entry, n, none)
+        grid = lattice(place, size, entry, n, none, self._widest(size))
         single = grid[:, -1:]
         return torch.cat([grid[:, :-1], torch.where(single == none, self.unk, single)], 1), place, size
+
+    def _widest(self, size: Tensor) -> int: return max(int(size.max()), 1) if size.numel() > 0 else 1
 
     def forward(self, x: Codes) -> Pieces:
         "Code points -> pieces."
@@ -394,7 +398,7 @@ class Unigram(nn.Module):
         ids = self.ids.index_select(0, piece)
         count = nn.functional.pad((length > 0).long().cumsum(0), (1, 0)).index_select(0, x.offsets)
         unknown = piece == self.unk
-        if not bool(unknown.any()): return Pieces(ids, start, end, count)
+        if self.shortcuts and not bool(unknown.any()): return Pieces(ids, start, end, count)
         if self.bytes:
             code = x.codes.index_select(0, last)
             need = torch.where(unknown, 1 + (code >= 0x80).long() + (code >= 0x800).long() + (code >= 0x10000).long(), 1)
@@ -402,16 +406,18 @@ class Unigram(nn.Module):
             owner = torch.repeat_interleave(need)
             nth = torch.arange(owner.numel(), device=last.device) - total.index_select(0, owner)
             code, need = code.index_select(0, owner), need.index_select(0, owner)
-            bits = (code >> (6 * (need - 1 - nth)).clamp(min=0)) & 0x3F
-            lead = torch.where(need == 1, code & 0x7F, (code >> (6 * (need - 1))) | (torch.full_like(need, 0xF00) >> need) & 0xFF)
-            byte = self.byte_ids.index_select(0, torch.where(nth == 0, lead, bits | 0x80))
+            later = (need - 1 - nth).clamp(min=0)  # how many bytes follow this one, six bits each
+            code = torch.where((later & 1) > 0, code >> 6, code)
+            code = torch.where((later & 2) > 0, code >> 12, code)
+            lead = torch.where(need == 4, 0xF0, torch.where(need == 3, 0xE0, torch.where(need == 2, 0xC0, 0)))
+            byte = self.byte_ids.index_select(0, torch.where(nth == 0, (code | lead) & 0xFF, code & 0x3F | 0x80))
             ids = torch.where(unknown.index_select(0, owner), byte, ids.index_select(0, owner))
             return Pieces(ids, start.index_select(0, owner), end.index_select(0, owner), total.index_select(0, count))
         inner = torch.zeros(last.numel() + 1, dtype=torch.bool, device=last.device).index_fill_(0, count, True)[:last.numel()]
-        merged = unknown & nn.functional.pad(unknown[:-1], (1, 0)) & ~inner
+        merged = unknown & nn.functional.pad(unknown, (1, 0))[:last.numel()] & ~inner
         keep = (~merged).nonzero().flatten()
         kept = nn.functional.pad((~merged).long().cumsum(0), (1, 0))
-        final = nn.functional.pad(keep[1:], (0, 1), value=float(last.numel())) - 1
+        final = ended(keep[1:], last.numel())[:keep.numel()] - 1
         return Pieces(ids.index_select(0, keep), start.index_select(0, keep), end.index_select(0, final), kept.index_select(0, count))
 
 # %% ../../nbs/text/06_unigram.ipynb #687e496f
