@@ -113,7 +113,7 @@ class WordStates(nn.Module):
             if t > 0: state = torch.cat([came[t - 1].gather(1, now[:, None]).flatten(), state[n:]])
         return ends
 
-# %% ../../nbs/text/08_segment.ipynb #72dcfe3d
+# %% ../../nbs/text/08_segment.ipynb #5d6f32f3
 class Segmenter(nn.Module):
     "Cuts each row into words, exactly as `jieba.cut` does (0.42.1). Nothing is dropped: the words of a row, joined, are the row."
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
@@ -184,7 +184,7 @@ class Segmenter(nn.Module):
         known = torch.zeros_like(single).index_fill(0, place[extent.index_select(0, place) == size], True).index_select(0, run)
         wanted = nn.functional.pad(((long > 1) & ~known).long(), (1, 0))  # in front what no run owns
         guess = single & (wanted.index_select(0, owner + 1) > 0)
-        return torch.where(guess, self._guessed(codes, kind, guess, first), begins)
+        return (guess & self._guessed(codes, kind, guess, first)) | (begins & ~guess)
 
     def _best(self, codes: Tensor, place: Tensor, size: Tensor, entry: Tensor, start: Tensor, width: Tensor) -> Tensor:
         "The length of the word that begins at each place of the blocks [start, start + width), 0 inside words: int64 (M,)."
@@ -252,7 +252,7 @@ class Segmenter(nn.Module):
         link = dot & nn.functional.pad(joined, (0, 1))[1:]
         rest = other & ~percent & ~link
         begins = (head & ~joined) | parted | (rest & (turn | ~self._before(rest)))
-        return torch.where(han, turn | done, begins)
+        return (han & (turn | done)) | (begins & ~han)
 
 # %% ../../nbs/text/08_segment.ipynb #1912840d
 class SegmentedWords(nn.Module):
