@@ -134,7 +134,7 @@ def join_tokens(
     wide = lambda x, value: torch.nn.functional.pad(x, (0, length - x.shape[1]), value=value)
     return Tokens(torch.cat([wide(b.ids, pad_id) for b in batches]), torch.cat([wide(b.mask, 0) for b in batches]))
 
-# %% ../nbs/30_runtime.ipynb #a16c4d45
+# %% ../nbs/30_runtime.ipynb #22d95ca8
 class Embedder:
     "An artifact, loaded: texts and images to embeddings, with a status for every item"
     def __init__(
@@ -228,6 +228,17 @@ class Embedder:
         data = _as_image(image)
         try:
             with torch.no_grad(): return self.module.preprocess_image(data)
+        except (RuntimeError, torch.jit.Error) as e: raise ValueError(reason(e)) from None
+
+    def decode(
+        self,
+        image, # one image, as in `encode_image`
+    ) -> Tensor: # uint8 (3, H, W)
+        "Upright RGB, the first half of `preprocess`, which takes it from there. Raises as `preprocess` does."
+        data = _as_image(image)
+        if data.ndim == 3: return data
+        try:
+            with torch.no_grad(): return self.module.vision_pipeline.decode(data)
         except (RuntimeError, torch.jit.Error) as e: raise ValueError(reason(e)) from None
 
     def probe(

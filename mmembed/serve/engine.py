@@ -49,7 +49,7 @@ class Busy(Exception):
 class Unfit(Exception):
     "The engine is closed, or a worker of it has died: this process cannot answer"
 
-# %% ../../nbs/serve/02_engine.ipynb #97f1e360
+# %% ../../nbs/serve/02_engine.ipynb #1ea1af68
 class Engine:
     "Worker threads round an `Embedder`: `submit` items, get each back with a status"
     def __init__(self,
@@ -169,20 +169,24 @@ class Engine:
         lane.wait_for_room()
         if not (items := self.first['image'].take()): return False
         item, begin = items[0], self._begin(items, 'decode')
-        try: item.ready = self._pixels(item.data)
+        try:
+            rgb = self._decoded(item.data)
+            self._end(items, 'decode', begin)
+            begin = self._begin(items, 'transform')
+            item.ready = self.emb.preprocess(rgb)
+            self._end(items, 'transform', begin)
         except (ValueError, TypeError, OSError) as e: self._lose(item, 'invalid', reason(e))
         except (RuntimeError, MemoryError) as e: self._trouble([item], e, lambda i: self._lose(i, 'failed', reason(e)))
-        self._end(items, 'decode', begin)
         if item.ready is not None: lane.put(items)
         return True
 
-    def _pixels(self, data):
+    def _decoded(self, data):
         limit = self.options.max_pixels
         if limit:
             info = self.emb.probe(data)
             if not info.error and info.width * info.height > limit:
                 raise ValueError(f'{info.width} x {info.height} pixels; this server takes up to {limit:,}')
-        return self.emb.preprocess(data)
+        return self.emb.decode(data)
 
     def _tokenize(self) -> bool:
         lane = self.lanes['text']
