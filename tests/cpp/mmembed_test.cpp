@@ -1,6 +1,8 @@
 // Uses mmembed.hpp as a program would: mmembed_test ARTIFACT IMAGE. Prints "ok" when every check holds.
+// mmembed_test --tokenize PIPELINE TEXTS OUT BATCH: a scripted TextPipeline alone, see tokenize_file.
 #include "mmembed.hpp"
 
+#include <fstream>
 #include <iostream>
 #include <thread>
 
@@ -15,7 +17,44 @@ std::string error_of(F f) {
   return "";
 }
 
+// TEXTS holds B, B+1 offsets (int64) and the bytes; OUT gets rows, columns, ids and mask (int64) of each batch.
+int tokenize_file(const char* pipeline, const char* texts, const char* out, int64_t batch) {
+  torch::NoGradGuard no_grad;
+  torch::jit::getProfilingMode() = false;
+  at::set_num_threads(1);
+  auto module = torch::jit::load(pipeline);
+  auto tokenize = module.get_method("tokenize");
+  std::ifstream in(texts, std::ios::binary);
+  int64_t rows = 0;
+  in.read(reinterpret_cast<char*>(&rows), 8);
+  torch::Tensor offsets = torch::empty({rows + 1}, torch::kInt64);
+  in.read(reinterpret_cast<char*>(offsets.data_ptr()), 8 * (rows + 1));
+  torch::Tensor data = torch::empty({offsets[-1].item<int64_t>()}, torch::kUInt8);
+  in.read(reinterpret_cast<char*>(data.data_ptr()), data.numel());
+  CHECK(in.good());
+  std::ofstream to(out, std::ios::binary);
+  for (int64_t i = 0; i < rows; i += batch) {
+    torch::Tensor part = offsets.slice(0, i, std::min(i + batch, rows) + 1);
+    int64_t first = part[0].item<int64_t>();
+    auto tokens = tokenize({data.slice(0, first, part[-1].item<int64_t>()), part - first}).toTuple();
+    torch::Tensor ids = tokens->elements()[0].toTensor().contiguous(), mask = tokens->elements()[1].toTensor().contiguous();
+    CHECK(ids.dtype() == torch::kInt64 && ids.sizes() == mask.sizes());
+    int64_t shape[2] = {ids.size(0), ids.size(1)};
+    to.write(reinterpret_cast<char*>(shape), 16);
+    for (auto& x : {ids, mask}) to.write(reinterpret_cast<const char*>(x.data_ptr()), 8 * x.numel());
+  }
+  try {
+    tokenize({data, offsets + 1});
+    return 1;
+  } catch (const std::exception& e) {
+    CHECK(std::string(e.what()).find("offsets must rise from 0") != std::string::npos);
+  }
+  std::cout << "ok\n";
+  return 0;
+}
+
 int main(int argc, char** argv) {
+  if (argc == 6 && std::string(argv[1]) == "--tokenize") return tokenize_file(argv[2], argv[3], argv[4], std::stoll(argv[5]));
   if (argc != 3) return 2;
   const std::string path = argv[1], picture = argv[2];
   Embedder emb(path);
