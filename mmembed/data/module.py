@@ -7,8 +7,7 @@ Docs: https://mmembed.github.io/mmembed/data/module.html.md"""
 # %% auto #0
 __all__ = ['Row', 'Rows', 'Collate', 'Ledger', 'PairLoader', 'Shuffled', 'PairData']
 
-# %% ../../nbs/data/03_module.ipynb #e91a9619
-import re
+# %% ../../nbs/data/03_module.ipynb #0a2d02fe
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Literal, NamedTuple
@@ -20,11 +19,12 @@ from torch.utils.data import Dataset
 
 from ..core import PairBatch, Tokens, pack, settings
 from .loader import Loader, Share, Shuffle, even_batches
-from .sources import PairsFile, Part, Source
+from .sources import PairsFile, Part, Source, _reason
+from .splits import Survey, split_once, survey
 from ..text.pipeline import TextPipeline
 from ..vision.pipeline import VisionPipeline
 
-# %% ../../nbs/data/03_module.ipynb #fa1d1bbc
+# %% ../../nbs/data/03_module.ipynb #f003eb26
 class Row(NamedTuple):
     "One pair, ready to be batched"
     index: int
@@ -50,25 +50,15 @@ class Rows(Dataset):
         epoch, i = key if isinstance(key, tuple) else (0, key)
         text, label = '', -1
         try:
-            text, label = self.pair(epoch, i)
+            text, label = self.source.pair(epoch, i)
             return Row(i, text, self._levels(self.source.image(i), epoch, i), '', label)
         except (RuntimeError, ValueError, OSError) as e: return Row(i, text, None, _reason(e), label)
         except Exception as e: raise RuntimeError(f'{self.source.name(i)}: {type(e).__name__}: {e}') from e
-
-    def pair(self, epoch: int, i: int) -> tuple[str, int]:
-        "The text that goes with image `i` in this epoch, and a label."
-        return self.source.text(i), -1
 
     def _levels(self, file: Tensor, epoch: int, i: int) -> Tensor:
         if not self.augment: return self.vision.preprocess(file)
         generator = torch.Generator().manual_seed(hash((self.seed, epoch, i)))
         return self.vision.augment(file, generator)
-
-# %% ../../nbs/data/03_module.ipynb #6fa87f42
-def _reason(e: Exception) -> str:
-    "The last line of an error, without the place in a library's C++ source."
-    lines = str(e).strip().splitlines() or [type(e).__name__]
-    return re.sub(r'^.*\.(cpp|h):\d+, ', '', lines[-1])
 
 # %% ../../nbs/data/03_module.ipynb #8c23ce13
 class Collate:
@@ -134,17 +124,20 @@ class Shuffled(Part):
 
     def text(self, i: int) -> str: return self.source.text(self.dealt[i])
 
-# %% ../../nbs/data/03_module.ipynb #f3eba09f
+# %% ../../nbs/data/03_module.ipynb #ecc09432
 class PairData(LightningDataModule):
     "Batches of matching texts and images from any source, through the model's own pipelines"
     def __init__(self,
         path: str | None = None,                        # a .jsonl, .csv, .tsv or .parquet file of pairs
         source: Source | None = None,                   # or any other source
         image_key: str = 'image',                       # column of `path` that holds paths of image files
-        text_key: str = 'text',                         # column of `path` that holds captions
+        text_key: str | None = 'text',                  # column of `path` that holds captions; None: made from labels
+        label_key: str | None = None,                   # column of `path` that holds a class
+        templates: list[str] | None = None,             # of captions for `text_key: null`, with {} for the class
         split_key: str | None = None,                   # column of `path`: equal values stay on one side of the split
         image_root: str | None = None,                  # where image paths begin; the folder of `path` by default
         valid_share: float = 0.1,                       # share of the groups kept for validation
+        split_file: str | None = None,                  # a .csv of which group is where: written once, then read
         batch_size: int = 128,                          # pairs
         workers: int = 0,                               # that prepare batches; 0: none but this process
         worker_type: Literal['processes', 'threads'] = 'processes', # of the workers; the batches are the same
@@ -164,14 +157,19 @@ class PairData(LightningDataModule):
         if worker_type not in ('processes', 'threads'):
             raise ValueError(f"worker_type must be 'processes' or 'threads', got {worker_type!r}")
         if not 0 < valid_share < 1: raise ValueError(f'valid_share must be between 0 and 1, got {valid_share}')
-        self.source = source if path is None else PairsFile(path, image_key, text_key, split_key, image_root)
+        if path is not None:
+            more = {'templates': templates} if templates else {}
+            source = PairsFile(path, image_key, text_key, split_key, image_root, label_key, **more)
+        self.source = source
         self.batch_size, self.workers = batch_size, workers
         self.worker_type, self.start_method = worker_type, start_method
         self.augment, self.on_error = augment, on_error
         self.seed = settings().seed if seed is None else seed
         self.text_pipeline, self.vision_pipeline = text_pipeline, vision_pipeline
         self.ledger = Ledger()
-        self.train, self.valid = self.source.split(valid_share)
+        parts = dict(zip(('train', 'valid'), self.source.split(valid_share))) if split_file is None else \
+            split_once(self.source, split_file, valid_share)
+        self.train, self.valid, self.test = parts['train'], parts['valid'], parts.get('test')
         for name, part in [('training', self.train), ('validation', self.valid)]:
             if not len(part): raise ValueError(f'{self.source!r}: no rows for {name}; valid_share is {valid_share}'
                                                + (f', split_key is {split_key!r}' if split_key else ''))
@@ -219,6 +217,15 @@ class PairData(LightningDataModule):
 
     def train_dataloader(self) -> PairLoader: return self._loader(self.train, training=True)
     def val_dataloader(self) -> PairLoader: return self._loader(self.valid, training=False)
+
+    def test_dataloader(self) -> PairLoader:
+        "The third part of a split file, or validation where there is none."
+        return self._loader(self.test or self.valid, training=False)
+
+    def survey(self) -> Survey:
+        "What is broken, twice there, or on both sides of the split; see `mmembed.data.splits`."
+        parts = {'train': self.train, 'valid': self.valid} | ({'test': self.test} if self.test else {})
+        return survey(parts, self.vision_pipeline)
 
     def teardown(self, stage: str):
         if stage == 'fit' and self.ledger: print(self.ledger, flush=True)

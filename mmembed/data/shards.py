@@ -54,7 +54,7 @@ def _key(name: str) -> tuple[str, str]:
     stem, _, ending = file.partition('.')
     return f'{folder}/{stem}' if folder else stem, ending.lower()
 
-# %% ../../nbs/data/02c_shards.ipynb #a63c6d6f
+# %% ../../nbs/data/02c_shards.ipynb #5789041b
 def samples(
     url: str,                     # a shard
     options: dict | None = None,  # of the store
@@ -78,17 +78,18 @@ def samples(
                 elif ending.rpartition('.')[2] in small:
                     parts[ending] = tar.extractfile(member).read().decode('utf-8', 'replace')
     except (tarfile.TarError, EOFError) as e: raise ValueError(f'{url} is not a readable tar file: {e}') from None
-    if size is not None and end + 512 > size: raise ValueError(f'{url} is truncated: it has no end mark')  # tarfile says nothing of that
+    if size is not None and end + 512 > size:  # tarfile takes that for the end
+        raise ValueError(f'{url} is truncated: it has no end mark')
     if key is not None: yield Sample(key, image, parts)
 
-# %% ../../nbs/data/02c_shards.ipynb #1670daf2
+# %% ../../nbs/data/02c_shards.ipynb #4d0ddd14
 class Shards(Source):
     "The samples of WebDataset tar files"
     def __init__(self,
         urls: str | list[str],               # shards: paths or URLs, with {000..031}, {a,b} or *
         text_key: str | None = 'txt',        # part that holds the caption, or 'json:field'; None: made from the label
         label_key: str | None = None,        # part that holds a class, as 'cls', or 'json:field'
-        split_key: str | None = None,        # 'json:field' whose equal values stay on one side; 'shard' for whole shards
+        split_key: str | None = None,        # 'json:field' whose equal values stay on one side, or 'shard'
         templates: list[str] | tuple = ('a photo of a {}',), # captions for `text_key=None`
         index: str | Path | None = None,     # folder that keeps what lies where; None: look through at each start
         options: dict | None = None,         # of the store, as `fsspec` takes them

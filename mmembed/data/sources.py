@@ -7,10 +7,11 @@ Docs: https://mmembed.github.io/mmembed/data/sources.html.md"""
 # %% auto #0
 __all__ = ['Source', 'Part', 'from_template', 'PairsFile']
 
-# %% ../../nbs/data/01_sources.ipynb #2fadd185
+# %% ../../nbs/data/01_sources.ipynb #bbf34f0c
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch.utils.data import Dataset
 
 from ..core import read_bytes, settings
 
-# %% ../../nbs/data/01_sources.ipynb #dcd7eea5
+# %% ../../nbs/data/01_sources.ipynb #a9be3c59
 class Source(Dataset):
     "Rows of raw caption text and raw image file; a new source writes `__len__`, `text` and `image`"
     def __len__(self) -> int: raise NotImplementedError
@@ -60,6 +61,13 @@ class Source(Dataset):
         "The class of row `i`; '' for none."
         return ''
 
+    def pair(self,
+        epoch: int, # of training
+        i: int,     # row
+    ) -> tuple[str, int]:
+        "The text that goes with image `i` in this epoch, and the number of its class or -1."
+        return self.text(i), -1
+
     def __getitem__(self, i: int) -> tuple[str, Tensor]: return self.text(i), self.image(i)
 
     def split(self,
@@ -74,6 +82,12 @@ class Source(Dataset):
 def _unit(name: str) -> float:
     "A number in [0, 1) that depends on `name` alone (Python's own `hash` changes from run to run)."
     return int.from_bytes(hashlib.blake2b(name.encode('utf-8', 'surrogatepass'), digest_size=6).digest(), 'big') / 2**48
+
+# %% ../../nbs/data/01_sources.ipynb #6fa87f42
+def _reason(e: Exception) -> str:
+    "The last line of an error, without the place in a library's C++ source."
+    lines = str(e).strip().splitlines() or [type(e).__name__]
+    return re.sub(r'^.*\.(cpp|h):\d+, ', '', lines[-1])
 
 # %% ../../nbs/data/01_sources.ipynb #ee0ccfa0
 class Part(Source):
