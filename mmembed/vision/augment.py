@@ -7,14 +7,14 @@ Docs: https://mmembed.github.io/mmembed/vision/augment.html.md"""
 # %% auto #0
 __all__ = ['random_crop', 'random_resized_crop', 'random_flip', 'color_jitter', 'random_gray', 'random_erasing']
 
-# %% ../../nbs/vision/04_augment.ipynb #6d82e960
+# %% ../../nbs/vision/04_augment.ipynb #267e1cab
 import math
 from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from .resize import pillow_resize, resize
+from .resize import resize
 
 # %% ../../nbs/vision/04_augment.ipynb #46c55f89
 def random_crop(
@@ -36,7 +36,7 @@ def random_crop(
     elif width / height > ratio[1]: w = min(max(int(round(height * ratio[1])), 1), width)
     return [(height - h) // 2, (width - w) // 2, h, w]
 
-# %% ../../nbs/vision/04_augment.ipynb #46bcdaa2
+# %% ../../nbs/vision/04_augment.ipynb #79a21782
 def random_resized_crop(
     image: Tensor,                         # uint8 (3, H, W)
     size: Tuple[int, int],                 # the model's size (H, W)
@@ -44,14 +44,13 @@ def random_resized_crop(
     ratio: Tuple[float, float],            # width / height, from and to
     interpolation: str,                    # 'bicubic', 'bilinear' or 'nearest'
     antialias: bool,                       # widen the filter when reducing
-    exact: bool,                           # True: bit-equal to Pillow's resize
+    how: str,                              # 'torch', 'pillow' or 'float', see `resize`
     generator: Optional[torch.Generator],  # None: torch's global one
 ) -> Tensor: # uint8 (3, size[0], size[1])
     "A random part of `image` at the model's size; torchvision's `RandomResizedCrop`."
     top, left, h, w = random_crop(image.size(1), image.size(2), scale, ratio, generator)
     x = image[:, top:top + h, left:left + w]
-    if exact: return pillow_resize(x, size[0], size[1], [0, 0, size[0], size[1]], interpolation)
-    return resize(x, size[0], size[1], interpolation, antialias)
+    return resize(x, size[0], size[1], [0, 0, size[0], size[1]], interpolation, antialias, how)
 
 def random_flip(
     image: Tensor,                         # (3, H, W)

@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/vision/pipeline.html.md"""
 # %% auto #0
 __all__ = ['as_image', 'VisionPipeline']
 
-# %% ../../nbs/vision/05_pipeline.ipynb #ad22b2ae
+# %% ../../nbs/vision/05_pipeline.ipynb #a42d9592
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, List, Optional, Tuple
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core import ImageInfo, as_bytes, read_bytes
 from .augment import color_jitter, random_erasing, random_flip, random_gray, random_resized_crop
-from .decode import decode_scanned, opaque
+from .decode import decode_heic, decode_scanned, load_heic, opaque
 from .presets import open_clip_preset, torchvision_preset, transformers_preset
 from .probe import probe, scan
 from .resize import fit, resized
@@ -53,19 +53,21 @@ def as_image(
     if image.shape[0] == 1: return image.expand(3, -1, -1)
     return opaque(image, alpha) if image.shape[0] == 4 else image
 
-# %% ../../nbs/vision/05_pipeline.ipynb #b2e4187e
+# %% ../../nbs/vision/05_pipeline.ipynb #391c249c
 class VisionPipeline(nn.Module):
     """Image files or decoded RGB to `float32 (B, 3, H, W)`.
 
-    The defaults are CLIP's: shortest side to 224, bicubic, centre crop, and its mean and deviation."""
+    The defaults are CLIP's: shortest side to 224, bicubic, centre crop, and its mean and deviation.
+    Raises `ValueError` naming a wrong option, `ImportError` where `heic` is wanted and libheif is missing."""
     file_decode: Final[bool]
+    heic: Final[bool]
 
     def __init__(self,
         size: int | Sequence[int] = 224,      # the model's size, or its (H, W)
         resize_mode: str = 'shortest',        # 'shortest' covers and crops, 'longest' fits and pads, 'squash' distorts
         interpolation: str = 'bicubic',       # 'bicubic', 'bilinear' or 'nearest'
         antialias: bool = True,               # widen the filter when reducing
-        resize: str = 'torch',                # 'torch', or 'pillow' for bit-equality with Pillow at more time
+        resize: str = 'torch',                # 'torch'; 'pillow', bit-equal to Pillow; 'float', which a GPU can do too
         shortest: int = 0,                    # for 'shortest': the shortest side before the crop; 0: just covers `size`
         crop: str = 'round',                  # an odd remainder: 'round' as torchvision, 'floor' as transformers
         fill: int | Sequence[int] = 0,        # level or colour of the margin that 'longest' leaves
@@ -74,6 +76,8 @@ class VisionPipeline(nn.Module):
         alpha: str = 'white',                 # behind transparency: 'white', 'black'; 'drop' shows hidden colours
         max_pixels: int = 89478485,           # refuse larger pictures unread; Pillow's `Image.MAX_IMAGE_PIXELS`
         file_decode: bool = True,             # False: no file decoders in the scripted code
+        heic: bool = False,                   # True: HEIC too, which needs libheif
+        dtype: str = 'float32',               # of the pixels: also 'float16', 'bfloat16', or 'uint8' for plain levels
         scale: Sequence[float] = (0.9, 1.0),  # training crop: share of the area (open_clip's default)
         ratio: Sequence[float] = (3/4, 4/3),  # training crop: width / height
         flip: float = 0.5,                    # training: how often mirrored
@@ -90,7 +94,8 @@ class VisionPipeline(nn.Module):
         for name, value, known in [('resize_mode', resize_mode, ('shortest', 'longest', 'squash')),
                                    ('interpolation', interpolation, ('bicubic', 'bilinear', 'nearest')),
                                    ('alpha', alpha, ('white', 'black', 'drop')),
-                                   ('resize', resize, ('torch', 'pillow')),
+                                   ('resize', resize, ('torch', 'pillow', 'float')),
+                                   ('dtype', dtype, ('float32', 'float16', 'bfloat16', 'uint8')),
                                    ('crop', crop, ('round', 'floor'))]:
             if value not in known: raise ValueError(f'{name} must be one of {known}, got {value!r}')
         if resize == 'pillow' and not antialias: raise ValueError("resize='pillow' is always antialiased")
@@ -102,6 +107,8 @@ class VisionPipeline(nn.Module):
         self.fill: List[int] = list(numbers('fill', fill, 3, int))
         if min(self.fill) < 0 or max(self.fill) > 255: raise ValueError(f'fill must be levels 0 to 255, got {fill!r}')
         self.alpha, self.max_pixels, self.file_decode = alpha, int(max_pixels), bool(file_decode)
+        self.heic, self.dtype = bool(heic), dtype
+        if self.heic: load_heic()
         mean, std = numbers('mean', mean, 3, float), numbers('std', std, 3, float)
         if min(std) <= 0: raise ValueError(f'std must be positive, got {std!r}')
         self.register_buffer('mean', torch.tensor(mean)[:, None, None])
@@ -116,12 +123,16 @@ class VisionPipeline(nn.Module):
     @torch.jit.export
     def probe(self, data: Tensor) -> ImageInfo:
         "What the header of a file says; never raises, `error` says why the file will not be decoded."
-        return probe(data, self.max_pixels)
+        return probe(data, self.max_pixels, self.heic)
 
     @torch.jit.export
     def decode(self, data: Tensor) -> Tensor:
         "A file as upright RGB, uint8 (3, H, W); raises for a file that `probe` refuses and for corrupt pixels."
-        if self.file_decode: return decode_scanned(data, scan(data, self.max_pixels), self.alpha)
+        if self.file_decode:
+            h = scan(data, self.max_pixels, self.heic)
+            if self.heic:
+                if h.info.format == 'heic': return decode_heic(data, h, self.alpha)
+            return decode_scanned(data, h, self.alpha)
         raise ValueError('this pipeline has no file decoders (file_decode=False): pass decoded RGB, uint8 (3, H, W)')
 
     @torch.jit.export
@@ -130,17 +141,22 @@ class VisionPipeline(nn.Module):
         if rgb.dim() != 3 or rgb.size(0) != 3 or rgb.dtype != torch.uint8 or rgb.numel() == 0:
             raise ValueError(f'decoded RGB must be uint8 (3, H, W), got {rgb.dtype} of shape {rgb.shape}')
         return fit(rgb, self.size, self.resize_mode, self.interpolation, self.antialias, self.fill,
-                   self.resize == 'pillow', self.shortest, self.crop == 'floor')
+                   self.resize, self.shortest, self.crop == 'floor')
 
     @torch.jit.export
     def preprocess(self, image: Tensor) -> Tensor:
-        "A file (1-D) or decoded RGB (3-D) to uint8 (3, *size)."
-        return self.transform(self.decode(image) if image.dim() == 1 else image)
+        "A file (1-D) or decoded RGB (3-D) to uint8 (3, *size); with `resize='float'` on the pipeline's device."
+        rgb = self.decode(image) if image.dim() == 1 else image
+        return self.transform(rgb.to(self.mean.device) if self.resize == 'float' else rgb)
 
     @torch.jit.export
     def normalize(self, levels: Tensor) -> Tensor:
-        "uint8 (B, 3, H, W) to float32: / 255, - mean, / std, as torchvision does it."
-        return levels.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+        "uint8 (B, 3, H, W) to `dtype`: / 255, - mean, / std in float32, as torchvision does it; 'uint8' stays as it is."
+        if self.dtype == 'uint8': return levels
+        x = levels.to(torch.float32, memory_format=torch.contiguous_format)
+        x = x.div_(255).sub_(self.mean).div_(self.std)
+        if self.dtype == 'float32': return x
+        return x.to(torch.float16 if self.dtype == 'float16' else torch.bfloat16)
 
     @torch.jit.export
     def preprocess_all(self, images: List[Tensor], parallel: bool) -> Tensor:
@@ -148,8 +164,8 @@ class VisionPipeline(nn.Module):
 
         Scripted, `parallel` spreads the batch over torch's inter-op threads, for C++ hosts. Not in a forked process,
         such as a DataLoader worker: those threads did not survive the fork, and the call would wait for ever. In
-        Python, threads that call `preprocess` serve better: a program that ends right after a parallel call may
-        abort."""
+        Python, threads that call `preprocess` serve better: a Python program that ends right after a parallel call may
+        abort, since a thread of torch's that lets go of a tensor then wants the interpreter that has just ended."""
         levels: List[Tensor] = []
         if not torch.jit.is_scripting(): levels = self._levels(images)
         elif parallel and len(images) > 1:
@@ -161,7 +177,7 @@ class VisionPipeline(nn.Module):
         return torch.stack(levels)
 
     def forward(self, images: List[Tensor]) -> Tensor:
-        "B files or decoded pictures to float32 (B, 3, *size); in Python also whatever `as_image` takes."
+        "B files or decoded pictures to (B, 3, *size) of `dtype`; in Python also whatever `as_image` takes."
         return self.normalize(self.preprocess_all(images, False).to(self.mean.device))
 
     @torch.jit.unused
@@ -185,13 +201,27 @@ class VisionPipeline(nn.Module):
         x = as_image(image, self.alpha)
         rgb = self.decode(x) if x.ndim == 1 else x
         x = random_resized_crop(rgb, self.size, self.scale, self.ratio, self.interpolation, self.antialias,
-                                self.resize == 'pillow', generator)
+                                self.resize, generator)
         x = random_flip(x, self.flip, generator)
         if self.color_jitter_prob > 0: x = color_jitter(x, self.color_jitter, self.color_jitter_prob, generator)
         if self.gray_scale_prob > 0: x = random_gray(x, self.gray_scale_prob, generator)
         if self.re_prob > 0:
-            x = random_erasing(x, self.re_prob, [round(255 * m) for m in self._mean_std[0]], generator)
+            x = random_erasing(x, self.re_prob, self._mean_colour(), generator)
         return x
+
+    @torch.jit.unused
+    def blank(self): # uint8 (3, *size)
+        "The mean colour everywhere: what stands in for a picture that cannot be read, near 0 after normalisation."
+        colour = torch.tensor(self._mean_colour(), dtype=torch.uint8)
+        return colour[:, None, None].expand(3, *self.size)
+
+    @torch.jit.unused
+    def _mean_colour(self): return [min(max(round(255 * m), 0), 255) for m in self._mean_std[0]]
+
+    @torch.jit.unused
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if self.heic: load_heic()  # a spawned worker has to register the operator again
 
     @torch.jit.unused
     def spec(self):
@@ -200,7 +230,8 @@ class VisionPipeline(nn.Module):
         return dict(size=list(self.size), resize_mode=self.resize_mode, interpolation=self.interpolation,
                     antialias=self.antialias, resize=self.resize, shortest=self.shortest, crop=self.crop,
                     fill=list(self.fill), mean=list(mean), std=list(std), alpha=self.alpha,
-                    max_pixels=self.max_pixels, file_decode=self.file_decode, scale=list(self.scale),
+                    max_pixels=self.max_pixels, file_decode=self.file_decode, heic=self.heic, dtype=self.dtype,
+                    scale=list(self.scale),
                     ratio=list(self.ratio), flip=self.flip, color_jitter=list(self.color_jitter),
                     color_jitter_prob=self.color_jitter_prob, gray_scale_prob=self.gray_scale_prob,
                     re_prob=self.re_prob)
@@ -236,10 +267,12 @@ class VisionPipeline(nn.Module):
                'squash': f'to {h} x {w} whatever the shape'}[self.resize_mode]
         behind = 'alpha dropped' if self.alpha == 'drop' else f'transparency on {self.alpha}'
         mean, std = ([round(v, 4) for v in o] for o in self._mean_std)
+        values = 'levels' if self.dtype == 'uint8' else f'(levels / 255 - {mean}) / {std}'
+        by = {'torch': 'uint8', 'pillow': 'bit-equal to Pillow', 'float': 'float32 rounded to levels'}[self.resize]
+        heic = ', HEIC too' if self.heic else ''
         return (f'first frame, upright, RGB, {behind}; resize {how} '
-                f'({self.interpolation}{", antialiased" if self.antialias else ""}, '
-                f'{"bit-equal to Pillow" if self.resize == "pillow" else "uint8"}); '
-                f'(levels / 255 - {mean}) / {std}; at most {self.max_pixels:,} pixels')
+                f'({self.interpolation}{", antialiased" if self.antialias else ""}, {by}); '
+                f'{values} in {self.dtype}; at most {self.max_pixels:,} pixels{heic}')
 
     def extra_repr(self): return self.describe()
 

@@ -6,7 +6,7 @@ Docs: https://mmembed.github.io/mmembed/vision/probe.html.md"""
 
 # %% auto #0
 __all__ = ['read', 'be16', 'be32', 'le16', 'le32', 'Header', 'refused', 'exif_orientation', 'scan_jpeg', 'scan_png',
-           'skip_blocks', 'scan_gif', 'scan_webp', 'avif_properties', 'scan_avif', 'sniff', 'scan', 'probe']
+           'skip_blocks', 'scan_gif', 'scan_webp', 'box_properties', 'scan_boxes', 'sniff', 'scan', 'probe']
 
 # %% ../../nbs/vision/01_probe.ipynb #a9d86855
 from typing import List, NamedTuple
@@ -237,8 +237,8 @@ def scan_webp(data: Tensor) -> Header:
     info = ImageInfo('webp', width, height, 8, 4 if alpha else 3, orientation, max(frames, 1), error)
     return Header(info, alpha, applied, cut)
 
-# %% ../../nbs/vision/01_probe.ipynb #806c2d1b
-def avif_properties(
+# %% ../../nbs/vision/01_probe.ipynb #101b1db9
+def box_properties(
     data: Tensor, # uint8 (N,): a file
     at: int,      # the payload of its `ipma` box
     item: int,    # the item asked for
@@ -257,16 +257,22 @@ def avif_properties(
         pos += 2 * n if wide else n
     return torch.jit.annotate(List[int], [])
 
-# %% ../../nbs/vision/01_probe.ipynb #b7f557f7
-def scan_avif(data: Tensor) -> Header:
-    "The header of an AVIF file."
+# %% ../../nbs/vision/01_probe.ipynb #0bc649fc
+def scan_boxes(
+    data: Tensor, # uint8 (N,): a file
+    format: str,  # 'avif' or 'heic'
+) -> Header:
+    "The header of an AVIF or HEIC file."
+    name = 'AVIF' if format == 'avif' else 'HEIC'
     n, pos, width, height, bits, channels, frames, primary = data.numel(), 0, 0, 0, 8, 3, 1, 0
     properties_end, association, sequence = 0, 0, False
     kinds: List[int] = [0]
     places: List[int] = [0]
+    shown: List[int] = []
+    attached: List[int] = []
     for step in range(1001):
         if pos + 8 > n: break
-        if step == 1000: return refused('avif', 'AVIF with more than 1000 boxes')
+        if step == 1000: return refused(format, f'{name} with more than 1000 boxes')
         b = read(data, pos, 16)
         size, kind, at = be32(b, 0), be32(b, 4), pos + 8
         if size == 1: size, at = (be32(b, 8) << 32) | be32(b, 12), pos + 16
@@ -285,6 +291,14 @@ def scan_avif(data: Tensor) -> Header:
         elif kind == 0x7069746D:                                                             # pitm
             p = read(data, at, 8)
             primary = be16(p, 4) if p[0] == 0 else be32(p, 4)
+        elif kind == 0x69696E66: following = at + (6 if read(data, at, 1)[0] == 0 else 8)          # iinf
+        elif kind == 0x69726566: following = at + 4                                          # iref
+        elif kind == 0x74686D62 or kind == 0x6175786C: attached.append(be16(read(data, at, 2), 0))  # thmb, auxl
+        elif kind == 0x696E6665:                                                             # infe
+            p = read(data, at, 12)
+            what = be32(p, 8)
+            if p[0] == 2 and p[3] & 1 == 0 and what != 0x45786966 and what != 0x6D696D65:    # not Exif, not mime
+                shown.append(be16(p, 4))
         elif kind == 0x7374737A:                                                             # stsz
             frames, sequence = max(frames, be32(read(data, at, 12), 8)), True
         elif kind == 0x746B6864:                                                             # tkhd
@@ -292,20 +306,26 @@ def scan_avif(data: Tensor) -> Header:
             w = 88 if t[0] == 1 else 76
             width, height = max(width, be16(t, w)), max(height, be16(t, w + 4))
         pos = following
-    used = avif_properties(data, association, primary) if association > 0 else torch.jit.annotate(List[int], [])
-    angle, mirror = 0, 0
+    used = box_properties(data, association, primary) if association > 0 else torch.jit.annotate(List[int], [])
+    angle, mirror, clean = 0, 0, [0, 0]
     for k in used:
         if k >= len(kinds): continue
         v = read(data, places[k], 12)
         if kinds[k] == 0x69737065: width, height = max(width, be32(v, 4)), max(height, be32(v, 8))  # ispe
+        elif kinds[k] == 0x636C6170 and format == 'heic':                                             # clap
+            v = read(data, places[k], 16)
+            clean = [be32(v, 0) // max(be32(v, 4), 1), be32(v, 8) // max(be32(v, 12), 1)]
         elif kinds[k] == 0x70697869: channels, bits = v[4], v[5]                                      # pixi
         elif kinds[k] == 0x69726F74: angle = v[0] & 3                                                 # irot
         elif kinds[k] == 0x696D6972: mirror = 1 + (v[0] & 1)                                          # imir
         elif kinds[k] == 0x61763143 and bits == 8 and v[2] & 0x40 != 0: bits = 10                     # av1C
+    if clean[0] > 0 and clean[0] <= width and clean[1] > 0 and clean[1] <= height: width, height = clean[0], clean[1]
     # libavif's avifImageIrotImirToExifOrientation
     orientation = [1, 4, 2, 8, 5, 7, 3, 2, 4, 6, 7, 5][3 * angle + mirror]
-    error = '' if width > 0 and height > 0 else 'AVIF without a size: truncated or corrupt'
-    info = ImageInfo('avif', width, height, bits, channels, orientation, frames if sequence else 1, error)
+    error = '' if width > 0 and height > 0 else f'{name} without a size: truncated or corrupt'
+    if format == 'heic' or not sequence: frames = 0
+    for k in shown: frames += 1 if format == 'heic' and k not in attached else 0
+    info = ImageInfo(format, width, height, bits, channels, orientation, max(frames, 1), error)
     return Header(info, True, orientation, torch.jit.annotate(List[int], []))
 
 # %% ../../nbs/vision/01_probe.ipynb #0f683cb8
@@ -335,10 +355,11 @@ def sniff(data: Tensor) -> str:
     if first >> 8 == 0x3C2164 or first >> 8 == 0x3C2144 or first == 0x3C68746D: return 'HTML'
     return ''
 
-# %% ../../nbs/vision/01_probe.ipynb #a73e5128
+# %% ../../nbs/vision/01_probe.ipynb #461fa7ab
 def scan(
-    data: Tensor,    # uint8 (N,): a file
-    max_pixels: int, # refuse more than this
+    data: Tensor,       # uint8 (N,): a file
+    max_pixels: int,    # refuse more than this
+    heic: bool = False, # whether HEIC will be decoded too
 ) -> Header:
     "Everything the header says; never raises, in bounded time. `info.error` is '' when the file may be decoded."
     if data.dim() != 1 or data.dtype != torch.uint8: return refused('', 'a file must be a 1-D uint8 tensor')
@@ -348,11 +369,14 @@ def scan(
     elif format == 'png': h = scan_png(data)
     elif format == 'gif': h = scan_gif(data)
     elif format == 'webp': h = scan_webp(data)
-    elif format == 'avif': h = scan_avif(data)
+    elif format == 'avif': h = scan_boxes(data, format)
+    elif format == 'HEIC' and heic: h = scan_boxes(data, 'heic')
     elif format == '': return refused('', 'not an image file that is known here')
+    elif format == 'HEIC': return refused('', 'HEIC is decoded only with heic=True, which needs libheif; use JPEG')
     else: return refused('', f'{format} is not decoded here; use JPEG, PNG, WebP, GIF or AVIF')
     i, error = h.info, h.info.error
-    frames = i.frames if format == 'avif' else 1
+    format = i.format
+    frames = i.frames if format == 'avif' or format == 'heic' else 1
     if error == '':
         if i.width < 1 or i.height < 1: error = f'{format} of {i.width} x {i.height} pixels'
         elif i.width * i.height * frames > max_pixels:
@@ -361,12 +385,13 @@ def scan(
     info = ImageInfo(i.format, i.width, i.height, i.bits, i.channels, i.orientation, i.frames, error)
     return Header(info, h.alpha, h.applied, h.cut)
 
-# %% ../../nbs/vision/01_probe.ipynb #736289cf
+# %% ../../nbs/vision/01_probe.ipynb #5ac86d58
 def probe(
     data: Tensor,               # uint8 (N,): a file
     max_pixels: int = 89478485, # refuse more than this; the default is Pillow's `Image.MAX_IMAGE_PIXELS`
+    heic: bool = False,         # whether HEIC will be decoded too
 ) -> ImageInfo:
     """Format, size, bits, channels, orientation and frames of a file, from its header.
 
     Never raises: `error` says why a file will not be decoded, and is '' otherwise."""
-    return scan(data, max_pixels).info
+    return scan(data, max_pixels, heic).info

@@ -2,13 +2,13 @@
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import ColorJitter, RandomResizedCrop, v2
 
 from mmembed.core import quietly
-from mmembed.vision.augment import random_crop, random_flip, random_resized_crop
+from mmembed.vision.augment import color_jitter, random_crop, random_erasing, random_flip, random_gray, random_resized_crop
 from mmembed.vision.pipeline import VisionPipeline
 
-from .conftest import FILES
+from .conftest import FILES, picture
 
 
 @pytest.mark.parametrize('scale, ratio', [((0.08, 1.0), (3/4, 4/3)), ((0.9, 1.0), (3/4, 4/3)), ((0.2, 0.4), (1.0, 2.0))])
@@ -31,7 +31,7 @@ def test_scripted_draws_the_same():
     x = torch.randint(0, 256, (3, 70, 90), dtype=torch.uint8)
     f = quietly(torch.jit.script, random_resized_crop)
     for seed in range(5):
-        args = x, (32, 40), (0.3, 1.0), (3/4, 4/3), 'bicubic', True, False
+        args = x, (32, 40), (0.3, 1.0), (3/4, 4/3), 'bicubic', True, 'torch'
         a, b = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
         assert torch.equal(f(*args, a), random_resized_crop(*args, b))
         assert torch.equal(a.get_state(), b.get_state())
@@ -61,3 +61,63 @@ def test_the_generator_moves_on_by_the_same_amount_for_every_picture():
         vp.augment(data, g)
         states.add(g.get_state().numpy().tobytes())
     assert len(states) == 1
+
+
+# torchvision's own transforms, made to take the numbers that ours draw from the same seed
+
+def drawn(transform, params, x):
+    transform.make_params = lambda flat_inputs: params
+    return transform(x)
+
+
+PICTURES = [torch.from_numpy(np.array(picture(w, h, w))).permute(2, 0, 1) for w, h in [(97, 64), (40, 200), (333, 500)]]
+
+
+@pytest.mark.parametrize('interpolation', ['bicubic', 'bilinear'])
+@pytest.mark.parametrize('x', PICTURES, ids=lambda x: 'x'.join(map(str, x.shape[1:])))
+def test_crop_is_torchvisions(x, interpolation):
+    mode = v2.InterpolationMode(interpolation)
+    for seed in range(10):
+        args, ratio = (x.shape[1], x.shape[2], (0.08, 1.0)), (3/4, 4/3)
+        top, left, height, width = random_crop(*args, ratio, torch.Generator().manual_seed(seed))
+        theirs = drawn(v2.RandomResizedCrop((48, 64), (0.08, 1.0), ratio, mode, antialias=True),
+                       dict(top=top, left=left, height=height, width=width), x)
+        ours = random_resized_crop(x, (48, 64), (0.08, 1.0), ratio, interpolation, True, 'torch', torch.Generator().manual_seed(seed))
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize('x', PICTURES, ids=lambda x: 'x'.join(map(str, x.shape[1:])))
+def test_colours_are_torchvisions(x, monkeypatch):
+    amount = (0.4, 0.4, 0.4, 0.1)
+    for seed in range(12):
+        g = torch.Generator().manual_seed(seed)
+        u, order = torch.rand(5, generator=g).tolist(), torch.randperm(4, generator=g)
+        factors = [(-a if k == 3 else 1 - a) + v * 2 * a for k, (a, v) in enumerate(zip(amount, u))]
+        monkeypatch.setattr(ColorJitter, 'get_params', lambda *a: (order, *factors))
+        assert torch.equal(color_jitter(x, amount, 1.0, torch.Generator().manual_seed(seed)), ColorJitter(*amount)(x))
+    assert torch.equal(random_gray(x, 1.0), v2.RandomGrayscale(1.0)(x))
+    assert torch.equal(random_flip(x, 1.0, None), v2.RandomHorizontalFlip(1.0)(x))
+
+
+@pytest.mark.parametrize('x', PICTURES, ids=lambda x: 'x'.join(map(str, x.shape[1:])))
+def test_erasing_is_torchvisions(x):
+    erased = 0
+    for seed in range(20):
+        ours = random_erasing(x, 1.0, [7, 8, 9], torch.Generator().manual_seed(seed))
+        where = (ours != x).any(0).nonzero()
+        if not len(where): continue
+        (i, j), (bottom, right) = where.amin(0).tolist(), where.amax(0).tolist()
+        v = torch.tensor([7, 8, 9], dtype=torch.uint8)[:, None, None]
+        theirs = drawn(v2.RandomErasing(1.0), dict(i=i, j=j, h=bottom - i + 1, w=right - j + 1, v=v), x)
+        assert torch.equal(ours, theirs)
+        erased += 1
+        share = (bottom - i + 1) * (right - j + 1) / x[0].numel()
+        assert 0.015 < share < 0.36  # torchvision's 0.02 to 0.33, rounded to pixels
+    assert erased > 15
+
+
+def test_options_are_named_as_open_clips():
+    from dataclasses import fields
+    from open_clip.transform import AugmentationCfg
+    theirs = {f.name for f in fields(AugmentationCfg)} - {'use_timm', 're_count'}
+    assert theirs <= set(VisionPipeline().spec())

@@ -3,6 +3,7 @@ import json
 import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from mmembed.vision.decode import decode_image, opaque
 from mmembed.vision.probe import probe, scan
 
 from ..helpers import data_path
+from .coded import ARITHMETIC, ARITHMETIC_PROGRESSIVE
 from .conftest import FILES, opened, picture, saved, upright
 
 scripted = quietly(torch.jit.script, decode_image)
@@ -55,6 +57,59 @@ def test_upright_where_torchcodec_does_not_look(orientation):
     frames = dict(save_all=True, append_images=[picture(21, 14, 1)])
     for data in [jpeg, png, saved(picture(21, 14), 'WEBP', exif=exif, lossless=True, **frames)]:
         np.testing.assert_array_equal(hwc(decode_image(data)), upright(opened(data)))
+
+
+@pytest.mark.parametrize('data', [ARITHMETIC, ARITHMETIC_PROGRESSIVE], ids=['sequential', 'progressive'])
+def test_arithmetic_coding(data):
+    assert tuple(probe(data)) == ('jpeg', 24, 16, 8, 3, 1, 1, '')
+    np.testing.assert_array_equal(hwc(decode_image(data)), upright(opened(data)))
+    assert (decode_image(data).int() - torch.from_numpy(np.array(picture(24, 16))).permute(2, 0, 1)).abs().float().mean() < 30  # noise, at quality 60
+
+
+def test_ycck():
+    cmyk = saved(picture(97, 64).convert('CMYK'), 'JPEG').numpy().tobytes()
+    at = cmyk.index(b'Adobe') + 11
+    assert cmyk[at] == 0
+    ycck = as_bytes(cmyk[:at] + b'\2' + cmyk[at + 1:])  # the same numbers, declared YCCK
+    assert opened(ycck).mode == 'CMYK' and probe(ycck).channels == 4
+    np.testing.assert_array_equal(hwc(decode_image(ycck)), upright(opened(ycck)))
+    assert not torch.equal(decode_image(ycck), decode_image(as_bytes(cmyk)))
+
+
+def png(width, height, bits, kind, interlaced, seed=0):
+    "A PNG of random levels, of any bit depth and colour type, Adam7 or not; the palette has 2**bits colours."
+    rng = np.random.default_rng(seed)
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
+    levels = rng.integers(0, 1 << bits, (height, width, channels))
+    passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]  # x, y, dx, dy
+    rows = b''
+    for x, y, dx, dy in passes if interlaced else [(0, 0, 1, 1)]:
+        part = levels[y::dy, x::dx]
+        for row in part if part.shape[1] else []:
+            digits = ''.join(f'{v:0{bits}b}' for v in row.ravel())
+            digits += '0' * (-len(digits) % 8)
+            rows += b'\0' + int(digits, 2).to_bytes(len(digits) // 8, 'big')
+    def chunk(name, data): return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+    palette = chunk(b'PLTE', rng.integers(0, 256, (1 << bits) * 3, np.uint8).tobytes()) if kind == 3 else b''
+    head = struct.pack('>IIBBBBB', width, height, bits, kind, 0, 0, interlaced)
+    return as_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head) + palette + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')), levels
+
+
+@pytest.mark.parametrize('interlaced', [0, 1])
+@pytest.mark.parametrize('kind, depths', [(0, (1, 2, 4, 8, 16)), (2, (8, 16)), (3, (1, 2, 4, 8)), (4, (8, 16)), (6, (8, 16))])
+def test_every_kind_of_png(kind, depths, interlaced):
+    for bits in depths:
+        for width, height in [(1, 1), (3, 2), (9, 13), (33, 8)]:
+            data, levels = png(width, height, bits, kind, interlaced)
+            info, ours = probe(data), hwc(decode_image(data))
+            assert tuple(info[:4]) == ('png', width, height, bits)
+            assert np.array_equal(hwc(scripted(data)), ours)
+            if bits < 16: np.testing.assert_array_equal(ours, upright(opened(data)))
+            else:  # ours to round, see below
+                eight = ((levels + 128) // 257).astype(np.uint8)
+                modes = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}
+                flat = Image.frombytes(modes[eight.shape[2]], (width, height), eight.tobytes())
+                np.testing.assert_array_equal(ours, upright(flat))
 
 
 def test_16_bits_are_rounded():

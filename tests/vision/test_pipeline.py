@@ -19,6 +19,7 @@ PIPELINES = {
     'clip': dict(size=64), 'pillow': dict(size=64, resize='pillow'),
     'longest': dict(size=(48, 64), resize_mode='longest', fill=(1, 2, 3), interpolation='bilinear', alpha='black'),
     'squash': dict(size=33, resize_mode='squash', interpolation='nearest', alpha='drop', mean=0.5, std=0.5),
+    'float, half': dict(size=40, resize='float', dtype='float16'),
 }
 
 
@@ -61,6 +62,36 @@ def test_normalize_is_torchvisions():
     levels = torch.randint(0, 256, (2, 3, 9, 8), dtype=torch.uint8)
     theirs = normalize(levels.float().div(255), vp.spec()['mean'], vp.spec()['std'])
     assert torch.equal(vp.normalize(levels), theirs)
+
+
+@pytest.mark.parametrize('form', ['eager', 'scripted'])
+@pytest.mark.parametrize('dtype', ['float32', 'float16', 'bfloat16', 'uint8'])
+def test_dtype_of_the_pixels(dtype, form):
+    files, plain = [FILES['jpeg'], FILES['png-rgba']], VisionPipeline(size=32)
+    vp = in_form(VisionPipeline(size=32, dtype=dtype), form)
+    ours = vp(files)
+    assert ours.dtype == getattr(torch, dtype) and vp([]).shape == (0, 3, 32, 32) and vp([]).dtype == ours.dtype
+    assert torch.equal(ours, plain.preprocess_all(files, False) if dtype == 'uint8' else plain(files).to(ours.dtype))
+
+
+def test_pixels_lie_as_towers_read_them():
+    vp = VisionPipeline(size=32)
+    for x in [vp([FILES['jpeg']]), vp.normalize(vp.preprocess(FILES['jpeg'])[None]), vp.normalize(vp.preprocess_all([FILES['jpeg']] * 3, False))]:
+        assert x.is_contiguous()
+
+
+def test_blank_is_near_zero():
+    vp = VisionPipeline(size=(8, 9))
+    assert vp.blank().dtype == torch.uint8 and vp.normalize(vp.blank()[None]).abs().max() < 0.01
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+def test_transform_on_a_gpu():
+    files = [FILES['jpeg'], FILES['png-rgba'], as_image(picture(500, 333))]
+    cpu, gpu = VisionPipeline(size=64, resize='float'), VisionPipeline(size=64, resize='float').to('cuda')
+    a, b = cpu.preprocess_all(files, False), gpu.preprocess_all(files, False)
+    assert b.is_cuda and gpu(files).is_cuda and (a.int() - b.cpu().int()).abs().max() <= 1
+    assert VisionPipeline(size=64).to('cuda')(files).is_cuda  # transformed on the CPU, normalised on the GPU
 
 
 class Files(Dataset):
@@ -273,7 +304,7 @@ def test_no_decoder_operator_is_left_without_file_decode():
 
 @pytest.mark.parametrize('bad', [dict(resize_mode='fit'), dict(interpolation='lanczos'), dict(alpha='pink'), dict(size=0),
                                  dict(mean=(1, 2)), dict(std=0), dict(fill=300), dict(resize='pil'),
-                                 dict(resize='pillow', antialias=False)])
+                                 dict(resize='pillow', antialias=False), dict(dtype='int8')])
 def test_bad_options_are_named(bad):
     with pytest.raises(ValueError) as e: VisionPipeline(**bad)
     assert next(iter(bad)) in str(e.value)
@@ -283,4 +314,6 @@ def test_describe_states_the_rule():
     text = VisionPipeline(resize_mode='longest', fill=9, alpha='black', max_pixels=1000).describe()
     for part in ['fit into 224 x 224', '(9, 9, 9)', 'transparency on black', 'bicubic', 'antialiased', '1,000 pixels']:
         assert part in text
+    assert 'in float16' in VisionPipeline(dtype='float16').describe() and 'levels in uint8' in VisionPipeline(dtype='uint8').describe()
+    assert 'float32 rounded to levels' in VisionPipeline(resize='float').describe()
     assert text in repr(VisionPipeline(resize_mode='longest', fill=9, alpha='black', max_pixels=1000))
