@@ -7,9 +7,10 @@ Docs: https://mmembed.github.io/mmembed/data/module.html.md"""
 # %% auto #0
 __all__ = ['Row', 'Rows', 'Collate', 'Ledger', 'PairLoader', 'Shuffled', 'PairData']
 
-# %% ../../nbs/data/03_module.ipynb #0a2d02fe
+# %% ../../nbs/data/03_module.ipynb #782f21ec
 from collections.abc import Iterator
 from contextlib import closing
+from html import escape
 from typing import Literal, NamedTuple
 
 import torch
@@ -24,12 +25,12 @@ from .splits import Survey, split_once, survey
 from ..text.pipeline import TextPipeline
 from ..vision.pipeline import VisionPipeline
 
-# %% ../../nbs/data/03_module.ipynb #f003eb26
+# %% ../../nbs/data/03_module.ipynb #d5f4ef39
 class Row(NamedTuple):
     "One pair, ready to be batched"
     index: int
     text: str
-    levels: Tensor | None  # uint8 (3, H, W); None if the image cannot be read
+    levels: Tensor | None  # uint8 (3, H, W); None if the image cannot be read and nothing stands in for it
     error: str             # '' or why
     label: int = -1        # of labelled data; -1 for none
 
@@ -40,7 +41,8 @@ class Rows(Dataset):
         vision: VisionPipeline,   # decodes, and crops by `augment` or `preprocess`
         augment: bool = False,    # random crops and flips
         seed: int = 0,            # for these
-    ): self.source, self.vision, self.augment, self.seed = source, vision, augment, seed
+        blank: bool = False,      # the mean colour stands in for an image that cannot be read
+    ): self.source, self.vision, self.augment, self.seed, self.blank = source, vision, augment, seed, blank
 
     def __len__(self) -> int: return len(self.source)
 
@@ -48,11 +50,13 @@ class Rows(Dataset):
         key: int | tuple[int, int], # row, or (epoch, row)
     ) -> Row:
         epoch, i = key if isinstance(key, tuple) else (0, key)
-        text, label = '', -1
+        text, label, known = '', -1, False
         try:
             text, label = self.source.pair(epoch, i)
+            known = True
             return Row(i, text, self._levels(self.source.image(i), epoch, i), '', label)
-        except (RuntimeError, ValueError, OSError) as e: return Row(i, text, None, _reason(e), label)
+        except (RuntimeError, ValueError, OSError) as e:
+            return Row(i, text, self.vision.blank() if self.blank and known else None, _reason(e), label)
         except Exception as e: raise RuntimeError(f'{self.source.name(i)}: {type(e).__name__}: {e}') from e
 
     def _levels(self, file: Tensor, epoch: int, i: int) -> Tensor:
@@ -60,7 +64,7 @@ class Rows(Dataset):
         generator = torch.Generator().manual_seed(hash((self.seed, epoch, i)))
         return self.vision.augment(file, generator)
 
-# %% ../../nbs/data/03_module.ipynb #8c23ce13
+# %% ../../nbs/data/03_module.ipynb #7528d4c8
 class Collate:
     "Rows to a `PairBatch` and the rows that failed"
     def __init__(self,
@@ -70,23 +74,24 @@ class Collate:
 
     def __call__(self, rows: list[Row]) -> tuple[PairBatch, list[tuple[int, str]]]:
         good = [r for r in rows if r.levels is not None]
-        failed = [(r.index, r.error) for r in rows if r.levels is None]
+        failed = [(r.index, r.error) for r in rows if r.error]
         tokens = Tokens(*self.text.tokenize(*pack([r.text for r in good])))
         none = torch.zeros(0, 3, *self.vision.size, dtype=torch.uint8)
         pixels = self.vision.normalize(torch.stack([r.levels for r in good]) if good else none)
         return PairBatch(tokens, pixels, torch.tensor([r.index for r in good], dtype=torch.int64)), failed
 
-# %% ../../nbs/data/03_module.ipynb #daf49ea6
+# %% ../../nbs/data/03_module.ipynb #e452f9df
 class Ledger(dict):
-    "What was skipped: {name: reason}"
+    "What was skipped, or replaced: {name: reason}"
+    done = 'skipped'  # with an unreadable image
     def __str__(self):
-        if not self: return 'nothing was skipped'
+        if not self: return f'nothing was {self.done}'
         many = len(self) > 1
-        lines = [f'{len(self)} image{"s" if many else ""} could not be read and {"were" if many else "was"} skipped:']
+        lines = [f'{len(self)} image{"s" if many else ""} could not be read and {"were" if many else "was"} {self.done}:']
         lines += [f'  {name}: {reason}' for name, reason in list(self.items())[:20]]
         return '\n'.join(lines + ([f'  and {len(self) - 20} more'] if len(self) > 20 else []))
 
-# %% ../../nbs/data/03_module.ipynb #4b951db4
+# %% ../../nbs/data/03_module.ipynb #24bf140c
 class PairLoader(Loader):
     "A `Loader` that yields batches of pairs and enters what failed in its `ledger`, or raises"
     def __init__(self,
@@ -105,9 +110,8 @@ class PairLoader(Loader):
                 for i, reason in failed:
                     if self.ledger is None: raise ValueError(f'{source.name(i)}: {reason}')
                     self.ledger[source.name(i)] = reasons[source.name(i)] = reason
-                if len(batch.index):
-                    some = True
-                    yield batch
+                some = some or len(batch.index) > (len(failed) if self.dataset.blank else 0)
+                if len(batch.index): yield batch
         if reasons and not some:
             name, reason = next(iter(reasons.items()))
             raise ValueError(f'none of {len(source)} images could be read; {name}: {reason}')
@@ -124,7 +128,7 @@ class Shuffled(Part):
 
     def text(self, i: int) -> str: return self.source.text(self.dealt[i])
 
-# %% ../../nbs/data/03_module.ipynb #ecc09432
+# %% ../../nbs/data/03_module.ipynb #6b681e3a
 class PairData(LightningDataModule):
     "Batches of matching texts and images from any source, through the model's own pipelines"
     def __init__(self,
@@ -143,7 +147,7 @@ class PairData(LightningDataModule):
         worker_type: Literal['processes', 'threads'] = 'processes', # of the workers; the batches are the same
         start_method: Literal['fork', 'spawn', 'forkserver'] | None = None, # of worker processes; None: the platform's
         augment: bool = True,                           # random crops and flips in training, as the pipeline has them
-        on_error: Literal['skip', 'raise'] = 'skip',    # what an unreadable image does
+        on_error: Literal['skip', 'raise', 'blank'] = 'skip', # an unreadable image: leave out, stop, or the mean colour
         shuffle_captions: bool = False,                 # a control: train on captions of other images
         seed: int | None = None,                        # of order and crops; `settings().seed` by default
         text_pipeline: TextPipeline | None = None,      # the model's by default
@@ -166,7 +170,10 @@ class PairData(LightningDataModule):
         self.augment, self.on_error = augment, on_error
         self.seed = settings().seed if seed is None else seed
         self.text_pipeline, self.vision_pipeline = text_pipeline, vision_pipeline
+        if on_error not in ('skip', 'raise', 'blank'):
+            raise ValueError(f"on_error must be 'skip', 'raise' or 'blank', got {on_error!r}")
         self.ledger = Ledger()
+        if on_error == 'blank': self.ledger.done = 'replaced by the mean colour'
         parts = dict(zip(('train', 'valid'), self.source.split(valid_share))) if split_file is None else \
             split_once(self.source, split_file, valid_share)
         self.train, self.valid, self.test = parts['train'], parts['valid'], parts.get('test')
@@ -193,7 +200,7 @@ class PairData(LightningDataModule):
         training: bool,  # with random crops, if the module has them
     ) -> Rows:
         "The data set behind a loader."
-        return Rows(part, self.pipelines()[1], augment=training and self.augment, seed=self.seed)
+        return Rows(part, self.pipelines()[1], training and self.augment, self.seed, self.on_error == 'blank')
 
     def collate(self) -> Collate: return Collate(*self.pipelines())
 
@@ -212,7 +219,7 @@ class PairData(LightningDataModule):
         elif world > 1:
             size = even_batches(len(part), size, world)
             options['sampler'] = Share(len(part), rank, world)
-        ledger = self.ledger if self.on_error == 'skip' else None
+        ledger = None if self.on_error == 'raise' else self.ledger
         return PairLoader(self.rows(part, training), size, ledger, **options)
 
     def train_dataloader(self) -> PairLoader: return self._loader(self.train, training=True)
@@ -233,21 +240,17 @@ class PairData(LightningDataModule):
     def show_batch(self,
         n: int = 8,      # pairs
         columns: int = 4,
-    ):
-        "The first `n` training pairs, as training sees them."
-        import matplotlib.pyplot as plt
-        rows = self.rows(self.train, training=True)
-        height = -(-n // columns)
-        fig, axes = plt.subplots(height, columns, figsize=(2.4*columns, 2.3*height), squeeze=False)
-        for ax in axes.flat: ax.axis('off')
-        for i, ax in zip(range(min(n, len(rows))), axes.flat):
-            _, text, levels, reason, _ = rows[0, i]
-            if levels is not None: ax.imshow(levels.permute(1, 2, 0))
-            ax.set_title(_wrap(text if not reason else f'{self.train.name(i)}: {reason}'), fontsize=7)
-        fig.tight_layout()
-        return fig
+    ): # a matplotlib figure
+        "The first `n` training pairs, pixels and tokens as the model sees them; see `mmembed.show`."
+        from mmembed.show import look, show_batch
+        return show_batch(look(self, n), columns)
 
-# %% ../../nbs/data/03_module.ipynb #65195c83
-def _wrap(text: str, width: int = 34, lines: int = 3) -> str:
-    import textwrap
-    return '\n'.join(textwrap.wrap(text, width, max_lines=lines, placeholder=' …'))
+    def _repr_html_(self) -> str:
+        parts = [('training', self.train), ('validation', self.valid), ('test', self.test)]
+        rows = [('source', repr(self.source)), *((name, f'{len(part):,} rows') for name, part in parts if part),
+                ('batches', f'{self.batch_size} pairs, {self.workers or "no"} {self.worker_type} besides'),
+                ('training sees', 'random crops, as the vision pipeline says' if self.augment else 'no random crops')]
+        if self.ledger: rows.append(('skipped', f'{len(self.ledger):,} images'))
+        table = ''.join(f'<tr><th style="text-align:left">{k}</th><td style="text-align:left">{escape(v)}</td></tr>'
+                        for k, v in rows)
+        return f'<b>{type(self).__name__}</b><table>{table}</table>'

@@ -183,4 +183,6 @@ def test_show_batch(scenes, pipelines):
     assert len(figure.axes) == 4
     shown = torch.from_numpy(figure.axes[1].images[0].get_array().data)
     assert shown.permute(2, 0, 1).equal(pipelines['vision_pipeline'].preprocess(scenes.image(1)))
-    assert figure.axes[1].get_title().replace('\n', ' ')[:12] == scenes.text(1)[:12]
+    tp = pipelines['text_pipeline']
+    tokens = [tp.token(i) for i in tp([scenes.text(1)]).ids[0] if i]
+    assert figure.axes[1].get_title() == 'scene train 1' and figure.axes[1].texts[0].get_text().split() == ' · '.join(tokens).split()
