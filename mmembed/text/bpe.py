@@ -8,7 +8,7 @@ Docs: https://mmembed.github.io/mmembed/text/bpe.html.md"""
 __all__ = ['CLIP_STRINGS', 'CLIP_PATTERN', 'ShortWords', 'PairRanks', 'BytePairs', 'byte_letters', 'bpe_family',
            'open_clip_tokenizer']
 
-# %% ../../nbs/text/05_bpe.ipynb #18a5d7f6
+# %% ../../nbs/text/05_bpe.ipynb #d5c1e298
 import numpy as np
 import torch
 from tokenizers import normalizers
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .bytelevel import ByteFront, open_clip_rules, pattern_classes
 from .nfc import nfc_rules
-from .tables import VocabTable
+from .tables import VocabTable, ended
 from .unicode import Codes, probe_normalizer, probed
 from .wordpiece import Pieces, kind_of, refuse
 
@@ -93,14 +93,16 @@ class PairRanks(nn.Module):
         slot = ((key * by) >> self.slot_shift) & self.slot_mask
         return torch.where(self.keys.index_select(0, slot) == key, self.ranks.index_select(0, slot), self.none)
 
-# %% ../../nbs/text/05_bpe.ipynb #a81a58c2
+# %% ../../nbs/text/05_bpe.ipynb #deb77a81
 class BytePairs(nn.Module):
     """Byte-level BPE, as Hugging Face's `models.BPE` and open_clip's `SimpleTokenizer` do it.
 
     Raises `ValueError` if the vocabulary lacks a byte or what a merge makes."""
+    shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
     orderly: torch.jit.Final[bool]
     drops: torch.jit.Final[bool]
     repeated: torch.jit.Final[bool]
+    steps: list[int]
 
     def __init__(self,
         vocab: dict[str, int],
@@ -134,7 +136,8 @@ class BytePairs(nn.Module):
             ends = bool(suffix) and t.endswith(suffix)
             word = t[:len(t) - len(suffix)] if ends else t
             if word and all(c in single for c in word): spelt[i] = bytes(single[c] for c in word), ends or not suffix
-        self.reach = max(len(w) for w, _ in spelt.values())
+        self.reach, self.steps = max(len(w) for w, _ in spelt.values()), [1]
+        while sum(self.steps) < 2 * self.reach: self.steps.append(min(1 + sum(self.steps), 2 * self.reach - sum(self.steps)))
         size = torch.full((max([*vocab.values(), *added]) + 1,), 4)  # an added token stands in the text as four bytes
         for i, (w, _) in spelt.items(): size[i] = len(w)
         self.register_buffer('size', size)
@@ -151,7 +154,8 @@ class BytePairs(nn.Module):
         "Flagged bytes (`ByteFront`) -> pieces."
         n = x.codes.numel()
         bound = (x.codes >= 256).nonzero().flatten() if not self.drops else (x.codes & 256).nonzero().flatten()
-        end = nn.functional.pad(bound[1:], (0, 1), value=float(n))
+        edges = ended(bound, n)
+        bound, end = edges[:-1], edges[1:]
         if self.drops:
             keep = (x.codes.index_select(0, bound) < 512).nonzero().flatten()
             bound, end = bound.index_select(0, keep), end.index_select(0, keep)
@@ -160,7 +164,7 @@ class BytePairs(nn.Module):
         id = self.words(self.words.eights(byte), bound, size)
         found = torch.full((n,), -1, dtype=torch.int64, device=byte.device).index_copy_(0, bound, id)
         rest = (id < 0).nonzero().flatten()
-        if rest.numel() > 0:
+        if not self.shortcuts or rest.numel() > 0:
             at, id = self._spelt(byte, bound.index_select(0, rest), size.index_select(0, rest))
             found.index_copy_(0, at, id)
         has = found >= 0
@@ -238,14 +242,9 @@ class BytePairs(nn.Module):
 
     def _lowest(self, rank: Tensor) -> Tensor:
         "The lowest rank within `reach` to either side."
-        n, width = rank.numel(), 2 * self.reach + 1
         x = nn.functional.pad(rank, (self.reach, self.reach), value=float(self.none))
-        span = 1
-        while span < width:
-            step = min(span, width - span)
-            x = torch.minimum(x[:x.numel() - step], x[step:])
-            span += step
-        return x[:n]
+        for step in self.steps: x = torch.minimum(x[:-step], x[step:])
+        return x
 
     @torch.jit.unused
     def _end_alone(self, entries: list[tuple[bytes, int]]) -> list[bool]:

@@ -8,7 +8,7 @@ Docs: https://mmembed.github.io/mmembed/text/bytelevel.html.md"""
 __all__ = ['SPACE', 'LETTER', 'NUMBER', 'OTHER', 'MARK', 'pattern_classes', 'open_clip_clean', 'needs_cleaning',
            'open_clip_rules', 'FinalSigma', 'Nothing', 'PatternStrings', 'ByteFront']
 
-# %% ../../nbs/text/05_bytelevel.ipynb #e3e4efd2
+# %% ../../nbs/text/05_bytelevel.ipynb #effa682a
 import functools
 import sys
 
@@ -18,8 +18,8 @@ from tokenizers import Regex, normalizers
 from torch import Tensor, nn
 
 from .nfc import Nfc, NormalizedLike, nfc_rules
-from .split import AddedTokens
-from .tables import ExpandTable, PageTable
+from .split import AddedTokens, first_from, last_before
+from .tables import ExpandTable, PageTable, ended
 from .unicode import ADDED, CLASS_SHIFT, MAX_ADDED, N_CODES, Codes, Located, Utf8, _code_points, probe_normalizer, probed
 
 # %% ../../nbs/text/05_bytelevel.ipynb #1817e2d6
@@ -84,9 +84,10 @@ def open_clip_rules() -> dict[str, np.ndarray]:
     python = '.'.join(map(str, sys.version_info[:2]))
     return probed(f'open-clip-python-{python}-ftfy-{ftfy.__version__}-regex-{regex.__version__}', probe)
 
-# %% ../../nbs/text/05_bytelevel.ipynb #681e42a0
+# %% ../../nbs/text/05_bytelevel.ipynb #dea68a3c
 class FinalSigma(nn.Module):
     "Replaces each final Σ by ς, as Python's `str.lower` finds them."
+    shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
     def __init__(self,
         cased: np.ndarray, # (0x110000,): 2 for a cased letter, 1 for an ignorable character, else 0
@@ -97,12 +98,10 @@ class FinalSigma(nn.Module):
     def forward(self, x: Codes) -> Codes:
         n = x.codes.numel()
         capital = (x.codes == 0x3A3).nonzero().flatten()
-        if capital.numel() == 0: return x
+        if self.shortcuts and capital.numel() == 0: return x
         kind = self.cased(x.codes)
-        at = torch.arange(n, device=kind.device)
         solid = kind != 1
-        left = nn.functional.pad(torch.where(solid, at, -1).cummax(0).values, (1, 0), value=-1.).index_select(0, capital)
-        right = nn.functional.pad(torch.where(solid, at, n).flip(0).cummin(0).values.flip(0), (0, 1), value=float(n)).index_select(0, capital + 1)
+        left, right = last_before(solid).index_select(0, capital) - 1, first_from(solid).index_select(0, capital + 1)
         row = torch.repeat_interleave(x.offsets[1:] - x.offsets[:-1]).index_select(0, capital)
         begin, end = x.offsets.index_select(0, row), x.offsets.index_select(0, row + 1)
         cased_left = (left >= begin) & (kind.index_select(0, left.clamp(min=0)) == 2)
@@ -113,10 +112,11 @@ class FinalSigma(nn.Module):
 class Nothing(nn.Module):
     "A step that this tokenizer does not have."
 
-# %% ../../nbs/text/05_bytelevel.ipynb #99ff4891
+# %% ../../nbs/text/05_bytelevel.ipynb #17a2806d
 class PatternStrings(nn.Module):
     "Finds strings that a pattern lists first and that begin with a punctuation mark found in no other place of them."
 
+    shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
     strings: list[list[int]]
 
     def __init__(self,
@@ -129,26 +129,30 @@ class PatternStrings(nn.Module):
     def forward(self, v: Tensor, start: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Values, whether each begins a match without these strings, rows -> start, end and number of each string that matches."
         at = (v == self.first).nonzero().flatten()
-        if at.numel() == 0: return at, at, at
-        n = v.numel()
-        row_end = torch.repeat_interleave(offsets[1:], offsets[1:] - offsets[:-1]).index_select(0, at)
+        if self.shortcuts and at.numel() == 0: return at, at, at
+        which, end = self._matches(v, at, torch.repeat_interleave(offsets[1:], offsets[1:] - offsets[:-1]).index_select(0, at))
+        found = (which >= 0).nonzero().flatten()
+        at, end, which = at[found], end[found], which[found]
+        chained = nn.functional.pad(end, (1, 0), value=-1.)[:-1] == at
+        begins = start.index_select(0, at)
+        ok = last_before(begins)[1:] >= last_before(~chained)[1:]
+        return at[ok], end[ok], which[ok]
+
+    def _matches(self, v: Tensor, at: Tensor, row_end: Tensor) -> tuple[Tensor, Tensor]:
+        "Which string stands at each of `at`, or -1, and where it ends."
+        last = v.numel() - 1
         which, end = torch.full_like(at, -1), at
         for k, codes in enumerate(self.strings):
             here = at + len(codes) <= row_end
-            for j, c in enumerate(codes): here = here & (v.index_select(0, (at + j).clamp(max=n - 1)) == c)
+            for j, c in enumerate(codes): here = here & (v.index_select(0, (at + j).clamp(max=last)) == c)
             which, end = torch.where(here, k, which), torch.where(here, at + len(codes), end)
-        found = (which >= 0).nonzero().flatten()
-        at, end, which = at[found], end[found], which[found]
-        nth = torch.arange(at.numel(), device=at.device)
-        chained = nn.functional.pad(end[:-1], (1, 0), value=-1.)[:at.numel()] == at
-        begins = start.index_select(0, at)
-        ok = torch.where(begins, nth, -1).cummax(0).values >= torch.where(chained, -1, nth).cummax(0).values
-        return at[ok], end[ok], which[ok]
+        return which, end
 
-# %% ../../nbs/text/05_bytelevel.ipynb #e2e7c2f2
+# %% ../../nbs/text/05_bytelevel.ipynb #67dca9bc
 class ByteFront(nn.Module):
     """Packed UTF-8 -> normalised bytes, each with flags: 256 begins a word or a stretch of white space, 512 is white space that
     no word keeps. An added token is the byte 0xFF, which no text has, and three bytes of its number."""
+    shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
     clip: torch.jit.Final[bool]
     prefix: torch.jit.Final[bool]
     early: torch.jit.Final[bool]         # added tokens are looked for before normalisation
@@ -157,6 +161,7 @@ class ByteFront(nn.Module):
     composes: torch.jit.Final[bool]
     lowers_sigma: torch.jit.Final[bool]
     listed: torch.jit.Final[bool]        # the pattern lists strings
+    replaces: torch.jit.Final[bool]      # some of them are tokens
 
     def __init__(self,
         added: list[dict],             # a tokenizer.json's added_tokens
@@ -200,7 +205,7 @@ class ByteFront(nn.Module):
         self.values = ExpandTable(np.concatenate([counts, ones]),
             np.concatenate([images | classes[images] << CLASS_SHIFT, more | MARK << CLASS_SHIFT]))
         value = lambda c: ord(c) | int(classes[ord(c)]) << CLASS_SHIFT
-        self.listed = bool(strings or joined or marked)
+        self.listed, self.replaces = bool(strings or joined or marked), bool(marked)
         self.strings = PatternStrings([[value(c) for c in s] for s in strings + joined + marked]) if self.listed else Nothing()
         self.joined_from, self.marked_from, self.marked_base = len(strings), len(strings) + len(joined), ADDED + len(added)
         self.apostrophe = value("'")
@@ -212,7 +217,7 @@ class ByteFront(nn.Module):
         "uint8 (N,), int64 (B+1,) -> flagged bytes; with `spans` also the source bytes of the character that each is of."
         nowhere = torch.empty(0, dtype=torch.int64, device=data.device)
         values = self.quick.index_select(0, data.int())
-        if data.numel() == 0 or int(values.min()) >= 0:
+        if self.shortcuts and (data.numel() == 0 or int(values.min()) >= 0):
             at = torch.arange(data.numel(), device=data.device) if spans else nowhere
             if not self.prefix: return Located(self._flagged(values, self._contract(values, self._starts(values, offsets), offsets)), offsets, at, at + 1)
             x, begin, end = self._prefixed(Codes(values, offsets), at, at + 1)
@@ -222,54 +227,58 @@ class ByteFront(nn.Module):
         start = self._starts(x.codes, x.offsets)
         if self.listed:
             at, till, which = self.strings(x.codes, start, x.offsets)
-            if at.numel() > 0:
-                if int(which.max()) >= self.marked_from:
+            if not self.shortcuts or at.numel() > 0:
+                if self.replaces and (not self.shortcuts or int(which.max()) >= self.marked_from):
                     x, begin, end = self._replaced(x, at, till, which, begin, end)
                     start = self._starts(x.codes, x.offsets)
                     at, till, which = self.strings(x.codes, start, x.offsets)
                 start = start.index_fill(0, till[till < start.numel()], True)
             start = self._contract(x.codes, start, x.offsets)
-            if at.numel() > 0:
+            if not self.shortcuts or at.numel() > 0:
                 one = (which >= self.joined_from).nonzero().flatten()
                 start = start & ~self._inside(at[one] + 1, till[one], start.numel())
         else: start = self._contract(x.codes, start, x.offsets)
-        if not spans: begin, end = begin[:0], end[:0]
         return self._bytes(x, start, begin, end)
 
     def _normalised(self, data: Tensor, offsets: Tensor, spans: bool) -> tuple[Codes, Tensor, Tensor]:
-        "Values, and with `spans` the source bytes of each."
+        "Values, and with `spans` the source bytes of each, else nothing."
         x, begin = self.utf8(data, offsets)
-        edges = nn.functional.pad(begin, (0, 1), value=float(data.numel()))
+        edges = ended(begin, data.numel())
         if self.early:
             x, kept = self.raw(x)
-            if kept.numel() > 0: edges = edges.index_select(0, kept)
-        begin, end = edges[:-1], edges[1:]
+            if spans and kept.numel() > 0: edges = edges.index_select(0, kept)
+        nowhere = torch.empty(0, dtype=torch.int64, device=data.device)
+        begin, end = (edges[:-1], edges[1:]) if spans else (nowhere, nowhere)
         if self.fixes:
             codes, source, compose = self.first(x.codes)
             x, begin, end = self._moved(codes, source, x, begin, end)
             if compose:
                 x, source = self.nfc(x)
-                edge = nn.functional.pad(source, (0, 1), value=float(begin.numel()))
-                end = end.index_select(0, torch.maximum(edge[1:] - 1, source))
-                begin = begin.index_select(0, source)
+                if spans:
+                    edge = ended(source, begin.numel())
+                    end = end.index_select(0, torch.maximum(edge[1:] - 1, source))
+                    begin = begin.index_select(0, source)
         if self.lowers_sigma: x = self.sigma(x)
         codes, source, _ = self.values(x.codes)
         x, begin, end = self._moved(codes, source, x, begin, end)
         if self.late:
             y, kept = self.normed(Codes(x.codes & 0x1FFFFF, x.offsets))
-            if kept.numel() > 0:
+            if not self.shortcuts or kept.numel() > 0:
                 v = x.codes.index_select(0, kept[:-1])
                 v = torch.where(y.codes == v & 0x1FFFFF, v, y.codes | 10 << 21)
-                end = end.index_select(0, kept[1:] - 1)
-                x, begin = Codes(v, y.offsets), begin.index_select(0, kept[:-1])
+                x, begin, end = Codes(v, y.offsets), self._picked(begin, kept[:-1]), self._picked(end, kept[1:] - 1)
         return x, begin, end
 
     def _moved(self, codes: Tensor, source: Tensor, x: Codes, begin: Tensor, end: Tensor) -> tuple[Codes, Tensor, Tensor]:
         "What a table made of `x`, with the rows' offsets and the spans moved accordingly."
-        if source.numel() == 0 and codes.numel() == x.codes.numel(): return Codes(codes, x.offsets), begin, end
+        if self.shortcuts and source.numel() == 0 and codes.numel() == x.codes.numel(): return Codes(codes, x.offsets), begin, end
         count = torch.zeros(x.codes.numel() + 1, dtype=torch.int64, device=codes.device)
         count.index_add_(0, source + 1, torch.ones_like(source))
-        return Codes(codes, count.cumsum(0).index_select(0, x.offsets)), begin.index_select(0, source), end.index_select(0, source)
+        return Codes(codes, count.cumsum(0).index_select(0, x.offsets)), self._picked(begin, source), self._picked(end, source)
+
+    def _picked(self, x: Tensor, index: Tensor) -> Tensor:
+        "x[index]; nothing of nothing."
+        return x.index_select(0, index) if x.numel() > 0 else x
 
     def _prefixed(self, x: Codes, begin: Tensor, end: Tensor) -> tuple[Codes, Tensor, Tensor]:
         "With a space before each part that begins without one (`add_prefix_space`)."
@@ -300,14 +309,14 @@ class ByteFront(nn.Module):
     def _contract(self, v: Tensor, start: Tensor, offsets: Tensor) -> Tensor:
         "`start`, with contractions as words."
         at = (start & (v == self.apostrophe)).nonzero().flatten() + 1
-        if at.numel() == 0: return start
+        if self.shortcuts and at.numel() == 0: return start
         n = v.numel()
         new = torch.zeros(n + 1, dtype=torch.bool, device=v.device).index_fill_(0, offsets, True)
         more = nn.functional.pad(v, (0, 2))
         a, b = more.index_select(0, at), more.index_select(0, at + 1)
         same = ~new.index_select(0, at)
         one = same & torch.isin(a, self.single)
-        two = same & ~new.index_select(0, (at + 1).clamp(max=n)) & torch.where(a == self.l, b == self.l, ((a == self.r) | (a == self.v)) & (b == self.e))
+        two = same & ~new.index_select(0, (at + 1).clamp(max=n)) & (((a == self.l) & (b == self.l)) | (((a == self.r) | (a == self.v)) & (b == self.e)))
         end = at + one.long() + 2 * two.long()
         hit = (one | two).nonzero().flatten()
         start = start.index_fill(0, at[hit], False)
@@ -329,6 +338,7 @@ class ByteFront(nn.Module):
         codes = x.codes.index_copy(0, at, (which - self.marked_from + self.marked_base) | 10 << 21).index_select(0, keep)
         count = torch.zeros(n + 1, dtype=torch.int64, device=at.device).index_fill_(0, keep + 1, 1).cumsum(0)
         x = Codes(codes, count.index_select(0, x.offsets))
+        if begin.numel() == 0: return x, begin, end
         return x, begin.index_select(0, keep), end.index_copy(0, at, end.index_select(0, till - 1)).index_select(0, keep)
 
     def _flagged(self, v: Tensor, start: Tensor) -> Tensor:
@@ -345,7 +355,7 @@ class ByteFront(nn.Module):
         c, size = code.index_select(0, owner), size.index_select(0, owner)
         lead = torch.where(size == 2, 0xC0, torch.where(size == 3, 0xE0, 0xF0)) | c >> 6 * (size - 1)
         byte = torch.where(nth == 0, torch.where(size == 1, c, lead), (c >> 6 * (size - 1 - nth)) & 0x3F | 0x80)
-        token = torch.where(nth == 0, 0xFF, (c - 0x110000) >> 7 * (nth - 1) & 0x7F)
+        token = torch.where(nth == 0, 0xFF, (c - 0x110000) >> 7 * (nth - 1).clamp(min=0) & 0x7F)
         byte = torch.where(c >= 0x110000, token, byte)
         flagged = byte | ((nth == 0) & start.index_select(0, owner)).long() << 8
         if self.clip: flagged = flagged | (x.codes.index_select(0, owner) < 0x200000).long() << 9

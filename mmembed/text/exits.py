@@ -31,7 +31,7 @@ def export_program(
         example = pack(['a [SEP] word', 'Ünïcode', ''])
         return torch.export.export(exported_form(tp), example, dynamic_shapes=shapes, strict=False)
 
-# %% ../../nbs/text/11_exits.ipynb #74ac0454
+# %% ../../nbs/text/11_exits.ipynb #3fcaea99
 def translations() -> dict:
     "Operators that `torch.onnx` does not translate, or not well, as standard ONNX ones."
     from onnxscript import opset20 as op
@@ -49,9 +49,12 @@ def translations() -> dict:
         return op.Greater(op.ReduceSum(same, one(1), keepdims=0), op.Constant(value_int=0))
     def at_most(a, b):
         return op.LessOrEqual(a, op.Constant(value_int=min(b, (1 << 63) - 1)) if isinstance(b, int) else b)
+    def shifted(a, b):  # rounds down, a negative one too
+        by = op.Pow(op.Constant(value_int=2), b)
+        return op.Div(op.Sub(a, op.Mod(a, by)), by)
     aten = torch.ops.aten
     return {aten.repeat_interleave.Tensor: interleaved, aten.sort.stable: sorted_stably,
-        aten.isin.Tensor_Tensor: among, operator.le: at_most}
+        aten.isin.Tensor_Tensor: among, aten.__rshift__.Tensor: shifted, operator.le: at_most}
 
 # %% ../../nbs/text/11_exits.ipynb #652a8e13
 def _unsized(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -64,21 +67,26 @@ def _unsized(program: torch.export.ExportedProgram) -> torch.export.ExportedProg
     program.graph_module.recompile()
     return program
 
-# %% ../../nbs/text/11_exits.ipynb #dd3fa098
+# %% ../../nbs/text/11_exits.ipynb #5f3967fe
 def text_to_onnx(
-    tp: TextPipeline,
+    tp: TextPipeline | torch.export.ExportedProgram, # or what `export_program` made of it, which is used up
     path: str | Path, # the file to write
 ) -> Path:
     """Writes `tp.tokenize` as an ONNX model of standard operators (opset 20): `data` uint8 (N,), `offsets` int64 (B+1,)
     -> `ids`, `mask`, int64 (B, L). At most 2**26 characters a batch; an empty one is as wide as one of empty texts.
 
     Needs `pip install mmembed[onnx]`. Raises `ValueError` for a family that has no exported form."""
-    program, log = _unsized(export_program(tp)), logging.getLogger('onnx_ir')
+    from onnx_ir.passes import common
+    from onnxscript import optimizer
+    program, log = _unsized(export_program(tp) if isinstance(tp, TextPipeline) else tp), logging.getLogger('onnx_ir')
     level = log.level
     log.setLevel(logging.ERROR)
-    try:
+    try:  # `optimize` would take as long again, to look for patterns that neural networks have
         onnx = torch.onnx.export(program, dynamo=True, opset_version=20, input_names=['data', 'offsets'],
-            output_names=['ids', 'mask'], custom_translation_table=translations(), verbose=False)
+            output_names=['ids', 'mask'], custom_translation_table=translations(), verbose=False, optimize=False)
+        optimizer.inline(onnx.model)
+        optimizer.fold_constants(onnx.model)
+        for p in common.RemoveUnusedNodesPass, common.DeduplicateInitializersPass, common.CommonSubexpressionEliminationPass: p()(onnx.model)
     finally: log.setLevel(level)
     for n in onnx.model.graph.all_nodes(): n.metadata_props.clear()  # where in our source each came from, paths and all
     onnx.save(str(path))

@@ -76,9 +76,10 @@ def nfc_rules(
     answer = probed(name, probe)
     return NfcRules(answer['ranks'], answer['counts'], answer['images'], answer['pairs'].reshape(-1, 3), answer['touched'].astype(bool))
 
-# %% ../../nbs/text/05_nfc.ipynb #23a88426
+# %% ../../nbs/text/05_nfc.ipynb #85797ddb
 class Nfc(nn.Module):
     "Canonical composition of a batch of code points; rows and added tokens keep apart."
+    shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
     SCALE = 0x2545F4914F6CDD1D
 
     def __init__(self, rules: NfcRules):
@@ -93,7 +94,7 @@ class Nfc(nn.Module):
     def forward(self, x: Codes) -> tuple[Codes, Tensor]:
         "Code points -> composed, and which code point each began with, int64 (K,)."
         code, source, _ = self.parts(x.codes)
-        if source.numel() == 0: source = torch.arange(x.codes.numel(), device=code.device)
+        if self.shortcuts and source.numel() == 0: source = torch.arange(x.codes.numel(), device=code.device)
         row = torch.repeat_interleave(x.offsets[1:] - x.offsets[:-1]).index_select(0, source)
         rank = self.rank(code)
         key = ((rank == 0) | (row != nn.functional.pad(row, (1, 0), value=-1.)[:-1])).cumsum(0) * 4096 + rank
