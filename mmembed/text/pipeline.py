@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/text/pipeline.html.md"""
 # %% auto #0
 __all__ = ['FAMILIES', 'family', 'Frame', 'frame', 'Explanation', 'TextPipeline']
 
-# %% ../../nbs/text/09_pipeline.ipynb #e0b640c8
+# %% ../../nbs/text/09_pipeline.ipynb #b17716b1
 import json
 from collections.abc import Callable, Iterable
 from html import escape
@@ -25,7 +25,8 @@ from .readers import Stated, read_any, read_json, read_open_clip, read_vocab, sa
 from .unicode import Codes
 from .wordpiece import Pieces, kind_of, refuse, wordpiece_family
 from .segment import read_jieba, segmented_family
-from .unigram import decode_sentencepiece, framed, read_sentencepiece, sentencepiece_family, unigram_family
+from .metaspace import unigram_family
+from .unigram import decode_sentencepiece, framed, read_sentencepiece, sentencepiece_family
 from .words import wordlevel_family
 
 # %% ../../nbs/text/09_pipeline.ipynb #21fda469
@@ -101,7 +102,7 @@ class Explanation(NamedTuple):
         cells = ''.join(cell(k, *s) for k, s in enumerate(self.spans))
         return f'<div style="overflow-x:auto"><table><tr>{cells}</tr></table><small>text, token, id, bytes</small></div>'
 
-# %% ../../nbs/text/09_pipeline.ipynb #8adfd443
+# %% ../../nbs/text/09_pipeline.ipynb #a78785b2
 class TextPipeline(nn.Module):
     """Texts -> `Tokens(ids, mask)`, exactly as the tokenizer it was made from: truncated to `max_length`, padded
     to the longest row, rounded up to a multiple of `pad_to` (0: always to `max_length`).
@@ -145,11 +146,14 @@ class TextPipeline(nn.Module):
         return self.model(Codes(x.codes, x.offsets))
 
     def _check(self, data: Tensor, offsets: Tensor):
+        "Raises `RuntimeError`, which it is in every form, for tensors that are no packed texts."
+        if not isinstance(data, Tensor) or not isinstance(offsets, Tensor): raise RuntimeError('data and offsets must be tensors, as pack returns them')
         if data.dtype != torch.uint8 or data.dim() != 1: raise RuntimeError(f'data must be a uint8 tensor of one dimension, as pack returns it; its shape is {list(data.shape)}')
         if offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.numel() == 0:
             raise RuntimeError(f'offsets must be an int64 tensor (B+1,), as pack returns it; its shape is {list(offsets.shape)}')
-        if int(offsets[0]) != 0 or int(offsets[-1]) != data.numel() or bool((offsets[1:] < offsets[:-1]).any()):
-            raise RuntimeError(f'offsets must rise from 0 to the {data.numel()} bytes of data; they go from {int(offsets[0])} to {int(offsets[-1])}')
+        at: list[int] = offsets.tolist()  # for usual batches faster than tensor operations, and a single wait for a GPU
+        if at[0] != 0 or at[-1] != data.numel() or at != sorted(at):
+            raise RuntimeError(f'offsets must rise from 0 to the {data.numel()} bytes of data; they go from {at[0]} to {at[-1]}')
 
     def assemble(self, p: Pieces) -> Tokens:
         "Ragged pieces -> special tokens, truncation and padding; int64 (B, L)."

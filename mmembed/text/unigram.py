@@ -6,8 +6,7 @@ Docs: https://mmembed.github.io/mmembed/text/unigram.html.md"""
 
 # %% auto #0
 __all__ = ['NORMAL', 'UNKNOWN', 'CONTROL', 'USER', 'UNUSED', 'BYTE', 'METASPACE', 'read_sentencepiece', 'read_charsmap',
-           'Charsmap', 'SentenceFront', 'Unigram', 'sentencepiece_family', 'framed', 'decode_sentencepiece',
-           'unigram_family']
+           'Charsmap', 'SentenceFront', 'Unigram', 'sentencepiece_family', 'framed', 'decode_sentencepiece']
 
 # %% ../../nbs/text/06_unigram.ipynb #21bc0131
 import base64
@@ -255,7 +254,7 @@ class SentenceFront(nn.Module):
         rest = torch.repeat_interleave(solid.index_select(0, rows[1:]), rows[1:] - rows[:-1]) - solid[:n]
         return ~(leading & after) & (rest > 0)
 
-# %% ../../nbs/text/06_unigram.ipynb #a191cddd
+# %% ../../nbs/text/06_unigram.ipynb #a325de70
 class Unigram(nn.Module):
     """The likeliest pieces of each row, as SentencePiece's `unigram::Model::EncodeOptimized` (0.2.3) finds them, with unknown characters merged,
     or as bytes."""
@@ -269,13 +268,14 @@ class Unigram(nn.Module):
         unk_score: float,
         byte_ids: list[int] | None = None, # the ids of bytes 0 to 255; None: an unknown character is `unk_id`
         mark: int = METASPACE,  # begins a word
+        single: bool = True,    # the reference adds 32-bit numbers, not 64-bit ones
     ):
         super().__init__()
         codes = [[ord(c) for c in p] for p in pieces]
         self.trie, self.unk, self.mark = trie(codes), len(pieces), mark
         self.short = 500  # a longer segment is left to the exact walk
         self.by_word = not any(mark in c[1:] for c in codes)
-        self.unit = 2.0 ** -24  # half a unit in the last place of 1, in 32 bits
+        self.single, self.unit = single, 2.0 ** (-24 if single else -53)  # half a unit in the last place of 1
         self.worst = max(map(abs, [*scores, unk_score]))
         self.bytes = byte_ids is not None
         self.register_buffer('ids', torch.tensor([*ids, unk_id], dtype=torch.int64))
@@ -309,12 +309,17 @@ class Unigram(nn.Module):
     def forward(self, x: Codes) -> Pieces:
         "Code points -> pieces."
         n = x.codes.numel()
-        length, entry, margin = torch.zeros_like(x.codes), torch.zeros_like(x.codes), torch.zeros(n, dtype=torch.float64, device=x.codes.device)
-        segment = torch.ones_like(x.codes)
         bound = torch.zeros(n + 1, dtype=torch.bool, device=x.codes.device).index_fill_(0, x.offsets, True)[:n]
         if self.by_word: bound = bound | (x.codes == self.mark)
-        start = bound.nonzero().flatten()
-        end = nn.functional.pad(start[1:], (0, 1), value=float(n))
+        length, entry = self._best(x, bound.nonzero().flatten())
+        return self._pieces(x, length, entry)
+
+    def _best(self, x: Codes, start: Tensor) -> tuple[Tensor, Tensor]:
+        "Length and entry of the piece that ends at each place (0: none), int64 (M,); words begin at `start`, sums run along the rows of `x`."
+        n = x.codes.numel()
+        length, entry, margin = torch.zeros_like(x.codes), torch.zeros_like(x.codes), torch.zeros(n, dtype=torch.float64, device=x.codes.device)
+        segment = torch.ones_like(x.codes)
+        end = ended(start[1:], n)[:start.numel()]
         piece = self.words(x.codes, start, end)
         gap = self.alone.index_select(0, torch.where(piece < 0, self.unk, piece))
         settled = gap > 0.01
@@ -339,7 +344,7 @@ class Unigram(nn.Module):
                 k, e = self._cut_exactly(x.codes.index_select(0, at), room, stop - first)
                 length.index_copy_(0, at, k)
                 entry.index_copy_(0, at, e)
-        return self._pieces(x, length, entry)
+        return length, entry
 
     def _places(self, start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
         "All places of these stretches, int64 (M,), and how far it is from each to the end of its own."
@@ -369,7 +374,7 @@ class Unigram(nn.Module):
         grid, _, _ = self._grid(codes, room)
         score = self.score.index_select(0, grid.flatten()).view_as(grid)
         start = width.cumsum(0) - width
-        length = trace(walk(score.float(), start, width, False)[0], start, width)
+        length = trace(walk(score.float() if self.single else score, start, width, False)[0], start, width)
         return length, self._entries(grid, length)
 
     def _entries(self, grid: Tensor, length: Tensor) -> Tensor:
@@ -406,11 +411,7 @@ class Unigram(nn.Module):
             owner = torch.repeat_interleave(need)
             nth = torch.arange(owner.numel(), device=last.device) - total.index_select(0, owner)
             code, need = code.index_select(0, owner), need.index_select(0, owner)
-            later = (need - 1 - nth).clamp(min=0)  # how many bytes follow this one, six bits each
-            code = torch.where((later & 1) > 0, code >> 6, code)
-            code = torch.where((later & 2) > 0, code >> 12, code)
-            lead = torch.where(need == 4, 0xF0, torch.where(need == 3, 0xE0, torch.where(need == 2, 0xC0, 0)))
-            byte = self.byte_ids.index_select(0, torch.where(nth == 0, (code | lead) & 0xFF, code & 0x3F | 0x80))
+            byte = self._byte(code, need, nth)
             ids = torch.where(unknown.index_select(0, owner), byte, ids.index_select(0, owner))
             return Pieces(ids, start.index_select(0, owner), end.index_select(0, owner), total.index_select(0, count))
         inner = torch.zeros(last.numel() + 1, dtype=torch.bool, device=last.device).index_fill_(0, count, True)[:last.numel()]
@@ -419,6 +420,14 @@ class Unigram(nn.Module):
         kept = nn.functional.pad((~merged).long().cumsum(0), (1, 0))
         final = ended(keep[1:], last.numel())[:keep.numel()] - 1
         return Pieces(ids.index_select(0, keep), start.index_select(0, keep), end.index_select(0, final), kept.index_select(0, count))
+
+    def _byte(self, code: Tensor, need: Tensor, nth: Tensor) -> Tensor:
+        "The id of the `nth` of the `need` UTF-8 bytes of each code point: int64 (M,)."
+        later = (need - 1 - nth).clamp(min=0)  # how many bytes follow it, six bits each
+        code = torch.where((later & 1) > 0, code >> 6, code)
+        code = torch.where((later & 2) > 0, code >> 12, code)
+        lead = torch.where(need == 4, 0xF0, torch.where(need == 3, 0xE0, torch.where(need == 2, 0xC0, 0)))
+        return self.byte_ids.index_select(0, torch.where(nth == 0, (code | lead) & 0xFF, code & 0x3F | 0x80))
 
 # %% ../../nbs/text/06_unigram.ipynb #687e496f
 def sentencepiece_family(
@@ -475,11 +484,3 @@ def decode_sentencepiece(
             parts, out = [*parts, out, text.replace('▁', ' ').encode()], b''
         start = False
     return ''.join(p.decode(errors='replace') for p in [*parts, out])
-
-# %% ../../nbs/text/06_unigram.ipynb #a38afacd
-def unigram_family(
-    tok: dict, # a parsed tokenizer.json with a Unigram model
-) -> tuple[nn.Module, nn.Module]:
-    """Raises `ValueError`. Hugging Face applies a charsmap to whole grapheme clusters, by the *shortest* rule that begins one, so its ids differ from
-    SentencePiece's own (`ﬁ` with an accent loses the accent): not implemented, and the model file is the better source."""
-    refuse('model', 'Unigram', "the SentencePiece .model that it was made from (TextPipeline.from_sentencepiece)")
