@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from mmembed.core import Tokens
-from mmembed.models.losses import info_nce, same_text
+from mmembed.core import Embeddings
+from mmembed.models.losses import InfoNCE, SigmoidLoss, distill, harden, info_nce, same_text, sigmoid_loss
 
 
 def written_out(logits, share):
@@ -48,3 +49,88 @@ def test_same_text_ignores_what_stands_in_padding():
     ids = torch.tensor([[5, 6, 0, 0], [5, 6, 7, 0], [5, 6, 9, 9], [5, 6, 7, 8]])
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
     assert same_text(Tokens(ids, mask)).int().tolist() == [[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]
+
+
+def test_sigmoid_as_written_out_and_as_open_clip():
+    from open_clip.loss import SigLipLoss
+    torch.manual_seed(0)
+    t, i = (torch.nn.functional.normalize(torch.randn(9, 8), dim=1) for _ in range(2))
+    scale, bias = torch.tensor(7.), torch.tensor(-3.)
+    logits = scale * t @ i.T + bias
+    want = sum(math.log1p(math.exp(-v if a == b else v)) for a, row in enumerate(logits.tolist()) for b, v in enumerate(row)) / 9
+    got = SigmoidLoss()(Embeddings(t, i, scale), None, bias)
+    assert float(got) == pytest.approx(want, rel=1e-5) and torch.allclose(got, SigLipLoss()(i, t, scale, bias), atol=1e-6)
+    same = torch.eye(9).bool()
+    same[2, 5] = same[5, 2] = True
+    assert float(sigmoid_loss(logits, same) - got) == pytest.approx(float(-logits[2, 5] - logits[5, 2]) / 9, abs=1e-5)
+
+
+def test_hard_negatives_weigh_as_said():
+    torch.manual_seed(0)
+    logits = torch.randn(4, 6)
+    match = torch.nn.functional.one_hot(torch.arange(4), 6).bool()
+    weight = (harden(logits, match, 0.7) - logits).exp()
+    assert torch.allclose(weight[match], torch.ones(4))
+    assert torch.allclose(weight.masked_fill(match, 0).sum(1) / 5, torch.ones(4), atol=1e-5)
+    rows = logits.masked_fill(match, -torch.inf).argsort(1)[:, 1:]
+    assert (weight.gather(1, rows).diff(dim=1) > 0).all()
+    assert harden(torch.zeros(1, 1), torch.ones(1, 1).bool(), 1.).equal(torch.zeros(1, 1))
+
+
+def test_distillation_is_a_divergence():
+    torch.manual_seed(0)
+    a, b = torch.randn(5, 5, requires_grad=True), torch.randn(5, 5, requires_grad=True)
+    p, q = b.softmax(1), a.softmax(1)
+    rows = (p * (p / q).log()).sum(1).mean()
+    p, q = b.T.softmax(1), a.T.softmax(1)
+    columns = (p * (p / q).log()).sum(1).mean()
+    assert torch.allclose(distill(a, b), (rows + columns) / 2, atol=1e-6)
+    distill(a, b).backward()
+    assert a.grad.abs().sum() > 0 and b.grad is None
+
+
+def shared_batch():
+    "A batch of 12 with two equal captions that stand in different processes, and a linear tower a side."
+    from mmembed.core import Tokens
+    torch.manual_seed(3)
+    ids = torch.arange(1, 13)[:, None].repeat(1, 3)
+    ids[9] = ids[2]
+    towers = torch.nn.ModuleList([torch.nn.Linear(7, 5), torch.nn.Linear(4, 5)]).double()
+    return towers, torch.randn(12, 7).double(), torch.randn(12, 4).double(), Tokens(ids, torch.ones_like(ids))
+
+
+LOSSES = {'infonce': lambda: InfoNCE(), 'hard': lambda: InfoNCE(hard=0.5), 'apart': lambda: InfoNCE(share_targets=False), 'sigmoid': lambda: SigmoidLoss()}
+
+
+def loss_and_gradients(name, rows):
+    from mmembed.core import Tokens
+    towers, texts, images, tokens = shared_batch()
+    a, b = (torch.nn.functional.normalize(t(x[rows]), dim=1) for t, x in zip(towers, (texts, images)))
+    short = slice(None) if rows.start == 0 else slice(0, 3)
+    loss = LOSSES[name]()(Embeddings(a, b, torch.tensor(9.).double()), Tokens(tokens.ids[rows, short], tokens.mask[rows, short]), torch.tensor(-4.).double())
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in towers.parameters())]
+
+
+def one_of_two(rank, folder):
+    import os
+    import torch.distributed as dist
+    os.environ.update(MASTER_ADDR='127.0.0.1', GLOO_SOCKET_IFNAME='lo')
+    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
+    result = {}
+    for name in LOSSES:
+        result[name] = loss_and_gradients(name, slice(6*rank, 6*rank + 6))
+        for x in result[name]:
+            dist.all_reduce(x)
+            x /= 2  # as DistributedDataParallel averages
+    if rank == 0: torch.save(result, f'{folder}/result.pt')
+    dist.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path):
+    import torch.multiprocessing as mp
+    mp.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    got = torch.load(tmp_path/'result.pt')
+    for name in LOSSES:
+        for a, b in zip(got[name], loss_and_gradients(name, slice(0, 12)), strict=True):
+            assert torch.allclose(a, b, atol=1e-12), name

@@ -136,15 +136,53 @@ def test_mistakes(tmp_path):
             (lambda: TextTransformer('no.json'), FileNotFoundError, 'no tokenizer file no.json'),
             (lambda: TextTransformer(TP, width=10, heads=3), ValueError, 'heads must divide width, got 3 and 10'),
             (lambda: image_tower('resnet7'), ValueError, "torchvision knows no model 'resnet7'"),
-            (lambda: image_tower('squeezenet1_1'), ValueError, 'does not end in a linear layer'),
+            (lambda: image_tower('fcn_resnet50'), ValueError, 'does not end in a linear layer'),
             (lambda: image_tower('resnet18', 'no.pth'), FileNotFoundError, 'no weights file no.pth'),
             (lambda: image_tower('resnet18', 'BEST'), ValueError, "resnet18 has no weights 'BEST'; want a file or one of"),
             (lambda: image_tower('resnet18', str(tmp_path/'other.pth')), ValueError, 'does not fit resnet18'),
-            (lambda: bert('bert-base-uncased'), FileNotFoundError, 'hub names are not looked up'),
-            (lambda: Bert(TP, _config(), 'max'), ValueError, "pooling must be 'mean' or 'cls', got 'max'"),
+            (lambda: bert('no such/folder'), FileNotFoundError, 'no folder no such/folder'),
+            (lambda: Bert(TP, _config(), 'sum'), ValueError, "pooling must be one of mean, cls, max, got 'sum'"),
             (lambda: from_spec({'class_path': 'no.such.Tower', 'init_args': {}}), ValueError, 'cannot rebuild no.such.Tower'),
             (lambda: from_spec({'class_path': 'subprocess.Popen', 'init_args': {'args': 'x'}}), ValueError, 'is no nn.Module')]:
         with pytest.raises(error, match=message): f()
+
+
+KINDS = {'roberta': {'pad_token_id': 1}, 'xlm-roberta': {'pad_token_id': 1}, 'distilbert': dict(dim=32, n_layers=1, n_heads=2, hidden_dim=48),
+         'electra': {'embedding_size': 32}, 'albert': {'embedding_size': 16}, 'mpnet': {}, 'deberta-v2': {}}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_bert_family_is_the_reference_and_traces(kind):
+    tower = Bert(TP, _config() | {'model_type': kind} | KINDS[kind], 'max').eval()
+    pad = tower.net.config.pad_token_id
+    tokens = TP(TEXTS)
+    ids = tokens.ids.where(tokens.mask > 0, torch.tensor(pad))  # RoBERTa finds its positions by the padding's id
+    ids = ids.where((tokens.mask == 0) | (ids != pad), torch.tensor(9))
+    hidden = tower.net(input_ids=ids, attention_mask=tokens.mask).last_hidden_state
+    want = torch.stack([h[m > 0].amax(0) for h, m in zip(hidden, tokens.mask)])
+    assert torch.allclose(tower(Tokens(ids, tokens.mask)), want, atol=1e-6)
+    from mmembed.export.artifact import trace_text
+    traced = trace_text(tower, [TP(TEXTS), TP(TEXTS[:1]), TP(TEXTS[4:])])
+    assert torch.allclose(traced(tokens), tower(tokens), atol=1e-6)
+
+
+def test_a_hub_name_that_cannot_be_downloaded(monkeypatch):
+    def offline(*_, **__): raise OSError('no network')
+    monkeypatch.setattr('huggingface_hub.snapshot_download', offline)
+    with pytest.raises(OSError, match='bert-base-uncased is no folder here, and cannot be downloaded'): bert('bert-base-uncased')
+
+
+def test_image_pooling_and_squeezenet():
+    full = torchvision.models.squeezenet1_1().eval()
+    tower = image_tower('squeezenet1_1', pipeline=VP).eval()
+    tower.net.load_state_dict({k: v for k, v in full.state_dict().items() if not k.startswith('classifier.')})
+    pixels = torch.randn(2, 3, 64, 48)
+    assert torch.allclose(tower(pixels), full.features(pixels).mean((2, 3)), atol=1e-6) and tower.width == 512
+    tower = image_tower('resnet18', pipeline=VP, pooling='max').eval()
+    net = tower.net
+    x = net.layer4(net.layer3(net.layer2(net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(pixels))))))))
+    assert tower(pixels).equal(x.amax((2, 3))) and from_spec(tower.spec()).made_with['pooling'] == 'max'
+    with pytest.raises(ValueError, match="no pooling that pooling='max'"): image_tower('vit_b_16', pipeline=VP, pooling='max')
 
 
 def test_a_download_that_fails_says_what_to_do(monkeypatch):
