@@ -7,6 +7,7 @@ _WHERE = {
     'PairData': 'data.module', 'PairsFile': 'data.sources', 'Scenes': 'data.scenes',
     'TextTransformer': 'models.towers', 'ConvNet': 'models.towers', 'bert': 'models.towers', 'image_tower': 'models.towers',
     'DualEncoder': 'models.dual', 'LitDualEncoder': 'train', 'load_checkpoint': 'train',
+    'Client': 'serve.client',
     'verify': 'export.verify', 'read_card': 'runtime', 'Embedder': 'runtime', 'load': 'runtime',
 }
 __all__ = [*_WHERE, 'export']
