@@ -118,7 +118,7 @@ def embed(
         print(json.dumps(dict(kind='image', index=i) | (dict(embedding=e.tolist()) if ok else dict(error=error)), ensure_ascii=False))
     if not done.ok.all(): raise SystemExit(1)
 
-# %% ../nbs/50_cli.ipynb #edb5e073
+# %% ../nbs/50_cli.ipynb #007f8c27
 def serve(
     artifact: str,              # an exported file
     host: str = '127.0.0.1',    # the address to listen on; 0.0.0.0 for all
@@ -152,7 +152,7 @@ def serve(
     """Serve an exported file: HTTP, WebSocket and gRPC, with metrics and a status for every item.
 
     mmembed serve model.pt
-    mmembed serve model.pt --host 0.0.0.0 --grpc_port 8001 --replicas 4 --api_keys keys.txt"""
+    mmembed serve model.pt --host 0.0.0.0 --grpc-port 8001 --replicas 4 --api-keys keys.txt"""
     try: from mmembed.serve.server import Config, Options, serve as run
     except ImportError as e: raise ImportError(f'the server needs more packages ({e}): pip install "mmembed[serve]"') from None
     from mmembed.runtime import read_card
