@@ -91,7 +91,7 @@ def as_bytes(
     # frombuffer refuses an empty buffer and warns about a read-only one; a bytearray is writable and copied once
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if len(data) else torch.empty(0, dtype=torch.uint8)
 
-# %% ../nbs/00_core.ipynb #40d0ea10
+# %% ../nbs/00_core.ipynb #ff478ba1
 def pack(
     texts: Sequence[str | bytes], # B texts, or their UTF-8 bytes
 ) -> tuple[Tensor, Tensor]: # data uint8 (N,), offsets int64 (B+1,)
@@ -101,6 +101,7 @@ def pack(
     `TypeError` for a bare string (a list is meant) and for an item that is neither `str` nor `bytes`, naming it."""
     if isinstance(texts, (str, bytes)):
         raise TypeError(f'texts is a single {type(texts).__name__}; pass a list of texts: [{texts[:40]!r}]')
+    if isinstance(texts, (dict, set, frozenset)) or not hasattr(texts, '__iter__'): raise TypeError(f'texts is {type(texts).__name__}, not a list of texts')
     rows = [_utf8(t, i) for i, t in enumerate(texts)]
     lengths = torch.tensor([0] + [len(r) for r in rows])
     return as_bytes(b''.join(rows)), lengths.cumsum(0)

@@ -148,7 +148,7 @@ class PatternStrings(nn.Module):
             which, end = torch.where(here, k, which), torch.where(here, at + len(codes), end)
         return which, end
 
-# %% ../../nbs/text/05_bytelevel.ipynb #67dca9bc
+# %% ../../nbs/text/05_bytelevel.ipynb #8d08106b
 class ByteFront(nn.Module):
     """Packed UTF-8 -> normalised bytes, each with flags: 256 begins a word or a stretch of white space, 512 is white space that
     no word keeps. An added token is the byte 0xFF, which no text has, and three bytes of its number."""
@@ -253,9 +253,10 @@ class ByteFront(nn.Module):
             codes, source, compose = self.first(x.codes)
             x, begin, end = self._moved(codes, source, x, begin, end)
             if compose:
+                rows = x.offsets
                 x, source = self.nfc(x)
-                if spans:
-                    edge = ended(source, begin.numel())
+                if spans:  # marks in order may begin a text: the one before ends where it did
+                    edge = ended(source, begin.numel()).index_copy(0, x.offsets, rows)
                     end = end.index_select(0, torch.maximum(edge[1:] - 1, source))
                     begin = begin.index_select(0, source)
         if self.lowers_sigma: x = self.sigma(x)

@@ -102,7 +102,7 @@ class Explanation(NamedTuple):
         cells = ''.join(cell(k, *s) for k, s in enumerate(self.spans))
         return f'<div style="overflow-x:auto"><table><tr>{cells}</tr></table><small>text, token, id, bytes</small></div>'
 
-# %% ../../nbs/text/09_pipeline.ipynb #a78785b2
+# %% ../../nbs/text/09_pipeline.ipynb #3fc60bfc
 class TextPipeline(nn.Module):
     """Texts -> `Tokens(ids, mask)`, exactly as the tokenizer it was made from: truncated to `max_length`, padded
     to the longest row, rounded up to a multiple of `pad_to` (0: always to `max_length`).
@@ -375,6 +375,9 @@ class TextPipeline(nn.Module):
         kind, ids = kind_of(self._tokenizer, 'model'), [int(i) for i in ids]
         if kind == 'Segmented': return ''.join(t for t in map(self.token, ids) if t not in ('[CLS]', '[SEP]', '[PAD]'))
         if kind == 'SentencePiece': return decode_sentencepiece(self._tokenizer, ids)
+        if kind_of(self._tokenizer, 'normalizer') == 'OpenClip':  # whose padding is a token like any other, '!'
+            end = self.single.ids[2][0]
+            ids = [i for i in ids[:ids.index(end) if end in ids else None] if i not in self.single.ids[0]]
         if not hasattr(self, '_decoder'): # without rules that Hugging Face does not know
             self._decoder = Tokenizer.from_str(json.dumps({**self._tokenizer, 'normalizer': None, 'pre_tokenizer': None, 'truncation': None, 'padding': None}))
         return self._decoder.decode(ids)
