@@ -82,10 +82,11 @@ def thread_pool(
     torch.set_num_threads(cores)
     return pool
 
-# %% ../../nbs/data/02a_loader.ipynb #0bc6b136
+# %% ../../nbs/data/02a_loader.ipynb #f0e8089f
 def _stop(batches: Iterator):
     "End the threads or processes behind an iterator now; a traceback that holds it would keep them for long."
-    getattr(batches, 'close', getattr(batches, '_shutdown_workers', bool))()
+    try: getattr(batches, 'close', getattr(batches, '_shutdown_workers', bool))()
+    except RuntimeError: pass  # a spawned worker that ends while its queue sends a batch aborts; it was to end anyway
 
 # %% ../../nbs/data/02a_loader.ipynb #665a5331
 class Loader(DataLoader):
