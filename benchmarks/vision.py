@@ -2,12 +2,14 @@
 
     python benchmarks/vision.py                     # one thread, then two; a table for each
     python benchmarks/vision.py --threads 1 --sides 500 2000 --rounds 15
+    python benchmarks/vision.py --peer dali=PYTHON --peer matxscript=PYTHON --peer opencv=PYTHON
 
 Photos are re-encoded as JPEG (quality 90) with a longest side of 500, 1,000, 2,000 and 4,000 pixels; the source is the data
 folder's `figures` and `images` where `MMEMBED_DATA` has them (enlarged where they are smaller), otherwise generated pictures. Every
 contender gets the bytes of a file and gives float32 (3, 224, 224), normalised. Contenders take turns within a round, files
 in the same order, and a figure is the median over rounds of the ratio to Pillow + torchvision in the same round, so that
-a noisy machine harms all alike. Peers that are not installed, or that do not run here, are listed as not run.
+a noisy machine harms all alike. Peers that want an environment of their own take part as processes that get the same files
+in turn (`benchmarks/peers/vision_peer.py` says how to make their environments); what is not there is listed as not run.
 """
 import argparse
 import io
@@ -15,8 +17,11 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +32,9 @@ from mmembed.core import as_bytes, quietly
 from mmembed.vision.pipeline import VisionPipeline
 
 MEAN, STD = VisionPipeline().spec()['mean'], VisionPipeline().spec()['std']
+
+
+NAMES = {'dali': 'NVIDIA DALI (CPU), a batch', 'matxscript': 'MATXScript, a batch', 'opencv': 'OpenCV, area, a batch'}
 
 
 def photos(side, n, seed=0):
@@ -97,56 +105,108 @@ def contenders():
         found['OpenCV, area'] = opencv
     except ImportError as e: missing['OpenCV, area'] = str(e)
 
-    missing['NVIDIA DALI (CPU)'] = 'not run: a pipeline of its own process model, compare apart'
-    missing['MATXScript'] = 'not run: needs an environment of its own (numpy < 2, torch 1.12 for its extension)'
     return found, missing
 
 
-def measure(found, files, rounds):
-    "Seconds a file of every contender in every round."
+class Peer:
+    "A contender in another environment: it is told a folder, and answers with its CPU and wall seconds"
+    def __init__(self, name, python, threads):
+        self.name, program = name, Path(__file__).resolve().parent/'peers'/'vision_peer.py'
+        self.process = subprocess.Popen([python, program, name, str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, text=True)
+
+    def __call__(self, folder):
+        "CPU and wall seconds for the folder; raises `RuntimeError` with what the peer said last."
+        try:
+            print(folder, file=self.process.stdin, flush=True)
+            return tuple(map(float, self.process.stdout.readline().split()[-2:]))
+        except (BrokenPipeError, ValueError):
+            raise RuntimeError((self.process.stderr.read().strip().splitlines() or ['no answer'])[-1]) from None
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(found, files, rounds, peers=()):
+    "Seconds a file of every contender in every round; peers that fail are left out, and said so."
+    folder = tempfile.TemporaryDirectory(prefix='photos_')
+    for i, b in enumerate(files): (Path(folder.name)/f'{i:04}.jpg').write_bytes(b)
+    ready = []
+    for peer in peers:
+        try:
+            peer(folder.name)
+            ready.append(peer)
+        except RuntimeError as e: print(f'not run: {peer.name}: {e}')
+    peers = {NAMES[p.name]: p for p in ready}
     for f in found.values():
         for b in files[:3] * 2:
             y = f(b)
             assert y.shape == (3, 224, 224) and y.dtype == torch.float32
-    seconds = {k: [] for k in found}
-    names = list(found)
+    names = [*found, *peers]
+    seconds, one = {k: [] for k in names}, torch.get_num_threads() == 1
     for r in range(rounds):
         for k in names[r % len(names):] + names[:r % len(names)]:
-            start = time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+            if k in peers:
+                seconds[k].append(peers[k](folder.name)[0 if one else 1] / len(files))
+                continue
+            start = time.process_time() if one else time.perf_counter()
             for b in files: found[k](b)
-            end = time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+            end = time.process_time() if one else time.perf_counter()
             seconds[k].append((end - start) / len(files))
     return seconds
 
 
-def parts(files, rounds=5):
-    "Where the time of one file goes, in milliseconds."
-    vp, out = VisionPipeline(), {k: [] for k in ('probe', 'decode (with probe)', 'transform', 'normalize')}
+def parts(files, rounds=9):
+    "Where the CPU time of a file goes, milliseconds; the operator's own part of decoding is `decode_jpeg`."
+    vp, op = VisionPipeline(), torch.ops.torchcodec_ns.decode_jpeg
+    xs = [as_bytes(b) for b in files]
+    rgb = [vp.decode(x) for x in xs]
+    levels = [vp.transform(x) for x in rgb]
+    stacked = [torch.stack([x]) for x in levels]
+    jobs = {'probe': (vp.probe, xs), 'decode_jpeg': (lambda x: op(x, 3), xs), 'transform': (vp.transform, rgb),
+            'stack': (lambda x: torch.stack([x]), levels), 'normalize': (vp.normalize, stacked)}
+    out = {k: [] for k in jobs}
     for _ in range(rounds):
-        for b in files:
-            x = as_bytes(b)
-            t = [time.perf_counter()]
-            vp.probe(x); t.append(time.perf_counter())
-            rgb = vp.decode(x); t.append(time.perf_counter())
-            y = vp.transform(rgb); t.append(time.perf_counter())
-            vp.normalize(y[None]); t.append(time.perf_counter())
-            for k, a, e in zip(out, t, t[1:]): out[k].append((e - a) * 1e3)
+        for k, (f, inputs) in jobs.items():
+            start = time.process_time()
+            for x in inputs: f(x)
+            out[k].append((time.process_time() - start) / len(files) * 1e3)
     return {k: statistics.median(v) for k, v in out.items()}
 
 
-def batches(files, rounds):
-    "A batch of 16 in the scripted module, one after the other and in parallel, milliseconds."
-    scripted = quietly(torch.jit.script, VisionPipeline())
-    xs = [as_bytes(b) for b in files][:16]
-    seconds = {False: [], True: []}
-    for p in (False, True):
-        for _ in range(3): scripted.preprocess_all(xs, p)
+def scaled(files, rounds=5):
+    "What decoding at an eighth to a half of the size would save, by Pillow's `draft`: milliseconds, and levels it is off."
+    vp, whole, draft, off = VisionPipeline(), [], [], []
     for _ in range(rounds):
-        for p in (False, True):
+        for b in files:
+            t = time.process_time()
+            full = Image.open(io.BytesIO(b)).convert('RGB')
+            whole.append(time.process_time() - t)
+            t = time.process_time()
+            image = Image.open(io.BytesIO(b))
+            image.draft('RGB', (448, 448))
+            image = image.convert('RGB')
+            draft.append(time.process_time() - t)
+            if len(off) < len(files): off.append(float((vp([image])[0] - vp([full])[0]).mul(vp.std).mul(255).abs().max()))
+    return statistics.median(whole) * 1e3, statistics.median(draft) * 1e3, max(off)
+
+
+def batches(files, rounds):
+    "A batch of 16 in the scripted module: one after the other, by `parallel`, by two Python threads; wall milliseconds."
+    scripted, pool = quietly(torch.jit.script, VisionPipeline()), ThreadPoolExecutor(2)
+    xs = [as_bytes(b) for b in files][:16]
+    ways = {'one after the other': lambda: scripted.preprocess_all(xs, False),
+            'parallel=True': lambda: scripted.preprocess_all(xs, True),
+            'two Python threads': lambda: torch.stack(list(pool.map(scripted.preprocess, xs)))}
+    seconds, want = {k: [] for k in ways}, scripted.preprocess_all(xs, False)
+    for f in ways.values(): assert all(torch.equal(f(), want) for _ in range(3))
+    for _ in range(rounds):
+        for k, f in ways.items():
             start = time.perf_counter()
-            scripted.preprocess_all(xs, p)
-            seconds[p].append((time.perf_counter() - start) * 1e3)
-    return statistics.median(seconds[False]), statistics.median(seconds[True])
+            f()
+            seconds[k].append((time.perf_counter() - start) * 1e3)
+    return {k: statistics.median(v) for k, v in seconds.items()}
 
 
 def main():
@@ -155,18 +215,22 @@ def main():
     p.add_argument('--threads', type=int, nargs='+', default=[1, 2])
     p.add_argument('--files', type=int, default=16)
     p.add_argument('--rounds', type=int, default=9)
+    p.add_argument('--peer', action='append', default=[], metavar='NAME=PYTHON', help=f'one of {", ".join(NAMES)}, and its interpreter')
     p.add_argument('--json', type=Path, help='write the figures here too')
     a = p.parse_args()
+    for o in a.peer:
+        if o.split('=')[0] not in NAMES or '=' not in o: p.error(f'--peer wants NAME=PYTHON with NAME one of {", ".join(NAMES)}, got {o!r}')
     found, missing = contenders()
     print(f'{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}')
     base, results = next(iter(found)), []
     for threads in a.threads:
         torch.set_num_threads(threads)
         if 'OpenCV, area' in found: __import__('cv2').setNumThreads(threads)
+        peers = [Peer(*o.split('=', 1), threads) for o in a.peer]
         for side in a.sides:
             n = max(a.files * 500 // side, 4) if side > 500 else a.files
             files = photos(side, n)
-            seconds = measure(found, files, a.rounds)
+            seconds = measure(found, files, a.rounds, peers)
             clock = 'CPU time' if threads == 1 else 'wall time'
             print(f'\n{side} px, {n} photos of {statistics.mean(map(len, files))/1e3:.0f} kB, {threads} thread{"s"*(threads > 1)}, {clock}')
             print(f'  {"":42}{"ms a photo":>11}{"times Pillow":>14}{"quartiles":>14}')
@@ -175,10 +239,14 @@ def main():
                 low, high = ratios[len(ratios)//4], ratios[-1 - len(ratios)//4]
                 print(f'  {k:42}{statistics.median(v)*1e3:11.2f}{statistics.median(ratios):14.2f}{low:8.2f}-{high:.2f}')
                 results.append(dict(side=side, threads=threads, name=k, ms=statistics.median(v)*1e3, ratio=statistics.median(ratios)))
-            print('  of mmembed, eager:', ', '.join(f'{k} {v:.2f} ms' for k, v in parts(files).items()))
+            print('  of mmembed, eager, CPU time:', ', '.join(f'{k} {v:.2f} ms' for k, v in parts(files).items()))
+            if threads == 1 and side >= 1000:
+                whole, draft, off = scaled(files)
+                print(f'  Pillow decodes a photo in {whole:.2f} ms, by draft for 448 px in {draft:.2f} ms, then up to {off:.0f} levels off')
+        for peer in peers: peer.close()
     torch.set_num_threads(1)
-    serial, parallel = batches(photos(500, 16), a.rounds)
-    print(f'\n16 photos of 500 px in one scripted call: one after the other {serial:.1f} ms, in parallel {parallel:.1f} ms')
+    print('\n16 photos of 500 px, scripted: ' + ', '.join(f'{k} {v:.1f} ms' for k, v in batches(photos(500, 16), a.rounds).items()))
+    for k in set(NAMES) - {o.split('=')[0] for o in a.peer}: print(f'not run: {NAMES[k]}: no --peer {k}=PYTHON')
     for k, v in missing.items(): print(f'not run: {k}: {v}')
     if a.json: a.json.write_text(json.dumps(results, indent=1))
 
