@@ -1,11 +1,14 @@
-"""Holds TextPipeline to `sentencepiece` on random strings, every code point, and (where present) the real corpora.
+"""Holds TextPipeline to `sentencepiece`, and to `tokenizers` for the same models as a tokenizer.json, on random strings, every code point, and (where
+present) the real corpora.
 
-    python benchmarks/fuzz_unigram.py --n 200000
+    python -m benchmarks.fuzz_unigram --n 200000
 
 learns unigram models (one of 32,000 pieces where the real texts are present, kept in build/), and prints a line a model and corpus: texts
 compared, texts whose ids differ. Exits 1 if any differ."""
 import argparse
+import functools
 import io
+import json
 import random
 import sys
 from pathlib import Path
@@ -13,6 +16,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from benchmarks import fuzz_text
 from mmembed.core import quietly
@@ -66,6 +70,52 @@ VARIANTS = {'byte fallback': {}, 'unknowns': dict(byte_fallback=False, character
             'user symbols': dict(user_defined_symbols=['[SEP]', '[sep', 'don', ' x', 'é', 'aa'])}
 
 
+def _converted(charsmap): return [*charsmap, normalizers.Strip(left=False), normalizers.Replace(Regex(' {2,}'), '▁')]
+
+
+def _canonical(charsmap):
+    return [normalizers.Lowercase(), normalizers.Replace(Regex(r'[!"\#\$%\&\'\(\)\*\+,\-\.:;=\?@\[\\\]\^_`\{\|\}\~]'), ''), normalizers.Replace(Regex(r'\s+'), ' '),
+            normalizers.Strip(), *charsmap]
+
+
+# as a tokenizer.json: (normalizers, given the charsmap's; pre-tokenizers; byte fallback)
+FILES = {'T5 of transformers 5': (list, [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()], False),
+         'converted': (_converted, [pre_tokenizers.Metaspace()], False), 'converted, bytes': (_converted, [pre_tokenizers.Metaspace()], True),
+         'lower-cased, no signs': (_canonical, [pre_tokenizers.Metaspace()], True),
+         'prefix first': (list, [pre_tokenizers.Metaspace(prepend_scheme='first')], False),
+         'no prefix, not split': (_converted, [pre_tokenizers.Metaspace(prepend_scheme='never', split=False)], True),
+         'white space only': (lambda c: [normalizers.Replace('a', 'bb'), *c], [pre_tokenizers.WhitespaceSplit()], True),
+         'no words': (lambda c: [*c, normalizers.Replace(' ', '▁')], [], True)}
+
+
+def as_file(model, kind):
+    "The SentencePiece model as `tokenizers` reads it from a tokenizer.json."
+    proto, (steps, splits, byte_fallback) = sentencepiece_model_pb2.ModelProto(), FILES[kind]
+    proto.ParseFromString(model)
+    pieces, charsmap = [(p.piece, p.score) for p in proto.pieces], proto.normalizer_spec.precompiled_charsmap
+    marks = ['<unk>', '<s>', '</s>', '<mask>']
+    numbers = {p: i for i, (p, _) in enumerate(pieces)}
+    pieces += [(m, 0.) for m in marks if m not in numbers]
+    tok = Tokenizer(models.Unigram(pieces, numbers['<unk>'], byte_fallback and '<0x00>' in numbers))
+    tok.normalizer = normalizers.Sequence(steps([normalizers.Precompiled(charsmap)] if charsmap else []))
+    if splits: tok.pre_tokenizer = pre_tokenizers.Sequence(splits) if len(splits) > 1 else splits[0]
+    tok.add_special_tokens([AddedToken(m, normalized=False, lstrip=m == '<mask>') for m in marks])
+    frame = [(m, tok.token_to_id(m)) for m in ('<s>', '</s>')]
+    tok.post_processor = processors.TemplateProcessing(single='<s> $A </s>', pair='<s> $A </s> </s> $B </s>', special_tokens=frame)
+    return Tokenizer.from_str(tok.to_str())  # a file's numbers are what the reference's parser makes of them
+
+
+def file_differences(tok, tokenize, texts, batch=1000): return fuzz_text.differences(tok, tokenize, texts, batch, max_length=1 << 20)
+
+
+def marked(n, seed=0):
+    "`n` strings with added tokens, signs that look like them, clusters and spaces of all kinds."
+    rng = random.Random(seed)
+    parts = ['<s>', '</s>', '<mask>', '<unk>', '＜unk＞', '＜s＞', '<0x41>', '▁', ' ', '  ', '\u3000', '\u200b', '\r\n', 'a', '☃', '\u2603\u200d\u00a9\u0301', 'ﬁ\u0308', 'e\u0301', 'e\u0301\u0301\u0301',
+             '가\u11a8', '\u1100\u1161', 'क\u094dष', '½\u0301', '🇩🇪🇫', '\u0600a', '\u0300', '\ufe0f', 'Å\u0327', '\u0e33', 'か\u3099', '\0', '\x01']
+    return [''.join(rng.choices(parts, k=rng.randrange(1, 10))) for _ in range(n)]
+
+
 def differences(model, tokenize, texts, batch=1000):
     "The texts (str or bytes) whose ids from `tokenize(data, offsets)` are not those of the SentencePiece model."
     sp = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -84,18 +134,30 @@ def main():
     sets = {'random strings': fuzz_text.random_texts(args.n, args.seed), 'broken UTF-8': fuzz_text.random_bytes(args.n // 4, args.seed),
             'code points': fuzz_text.code_points(), 'between letters': [f'a{c}b' for c in fuzz_text.code_points()]}
     if root.exists(): sets['real corpora'] = fuzz_text.corpus(root)
-    total = 0
+    total, marks = 0, marked(args.n // 4, args.seed)
+    def compare(name, find, tokenize, part):
+        wrong = 0
+        for what, texts in sets.items():
+            if part and what in ('code points', 'between letters', 'real corpora'): texts = texts[part % 7::7]
+            found = find(tokenize, texts, batch=20_000 if what in ('code points', 'between letters') else 1000)
+            wrong += len(found)
+            print(f'{name:24} {what:16} {len(texts):>9,} texts {len(found):>5} differ', *map(ascii, found[:3]), flush=True)
+        return wrong
     for k, (name, model) in enumerate(models.items()):
         scripted = quietly(torch.jit.script, TextPipeline.from_sentencepiece(model, max_length=1 << 20))
-        for what, texts in sets.items():
-            if k: texts = texts[k % 7::7]
-            wrong = differences(model, scripted.tokenize, texts, batch=20_000 if what in ('code points', 'between letters') else 1000)
-            total += len(wrong)
-            print(f'{name:24} {what:16} {len(texts):>9,} texts {len(wrong):>5} differ', *map(ascii, wrong[:3]), flush=True)
+        total += compare(name, functools.partial(differences, model), scripted.tokenize, k)
+    sets['marks, clusters'] = marks
+    for k, kind in enumerate(FILES):
+        tok = as_file(next(iter(models.values())), kind)
+        scripted = quietly(torch.jit.script, TextPipeline(json.loads(tok.to_str()), max_length=1 << 20))
+        total += compare(kind, functools.partial(file_differences, tok), scripted.tokenize, k)
     texts = wrong = 0
     for seed in range(args.n // 2000):
         model, strings = tied(seed + args.seed)
         found = differences(model, TextPipeline.from_sentencepiece(model, max_length=1 << 20).tokenize, strings)
+        texts, wrong = texts + len(strings), wrong + len(found)
+        tok = as_file(model, ('converted', 'white space only', 'no words')[seed % 3])
+        found = file_differences(tok, TextPipeline(json.loads(tok.to_str()), max_length=1 << 20).tokenize, strings)
         texts, wrong = texts + len(strings), wrong + len(found)
     print(f'{"tied scores":24} {"few letters":16} {texts:>9,} texts {wrong:>5} differ', flush=True)
     sys.exit(total + wrong > 0)

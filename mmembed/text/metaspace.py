@@ -254,9 +254,10 @@ class WordUnigram(Unigram):
         ids = torch.where(spells.index_select(0, place), byte, ids.index_select(0, run))
         return Pieces(ids, start.index_select(0, run), end.index_select(0, run), total.index_select(0, offsets))
 
-# %% ../../nbs/text/06c_metaspace.ipynb #53a3f73e
+# %% ../../nbs/text/06c_metaspace.ipynb #03e44017
 class StepFront(nn.Module):
     "Packed UTF-8 -> values, the first of each word flagged, added tokens marked, by the normalisers and the pre-tokenizer of a `tokenizer.json`."
+    shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
     def __init__(self,
         added: list[dict],          # a tokenizer.json's added_tokens
@@ -265,7 +266,7 @@ class StepFront(nn.Module):
     ):
         super().__init__()
         self.utf8 = Utf8()
-        self.added = AddedTokens(added) if added else NoTokens()
+        self.added, self.marks = AddedTokens(added) if added else NoTokens(), bool(added)
         self.steps = nn.ModuleList([*normalizer_steps(normalizer), WordStep(pre_tokenizer)])
 
     def forward(self, data: Tensor, offsets: Tensor, spans: bool) -> Located:
@@ -273,7 +274,7 @@ class StepFront(nn.Module):
         codes, begin = self.utf8(data, offsets)
         edges = ended(begin, data.numel())
         codes, kept = self.added(codes)
-        if kept.numel() > 0: edges = edges.index_select(0, kept)
+        if self.marks and (not self.shortcuts or kept.numel() > 0): edges = edges.index_select(0, kept)
         x = Located(codes.codes, codes.offsets, edges[:-1], edges[1:])
         for step in self.steps: x = step(x)
         return x
