@@ -42,7 +42,7 @@ def tokens_of(
     "The tokens of one row, special ones included, padding left out."
     return [text.token(i) for i in ids[mask > 0].tolist()]
 
-# %% ../nbs/40_show.ipynb #b5d73ec6
+# %% ../nbs/40_show.ipynb #7404a385
 class Seen(NamedTuple):
     "A batch and what is needed to look at it"
     batch: PairBatch           # or any batch with tokens, pixels and index
@@ -72,7 +72,8 @@ class Seen(NamedTuple):
                             f'display:inline-block">{escape(t)}</span>' for k, t in enumerate(tokens))
             label = f'<b>{escape(self.label(b))}</b><br>' if self.label(b) else ''
             cells += (f'<div style="width:220px;font-size:11px"><img width="210" alt="{escape(self.names[b])}" '
-                      f'src="{_png(x)}"><br>{label}{marks}<br><span style="opacity:.6">{escape(self.names[b])}</span></div>')
+                      f'src="{_png(x)}"><br>{label}{marks}<br>'
+                      f'<span style="opacity:.6">{escape(self.names[b])}</span></div>')
         b, _, h, w = self.batch.pixels.shape
         return (f'<b>{b} pairs</b>, {w} × {h} pixels, {self.batch.tokens.ids.shape[1]} tokens'
                 f'<div style="display:flex;flex-wrap:wrap;gap:8px">{cells}</div>')

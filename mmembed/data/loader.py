@@ -88,7 +88,7 @@ def _stop(batches: Iterator):
     try: getattr(batches, 'close', getattr(batches, '_shutdown_workers', bool))()
     except RuntimeError: pass  # a spawned worker that ends while its queue sends a batch aborts; it was to end anyway
 
-# %% ../../nbs/data/02a_loader.ipynb #665a5331
+# %% ../../nbs/data/02a_loader.ipynb #dc4055f6
 class Loader(DataLoader):
     "A `DataLoader` with workers that may be threads, a state, and no draw from torch's global generator"
     def __init__(self,
@@ -129,8 +129,8 @@ class Loader(DataLoader):
         if not self._saved or self._saved['epoch'] != self._epoch: return 0
         rows = self._saved['rows']
         if rows % per_batch or not hasattr(self.sampler, 'start'):
-            raise ValueError(f'cannot go on after {rows} rows of epoch {self._epoch} with batches of {per_batch}: resume '
-                             'with the batch size and the processes of the first run, or from the end of an epoch')
+            raise ValueError(f'cannot go on after {rows} rows of epoch {self._epoch} with batches of {per_batch}: '
+                             'resume with the batch size and processes of the first run, or from the end of an epoch')
         self.sampler.start = rows // per_batch * self.batch_size
         return rows // per_batch
 
