@@ -116,8 +116,9 @@ struct Options {
   int64_t batch_size = 64;    // rows that the towers see at once
 };
 
-inline bool image_ops_registered() {
-  return c10::Dispatcher::singleton().findSchema({"torchcodec_ns::decode_jpeg", ""}).has_value();
+inline bool image_ops_registered(bool heic = false) {
+  const char* name = heic ? "torchcodec_ns::decode_heic" : "torchcodec_ns::decode_jpeg";
+  return c10::Dispatcher::singleton().findSchema({name, ""}).has_value();
 }
 
 // Loads a library that lies beside libtorch_cpu.so, if there is one: programs link no more of libtorch than they must.
@@ -129,9 +130,9 @@ inline void load_beside(const char* library) {
 }
 
 // Registers torchcodec's image operators. Tried in turn: `path`, $MMEMBED_TORCHCODEC, the file found when this program
-// was built, the loader's own search path.
-inline void register_image_ops(const std::string& path = "") {
-  if (image_ops_registered()) return;
+// was built, the loader's own search path. The operator for HEIC lies in a library beside it, which wants libheif.
+inline void register_image_ops(const std::string& path = "", bool heic = false) {
+  if (image_ops_registered(heic)) return;
   load_beside("libtorch_cuda.so");  // the library of the CUDA wheels wants both
   load_beside("libtorch.so");
   std::vector<std::string> tries;
@@ -147,11 +148,14 @@ inline void register_image_ops(const std::string& path = "") {
     tries.push_back("libtorchcodec_image.so");
   }
   std::string why;
-  for (const auto& file : tries) {
-    if (dlopen(file.c_str(), RTLD_NOW | RTLD_GLOBAL) && image_ops_registered()) return;
+  for (auto file : tries) {
+    const size_t at = file.rfind("_image");
+    if (heic && at != std::string::npos) file.replace(at, 6, "_heic");
+    if (dlopen(file.c_str(), RTLD_NOW | RTLD_GLOBAL) && image_ops_registered(heic)) return;
     const char* message = dlerror();
     if (why.empty()) why = message ? message : file + " registers no image operators";
   }
+  if (heic) throw Error("this artifact decodes HEIC and needs libheif: apt install libheif1 (" + why + ")");
   throw Error("this artifact decodes image files and needs torchcodec's image operators: set MMEMBED_TORCHCODEC to "
               "libtorchcodec_image.so (in the Python package torchcodec), or export with decode=False (" + why + ")");
 }
@@ -185,7 +189,10 @@ class Embedder {
   explicit Embedder(const std::string& path, Options options = {})
       : options_(std::move(options)), card_(read_card(path)) {
     if (options_.batch_size < 1) throw Error("batch_size must be at least 1");
-    if (card_field(card_, "decode") == "true") register_image_ops(options_.torchcodec);
+    if (card_field(card_, "decode") == "true") {
+      register_image_ops(options_.torchcodec);
+      if (card_field(card_, "heic") == "true") register_image_ops(options_.torchcodec, true);
+    }
     if (options_.device.is_cuda()) load_beside("libtorch_cuda.so");
     if (options_.threads > 0) at::set_num_threads(options_.threads);
     torch::jit::getProfilingMode() = false;  // its recompilations make the first calls slow

@@ -48,9 +48,15 @@ def read_card(
                          'upgrade mmembed')
     return card
 
-# %% ../nbs/30_runtime.ipynb #bc498bea
-def register_image_ops():
+# %% ../nbs/30_runtime.ipynb #f5373b32
+def register_image_ops(
+    heic: bool = False, # the operator for HEIC too, which needs libheif
+):
     "Registers torchcodec's image operators in this process; raises `ImportError` when they cannot be found."
+    if heic:
+        register_image_ops()
+        from mmembed.vision.decode import load_heic
+        return load_heic()
     if hasattr(torch.ops.torchcodec_ns, 'decode_jpeg'): return
     spec = importlib.util.find_spec('torchcodec')
     if not spec: raise ImportError('this artifact decodes image files and needs torchcodec: pip install torchcodec, '
@@ -72,14 +78,15 @@ def reason(
     found = ([line for line in lines if re.search(kind, line)] or lines[:1])[-1]
     return re.sub(r'^\w+, /\S+:\d+, ', '', re.sub(kind, '', found))
 
-# %% ../nbs/30_runtime.ipynb #4da3c839
+# %% ../nbs/30_runtime.ipynb #99d66cc1
 def _as_image(item) -> Tensor: # uint8 (N,), a file, or uint8 (3, H, W), decoded RGB
     if isinstance(item, (bytes, bytearray, memoryview)): return as_bytes(item)
     if isinstance(item, (str, Path)): return read_bytes(item)
-    if isinstance(item, Tensor): return item.cpu()
+    if isinstance(item, Tensor): return _rgb_first(item.cpu())
     pil, np = sys.modules.get('PIL.Image'), sys.modules.get('numpy')
     if pil and isinstance(item, pil.Image): return _from_pil(item)
     if np and isinstance(item, np.ndarray):
+        if item.ndim == 3 and item.shape[2] not in (3, 4) and item.shape[0] == 3: item = item.transpose(1, 2, 0)
         if item.dtype != np.uint8 or item.ndim not in (2, 3) or item.shape[2:] not in ((), (3,), (4,)) or not item.size:
             raise ValueError('an array must be uint8 of shape (H, W), (H, W, 3) or (H, W, 4), '
                              f'got {item.dtype} {item.shape}')
@@ -87,6 +94,10 @@ def _as_image(item) -> Tensor: # uint8 (N,), a file, or uint8 (3, H, W), decoded
         from PIL import Image
         return _from_pil(Image.fromarray(item))
     raise TypeError(f'{type(item).__name__} is no image: pass bytes, a path, a uint8 tensor, a PIL image or an array')
+
+# %% ../nbs/30_runtime.ipynb #fbc51cce
+def _rgb_first(x: Tensor) -> Tensor: # (H, W, 3) to (3, H, W), if no other reading fits
+    return x.permute(2, 0, 1) if x.ndim == 3 and x.shape[0] != 3 and x.shape[2] == 3 else x
 
 # %% ../nbs/30_runtime.ipynb #e3885c7f
 def _from_pil(image) -> Tensor:
@@ -134,7 +145,7 @@ def join_tokens(
     wide = lambda x, value: torch.nn.functional.pad(x, (0, length - x.shape[1]), value=value)
     return Tokens(torch.cat([wide(b.ids, pad_id) for b in batches]), torch.cat([wide(b.mask, 0) for b in batches]))
 
-# %% ../nbs/30_runtime.ipynb #22d95ca8
+# %% ../nbs/30_runtime.ipynb #fd279cb5
 class Embedder:
     "An artifact, loaded: texts and images to embeddings, with a status for every item"
     def __init__(
@@ -150,7 +161,7 @@ class Embedder:
         self.device, self.batch_size = torch.device(device), batch_size
         if batch_size < 1: raise ValueError(f'batch_size must be at least 1, got {batch_size}')
         if threads is not None: torch.set_num_threads(threads)
-        if self.card.get('decode', True): register_image_ops()
+        if self.card.get('decode', True): register_image_ops(self.card.get('pixels', {}).get('heic', False))
         torch._C._jit_set_profiling_mode(False)  # process-wide; its recompilations make the first calls slow
         try: self.module = quietly(torch.jit.load, str(path), map_location=self.device).eval()
         except RuntimeError as e: raise ValueError(f'{path} cannot be loaded: {reason(e)}') from None

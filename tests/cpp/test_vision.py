@@ -82,3 +82,13 @@ def test_real_files(cli, artifact):
 def test_photos(cli, artifact):
     rows = share(data_path('figures', 'pairs.jsonl').read_text().splitlines()[::20], artifact)
     assert compare(cli, artifact, [read_bytes(data_path('figures', json.loads(r)['image'])) for r in rows]) == (len(rows), 0)
+
+
+def test_heic(cli, tmp_path):
+    from ..vision.coded import HEIC, HEIC_ALPHA
+    from ..vision.test_heic import missing
+    if missing: pytest.skip(missing)
+    vp = VisionPipeline(size=32, heic=True)
+    model = DualEncoder(TextTransformer(tiny.pipelines()[0], width=32, depth=1, heads=2), ConvNet(vp, channels=(8,), width=32), dim=8).eval()
+    export(model, tmp_path/'model.pt', fresh=False, cpp=False)
+    assert compare(cli, (tmp_path/'model.pt', vp), [HEIC, FILES['jpeg'], HEIC_ALPHA, HEIC[:200]]) == (3, 1)
