@@ -8,10 +8,11 @@ Docs: https://mmembed.github.io/mmembed/text/segment.html.md"""
 __all__ = ['HAN', 'LETTER', 'DIGIT', 'DOT', 'PERCENT', 'SIGN', 'OTHER', 'read_jieba', 'kinds', 'WordStates', 'Segmenter',
            'SegmentedWords', 'Utf8Front', 'segmented_family']
 
-# %% ../../nbs/text/08_segment.ipynb #e60eaaf9
+# %% ../../nbs/text/08_segment.ipynb #80d93d81
 import base64
 import json
 import math
+import re
 import zlib
 
 import numpy as np
@@ -25,11 +26,24 @@ from .viterbi import lattice, trace, trie, uncrossed, walk
 from .wordpiece import Pieces
 from .words import WordTable
 
-# %% ../../nbs/text/08_segment.ipynb #e18c1e75
-def _pack(text: str) -> str: return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+# %% ../../nbs/text/08_segment.ipynb #153dc9d1
+def _pack(text: str) -> str: return base64.b64encode(zlib.compress(text.encode(), 4)).decode()
 def _unpack(text: str) -> str: return zlib.decompress(base64.b64decode(text)).decode()
 
-# %% ../../nbs/text/08_segment.ipynb #cba1ed06
+# %% ../../nbs/text/08_segment.ipynb #52035d9d
+def _counted(lines: list[str]) -> list[str]:
+    "`word count` of each line; no list a line, which Python's garbage collector would look through."
+    found = re.findall(r'^(\S+ [0-9]+)(?: .*)?$', '\n'.join(lines), re.M)
+    if len(found) == sum(map(bool, lines)): return found
+    out = []
+    for k, line in enumerate(lines):
+        parts = line.strip().split(' ')
+        if parts == ['']: continue
+        if len(parts) < 2 or not parts[1].isdecimal(): raise ValueError(f'line {k + 1} of the dictionary is no word with a count: {line[:40]!r}')
+        out.append(' '.join(parts[:2]))
+    return out
+
+# %% ../../nbs/text/08_segment.ipynb #1c500e1d
 def read_jieba(
     dictionary: str | None = None, # lines `word count ...`, as in a jieba dictionary; jieba's own by default
     hmm: bool = True,              # whether unknown words are guessed at, as `jieba.cut(text, HMM=True)` does
@@ -38,13 +52,7 @@ def read_jieba(
     if dictionary is None:
         import jieba
         dictionary = jieba.get_module_res('dict.txt').read().decode()
-    lines = []
-    for k, line in enumerate(dictionary.split('\n')):
-        parts = line.strip().split(' ')
-        if parts == ['']: continue
-        if len(parts) < 2 or not parts[1].isdigit(): raise ValueError(f'line {k + 1} of the dictionary is no word with a count: {line[:40]!r}')
-        lines.append(' '.join(parts[:2]))
-    spec = dict(dictionary=_pack('\n'.join(lines)), hmm=None)
+    spec = dict(dictionary=_pack('\n'.join(_counted(dictionary.split('\n')))), hmm=None)
     if hmm:
         from jieba import finalseg
         spec['hmm'] = _pack(json.dumps(dict(start=finalseg.start_P, trans=finalseg.trans_P, emit=finalseg.emit_P), sort_keys=True))
@@ -113,7 +121,7 @@ class WordStates(nn.Module):
             if t > 0: state = torch.cat([came[t - 1].gather(1, now[:, None]).flatten(), state[n:]])
         return ends
 
-# %% ../../nbs/text/08_segment.ipynb #5d6f32f3
+# %% ../../nbs/text/08_segment.ipynb #f80b71c7
 class Segmenter(nn.Module):
     "Cuts each row into words, exactly as `jieba.cut` does (0.42.1). Nothing is dropped: the words of a row, joined, are the row."
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
@@ -122,12 +130,14 @@ class Segmenter(nn.Module):
         spec: dict, # from `read_jieba`
     ):
         super().__init__()
-        lines = [line.split(' ') for line in _unpack(spec['dictionary']).split('\n') if line]
-        count = {w: int(c) for w, c in lines}  # of a word that is listed twice the last count holds, but the total has both
-        total = math.log(sum(int(c) for _, c in lines))
+        parts = _unpack(spec['dictionary']).replace('\n', ' ').split(' ')
+        listed = list(map(int, parts[1::2]))
+        count = dict(zip(parts[::2], listed))  # of a word that is listed twice the last count holds, but the total has both
+        total = math.log(sum(listed))
         words = [w for w, c in count.items() if c]
-        self.trie, self.none = trie([[ord(c) for c in w] for w in words]), len(words) + 1
-        scores = [math.log(count[w]) - total for w in words] + [math.log(1) - total]
+        self.trie, self.none = trie(words), len(words) + 1
+        log = {c: math.log(c) - total for c in {1, *count.values()} - {0}}
+        scores = [log[count[w]] for w in words] + [log[1]]
         self.worst, self.short = max(map(abs, scores)), 500  # a longer segment is left to the exact walk
         self.register_buffer('score', torch.tensor([*scores, float('-inf')], dtype=torch.float64))
         self.kind = PageTable(kinds())

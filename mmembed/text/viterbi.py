@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .tables import VocabTable
 
-# %% ../../nbs/text/06a_viterbi.ipynb #126426e9
+# %% ../../nbs/text/06a_viterbi.ipynb #8a51fb97
 class Automaton(nn.Module):
     "A graph whose paths spell entries: finds all that begin at given places. Values and nodes are below 2**21 and 2**42; the root is node 1."
     MIX = 0x9E3779B97F4A7C15  # odd, so a product with it keeps keys distinct; the golden ratio's digits
@@ -24,9 +24,11 @@ class Automaton(nn.Module):
         code: np.ndarray,  # integers (E,): the value that it reads
         child: np.ndarray, # integers (E,): where it ends
         entry: np.ndarray, # integers (nodes,): what is spelt on arriving at each node, or -1
+        depth: int | None = None, # the length of the longest path from the root, where it is known
     ):
         super().__init__()
-        self.mix, self.depth = self.MIX - (1 << 64), self._longest(np.asarray(node), np.asarray(child))
+        self.mix = self.MIX - (1 << 64)
+        self.depth = self._longest(np.asarray(node), np.asarray(child)) if depth is None else depth
         keys = torch.from_numpy(np.asarray(node, np.int64) << 21 | np.asarray(code, np.int64))
         self.edges = VocabTable(keys * self.mix, torch.from_numpy(np.asarray(child, np.int64)))
         self.register_buffer('entry', torch.from_numpy(np.asarray(entry, np.int64)))
@@ -56,15 +58,17 @@ class Automaton(nn.Module):
         while len(here): here, steps = np.unique(child[np.isin(node, here)]), steps + 1
         return steps
 
-# %% ../../nbs/text/06a_viterbi.ipynb #f290fa4e
+# %% ../../nbs/text/06a_viterbi.ipynb #ec765c57
 def trie(
-    strings: list[list[int]], # distinct, none empty; numbered in this order
+    strings: list[list[int]] | list[str], # distinct, none empty; numbered in this order
 ) -> Automaton:
     "The automaton that spells these strings. Raises `ValueError` if two are equal."
     sizes = np.array([len(s) for s in strings], np.int64)
     longest = max(sizes.tolist(), default=0)
     codes = np.zeros((len(strings), longest), np.int64)
-    codes[np.arange(longest) < sizes[:, None]] = [c for s in strings for c in s]
+    if strings and isinstance(strings[0], str): flat = np.frombuffer(''.join(strings).encode('utf-32-le', 'surrogatepass'), np.uint32)
+    else: flat = [c for s in strings for c in s]
+    codes[np.arange(longest) < sizes[:, None]] = flat
     node, nodes = np.ones(len(strings), np.int64), 2
     keys, entry = [np.zeros(0, np.int64)], [np.full(2, -1)]
     for depth in range(longest):
@@ -78,7 +82,7 @@ def trie(
         nodes += len(key)
     keys, entry = np.concatenate(keys), np.concatenate(entry)
     if (entry >= 0).sum() != len(strings): raise ValueError('two entries of the trie are equal')
-    return Automaton(keys >> 21, keys & 0x1FFFFF, np.arange(2, nodes), entry)
+    return Automaton(keys >> 21, keys & 0x1FFFFF, np.arange(2, nodes), entry, longest)
 
 # %% ../../nbs/text/06a_viterbi.ipynb #ea49edfb
 def lattice(
