@@ -153,7 +153,7 @@ def _char_step(spec: dict) -> CharStep:
     pattern = spec['pattern']
     return CharStep(*probe_normalizer(normalizers.Replace(pattern['String'] if 'String' in pattern else Regex(pattern['Regex']), spec['content'])))
 
-# %% ../../nbs/text/06c_metaspace.ipynb #bc21d4fd
+# %% ../../nbs/text/06c_metaspace.ipynb #4dd9e858
 class WordStep(nn.Module):
     "Values -> values in which the first of each word is flagged: `WhitespaceSplit`, `Metaspace`, both in this order, or none."
 
@@ -192,8 +192,8 @@ class WordStep(nn.Module):
         total = nn.functional.pad(count.cumsum(0), (1, 0))
         extra = (torch.arange(owner.numel(), device=owner.device) == total.index_select(0, owner)) & bare.index_select(0, owner)
         first = extra | (head & ~bare).index_select(0, owner)
-        codes, begin = torch.where(extra, self.mark, codes.index_select(0, owner)), x.begin.index_select(0, owner)
-        return Located(torch.where(first, codes | self.flag, codes), total.index_select(0, x.offsets), begin, torch.where(extra, begin, x.end.index_select(0, owner)))
+        codes = torch.where(extra, self.mark, codes.index_select(0, owner))  # with the bytes of what it stands before
+        return Located(torch.where(first, codes | self.flag, codes), total.index_select(0, x.offsets), x.begin.index_select(0, owner), x.end.index_select(0, owner))
 
     def _opens(self, head: Tensor, offsets: Tensor) -> Tensor:
         "Which places are the first of their row: bool (M,)."
@@ -254,7 +254,7 @@ class WordUnigram(Unigram):
         ids = torch.where(spells.index_select(0, place), byte, ids.index_select(0, run))
         return Pieces(ids, start.index_select(0, run), end.index_select(0, run), total.index_select(0, offsets))
 
-# %% ../../nbs/text/06c_metaspace.ipynb #03e44017
+# %% ../../nbs/text/06c_metaspace.ipynb #a0501041
 class StepFront(nn.Module):
     "Packed UTF-8 -> values, the first of each word flagged, added tokens marked, by the normalisers and the pre-tokenizer of a `tokenizer.json`."
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
@@ -270,7 +270,8 @@ class StepFront(nn.Module):
         self.steps = nn.ModuleList([*normalizer_steps(normalizer), WordStep(pre_tokenizer)])
 
     def forward(self, data: Tensor, offsets: Tensor, spans: bool) -> Located:
-        "uint8 (N,), int64 (B+1,) -> values, with the bytes of each."
+        """uint8 (N,), int64 (B+1,) -> values, with the bytes of each: of a whole cluster or run of spaces that became one value (Hugging Face's offsets
+        then name one character of it)."""
         codes, begin = self.utf8(data, offsets)
         edges = ended(begin, data.numel())
         codes, kept = self.added(codes)
