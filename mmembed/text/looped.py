@@ -49,9 +49,9 @@ class LoopedWordPiece(WordPiece):
         nth = before.index_select(0, first) - before.index_select(0, start.index_select(0, word))
         return word, nth, first, length.index_select(0, first), found.index_select(0, first)
 
-# %% ../../nbs/text/10_looped.ipynb #0d1a0eeb
+# %% ../../nbs/text/10_looped.ipynb #a18c106f
 class Listed(nn.Module):
-    "A short list of strings, looked for at given places; an operator a character compares with all of them."
+    "A short list of strings, looked for at given places; each of their characters is compared with all of them at once."
 
     def __init__(self,
         strings: list[list[int]], # as values, none negative
