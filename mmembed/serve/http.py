@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/serve/http.html.md"""
 # %% auto #0
 __all__ = ['app']
 
-# %% ../../nbs/serve/07_http.ipynb #5ef8fd88
+# %% ../../nbs/serve/07_http.ipynb #00d968aa
 import asyncio
 
 import numpy as np
@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect
 from fastapi.responses import Response
 from pydantic import TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from .edge import Edge, Gone, attended
 from .engine import Busy, Item, Unfit
@@ -23,7 +24,7 @@ from .service import Service
 from .wire import (ClassifyRequest, EmbeddingRequest, RankRequest, ReloadRequest, SearchRequest, StreamRequest, answered,
                                 few, made_by, misfit, problem, ranked, reply, rows, run, timing, to_item, vector)
 
-# %% ../../nbs/serve/07_http.ipynb #e6ba84cb
+# %% ../../nbs/serve/07_http.ipynb #6c90523a
 def app(service: Service) -> Edge:
     "The ASGI application of `service`."
     api = FastAPI(title='mmembed', version='1', description='Embeddings of texts and images by an exported file, one status an item.')
@@ -181,6 +182,7 @@ def app(service: Service) -> Edge:
     async def busy(request, e): return problem(429, str(e), Retry_After=f'{max(1, round(e.retry))}')
     @api.exception_handler(Unfit)
     async def unfit(request, e): return problem(503, str(e), Retry_After='2')
+    @api.exception_handler(ClientDisconnect)
     @api.exception_handler(Gone)
     async def gone(request, e): return problem(499, 'the client has gone')
 
@@ -223,7 +225,7 @@ async def _form(request: Request, config) -> list[Item]:
     if not out: raise HTTPException(422, 'the form has no parts')
     return out
 
-# %% ../../nbs/serve/07_http.ipynb #bcf29cad
+# %% ../../nbs/serve/07_http.ipynb #dad269e4
 async def _stream(service: Service, socket: WebSocket, window: int = 16):
     await socket.accept()
     room, tasks, count = asyncio.Semaphore(window), set(), 0
@@ -243,7 +245,7 @@ async def _stream(service: Service, socket: WebSocket, window: int = 16):
                 items = await run(service, items, span=socket.state.span)
                 socket.state.seen['items'] += len(items)
                 out = dict(id=rid, artifact=made_by(items, service), data=rows(items, **how))
-            except ValidationError as e: out = dict(id=rid, error=dict(code=422, message=misfit(e).detail))
+            except ValidationError as e: out = dict(id=rid, error=dict(code=misfit(e).status_code, message=misfit(e).detail))
             except HTTPException as e: out = dict(id=rid, error=dict(code=e.status_code, message=e.detail))
             except Busy as e: out = dict(id=rid, error=dict(code=429, message=str(e), retry_after=round(e.retry, 1)))
             except Unfit as e: out = dict(id=rid, error=dict(code=503, message=str(e)))

@@ -17,6 +17,8 @@ from mmembed.serve.lane import Job, Lane
 
 from ..export import tiny
 
+FILES = cases.images()
+
 
 @functools.cache
 def embedder(): return Embedder(tiny.artifact())
@@ -38,7 +40,7 @@ def ask(engine, items, **kw):
 
 def test_every_case_has_the_embedders_answer(engine):
     "All texts, and all image files, good and broken, in one request each: status, reason and embedding are the Embedder's."
-    emb, texts, files = embedder(), cases.texts(), list(cases.images().values())
+    emb, texts, files = embedder(), cases.texts(), list(FILES.values())
     got = ask(engine, [Item('text', t) for t in texts])
     assert torch.allclose(torch.tensor(np.stack([i.value for i in got])), emb.encode_text(texts), atol=1e-5)
     want = emb.encode_image(files, on_error='flag')
@@ -51,7 +53,7 @@ def test_deterministic_is_the_embedder_bit_by_bit():
     "Whatever the traffic: requests of random sizes at random times, with broken files among them."
     emb = Embedder(tiny.artifact(), batch_size=4, deterministic=True)
     engine, rng = Engine(Embedder(tiny.artifact(), batch_size=4, deterministic=True), Options(wait=.001)), random.Random(0)
-    texts, files = cases.texts(), list(cases.images().values())
+    texts, files = cases.texts(), list(FILES.values())
     pool = [('text', t, v) for t, v in zip(texts, emb.encode_text(texts).numpy())]
     for f, ok, v in zip(files, *emb.encode_image(files, on_error='flag')[1::-1]): pool.append(('image', f, v.numpy() if ok else None))
     jobs = []
@@ -92,7 +94,7 @@ def test_wrong_kinds_of_data_fail_alone(engine):
 
 def test_pixels_are_limited_by_the_header():
     engine = Engine(embedder(), Options(max_pixels=100))
-    [item] = ask(engine, [Item('image', cases.images()['quality 75.jpg'])])
+    [item] = ask(engine, [Item('image', FILES['quality 75.jpg'])])
     assert item.status == 'invalid' and 'takes up to 100' in item.error and engine.close()
 
 
@@ -163,7 +165,7 @@ def test_a_dead_worker_or_no_memory_ends_the_engine(error):
     engine = Engine(embedder(), on_unfit=told.append)
     def dies(items): raise error
     engine._tower = dies
-    items = ask(engine, [Item('text', 'a'), Item('image', cases.images()['RGB.png'])])
+    items = ask(engine, [Item('text', 'a'), Item('image', FILES['RGB.png'])])
     assert {i.status for i in items} == {'unavailable'} and len(told) == 1 and engine.health() == told[0]
     with pytest.raises(Unfit): engine.submit([Item('text', 'a')], None)
 
@@ -180,7 +182,7 @@ def test_a_stuck_worker_is_seen():
 
 def test_closing_answers_what_was_admitted(engine):
     done = [Future() for _ in range(30)]
-    for f in done: engine.submit([Item('text', 'a'), Item('image', cases.images()['RGB.png'])], f.set_result)
+    for f in done: engine.submit([Item('text', 'a'), Item('image', FILES['RGB.png'])], f.set_result)
     assert engine.close(30)
     assert {i.status for f in done for i in f.result(0).items} == {'ok'}
     with pytest.raises(Unfit): engine.submit([Item('text', 'a')], None)
@@ -188,7 +190,7 @@ def test_closing_answers_what_was_admitted(engine):
 
 def test_storm(engine):
     "Threads that submit, cancel and let expire: every job is answered once, nothing is left behind, good answers are right."
-    files, counts, lock = cases.images(), {}, threading.Lock()
+    files, counts, lock = FILES, {}, threading.Lock()
     emb = embedder()
     want = {f: emb.encode_image([f])[0].numpy() for f in (files['RGB.png'], files['quality 75.jpg'])} | {t: emb.encode_text([t])[0].numpy() for t in ('a', 'a red circle')}
     jobs = []
