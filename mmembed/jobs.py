@@ -134,7 +134,7 @@ class Prepared(NamedTuple):
     levels: Tensor | None # uint8 (good, 3, H, W)
     tokens: Tokens | None # of the good rows
 
-# %% ../nbs/40_jobs.ipynb #d5749b19
+# %% ../nbs/40_jobs.ipynb #f55ef0e3
 def _prepare(embedder: Embedder, source: Source, job: Job, rows: range) -> Prepared:
     names, kept, errors, levels, texts = [], {k: [] for k in job.keep}, [], [], []
     for i in rows:
@@ -156,7 +156,7 @@ def _prepare(embedder: Embedder, source: Source, job: Job, rows: range) -> Prepa
 
 def _readable(text: str) -> str:
     "Text that UTF-8 can hold: what a file's name may have besides becomes U+FFFD."
-    return text.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace') if not text.isascii() else text
+    return text if text.isascii() else text.encode('utf-8', 'surrogatepass').decode('utf-8', 'replace')
 
 def _or_empty(source: Source, column: str, i: int) -> str:
     try: return _readable(getattr(source, column)(i))
@@ -171,7 +171,7 @@ def _ahead(pool, prepare, batches: Iterator[range], most: int) -> Iterator[Prepa
         if len(waiting) > most: yield waiting.popleft().result()
     while waiting: yield waiting.popleft().result()
 
-# %% ../nbs/40_jobs.ipynb #536e1e81
+# %% ../nbs/40_jobs.ipynb #d6056895
 def _table(job: Job, batches: list[tuple[Prepared, dict[str, Tensor]]]):
     import pyarrow as pa
     ready = [b for b, _ in batches]
@@ -186,7 +186,7 @@ def _table(job: Job, batches: list[tuple[Prepared, dict[str, Tensor]]]):
         good = [v[side] for _, v in batches if side in v]
         if good: values[~torch.tensor(bad)] = to_precision(torch.cat(good), job.precision)
         flat = pa.array(values.flatten().numpy())
-        columns[side] = pa.FixedSizeListArray.from_arrays(flat, width, mask=pa.array(bad, pa.bool_()))
+        columns[f'{side}_vector'] = pa.FixedSizeListArray.from_arrays(flat, width, mask=pa.array(bad, pa.bool_()))
     columns['error'] = pa.array([e for b in ready for e in b.errors], pa.string())
     return pa.table(columns)
 
@@ -314,7 +314,7 @@ def read_job(
         raise ValueError(f'{folder} is not finished: {len(missing)} of {job.shards()} files are missing; run it again')
     return job
 
-# %% ../nbs/40_jobs.ipynb #e7a27f0f
+# %% ../nbs/40_jobs.ipynb #e87ec7c7
 def load_vectors(
     folder: str | Path,      # where `embed` wrote
     side: str | None = None, # 'image' or 'text'; None: the one there is
@@ -327,9 +327,9 @@ def load_vectors(
     if side not in _sides(job): raise ValueError(f'{folder} has vectors of {job.what}, not of {side}')
     ids, parts, ok = [], [], []
     for k in range(job.shards()):
-        table = pq.read_table(Path(folder)/job.file(k), columns=['id', side])
+        table = pq.read_table(Path(folder)/job.file(k), columns=['id', f'{side}_vector'])
         ids += table['id'].to_pylist()
-        column = table[side].combine_chunks()
+        column = table[f'{side}_vector'].combine_chunks()
         good = torch.from_numpy(pc.is_valid(column).to_numpy(zero_copy_only=False).copy())
         flat = torch.from_numpy(column.drop_null().flatten().to_numpy(zero_copy_only=False).copy())
         values = torch.zeros(len(good), column.type.list_size, dtype=flat.dtype)
