@@ -39,7 +39,7 @@ def split_runs(
     first = torch.zeros(n + 1, dtype=torch.int64, device=x.codes.device).index_fill_(0, start + 1, 1)
     return Words(start, end.index_select(0, keep), first.cumsum(0).index_select(0, x.offsets))
 
-# %% ../../nbs/text/07_words.ipynb #1ee80444
+# %% ../../nbs/text/07_words.ipynb #0571901e
 def word_rules(
     normalizer: dict | None, # of a tokenizer.json: none, Lowercase or BertNormalizer
     splitter: str,           # its pre_tokenizer: Whitespace, WhitespaceSplit or BertPreTokenizer
@@ -52,6 +52,7 @@ def word_rules(
     if kind == 'BertNormalizer':
         flags = tuple(normalizer[k] for k in ('clean_text', 'handle_chinese_chars', 'strip_accents', 'lowercase'))
         base = bert_rules(*flags)
+        if splitter == 'BertPreTokenizer': return base
     elif kind not in (None, 'Lowercase'): refuse('normalizer', kind, 'none, Lowercase, BertNormalizer')
     else:
         lower = probed('lower', lambda: dict(zip(('counts', 'images'), probe_normalizer(normalizers.Lowercase()))))
@@ -60,7 +61,8 @@ def word_rules(
         base = CharRules(*((lower['counts'], lower['images']) if kind else (counts, np.flatnonzero(counts))), None, None, None)
     classes = probed(f'split-{splitter}', lambda: dict(classes=_probe_runs(kinds[splitter]())))['classes']
     if kind == 'BertNormalizer' and flags[1]:  # CJK characters are set between spaces
-        classes = np.where(base.classes != bert_rules(flags[0], False, *flags[2:]).classes, ALONE, classes)
+        spaced = probed('cjk', lambda: dict(counts=probe_normalizer(normalizers.BertNormalizer(False, True, False, False))[0]))['counts']
+        classes = np.where(spaced > 1, ALONE, classes)
     return base._replace(classes=classes)
 
 # %% ../../nbs/text/07_words.ipynb #b7755618
