@@ -90,7 +90,7 @@ def test_transform_on_a_gpu():
     files = [FILES['jpeg'], FILES['png-rgba'], as_image(picture(500, 333))]
     cpu, gpu = VisionPipeline(size=64, resize='float'), VisionPipeline(size=64, resize='float').to('cuda')
     a, b = cpu.preprocess_all(files, False), gpu.preprocess_all(files, False)
-    assert b.is_cuda and gpu(files).is_cuda and (a.int() - b.cpu().int()).abs().max() <= 1
+    assert b.is_cuda and gpu(files).is_cuda and (a.int() - b.cpu().int()).abs().max() <= 2
     assert VisionPipeline(size=64).to('cuda')(files).is_cuda  # transformed on the CPU, normalised on the GPU
 
 
@@ -154,12 +154,13 @@ def test_transform_of_real_photos_is_open_clips():
     from open_clip.transform import PreprocessCfg, image_transform_v2
     rows = data_path('figures', 'pairs.jsonl').read_text().splitlines()
     theirs = image_transform_v2(PreprocessCfg(), is_train=False)
-    fast, exact = VisionPipeline(), VisionPipeline(resize='pillow')
+    fast, exact, in_floats = VisionPipeline(), VisionPipeline(resize='pillow'), VisionPipeline(resize='float')
     differ = total = 0
     for row in rows[::10]:
         path = data_path('figures', json.loads(row)['image'])
         want = levels_of(theirs, fast, Image.open(path))
         assert torch.equal(exact.preprocess(read_bytes(path)), want), path
+        assert (in_floats.preprocess(read_bytes(path)).int() - want.int()).abs().max() <= 2, path
         difference = (fast.preprocess(read_bytes(path)).int() - want.int()).abs()
         assert difference.max() <= 2, path
         differ, total = differ + int((difference > 0).sum()), total + difference.numel()
