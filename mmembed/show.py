@@ -86,18 +86,18 @@ def _png(x: Tensor) -> str:
     Image.fromarray(x.permute(1, 2, 0).numpy()).save(out, 'PNG')
     return 'data:image/png;base64,' + base64.b64encode(out.getvalue()).decode()
 
-# %% ../nbs/40_show.ipynb #219a6b28
+# %% ../nbs/40_show.ipynb #74c0a6d2
 def look(
     data: PairData,          # with its pipelines, or under a trainer
     n: int = 8,              # pairs
     training: bool = True,   # the first training rows with their crops; False: of validation
     epoch: int = 0,          # whose crops
 ) -> Seen:
-    "The first rows as training sees them; raises `ValueError` for a row that cannot be read."
+    "The first rows as training sees them; raises `ValueError` for a row that is left out because it cannot be read."
     part = data.train if training else data.valid
     rows = data.rows(part, training)
     batch, failed = data.collate()([rows[epoch, i] for i in range(min(n, len(part)))])
-    if failed: raise ValueError(f'{part.name(failed[0][0])}: {failed[0][1]}')
+    if len(batch.index) < min(n, len(part)): raise ValueError(f'{part.name(failed[0][0])}: {failed[0][1]}')
     names = [part.name(i) for i in batch.index.tolist()]
     return Seen(batch, *data.pipelines(), names, list(getattr(data, 'classes', [])))
 

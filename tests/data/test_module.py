@@ -1,8 +1,11 @@
 "The data module: batches are the pipelines' own, repeatable in any worker, and a broken image costs one row."
 import multiprocessing
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 
 from mmembed.core import PairBatch, Tokens
 from mmembed.data.module import Ledger, PairData, Shuffle, Shuffled
@@ -140,6 +143,41 @@ def test_shuffled_captions(scenes, pipelines):
     assert sorted(texts) == sorted(scenes.text(i) for i in range(60)) and texts != [scenes.text(i) for i in range(60)]
     assert data.train.image(4).equal(scenes.image(4)) and isinstance(data.train, Shuffled)
     assert [data.valid.text(i) for i in range(20)] == [scenes.text(60 + i) for i in range(20)]  # validation is left as it is
+
+
+@pytest.mark.parametrize('workers, kind', [(0, 'processes'), (2, 'threads')])
+def test_ranks_share_the_data(scenes, pipelines, workers, kind):
+    def rank(r, world, batch_size, n):
+        data = PairData(source=Scenes(train=60, valid=n), batch_size=batch_size, workers=workers, worker_type=kind, **pipelines)
+        data.trainer = SimpleNamespace(global_rank=r, world_size=world)
+        return data
+    whole = list(rank(0, 1, 8, 17).train_dataloader())
+    parts = [list(rank(r, 2, 4, 17).train_dataloader()) for r in (0, 1)]
+    assert [len(p) for p in parts] == [7, 7] == [len(whole)]*2
+    for one, *both in zip(whole, *parts, strict=True):
+        pixels = {int(i): x for b in both for i, x in zip(b.index, b.pixels)}
+        assert set(one.index.tolist()) == set(pixels) and all(pixels[int(i)].equal(x) for i, x in zip(one.index, one.pixels))
+    valid = [list(rank(r, 2, 8, 17).val_dataloader()) for r in (0, 1)]  # 9 and 8 rows: batches of 8 would be 2 and 1
+    assert len(valid[0]) == len(valid[1])
+    assert sorted(i for part in valid for b in part for i in b.index.tolist()) == list(range(17))
+
+
+def test_overfitting_goes_on_without_shuffling(scenes, pipelines, tmp_path):
+    seen = []
+    class Steps(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(()))
+        def training_step(self, batch, _):
+            seen.append(batch.index.tolist())
+            return self.w * batch.pixels.mean()
+        def configure_optimizers(self): return torch.optim.SGD(self.parameters(), 0.1)
+    data = PairData(source=Broken(train=20, valid=10), batch_size=4, workers=2, worker_type='threads', **pipelines)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        Trainer(max_epochs=2, overfit_batches=2, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                enable_model_summary=False, default_root_dir=tmp_path).fit(Steps(), data)
+    assert seen == [[0, 1, 3], [4, 5, 6]]*2 and set(data.ledger) == {'scene train 2', 'scene train 7'}
 
 
 def test_small_data_is_not_dropped(pipelines):
