@@ -227,6 +227,7 @@ def test_show_and_html():
     for options in PIPELINES.values():
         vp = VisionPipeline(**options)
         figure = vp.show(FILES['jpeg'])
+        assert len(figure.axes[0].patches) == (4 if vp.resize_mode == 'shortest' else 0)  # the margins that are cut away
         assert figure.axes[1].get_images()[0].get_array().shape == (*vp.size, 3)
         assert f'{vp.size[0]} x {vp.size[1]}' in vp._repr_html_()
         import matplotlib.pyplot as plt
@@ -251,8 +252,25 @@ def test_everything_that_holds_a_picture():
     png = saved(rgb, 'PNG')
     same = [rgb, hwc, torch.from_numpy(hwc), torch.from_numpy(hwc).permute(2, 0, 1), png, png.numpy().tobytes(), bytearray(png.numpy())]
     for x in same: assert torch.equal(vp([x]), want)
+    for x in [hwc.transpose(2, 0, 1), np.asfortranarray(hwc), hwc[:, ::-1][:, ::-1]]: assert torch.equal(vp([x]), want)
     gray = np.array(rgb.convert('L'))
     assert torch.equal(vp([gray]), vp([rgb.convert('L')])) and torch.equal(vp([gray[..., None]]), vp([gray]))
+
+
+def test_where_a_shape_can_be_read_both_ways():
+    both = np.arange(45, dtype=np.uint8).reshape(3, 5, 3)
+    assert torch.equal(as_image(both), torch.from_numpy(both).permute(2, 0, 1))  # an array is (H, W, C)
+    assert torch.equal(as_image(torch.from_numpy(both)), torch.from_numpy(both))  # a tensor is (C, H, W)
+
+
+def test_the_embedder_reads_pictures_the_same_way():
+    from mmembed.runtime import load
+    from ..export import tiny
+    emb, vp, rgb = load(tiny.artifact()), tiny.pipelines()[1], picture(50, 40)
+    hwc, both = np.array(rgb), np.arange(45, dtype=np.uint8).reshape(3, 5, 3)
+    forms = [rgb, hwc, hwc.transpose(2, 0, 1), torch.from_numpy(hwc), torch.from_numpy(hwc).permute(2, 0, 1), both, torch.from_numpy(both),
+             rgb.convert('L'), np.array(rgb.convert('L')), FILES['png-rgba'], opened(FILES['png-rgba']), opened(FILES['jpeg-exif'])]
+    for x in forms: assert torch.equal(emb.preprocess(x), vp.preprocess(as_image(x)))
 
 
 def test_a_picture_opened_by_pillow_is_the_file(tmp_path, file):
