@@ -34,19 +34,19 @@ class LabelCollate(Collate):
         labels = {r.index: r.label for r in rows}
         return LabelBatch(*batch, torch.tensor([labels[i] for i in batch.index.tolist()], dtype=torch.int64)), failed
 
-# %% ../../nbs/data/04_labels.ipynb #65ca0a01
+# %% ../../nbs/data/04_labels.ipynb #de3751c3
 class Matches(Part):
     "Each row of a source once as it is, and some times to be paired with the caption of another"
     def __init__(self,
         source: Source,        # whose rows match
         mismatches: int = 1,   # for each row
-        near: float = 1.0,     # share of the mismatches whose caption is of the same group
+        near: float = 1.0,     # share of the mismatches whose caption is of a row that is alike
         seed: int = 0,         # of the choice
     ):
         super().__init__(source, [i for i in range(len(source)) for _ in range(1 + mismatches)])
         self.times, self.near, self.seed = 1 + mismatches, near, seed
         self.members: dict[str, list[int]] = {}
-        for i in range(len(source)): self.members.setdefault(source.group(i), []).append(i)
+        for i in range(len(source)): self.members.setdefault(source.near(i), []).append(i)
 
     def label(self, i: int) -> str: return 'mismatch' if i % self.times else 'match'
 
@@ -58,7 +58,7 @@ class Matches(Part):
         own = self.rows[i]
         if i % self.times == 0: return self.source.text(own), 1
         rng = random.Random(hash((self.seed, epoch, i)))
-        near = self.members[self.source.group(own)] if rng.random() < self.near else []
+        near = self.members[self.source.near(own)] if rng.random() < self.near else []
         for rows in (near, range(len(self.source))):
             for other in _some(rows, rng):
                 if self._differs(own, other): return self.source.text(other), 0
@@ -76,14 +76,14 @@ def _some(rows: list[int] | range, rng: random.Random, most: int = 64):
     start = rng.randrange(n) if n else 0
     for k in range(n): yield rows[(start + k) % n]
 
-# %% ../../nbs/data/04_labels.ipynb #926bdea4
+# %% ../../nbs/data/04_labels.ipynb #7bf7fc20
 class MatchData(PairData):
     "Batches of texts and images that belong together (label 1) or not (label 0), for a `PairClassifier`"
     classes = ['mismatch', 'match']
 
     def __init__(self,
         mismatches: int = 1,  # for each matching pair
-        near: float = 1.0,    # share of the mismatches that are of the same group (`split_key`)
+        near: float = 1.0,    # share of the mismatches from rows alike: `near_key`, else `split_key`
         **options,            # as `PairData` takes them
     ):
         "Raises `ValueError` for numbers that make no sense, and what `PairData` raises."

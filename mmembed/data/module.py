@@ -128,7 +128,7 @@ class Shuffled(Part):
 
     def text(self, i: int) -> str: return self.source.text(self.dealt[i])
 
-# %% ../../nbs/data/03_module.ipynb #6b681e3a
+# %% ../../nbs/data/03_module.ipynb #20874c23
 class PairData(LightningDataModule):
     "Batches of matching texts and images from any source, through the model's own pipelines"
     def __init__(self,
@@ -138,6 +138,7 @@ class PairData(LightningDataModule):
         text_key: str | None = 'text',                  # column of `path` that holds captions; None: made from labels
         label_key: str | None = None,                   # column of `path` that holds a class
         templates: list[str] | None = None,             # of captions for `text_key: null`, with {} for the class
+        near_key: str | None = None,                    # column of `path`: `MatchData`'s wrong captions have it equal
         split_key: str | None = None,                   # column of `path`: equal values stay on one side of the split
         image_root: str | None = None,                  # where image paths begin; the folder of `path` by default
         valid_share: float = 0.1,                       # share of the groups kept for validation
@@ -163,7 +164,7 @@ class PairData(LightningDataModule):
         if not 0 < valid_share < 1: raise ValueError(f'valid_share must be between 0 and 1, got {valid_share}')
         if path is not None:
             more = {'templates': templates} if templates else {}
-            source = PairsFile(path, image_key, text_key, split_key, image_root, label_key, **more)
+            source = PairsFile(path, image_key, text_key, split_key, image_root, label_key, near_key=near_key, **more)
         self.source = source
         self.batch_size, self.workers = batch_size, workers
         self.worker_type, self.start_method = worker_type, start_method

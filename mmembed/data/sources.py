@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from ..core import read_bytes, settings
 
-# %% ../../nbs/data/01_sources.ipynb #a9be3c59
+# %% ../../nbs/data/01_sources.ipynb #d3a7680f
 class Source(Dataset):
     "Rows of raw caption text and raw image file; a new source writes `__len__`, `text` and `image`"
     def __len__(self) -> int: raise NotImplementedError
@@ -48,6 +48,12 @@ class Source(Dataset):
     ) -> str:
         "Rows of the same group stay on the same side of `split`."
         return self.name(i)
+
+    def near(self,
+        i: int, # row
+    ) -> str:
+        "Rows of the same value are alike: `MatchData` takes its wrong captions from there. The group by default."
+        return self.group(i)
 
     def kind(self,
         i: int, # row
@@ -89,7 +95,7 @@ def _reason(e: Exception) -> str:
     lines = str(e).strip().splitlines() or [type(e).__name__]
     return re.sub(r'^.*\.(cpp|h):\d+, ', '', lines[-1])
 
-# %% ../../nbs/data/01_sources.ipynb #ee0ccfa0
+# %% ../../nbs/data/01_sources.ipynb #c264945a
 class Part(Source):
     "Some rows of a source, as a source"
     def __init__(self,
@@ -102,6 +108,7 @@ class Part(Source):
     def image(self, i: int) -> Tensor: return self.source.image(self.rows[i])
     def name(self, i: int) -> str: return self.source.name(self.rows[i])
     def group(self, i: int) -> str: return self.source.group(self.rows[i])
+    def near(self, i: int) -> str: return self.source.near(self.rows[i])
     def kind(self, i: int) -> str: return self.source.kind(self.rows[i])
     def label(self, i: int) -> str: return self.source.label(self.rows[i])
     def __repr__(self): return f'{len(self)} of {self.source!r}'
@@ -162,7 +169,7 @@ def _parquet(path: Path, keys: list[str]) -> Iterator[tuple[str, dict]]:
 def _no_column(where, key: str, names) -> ValueError:
     return ValueError(f'{where}: no column {key!r}; there are: {", ".join(map(str, names))}')
 
-# %% ../../nbs/data/01_sources.ipynb #3eac566c
+# %% ../../nbs/data/01_sources.ipynb #001739a2
 class PairsFile(Source):
     "The pairs that a JSONL, CSV, TSV or Parquet file lists"
     def __init__(self,
@@ -173,6 +180,7 @@ class PairsFile(Source):
         image_root: str | Path | None = None, # where the image paths begin; the folder of `path` by default
         label_key: str | None = None,         # column that holds a class
         templates: list[str] | tuple = ('a photo of a {}',), # captions for `text_key=None`
+        near_key: str | None = None,          # column whose equal values are alike (see `Source.near`)
     ):
         """Raises `FileNotFoundError` for a missing file or image, `ValueError` for what cannot be read, naming the
         line, for a missing column, listing those there are, and for an empty table."""
@@ -185,8 +193,10 @@ class PairsFile(Source):
         self.texts: list[str] | None = [] if text_key else None
         self.groups: list[str] | None = [] if split_key else None
         self.labels: list[str] | None = [] if label_key else None
+        self.alike: list[str] | None = [] if near_key else None
         self.places: list[str] = []
-        try: self._read(image_key, [(text_key, self.texts), (split_key, self.groups), (label_key, self.labels)])
+        columns = [(text_key, self.texts), (split_key, self.groups), (label_key, self.labels), (near_key, self.alike)]
+        try: self._read(image_key, columns)
         except UnicodeDecodeError as e: raise ValueError(f'{self.path} is not UTF-8: {e}') from None
         if not self.images: raise ValueError(f'{self.path} holds no pairs')
         self._check_images()
@@ -204,7 +214,7 @@ class PairsFile(Source):
         for place, row in self._rows(list(dict.fromkeys(keys))):
             for k, column in columns:
                 if k not in row: raise _no_column(f'{self.path}, {place}', k, row)
-                if column is self.groups or column is self.labels: column.append(str(row[k]))
+                if column is not self.images and column is not self.texts: column.append(str(row[k]))
                 elif isinstance(row[k], str): column.append(row[k])
                 else:
                     kind = type(row[k]).__name__
@@ -226,6 +236,7 @@ class PairsFile(Source):
 
     def name(self, i: int) -> str: return self.images[i]
     def group(self, i: int) -> str: return self.groups[i] if self.groups is not None else self.images[i]
+    def near(self, i: int) -> str: return self.alike[i] if self.alike is not None else self.group(i)
     def label(self, i: int) -> str: return self.labels[i] if self.labels is not None else ''
     def __repr__(self): return f'{len(self)} pairs of {self.path.name}'
 

@@ -126,16 +126,18 @@ def test_mistakes(scenes, tmp_path):
     with pytest.raises(ValueError, match="has a single class, 'scene'"): LabelData(source=One(train=4, valid=4))
 
 
-def test_figures_mismatch_within_their_section():
-    source = PairsFile(data_path('figures', 'pairs.jsonl'), text_key='alt', split_key='section')
+@pytest.mark.parametrize('near_key', [None, 'book'])
+def test_figures_mismatch_within_their_section_or_book(near_key):
+    source = PairsFile(data_path('figures', 'pairs.jsonl'), text_key='alt', split_key='section', near_key=near_key)
     _, valid = source.split(0.2)
     matches = Matches(valid)
     of = {}
-    for i in range(len(valid)): of.setdefault(valid.group(i), set()).add(valid.text(i))
+    for i in range(len(valid)): of.setdefault(valid.near(i), set()).add(valid.text(i))
     alone = wrong = 0
     for i in range(1, len(matches), 2):
         text, label = matches.pair(0, i)
         wrong += text == valid.text(i // 2)
-        alone += text not in of[valid.group(i // 2)]
+        alone += text not in of[valid.near(i // 2)]
         assert label == 0
-    assert wrong == 0 and alone == sum(len(of[valid.group(i)]) == 1 for i in range(len(valid))) > 0
+    assert wrong == 0 and alone == sum(len(of[valid.near(i)]) == 1 for i in range(len(valid)))
+    assert (alone > 0) == (near_key is None) and len(of) == len({valid.near(i) for i in range(len(valid))})

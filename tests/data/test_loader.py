@@ -181,6 +181,7 @@ def test_lightning_goes_on_where_it_stopped(tmp_path, kind):
     assert len(whole) == 15
     for step in (2, 5, 8):  # in the first epoch, at its end, in the second
         assert fit(tmp_path/f'step={step}.ckpt') == whole[step:]
+    assert not mine()
 
 
 def test_it_is_a_data_loader():
