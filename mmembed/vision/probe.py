@@ -355,7 +355,7 @@ def sniff(data: Tensor) -> str:
     if first >> 8 == 0x3C2164 or first >> 8 == 0x3C2144 or first == 0x3C68746D: return 'HTML'
     return ''
 
-# %% ../../nbs/vision/01_probe.ipynb #461fa7ab
+# %% ../../nbs/vision/01_probe.ipynb #f8c67978
 def scan(
     data: Tensor,       # uint8 (N,): a file
     max_pixels: int,    # refuse more than this
@@ -372,7 +372,7 @@ def scan(
     elif format == 'avif': h = scan_boxes(data, format)
     elif format == 'HEIC' and heic: h = scan_boxes(data, 'heic')
     elif format == '': return refused('', 'not an image file that is known here')
-    elif format == 'HEIC': return refused('', 'HEIC is decoded only with heic=True, which needs libheif; use JPEG')
+    elif format == 'HEIC': return refused('', 'HEIC is not decoded without heic=True, which needs libheif; or use JPEG')
     else: return refused('', f'{format} is not decoded here; use JPEG, PNG, WebP, GIF or AVIF')
     i, error = h.info, h.info.error
     format = i.format

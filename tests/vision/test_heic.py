@@ -23,7 +23,7 @@ with_libheif = pytest.mark.skipif(bool(missing), reason=missing)
 
 
 def test_without_asking_it_is_an_error_that_says_so():
-    assert probe(HEIC).error == 'HEIC is decoded only with heic=True, which needs libheif; use JPEG'
+    assert probe(HEIC).error == 'HEIC is not decoded without heic=True, which needs libheif; or use JPEG'
     with pytest.raises(ValueError, match='heic=True'): VisionPipeline(size=32)([HEIC])
 
 

@@ -96,7 +96,7 @@ def png_of(width, height):
     (as_bytes(b'GIF89a'), 'GIF without an image'),
     (as_bytes(b'RIFF\0\0\0\0WEBP'), 'WebP without a size'),
     (as_bytes(b'\0\0\0\x0cftypavif'), 'AVIF without a size'),
-    (as_bytes(b'\0\0\0\x18ftypheic\0\0\0\0mif1heic'), 'HEIC is not decoded'),
+    (as_bytes(b'\0\0\0\x18ftypheic\0\0\0\0mif1heic'), 'HEIC is not decoded without heic=True'),
     (png_of(100_000, 100_000), 'more than max_pixels'),
     (png_of(0, 5), 'png of 0 x 5'),
     (torch.zeros(3, 4, 5, dtype=torch.uint8), '1-D uint8'),
