@@ -53,7 +53,7 @@ def as_image(
     if image.shape[0] == 1: return image.expand(3, -1, -1)
     return opaque(image, alpha) if image.shape[0] == 4 else image
 
-# %% ../../nbs/vision/05_pipeline.ipynb #391c249c
+# %% ../../nbs/vision/05_pipeline.ipynb #8693df22
 class VisionPipeline(nn.Module):
     """Image files or decoded RGB to `float32 (B, 3, H, W)`.
 
@@ -151,7 +151,7 @@ class VisionPipeline(nn.Module):
 
     @torch.jit.export
     def normalize(self, levels: Tensor) -> Tensor:
-        "uint8 (B, 3, H, W) to `dtype`: / 255, - mean, / std in float32, as torchvision does it; 'uint8' stays as it is."
+        "uint8 (B, 3, H, W) to `dtype`: / 255, - mean, / std in float32, as torchvision does it; 'uint8' stays."
         if self.dtype == 'uint8': return levels
         x = levels.to(torch.float32, memory_format=torch.contiguous_format)
         x = x.div_(255).sub_(self.mean).div_(self.std)
@@ -164,8 +164,8 @@ class VisionPipeline(nn.Module):
 
         Scripted, `parallel` spreads the batch over torch's inter-op threads, for C++ hosts. Not in a forked process,
         such as a DataLoader worker: those threads did not survive the fork, and the call would wait for ever. In
-        Python, threads that call `preprocess` serve better: a Python program that ends right after a parallel call may
-        abort, since a thread of torch's that lets go of a tensor then wants the interpreter that has just ended."""
+        Python, threads that call `preprocess` serve better: a program that ends right after a parallel call may abort,
+        since a thread of torch's that lets go of a tensor then wants the interpreter that has just ended."""
         levels: List[Tensor] = []
         if not torch.jit.is_scripting(): levels = self._levels(images)
         elif parallel and len(images) > 1:
