@@ -80,13 +80,14 @@ class Collate:
         pixels = self.vision.normalize(torch.stack([r.levels for r in good]) if good else none)
         return PairBatch(tokens, pixels, torch.tensor([r.index for r in good], dtype=torch.int64)), failed
 
-# %% ../../nbs/data/03_module.ipynb #892f709c
+# %% ../../nbs/data/03_module.ipynb #e9d65657
 class Ledger(dict):
     "What was skipped, or replaced: {name: reason}"
     done = 'skipped'  # with an unreadable image
     def __str__(self):
         if not self: return f'nothing was {self.done}'
-        what = f'{len(self)} images could not be read and were' if len(self) > 1 else '1 image could not be read and was'
+        n = len(self)
+        what = f'{n} images could not be read and were' if n > 1 else '1 image could not be read and was'
         lines = [f'{what} {self.done}:']
         lines += [f'  {name}: {reason}' for name, reason in list(self.items())[:20]]
         return '\n'.join(lines + ([f'  and {len(self) - 20} more'] if len(self) > 20 else []))
