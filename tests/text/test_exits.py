@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks.fuzz_bpe import bpe_texts, clip_tokenizer
-from benchmarks.fuzz_exits import AWKWARD, FAMILIES, LONG, differing, exits, learnt, uncased
+from benchmarks.fuzz_exits import AWKWARD, FAMILIES, LONG, differing, exits, learnt, uncased, words
 from benchmarks.fuzz_text import bert_tokenizer, code_points, corpus, random_bytes, random_texts
 from mmembed.core import pack
 from mmembed.text.bpe import BytePairs, byte_letters
@@ -90,10 +90,10 @@ def test_clip_rules_without_shortcuts():
 
 
 def test_fixed_length():
-    tp = TextPipeline(uncased(), max_length=16, pad_to=0).eval()
-    ids, mask = export_program(tp).module()(*pack(['a word']))
+    tp = TextPipeline(words(), max_length=16, pad_to=0).eval()
+    ids, mask = export_program(tp).module()(*pack(['a b']))
     assert ids.shape == mask.shape == (1, 16)
-    assert torch.equal(ids, tp(['a word']).ids)
+    assert torch.equal(ids, tp(['a b']).ids)
 
 
 def test_a_collision_does_not_deceive():
