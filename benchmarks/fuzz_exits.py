@@ -72,6 +72,21 @@ FAMILIES = {  # name -> the pipeline
     'GPT-2 style': lambda: TextPipeline(json.loads(gpt2_tokenizer(random_texts(400, seed=5) + ['unaffable words'] * 9, 3000, prefix=True).to_str()), max_length=3000)}
 
 
+def lattices():
+    "Families whose references are packages of their own: the models of `fuzz_unigram`, as a .model and as a tokenizer.json, and jieba's words."
+    import jieba
+    from benchmarks import fuzz_segment, fuzz_unigram
+    def model():
+        real, cache = data_root()/'text', Path(__file__).resolve().parents[1]/'build'
+        return fuzz_unigram.multilingual(real, cache) if real.exists() else fuzz_unigram.learn(fuzz_unigram.LINES)
+    def chinese(hmm):
+        words = sorted({w for t in fuzz_segment.random_texts(2000, seed=3) for w in jieba.lcut(t)})
+        return TextPipeline.from_jieba({w: i for i, w in enumerate(['[PAD]', '[UNK]', *words])}, max_length=3000, hmm=hmm)
+    return {'sentencepiece': lambda: TextPipeline.from_sentencepiece(model(), max_length=3000),
+        'Unigram, tokenizer.json': lambda: TextPipeline(json.loads(fuzz_unigram.as_file(model(), 'converted, bytes').to_str()), max_length=3000),
+        'jieba, HMM=False': lambda: chinese(False), 'jieba, HMM=True': lambda: chinese(True)}
+
+
 def onnx_runner(path):
     "An ONNX file as a function (data, offsets) -> (ids, mask)."
     import onnxruntime
@@ -114,7 +129,7 @@ def main():
         'code points': code_points(), 'between letters': [f'a{c}b' for c in code_points(7)]}
     if root.exists(): sets['real corpora'] = corpus(root)
     total = 0
-    for name, make in FAMILIES.items():
+    for name, make in {**FAMILIES, **lattices()}.items():
         if args.only not in name: continue
         tp, began = make().eval(), time.perf_counter()
         with tempfile.TemporaryDirectory() as d:
