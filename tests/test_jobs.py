@@ -236,14 +236,14 @@ def test_a_mistake_in_a_source_names_the_row(model, tmp_path):
     assert len(list(tmp_path.glob('part-*'))) == 1  # the rows before it are there
 
 
-def test_all_rows_broken_and_no_rows(model, tmp_path):
+def test_all_rows_broken(model, tmp_path):
     class Gone(Scenes):
         def image(self, i): raise OSError('gone')
     assert embed(model, Gone(train=5, valid=0), tmp_path/'a').failed == 5
     assert not load_vectors(tmp_path/'a').ok.any() and load_vectors(tmp_path/'a').vectors.shape == (5, 12)
 
 
-def test_open_source(tmp_path, source):
+def test_open_source(tmp_path, source, monkeypatch):
     import io
     import tarfile
     for i in range(3): (tmp_path/f'{i}.jpg').write_bytes(bytes(source.image(i).tolist()))
@@ -256,6 +256,9 @@ def test_open_source(tmp_path, source):
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     assert [open_source(tmp_path).name(i) for i in range(4)] == ['0.jpg', '1.jpg', '2.jpg', 'deep/3.PNG']
+    monkeypatch.setattr('sys.stdin', io.StringIO(f'{tmp_path}/1.jpg\n\n{tmp_path}/0.jpg\n'))
+    listed = open_source('-')
+    assert [listed.name(i) for i in range(2)] == [f'{tmp_path}/{n}.jpg' for n in (1, 0)] and listed.image(0).equal(source.image(1))
     assert open_source(tmp_path/'t.csv')[0][0] == 'a cat' and isinstance(open_source(f'{tmp_path}/s.tar'), Shards)
     with pytest.raises(FileNotFoundError, match='no such file'): open_source(tmp_path/'nowhere')
     with pytest.raises(FileNotFoundError, match='no data set no/where'): open_source('hf:no/where')
@@ -265,6 +268,7 @@ def test_mistakes(model, source, tmp_path):
     for kw, message in [(dict(what='sound'), "what must be 'image', 'text' or 'both', got 'sound'"), (dict(precision='int4'), "got 'int4'"),
                         (dict(keep=['price']), 'keep knows text, label and group, got price'), (dict(threads=0), 'at least 1, got 8192 and 0')]:
         with pytest.raises(ValueError, match=message): embed(model, source, tmp_path, **kw)
+    with pytest.raises(ValueError, match='holds no rows'): embed(model, Scenes(train=0, valid=0), tmp_path)
     with pytest.raises(FileNotFoundError, match='holds no embeddings'): load_vectors(tmp_path)
     embed(model, Scenes(train=3, valid=0), tmp_path, what='text')
     with pytest.raises(ValueError, match='has vectors of text, not of image'): load_vectors(tmp_path, 'image')

@@ -67,6 +67,19 @@ def test_going_on_in_the_middle_of_an_epoch(kind, at):
     assert again.state_dict() == {'epoch': 3, 'rows': 24}
 
 
+@pytest.mark.parametrize('kind', [dict(threads=2), dict(num_workers=2, persistent_workers=True)], ids=str)
+def test_passes_given_up_half_way_change_nothing(kind):
+    loader, plain = make(**kind), make()
+    for epoch in range(3):  # as Trainer(limit_train_batches=2) does it
+        for l in (loader, plain): l.sampler.set_epoch(epoch)
+        batches = iter(loader)
+        assert rows([next(batches), next(batches)]) == rows(plain)[:2]
+        del batches
+    loader.sampler.set_epoch(3)
+    plain.sampler.set_epoch(3)
+    assert rows(loader) == rows(plain)
+
+
 def test_a_given_up_pass_leaves_no_thread():
     batches = iter(make(threads=3))
     next(batches)
