@@ -80,14 +80,18 @@ class ServiceError(Exception):
         super().__init__(f'{status}: {message}' if status else message)
         self.status, self.retry = status, retry  # retry: seconds, where trying again may help
 
-# %% ../../nbs/serve/11_client.ipynb #fdf974bc
+# %% ../../nbs/serve/11_client.ipynb #9a457d46
 class _Http:
     "Requests by HTTP"
     def __init__(self, client):
         import httpx2
         self.c, self.h = client, httpx2
+        verify = client.verify
+        if isinstance(verify, (str, Path)):
+            import ssl
+            verify = ssl.create_default_context(cafile=str(verify))
         head = {'authorization': f'Bearer {client.api_key}'} if client.api_key else {}
-        self.http = httpx2.AsyncClient(base_url=client.url, headers=head, timeout=client.timeout, verify=client.verify,
+        self.http = httpx2.AsyncClient(base_url=client.url, headers=head, timeout=client.timeout, verify=verify,
                                        limits=httpx2.Limits(max_connections=256, max_keepalive_connections=64))
 
     async def ask(self, path, body=None):

@@ -28,7 +28,7 @@ from .engine import Options
 from .http import app
 from .service import Config, Service
 
-# %% ../../nbs/serve/10_server.ipynb #d1ff5126
+# %% ../../nbs/serve/10_server.ipynb #f52729b8
 class Protocol(HttpToolsProtocol):
     "uvicorn's HTTP, with a limit on the time and the size of a request's head"
     head_seconds, head_bytes = 30., 64 << 10
@@ -58,6 +58,19 @@ class Protocol(HttpToolsProtocol):
         if self._head:
             self._head += len(data)
             if self._head > self.head_bytes: self.transport.close()
+
+    def shutdown(self):
+        super().shutdown()
+        self._end()
+
+    def on_response_complete(self):
+        super().on_response_complete()
+        self._end()
+
+    def _end(self): # a client that ignores the end of TLS would keep us here for half a minute
+        if not self.transport.is_closing(): return
+        if self.transport.get_write_buffer_size(): self.loop.call_later(1, self._end)
+        else: self.loop.call_later(1, self.transport.abort)
 
 # %% ../../nbs/serve/10_server.ipynb #5966ad87
 class _Server(uvicorn.Server):

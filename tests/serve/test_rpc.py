@@ -1,0 +1,143 @@
+"""gRPC through real sockets: streams, statuses, health, reflection, the Open Inference Protocol, and bytes that are no messages."""
+import asyncio
+import random
+import struct
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from mmembed.export import cases
+from mmembed.runtime import load
+from mmembed.serve import protos
+from mmembed.serve.protos import message, methods
+
+from ..export import tiny
+
+FILES = cases.images()
+OURS, V2 = 'mmembed.v1.Embedding', 'inference.GRPCInferenceService'
+Item, Encode, Rank, Infer = (message(n) for n in ('mmembed.v1.Item', 'mmembed.v1.EncodeRequest', 'mmembed.v1.RankRequest', 'inference.ModelInferRequest'))
+
+
+@pytest.fixture(scope='module')
+def emb(): return load(tiny.artifact())
+
+
+@pytest.fixture(scope='module')
+def channel(server):
+    with grpc.insecure_channel(server.grpc.removeprefix('grpc://')) as c: yield c
+
+
+def call(channel, name, service=OURS):
+    q, a, many, _ = methods(service)[name]
+    return (channel.stream_stream if many else channel.unary_unary)(f'/{service}/{name}', q.SerializeToString, a.FromString)
+
+
+def code(f, *args, **kw):
+    with pytest.raises(grpc.RpcError) as e: f(*args, **kw)
+    return e.value.code().name
+
+
+def test_the_compiled_description_is_in_step():
+    assert (protos.folder()/'compiled.binpb').read_bytes() == protos.compiled()
+
+
+def test_every_text_and_file(channel, emb):
+    texts, files = [t if isinstance(t, bytes) else t.encode('utf-8', 'surrogatepass') for t in cases.texts()], list(FILES.values())
+    want = emb.encode_image(files, on_error='flag')
+    mixed = [(Item(text_utf8=t), v, '') for t, v in zip(texts, emb.encode_text(texts))] + [(Item(image=f), v, e) for f, v, e in zip(files, want.embedding, want.errors)]
+    def requests():
+        for k in range(0, len(mixed), 20): yield Encode(id=str(k), items=[m[0] for m in mixed[k:k+20]])
+    count = 0
+    for answer in call(channel, 'EncodeStream')(requests(), timeout=60):
+        for r, (_, v, e) in zip(answer.results, mixed[int(answer.id):], strict=False):
+            assert (r.error, r.status) == (e, 2 if e else 1)
+            if not e: assert np.allclose(np.frombuffer(r.embedding, '<f4'), v, atol=1e-5)
+            count += 1
+    assert count == len(mixed)
+
+
+def test_statuses(channel):
+    encode = call(channel, 'Encode')
+    assert code(encode, Encode()) == 'INVALID_ARGUMENT' and code(encode, Encode(items=[Item(text='a')], dimensions=25)) == 'INVALID_ARGUMENT'
+    assert code(encode, Encode(items=[Item(text='a')] * 65)) == 'INVALID_ARGUMENT' and code(encode, Encode(items=[Item(image=bytes(3 << 20))])) == 'RESOURCE_EXHAUSTED'
+    assert code(encode, Encode(items=[Item(text='a')] * 60), timeout=.0005) == 'DEADLINE_EXCEEDED'
+    assert [r.status for r in encode(Encode(items=[Item(), Item(text='a'), Item(image=b'')])).results] == [2, 1, 2]
+    cut = encode(Encode(items=[Item(text='a')], dimensions=5)).results[0]
+    assert len(cut.embedding) == 20 and abs(np.linalg.norm(np.frombuffer(cut.embedding, '<f4')) - 1) < 1e-5
+    assert code(call(channel, 'Rank'), Rank(query=Item(text='a'), candidates=[Item(text='b')])) == 'INVALID_ARGUMENT'
+
+
+def test_rank(channel, emb):
+    texts, images = ['a red circle', 'a blue square', 'x'], [FILES['RGB.png'], FILES['quality 75.jpg']]
+    score = emb.score(texts, images).numpy()
+    r = call(channel, 'Rank')(Rank(query=Item(image=images[1]), candidates=[Item(text=t) for t in texts]))
+    assert [x.index for x in r.results] == list(np.argsort(-score[:, 1])) and np.allclose([x.score for x in r.results], np.sort(score[:, 1])[::-1], atol=1e-4)
+    answers = list(call(channel, 'RankStream')(iter([Rank(id='1', query=Item(text='a'), candidates=[Item(image=images[0])], top_k=1), Rank(id='2')])))
+    assert {a.id: len(a.results) or a.failure.code for a in answers} == {'1': 1, '2': 3}
+    assert call(channel, 'Info')(message('mmembed.v1.InfoRequest')()).artifact == emb.card['short_hash']
+
+
+def test_a_stream_that_is_cut_off_leaves_nothing(channel, http):
+    def forever():
+        while True: yield Encode(items=[Item(text='a')] * 10)
+    stream = call(channel, 'EncodeStream')(forever())
+    assert next(stream).results[0].status == 1
+    stream.cancel()
+    assert call(channel, 'Encode')(Encode(items=[Item(text='a')])).results[0].status == 1
+    assert 'status="CANCELLED"' in http.get('/metrics').text
+
+
+def test_health_and_reflection(channel):
+    check = health_pb2_grpc.HealthStub(channel).Check
+    for service in ('', OURS, V2): assert check(health_pb2.HealthCheckRequest(service=service)).status == 1
+    ask = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+    [answer] = ask(iter([reflection_pb2.ServerReflectionRequest(list_services='')]))
+    assert {OURS, V2, 'grpc.health.v1.Health'} <= {s.name for s in answer.list_services_response.service}
+    [answer] = ask(iter([reflection_pb2.ServerReflectionRequest(file_containing_symbol=OURS)]))
+    assert b'EncodeStream' in answer.file_descriptor_response.file_descriptor_proto[0]
+
+
+def test_open_inference_protocol(channel, emb):
+    get = lambda method, **kw: call(channel, method, V2)(message(f'inference.{method}Request')(**kw))
+    assert get('ServerLive').live and get('ServerReady').ready and get('ServerMetadata').name == 'mmembed'
+    [name] = {call(channel, 'Info')(message('mmembed.v1.InfoRequest')()).name}
+    meta = get('ModelMetadata', name=name)
+    assert get('ModelReady', name=name).ready and [t.name for t in meta.inputs] == ['text', 'image'] and list(meta.outputs[0].shape) == [-1, 24]
+    infer, texts, raw = call(channel, 'ModelInfer', V2), [b'a red circle', b'\xff'], lambda xs: b''.join(struct.pack('<I', len(x)) + x for x in xs)
+    files = [FILES['RGB.png'], b'bad']
+    tensors = [dict(name='text', datatype='BYTES', shape=[2]), dict(name='image', datatype='BYTES', shape=[2])]
+    r = infer(Infer(model_name=name, id='7', inputs=tensors, raw_input_contents=[raw(texts), raw(files)]))
+    out = dict(zip([o.name for o in r.outputs], r.raw_output_contents))
+    assert np.allclose(np.frombuffer(out['text_embedding'], '<f4').reshape(2, 24), emb.encode_text(texts), atol=1e-5) and r.id == '7'
+    table = np.frombuffer(out['image_embedding'], '<f4').reshape(2, 24)
+    assert np.allclose(table[0], emb.encode_image(files[:1])[0], atol=1e-5) and not table[1].any() and b'invalid' in out['image_status']
+    one = infer(Infer(model_name=name, inputs=[tensors[0] | dict(contents=dict(bytes_contents=texts))], outputs=[dict(name='text_status')]))
+    assert [o.name for o in one.outputs] == ['text_status']
+    for bad in (dict(model_name='other'), dict(), dict(inputs=[tensors[0]]), dict(inputs=[tensors[0] | dict(shape=[3], contents=dict(bytes_contents=texts))]),
+                dict(inputs=[tensors[0] | dict(shape=[2**62, 2**62])]), dict(inputs=[tensors[0] | dict(datatype='FP32')]), dict(inputs=[tensors[0]] * 2, raw_input_contents=[raw(texts)] * 2),
+                dict(inputs=[tensors[0]], raw_input_contents=[b'\1\0'])):
+        assert code(infer, Infer(**dict(model_name=name) | bad)) in ('INVALID_ARGUMENT', 'NOT_FOUND'), bad
+
+
+def test_random_bytes_wedge_nothing(channel, server):
+    "Random and mutilated messages to every method: each ends in a stated status, and the server goes on."
+    rng, seen = random.Random(0), set()
+    good = Encode(id='x', items=[Item(text='a'), Item(image=FILES['RGB.png'])]).SerializeToString()
+    async def main():
+        async with grpc.aio.insecure_channel(server.grpc.removeprefix('grpc://')) as c:
+            async def one(k):
+                service, name = rng.choice([(s, n) for s in (OURS, V2) for n, m in methods(s).items() if not m[2]])
+                data = bytearray(good if k % 2 else rng.randbytes(rng.randint(0, 80)))
+                for _ in range(rng.randint(0, 6)):
+                    if data: data[rng.randrange(min(len(data), 60))] = rng.randrange(256)
+                try: await c.unary_unary(f'/{service}/{name}')(bytes(data), timeout=20)
+                except grpc.aio.AioRpcError as e: seen.add(e.code().name)
+                else: seen.add('OK')
+            await asyncio.gather(*[one(k) for k in range(300)])
+            return await c.unary_unary(f'/{OURS}/Encode')(good)
+    assert asyncio.run(main())
+    assert seen <= {'OK', 'INVALID_ARGUMENT', 'NOT_FOUND', 'INTERNAL', 'UNKNOWN', 'RESOURCE_EXHAUSTED'} and 'OK' in seen, seen
+    assert call(channel, 'Encode')(Encode(items=[Item(text='a')])).results[0].status == 1

@@ -1,0 +1,231 @@
+"""Whole servers: keys and TLS, draining, reloading, killed replicas, workers that die, full disks, overload."""
+import asyncio
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import httpx2
+import numpy as np
+import pytest
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+
+from mmembed.cli import main
+from mmembed.export import cases
+from mmembed.export.verify import export
+from mmembed.runtime import Embedder, read_card
+from mmembed.serve.client import Client, ServiceError
+from mmembed.serve.server import UNFIT, listen, running
+
+from ..export import tiny
+from .conftest import config
+
+FILES = cases.images()
+
+
+class Load:
+    "Threads that keep asking; every answer is kept."
+    def __init__(self, url, threads=4, **kw):
+        self.answers, self.stop = [], threading.Event()
+        self.threads = [threading.Thread(target=self.one, args=(url, kw)) for _ in range(threads)]
+        for t in self.threads: t.start()
+
+    def one(self, url, kw):
+        with Client(url, **dict(retries=12) | kw) as c:
+            while not self.stop.is_set():
+                try: self.answers.append(c.encode(['a red circle', FILES['RGB.png'], FILES['quality 75.jpg'][:300]], errors='flag').ok.tolist())
+                except ServiceError as e: self.answers.append(str(e))
+
+    def end(self):
+        self.stop.set()
+        for t in self.threads: t.join(60)
+        return self.answers
+
+
+def until(what, seconds=60):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, 'waited too long'
+        time.sleep(.05)
+
+
+GOOD = [True, True, False]
+
+
+def test_deterministic_with_key_and_tls_reloaded_under_load_and_drained(tmp_path):
+    """One server, many duties: keys and TLS on both protocols; vectors bit-equal to the Embedder's in any company; a new artifact
+    without one lost answer; SIGTERM answers what runs."""
+    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-keyout', tmp_path/'key.pem', '-out', tmp_path/'cert.pem', '-days', '2', '-subj', '/CN=localhost',
+                    '-addext', 'subjectAltName=DNS:localhost,IP:127.0.0.1'], check=True, capture_output=True)
+    path = tmp_path/'model.pt'
+    path.write_bytes(tiny.artifact().read_bytes())
+    c = config('/dev/full', api_keys=('k1', 's3cret'), deterministic=True, batch=4, tls_cert=str(tmp_path/'cert.pem'), tls_key=str(tmp_path/'key.pem'), drain=.3, cors=('https://app.example',))
+    with running(c._replace(artifact=path)) as s:
+        ways = dict(api_key='s3cret', verify=str(tmp_path/'cert.pem'))
+        trust = ssl.create_default_context(cafile=str(tmp_path/'cert.pem'))
+        with httpx2.Client(base_url=s.url, verify=trust) as h:
+            assert h.get('/readyz').status_code == h.get('/metrics').status_code == h.get('/livez').status_code == 200
+            for key in ({}, {'x-api-key': 'wrong'}, {'authorization': 'Bearer'}, {'authorization': 'Basic s3cret'}):
+                assert h.post('/v1/embeddings', json=dict(input='x'), headers=key).status_code == 401 and h.get('/info', headers=key).status_code == 401
+            assert h.get('/info', headers={'authorization': 'Bearer k1'}).status_code == 200
+            assert h.options('/v1/embeddings', headers={'origin': 'https://app.example', 'access-control-request-method': 'POST'}).headers['access-control-allow-origin'] == 'https://app.example'
+            with pytest.raises(ServiceError, match='UNAUTHENTICATED'): Client(s.grpc, **ways | dict(api_key='no')).encode(['a'])
+
+            same = Embedder(tiny.artifact(), batch_size=4, deterministic=True)
+            texts, files = [t for t in cases.texts() if isinstance(t, str) and t.isprintable()], list(FILES.values())
+            want = np.concatenate([same.encode_text(texts), same.encode_image(files, on_error='flag').embedding])
+            for url, size in ((s.url, 3), (s.grpc, 16)):
+                got = Client(url, batch_size=size, **ways).encode([*texts, *files], errors='flag')
+                assert np.array_equal(got.embedding, want)
+
+            load = Load(s.url, **ways)
+            until(lambda: len(load.answers) > 5)
+            export(tiny.model(seed=1), tmp_path/'new.pt', fresh=False, cpp=False)
+            before, after = read_card(path)['short_hash'], read_card(tmp_path/'new.pt')['short_hash']
+            assert h.post('/admin/reload', json=dict(artifact=str(tmp_path/'none.pt')), headers={'x-api-key': 'k1'}).status_code == 422
+            os.replace(tmp_path/'new.pt', path)
+            assert h.post('/admin/reload', json={}, headers={'x-api-key': 'k1'}, timeout=60).json() == dict(before=before, after=after)
+            seen = len(load.answers)
+            until(lambda: len(load.answers) > seen + 10)
+            os.kill(s.process.pid, signal.SIGHUP)
+            assert h.get('/info', headers={'x-api-key': 'k1'}).json()['short_hash'] == after and h.get('/readyz').json()['ready']
+            assert all(a == GOOD for a in load.end()), [a for a in load.answers if a != GOOD][:3]
+            s.process.send_signal(signal.SIGTERM)
+            time.sleep(.1)
+            assert h.get('/readyz').status_code == 503
+            assert s.process.wait(60) == 0
+
+
+def test_a_killed_replica_loses_nothing_and_is_replaced(tmp_path):
+    with running(config(tmp_path/'log', replicas=2, threads=1)) as s:
+        loads = [Load(s.url, 3), Load(s.grpc, 2)]
+        until(lambda: all(len(x.answers) > 3 for x in loads))
+        victim = next(x['pid'] for x in s.said if x['event'] == 'serving')
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: sum(x['event'] == 'serving' for x in s.said) == 3)
+        seen = [len(x.answers) for x in loads]
+        until(lambda: all(len(x.answers) > n + 3 for x, n in zip(loads, seen)))
+        text = httpx2.get(f'{s.url}/metrics').text  # of all replicas together
+        assert 'mmembed_items_total{kind="text",status="ok"}' in text
+        wrong = [a for x in loads for a in x.end() if a != GOOD]
+        assert not wrong, wrong[:3]
+        assert httpx2.get(f'{s.url}/readyz').json()['ready']
+    assert s.process.returncode == 0 and [x['event'] for x in s.said].count('replica died') == 1
+
+
+@pytest.fixture(scope='module')
+def collector():
+    "A real OTLP receiver over gRPC: its port, and the spans that have come."
+    spans = []
+    class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
+        def Export(self, q, context):
+            spans.extend(x for r in q.resource_spans for scope in r.scope_spans for x in scope.spans)
+            return trace_service_pb2.ExportTraceServiceResponse()
+    server = grpc.server(ThreadPoolExecutor(2))
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Receiver(), server)
+    port = server.add_insecure_port('127.0.0.1:0')
+    server.start()
+    yield port, spans
+    server.stop(0)
+
+
+@pytest.fixture(scope='module')
+def small(tmp_path_factory, collector):
+    "A server with a short queue and little patience, that sends its traces to the collector."
+    with running(config(tmp_path_factory.mktemp('small')/'log', queue=12, batch=2, body_timeout=1., traces=f'grpc://127.0.0.1:{collector[0]}'),
+                 env=dict(OTEL_BSP_SCHEDULE_DELAY='100')) as s: yield s
+
+
+def test_overload_is_turned_away_with_a_hint(small):
+    "A queue of 12 items and eighty clients that do not wait: 429 with Retry-After, good answers for the rest, all of them for a patient client."
+    async def many():
+        async with httpx2.AsyncClient(base_url=small.url, timeout=60) as h:
+            return await asyncio.gather(*[h.post('/v1/embeddings', json=dict(input=['a red circle'] * 4)) for _ in range(80)])
+    answers = asyncio.run(many())
+    turned = [r for r in answers if r.status_code == 429]
+    assert {r.status_code for r in answers} == {200, 429} and all(int(r.headers['retry-after']) >= 1 for r in turned) and turned[0].json()['error']['type'] == 'rate_limit_error'
+    assert f'mmembed_rejected_total{{reason="queue full"}} {len(turned)}.0' in httpx2.get(f'{small.url}/metrics').text
+    ask = lambda url: Client(url, batch_size=4, prefetch=8).encode(['a red circle'] * 60).shape
+    assert ask(small.url) == ask(small.grpc) == (60, 24)
+
+
+def serve_with(patch, tmp_path):
+    "A server whose process first runs `patch`."
+    program = textwrap.dedent(patch) + textwrap.dedent(f'''
+        import sys
+        from mmembed.serve.server import serve
+        from mmembed.serve.service import Config
+        from mmembed.serve.engine import Options
+        sys.exit(serve(Config({str(tiny.artifact())!r}, port=0, log={str(tmp_path/'log')!r}, engine=Options(batch=4, stall=1.))))''')
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', program], stdout=subprocess.PIPE, text=True)
+    return p, f"http://127.0.0.1:{json.loads(p.stdout.readline())['http']}"
+
+
+@pytest.mark.parametrize('what', ["raise MemoryError('out of memory')", 'time.sleep(3600)'])
+def test_no_memory_or_a_stuck_worker_ends_the_process(what, tmp_path):
+    p, url = serve_with(f'''
+        import time
+        import mmembed.runtime as r
+        good = r.Embedder.encode_tokens
+        def bad(self, tokens):
+            if len(tokens.ids) == 4: {what}
+            return good(self, tokens)
+        r.Embedder.encode_tokens = bad''', tmp_path)
+    assert httpx2.post(f'{url}/v1/embeddings', json=dict(input='a'), timeout=30).status_code == 200
+    try: assert httpx2.post(f'{url}/v1/embeddings', json=dict(input=['a'] * 4), timeout=30).status_code == 503
+    except httpx2.TransportError: pass
+    assert p.wait(30) == UNFIT
+    assert '"event": "unfit"' in (tmp_path/'log').read_text()
+
+
+def test_slow_clients_are_cut_off_and_hold_up_nobody(small):
+    port = int(small.url.rsplit(':', 1)[1])
+    slow = [socket.create_connection(('127.0.0.1', port), timeout=20) for _ in range(20)]
+    for x in slow: x.sendall(b'POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"in')
+    assert httpx2.post(f'{small.url}/v1/embeddings', json=dict(input='a')).status_code == 200
+    assert all(b' 408 ' in x.recv(4096) for x in slow)
+
+
+def test_traces_reach_a_collector(small, collector):
+    "Spans of all stages, in the client's trace, linked to their batch; from both protocols."
+    spans, trace = collector[1], 'ab' * 16
+    assert Client(small.grpc).encode(['a']).shape == (1, 24)
+    r = httpx2.post(f'{small.url}/v1/embeddings', files=[('image', FILES['RGB.png']), ('text', (None, 'a'))], headers={'traceparent': f'00-{trace}-{"cd" * 8}-01'})
+    assert r.status_code == 200
+    until(lambda: any(x.trace_id.hex() == trace and x.name == '/v1/embeddings' for x in spans))
+    mine = [x for x in spans if x.trace_id.hex() == trace]
+    root = next(x for x in mine if x.name == '/v1/embeddings')
+    assert {x.name for x in mine} == {'/v1/embeddings', 'queue', 'decode', 'transform', 'tokenize', 'forward'} and root.parent_span_id.hex() == 'cd' * 8
+    assert all(x.parent_span_id == root.span_id for x in mine if x is not root) and 'Encode' in {x.name for x in spans}
+    batches = {x.span_id for x in spans if x.name == 'batch'}
+    assert all(x.links[0].span_id in batches for x in mine if x.name == 'forward')
+
+
+def test_memory_stays_flat(server):
+    "Mixed load with broken items: after warming up the process does not grow."
+    def memory(): return int(next(line for line in open(f'/proc/{server.process.pid}/status') if line.startswith('VmRSS')).split()[1]) / 1024
+    load = Load(server.url, 4)
+    until(lambda: len(load.answers) > 100)
+    before = memory()
+    until(lambda: len(load.answers) > 400)
+    after = memory()
+    assert all(a == GOOD for a in load.end()) and after - before < 25, (before, after)
+
+
+def test_a_start_that_fails_says_why(tmp_path, capsys):
+    taken = listen('127.0.0.1', 0)
+    (tmp_path/'no.pt').write_text('x')
+    for argv, what in (((str(tiny.artifact()), '--port', str(taken.getsockname()[1])), 'cannot listen on 127.0.0.1'), ((str(tmp_path/'no.pt'),), 'is not an mmembed artifact'),
+                       ((str(tiny.artifact()), '--replicas', '0'), 'replicas must be more than 0'), ((str(tiny.artifact()), '--tls-key', 'x'), 'go together')):
+        assert main(['serve', *argv]) == 1
+        said = capsys.readouterr().err
+        assert what in said and said.count('\n') == 1 and said.startswith('mmembed: error: '), said
+    taken.close()
