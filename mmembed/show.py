@@ -146,7 +146,7 @@ class _fonts:
     def __exit__(self, *_):
         for h in reversed(self.held): h.__exit__(None, None, None)
 
-# %% ../nbs/40_show.ipynb #09ca9b87
+# %% ../nbs/40_show.ipynb #a761703c
 class Gallery(NamedTuple):
     "Encoded pairs, with the means to draw them"
     text: Tensor             # float32 (N, D), unit length
@@ -163,10 +163,12 @@ class Gallery(NamedTuple):
         return self.vision.preprocess(self.source.image(self.index[i]))
 
     def relevant(self) -> Tensor: # bool (N, N)
-        "Captions that say the same are right for each other's images."
-        numbers: dict[str, int] = {}
-        group = torch.tensor([numbers.setdefault(self.caption(i), len(numbers)) for i in range(len(self.index))])
-        return group[:, None] == group[None]
+        "Captions that say the same are right for each other's images, and so are all captions of one image."
+        def equal(keys):
+            numbers: dict[str, int] = {}
+            group = torch.tensor([numbers.setdefault(k, len(numbers)) for k in keys])
+            return group[:, None] == group[None]
+        return equal(map(self.source.text, self.index)) | equal(map(self.source.picture, self.index))
 
 # %% ../nbs/40_show.ipynb #0edf7ce8
 @torch.no_grad()

@@ -93,6 +93,10 @@ def test_captions_that_say_the_same_are_right():
     part = Twins(train=0, valid=6)
     g = Gallery(torch.eye(6), torch.eye(6), list(range(6)), part, VisionPipeline(size=8))
     assert g.relevant().long().equal(torch.block_diag(*[torch.ones(2, 2)]*3).long())
+    class Languages(Scenes):
+        def picture(self, i): return f'{i % 3}'
+    g = g._replace(source=Languages(train=0, valid=6))
+    assert g.relevant().equal(torch.eye(3).repeat(2, 2).bool())
 
 
 def test_broken_rows(data, model):

@@ -7,20 +7,21 @@ Docs: https://mmembed.github.io/mmembed/data/sources.html.md"""
 # %% auto #0
 __all__ = ['Source', 'Part', 'from_template', 'PairsFile']
 
-# %% ../../nbs/data/01_sources.ipynb #bbf34f0c
+# %% ../../nbs/data/01_sources.ipynb #c6ee6c2b
 import csv
 import hashlib
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..core import read_bytes, settings
 
-# %% ../../nbs/data/01_sources.ipynb #d3a7680f
+# %% ../../nbs/data/01_sources.ipynb #bb047214
 class Source(Dataset):
     "Rows of raw caption text and raw image file; a new source writes `__len__`, `text` and `image`"
     def __len__(self) -> int: raise NotImplementedError
@@ -42,6 +43,12 @@ class Source(Dataset):
     ) -> str:
         "What messages call row `i`."
         return f'row {i}'
+
+    def picture(self,
+        i: int, # row
+    ) -> str:
+        "What tells images apart: rows that show one image, with other captions, have it equal. The name by default."
+        return self.name(i)
 
     def group(self,
         i: int, # row
@@ -95,7 +102,7 @@ def _reason(e: Exception) -> str:
     lines = str(e).strip().splitlines() or [type(e).__name__]
     return re.sub(r'^.*\.(cpp|h):\d+, ', '', lines[-1])
 
-# %% ../../nbs/data/01_sources.ipynb #c264945a
+# %% ../../nbs/data/01_sources.ipynb #318a1c98
 class Part(Source):
     "Some rows of a source, as a source"
     def __init__(self,
@@ -107,6 +114,7 @@ class Part(Source):
     def text(self, i: int) -> str: return self.source.text(self.rows[i])
     def image(self, i: int) -> Tensor: return self.source.image(self.rows[i])
     def name(self, i: int) -> str: return self.source.name(self.rows[i])
+    def picture(self, i: int) -> str: return self.source.picture(self.rows[i])
     def group(self, i: int) -> str: return self.source.group(self.rows[i])
     def near(self, i: int) -> str: return self.source.near(self.rows[i])
     def kind(self, i: int) -> str: return self.source.kind(self.rows[i])
@@ -149,13 +157,14 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[str, dict]]:
                 yield place, row
         except csv.Error as e: raise ValueError(f'{path}, line {reader.reader.line_num}: {e}') from None
 
-# %% ../../nbs/data/01_sources.ipynb #c9ee0505
+# %% ../../nbs/data/01_sources.ipynb #c247626c
 def _parquet(path: Path, keys: list[str]) -> Iterator[tuple[str, dict]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
     try:
         file = pq.ParquetFile(path)
         names = file.schema_arrow.names
+        keys = [k if k in names else k.split('.')[0] for k in keys]
         for k in keys:
             if k not in names: raise _no_column(path, k, names)
         n = 0
@@ -169,13 +178,24 @@ def _parquet(path: Path, keys: list[str]) -> Iterator[tuple[str, dict]]:
 def _no_column(where, key: str, names) -> ValueError:
     return ValueError(f'{where}: no column {key!r}; there are: {", ".join(map(str, names))}')
 
-# %% ../../nbs/data/01_sources.ipynb #001739a2
+# %% ../../nbs/data/01_sources.ipynb #dad3f614
+def _captions(row: dict, key: str | None) -> list[tuple[str, Any]]:
+    "(kind, caption) for each caption of a row; [] if there is none."
+    if key is None: return [('', None)]
+    if key in row: return [('', row[key])]
+    outer, _, inner = key.partition('.')
+    if not inner or not isinstance(row.get(outer), dict): return []
+    there, wanted = {k: v for k, v in row[outer].items() if v is not None}, inner.split(',')
+    if wanted == ['*']: return sorted(there.items())
+    return [(k if len(wanted) > 1 else '', there[k]) for k in wanted if k in there]
+
+# %% ../../nbs/data/01_sources.ipynb #67003574
 class PairsFile(Source):
     "The pairs that a JSONL, CSV, TSV or Parquet file lists"
     def __init__(self,
         path: str | Path,                     # .jsonl, .csv, .tsv or .parquet; else in `settings().data_path`
         image_key: str = 'image',             # column that holds paths of image files
-        text_key: str | None = 'text',        # column that holds captions; None: made from the label
+        text_key: str | None = 'text',        # column that holds captions, `name.*` for several; None: from the label
         split_key: str | None = None,         # column whose equal values stay on one side of a split
         image_root: str | Path | None = None, # where the image paths begin; the folder of `path` by default
         label_key: str | None = None,         # column that holds a class
@@ -194,9 +214,10 @@ class PairsFile(Source):
         self.groups: list[str] | None = [] if split_key else None
         self.labels: list[str] | None = [] if label_key else None
         self.alike: list[str] | None = [] if near_key else None
+        self.kinds: list[str] = []
         self.places: list[str] = []
-        columns = [(text_key, self.texts), (split_key, self.groups), (label_key, self.labels), (near_key, self.alike)]
-        try: self._read(image_key, columns)
+        columns = [(split_key, self.groups), (label_key, self.labels), (near_key, self.alike)]
+        try: self._read(image_key, text_key, columns)
         except UnicodeDecodeError as e: raise ValueError(f'{self.path} is not UTF-8: {e}') from None
         if not self.images: raise ValueError(f'{self.path} holds no pairs')
         self._check_images()
@@ -208,18 +229,23 @@ class PairsFile(Source):
         if kind in ('.parquet', '.pq'): return _parquet(self.path, keys)
         raise ValueError(f'{self.path}: want a .jsonl, .csv, .tsv or .parquet file, got {kind or "no ending"!r}')
 
-    def _read(self, image_key: str, columns: list[tuple]):
-        columns = [(image_key, self.images)] + [c for c in columns if c[0]]
-        keys = [k for k, _ in columns]
-        for place, row in self._rows(list(dict.fromkeys(keys))):
-            for k, column in columns:
+    def _read(self, image_key: str, text_key: str | None, columns: list[tuple]):
+        columns = [(k, column) for k, column in columns if k]
+        keys = [k for k in (image_key, text_key) if k]
+        for place, row in self._rows(list(dict.fromkeys([*keys, *(k for k, _ in columns)]))):
+            found = _captions(row, text_key)
+            for k in [image_key, *(k for k, _ in columns), *([] if found else keys[1:])]:
                 if k not in row: raise _no_column(f'{self.path}, {place}', k, row)
-                if column is not self.images and column is not self.texts: column.append(str(row[k]))
-                elif isinstance(row[k], str): column.append(row[k])
-                else:
-                    kind = type(row[k]).__name__
-                    raise ValueError(f'{self.path}, {place}: {k} is {kind}, not text: {str(row[k])[:60]}')
-            self.places.append(place)
+            for kind, text in found:
+                for k, value in zip(keys, (row[image_key], text)):
+                    if not isinstance(value, str):
+                        what = type(value).__name__
+                        raise ValueError(f'{self.path}, {place}: {k} is {what}, not text: {str(value)[:60]}')
+                if text_key: self.texts.append(text)
+                for k, column in columns: column.append(str(row[k]))
+                self.images.append(row[image_key])
+                self.kinds.append(kind)
+                self.places.append(place)
 
     def _check_images(self):
         gone = [i for i, image in enumerate(self.images) if not (self.root/image).is_file()]
@@ -234,7 +260,9 @@ class PairsFile(Source):
     def text(self, i: int) -> str:
         return from_template(self.labels[i], self.templates, self.images[i]) if self.texts is None else self.texts[i]
 
-    def name(self, i: int) -> str: return self.images[i]
+    def name(self, i: int) -> str: return self.images[i] + (f' ({self.kinds[i]})' if self.kinds[i] else '')
+    def picture(self, i: int) -> str: return self.images[i]
+    def kind(self, i: int) -> str: return self.kinds[i]
     def group(self, i: int) -> str: return self.groups[i] if self.groups is not None else self.images[i]
     def near(self, i: int) -> str: return self.alike[i] if self.alike is not None else self.group(i)
     def label(self, i: int) -> str: return self.labels[i] if self.labels is not None else ''

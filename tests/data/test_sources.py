@@ -73,6 +73,32 @@ def test_sources_pickle(tmp_path):
     assert isinstance(again, Part) and [again.text(i) for i in range(len(again))] == [source.text(i) for i in range(len(source))]
 
 
+@pytest.mark.parametrize('ending', ['.jsonl', '.parquet'])
+def test_several_captions_for_an_image(tmp_path, ending):
+    rows = [dict(image=f'{i}.jpg', name={'en': f'apple {i}', 'de': f'Apfel {i}', 'fr': None if i == 1 else f'pomme {i}'}) for i in range(3)]
+    path = write(tmp_path, ending, rows)
+    every = PairsFile(path, text_key='name.*')
+    assert [(every.text(i), every.kind(i), every.name(i), every.group(i)) for i in range(2)] == [
+        ('Apfel 0', 'de', '0.jpg (de)', '0.jpg'), ('apple 0', 'en', '0.jpg (en)', '0.jpg')]
+    assert len(every) == 8 and [every.kind(i) for i in range(len(every))] == ['de', 'en', 'fr', 'de', 'en', 'de', 'en', 'fr']
+    some = PairsFile(path, text_key='name.fr,de')
+    assert [some.text(i) for i in range(5)] == ['pomme 0', 'Apfel 0', 'Apfel 1', 'pomme 2', 'Apfel 2']
+    one = PairsFile(path, text_key='name.en')
+    assert [one.text(i) for i in range(3)] == ['apple 0', 'apple 1', 'apple 2'] and one.kind(0) == '' and one.name(0) == '0.jpg'
+    with pytest.raises(ValueError, match="no column 'name.fr'; there are: image, name"): PairsFile(path, text_key='name.fr')
+    with pytest.raises(ValueError, match="name is dict, not text"): PairsFile(path, text_key='name')
+    assert [every.picture(i) for i in range(4)] == ['0.jpg']*3 + ['1.jpg']
+    train, valid = every.split(0.5)
+    assert not {train.group(i) for i in range(len(train))} & {valid.group(i) for i in range(len(valid))}
+
+
+def test_emoji_in_several_languages():
+    source = PairsFile(data_path('emoji', 'pairs.jsonl'), text_key='name.en,de,zh')
+    assert len(source) == 3*825 and {source.kind(i) for i in range(9)} == {'en', 'de', 'zh'}
+    assert (source.text(2), source.name(2)) == ('按键: #', 'png/emoji_u0023_20e3.png (zh)')
+    assert len(PairsFile(data_path('emoji', 'pairs.jsonl'), text_key='name.*')) == 20*825
+
+
 BAD = [
     ('a.jsonl', b'{"image": "0.jpg", "text": "x"}\n\n{"image"\n', 'a.jsonl, line 3: not JSON'),
     ('a.jsonl', b'[1]\n', 'line 1: want an object'),
