@@ -58,13 +58,14 @@ class Pieces(NamedTuple):
     end: Tensor      # int64 (T,)
     offsets: Tensor  # int64 (B+1,): row i has the pieces offsets[i] to offsets[i+1]
 
-# %% ../../nbs/text/04_wordpiece.ipynb #151ac3b7
+# %% ../../nbs/text/04_wordpiece.ipynb #3ed70817
 class WordPiece(nn.Module):
     """Greedy longest-match-first pieces, as Hugging Face's `models.WordPiece` takes them.
 
     Raises `ValueError` if the vocabulary lacks `unk_token`."""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
     CONTINUES = 0x2545F4914F6CDD1D  # the seed of pieces inside a word (an odd 64-bit constant of Marsaglia's)
+    AT_ONCE = 1 << 13  # so few candidates are looked up in one go: a look-up costs some ns, a round some 50 us (measured)
 
     def __init__(self,
         vocab: dict[str, int],        # piece -> id
@@ -80,7 +81,7 @@ class WordPiece(nn.Module):
         inside = [(values(t[len(prefix):]), i) for t, i in vocab.items() if t.startswith(prefix) and len(t) > len(prefix)]
         marks = [([v], i) for v, i in added.items()]
         entries = whole + marks + inside
-        self.unk_id, self.max_chars, self.continues = vocab[unk_token], max_chars, self.CONTINUES
+        self.unk_id, self.max_chars, self.continues, self.at_once = vocab[unk_token], max_chars, self.CONTINUES, self.AT_ONCE
         self.lexicon = Lexicon([v for v, _ in entries],
             [0] * (len(whole) + len(marks)) + [self.CONTINUES] * len(inside))
         self.register_buffer('ids', torch.tensor([i for _, i in entries] + [self.unk_id], dtype=torch.int64))
@@ -146,7 +147,15 @@ class WordPiece(nn.Module):
             word, at, left = word.index_select(0, fits), at.index_select(0, fits), left.index_select(0, fits)
         while word.numel() > 0:
             size = torch.arange(1, min(int(left.max()), self.lexicon.longest) + 1, device=codes.device)
-            best, entry = self._longest(codes, prefix, inverses, at, left, size, seed, confirm)
+            if int(left.sum()) * size.numel() <= self.at_once:
+                w, n, s, l, e = self._followed(codes, prefix, inverses, word, at, left, size, seed, nth, confirm)
+                words.append(w)
+                nths.append(n)
+                starts.append(s)
+                lengths.append(l)
+                entries.append(e)
+                break
+            best, entry = self._longest(codes, prefix, inverses, at, left, size, torch.full((), seed, device=codes.device), confirm)
             words.append(word)
             nths.append(torch.full_like(word, nth))
             starts.append(at)
@@ -158,7 +167,30 @@ class WordPiece(nn.Module):
             seed, nth = self.continues, nth + 1
         return torch.cat(words), torch.cat(nths), torch.cat(starts), torch.cat(lengths), torch.cat(entries)
 
-    def _longest(self, codes: Tensor, prefix: Tensor, inverses: Tensor, at: Tensor, left: Tensor, size: Tensor, seed: int,
+    def _followed(self, codes: Tensor, prefix: Tensor, inverses: Tensor, word: Tensor, at: Tensor, left: Tensor, size: Tensor,
+                  seed: int, nth: int, confirm: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        "What is left of few words, as `_rounds` has it: the longest match at each of their places first, then only steps from match to match."
+        till = left.cumsum(0)
+        begin, place = till - left, torch.arange(int(till[-1]), device=codes.device)
+        owner = torch.zeros_like(place).index_fill_(0, begin, 1).cumsum(0) - 1
+        start, rest = (at - begin).index_select(0, owner) + place, till.index_select(0, owner) - place
+        seeds = torch.full_like(place, self.continues).index_fill_(0, begin, seed).unsqueeze(1)
+        best, entry = self._longest(codes, prefix, inverses, start, rest, size, seeds, confirm)
+        nowhere = place.numel()
+        next = torch.where((best > 0) & (best < rest), place + best, nowhere)
+        spots, nths = [begin], [torch.full_like(begin, nth)]
+        while True:
+            to = next.index_select(0, spots[-1])
+            to = to.index_select(0, (to < nowhere).nonzero().flatten())
+            if to.numel() == 0: break
+            nth += 1
+            spots.append(to)
+            nths.append(torch.full_like(to, nth))
+        spot = torch.cat(spots)
+        return (word.index_select(0, owner.index_select(0, spot)), torch.cat(nths), start.index_select(0, spot),
+            best.index_select(0, spot), entry.index_select(0, spot))
+
+    def _longest(self, codes: Tensor, prefix: Tensor, inverses: Tensor, at: Tensor, left: Tensor, size: Tensor, seed: Tensor,
                  confirm: bool) -> tuple[Tensor, Tensor]:
         "One round: the longest piece at each of `at`, of the lengths `size` and at most `left`: its length, or 0, and entry, or -1."
         table = self.lexicon.table

@@ -73,6 +73,15 @@ def test_awkward_batches(form):
     assert tp.tokenize(*pack([])).ids.shape == (0, 2)
 
 
+@pytest.mark.parametrize('at_once', [0, 1 << 40], ids=['round by round', 'at once'])
+def test_pieces_by_rounds_and_at_once(at_once):
+    tok = minilm()
+    tp = TextPipeline(json.loads(tok.to_str()), max_length=512)
+    tp.model.at_once = at_once
+    texts = fuzz_text.random_texts(600, seed=12) + ['q' * 100 + ' ' + 'zx' * 50 + ' ' + 'e' * 101] * 2
+    assert fuzz_text.differences(tok, in_form(tp, 'scripted').tokenize, texts, max_length=512)[:3] == []
+
+
 def test_list_of_str_is_the_same_scripted():
     tp = TextPipeline.learn(CAPTIONS, vocab_size=400)
     texts = fuzz_text.random_texts(50, seed=6)
