@@ -139,6 +139,51 @@ def baseline(*options):
     print(f"| chance | | {' | '.join(f'{100 * r.chance[k]:.1f}' for k in (1, 5, 10))} | {len(valid) // 2} |")
 
 
+def finetune(epochs='6', batch='128', lr='3e-4', *flags):
+    "The baseline's towers and heads, then the upper halves of both towers trained with augmented pictures. Flag: shuffled."
+    from mmembed.data.module import PairData
+    from mmembed.models.dual import DualEncoder
+    from mmembed.models.losses import InfoNCE
+    from mmembed.models.practice import lock, parameter_groups, still
+    epochs, batch, lr = int(epochs), int(batch), float(lr)
+    pairs = source()
+    train, valid = parts(pairs)
+    text, image = minilm(), mobilenet()
+    spec = image.pipeline.spec() | {'scale': (0.5, 1.0)}
+    object.__setattr__(image, 'pipeline', type(image.pipeline).from_spec(spec))
+    model = DualEncoder(text, image, 256, hidden=512, dropout=0.2)
+    torch.manual_seed(0)
+    (model.text_proj, model.image_proj), scale = heads(features(train, 'train'), shuffled='shuffled' in flags)
+    model.logit_scale.data.copy_(scale.data)
+    lock(model, ['text-3', 'image-8'])
+    data = PairData(source=pairs, valid_share=0.2, batch_size=batch, seed=0, shuffle_captions='shuffled' in flags,
+                    text_pipeline=model.text_pipeline, vision_pipeline=model.vision_pipeline)
+    captions = [valid.text(i) for i in range(len(valid))]
+    assert [data.valid.text(i) for i in range(len(valid))] == captions
+    loader, held = data.train_dataloader(), data.val_dataloader()
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr, 0.1, 0.85), betas=(0.9, 0.98))
+    rates, loss_of, steps, step, start = [g['lr'] for g in optimizer.param_groups], InfoNCE(), epochs * len(loader), 0, time.process_time()
+    header(valid)
+    for epoch in range(epochs + 1):
+        model.eval()
+        with torch.no_grad(): done = [(model(b.tokens, b.pixels)) for b in held]
+        name = f'fine-tuned, {epoch} epochs, {time.process_time() - start:.0f} s of CPU' if epoch else 'heads alone'
+        line(name, torch.cat([d.text for d in done]), torch.cat([d.image for d in done]), captions)
+        if epoch == epochs: break
+        still(model.train(), every=True)
+        loader.sampler.set_epoch(epoch)
+        for b in loader:
+            for g, r in zip(optimizer.param_groups, rates): g['lr'] = r * warm_cosine(step, steps, 0.1)
+            loss = loss_of(model(b.tokens, b.pixels), b.tokens)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad(): model.logit_scale.clamp_(max=4.6052)
+            step += 1
+    CACHE.mkdir(parents=True, exist_ok=True)
+    torch.save({'spec': model.spec(), 'state': model.state_dict()}, CACHE/f"finetuned{'-shuffled' if 'shuffled' in flags else ''}.pt")
+
+
 if __name__ == '__main__':
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
-    {'split': split, 'baseline': baseline}[sys.argv[1]](*sys.argv[2:])
+    {'split': split, 'baseline': baseline, 'finetune': finetune}[sys.argv[1]](*sys.argv[2:])

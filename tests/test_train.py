@@ -11,7 +11,8 @@ import torch
 from mmembed.data.scenes import Scenes
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
-from mmembed.train import decay_groups, judge, load_checkpoint, new_folder, prepare, run, warm_cosine
+from mmembed.models.practice import parameter_groups
+from mmembed.train import evaluate, judge, load_checkpoint, new_folder, prepare, run, warm_cosine, write_weights
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 
@@ -115,6 +116,91 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(fixed):
     assert not torch.allclose(a['state_dict']['model.image.head.weight'], c['state_dict']['model.image.head.weight'], atol=1e-4)
 
 
+def losses(folder):
+    "{step: loss} as the run logged it; a step that was done twice must have had the same loss."
+    found = {}
+    for row in csv.DictReader((folder/'logs'/'metrics.csv').open()):
+        if row['train/loss']: found[int(row['step'])] = row['train/loss']
+    return found
+
+
+def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(fixed, work):
+    "SIGKILL from outside in the middle of an epoch, with crops and two workers; the same losses and the same weights in the end."
+    import os
+    import signal
+    import time
+    text = (work/'tiny.yaml').read_text().replace('flip: 0', 'flip: 0.5, scale: [0.5, 1.0]').replace('train: 96', 'train: 320')
+    (work/'tiny.yaml').write_text(text)
+    argv = [*fixed, '--data.workers', '2', '--save_every', '3', '--trainer.max_epochs', '2']
+    whole = run([*argv, '--name', 'whole'])
+    slow = [*argv, '--name', 'killed', '--trainer.callbacks+=tests.test_train.Slow']
+    program = f'import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom mmembed.train import run\nrun({slow!r})'
+    process = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', program], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    last, deadline = work/'out'/'killed'/'last.ckpt', time.time() + 100
+    try:
+        while True:
+            try: step = torch.load(last, weights_only=True)['global_step']
+            except (OSError, RuntimeError, EOFError): step = 0
+            if step in (13, 14, 15, 16): break  # the second epoch has begun: ten steps each
+            assert process.poll() is None and time.time() < deadline, process.stderr.read()[-2000:] if process.poll() is not None else 'too slow'
+            time.sleep(0.05)
+    finally: os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    saved = torch.load(last, weights_only=True)['global_step']
+    assert 10 < saved < 20 and saved % 10
+    rest = run([*argv, '--name', 'rest', '--resume', str(last)])
+    assert losses(rest.folder).items() <= losses(whole.folder).items() and min(losses(rest.folder)) == saved
+    a, b = (torch.load(r.folder/'last.ckpt', weights_only=True) for r in (whole, rest))
+    assert a['global_step'] == b['global_step'] == 20
+    assert all(a['state_dict'][k].equal(b['state_dict'][k]) for k in a['state_dict'])
+    assert rest.recall == whole.recall
+
+
+def test_evaluation_of_a_checkpoint(work):
+    result = run(SMALL)
+    for name in ('best.ckpt', 'best.safetensors'):
+        found = evaluate(result.folder/name)
+        assert found['recall'] == json.loads(json.dumps(result.recall)) and 0 < found['map']['text_to_image'] < 1
+    table(Scenes(train=60, valid=0), work, 60)
+    other = evaluate(result.checkpoint, ['--data.source', 'null', '--data.path', 'pairs.csv', '--data.valid_share', '0.5'])
+    assert other['recall']['all']['text_to_image']['gallery'] not in (0, 40)
+    with pytest.raises(ValueError, match='bath_size'): evaluate(result.checkpoint, ['--data.bath_size', '3'])
+    (work/'alone').mkdir()
+    (result.folder/'best.ckpt').rename(work/'alone'/'best.ckpt')
+    with pytest.raises(FileNotFoundError, match='configuration that the run kept'): evaluate(work/'alone'/'best.ckpt')
+
+
+def test_averages_adapters_and_early_stops(fixed, work):
+    result = run([*fixed, '--model.ema', '0.5', '--model.lora_rank', '2', '--model.lock', '[image]', '--trainer.max_epochs', '1'])
+    note, weights = torch.load(result.checkpoint, weights_only=True)['mmembed'], load_checkpoint(result.checkpoint).state_dict()
+    assert note['lora'] == {'rank': 2, 'alpha': 16, 'towers': ['text']} and not any('lora' in k for k in weights)
+    start = prepare(fixed).model.model.state_dict()
+    assert weights['image.stem.weight'].equal(start['image.stem.weight'])
+    assert not weights['text.blocks.0.qkv.weight'].equal(start['text.blocks.0.qkv.weight'])
+    saved = torch.load(result.checkpoint, weights_only=True)
+    assert not saved['state_dict']['model.text_proj.weight'].equal(saved['current_model_state']['model.text_proj.weight'])
+    result = run([*fixed, '--patience', '1', '--trainer.max_epochs', '30', '--model.lr', '0'])
+    assert torch.load(result.folder/'last.ckpt', weights_only=True)['epoch'] == 1
+
+
+def test_a_learning_rate_is_found(fixed, capsys):
+    result = run([*fixed, '--find_lr', 'true', '--trainer.max_epochs', '1', '--data.batch_size', '2'])
+    assert 'learning rate ' in capsys.readouterr().out and result.checkpoint.is_file()
+
+
+def test_a_teacher_is_followed(fixed):
+    from mmembed.shells import LitDualEncoder
+    from lightning.pytorch import Trainer
+    cli = prepare(fixed)
+    teacher = prepare([*fixed, '--seed_everything', '9']).model.model
+    lit = LitDualEncoder(cli.model.model, lr=3e-3, teacher=teacher, distill_weight=10.)
+    trainer = Trainer(max_epochs=6, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    first = []
+    lit.on_train_batch_end = lambda *_: first.append(float(trainer.callback_metrics['train/distill']))
+    trainer.fit(lit, cli.datamodule)
+    assert first[-1] < 0.6 * first[0] and not any('teacher' in k for k in lit.state_dict())
+
+
 def test_a_table_of_pairs_by_the_command_line(work):
     table(Scenes(train=60, valid=0), work)
     result = run([*SMALL, '--data.source', 'null', '--data.path', 'pairs.csv', '--data.valid_share', '0.3', '--trainer.max_steps', '2'])
@@ -164,6 +250,8 @@ MISTAKES = [
     ([*SMALL, '--data.source', 'null', '--data.path', 'gone.csv'], 'gone.csv, line 2: no image file'),
     ([*SMALL, '--model.model.text.tokenizer', 'none.json'], 'no tokenizer file none.json'),
     ([*SMALL, '--resume', 'none.ckpt'], 'no checkpoint none.ckpt'),
+    ([*SMALL, '--task', 'translate'], 'task must be one of retrieval, match, classify, got translate'),
+    ([*SMALL, '--model.lock', '[images]'], "cannot lock 'images'"),
 ]
 
 
@@ -194,25 +282,55 @@ def test_print_config(work, capsys):
     assert e.value.code == 0 and 'batch_size: 32' in capsys.readouterr().out and not (work/'out').exists()
 
 
-@pytest.mark.parametrize('path', sorted((ROOT/'configs').glob('*.yaml')), ids=lambda p: p.name)
-def test_configs_are_short_and_complete(work, path, monkeypatch):
-    assert 8 <= len(path.read_text().splitlines()) <= 37
-    table(Scenes(train=60, valid=0), work)
-    data = ['--data.path', 'pairs.csv', '--data.text_key', 'text', '--data.split_key', 'null'] if '\n  path:' in path.read_text() else []
-    cli = prepare(['--config', str(path), *data])
-    assert isinstance(cli.model.model, DualEncoder) and cli.model.model.text_pipeline.vocab_size > 50
+@pytest.fixture
+def networks(work):
+    "Small stand-ins for the public networks that the configurations name, all as files of this folder."
+    import open_clip
+    import torchvision
+    from open_clip.factory import _MODEL_CONFIGS
+    from transformers import BertConfig, BertModel
+    _MODEL_CONFIGS['tiny-vit'] = dict(embed_dim=16, vision_cfg=dict(image_size=32, layers=2, width=32, patch_size=16, head_width=16),
+                                      text_cfg=dict(context_length=20, vocab_size=49408, width=32, heads=2, layers=2))
+    torch.save(open_clip.create_model('tiny-vit').state_dict(), work/'clip.pt')
+    tp = TextPipeline.learn(['a red circle', 'a blue square'] * 9, vocab_size=60)
+    BertModel(BertConfig(vocab_size=tp.vocab_size, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48)).save_pretrained(work/'bert')
+    tp.to_tokenizer_file(work/'bert'/'tokenizer.json')
+    torch.save(torchvision.models.resnet18().state_dict(), work/'resnet.pth')
+    yield
+    del _MODEL_CONFIGS['tiny-vit']
 
 
-def test_decay_groups_hold_every_parameter_once():
+CLIP = ['--model.model.name', 'tiny-vit', '--model.model.pretrained', 'clip.pt']
+BERT = ['--model.model.text.folder', 'bert', '--model.model.image.name', 'resnet18', '--model.model.image.weights', 'resnet.pth']
+STAND_INS = {'clip_vitb32': CLIP, 'clip_lora': CLIP, 'bert_resnet': BERT, 'bert_resnet_scores': BERT}
+
+
+@pytest.mark.parametrize('path', sorted((ROOT/'configs').glob('*.yaml')), ids=lambda p: p.stem)
+def test_configs_are_short_and_run(work, networks, path):
+    assert 8 <= len(path.read_text().splitlines()) <= 40
+    table(Scenes(train=24, valid=0), work, 24)
+    data = ['--data.path', 'pairs.csv', '--data.text_key', 'text', '--data.split_key', 'null', '--data.valid_share', '0.3'] \
+        if '\n  path:' in path.read_text() else ['--data.source.train', '24', '--data.source.valid', '8']
+    result = run(['--config', str(path), *data, *STAND_INS.get(path.stem, []), '--data.batch_size', '8', '--data.workers', '0', '--trainer.limit_train_batches', '2',
+                  '--trainer.max_epochs', '1', '--trainer.accelerator', 'cpu', '--trainer.enable_progress_bar', 'false', '--trainer.logger', 'false',
+                  '--trainer.enable_model_summary', 'false', '--trainer.check_val_every_n_epoch', '1'])
+    found = result.figures or result.recall['all']['text_to_image']
+    assert found['queries'] > 0 and not any('lora' in k for k in result.model.state_dict())
+    again = load_checkpoint(result.checkpoint.with_suffix('.safetensors'))
+    for (k, a), b in zip(result.model.state_dict().items(), again.state_dict().values(), strict=True): assert torch.allclose(a, b, atol=1e-6), k
+
+
+def test_parameter_groups_hold_every_parameter_once():
     tp = TextPipeline.learn(['a red ring'] * 9, vocab_size=50)
     model = DualEncoder(TextTransformer(tp, width=32, depth=1), ConvNet(VisionPipeline(size=32), channels=(8, 16)))
-    groups = decay_groups(model, 0.1)
-    assert sorted(id(p) for g in groups for p in g['params']) == sorted(map(id, model.parameters()))
+    groups = parameter_groups(model, 1e-3, 0.1)
+    assert sorted(id(p) for g in groups for p in g['params']) == sorted(map(id, model.parameters())) and len(groups) == 2
     names = {id(p): n for n, p in model.named_parameters()}
     free = {names[id(p)] for p in groups[1]['params']}
+    assert [g['weight_decay'] for g in groups] == [0.1, 0]
     assert 'logit_scale' in free and 'image.stem.weight' not in free and {n for n in names.values() if n.endswith('bias')} <= free
     model.text.requires_grad_(False)
-    assert not {id(p) for g in decay_groups(model, 0.1) for p in g['params']} & set(map(id, model.text.parameters()))
+    assert not {id(p) for g in parameter_groups(model, 1e-3, 0.1) for p in g['params']} & set(map(id, model.text.parameters()))
 
 
 def test_schedule():
@@ -250,3 +368,10 @@ from lightning.pytorch.callbacks import Callback  # noqa: E402
 class StopAfterTwo(Callback):
     "Ends a run of four epochs after its second, as a crash would"
     def on_train_epoch_end(self, trainer, _): trainer.should_stop = trainer.current_epoch == 1
+
+
+class Slow(Callback):
+    "Leaves time to be killed in"
+    def on_train_batch_end(self, *_):
+        import time
+        time.sleep(0.3)

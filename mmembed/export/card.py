@@ -86,10 +86,10 @@ def _versions() -> dict:
         except importlib.metadata.PackageNotFoundError: pass
     return out
 
-# %% ../../nbs/export/02_card.ipynb #e43f45a9
+# %% ../../nbs/export/02_card.ipynb #ab04942f
 def make_card(
-    model: nn.Module,              # a DualEncoder with its two pipelines
-    dim: int,                      # width of the embeddings
+    model: nn.Module,              # a DualEncoder or PairClassifier with its two pipelines
+    dim: int,                      # width of the embeddings, or how many labels
     decode: bool = True,           # whether the artifact decodes image files
     training: dict | None = None,  # 'config', 'counts' and 'metrics' of the run
 ) -> dict:
@@ -100,19 +100,20 @@ def make_card(
     tp, vp = model.text_pipeline, model.vision_pipeline
     rule = vp.spec() | {'file_decode': decode}
     dtypes = {t.dtype for t in model.parameters()}
-    bias = getattr(model, 'logit_bias', None)
+    scale, bias, labels = (getattr(model, k, None) for k in ('logit_scale', 'logit_bias', 'labels'))
+    towers = getattr(model, 'towers', None) or (model.text, model.image)
     card = {
         'format': 'mmembed', 'format_version': FORMAT_VERSION, 'short_hash': '', 'content_hash': '',
-        'kind': type(model).__name__, 'decode': decode, 'dim': dim, 'normalized': True,
+        'kind': type(model).__name__, 'decode': decode, 'dim': dim, 'normalized': labels is None,
         'dtype': ' '.join(sorted(str(d).removeprefix('torch.') for d in dtypes)),
-        'logit_scale': float(model.logit_scale.detach().float().exp()),
+        'logit_scale': 1. if scale is None else float(scale.detach().float().exp()),
         'logit_bias': 0. if bias is None else float(bias.detach()),
         'max_length': tp.max_length, 'vocab_size': tp.vocab_size, 'image_size': list(vp.size),
         'parameters': sum(p.numel() for p in model.parameters()),
-        'text_tower': type(model.text).__name__, 'image_tower': type(model.image).__name__,
+        'text_tower': type(towers[0]).__name__, 'image_tower': type(towers[1]).__name__,
         'preprocessing_sha256': sha256(canonical(tp.spec()), tp.state_dict(), canonical(rule), vp.state_dict()),
         'weights_sha256': sha256(model.state_dict()),
-    }
+    } | ({} if labels is None else {'labels': list(labels)})
     card['content_hash'] = sha256(canonical(card))
     card['short_hash'] = card['content_hash'][:12]
     return card | {'pixels': summary(rule), 'tokenizer': summary(tp.spec()), 'versions': _versions(),

@@ -49,7 +49,7 @@ class Block(nn.Module):
         x = x + self.out(y.transpose(1, 2).reshape(B, L, W))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
-# %% ../../nbs/models/01_towers.ipynb #e444b24a
+# %% ../../nbs/models/01_towers.ipynb #18d0bb0f
 class TextTransformer(Tower):
     "A small transformer over tokens: the mean of its last layer"
     def __init__(self,
@@ -71,25 +71,28 @@ class TextTransformer(Tower):
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.embed.weight, std=0.02)
 
-    def forward(self,
-        tokens: Tokens, # ids and mask, int64 (B, L)
-    ) -> Tensor: # float32 (B, width)
+    def sequence(self, tokens: Tokens) -> Tensor: # float32 (B, L, width)
         x = self.embed(tokens.ids) + self.positions[:tokens.ids.shape[1]]
         keep = tokens.mask[:, None, None, :] > 0
         for block in self.blocks: x = block(x, keep)
-        weight = tokens.mask[:, :, None].to(x.dtype)
-        return (self.norm(x) * weight).sum(1) / weight.sum(1).clamp(min=1)
+        return self.norm(x)
+
+    def forward(self,
+        tokens: Tokens, # ids and mask, int64 (B, L)
+    ) -> Tensor: # float32 (B, width)
+        weight = tokens.mask[:, :, None].to(self.norm.weight.dtype)
+        return (self.sequence(tokens) * weight).sum(1) / weight.sum(1).clamp(min=1)
 
     @classmethod
     def _from_spec(cls, args: dict) -> 'TextTransformer':
         return cls(TextPipeline.from_spec(args.pop('pipeline')), **args)
 
-# %% ../../nbs/models/01_towers.ipynb #8c3721ad
+# %% ../../nbs/models/01_towers.ipynb #d0a02af0
 def _text_pipeline(tokenizer: str | os.PathLike | TextPipeline, max_length: int) -> TextPipeline:
     if isinstance(tokenizer, TextPipeline): return tokenizer
     path = Path(tokenizer)
     if path.is_dir(): path = path/'tokenizer.json'
-    if path.is_file(): return TextPipeline.from_tokenizer_file(str(path), max_length=max_length)
+    if path.is_file(): return TextPipeline.from_tokenizer_file(str(path), max_length=max_length, pad_to=8)
     hint = "; 'learn' works in `mmembed train`, which learns it from the captions" if str(tokenizer) == 'learn' else ''
     raise FileNotFoundError(f'no tokenizer file {path}{hint}')
 
@@ -236,7 +239,7 @@ def pooled(
     if how == 'max': return x.masked_fill(keep == 0, torch.finfo(x.dtype).min).amax(1)
     return (x * keep.to(x.dtype)).sum(1) / keep.sum(1).clamp(min=1)
 
-# %% ../../nbs/models/01_towers.ipynb #6828d15f
+# %% ../../nbs/models/01_towers.ipynb #9f5b750b
 class Bert(Tower):
     "A Hugging Face encoder: the mean or maximum of its last layer, or its first position"
     traceable = True
@@ -258,15 +261,18 @@ class Bert(Tower):
         self.first, self.plain_mask = c.pad_token_id + 1 if shifted else 0, c.model_type.startswith('deberta')
         if hasattr(self.net, 'pooler'): self.net.pooler = None  # its answer is not used
 
-    def forward(self,
-        tokens: Tokens, # ids and mask, int64 (B, L)
-    ) -> Tensor: # float32 (B, width)
+    def sequence(self, tokens: Tokens) -> Tensor: # float32 (B, L, width)
         ids, mask = tokens.ids, tokens.mask
         dtype, more = self.net.dtype, {}
         keep = mask if self.plain_mask else (1 - mask[:, None, None, :].to(dtype)) * torch.finfo(dtype).min
         if 'position_ids' in self.takes: more['position_ids'] = (mask*0 + 1).cumsum(1) - 1 + self.first
         if 'token_type_ids' in self.takes: more['token_type_ids'] = ids*0
-        return pooled(self.net(input_ids=ids, attention_mask=keep, **more).last_hidden_state, mask, self.pooling)
+        return self.net(input_ids=ids, attention_mask=keep, **more).last_hidden_state
+
+    def forward(self,
+        tokens: Tokens, # ids and mask, int64 (B, L)
+    ) -> Tensor: # float32 (B, width)
+        return pooled(self.sequence(tokens), tokens.mask, self.pooling)
 
     @classmethod
     def _from_spec(cls, args: dict) -> 'Bert':
