@@ -6,7 +6,8 @@ _WHERE = {
     'TextPipeline': 'text.pipeline', 'VisionPipeline': 'vision.pipeline',
     'PairData': 'data.module', 'PairsFile': 'data.sources', 'Scenes': 'data.scenes',
     'TextTransformer': 'models.towers', 'ConvNet': 'models.towers', 'bert': 'models.towers', 'image_tower': 'models.towers',
-    'DualEncoder': 'models.dual', 'LitDualEncoder': 'train', 'load_checkpoint': 'train',
+    'timm_tower': 'models.pretrained', 'DualEncoder': 'models.dual', 'PairClassifier': 'models.pair',
+    'LitDualEncoder': 'shells', 'LitPairClassifier': 'shells', 'load_checkpoint': 'train',
     'Client': 'serve.client',
     'verify': 'export.verify', 'read_card': 'runtime', 'Embedder': 'runtime', 'load': 'runtime',
 }
