@@ -3,7 +3,7 @@
     python benchmarks/text.py [--family wordpiece | clip | words] [--threads 1] [--rounds 30] [--captions FILE]
         [--cpp] [--matxscript PYTHON SOURCE]
 
-The contestants take turns on the same batches; printed are the median time of ours and, a peer, the median over rounds of
+The contestants take turns on the same batches, each after one batch that is not timed; printed are the median time of ours and, a peer, the median over rounds of
 (peer's time / ours): above 1 we are faster. Times are of the CPU (of the wall when there are several threads). All run in this process, but for
 two that cannot: `--cpp`, our pipeline in a C++ program, and MATXScript's own example in its own environment (see
 `benchmarks/peers/text_matxscript.py`); these get the same batches in turn and report their CPU time. Captions: the real ones where the data folder is at hand
@@ -142,11 +142,13 @@ def matxscript(args, words, *options):
 
 
 def forms(tp):
-    "Our contestants for one pipeline."
+    "Our contestants for one pipeline; the first as `Embedder` and the C++ header call it, frozen and without autograd."
     tp = tp.eval()
     scripted = quietly(torch.jit.script, tp)
     frozen = quietly(torch.jit.freeze, scripted, preserved_attrs=['tokenize'])
-    return {'ours': lambda t: frozen.tokenize(*pack(t)), 'ours, scripted': lambda t: scripted.tokenize(*pack(t)),
+    def served(texts):
+        with torch.inference_mode(): return frozen.tokenize(*pack(texts))
+    return {'ours': served, 'ours, scripted': lambda t: scripted.tokenize(*pack(t)),
             'ours, List[str]': lambda t: scripted(t), 'ours, eager': lambda t: tp(t)}
 
 
@@ -197,15 +199,16 @@ def compare(contestants, texts, batch, rounds):
     names = list(contestants)
     times = {n: [] for n in names}
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    def seconds(contestant, part):
+        if isinstance(contestant, Program): return contestant.seconds(part)
+        start = clock()
+        contestant(part)
+        return clock() - start
     for r in range(rounds + 2):
-        at = (r * batch) % max(len(texts) - batch, 1)
-        part = texts[at:at + batch]
+        at = [(k * batch) % max(len(texts) - batch, 1) for k in (r + 1, r)]
         for n in random.Random(r).sample(names, len(names)):  # nobody always follows the same neighbour
-            if isinstance(contestants[n], Program): took = contestants[n].seconds(part)
-            else:
-                start = clock()
-                contestants[n](part)
-                took = clock() - start
+            # a batch before, so that nobody is timed on the caches that the neighbour left, or on waking up
+            _, took = [seconds(contestants[n], texts[a:a + batch]) for a in at]
             if r > 1: times[n].append(took)
     first = times[names[0]]
     return statistics.median(first), {n: statistics.median(t / o for t, o in zip(times[n], first)) for n in names[1:]}
