@@ -13,14 +13,14 @@ FORMS = ['eager', 'scripted', 'frozen', 'loaded']
 
 
 def in_form(module, form):
-    "`module` as it is, scripted, frozen, or saved and loaded again."
+    "`module` as it is, scripted, saved and loaded again; or frozen, then saved and loaded, as an artifact is."
     module = module.eval()
     if form == 'eager': return module
     scripted = quietly(torch.jit.script, module)
     if form == 'scripted': return scripted
     if form == 'frozen':
         keep = [m for m in dir(type(module)) if getattr(getattr(type(module), m), '_torchscript_modifier', None) is FunctionModifiers.EXPORT]
-        return quietly(torch.jit.freeze, scripted, preserved_attrs=keep)
+        scripted = quietly(torch.jit.freeze, scripted, preserved_attrs=keep)
     buffer = io.BytesIO()
     quietly(torch.jit.save, scripted, buffer)
     buffer.seek(0)

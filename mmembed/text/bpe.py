@@ -93,7 +93,7 @@ class PairRanks(nn.Module):
         slot = ((key * by) >> self.slot_shift) & self.slot_mask
         return torch.where(self.keys.index_select(0, slot) == key, self.ranks.index_select(0, slot), self.none)
 
-# %% ../../nbs/text/05_bpe.ipynb #deb77a81
+# %% ../../nbs/text/05_bpe.ipynb #78710790
 class BytePairs(nn.Module):
     """Byte-level BPE, as Hugging Face's `models.BPE` and open_clip's `SimpleTokenizer` do it.
 
@@ -137,6 +137,7 @@ class BytePairs(nn.Module):
             word = t[:len(t) - len(suffix)] if ends else t
             if word and all(c in single for c in word): spelt[i] = bytes(single[c] for c in word), ends or not suffix
         self.reach, self.steps = max(len(w) for w, _ in spelt.values()), [1]
+        self.register_buffer('margin', torch.full((self.reach,), self.none))
         while sum(self.steps) < 2 * self.reach: self.steps.append(min(1 + sum(self.steps), 2 * self.reach - sum(self.steps)))
         size = torch.full((max([*vocab.values(), *added]) + 1,), 4)  # an added token stands in the text as four bytes
         for i, (w, _) in spelt.items(): size[i] = len(w)
@@ -242,7 +243,7 @@ class BytePairs(nn.Module):
 
     def _lowest(self, rank: Tensor) -> Tensor:
         "The lowest rank within `reach` to either side."
-        x = nn.functional.pad(rank, (self.reach, self.reach), value=float(self.none))
+        x = torch.cat([self.margin, rank, self.margin])  # F.pad's value is a float, and one so large is saved without its point
         for step in self.steps: x = torch.minimum(x[:-step], x[step:])
         return x
 
