@@ -62,7 +62,7 @@ class Job:
         "Why nobody waits for it any more."
         return 'cancelled' if self.cancelled else 'expired' if time.perf_counter() > self.deadline else ''
 
-# %% ../../nbs/serve/01_lane.ipynb #deed5b42
+# %% ../../nbs/serve/01_lane.ipynb #c71171ea
 class Lane:
     "Items that wait for a worker, in buckets that never share a batch"
     def __init__(self,
@@ -124,13 +124,14 @@ class Lane:
             return left
 
     def _next(self):
-        best, due = None, math.inf
-        hurry = self.closed or (self.alone and not self.coming)
-        for key, bucket in self._buckets.items():
+        hurry, now = self.closed or (self.alone and not self.coming), time.perf_counter()
+        best, first = None, (True, math.inf)
+        for key, bucket in self._buckets.items():  # of those that are due the one whose head is oldest: none starves
             at = bucket[0].job.arrival
-            at = at - 1e6 if hurry or len(bucket) >= self.largest else at + self.wait  # full ones first, the oldest of them
-            if at < due: best, due = key, at
-        return best, due
+            due = now if hurry or len(bucket) >= self.largest else at + self.wait
+            order = (due > now, due if due > now else at)
+            if order < first: best, first, when = key, order, due
+        return (best, when) if self._buckets else (None, 0.)
 
     def _pop(self, key) -> list[Item]:
         bucket, batch = self._buckets[key], []

@@ -95,7 +95,7 @@ def listen(
 # %% ../../nbs/serve/10_server.ipynb #25863648
 UNFIT = 70 # exit status of a process that could not answer any more (EX_SOFTWARE)
 
-# %% ../../nbs/serve/10_server.ipynb #c84a501c
+# %% ../../nbs/serve/10_server.ipynb #7cc6167f
 def serve(
     config: Config,
     sock: socket.socket | None = None, # listening; a new one by default
@@ -104,6 +104,7 @@ def serve(
     if config.replicas > 1 and sock is None: return Supervisor(config).run()
     import uvloop
     sock = sock or listen(config.host, config.port)
+    sys.setswitchinterval(.001)  # the event loop waits less for the GIL
     with contextlib.suppress(ValueError, OSError):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, config.max_connections + 512)), hard))

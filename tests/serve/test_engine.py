@@ -225,3 +225,15 @@ def test_the_oldest_due_bucket_goes_first():
         lane.expect(1), lane.put(jobs[-1].items, [key])
         time.sleep(.001)
     assert [[i.data for i in lane.take()] for _ in range(2)] == [['old', 'young'], ['x', 'y']]
+
+
+def test_a_rare_length_does_not_starve():
+    "Under load one bucket is always full; the item that came first still goes first."
+    lane = Lane(largest=2, wait=.001)
+    def put(key, data):
+        job = Job([Item('text', data)], lambda j: None)
+        lane.expect(1), lane.put(job.items, [key])
+    put(64, 'rare')
+    for k in range(8): put(8, f'common {k}')
+    time.sleep(.005)
+    assert [i.data for i in lane.take()] == ['rare']
