@@ -58,7 +58,7 @@ class Pieces(NamedTuple):
     end: Tensor      # int64 (T,)
     offsets: Tensor  # int64 (B+1,): row i has the pieces offsets[i] to offsets[i+1]
 
-# %% ../../nbs/text/04_wordpiece.ipynb #3ed70817
+# %% ../../nbs/text/04_wordpiece.ipynb #4e637228
 class WordPiece(nn.Module):
     """Greedy longest-match-first pieces, as Hugging Face's `models.WordPiece` takes them.
 
@@ -155,7 +155,7 @@ class WordPiece(nn.Module):
                 lengths.append(l)
                 entries.append(e)
                 break
-            best, entry = self._longest(codes, prefix, inverses, at, left, size, torch.full((), seed, device=codes.device), confirm)
+            best, entry = self._longest(codes, prefix, inverses, at, left, size, torch.full((), seed, dtype=torch.int64, device=codes.device), confirm)
             words.append(word)
             nths.append(torch.full_like(word, nth))
             starts.append(at)
