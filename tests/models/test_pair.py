@@ -57,7 +57,7 @@ def test_it_learns_what_neither_side_alone_tells(fusion):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if loss < 0.05: break
+        if loss < 0.25: break
     assert loss < 0.3  # log(2) is what either side alone allows
 
 
