@@ -142,7 +142,7 @@ def matxscript(args, words, *options):
 
 
 def forms(tp):
-    "Our contestants for one pipeline; the first as `Embedder` and the C++ header call it, frozen and without autograd."
+    "Our contestants for one pipeline; the first as the C++ header calls it, frozen and in inference mode."
     tp = tp.eval()
     scripted = quietly(torch.jit.script, tp)
     frozen = quietly(torch.jit.freeze, scripted, preserved_attrs=['tokenize'])
