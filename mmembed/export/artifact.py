@@ -252,17 +252,19 @@ def scriptable(
     model.image = trace_image(model.image, vp.size) if getattr(model.image, 'traceable', False) else _scripted(model.image, vp.size)
     return model
 
-# %% ../../nbs/export/01_artifact.ipynb #c389f3a0
+# %% ../../nbs/export/01_artifact.ipynb #3a94c472
 def assemble(
     model: nn.Module,    # a DualEncoder or PairClassifier with its two pipelines; left as it is
     decode: bool = True, # False: no file decoders; the artifact takes decoded RGB and loads without torchcodec
 ) -> Served: # not yet scripted
-    "The `Artifact` of a DualEncoder, the `PairArtifact` of a PairClassifier. Raises `TypeError` for a model whose towers carry no pipelines."
+    """The `Artifact` of a DualEncoder, the `PairArtifact` of a PairClassifier. Raises `TypeError` for a model whose towers carry no pipelines,
+    `ValueError` for one whose pictures are not float32, as its towers' weights are."""
     for name in ('text_pipeline', 'vision_pipeline'):
         if not isinstance(getattr(model, name, None), nn.Module):
             raise TypeError(f'{type(model).__name__} has no {name}: an artifact holds the preprocessing, '
                             'so its towers must carry it')
     tp, vp = copy.deepcopy(model.text_pipeline).cpu(), copy.deepcopy(model.vision_pipeline).cpu()
+    if vp.dtype != 'float32': raise ValueError(f"the vision pipeline gives {vp.dtype}, the towers take float32: give it dtype='float32'")
     vp.file_decode = decode
     ready = scriptable(model)
     if hasattr(ready, 'labels'): return PairArtifact(ready, tp, vp, len(ready.labels)).eval()

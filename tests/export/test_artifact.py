@@ -11,6 +11,7 @@ from mmembed.export import cases
 from mmembed.export.artifact import assemble, trace_text
 from mmembed.models.towers import Tower
 from mmembed.runtime import reason
+from mmembed.vision.pipeline import VisionPipeline
 
 from ..helpers import FORMS, in_form
 from . import tiny
@@ -161,3 +162,9 @@ def test_a_trace_that_does_not_follow_the_length_is_refused():
 
 def test_a_model_without_pipelines_is_refused():
     with pytest.raises(TypeError, match='Linear has no text_pipeline'): assemble(torch.nn.Linear(1, 1))
+
+
+def test_pictures_of_another_type_are_refused():
+    model = tiny.model()
+    model.image.pipeline = VisionPipeline.from_spec({**model.vision_pipeline.spec(), 'dtype': 'float16'})
+    with pytest.raises(ValueError, match="gives float16, the towers take float32"): assemble(model)
