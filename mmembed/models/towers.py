@@ -142,7 +142,7 @@ class ConvNet(Tower):
     def _from_spec(cls, args: dict) -> 'ConvNet':
         return cls(VisionPipeline.from_spec(args.pop('pipeline')), **args)
 
-# %% ../../nbs/models/01_towers.ipynb #976b6363
+# %% ../../nbs/models/01_towers.ipynb #ee4d7174
 class TorchvisionTower(Tower):
     "A torchvision classifier without its last layer"
     def __init__(self,
@@ -154,9 +154,9 @@ class TorchvisionTower(Tower):
         super().__init__()
         import torchvision
         self.carry(pipeline, name=name, pooling=pooling)
-        try: self.net = torchvision.models.get_model(name, weights=None)
-        except ValueError:
-            raise ValueError(f'torchvision knows no model {name!r}; see torchvision.models.list_models()') from None
+        if name.lower() not in torchvision.models.list_models(module=torchvision.models):  # others would download a backbone
+            raise ValueError(f'torchvision knows no classifier {name!r}; see torchvision.models.list_models(torchvision.models)')
+        self.net = torchvision.models.get_model(name, weights=None)
         self.head_key, self.width = _behead(self.net, name)
         if pooling == 'max': _max_pooled(self.net, name)
         elif pooling != 'mean': raise ValueError(f"pooling must be 'mean' or 'max', got {pooling!r}")

@@ -135,8 +135,8 @@ def test_mistakes(tmp_path):
     for f, error, message in [
             (lambda: TextTransformer('no.json'), FileNotFoundError, 'no tokenizer file no.json'),
             (lambda: TextTransformer(TP, width=10, heads=3), ValueError, 'heads must divide width, got 3 and 10'),
-            (lambda: image_tower('resnet7'), ValueError, "torchvision knows no model 'resnet7'"),
-            (lambda: image_tower('fcn_resnet50'), ValueError, 'does not end in a linear layer'),
+            (lambda: image_tower('resnet7'), ValueError, "torchvision knows no classifier 'resnet7'"),
+            (lambda: image_tower('fcn_resnet50'), ValueError, "torchvision knows no classifier 'fcn_resnet50'"),
             (lambda: image_tower('resnet18', 'no.pth'), FileNotFoundError, 'no weights file no.pth'),
             (lambda: image_tower('resnet18', 'BEST'), ValueError, "resnet18 has no weights 'BEST'; want a file or one of"),
             (lambda: image_tower('resnet18', str(tmp_path/'other.pth')), ValueError, 'does not fit resnet18'),
