@@ -69,15 +69,16 @@ def near(path: str | Path) -> Path:
     path = Path(path).resolve()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
-# %% ../nbs/50_cli.ipynb #e608f9f1
+# %% ../nbs/50_cli.ipynb #dd905926
 def evaluate(argv: list[str]):
     """Judge a trained model on held-out data: tables, and figures as JSON beside the checkpoint.
 
     mmembed eval runs/quickstart/best.ckpt
     mmembed eval runs/pairs/best.ckpt --data.path other.csv --out figures.json"""
     from mmembed.train import evaluate as judge, show_figures
-    parser = argparse.ArgumentParser(prog='mmembed eval', description='Judge a trained model on held-out data.',
-        epilog='Options that begin with --data. change the data, as in `mmembed train`.')
+    text, examples = split_doc(evaluate)
+    parser = argparse.ArgumentParser(prog='mmembed eval', description=text, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f'Options that begin with --data. change the data, as in `mmembed train`.\n\n{examples}')
     parser.add_argument('checkpoint', help='what `mmembed train` printed: a .ckpt or .safetensors file')
     parser.add_argument('--out', help='where the figures go; by default <checkpoint>.json')
     args, data = parser.parse_known_args(argv)
