@@ -8,7 +8,8 @@ Docs: https://mmembed.github.io/mmembed/models/metrics.html.md"""
 __all__ = ['TEMPLATES', 'ranks', 'Recall', 'recall_at_k', 'both_ways', 'mean_average_precision', 'several_captions',
            'class_embeddings', 'classification']
 
-# %% ../../nbs/models/05_metrics.ipynb #cc80d3bf
+# %% ../../nbs/models/05_metrics.ipynb #5c8143e9
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -114,7 +115,7 @@ def class_embeddings(
     e = encode([t.format(c) for c in classes for t in templates]).view(len(classes), len(templates), -1)
     return torch.nn.functional.normalize(e.mean(1), dim=-1)
 
-# %% ../../nbs/models/05_metrics.ipynb #8a97975b
+# %% ../../nbs/models/05_metrics.ipynb #b11116bd
 def classification(
     scores: Tensor, # float32 (N, C)
     target: Tensor, # int64 (N,)
@@ -129,5 +130,7 @@ def classification(
     out = {'accuracy': m.multiclass_accuracy(ranked, target, C, average='micro'),
            'accuracy@5': m.multiclass_accuracy(ranked, target, C, average='micro', top_k=min(5, C)),
            'f1': m.multiclass_f1_score(ranked, target, C, average='macro')}
-    out['auc'] = m.binary_auroc(scores[:, 1] - scores[:, 0], target) if C == 2 else m.multiclass_auroc(scores.softmax(1), target, C)
+    with warnings.catch_warnings():  # about classes that the sample does not have
+        warnings.simplefilter('ignore', UserWarning)
+        out['auc'] = m.binary_auroc(scores[:, 1] - scores[:, 0], target) if C == 2 else m.multiclass_auroc(scores.softmax(1), target, C)
     return {k: float(v) for k, v in out.items()}
