@@ -134,7 +134,8 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(fixed, work):
     argv = [*fixed, '--data.workers', '2', '--save_every', '3', '--trainer.max_epochs', '2']
     whole = run([*argv, '--name', 'whole'])
     slow = [*argv, '--name', 'killed', '--trainer.callbacks+=tests.test_train.Slow']
-    program = f'import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom mmembed.train import run\nrun({slow!r})'
+    threads = torch.get_num_threads()  # sums depend on it, and another test may have changed it here
+    program = f'import sys, torch; sys.path.insert(0, {str(ROOT)!r}); torch.set_num_threads({threads})\nfrom mmembed.train import run\nrun({slow!r})'
     process = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', program], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     last, deadline = work/'out'/'killed'/'last.ckpt', time.time() + 100
     try:
