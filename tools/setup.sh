@@ -41,6 +41,8 @@ fi
 if [[ ",$extras," == *,dev,* ]]; then
     command -v "${CXX:-g++}" >/dev/null || apt_install g++ ||
         die "no C++ compiler was found, and the tests compile the C++ host. Install one: apt-get install g++"
+    PATH="$PATH:/sbin" ldconfig -p 2>/dev/null | grep libheif.so >/dev/null || apt_install libheif1 ||
+        echo "mmembed: without libheif the tests of HEIC are skipped (apt-get install libheif1)"
 fi
 
 stamp=".venv/.mmembed-${extras:-base}"
