@@ -6,7 +6,7 @@ Docs: https://mmembed.github.io/mmembed/text/bpe.html.md"""
 
 # %% auto #0
 __all__ = ['CLIP_STRINGS', 'CLIP_PATTERN', 'ShortWords', 'PairRanks', 'BytePairs', 'byte_letters', 'bpe_family',
-           'open_clip_tokenizer']
+           'open_clip_text_config', 'open_clip_tokenizer']
 
 # %% ../../nbs/text/05_bpe.ipynb #d5c1e298
 import numpy as np
@@ -320,7 +320,17 @@ def _front(tok: dict, added: list[dict]) -> ByteFront:
     if level['add_prefix_space'] or not level.get('use_regex', True): refuse('pre_tokenizer', level, 'add_prefix_space=false, use_regex=true')
     return ByteFront(added, pattern_classes(), strings=known[pattern], **rules)
 
-# %% ../../nbs/text/05_bpe.ipynb #28f1d2b5
+# %% ../../nbs/text/05_bpe.ipynb #a52b08e7
+def open_clip_text_config(
+    name: str, # an open_clip model name, such as 'ViT-B-32'
+) -> dict:
+    "What open_clip's configuration says of the text tower. Raises `ValueError` for a name that open_clip does not know."
+    import open_clip
+    if name.replace('/', '-') not in open_clip.list_models():  # it would look for any other name on the hub
+        raise ValueError(f'open_clip knows no model {name!r}; open_clip.list_models() lists them')
+    return open_clip.get_model_config(name.replace('/', '-'))['text_cfg']
+
+# %% ../../nbs/text/05_bpe.ipynb #5a10ef0a
 def open_clip_tokenizer(
     name: str,        # an open_clip model name, such as 'ViT-B-32'
     fix: bool = True, # ftfy's rules for single characters and NFC are applied; False: texts come through `open_clip_clean`
@@ -328,11 +338,8 @@ def open_clip_tokenizer(
     """open_clip's `SimpleTokenizer`, with the vocabulary file that open_clip carries.
 
     Raises `ValueError` for a name that open_clip does not know, and for a model with another tokenizer."""
-    import open_clip
     from open_clip.tokenizer import SimpleTokenizer
-    if name.replace('/', '-') not in open_clip.list_models():  # it would look for any other name on the hub
-        raise ValueError(f'open_clip knows no model {name!r}; open_clip.list_models() lists them')
-    text = open_clip.get_model_config(name.replace('/', '-'))['text_cfg']
+    text = open_clip_text_config(name)
     if text.get('hf_tokenizer_name') or 'siglip' in name.lower():
         refuse(f"tokenizer of open_clip's {name}", text.get('hf_tokenizer_name') or 'SigLIP', "CLIP's own; "
             'load its tokenizer.json with from_tokenizer_file')

@@ -8,13 +8,13 @@ Docs: https://mmembed.github.io/mmembed/text/readers.html.md"""
 __all__ = ['FILES', 'Stated', 'stated', 'saying', 'vocabulary', 'read_json', 'read_vocab', 'read_folder', 'configured', 'fairseq',
            'hub_folder', 'read_any', 'read_open_clip']
 
-# %% ../../nbs/text/08a_readers.ipynb #8392df27
+# %% ../../nbs/text/08a_readers.ipynb #57ccd41d
 import json
 import os
 from pathlib import Path
 from typing import NamedTuple
 
-from .bpe import open_clip_tokenizer
+from .bpe import open_clip_text_config, open_clip_tokenizer
 from .unigram import CONTROL, UNKNOWN, framed, read_sentencepiece
 from .wordpiece import refuse
 
@@ -204,17 +204,14 @@ def read_any(
     if isinstance(source, Path) or path.is_absolute() or str(source).startswith('.'): raise FileNotFoundError(f'{source} does not exist')
     return read_folder(hub_folder(str(source)))
 
-# %% ../../nbs/text/08a_readers.ipynb #e96e594f
+# %% ../../nbs/text/08a_readers.ipynb #11414552
 def read_open_clip(
     name: str,            # an open_clip model name, such as 'ViT-B-32'
     cleaned: bool = False, # the texts have been through open_clip's cleaning
 ) -> dict: # as a tokenizer.json has it
     """Raises `ValueError` for a name that open_clip does not know and for a tokenizer whose rules are not implemented; `FileNotFoundError` where its files are
     on the hub and not at hand."""
-    import open_clip
-    if name.replace('/', '-') not in open_clip.list_models():  # it would look for any other name on the hub
-        raise ValueError(f'open_clip knows no model {name!r}; open_clip.list_models() lists them')
-    text = open_clip.get_model_config(name.replace('/', '-'))['text_cfg']
+    text = open_clip_text_config(name)
     hub, options, length = text.get('hf_tokenizer_name'), dict(text.get('tokenizer_kwargs') or {}), text.get('context_length') or 77
     def cut(strategy): return dict(truncation=dict(direction='Right', max_length=length, strategy='LongestFirst', stride=0), padding=strategy)
     if not hub:
