@@ -5,7 +5,7 @@ quickstart: env
 	@.venv/bin/mmembed quickstart
 
 test: dev
-	@.venv/bin/python -m pytest -q
+	@.venv/bin/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 env:
 	@bash tools/setup.sh

@@ -43,6 +43,8 @@ if [[ ",$extras," == *,dev,* ]]; then
         die "no C++ compiler was found, and the tests compile the C++ host. Install one: apt-get install g++"
     PATH="$PATH:/sbin" ldconfig -p 2>/dev/null | grep libheif.so >/dev/null || apt_install libheif1 ||
         echo "mmembed: without libheif the tests of HEIC are skipped (apt-get install libheif1)"
+    command -v chromium >/dev/null || apt_install chromium ||
+        echo "mmembed: without Chromium the tests of the demo's page are skipped (apt-get install chromium)"
 fi
 
 stamp=".venv/.mmembed-${extras:-base}"
