@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmembed.cli import COMMANDS, config_path, main
+from mmembed.cli import COMMANDS, main
+from mmembed.commands.make import config_path
 from mmembed.data.scenes import Scenes
 
 SMALL = ['--data.workers', '0', '--trainer.max_epochs', '1', '--trainer.check_val_every_n_epoch', '1', '--trainer.enable_progress_bar', 'false', '--trainer.accelerator', 'cpu']
@@ -140,7 +141,7 @@ def test_corrupt_images_are_skipped_counted_and_named(here, capsys):
 
 @pytest.mark.parametrize('name', [n for n in COMMANDS if n != 'train'])
 def test_help_tells_the_options(name, capsys):
-    assert main([name, '--help']) == 0
+    assert main([*name.split(), '--help']) == 0
     text = capsys.readouterr().out
     assert f'mmembed {name}' in text and 'examples:' in text
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mmembed.cli import serve
+from mmembed.commands.serving import serve
 from mmembed.serve.edge import OPEN
 from mmembed.serve.observe import STAGES, Metrics
 
