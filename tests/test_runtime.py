@@ -157,10 +157,127 @@ def test_artifact_without_decoders(emb, plain):
     assert result.ok.tolist() == [False, True] and 'decoded RGB' in result.errors[0]
 
 
-def test_threads_share_one_embedder(emb):
-    want = emb.encode_image([FILES['RGB.png']])
-    with ThreadPoolExecutor(4) as pool:
-        for got in pool.map(lambda _: emb.encode_image([FILES['RGB.png']]), range(20)): assert torch.equal(got, want)
+def test_threads_share_one_embedder(emb, judge):
+    "Texts, images, scores and pairs from six threads at once, the images decoded in threads of their own: the same bits as alone."
+    texts, images = cases.texts()[:9], [FILES['RGB.png'], b'broken', FILES['quality 75.jpg'], FILES['RGBA.png']]
+
+    def ask(kind):
+        if kind == 'text': return [emb.encode_text(texts), *emb.tokenize(texts)]
+        if kind == 'image': return [emb.encode_image(images, on_error='flag', decoders=2).embedding]
+        if kind == 'score': return [emb.score(texts[:2], images[:1])]
+        return [judge.scores(texts[:4], images, on_error='skip').scores]
+    want = {kind: ask(kind) for kind in ('text', 'image', 'score', 'pairs')}
+    with ThreadPoolExecutor(6) as pool:
+        kinds = list(want) * 6
+        for kind, got in zip(kinds, pool.map(ask, kinds)): assert all(map(torch.equal, got, want[kind])), kind
+
+
+def test_decoders_change_no_bit_and_no_order(emb):
+    files = list(FILES.values()) * 2
+    want = emb.encode_image(files, on_error='flag', decoders=0)
+    for n in (1, 3):
+        got = emb.encode_image(iter(files), on_error='flag', decoders=n)
+        assert torch.equal(got.embedding, want.embedding) and torch.equal(got.ok, want.ok) and got.errors == want.errors
+    with pytest.raises(ValueError, match=r'images\[2\]: ') : emb.encode_image([FILES['RGB.png'], FILES['RGB.png'], b'x', FILES['RGB.png']], decoders=3)
+    with pytest.raises(ValueError, match='decoders must be 0 or more, got -2'): emb.encode_image(files, decoders=-2)
+
+
+def test_generators_are_read_as_needed(capsys):
+    "No more files are asked for than can soon be used, whether or not somebody stops early."
+    few, asked = Embedder(tiny.artifact(), batch_size=4), []
+
+    def files(n):
+        for i in range(n):
+            asked.append(i)
+            yield b'broken' if i == 20 else FILES['RGB.png']
+    with pytest.raises(ValueError, match=r'images\[20\]'): few.encode_image(files(10_000), decoders=2)
+    assert len(asked) <= 21 + 2 * 4 + 1
+    before = few.encode_image(files(12))
+    assert torch.equal(few.encode_image(files(12), progress='pictures', decoders=0), before) and 'pictures' not in capsys.readouterr().out
+    assert few.encode_text((t for t in ['a', 'b']), progress=True).shape == (2, 24)
+
+
+def test_numpy_answers(emb):
+    files = [FILES['RGB.png'], b'broken']
+    for got, want in ((emb.encode_text(['a'], numpy=True), emb.encode_text(['a'])), (emb.score(['a'], files[:1], numpy=True), emb.score(['a'], files[:1])),
+                      (emb.rank(['a'], files[:1], numpy=True).probability, emb.rank(['a'], files[:1]).probability)):
+        assert isinstance(got, np.ndarray) and np.array_equal(got, want.numpy())
+    flagged = emb.encode_image(files, on_error='flag', numpy=True)
+    assert flagged.ok.tolist() == [True, False] and isinstance(flagged.embedding, np.ndarray) and flagged.errors[1]
+
+
+@pytest.fixture(scope='module')
+def judge(): return load(tiny.pair_artifact())
+
+
+def test_pairs(judge):
+    model, texts, files = tiny.pair_model(), ['a red circle', 'b', '一只猫'], [FILES[n] for n in ('RGB.png', 'gray.jpg', 'quality 75.jpg')]
+    vp, tp = model.vision_pipeline, model.text_pipeline
+    with torch.no_grad(): want = model(tp(texts), vp([as_bytes(f) for f in files]))
+    got = judge.scores(texts, files)
+    assert judge.labels == ['mismatch', 'match'] and torch.allclose(got, want, atol=1e-5)
+    assert torch.allclose(judge.scores(iter(texts), iter(files), decoders=2), want, atol=1e-5)
+    assert torch.allclose(load(tiny.pair_artifact(), batch_size=2).scores(texts, files), want, atol=1e-5)
+    same = load(tiny.pair_artifact(), batch_size=4, deterministic=True)
+    assert torch.equal(same.scores(texts[1:2], files[1:2])[0], same.scores(texts, files)[1])
+    for row, probability in zip(judge.classify(texts, files, top_k=9), want.softmax(-1)):
+        assert dict(row) == pytest.approx(dict(zip(judge.labels, probability.tolist())), abs=1e-5) and row[0][1] >= row[1][1]
+    assert judge.scores([], []).shape == (0, 2) and judge.classify(texts, files, threshold=1.) == [[], [], []]
+    assert 'mismatch' in repr(judge)
+
+
+def test_bad_pairs(judge):
+    texts, files = ['a', None, 'c', 'd'], [FILES['RGB.png'], FILES['RGB.png'], b'broken', FILES['gray.jpg']]
+    flagged = judge.scores(texts, files, on_error='flag')
+    assert flagged.ok.tolist() == [True, False, False, True] and flagged.errors[1].startswith('NoneType') and flagged.errors[2]
+    want = judge.scores(['a', 'd'], [files[0], files[3]])
+    assert torch.equal(flagged.scores[flagged.ok], want) and flagged.scores[~flagged.ok].isnan().all()
+    assert torch.equal(judge.scores(texts, files, on_error='skip').scores, want)
+    with pytest.raises(ValueError, match=r'pairs\[1\]: NoneType'): judge.scores(texts, files)
+    with pytest.raises(ValueError, match='2 images are fewer than the texts'): judge.scores(['a', 'b', 'c'], files[:2])
+    with pytest.raises(ValueError, match='1 texts are fewer than the images'): judge.scores(['a'], files)
+
+
+def test_each_kind_of_artifact_names_its_calls(emb, judge):
+    for call in (lambda: judge.encode_text(['a']), lambda: judge.encode_image([]), lambda: judge.rank(['a'], []), lambda: judge.similarity(['a'], [])):
+        with pytest.raises(TypeError, match='scores pairs and has no embeddings: call scores'): call()
+    for call in (emb.scores, emb.classify):
+        with pytest.raises(TypeError, match='has no labels: call score'): call(['a'], [FILES['RGB.png']])
+
+
+def test_probabilities_follow_the_kind_of_model(emb, monkeypatch):
+    texts, files = ['a', 'b', 'c'], [FILES['RGB.png'], FILES['gray.jpg']]
+    assert torch.allclose(emb.rank(texts, files).probability.sum(1), torch.ones(3))
+    monkeypatch.setitem(emb.card, 'logit_bias', -10.)  # as SigLIP's card has it
+    r = emb.rank(texts, files)
+    assert torch.equal(r.probability, r.score.sigmoid())
+    with pytest.raises(ValueError, match='top_k must be at least 1'): emb.rank(texts, files, top_k=0)
+
+
+def test_heat_map(emb, tmp_path):
+    (tmp_path/'<x>.png').write_bytes(FILES['RGB.png'])
+    s = emb.similarity(['a & b', b'c'], [tmp_path/'<x>.png', FILES['gray.jpg']])
+    assert torch.allclose(s.cosine, emb.encode_text(['a & b', 'c']) @ emb.encode_image([tmp_path/'<x>.png', FILES['gray.jpg']]).T, atol=1e-5)
+    assert s.texts == ['a & b', 'c'] and s.images == ['<x>.png', '1'] and torch.equal(s.levels[1], emb.preprocess(FILES['gray.jpg']))
+    html = s._repr_html_()
+    assert 'a &amp; b' in html and '&lt;x&gt;' in html and html.count('<img') == 2 and f'{s.cosine[1, 1]:.3f}' in html
+    given = emb.similarity(emb.encode_text(['a', 'b']), emb.encode_image([FILES['RGB.png']]))
+    assert given.levels == [None] and given.images == ['0'] and emb.similarity(['a'], []).cosine.shape == (1, 0)
+
+
+def test_warmup_and_profile(emb, judge, plain):
+    for e in (emb, judge, plain): assert e.warmup([1, 3]) is e
+    p = emb.profile(['a', 'b'], [FILES['quality 75.jpg']], repeats=2)
+    assert (p.texts, p.images) == (2, 1) and min(p[2:]) > 0 and 0 < p.shares['image'] and 'preprocessing adds' in str(p)
+    assert plain.profile([], [torch.zeros(3, 9, 9, dtype=torch.uint8)], 1).decode == 0 and judge.profile(['a'], [FILES['RGB.png']], 1).image_tower > 0
+    with pytest.raises(ValueError, match='repeats must be at least 1'): emb.profile(['a'], [], 0)
+
+
+def test_devices_and_threads_are_checked():
+    with pytest.raises(ValueError, match="device must be 'cpu', 'cuda', 'cuda:1' or the like, got 'toaster'"): load(tiny.artifact(), 'toaster')
+    with pytest.raises(ValueError, match='threads must be at least 1, got 0'): load(tiny.artifact(), threads=0)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device='cuda': torch sees no CUDA device here"): load(tiny.artifact(), 'cuda')
 
 
 def test_files_that_do_not_load(tmp_path):

@@ -9,6 +9,7 @@ import torch
 
 from mmembed.export.verify import export
 from mmembed.models.dual import DualEncoder
+from mmembed.models.pair import PairClassifier
 from mmembed.models.towers import ConvNet, TextTransformer
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
@@ -39,4 +40,19 @@ def artifact(decode=True):
     "The path of a verified artifact of `model()`."
     path = folder()/f'tiny-{decode}.pt'
     export(model(), path, decode=decode, fresh=False, cpp=False)
+    return path
+
+
+def pair_model(seed=0):
+    tp, vp = pipelines()
+    torch.manual_seed(seed)
+    text, image = TextTransformer(tp, width=32, depth=2, heads=2), ConvNet(vp, channels=(8, 16), width=32)
+    return PairClassifier(text, image, ['mismatch', 'match'], dim=24).eval()
+
+
+@functools.cache
+def pair_artifact():
+    "The path of a verified artifact of `pair_model()`."
+    path = folder()/'pairs.pt'
+    export(pair_model(), path, fresh=False, cpp=False)
     return path
