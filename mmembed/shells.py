@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/shells.html.md"""
 # %% auto #0
 __all__ = ['warm_cosine', 'Shell', 'LitDualEncoder', 'judge', 'plain_recall', 'LitPairClassifier']
 
-# %% ../nbs/19_shells.ipynb #0ac9e747
+# %% ../nbs/19_shells.ipynb #fa294f12
 import math
 from contextlib import ExitStack
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .core import Embeddings, PairBatch
 from .models.dual import DualEncoder
 from .models.losses import InfoNCE, distill
-from .models.metrics import Recall, both_ways, classification
+from .models.metrics import Recall, answers, both_ways, classification
 from .models.pair import PairClassifier
 from .models.practice import add_lora, checkpointed, embed_in_chunks, lock, parameter_groups, still
 
@@ -92,7 +92,7 @@ class Shell(LightningModule):
         dist.all_gather_object(out, rows)
         return [r for part in out for r in part]
 
-# %% ../nbs/19_shells.ipynb #d9774d1c
+# %% ../nbs/19_shells.ipynb #9a605af2
 class LitDualEncoder(Shell):
     "Trains a `DualEncoder` with a contrastive loss"
     def __init__(self,
@@ -126,17 +126,26 @@ class LitDualEncoder(Shell):
 
     def on_fit_start(self):
         super().on_fit_start()
+        self.picture_of = self.pictures() if self.hparams.share_targets else None
         if self.teacher is None: return
         for side in ('text_pipeline', 'vision_pipeline'):
             mine, theirs = getattr(self.model, side), getattr(self.teacher, side)
             if mine.spec() != theirs.spec(): raise ValueError(f"the teacher's {side} is not the student's: both see the same batch")
         self.teacher.to(self.device)
 
+    def pictures(self) -> Tensor | None: # int64 (rows,): the picture of each training row
+        "None where each row has its own, or nothing is known of the rows."
+        part = getattr(getattr(self.trainer, 'datamodule', None), 'train', None)
+        if part is None: return None
+        numbers: dict = {}
+        of = [numbers.setdefault(part.picture(i), len(numbers)) for i in range(len(part))]
+        return torch.tensor(of, device=self.device) if len(numbers) < len(part) else None
+
     def training_step(self, batch: PairBatch, _: int) -> Tensor:
         size = self.hparams.chunk
         out = embed_in_chunks(self.model, batch.tokens, batch.pixels, size) if size else self(batch)
         bias = getattr(self.model, 'logit_bias', None)
-        loss = self.loss(out, batch.tokens, bias)
+        loss = self.loss(out, batch.tokens, bias, None if self.picture_of is None else self.picture_of[batch.index])
         figures = {'train/loss': loss, 'train/logit_scale': out.logit_scale}
         if self.teacher is not None:
             with torch.no_grad(): t = self.teacher(batch.tokens, batch.pixels)
@@ -160,7 +169,8 @@ class LitDualEncoder(Shell):
         index, text, image, texts = zip(*rows)
         part = getattr(getattr(self.trainer, 'datamodule', None), 'valid', None)
         kinds = [part.kind(i) for i in index] if part is not None else []
-        self.recall = judge(torch.stack(text), torch.stack(image), list(texts), kinds)
+        pictures = [part.picture(i) for i in index] if part is not None else list(index)
+        self.recall = judge(torch.stack(text), torch.stack(image), list(texts), kinds, pictures)
         for kind, ways in self.recall.items():
             at = f'/{kind}' if kind != 'all' else ''
             for way, r in ways.items():
@@ -173,20 +183,22 @@ class LitDualEncoder(Shell):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]):
         checkpoint['mmembed'] = self.note() | {'recall': plain_recall(self.recall)}
 
-# %% ../nbs/19_shells.ipynb #13bce6d2
+# %% ../nbs/19_shells.ipynb #df36fcdc
 def judge(
     text: Tensor,      # float32 (N, D)
     image: Tensor,     # float32 (N, D): image i belongs to text i
     same: list,        # N keys: equal for captions that say the same
     kinds: list[str],  # N labels to report apart; [] for none
+    pictures: list | None = None, # N keys: equal for rows of one picture; by default each row has its own
 ) -> dict[str, dict[str, Recall]]: # kind, 'all' first: direction: figures
-    "Recall both ways over one gallery, ties against the model."
-    numbers: dict = {}
-    group = torch.tensor([numbers.setdefault(s, len(numbers)) for s in same])
-    relevant = group[:, None] == group[None, :]
-    result = {'all': both_ways(text, image, relevant)}
+    "Recall both ways over one gallery that holds every picture once, ties against the model."
+    right = answers(same, list(range(len(same))) if pictures is None else pictures)
+    image = image[right.first]
+    result = {'all': both_ways(text, image, right.relevant)}
     for kind in sorted(set(kinds)) if len(set(kinds)) > 1 else []:
-        result[kind] = both_ways(text, image, relevant, rows=torch.tensor([k == kind for k in kinds]))
+        rows = torch.tensor([k == kind for k in kinds])
+        shown = torch.zeros(len(image), dtype=torch.bool).index_fill(0, right.image[rows], True)
+        result[kind] = both_ways(text, image, right.relevant, rows=rows, columns=shown)
     return result
 
 def plain_recall(

@@ -8,7 +8,7 @@ Docs: https://mmembed.github.io/mmembed/show.html.md"""
 __all__ = ['levels', 'tokens_of', 'Seen', 'look', 'show_batch', 'wrapped', 'Gallery', 'gallery', 'show_scores', 'show_results',
            'show_captions']
 
-# %% ../nbs/40_show.ipynb #9d519a18
+# %% ../nbs/40_show.ipynb #9c861aba
 import base64
 import io
 import textwrap
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .core import PairBatch
 from .data.module import PairData
 from .data.sources import Source
-from .models.metrics import ranks
+from .models.metrics import answers, ranks
 from .text.pipeline import TextPipeline
 from .vision.pipeline import VisionPipeline
 
@@ -146,7 +146,7 @@ class _fonts:
     def __exit__(self, *_):
         for h in reversed(self.held): h.__exit__(None, None, None)
 
-# %% ../nbs/40_show.ipynb #a761703c
+# %% ../nbs/40_show.ipynb #02e026c8
 class Gallery(NamedTuple):
     "Encoded pairs, with the means to draw them"
     text: Tensor             # float32 (N, D), unit length
@@ -164,11 +164,8 @@ class Gallery(NamedTuple):
 
     def relevant(self) -> Tensor: # bool (N, N)
         "Captions that say the same are right for each other's images, and so are all captions of one image."
-        def equal(keys):
-            numbers: dict[str, int] = {}
-            group = torch.tensor([numbers.setdefault(k, len(numbers)) for k in keys])
-            return group[:, None] == group[None]
-        return equal(map(self.source.text, self.index)) | equal(map(self.source.picture, self.index))
+        right = answers([self.source.text(i) for i in self.index], [self.source.picture(i) for i in self.index])
+        return right.relevant[:, right.image]
 
 # %% ../nbs/40_show.ipynb #0edf7ce8
 @torch.no_grad()

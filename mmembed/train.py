@@ -9,7 +9,7 @@ __all__ = ['TASKS', 'load_checkpoint', 'read_checkpoint', 'Checkpoint', 'write_w
            'learn_tokenizer', 'RunResult', 'run', 'find_lr', 'prepare', 'show_recall', 'show_figures', 'evaluate',
            'LitDualEncoder', 'LitPairClassifier', 'judge', 'warm_cosine']
 
-# %% ../nbs/20_train.ipynb #338daceb
+# %% ../nbs/20_train.ipynb #6707afc4
 import json
 import re
 import tempfile
@@ -33,7 +33,7 @@ from torch import nn
 from .core import settings
 from .data.labels import LabelData, MatchData
 from .data.module import PairData
-from .models.metrics import mean_average_precision, several_captions
+from .models.metrics import answers, mean_average_precision
 from .models.practice import add_lora, merge_lora
 from .models.tower import from_spec
 from .shells import LitDualEncoder, LitPairClassifier, judge, plain_recall, warm_cosine
@@ -270,15 +270,16 @@ def _sentence(e: ArgumentError) -> str:
         return 'not a configuration, want lines like `key: value`: ' + (text[19:] or 'the file is empty')
     return text
 
-# %% ../nbs/20_train.ipynb #1c50c915
+# %% ../nbs/20_train.ipynb #ada88af3
 def show_recall(
     recall: dict, # as `RunResult` has it
 ):
     "Print recall and chance as a table."
     from rich.console import Console
     from rich.table import Table
-    some = next(iter(recall['all'].values()))
-    table = Table(title=f"Recall among {some['gallery']:,} held-out pairs")
+    some, back = recall['all'].values()
+    images, captions = some['gallery'], back['gallery']
+    table = Table(title=f'Recall among {images:,} held-out ' + ('pairs' if images == captions else f'images and {captions:,} captions'))
     for c in ['', 'queries', *(f'@{k}' for k in some['at']), 'median rank']:
         table.add_column(c, justify='right' if c else 'left')
     for kind, ways in recall.items():
@@ -296,11 +297,11 @@ def show_figures(
     if note.get('recall'): show_recall(note['recall'])
     for k, v in (note.get('figures') or {}).items(): print(f'{k:12} {v:.3f}' if isinstance(v, float) else f'{k:12} {v:,}')
 
-# %% ../nbs/20_train.ipynb #5a9285b2
+# %% ../nbs/20_train.ipynb #d3c61694
 def evaluate(
     checkpoint: str | Path,  # a .ckpt or .safetensors of a run
     argv: list[str] = [],    # options of the data: ['--data.path', 'other.csv', '--data.split_key', 'section']
-) -> dict: # 'recall', 'map', 'several_captions' or 'figures'; plain data
+) -> dict: # 'recall' and 'map', or 'figures'; plain data
     """The figures of a checkpoint on the validation part (or the third part of a split file).
 
     Raises `FileNotFoundError` without a configuration beside the checkpoint, `ValueError` for wrong options."""
@@ -322,10 +323,7 @@ def evaluate(
     trainer.validate(lit, datamodule=data, verbose=False)
     if shell is LitPairClassifier: return {'figures': lit.figures}
     text, image, texts, index = lit.gallery
-    numbers: dict = {}
-    group = torch.tensor([numbers.setdefault(t, len(numbers)) for t in texts])
-    same, scores = group[:, None] == group[None, :], text @ image.T
-    result = {'recall': plain_recall(lit.recall), 'map': {'text_to_image': mean_average_precision(scores, same), 'image_to_text': mean_average_precision(scores.T, same)}}
-    names = [data.valid.name(i) for i in index]
-    if len(set(names)) < len(names): result['several_captions'] = plain_recall({'all': several_captions(text, image, names)})['all']
-    return result
+    right = answers(texts, [data.valid.picture(i) for i in index])
+    scores = text @ image[right.first].T
+    return {'recall': plain_recall(lit.recall), 'map': {'text_to_image': mean_average_precision(scores, right.relevant),
+                                                        'image_to_text': mean_average_precision(scores.T, right.relevant.T)}}

@@ -357,6 +357,29 @@ def test_captions_that_say_the_same_are_all_right():
     assert (kinds['x']['text_to_image'].at[1], kinds['y']['text_to_image'].at[1], kinds['y']['text_to_image'].gallery) == (0, 1, 4)
 
 
+def test_several_captions_of_a_picture():
+    "Judged with every picture once: its captions are all right, and a kind is looked for in the whole gallery."
+    image, text = torch.eye(3), torch.tensor([[1., 0, 0], [0, .9, .5], [0, 1, 0], [0, .2, 1]])
+    found = judge(text, image[[0, 0, 1, 2]], ['a', 'b', 'c', 'd'], ['de', 'en', 'en', 'en'], ['p', 'p', 'q', 'r'])
+    assert found['all']['text_to_image'].at[1] == 0.75 and found['all']['image_to_text'].at[1] == 1
+    assert [found['all'][w].gallery for w in ('text_to_image', 'image_to_text')] == [3, 4]
+    assert (found['de']['text_to_image'].at[1], found['de']['image_to_text'].queries, found['de']['image_to_text'].gallery) == (1, 1, 4)
+    assert found['en']['image_to_text'].queries == 3
+
+
+def test_training_knows_which_rows_show_one_picture(work, monkeypatch):
+    class Several(Scenes):
+        def picture(self, i): return f'{i // 2}'
+    cli = prepare([*SMALL, '--trainer.max_steps', '1', '--trainer.limit_val_batches', '0'])
+    cli.datamodule.train = Several(train=len(cli.datamodule.train), valid=0)
+    seen = []
+    monkeypatch.setattr(cli.model.loss, 'forward', lambda out, tokens, bias, pictures: seen.append(pictures) or out.text.sum() * 0)
+    cli.trainer.fit(cli.model, cli.datamodule)
+    assert len(seen) == 1 and 0 < len(seen[0].unique()) < len(seen[0])
+    cli.datamodule.train = Scenes(train=8, valid=0)
+    assert cli.model.pictures() is None
+
+
 def test_new_folder(tmp_path):
     for want in ('a', 'a-2', 'a-3'):
         folder = new_folder(tmp_path/'a')

@@ -34,7 +34,7 @@ class LabelCollate(Collate):
         labels = {r.index: r.label for r in rows}
         return LabelBatch(*batch, torch.tensor([labels[i] for i in batch.index.tolist()], dtype=torch.int64)), failed
 
-# %% ../../nbs/data/04_labels.ipynb #de3751c3
+# %% ../../nbs/data/04_labels.ipynb #a356b28a
 class Matches(Part):
     "Each row of a source once as it is, and some times to be paired with the caption of another"
     def __init__(self,
@@ -66,7 +66,8 @@ class Matches(Part):
 
     def _differs(self, a: int, b: int) -> bool:
         label = self.source.label(a)
-        return self.source.text(a) != self.source.text(b) and not (label and label == self.source.label(b))
+        return (self.source.text(a) != self.source.text(b) and self.source.picture(a) != self.source.picture(b)
+                and not (label and label == self.source.label(b)))
 
 # %% ../../nbs/data/04_labels.ipynb #d282d468
 def _some(rows: list[int] | range, rng: random.Random, most: int = 64):

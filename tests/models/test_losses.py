@@ -6,7 +6,7 @@ import torch
 
 from mmembed.core import Tokens
 from mmembed.core import Embeddings
-from mmembed.models.losses import InfoNCE, SigmoidLoss, distill, harden, info_nce, same_text, sigmoid_loss
+from mmembed.models.losses import InfoNCE, SigmoidLoss, distill, harden, info_nce, same_rows, same_text, sigmoid_loss
 
 
 def written_out(logits, share):
@@ -134,3 +134,18 @@ def test_two_processes_are_one(tmp_path):
     for name in LOSSES:
         for a, b in zip(got[name], loss_and_gradients(name, slice(0, 12)), strict=True):
             assert torch.allclose(a, b, atol=1e-12), name
+
+
+def test_captions_of_one_picture_share_it():
+    "Both losses, with pictures that occur twice in the batch, against the formula with the joined matches."
+    torch.manual_seed(0)
+    text, image = (torch.nn.functional.normalize(torch.randn(6, 8), dim=1) for _ in range(2))
+    ids = torch.tensor([[1], [2], [1], [3], [4], [5]])
+    tokens, pictures = Tokens(ids, torch.ones_like(ids)), torch.tensor([7, 8, 9, 8, 5, 5])
+    want = torch.eye(6).bool()
+    for a, b in ((0, 2), (1, 3), (4, 5)): want[a, b] = want[b, a] = True
+    assert same_rows(tokens, pictures).equal(want)
+    out = Embeddings(text, image, torch.tensor(10.))
+    assert float(InfoNCE()(out, tokens, None, pictures)) == pytest.approx(written_out(10 * text @ image.T, want), abs=1e-5)
+    assert SigmoidLoss()(out, tokens, torch.tensor(-3.), pictures).equal(sigmoid_loss(10 * text @ image.T - 3, want))
+    assert InfoNCE(share_targets=False)(out, tokens, None, pictures).equal(info_nce(10 * text @ image.T))

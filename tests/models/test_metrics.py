@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from mmembed.models.metrics import both_ways, ranks, recall_at_k
+from mmembed.models.metrics import answers, both_ways, mean_average_precision, ranks, recall_at_k
 
 
 def by_hand(row, right):
@@ -73,7 +73,41 @@ def test_both_ways():
     assert both_ways(text, image, relevant)['image_to_text'].at[1] >= got['image_to_text'].at[1]
 
 
+def average_precision(row, right):
+    "Over the places of the right items, wrong ones of the same score going first."
+    order = sorted(range(len(row)), key=lambda j: (-row[j], right[j]))
+    hits, total = 0, 0.
+    for place, j in enumerate(order, 1):
+        if right[j]: hits += 1; total += hits/place
+    return total/hits
+
+
+@pytest.mark.parametrize('levels', [3, 10**6])
+def test_several_captions_by_hand(levels):
+    "Captions and pictures that occur several times: recall and average precision against loops over the rows."
+    rng = random.Random(levels)
+    for _ in range(20):
+        rows = rng.randint(2, 14)
+        captions, pictures = ([rng.randrange(n) for _ in range(rows)] for n in (rng.randint(1, 14), rng.randint(1, 8)))
+        right = answers(captions, pictures)
+        shown = list(dict.fromkeys(pictures))
+        assert right.first.tolist() == [pictures.index(p) for p in shown] and [shown[i] for i in right.image.tolist()] == pictures
+        given = set(zip(captions, pictures))
+        by_text = [[(c, p) in given for p in shown] for c in captions]
+        assert right.relevant.tolist() == by_text
+        text, image = torch.eye(rows), torch.tensor([[float(rng.randrange(levels)) for _ in range(rows)] for _ in shown])
+        scores, got = image.T.tolist(), both_ways(text, image, right.relevant, ks=(1, 3))
+        by_image = [list(x) for x in zip(*by_text)]
+        for way, s, r in (('text_to_image', scores, by_text), ('image_to_text', image.tolist(), by_image)):
+            places = [by_hand(a, b) for a, b in zip(s, r)]
+            assert got[way].at == {k: pytest.approx(sum(x <= k for x in places)/len(places)) for k in (1, 3)}
+            assert (got[way].queries, got[way].gallery) == (len(s), len(s[0]))
+            want = sum(average_precision(a, b) for a, b in zip(s, r))/len(s)
+            assert mean_average_precision(torch.tensor(s), torch.tensor(r)) == pytest.approx(want)
+
+
 def test_mistakes():
+    with pytest.raises(ValueError, match='2 captions and 3 pictures'): answers(['a', 'b'], [1, 2, 3])
     for f, message in [(lambda: ranks(torch.randn(3, 2)), '3 queries need as many items, got 2'),
                        (lambda: ranks(torch.randn(2, 2), torch.ones(3, 2).bool()), r'relevant is \(3, 2\), scores \(2, 2\)'),
                        (lambda: ranks(torch.randn(1, 2), torch.zeros(1, 2).bool()), 'query 0 has no relevant item'),
