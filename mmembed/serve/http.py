@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/serve/http.html.md"""
 # %% auto #0
 __all__ = ['app']
 
-# %% ../../nbs/serve/07_http.ipynb #00d968aa
+# %% ../../nbs/serve/07_http.ipynb #c0f2c5b6
 import asyncio
 
 import numpy as np
@@ -18,13 +18,13 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from .edge import Edge, Gone, attended
+from .edge import Direct, Edge, Gone, attended
 from .engine import Busy, Item, Unfit
 from .service import Service
 from .wire import (ClassifyRequest, EmbeddingRequest, RankRequest, ReloadRequest, SearchRequest, StreamRequest, answered,
                                 few, made_by, misfit, problem, ranked, reply, rows, run, timing, to_item, vector)
 
-# %% ../../nbs/serve/07_http.ipynb #6c90523a
+# %% ../../nbs/serve/07_http.ipynb #e1796cdb
 def app(service: Service) -> Edge:
     "The ASGI application of `service`."
     api = FastAPI(title='mmembed', version='1', description='Embeddings of texts and images by an exported file, one status an item.')
@@ -44,7 +44,7 @@ def app(service: Service) -> Edge:
     async def parsed(request: Request, model):
         kind = request.headers.get('content-type', 'application/json').partition(';')[0].strip().lower()
         if kind != 'application/json' and not kind.endswith('+json'): raise HTTPException(415, f'content type {kind[:60]!r} is not JSON')
-        try: return TypeAdapter(model).validate_json(await request.body())
+        try: return model.model_validate_json(await request.body())
         except ValidationError as e: raise misfit(e) from None
 
     async def embed(request: Request, items: list[Item]) -> list[Item]:
@@ -199,7 +199,9 @@ def app(service: Service) -> Edge:
         from starlette.middleware.cors import CORSMiddleware
         api.add_middleware(CORSMiddleware, allow_origins=list(config.cors), allow_methods=['*'], allow_headers=['*'],
                            expose_headers=['x-request-id', 'server-timing'])
-    return Edge(api, service, {r.path for r in api.routes if '{' not in r.path})
+        inner = api
+    else: inner = Direct(api, {'/v1/embeddings': embeddings, '/rank': rank, '/classify': classify, '/search': search})
+    return Edge(inner, service, {r.path for r in api.routes if '{' not in r.path})
 
 # %% ../../nbs/serve/07_http.ipynb #a5ea98a7
 def _model(service) -> dict:
@@ -225,7 +227,7 @@ async def _form(request: Request, config) -> list[Item]:
     if not out: raise HTTPException(422, 'the form has no parts')
     return out
 
-# %% ../../nbs/serve/07_http.ipynb #dad269e4
+# %% ../../nbs/serve/07_http.ipynb #5a567df8
 async def _stream(service: Service, socket: WebSocket, window: int = 16):
     await socket.accept()
     room, tasks, count = asyncio.Semaphore(window), set(), 0
@@ -236,7 +238,7 @@ async def _stream(service: Service, socket: WebSocket, window: int = 16):
             try:
                 if message.get('bytes') is not None: items, how = [Item('image', message['bytes'], len(message['bytes']))], {}
                 else:
-                    asked = TypeAdapter(StreamRequest).validate_json(message['text'])
+                    asked = StreamRequest.model_validate_json(message['text'])
                     rid = number if asked.id is None else asked.id
                     if (asked.dimensions or 0) > service.emb.dim: raise HTTPException(422, f'dimensions: the model has {service.emb.dim}')
                     listed = asked.input if isinstance(asked.input, list) else [asked.input]

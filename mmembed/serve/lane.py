@@ -15,10 +15,10 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
-# %% ../../nbs/serve/01_lane.ipynb #ff7e865d
+# %% ../../nbs/serve/01_lane.ipynb #fbf52522
 class Item:
     "One text or image of a request, with what became of it"
-    __slots__ = ('kind', 'data', 'job', 'index', 'size', 'ready', 'tokens', 'value', 'status', 'error', 'times', 'batch')
+    __slots__ = ('kind', 'data', 'job', 'index', 'size', 'ready', 'tokens', 'value', 'status', 'error', 'times', 'batch', 'since')
 
     def __init__(self,
         kind: str,     # 'text' or 'image'
@@ -27,7 +27,7 @@ class Item:
     ):
         self.kind, self.data, self.size, self.job, self.index = kind, data, size, None, 0
         self.ready = self.value = None  # what the towers take; float32 (D,), the embedding
-        self.tokens, self.status, self.error, self.batch = 0, '', '', 0
+        self.tokens, self.status, self.error, self.batch, self.since = 0, '', '', 0, 0.
         self.times: dict[str, tuple[float, float]] = {}  # stage -> (begin, end), seconds of `time.perf_counter`
 
 # %% ../../nbs/serve/01_lane.ipynb #a12aabdc
@@ -62,7 +62,7 @@ class Job:
         "Why nobody waits for it any more."
         return 'cancelled' if self.cancelled else 'expired' if time.perf_counter() > self.deadline else ''
 
-# %% ../../nbs/serve/01_lane.ipynb #c71171ea
+# %% ../../nbs/serve/01_lane.ipynb #9660844c
 class Lane:
     "Items that wait for a worker, in buckets that never share a batch"
     def __init__(self,
@@ -73,6 +73,7 @@ class Lane:
     ):
         self.largest, self.wait, self.room, self.then = largest, wait, room, then
         self.size = self.coming = 0  # here; admitted by the service and on their way here
+        self.patience = 0.  # seconds after it came here that an item which is due waits for those on their way
         self.alone, self.closed = True, False
         self._buckets, self._ready = defaultdict(deque), threading.Condition()
 
@@ -87,8 +88,11 @@ class Lane:
         keys: list | None = None, # the bucket of each
     ):
         "Adds `items`, which were expected."
+        now = time.perf_counter()
         with self._ready:
-            for item, key in zip(items, keys or [0] * len(items)): self._buckets[key].append(item)
+            for item, key in zip(items, keys or [0] * len(items)):
+                item.since = now
+                self._buckets[key].append(item)
             self.size += len(items)
             self.coming -= len(items)
             self._ready.notify_all()
@@ -127,8 +131,9 @@ class Lane:
         hurry, now = self.closed or (self.alone and not self.coming), time.perf_counter()
         best, first = None, (True, math.inf)
         for key, bucket in self._buckets.items():  # of those that are due the one whose head is oldest: none starves
-            at = bucket[0].job.arrival
-            due = now if hurry or len(bucket) >= self.largest else at + self.wait
+            at, due = bucket[0].job.arrival, now
+            if not hurry and len(bucket) < self.largest:
+                due = max(at + self.wait, bucket[0].since + self.patience) if self.coming else at + self.wait
             order = (due > now, due if due > now else at)
             if order < first: best, first, when = key, order, due
         return (best, when) if self._buckets else (None, 0.)

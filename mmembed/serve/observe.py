@@ -7,15 +7,15 @@ Docs: https://mmembed.github.io/mmembed/serve/observe.html.md"""
 # %% auto #0
 __all__ = ['STAGES', 'TIMES', 'SIZES', 'seconds', 'Metrics', 'JsonLines', 'open_log', 'request_id', 'Tracer']
 
-# %% ../../nbs/serve/03_observe.ipynb #fceecc07
+# %% ../../nbs/serve/03_observe.ipynb #a308dbff
 import json
 import logging
 import logging.handlers
 import queue
+import random
 import re
 import sys
 import time
-import uuid
 
 from .lane import Item, Job
 
@@ -126,10 +126,10 @@ def open_log(
     logger.close = close
     return logger
 
-# %% ../../nbs/serve/03_observe.ipynb #bae40ce2
+# %% ../../nbs/serve/03_observe.ipynb #ba2cce5e
 def request_id(given: str | None) -> str:
     "The client's id, or a new one."
-    return given if given and re.fullmatch(r'[\w.:-]{1,64}', given, re.ASCII) else uuid.uuid4().hex
+    return given if given and re.fullmatch(r'[\w.:-]{1,64}', given, re.ASCII) else f'{random.getrandbits(128):032x}'
 
 # %% ../../nbs/serve/03_observe.ipynb #7eb8d32b
 class Tracer:

@@ -7,9 +7,10 @@ Docs: https://mmembed.github.io/mmembed/serve/server.html.md"""
 # %% auto #0
 __all__ = ['UNFIT', 'Protocol', 'listen', 'serve', 'Supervisor', 'running']
 
-# %% ../../nbs/serve/10_server.ipynb #ec545953
+# %% ../../nbs/serve/10_server.ipynb #0b5b208b
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -110,7 +111,7 @@ def serve(
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, config.max_connections + 512)), hard))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner: return runner.run(_serve(config, sock))
 
-# %% ../../nbs/serve/10_server.ipynb #035dbee6
+# %% ../../nbs/serve/10_server.ipynb #3efc8dea
 async def _serve(config: Config, sock: socket.socket) -> int:
     loop, stop, status = asyncio.get_running_loop(), asyncio.Event(), 0
     def unfit(why):
@@ -121,6 +122,8 @@ async def _serve(config: Config, sock: socket.socket) -> int:
         timer.start()
         loop.call_soon_threadsafe(stop.set)
     service = Service(config, unfit)
+    gc.collect()
+    gc.freeze()  # what is loaded stays: collecting it again and again would hold up requests
     def signalled(sig):
         if stop.is_set(): os._exit(128 + sig)
         service.log.info('stopping', extra=dict(fields=dict(signal=signal.Signals(sig).name)))

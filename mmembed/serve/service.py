@@ -82,7 +82,7 @@ class Canary:
             if float(i.value @ want) < .999: return f'the canary {i.kind} has the wrong embedding: cosine {i.value @ want:.3f}'
         return ''
 
-# %% ../../nbs/serve/04_service.ipynb #85fbb162
+# %% ../../nbs/serve/04_service.ipynb #f64bd469
 class Service:
     "An engine in force, with its canary, and everything that watches it"
     def __init__(self,
@@ -91,6 +91,7 @@ class Service:
         tracer: Tracer | None = None,
     ):
         self.config, self.on_unfit = config, on_unfit
+        self.name = config.name or Path(config.artifact).stem  # of the model, also after a reload
         self.log = open_log(config.log)
         self.metrics, self.tracer = Metrics(), tracer or Tracer(config.traces, config.trace_ratio)
         self.draining, self.index = False, None
@@ -102,8 +103,6 @@ class Service:
     def emb(self) -> Embedder: return self.engine.emb
     @property
     def card(self) -> dict: return self.emb.card
-    @property
-    def name(self) -> str: return self.config.name or Path(self.config.artifact).stem
 
     def _start(self, path):
         c = self.config

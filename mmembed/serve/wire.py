@@ -9,14 +9,14 @@ __all__ = ['Entry', 'TextEntry', 'ImageEntry', 'ImageURL', 'ImageURLEntry', 'Emb
            'SearchRequest', 'ReloadRequest', 'StreamRequest', 'misfit', 'few', 'Refused', 'image_bytes', 'fetch',
            'to_item', 'run', 'vector', 'rows', 'timing', 'reply', 'problem', 'answered', 'made_by', 'ranked']
 
-# %% ../../nbs/serve/05_wire.ipynb #fa56972f
-import base64
+# %% ../../nbs/serve/05_wire.ipynb #fce9a099
 import binascii
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
 import orjson
+from pybase64 import b64decode, b64encode
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
@@ -108,7 +108,7 @@ def few(n: int, config):
 class Refused(ValueError):
     "An entry that cannot become an item"
 
-# %% ../../nbs/serve/05_wire.ipynb #982f7582
+# %% ../../nbs/serve/05_wire.ipynb #61179045
 def image_bytes(
     text: str, # base64, or a data URL
 ) -> bytes:
@@ -116,7 +116,7 @@ def image_bytes(
     if text[:5].lower() == 'data:':
         head, comma, text = text.partition(',')
         if not comma or not head.lower().endswith(';base64'): raise Refused('a data URL must be data:image/...;base64,...')
-    try: return base64.b64decode(text, validate=True)
+    try: return b64decode(text, validate=True)
     except (binascii.Error, ValueError): raise Refused('the image is not valid base64') from None
 
 # %% ../../nbs/serve/05_wire.ipynb #64ece417
@@ -188,7 +188,7 @@ def vector(
     cut = value[:dimensions]
     return np.ascontiguousarray(cut / max(float(np.linalg.norm(cut)), 1e-12), np.float32)
 
-# %% ../../nbs/serve/05_wire.ipynb #0598ab3a
+# %% ../../nbs/serve/05_wire.ipynb #b27b9c41
 def rows(
     items: list[Item],
     dimensions: int | None = None,
@@ -200,7 +200,7 @@ def rows(
         row = dict(object='embedding', index=i.index, kind=i.kind, status=i.status, embedding=None)
         if i.status == 'ok':
             v = vector(i.value, dimensions)
-            row['embedding'] = v if encoding == 'float' else base64.b64encode(v.astype('<f4').tobytes()).decode()
+            row['embedding'] = v if encoding == 'float' else b64encode(v.astype('<f4').tobytes()).decode()
         else: row['error'] = i.error
         out.append(row)
     return out
