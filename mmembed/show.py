@@ -219,57 +219,51 @@ def show_scores(
         fig.tight_layout()
     return fig
 
-# %% ../nbs/40_show.ipynb #6a18d9fb
+# %% ../nbs/40_show.ipynb #d14e0f43
+def _answers(g: Gallery, queries: list[int] | int, k: int, captions: bool, shape: dict, draw):
+    "A row of axes for each query, which `draw(axes, row, rank, found)` fills; `found` holds (item, score, is it right), best first."
+    import matplotlib.pyplot as plt
+    rows = list(range(min(queries, len(g.index)))) if isinstance(queries, int) else list(queries)
+    scores, relevant = (x.T[rows] if captions else x[rows] for x in (g.scores(), g.relevant()))
+    best = scores.topk(min(k, len(g.index)))
+    with _fonts():
+        fig, axes = plt.subplots(len(rows), len(shape['width_ratios']), figsize=(shape['width'], shape['height']*len(rows)), squeeze=False,
+                                 gridspec_kw={'width_ratios': shape['width_ratios']})
+        for line, row, rank, values, items, right in zip(axes, rows, ranks(scores, relevant).tolist(), best.values.tolist(), best.indices.tolist(), relevant):
+            draw(line, row, rank, [(j, v, bool(right[j])) for j, v in zip(items, values)])
+        fig.tight_layout()
+    return fig
+
 def show_results(
     g: Gallery,                    # encoded pairs
     queries: list[int] | int = 4,  # rows of the gallery, or the first so many
     k: int = 5,                    # answers to each
 ): # a matplotlib figure
     "For each caption the pictures found, best first: a right one is framed, and the rank of the right one is told."
-    import matplotlib.pyplot as plt
-    rows = list(range(min(queries, len(g.index)))) if isinstance(queries, int) else list(queries)
-    scores, relevant = g.scores()[rows], g.relevant()[rows]
-    rank, k = ranks(scores, relevant).tolist(), min(k, len(g.index))
-    with _fonts():
-        fig, axes = plt.subplots(len(rows), k + 1, figsize=(1.5*(k + 1) + 1, 1.7*len(rows)), squeeze=False,
-                                 gridspec_kw={'width_ratios': [1.6] + [1]*k})
-        for q, row in enumerate(rows):
-            ax = axes[q, 0]
-            ax.axis('off')
-            ax.text(0, 0.5, wrapped(g.caption(row), 26, 7) + f'\nright one: rank {rank[q]:,} of {len(g.index):,}',
-                    fontsize=7, va='center', transform=ax.transAxes, parse_math=False)
-            for ax, j in zip(axes[q, 1:], scores[q].topk(k).indices.tolist()):
-                ax.imshow(g.picture(j).permute(1, 2, 0).numpy())
-                ax.set_xticks([])
-                ax.set_yticks([])
-                right = bool(relevant[q, j])
-                for side in ax.spines.values(): side.set(visible=right, color='tab:green', linewidth=3)
-                ax.set_title(f'{scores[q, j]:.2f}' + (' ✓' if right else ''), fontsize=7)
-        fig.tight_layout()
-    return fig
+    k = min(k, len(g.index))
+    def draw(axes, row, rank, found):
+        axes[0].axis('off')
+        axes[0].text(0, 0.5, wrapped(g.caption(row), 26, 7) + f'\nright one: rank {rank:,} of {len(g.index):,}',
+                     fontsize=7, va='center', transform=axes[0].transAxes, parse_math=False)
+        for ax, (j, score, right) in zip(axes[1:], found):
+            ax.imshow(g.picture(j).permute(1, 2, 0).numpy())
+            ax.set(xticks=[], yticks=[])
+            for side in ax.spines.values(): side.set(visible=right, color='tab:green', linewidth=3)
+            ax.set_title(f'{score:.2f}' + (' ✓' if right else ''), fontsize=7)
+    return _answers(g, queries, k, False, {'width_ratios': [1.6] + [1]*k, 'width': 1.5*(k + 1) + 1, 'height': 1.7}, draw)
 
-# %% ../nbs/40_show.ipynb #11a9e6ca
+# %% ../nbs/40_show.ipynb #756a0631
 def show_captions(
     g: Gallery,                    # encoded pairs
     queries: list[int] | int = 4,  # rows of the gallery, or the first so many
     k: int = 5,                    # answers to each
 ): # a matplotlib figure
     "For each picture the captions found, best first; a right one is green."
-    import matplotlib.pyplot as plt
-    rows = list(range(min(queries, len(g.index)))) if isinstance(queries, int) else list(queries)
-    scores, relevant = g.scores().T[rows], g.relevant().T[rows]
-    rank, k = ranks(scores, relevant).tolist(), min(k, len(g.index))
-    with _fonts():
-        fig, axes = plt.subplots(len(rows), 2, figsize=(9, 1.9*len(rows)), squeeze=False,
-                                 gridspec_kw={'width_ratios': [1, 4]})
-        for q, row in enumerate(rows):
-            for ax in axes[q]: ax.axis('off')
-            axes[q, 0].imshow(g.picture(row).permute(1, 2, 0).numpy())
-            axes[q, 0].set_title(f'right one: rank {rank[q]:,}', fontsize=7)
-            for line, j in enumerate(scores[q].topk(k).indices.tolist()):
-                right = bool(relevant[q, j])
-                axes[q, 1].text(0, 1 - (line + 0.5)/k, f'{scores[q, j]:.2f}  ' + wrapped(g.caption(j), 100, 1)
-                                + (' ✓' if right else ''), fontsize=8, va='center', transform=axes[q, 1].transAxes,
-                                color='tab:green' if right else 'black', parse_math=False)
-        fig.tight_layout()
-    return fig
+    def draw(axes, row, rank, found):
+        for ax in axes: ax.axis('off')
+        axes[0].imshow(g.picture(row).permute(1, 2, 0).numpy())
+        axes[0].set_title(f'right one: rank {rank:,}', fontsize=7)
+        for line, (j, score, right) in enumerate(found):
+            axes[1].text(0, 1 - (line + 0.5)/len(found), f'{score:.2f}  ' + wrapped(g.caption(j), 100, 1) + (' ✓' if right else ''), fontsize=8,
+                         va='center', transform=axes[1].transAxes, color='tab:green' if right else 'black', parse_math=False)
+    return _answers(g, queries, k, True, {'width_ratios': [1, 4], 'width': 9, 'height': 1.9}, draw)

@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/models/pretrained.html.md"""
 # %% auto #0
 __all__ = ['OpenClipText', 'OpenClipImage', 'Parts', 'open_clip_towers', 'TimmTower', 'timm_rule', 'timm_tower']
 
-# %% ../../nbs/models/01a_pretrained.ipynb #1bbc044e
+# %% ../../nbs/models/01a_pretrained.ipynb #c0cabea4
 import contextlib
 import logging
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..core import Tokens
 from .tower import Tower
-from .towers import _read_weights
+from .towers import _loaded, _read_weights
 from ..text.pipeline import TextPipeline
 from ..vision.pipeline import VisionPipeline
 
@@ -33,9 +33,10 @@ class _Layers(nn.Module):
         self.positional_embedding, self.text_projection = net.positional_embedding, net.text_projection
         self.register_buffer('attn_mask', net.attn_mask, persistent=False)
 
-# %% ../../nbs/models/01a_pretrained.ipynb #ef29c9b4
+# %% ../../nbs/models/01a_pretrained.ipynb #7a277a88
 class OpenClipText(Tower):
     "open_clip's text tower, projection included"
+    rule = TextPipeline
     whole: torch.jit.Final[bool]
     causal: torch.jit.Final[bool]
     linear: torch.jit.Final[bool]
@@ -82,13 +83,10 @@ class OpenClipText(Tower):
         elif self.matrix: return x @ self.net.text_projection
         else: return x
 
-    @classmethod
-    def _from_spec(cls, args: dict) -> 'OpenClipText':
-        return cls(TextPipeline.from_spec(args.pop('pipeline')), **args)
-
-# %% ../../nbs/models/01a_pretrained.ipynb #73e69e10
+# %% ../../nbs/models/01a_pretrained.ipynb #08d9e159
 class OpenClipImage(Tower):
     "open_clip's image tower, projection included"
+    rule = VisionPipeline
     def __init__(self,
         pipeline: VisionPipeline,     # of the model's own size
         dim: int,                     # of the answer
@@ -111,10 +109,6 @@ class OpenClipImage(Tower):
         pixels: Tensor, # float32 (B, 3, H, W), normalised
     ) -> Tensor: # float32 (B, dim)
         return self.net(pixels)
-
-    @classmethod
-    def _from_spec(cls, args: dict) -> 'OpenClipImage':
-        return cls(VisionPipeline.from_spec(args.pop('pipeline')), **args)
 
 # %% ../../nbs/models/01a_pretrained.ipynb #4c4c7616
 class Parts(NamedTuple):
@@ -179,9 +173,10 @@ def _quiet():
     try: yield
     finally: logging.disable(before)
 
-# %% ../../nbs/models/01a_pretrained.ipynb #d138dfe9
+# %% ../../nbs/models/01a_pretrained.ipynb #2b1a6bf0
 class TimmTower(Tower):
     "A timm network without its classifier"
+    rule = VisionPipeline
     def __init__(self,
         pipeline: VisionPipeline | None, # decides the size of the pixels; None: the one that the network was evaluated with
         name: str,                       # as `timm.create_model` knows it
@@ -198,10 +193,6 @@ class TimmTower(Tower):
         pixels: Tensor, # float32 (B, 3, H, W), normalised
     ) -> Tensor: # float32 (B, width)
         return self.net(pixels)
-
-    @classmethod
-    def _from_spec(cls, args: dict) -> 'TimmTower':
-        return cls(VisionPipeline.from_spec(args.pop('pipeline')), **args)
 
 # %% ../../nbs/models/01a_pretrained.ipynb #64477c3c
 def _timm(name: str, pooling: str | None, pretrained: bool = False) -> nn.Module:
@@ -226,7 +217,7 @@ def timm_rule(
     shortest = int(size[0] / c['crop_pct'])
     return VisionPipeline(**rule | ({} if c['crop_mode'] != 'center' or shortest == size[0] else {'shortest': shortest}))
 
-# %% ../../nbs/models/01a_pretrained.ipynb #17a99a44
+# %% ../../nbs/models/01a_pretrained.ipynb #6d5b3321
 def timm_tower(
     name: str,                              # a timm model, such as 'vit_small_patch16_224' or 'resnet50.a1_in1k'
     weights: str | None = None,             # a .pth, .bin or .safetensors file; 'DEFAULT' downloads timm's; None: random
@@ -242,7 +233,4 @@ def timm_tower(
     if weights is None: return tower
     mine = tower.net.state_dict()
     state = {k: v for k, v in _read_weights(Path(weights)).items() if k in mine or not k.startswith(('head.', 'fc.', 'classifier.'))}
-    try: tower.net.load_state_dict(state)
-    except RuntimeError as e:
-        raise ValueError(f'{weights} does not fit {name}: {str(e).splitlines()[1].strip()}') from None
-    return tower
+    return _loaded(tower, state, weights)

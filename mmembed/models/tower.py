@@ -12,10 +12,11 @@ import importlib
 
 from torch import nn
 
-# %% ../../nbs/models/00_tower.ipynb #ea2f760b
+# %% ../../nbs/models/00_tower.ipynb #6b7d845f
 class Tower(nn.Module):
     "A network with an int `width`, the `pipeline` that feeds it, and a record of how it was made"
-    __jit_ignored_attributes__ = ['pipeline', 'made_with']
+    __jit_ignored_attributes__ = ['pipeline', 'made_with', 'rule']
+    rule = None  # TextPipeline or VisionPipeline: what `from_spec` makes the first argument with
 
     def carry(self,
         pipeline: nn.Module | None, # TextPipeline or VisionPipeline
@@ -28,6 +29,10 @@ class Tower(nn.Module):
     def spec(self) -> dict:
         "How to make this tower again, without its weights: JSON-able."
         return spec_of(self, pipeline=self.pipeline.spec() if self.pipeline is not None else None)
+
+    @classmethod
+    def _from_spec(cls, args: dict) -> 'Tower':
+        return cls(cls.rule.from_spec(args.pop('pipeline')), **args) if cls.rule and args.get('pipeline') else cls(**args)
 
 # %% ../../nbs/models/00_tower.ipynb #3291c601
 def spec_of(

@@ -49,9 +49,10 @@ class Block(nn.Module):
         x = x + self.out(y.transpose(1, 2).reshape(B, L, W))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
-# %% ../../nbs/models/01_towers.ipynb #18d0bb0f
+# %% ../../nbs/models/01_towers.ipynb #58748103
 class TextTransformer(Tower):
     "A small transformer over tokens: the mean of its last layer"
+    rule = TextPipeline
     def __init__(self,
         tokenizer: str | TextPipeline, # a tokenizer.json, its folder, or a pipeline; in a config also 'learn'
         width: int = 128,              # of the answer and of every layer
@@ -83,10 +84,6 @@ class TextTransformer(Tower):
         weight = tokens.mask[:, :, None].to(self.norm.weight.dtype)
         return (self.sequence(tokens) * weight).sum(1) / weight.sum(1).clamp(min=1)
 
-    @classmethod
-    def _from_spec(cls, args: dict) -> 'TextTransformer':
-        return cls(TextPipeline.from_spec(args.pop('pipeline')), **args)
-
 # %% ../../nbs/models/01_towers.ipynb #d0a02af0
 def _text_pipeline(tokenizer: str | os.PathLike | TextPipeline, max_length: int) -> TextPipeline:
     if isinstance(tokenizer, TextPipeline): return tokenizer
@@ -115,9 +112,10 @@ class Residual(nn.Module):
         y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
         return F.relu(y + self.norm3(self.short(x)))
 
-# %% ../../nbs/models/01_towers.ipynb #33b1844f
+# %% ../../nbs/models/01_towers.ipynb #9d5d49da
 class ConvNet(Tower):
     "A small residual network: a linear map of its last 4 × 4 grid"
+    rule = VisionPipeline
     def __init__(self,
         pipeline: VisionPipeline,                 # decides the size of the pixels
         channels: tuple[int, ...] = (32, 64, 128), # after the stem and after each block
@@ -138,13 +136,10 @@ class ConvNet(Tower):
         x = self.blocks(F.relu(self.norm(self.stem(pixels))))
         return self.head(self.pool(x).flatten(1))
 
-    @classmethod
-    def _from_spec(cls, args: dict) -> 'ConvNet':
-        return cls(VisionPipeline.from_spec(args.pop('pipeline')), **args)
-
-# %% ../../nbs/models/01_towers.ipynb #ee4d7174
+# %% ../../nbs/models/01_towers.ipynb #03cefedb
 class TorchvisionTower(Tower):
     "A torchvision classifier without its last layer"
+    rule = VisionPipeline
     def __init__(self,
         pipeline: VisionPipeline, # decides the size of the pixels
         name: str,                # as `torchvision.models.get_model` knows it
@@ -166,10 +161,6 @@ class TorchvisionTower(Tower):
     ) -> Tensor: # float32 (B, width)
         return self.net(pixels)
 
-    @classmethod
-    def _from_spec(cls, args: dict) -> 'TorchvisionTower':
-        return cls(VisionPipeline.from_spec(args.pop('pipeline')), **args)
-
 # %% ../../nbs/models/01_towers.ipynb #c9b66b9c
 def _behead(net: nn.Module, name: str) -> tuple[str, int]:
     "Replace the classifying layer by nothing; its name and how wide its input was."
@@ -187,7 +178,7 @@ def _max_pooled(net: nn.Module, name: str):
     owner, _, key = pools[-1].rpartition('.')
     setattr(net.get_submodule(owner), key, nn.AdaptiveMaxPool2d(1))
 
-# %% ../../nbs/models/01_towers.ipynb #5dcc3e9b
+# %% ../../nbs/models/01_towers.ipynb #52b58494
 def image_tower(
     name: str = 'resnet18',                 # a torchvision classifier
     weights: str | None = None,             # a .pth, .pt or .safetensors file, or a name like 'DEFAULT'; None: random
@@ -202,18 +193,22 @@ def image_tower(
     if weights is None: return tower
     state = _read_weights(Path(weights)) if Path(weights).suffix else _hub_weights(name, weights)
     state = {k: v for k, v in state.items() if not k.startswith(tower.head_key + '.')}
-    try: tower.net.load_state_dict(state)
-    except RuntimeError as e:
-        raise ValueError(f'{weights} does not fit {name}: {str(e).splitlines()[1].strip()}') from None
-    return tower
+    return _loaded(tower, state, weights)
 
-# %% ../../nbs/models/01_towers.ipynb #8f3de54e
+# %% ../../nbs/models/01_towers.ipynb #ee27a61c
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file(): raise FileNotFoundError(f'no weights file {path}')
     if path.suffix == '.safetensors':
         from safetensors.torch import load_file
         return load_file(path)
     return torch.load(path, map_location='cpu', weights_only=True)
+
+def _loaded(tower: Tower, state: dict[str, Tensor], weights: str) -> Tower:
+    "The tower with these weights in its `net`."
+    try: tower.net.load_state_dict(state)
+    except RuntimeError as e:
+        raise ValueError(f"{weights} does not fit {tower.made_with['name']}: {str(e).splitlines()[1].strip()}") from None
+    return tower
 
 def _hub_weights(name: str, weights: str) -> dict[str, Tensor]:
     import torchvision
@@ -239,9 +234,10 @@ def pooled(
     if how == 'max': return x.masked_fill(keep == 0, torch.finfo(x.dtype).min).amax(1)
     return (x * keep.to(x.dtype)).sum(1) / keep.sum(1).clamp(min=1)
 
-# %% ../../nbs/models/01_towers.ipynb #9f5b750b
+# %% ../../nbs/models/01_towers.ipynb #66bb6b4f
 class Bert(Tower):
     "A Hugging Face encoder: the mean or maximum of its last layer, or its first position"
+    rule = TextPipeline
     traceable = True
 
     def __init__(self,
@@ -273,10 +269,6 @@ class Bert(Tower):
         tokens: Tokens, # ids and mask, int64 (B, L)
     ) -> Tensor: # float32 (B, width)
         return pooled(self.sequence(tokens), tokens.mask, self.pooling)
-
-    @classmethod
-    def _from_spec(cls, args: dict) -> 'Bert':
-        return cls(TextPipeline.from_spec(args.pop('pipeline')), **args)
 
 # %% ../../nbs/models/01_towers.ipynb #4725b64c
 def bert(
