@@ -144,16 +144,17 @@ def look_text(
     if '\ufffd' in data.decode('utf-8', 'replace'): said.append('The text holds bytes or code points that are no valid UTF-8: they read as �.')
     return InsideText(facts, said, tokens, rest)
 
-# %% ../../nbs/demo/02_inside.ipynb #d127bc55
+# %% ../../nbs/demo/02_inside.ipynb #bf2dbea4
 def unknown_id(
     emb: Embedder,
 ) -> int: # -1 where bytes or pieces spell everything
-    "The id of what the vocabulary lacks: asked with a code point that no text has."
-    ids, mask, _, spans = (x[0] for x in emb.module.text_pipeline.encode_bytes(*pack(['\U000e0abc'])))
-    found = {k for k, m, (b, e) in zip(ids.tolist(), mask.tolist(), spans.tolist()) if m and b != e}
-    again, mask, _, spans = (x[0] for x in emb.module.text_pipeline.encode_bytes(*pack(['\U0010abcd'])))
-    other = {k for k, m, (b, e) in zip(again.tolist(), mask.tolist(), spans.tolist()) if m and b != e}
-    return found.pop() if len(found) == 1 and found == other else -1
+    "The id of what the vocabulary lacks: what two hieroglyphs of different scripts have in common."
+    both = []
+    for rare in ('\U00013000', '\U00012000'):
+        ids, _, _, spans = (x[0].tolist() for x in emb.module.text_pipeline.encode_bytes(*pack([rare])))
+        both.append({k for k, (b, e) in zip(ids, spans) if e - b == 4})
+    same = both[0] & both[1]
+    return same.pop() if len(same) == 1 else -1
 
 # %% ../../nbs/demo/02_inside.ipynb #1ee1e734
 def token_html(
