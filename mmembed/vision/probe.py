@@ -90,13 +90,15 @@ def exif_orientation(
         elif kind != 3: return 1
     return value if value >= 1 and value <= 8 else 1
 
-# %% ../../nbs/vision/01_probe.ipynb #9d35a379
-def scan_jpeg(data: Tensor) -> Header:
+# %% ../../nbs/vision/01_probe.ipynb #3e540208
+def scan_jpeg(
+    data: Tensor, # uint8 (N,): a file
+    b: List[int], # its first 768 bytes
+) -> Header:
     "The header of a JPEG file."
     n = data.numel()
     pos, base, steps, width, height, bits, channels = 2, 0, 0, 0, 0, 0, 0
     progressive, seen_app1, seen_exif, orientation, applied, error = False, False, False, 1, 1, ''
-    b = read(data, 0, 768)  # most headers are shorter: one read serves the whole walk
     while pos < n:
         steps += 1
         if steps > 2000: return refused('jpeg', 'JPEG with more than 2000 header segments')
@@ -105,6 +107,13 @@ def scan_jpeg(data: Tensor) -> Header:
             b = read(data, base, 768)
         i = pos - base
         marker = b[i + 1]
+        while b[i] == 255 and (marker == 0xDB or marker == 0xC4 or marker == 0xE0 or marker == 0xFE) and be16(b, i + 2) >= 2:
+            pos += 2 + be16(b, i + 2)  # tables, JFIF and comments are passed over in a loop of their own: scripted, it costs less
+            steps += 1
+            i = pos - base
+            if i > 758 or pos >= n: break
+            marker = b[i + 1]
+        if i > 758 or pos >= n: continue
         if b[i] != 255 or marker == 255:  # garbage and fill bytes, which libjpeg skips too
             rest = (data[pos + 1:pos + 4096] == 255).nonzero()
             pos += 1 + int(rest[0, 0]) if rest.size(0) > 0 else 4096
@@ -328,10 +337,12 @@ def scan_boxes(
     info = ImageInfo(format, width, height, bits, channels, orientation, max(frames, 1), error)
     return Header(info, True, orientation, torch.jit.annotate(List[int], []))
 
-# %% ../../nbs/vision/01_probe.ipynb #0f683cb8
-def sniff(data: Tensor) -> str:
+# %% ../../nbs/vision/01_probe.ipynb #931dd3ee
+def sniff(
+    data: Tensor, # uint8 (N,): a file
+    b: List[int], # its first bytes, at least 12
+) -> str:
     "'jpeg', 'png', 'gif', 'webp', 'avif', a name in capitals for what is known but not decoded, or ''."
-    b = read(data, 0, 12)
     first, second = be32(b, 0), be32(b, 4)
     if first >> 8 == 0xFFD8FF: return 'jpeg'
     if first == 0x89504E47 and second == 0x0D0A1A0A: return 'png'
@@ -355,7 +366,7 @@ def sniff(data: Tensor) -> str:
     if first >> 8 == 0x3C2164 or first >> 8 == 0x3C2144 or first == 0x3C68746D: return 'HTML'
     return ''
 
-# %% ../../nbs/vision/01_probe.ipynb #f8c67978
+# %% ../../nbs/vision/01_probe.ipynb #e8596f35
 def scan(
     data: Tensor,       # uint8 (N,): a file
     max_pixels: int,    # refuse more than this
@@ -364,8 +375,9 @@ def scan(
     "Everything the header says; never raises, in bounded time. `info.error` is '' when the file may be decoded."
     if data.dim() != 1 or data.dtype != torch.uint8: return refused('', 'a file must be a 1-D uint8 tensor')
     if data.numel() == 0: return refused('', 'the file is empty')
-    format = sniff(data)
-    if format == 'jpeg': h = scan_jpeg(data)
+    b = read(data, 0, 768)  # most headers are shorter: one read serves
+    format = sniff(data, b)
+    if format == 'jpeg': h = scan_jpeg(data, b)
     elif format == 'png': h = scan_png(data)
     elif format == 'gif': h = scan_gif(data)
     elif format == 'webp': h = scan_webp(data)
@@ -382,6 +394,7 @@ def scan(
         elif i.width * i.height * frames > max_pixels:
             times = f' x {frames} frames' if frames > 1 else ''
             error = f'{format} of {i.width} x {i.height}{times} pixels is more than max_pixels={max_pixels}'
+    if error == i.error: return h
     info = ImageInfo(i.format, i.width, i.height, i.bits, i.channels, i.orientation, i.frames, error)
     return Header(info, h.alpha, h.applied, h.cut)
 
