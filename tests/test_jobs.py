@@ -1,27 +1,40 @@
-"Batch jobs: killed at any moment and started again, the files are those of an uninterrupted run."
 import errno
+import io
 import json
+import os
+import resource
+import signal
 import subprocess
 import sys
+import tarfile
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 import mmembed.jobs as jobs
+import mmembed.tables as tables
+from mmembed.cli import main
 from mmembed.data.scenes import Scenes
-from mmembed.data.shards import Shards
 from mmembed.data.sources import Source
 from mmembed.export.verify import export
-from mmembed.jobs import PRECISIONS, embed, from_precision, load_vectors, open_source, read_job, save_npy, save_safetensors, to_precision
+from mmembed.intake import ShardRows, Table, excerpt, open_source, read_lines, survey
+from mmembed.jobs import embed
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
+from mmembed.outputs import FORMS, embed_to
 from mmembed.runtime import Embedder
+from mmembed.serve.engine import Engine, Item, Options
+from mmembed.tables import PRECISIONS, from_precision, load_vectors, read_job, to_precision
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 
+ROOT = Path(__file__).parents[1]
 N = 150
 
 
@@ -72,7 +85,7 @@ def test_rows_are_the_embedders(model, source, whole):
     table = pq.read_table(sorted(whole.glob('*.parquet')))
     assert table.column_names == ['row', 'id', 'text', 'image_vector', 'text_vector', 'error']
     assert table['row'].to_pylist() == list(range(N)) and table['id'].to_pylist() == [source.name(i) for i in range(N)]
-    assert table['text'].to_pylist() == [source.text(i) if i != 90 else '' for i in range(N)]
+    assert table['text'].to_pylist() == [source.text(i) if i != 90 else None for i in range(N)]
     assert [i for i, v in enumerate(table['image_vector'].to_pylist()) if v is None] == [7, 47, 77, 87, 90, 127]
     bad = [i for i, e in enumerate(table['error'].to_pylist()) if e]
     assert bad == sorted({7, 47, 77, 87, 90, 127})
@@ -119,8 +132,7 @@ print(kills, partial)
 
 
 def test_killed_again_and_again(model, source, whole, tmp_path):
-    root = Path(__file__).parents[1]
-    run = subprocess.run([sys.executable, '-c', KILLED, str(model), str(tmp_path/'out')], cwd=root, capture_output=True, text=True, timeout=200)
+    run = subprocess.run([sys.executable, '-c', KILLED, str(model), str(tmp_path/'out')], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr[-2000:]
     kills, partial = map(int, run.stdout.split())
     assert kills >= 2, run.stdout
@@ -129,25 +141,27 @@ def test_killed_again_and_again(model, source, whole, tmp_path):
 
 
 def test_a_half_written_file_is_no_file(model, source, whole, tmp_path, monkeypatch):
-    real, calls = jobs._save, []
-    def full(path, table):
-        calls.append(path.name)
-        if len(calls) == 3: raise OSError(errno.ENOSPC, 'No space left on device')
-        real(path, table)
-    monkeypatch.setattr(jobs, '_save', full)
-    with pytest.raises(OSError, match='No space left'): embed(model, source, tmp_path, **KW)
-    assert sorted(p.name for p in tmp_path.glob('part*')) == ['part-000000.parquet', 'part-000001.parquet']
+    real, calls = pq.write_table, []
+    def full(table, path, **options):
+        calls.append(path)
+        if len(calls) != 3: return real(table, path, **options)
+        Path(path).write_bytes(b'half')
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(pq, 'write_table', full)
+    with pytest.raises(OSError, match='No space left on device; what was written before is kept, and the same command goes on'): embed(model, source, tmp_path, **KW)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['.lock', 'manifest.json', 'part-000000.parquet', 'part-000001.parquet']
     with pytest.raises(ValueError, match='is not finished: 3 of 5 files are missing; run it again'): read_job(tmp_path)
-    (tmp_path/'.part-000002.parquet.draft').write_bytes(b'half')
-    monkeypatch.setattr(jobs, '_save', real)
+    (tmp_path/'.part-000002.parquet.1a2b.draft').write_bytes(b'half')
+    (tmp_path/'part-000003.parquet').write_bytes((whole/'part-000003.parquet').read_bytes()[:-100])  # a copy that was cut off
+    monkeypatch.setattr(pq, 'write_table', real)
     assert embed(model, source, tmp_path, threads=3, **KW).written == N - 64
     assert files(tmp_path) == files(whole)
 
 
 def test_no_space_while_writing_leaves_no_draft(tmp_path, monkeypatch):
     def fail(_): raise OSError(errno.ENOSPC, 'No space left on device')
-    monkeypatch.setattr(jobs.os, 'fsync', fail)
-    with pytest.raises(OSError, match='No space'): jobs._write(tmp_path/'x', b'data')
+    monkeypatch.setattr(tables.os, 'fsync', fail)
+    with pytest.raises(OSError, match='No space'): tables.write_whole(tmp_path/'x', b'data')
     assert not list(tmp_path.iterdir())
 
 
@@ -168,7 +182,7 @@ def test_another_job_in_the_folder(model, source, whole, tmp_path):
 
 
 def test_one_job_at_a_time(model, source, tmp_path):
-    with jobs._alone(tmp_path):
+    with tables.alone(tmp_path):
         with pytest.raises(ValueError, match='another job is writing to'): embed(model, source, tmp_path, **KW)
     assert embed(model, source, tmp_path, **KW).written == N
 
@@ -190,29 +204,82 @@ def test_precision_round_trip():
     assert (from_precision(bits, 'binary', 29) > 0).equal(x > 0)
 
 
-def test_other_formats(whole):
+@pytest.mark.parametrize('form, precision', [*zip(FORMS, PRECISIONS), ('.lance', 'float16')])
+def test_one_file(model, source, whole, tmp_path, form, precision):
     from safetensors.torch import load_file
-    try:
-        written = [p.name for p in save_npy(whole) + save_safetensors(whole)]
-        assert written == ['image.npy', 'text.npy', 'ids.jsonl', 'vectors.safetensors', 'ids.jsonl']
-        for side in ('image', 'text'):
-            found = load_vectors(whole, side)
-            assert torch.from_numpy(np.load(whole/f'{side}.npy')).equal(found.vectors)
-            assert load_file(whole/'vectors.safetensors')[side].equal(found.vectors)
-        rows = [json.loads(line) for line in (whole/'ids.jsonl').read_text().splitlines()]
-        assert [r['id'] for r in rows] == found.ids and [r['ok'] for r in rows] == found.ok.tolist()
-    finally:
-        for name in set(written): (whole/name).unlink()
+    out = tmp_path/f'all{form}'
+    done = embed_to(model, source, out, **KW, precision=precision)
+    assert (done.rows, done.failed, done.folder) == (N, 6, out)
+    want = {side: to_precision(load_vectors(whole, side).vectors, precision) for side in ('image', 'text')}
+    ok = load_vectors(whole, 'image').ok
+    if form == '.npy': found = {side: torch.from_numpy(np.load(tmp_path/f'all.{side}.npy')) for side in want}
+    elif form == '.safetensors': found = load_file(out)
+    else:
+        if form == '.parquet': table = pq.read_table(out)
+        else:
+            import lancedb
+            table = lancedb.connect(tmp_path).open_table('all').to_arrow()
+        assert table['row'].to_pylist() == list(range(N)) and [not e for e in table['error'].to_pylist()] == ok.tolist()
+        found = {}
+        for side in want:
+            column = table[f'{side}_vector'].combine_chunks()
+            assert column.is_valid().to_pylist() == ok.tolist()
+            found[side] = torch.from_numpy(np.stack(column.drop_null().to_numpy(zero_copy_only=False)))
+    for side, v in want.items(): assert (found[side][ok] if len(found[side]) == N else found[side]).equal(v[ok])
+    if FORMS[form].ids:
+        rows = [json.loads(line) for line in (tmp_path/'all.ids.jsonl').read_text().splitlines()]
+        assert [r['id'] for r in rows] == [source.name(i) for i in range(N)] and [not r['error'] for r in rows] == ok.tolist()
+        assert not found['image'][~ok].any() or precision == 'binary'
+    assert len((tmp_path/'all.errors.jsonl').read_text().splitlines()) == 6 and not list(tmp_path.glob('*.parts'))
+    assert embed_to(model, source, out, **KW, precision=precision)[1:4] == (N, 0, 6)
 
 
-def test_progress_reaches_the_end(model, source, tmp_path):
-    seen = []
-    embed(model, source, tmp_path, shard_rows=40, batch_size=16, progress=lambda n, of: seen.append((n, of)))
-    assert seen[-1] == (N, N) and seen == sorted(seen) and len(seen) == 3*3 + 2
-    (tmp_path/'part-000001.parquet').unlink()
-    seen.clear()
-    embed(model, source, tmp_path, shard_rows=40, batch_size=16, progress=lambda n, of: seen.append((n, of)))
-    assert seen == [(N - 24, N), (N - 8, N), (N, N)]
+ENDED = '''
+import os, sys
+from pathlib import Path
+import pyarrow.parquet as pq
+import mmembed.outputs as outputs
+from tests.test_jobs import KW, N, Worn
+
+model, out, ended = Path(sys.argv[1]), Path(sys.argv[2]), 0
+
+def last_step(at):
+    "This process ends at once before step `at` of putting the parts together."
+    calls = 0
+    def wrap(place, name):
+        real = getattr(place, name)
+        def wrapped(*args, **kw):
+            nonlocal calls
+            calls += 1
+            if calls == at: os._exit(9)
+            return real(*args, **kw)
+        setattr(place, name, wrapped)
+    for place, name in [(pq, 'read_table'), (outputs.shutil, 'rmtree'), (outputs, 'write_whole'), (outputs, 'write_ledger'), (outputs, 'save_ids')]: wrap(place, name)
+
+for at in (7, 9, 12, 15, 17, 18, 24):
+    child = os.fork()
+    if not child:
+        last_step(at)
+        try: outputs.embed_to(model, Worn(train=N, valid=0), out, **KW)
+        finally: os._exit(0)
+    ended += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+print(ended)
+'''
+
+
+@pytest.mark.parametrize('form', ['.npy', '.lance'])
+def test_ended_while_the_parts_are_put_together(model, source, whole, tmp_path, form):
+    "Ended before step after step of the last phase, and started again each time: the file is whole, and no other is left."
+    out = tmp_path/f'x{form}'
+    run = subprocess.run([sys.executable, '-c', ENDED, str(model), str(out)], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0 and int(run.stdout) >= 3, run.stdout + run.stderr[-2000:]
+    assert embed_to(model, source, out, **KW).failed == 6
+    want = load_vectors(whole, 'text').vectors
+    if form == '.npy': assert torch.from_numpy(np.load(tmp_path/'x.text.npy')).equal(want)
+    else:
+        import lancedb
+        assert lancedb.connect(tmp_path).open_table('x').to_arrow()['row'].to_pylist() == list(range(N))
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == (['.json', '.jsonl', '.jsonl', '.npy', '.npy'] if form == '.npy' else ['.json', '.jsonl', '.lance'])
 
 
 class Odd(Source):
@@ -224,9 +291,38 @@ class Odd(Source):
 
 
 def test_hostile_names(model, tmp_path):
-    assert embed(model, Odd(), tmp_path, what='both', keep=['text', 'label', 'group']).failed == 0
+    done = embed(model, Odd(), tmp_path, what='both', keep=['text', 'label', 'group'])
+    assert (done.failed, done.repeated, done.example) == (0, 1, 'same') and "1 have the id of an earlier row, such as 'same'" in str(done)
     found = load_vectors(tmp_path, 'text')
-    assert found.ids == ['a\ufffd\ufffd\ufffd.jpg', 'b\n"\x00', 'same', 'same'] and found.ok.all()
+    assert found.ids == ['a\\udcff.jpg', 'b\n"\x00', 'same', 'same'] and found.ok.all()
+    with pytest.raises(ValueError, match="1 rows have the id of an earlier row, such as 'same'"): embed(model, Odd(), tmp_path/'u', unique=True)
+    assert not (tmp_path/'u').exists()
+
+
+HOSTILE = [b'line\nbreak.jpg', b'caf\xe9.jpg', b'-o.jpg', b'--help.jpg', 'naïve 一.jpg'.encode(), b"';drop.jpg", b'$(touch pwned).jpg', b'.hidden.jpg', b'tab\t.jpg']
+
+
+def test_hostile_files_of_a_folder_and_of_a_pipe(model, tmp_path, monkeypatch, capsys):
+    "Every name opens its file, however it is spelled, by the folder or by `find -print0`; nothing is written outside of OUT."
+    folder = tmp_path/'in'/'deep'
+    folder.mkdir(parents=True)
+    scenes = Scenes(train=len(HOSTILE), valid=0)
+    for i, name in enumerate(HOSTILE): Path(os.fsdecode(os.path.join(os.fsencode(folder), name))).write_bytes(bytes(scenes.image(i).tolist()))
+    monkeypatch.chdir(folder)
+    rows = {jobs.readable_id(os.fsdecode(n)): Embedder(model, deterministic=True, batch_size=16).encode_image([scenes.image(i)])[0] for i, n in enumerate(HOSTILE)}
+    assert main(['embed', str(model), '.', '-o', '../../folder']) == 0
+    found = load_vectors(tmp_path/'folder')
+    assert set(found.ids) == set(rows) - {'.hidden.jpg'} and all(v.equal(rows[n]) for n, v in zip(found.ids, found.vectors))
+    names = [b'./' + n for n in HOSTILE] + [b'../deep/' + HOSTILE[0]]
+    monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(b'\0'.join(names) + b'\0')))
+    assert main(['embed', str(model), '-', '--null', '-o', '../../pipe']) == 0
+    found = load_vectors(tmp_path/'pipe')
+    assert found.ids[-1] == '../deep/line\nbreak.jpg'
+    assert all(v.equal(rows[n.split('/')[-1]]) for n, v in zip(found.ids, found.vectors))
+    monkeypatch.chdir(folder)
+    assert main(['embed', str(model), '-o', '../../dash', '--', '-o.jpg', '--help.jpg']) == 0
+    assert load_vectors(tmp_path/'dash').ids == ['-o.jpg', '--help.jpg']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['dash', 'folder', 'in', 'pipe'] and len(os.listdir(os.fsencode(folder))) == len(HOSTILE)
 
 
 def test_a_mistake_in_a_source_names_the_row(model, tmp_path):
@@ -243,30 +339,205 @@ def test_all_rows_broken(model, tmp_path):
     assert not load_vectors(tmp_path/'a').ok.any() and load_vectors(tmp_path/'a').vectors.shape == (5, 12)
 
 
+def tar(path, samples):
+    with tarfile.open(path, 'w') as t:
+        for name, content in samples:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            t.addfile(info, io.BytesIO(content))
+    return path
+
+
 def test_open_source(tmp_path, source, monkeypatch):
-    import io
-    import tarfile
     for i in range(3): (tmp_path/f'{i}.jpg').write_bytes(bytes(source.image(i).tolist()))
     (tmp_path/'deep').mkdir()
     (tmp_path/'deep'/'3.PNG').write_bytes(b'x')
     (tmp_path/'t.csv').write_text('image,text\n0.jpg,a cat\n')
-    with tarfile.open(tmp_path/'s.tar', 'w') as tar:
-        for name, content in [('0.jpg', b'x'), ('0.txt', b'hello')]:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+    tar(tmp_path/'s.tar', [('0.jpg', b'x'), ('0.txt', b'hello'), ('0.json', b'{"year": 2021}'), ('1.jpg', b'y'), ('2.txt', b'alone')])
     assert [open_source(tmp_path).name(i) for i in range(4)] == ['0.jpg', '1.jpg', '2.jpg', 'deep/3.PNG']
-    monkeypatch.setattr('sys.stdin', io.StringIO(f'{tmp_path}/1.jpg\n\n{tmp_path}/0.jpg\n'))
-    listed = open_source('-')
+    listed = read_lines(io.BytesIO(f'{tmp_path}/1.jpg\n\n{tmp_path}/0.jpg\n'.encode()))
     assert [listed.name(i) for i in range(2)] == [f'{tmp_path}/{n}.jpg' for n in (1, 0)] and listed.image(0).equal(source.image(1))
-    assert open_source(tmp_path/'t.csv')[0][0] == 'a cat' and isinstance(open_source(f'{tmp_path}/s.tar'), Shards)
+    assert open_source(tmp_path/'t.csv', 'both').text(0) == 'a cat' and isinstance(open_source(f'{tmp_path}/s.tar'), ShardRows)
+    assert [len(open_source(f'{tmp_path}/s.tar', what)) for what in ('image', 'text', 'both')] == [2, 2, 1]
+    kept = open_source(f'{tmp_path}/s.tar', keep=['year', 'text'])
+    assert kept.types()['year'] == pa.int64() and [kept.value(i, 'year') for i in range(2)] == [2021, None]
     with pytest.raises(FileNotFoundError, match='no such file'): open_source(tmp_path/'nowhere')
     with pytest.raises(FileNotFoundError, match='no data set no/where'): open_source('hf:no/where')
+    with pytest.raises(ValueError, match='image_root is for tables'): open_source('hf:x', image_root='y')
+
+
+def test_kept_columns_keep_their_types(model, tmp_path):
+    scenes = Scenes(train=5, valid=0)
+    for i in range(5): (tmp_path/f'{i}.jpg').write_bytes(bytes(scenes.image(i).tolist()))
+    columns = dict(image=[f'{i}.jpg' for i in range(5)], text=[scenes.text(i) for i in range(5)], code=['007', '8', '9', None, '11'],
+                   year=pa.array([1999, 2000, None, 2002, 2003], pa.int16()), price=[1.5, 2, None, 4, 5], sold=[True, False, None, True, True], tags=[['a'], [], None, ['b', 'c'], []])
+    pq.write_table(pa.table(columns), tmp_path/'t.parquet')
+    keep = ['code', 'year', 'price', 'sold', 'tags', 'text']
+    embed(model, open_source(tmp_path/'t.parquet', 'both', keep=keep, id_key='code'), tmp_path/'out', what='both', keep=keep, shard_rows=2)
+    table = pq.read_table(sorted((tmp_path/'out').glob('*.parquet')))
+    assert table['id'].to_pylist() == ['007', '8', '9', 'row 3', '11']
+    assert {k: str(table.schema.field(k).type) for k in keep} == dict(code='string', year='int64', price='double', sold='bool', tags='string', text='string')
+    for k in keep: assert table[k].to_pylist() == (['["a"]', '[]', None, '["b", "c"]', '[]'] if k == 'tags' else pa.array(columns[k]).to_pylist())
+    for kind in ('csv', 'jsonl'):
+        path = tmp_path/f't.{kind}'
+        rows = [dict(image=f'{i}.jpg', text=scenes.text(i), year=2000 + i) for i in range(5)]
+        path.write_text('\n'.join(['image,text,year', *[f'{r["image"]},"{r["text"]}",{r["year"]}' for r in rows]] if kind == 'csv' else map(json.dumps, rows)))
+        embed(model, open_source(path, 'both', keep=['year']), tmp_path/kind, what='both', keep=['year'])
+        assert pq.read_table(tmp_path/kind/'part-000000.parquet')['year'].to_pylist() == [2000 + i for i in range(5)]
+        assert load_vectors(tmp_path/kind, 'text').vectors.equal(load_vectors(tmp_path/'out', 'text').vectors)
+
+
+def test_hub_rows_and_pictures_inside_parquet(model, tmp_path):
+    from datasets import Dataset, Image
+    scenes = Scenes(train=5, valid=0)
+    images = [dict(bytes=bytes(scenes.image(i).tolist()), path=None) for i in range(5)]
+    data = Dataset.from_dict(dict(image=images, text=[scenes.text(i) for i in range(5)], year=list(range(5)))).cast_column('image', Image())
+    data.to_parquet(tmp_path/'pictures.parquet')
+    data.save_to_disk(tmp_path/'set')
+    embed(model, scenes, tmp_path/'want', what='both')
+    for where in ('pictures.parquet', 'set'):
+        embed(model, open_source(tmp_path/where, 'both', keep=['year']), tmp_path/f'{where}.out', what='both', keep=['year'], shard_rows=3)
+        for side in ('image', 'text'): assert load_vectors(tmp_path/f'{where}.out', side).vectors.equal(load_vectors(tmp_path/'want', side).vectors)
+        assert pq.read_table(sorted((tmp_path/f'{where}.out').glob('*.parquet')))['year'].to_pylist() == list(range(5))
+
+
+def test_excerpts_are_the_rows(tmp_path, source):
+    import pickle
+    for i in range(6): (tmp_path/f'{i}.jpg').write_bytes(bytes(source.image(i).tolist()))
+    (tmp_path/'t.csv').write_text('image,text,year\n' + ''.join(f'{i}.jpg,text {i},{i}\n' for i in range(6)))
+    tar(tmp_path/'s.tar', [x for i in range(6) for x in [(f'{i}.jpg', bytes(source.image(i).tolist())), (f'{i}.txt', b'%d' % i)]])
+    for whole in [open_source(tmp_path), open_source(tmp_path/'t.csv', 'both', keep=['year']), open_source(str(tmp_path/'s.tar'), 'both', keep=['text']), Worn(train=6, valid=0)]:
+        part = pickle.loads(pickle.dumps(excerpt(whole, range(2, 5))))
+        assert len(part) == 3
+        for i in range(3): assert part.name(i) == whole.name(i + 2) and part.image(i).equal(whole.image(i + 2)) and part.text(i) == whole.text(i + 2)
+
+
+def test_rows_are_the_services(model, whole):
+    "Bit for bit what the engine of `mmembed serve --deterministic` answers, in other company and other order."
+    source = Scenes(train=40, valid=0)
+    engine = Engine(Embedder(model, batch_size=16, deterministic=True), Options(wait=.001))
+    answered = threading.Event()
+    items = [Item(kind, source.image(i) if kind == 'image' else source.text(i).encode()) for i in reversed(range(40)) for kind in ('image', 'text')]
+    engine.submit(items, lambda job: answered.set())
+    assert answered.wait(60) and engine.close()
+    values = [torch.from_numpy(i.value) for i in items][::-1]
+    for side, found in [('text', values[::2]), ('image', values[1::2])]:
+        stored = load_vectors(whole, side)
+        for i in range(40):
+            if stored.ok[i]: assert stored.vectors[i].equal(found[i])
+
+
+LIMITED = '''
+import resource, sys
+from mmembed.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1))
+sys.exit(main(sys.argv[2:]))
+'''
+
+
+def test_no_space_left(model, tmp_path):
+    "The kernel refuses bytes in the middle: one sentence, what is whole stays, and the same command goes on."
+    scenes = Scenes(train=90, valid=0)
+    (tmp_path/'in').mkdir()
+    for i in range(90): (tmp_path/'in'/f'{i:02}{"x"*(150 if i >= 60 else 0)}.jpg').write_bytes(bytes(scenes.image(i).tolist()))
+    argv = ['embed', str(model), str(tmp_path/'in'), '-o', str(tmp_path/'out'), '--rows', '30']
+    run = subprocess.run([sys.executable, '-c', LIMITED, '6000', *argv], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 1 and 'File too large; what was written before is kept' in run.stderr and 'Traceback' not in run.stderr, run.stderr[-2000:]
+    assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['.lock', 'manifest.json', 'part-000000.parquet', 'part-000001.parquet']
+    assert main(argv) == 0 and main([*argv[:-3], str(tmp_path/'again'), *argv[-2:]]) == 0
+    assert files(tmp_path/'out') == files(tmp_path/'again')
+
+
+def test_unreadable_files_fail_alone(model, tmp_path, capsys):
+    scenes = Scenes(train=8, valid=0)
+    for i in range(8): (tmp_path/f'{i}.jpg').write_bytes(bytes(scenes.image(i).tolist()))
+    (tmp_path/'1.jpg').write_bytes(b'')
+    (tmp_path/'2.jpg').write_bytes(b'no picture')
+    (tmp_path/'3.jpg').unlink()
+    (tmp_path/'4.jpg').unlink()
+    (tmp_path/'4.jpg').mkdir()
+    (tmp_path/'5.jpg').unlink()
+    (tmp_path/'5.jpg').symlink_to(tmp_path/'5.jpg')
+    (tmp_path/'t.tsv').write_text('image\n' + ''.join(f'{i}.jpg\n' for i in range(8)))
+    assert main(['embed', str(model), str(tmp_path/'t.tsv'), '-o', str(tmp_path/'out')]) == 1
+    assert '5 could not be embedded' in capsys.readouterr().out
+    ledger = [json.loads(line) for line in (tmp_path/'out'/'errors.jsonl').read_text().splitlines()]
+    assert [r['id'] for r in ledger] == [f'{i}.jpg' for i in range(1, 6)]
+    for r, says in zip(ledger, ['empty', 'not an image', 'No such file', 'Is a directory', 'Too many levels']): assert says in r['error'], r
+    assert load_vectors(tmp_path/'out').ok.tolist() == [True] + [False]*5 + [True]*2
+
+
+def test_not_finite_is_no_vector(model, tmp_path):
+    class Sick(Embedder):
+        def encode_pixels(self, pixels):
+            out = super().encode_pixels(pixels)
+            out[1] = float('nan')
+            return out
+    assert embed(Sick(model, batch_size=4, deterministic=True), Scenes(train=8, valid=0), tmp_path).failed == 2
+    assert [json.loads(line)['error'] for line in (tmp_path/'errors.jsonl').read_text().splitlines()] == ['the model gave no finite embedding']*2
+
+
+def test_parts_of_another_artifact_are_found_out(model, source, whole, tmp_path):
+    embed(model, source, tmp_path, **KW)
+    other = Embedder(model, batch_size=16, deterministic=True)
+    other.card = other.card | {'content_hash': 'of another model'}
+    embed(other, source, tmp_path/'other', **KW)
+    (tmp_path/'part-000002.parquet').write_bytes((tmp_path/'other'/'part-000002.parquet').read_bytes())
+    for f in (lambda: embed(model, source, tmp_path, **KW), lambda: load_vectors(tmp_path, 'text')):
+        with pytest.raises(ValueError, match="part-000002.parquet is of another job: artifact is 'of another model' there"): f()
+
+
+def test_a_source_that_changes(model, tmp_path, monkeypatch):
+    "A file that goes fails alone; a table or a shard that says something else is refused; a shard that changes meanwhile ends the job."
+    scenes = Scenes(train=60, valid=0)
+    (tmp_path/'in').mkdir()
+    for i in range(60): (tmp_path/'in'/f'{i:02}.jpg').write_bytes(bytes(scenes.image(i).tolist()))
+    folder = open_source(tmp_path/'in')
+    for i in (3, 40): (tmp_path/'in'/f'{i:02}.jpg').unlink()
+    assert embed(model, folder, tmp_path/'a', shard_rows=20).failed == 2
+    with pytest.raises(ValueError, match='the source has changed since'): embed(model, open_source(tmp_path/'in'), tmp_path/'a', shard_rows=20)
+
+    (tmp_path/'t.csv').write_text('text\na boat\na cat\n')
+    embed(model, open_source(tmp_path/'t.csv', 'text'), tmp_path/'t', what='text')
+    (tmp_path/'t.csv').write_text('text\na boat\na dog\n')
+    with pytest.raises(ValueError, match='the source has changed since'): embed(model, open_source(tmp_path/'t.csv', 'text'), tmp_path/'t', what='text')
+
+    samples = [(f'{i}.jpg', bytes(scenes.image(i).tolist())) for i in range(40)]
+    shards = open_source(f'{tar(tmp_path/"s.tar", samples)}')
+    def rewrite(ready, rows):
+        if ready == 32: tar(tmp_path/'s.tar', samples[::-1])
+    with pytest.raises(ValueError, match='s.tar has changed while the job was running'): embed(model, shards, tmp_path/'s', shard_rows=16, progress=rewrite)
+    with pytest.raises(ValueError, match='the source has changed since'): embed(model, open_source(f'{tmp_path}/s.tar'), tmp_path/'s', shard_rows=16)
+
+
+def test_the_command_prints_what_it_would_write(model, tmp_path, capsys, monkeypatch):
+    scenes = Scenes(train=5, valid=0)
+    for i in range(5): (tmp_path/f'{i}.jpg').write_bytes(bytes(scenes.image(i).tolist()))
+    (tmp_path/'4.jpg').write_bytes(b'')
+    assert main(['embed', str(model), str(tmp_path)]) == 1
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    emb = Embedder(model, batch_size=16, deterministic=True)
+    assert [r['id'] for r in rows] == [f'{i}.jpg' for i in range(5)] and rows[4]['error'] == 'the file is empty'
+    for r in rows[:4]: assert torch.tensor(r['image_vector']).equal(emb.encode_image([tmp_path/r['id']])[0])
+    monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO('a boat\n\n红色\n'.encode())))
+    assert main(['embed', str(model), '--stdin', '-o', str(tmp_path/'texts.npy')]) == 0
+    assert torch.from_numpy(np.load(tmp_path/'texts.npy')).equal(emb.encode_text(['a boat', '', '红色']))
+    monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(f'{{"image": "{tmp_path}/1.jpg", "text": "a boat"}}\n'.encode())))
+    assert main(['embed', str(model), '-', '--what', 'both', '-o', str(tmp_path/'both.safetensors')]) == 0
+
+
+def test_lines_of_progress(capsys):
+    with jobs.progress_bar(every=0) as show:
+        show(0, 100)
+        time.sleep(.02)
+        show(50, 100)
+    assert '50 of 100 rows, ' in capsys.readouterr().err
 
 
 def test_mistakes(model, source, tmp_path):
     for kw, message in [(dict(what='sound'), "what must be 'image', 'text' or 'both', got 'sound'"), (dict(precision='int4'), "got 'int4'"),
-                        (dict(keep=['price']), 'keep knows text, label and group, got price'), (dict(threads=0), 'at least 1, got 8192 and 0')]:
+                        (dict(keep=['price']), 'has no column price; it has text, label and group'), (dict(threads=-1), 'want 0 or more threads, got -1'),
+                        (dict(shard_rows=0), 'at least 1, got 0')]:
         with pytest.raises(ValueError, match=message): embed(model, source, tmp_path, **kw)
     with pytest.raises(ValueError, match='holds no rows'): embed(model, Scenes(train=0, valid=0), tmp_path)
     with pytest.raises(FileNotFoundError, match='holds no embeddings'): load_vectors(tmp_path)
