@@ -23,7 +23,7 @@ from typing import Callable
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch: threads that spin while they wait slow a busy machine down
 
-# %% ../nbs/50_cli.ipynb #95d62e4e
+# %% ../nbs/50_cli.ipynb #85659217
 COMMANDS = {
     'quickstart': 'commands.make:quickstart',
     'train': 'commands.make:train',
@@ -31,7 +31,7 @@ COMMANDS = {
     'export': 'commands.make:export',
     'verify': 'commands.ask:verify',
     'info': 'commands.ask:info',
-    'embed': 'commands.ask:embed',
+    'embed': 'commands.embedding:embed',
     'serve': 'commands.serving:serve',
 }
 GROUPS: dict[str, str] = {} # first word: what its commands do
