@@ -15,7 +15,7 @@ dev:
 
 # after changing a notebook: the library, the metadata and the README follow it
 export: dev
-	@.venv/bin/nbdev-export && .venv/bin/nbdev-clean && .venv/bin/python tools/readme.py
+	@.venv/bin/nbdev-export && .venv/bin/nbdev-clean && .venv/bin/python tools/sidebar.py && .venv/bin/python tools/readme.py
 
 clean:
 	@rm -rf build dist runs artifacts .pytest_cache .hypothesis *.egg-info
