@@ -63,8 +63,12 @@ def test_readme_is_in_step():
     run(sys.executable, ROOT/'tools'/'readme.py', '--check')
 
 
-def test_notebooks_run():
-    run(BIN/'nbdev-test', '--n-workers', '0', OMP_NUM_THREADS='2')
+ROOMS = ['', *sorted(p.name for p in (ROOT/'nbs').iterdir() if any(p.glob('*.ipynb')))]
+
+
+@pytest.mark.parametrize('room', ROOMS, ids=[r or 'top' for r in ROOMS])
+def test_notebooks_run(room):
+    run(BIN/'nbdev-test', ROOT/'nbs'/room, '--skip-folder-re', '.', '--n-workers', '0', OMP_NUM_THREADS='2')
 
 
 def test_settings_keys_are_known():
