@@ -7,16 +7,22 @@
 //   if (!image.ok(0)) std::cerr << image.errors[0] << '\n';                    // one bad item harms no neighbour
 //   torch::Tensor scores = emb.score(text, image.embedding);                   // (1, 1)
 //
+//   mmembed::Embedder judge("pairs.pt");                                       // of a PairClassifier
+//   mmembed::Scored match = judge.scores({"a red circle"}, {mmembed::Image::file("cat.jpg")});  // (1, C), C labels
+//
 // An artifact is code: load only files that you trust.
 #pragma once
 
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <filesystem>
 #include <fstream>
 #include <memory>
@@ -24,9 +30,11 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <caffe2/serialize/inline_container.h>
@@ -34,6 +42,8 @@
 #include <torch/script.h>
 
 namespace mmembed {
+
+inline constexpr int64_t kFormatVersion = 1;  // of the artifacts that this header reads
 
 // Every error of this header; what() is one sentence.
 struct Error : std::runtime_error {
@@ -99,9 +109,23 @@ struct Image {
 
 // What a batch of images became. A row whose error is not empty holds zeros.
 struct Encoded {
-  torch::Tensor embedding;          // float32 (B, D)
+  torch::Tensor embedding;          // (B, D), float32 unless the artifact stores int8 or bits
   std::vector<std::string> errors;  // "" for every item that went well
   bool ok(size_t i) const { return errors.at(i).empty(); }
+};
+
+// What a batch of pairs became. A row whose error is not empty holds NaN.
+struct Scored {
+  torch::Tensor scores;             // float32 (B, C), before softmax
+  std::vector<std::string> errors;  // "" for every pair that went well
+  bool ok(size_t i) const { return errors.at(i).empty(); }
+};
+
+// The best labels of every item, best first.
+struct Labelled {
+  std::vector<std::vector<std::string>> labels;  // of each item: those that reach their thresholds, at most k
+  torch::Tensor index;                           // int64 (B, K); -1 where none counts
+  torch::Tensor probability;                     // float32 (B, K); 0 where none counts
 };
 
 struct Pixels {
@@ -114,6 +138,7 @@ struct Options {
   int threads = 0;            // for one operation; 0 leaves torch's own setting
   std::string torchcodec;     // libtorchcodec_image.so; empty searches as register_image_ops says
   int64_t batch_size = 64;    // rows that the towers see at once
+  int decoders = 1;           // threads that decode the images of one call
 };
 
 inline bool image_ops_registered(bool heic = false) {
@@ -183,17 +208,49 @@ inline std::string card_field(const std::string& card, const std::string& key) {
   return "";
 }
 
+// f(0) ... f(n - 1) in `threads` threads; the first exception comes out.
+template <class F>
+void in_threads(size_t n, int threads, F f) {
+  const size_t workers = std::min(n, static_cast<size_t>(std::max(threads, 1)));
+  std::atomic<size_t> next{0};
+  std::exception_ptr failure;
+  std::atomic_flag failed = ATOMIC_FLAG_INIT;
+  auto work = [&] {
+    try {
+      for (size_t i; (i = next.fetch_add(1)) < n;) f(i);
+    } catch (...) {
+      if (!failed.test_and_set()) failure = std::current_exception();
+    }
+  };
+  std::vector<std::thread> pool;
+  for (size_t i = 1; i < workers; ++i) pool.emplace_back(work);
+  work();
+  for (auto& t : pool) t.join();
+  if (failure) std::rethrow_exception(failure);
+}
+
 // A loaded artifact. Calls are const and may come from several threads; what they return lies on the CPU.
 class Embedder {
  public:
   explicit Embedder(const std::string& path, Options options = {})
       : options_(std::move(options)), card_(read_card(path)) {
-    if (options_.batch_size < 1) throw Error("batch_size must be at least 1");
+    auto at_least = [](const char* name, int64_t value, int64_t least) {
+      if (value >= least) return;
+      throw Error(std::string(name) + " must be at least " + std::to_string(least) + ", got " + std::to_string(value));
+    };
+    at_least("batch_size", options_.batch_size, 1);
+    at_least("decoders", options_.decoders, 1);
+    at_least("threads", options_.threads, 0);
+    if (const std::string v = card_field(card_, "format_version"); std::atoll(v.c_str()) > kFormatVersion)
+      throw Error(path + " has format " + v + "; this header reads up to " + std::to_string(kFormatVersion) + ": take a newer mmembed.hpp");
     if (card_field(card_, "decode") == "true") {
       register_image_ops(options_.torchcodec);
       if (card_field(card_, "heic") == "true") register_image_ops(options_.torchcodec, true);
     }
-    if (options_.device.is_cuda()) load_beside("libtorch_cuda.so");
+    if (options_.device.is_cuda()) {
+      load_beside("libtorch_cuda.so");
+      if (!at::hasCUDA()) throw Error("device " + options_.device.str() + ": libtorch sees no CUDA device here");
+    }
     if (options_.threads > 0) at::set_num_threads(options_.threads);
     torch::jit::getProfilingMode() = false;  // its recompilations make the first calls slow
     try {
@@ -203,11 +260,18 @@ class Embedder {
     }
     module_.eval();
     dim_ = module_.attr("dim").toInt();
+    if (module_.find_method("labels"))
+      for (const auto& label : call("labels", {}).toListRef()) labels_.push_back(label.toStringRef());
+    pairs_ = module_.find_method("score_pairs").has_value();
+    if (!pairs_) type_ = call("encode_text_bytes", empty_text()).toTensor().scalar_type();
   }
 
   const std::string& card() const { return card_; }
   std::string short_hash() const { return card_field(card_, "short_hash"); }
-  int64_t dim() const { return dim_; }
+  int64_t dim() const { return dim_; }                                // width of an answer
+  bool pairs() const { return pairs_; }                               // scores pairs instead of embedding
+  const std::vector<std::string>& labels() const { return labels_; }  // what scores are of; empty without
+  const Options& options() const { return options_; }
 
   Tokens tokenize(const std::vector<std::string>& texts) const {
     torch::NoGradGuard no_grad;
@@ -216,8 +280,22 @@ class Embedder {
     return {fields->elements()[0].toTensor(), fields->elements()[1].toTensor()};
   }
 
-  // float32 (B, D). Any bytes are a text: what is not valid UTF-8 becomes U+FFFD.
+  // Answers made-up items in batches of each size, so that what is slow only once is over.
+  void warmup(const std::vector<int64_t>& sizes = {1}) const {
+    for (int64_t n : sizes) {
+      if (n < 1) throw Error("sizes must be at least 1, got " + std::to_string(n));
+      const std::vector<std::string> texts(static_cast<size_t>(n), "a photo of a small red circle");
+      const std::vector<Image> images(static_cast<size_t>(n), Image::rgb(torch::zeros({3, 8, 8}, torch::kUInt8)));
+      for (int i = 0; i < 2; ++i) {
+        if (pairs_) scores(texts, images);
+        else encode_text(texts), encode_image(images);
+      }
+    }
+  }
+
+  // (B, D). Any bytes are a text: what is not valid UTF-8 becomes U+FFFD.
   torch::Tensor encode_text(const std::vector<std::string>& texts) const {
+    embeds("encode_text");
     torch::NoGradGuard no_grad;
     std::vector<torch::Tensor> rows;
     const size_t step = static_cast<size_t>(options_.batch_size);
@@ -229,7 +307,7 @@ class Embedder {
   }
 
   ImageInfo probe(const Image& image) const {
-    if (!image.error.empty()) return {"", 0, 0, 0, 0, 1, 1, image.error};
+    if (const std::string error = unusable(image); !error.empty()) return {"", 0, 0, 0, 0, 1, 1, error};
     auto f = call("probe", {image.data}).toTuple()->elements();
     return {f[0].toStringRef(), f[1].toInt(), f[2].toInt(), f[3].toInt(), f[4].toInt(),
             f[5].toInt(), f[6].toInt(), f[7].toStringRef()};
@@ -238,7 +316,7 @@ class Embedder {
   // One image to uint8 (3, S, S), or the reason why not. Never throws for a bad image.
   Pixels preprocess(const Image& image) const {
     torch::NoGradGuard no_grad;
-    if (!image.error.empty()) return {torch::Tensor(), image.error};
+    if (const std::string error = unusable(image); !error.empty()) return {torch::Tensor(), error};
     try {
       return {call("preprocess_image", {image.data}).toTensor(), ""};
     } catch (const Error& e) {
@@ -246,35 +324,61 @@ class Embedder {
     }
   }
 
+  // The same for many, decoded by options().decoders threads.
+  std::vector<Pixels> preprocess(const std::vector<Image>& images) const {
+    std::vector<Pixels> out(images.size());
+    in_threads(images.size(), options_.decoders, [&](size_t i) { out[i] = preprocess(images[i]); });
+    return out;
+  }
+
   // Never throws for a bad image: its row is zeros and its error says why.
   Encoded encode_image(const std::vector<Image>& images) const {
+    embeds("encode_image");
     torch::NoGradGuard no_grad;
-    Encoded out{torch::zeros({static_cast<int64_t>(images.size()), dim_}), std::vector<std::string>(images.size())};
-    std::vector<torch::Tensor> levels;
-    std::vector<int64_t> rows;
-    auto flush = [&] {
-      if (rows.empty()) return;
-      torch::Tensor e = call("encode_pixels", {torch::stack(levels)}).toTensor();
+    Encoded out{torch::zeros({static_cast<int64_t>(images.size()), dim_}, type_), std::vector<std::string>(images.size())};
+    each_batch(images, out.errors, [&](const std::vector<int64_t>& rows, const torch::Tensor& levels) {
+      torch::Tensor e = call("encode_pixels", {levels}).toTensor();
       out.embedding.index_copy_(0, torch::tensor(rows), e.to(torch::kCPU));
-      levels.clear();
-      rows.clear();
-    };
-    for (size_t i = 0; i < images.size(); ++i) {
-      Pixels p = preprocess(images[i]);
-      out.errors[i] = p.error;
-      if (!p.error.empty()) continue;
-      levels.push_back(p.levels);
-      rows.push_back(static_cast<int64_t>(i));
-      if (static_cast<int64_t>(rows.size()) == options_.batch_size) flush();
+    });
+    return out;
+  }
+
+  // Scores of text i with image i, one for each of labels(). Never throws for a bad image: its pair is NaN.
+  Scored scores(const std::vector<std::string>& texts, const std::vector<Image>& images) const {
+    if (!pairs_) throw Error("this artifact embeds: call score(text, image) with embeddings, scores() is for a PairClassifier's");
+    if (texts.size() != images.size())
+      throw Error(std::to_string(texts.size()) + " texts and " + std::to_string(images.size()) + " images are no pairs");
+    torch::NoGradGuard no_grad;
+    Scored out{torch::full({static_cast<int64_t>(texts.size()), dim_}, std::nan("")), std::vector<std::string>(texts.size())};
+    each_batch(images, out.errors, [&](const std::vector<int64_t>& rows, const torch::Tensor& levels) {
+      std::vector<std::string> batch;
+      for (int64_t r : rows) batch.push_back(texts[static_cast<size_t>(r)]);
+      auto [data, offsets] = pack(batch.begin(), batch.end());
+      out.scores.index_copy_(0, torch::tensor(rows), call("score_pairs", {data, offsets, levels}).toTensor().to(torch::kCPU));
+    });
+    return out;
+  }
+
+  // The labels of scores (B, C) of pairs, or of embeddings (B, D) for an artifact that was exported with labels;
+  // top_k at most, 0 for as many as the artifact says.
+  Labelled classify(const torch::Tensor& rows, int64_t top_k = 0) const {
+    if (labels_.empty()) throw Error("this artifact has no labels: export it with labels=");
+    torch::NoGradGuard no_grad;
+    auto f = call(pairs_ ? "classify_scores" : "classify_embedding", {defined(rows, "rows").to(options_.device), top_k}).toTuple()->elements();
+    Labelled out{{}, f[1].toTensor().to(torch::kCPU), f[2].toTensor().to(torch::kCPU)};
+    for (const auto& row : f[0].toListRef()) {
+      out.labels.emplace_back();
+      for (const auto& label : row.toListRef()) out.labels.back().push_back(label.toStringRef());
     }
-    flush();
     return out;
   }
 
   // Scores float32 (T, I) of embeddings (T, D) and (I, D).
   torch::Tensor score(const torch::Tensor& text, const torch::Tensor& image) const {
+    embeds("score");
     torch::NoGradGuard no_grad;
-    return call("score", {text.to(options_.device), image.to(options_.device)}).toTensor().to(torch::kCPU);
+    const torch::Tensor t = defined(text, "text").to(options_.device), i = defined(image, "image").to(options_.device);
+    return call("score", {t, i}).toTensor().to(torch::kCPU);
   }
 
  private:
@@ -289,6 +393,51 @@ class Embedder {
     return {as_bytes(all), torch::tensor(offsets, torch::kInt64)};
   }
 
+  static std::vector<c10::IValue> empty_text() {
+    return {torch::empty({0}, torch::kUInt8), torch::zeros({1}, torch::kInt64)};
+  }
+
+  static std::string unusable(const Image& image) {
+    if (!image.error.empty()) return image.error;
+    return image.data.defined() ? "" : "image is an undefined tensor";
+  }
+
+  static const torch::Tensor& defined(const torch::Tensor& x, const char* name) {
+    if (!x.defined()) throw Error(std::string(name) + " is an undefined tensor");
+    return x;
+  }
+
+  void embeds(const char* method) const {
+    if (pairs_) throw Error(std::string(method) + ": this artifact scores pairs and has no embeddings: call scores(texts, images)");
+  }
+
+  // f(rows, levels) for every batch of good images; the reasons of the others go to `errors`.
+  template <class F>
+  void each_batch(const std::vector<Image>& images, std::vector<std::string>& errors, F f) const {
+    const size_t step = static_cast<size_t>(options_.batch_size);
+    std::vector<torch::Tensor> levels;
+    std::vector<int64_t> rows;
+    auto flush = [&] {
+      if (rows.empty()) return;
+      f(rows, torch::stack(levels));
+      levels.clear();
+      rows.clear();
+    };
+    for (size_t i = 0; i < images.size(); i += step) {
+      const size_t n = std::min(step, images.size() - i);
+      std::vector<Pixels> decoded(n);
+      in_threads(n, options_.decoders, [&](size_t k) { decoded[k] = preprocess(images[i + k]); });
+      for (size_t k = 0; k < n; ++k) {
+        errors[i + k] = decoded[k].error;
+        if (!decoded[k].error.empty()) continue;
+        levels.push_back(std::move(decoded[k].levels));
+        rows.push_back(static_cast<int64_t>(i + k));
+        if (rows.size() == step) flush();
+      }
+    }
+    flush();
+  }
+
   c10::IValue call(const char* method, std::vector<c10::IValue> inputs) const {
     try {
       return module_.get_method(method)(std::move(inputs));
@@ -301,6 +450,9 @@ class Embedder {
   std::string card_;
   torch::jit::Module module_;
   int64_t dim_ = 0;
+  bool pairs_ = false;
+  std::vector<std::string> labels_;
+  torch::ScalarType type_ = torch::kFloat32;
 };
 
 }  // namespace mmembed

@@ -1,10 +1,12 @@
-// Embeds texts and image files with an exported artifact and prints one JSON object a line.
-#include "mmembed.hpp"
+// Embeds texts and image files with an exported artifact, or scores pairs of them, and prints one JSON object a line.
+#include "mmembed_json.hpp"
 
-#include <algorithm>
+#include <sys/resource.h>
+
 #include <array>
-#include <cstdio>
-#include <iostream>
+#include <chrono>
+
+using mmembed::numbers, mmembed::quote;
 
 namespace {
 
@@ -16,13 +18,17 @@ const char* kUsage =
     "  --image F        an image file (again for more)\n"
     "  --rgb HxW:F      a file that holds decoded RGB, H*W*3 bytes, channel after channel (artifacts without file decode)\n"
     "  --batch N        rows that the towers see at once (64)\n"
+    "  --decoders N     threads that decode images (1)\n"
     "  --threads N      threads for one operation\n"
     "  --device D       cpu, cuda, cuda:1, ...\n"
     "  --dump DIR       write each image's pixels, uint8 (3, S, S), to DIR/<index>.bin\n"
     "  --torchcodec F   libtorchcodec_image.so\n"
     "  --card           print the identity card and stop\n"
+    "  --time N         answer the texts, then the images, N times after a warm-up; print only what that took\n"
     "Prints {\"kind\": \"text\", \"index\", \"ids\", \"embedding\"} and {\"kind\": \"image\", \"index\", \"crc32\" of the pixels,\n"
-    "\"embedding\"} or {\"kind\": \"image\", \"index\", \"error\"}. Exit status: 0, 1 when an item failed, 2 when nothing ran.\n";
+    "\"embedding\"} or {\"kind\": \"image\", \"index\", \"error\"}. An artifact that scores pairs has no embeddings; with as many texts as\n"
+    "images it prints {\"kind\": \"pair\", \"index\", \"scores\"} for text i with image i, too.\n"
+    "Exit status: 0, 1 when an item failed, 2 when nothing ran.\n";
 
 uint32_t crc32(const uint8_t* data, size_t size) {
   static const auto table = [] {
@@ -37,47 +43,6 @@ uint32_t crc32(const uint8_t* data, size_t size) {
   uint32_t c = 0xFFFFFFFFu;
   for (size_t i = 0; i < size; ++i) c = table[(c ^ data[i]) & 0xFF] ^ (c >> 8);
   return c ^ 0xFFFFFFFFu;
-}
-
-// How many bytes the UTF-8 sequence at s[i] has; 0 where there is none.
-size_t sequence(const std::string& s, size_t i) {
-  auto byte = [&](size_t k) { return k < s.size() ? static_cast<unsigned char>(s[k]) : 0u; };
-  unsigned lead = byte(i), low = 0x80, high = 0xBF;
-  size_t size = lead < 0x80 ? 1 : lead < 0xC2 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : lead < 0xF5 ? 4 : 0;
-  if (lead == 0xE0) low = 0xA0;
-  if (lead == 0xED) high = 0x9F;
-  if (lead == 0xF0) low = 0x90;
-  if (lead == 0xF4) high = 0x8F;
-  for (size_t k = 1; k < size; ++k, low = 0x80, high = 0xBF)
-    if (byte(i + k) < low || byte(i + k) > high) return 0;
-  return size;
-}
-
-// JSON string of bytes that may not be UTF-8: a byte that is not becomes U+FFFD.
-std::string quote(const std::string& s) {
-  std::string out = "\"";
-  char buffer[8];
-  for (size_t i = 0; i < s.size();) {
-    unsigned char c = s[i];
-    size_t size = sequence(s, i);
-    if (size == 0) out += "\\ufffd";
-    else if (c == '"' || c == '\\') { out += '\\'; out += static_cast<char>(c); }
-    else if (c < 0x20 || c == 0x7F) { std::snprintf(buffer, sizeof buffer, "\\u%04x", c); out += buffer; }
-    else out += s.substr(i, size);
-    i += size ? size : 1;
-  }
-  return out + "\"";
-}
-
-void print_row(const torch::Tensor& row, const char* key) {  // one row, float32 or int64
-  std::printf(", \"%s\": [", key);
-  torch::Tensor r = row.cpu().contiguous();
-  for (int64_t j = 0; j < r.numel(); ++j) {
-    if (j) std::printf(", ");
-    if (r.scalar_type() == torch::kInt64) std::printf("%lld", static_cast<long long>(r.data_ptr<int64_t>()[j]));
-    else std::printf("%.9g", r.data_ptr<float>()[j]);
-  }
-  std::printf("]");
 }
 
 torch::Device device(const std::string& name) {
@@ -113,12 +78,43 @@ mmembed::Image read_rgb(const std::string& spec) {
   }
 }
 
+double cpu_seconds() {
+  rusage u{};
+  getrusage(RUSAGE_SELF, &u);
+  return static_cast<double>(u.ru_utime.tv_sec + u.ru_stime.tv_sec) + 1e-6 * static_cast<double>(u.ru_utime.tv_usec + u.ru_stime.tv_usec);
+}
+
+// Milliseconds of each of `n` rounds, wall clock and CPU of all threads, after one that does not count.
+template <class F>
+void clock_one(const char* kind, size_t items, int64_t n, F f) {
+  if (!items) return;
+  std::vector<double> wall, cpu;
+  for (int64_t i = 0; i <= n; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    const double used = cpu_seconds();
+    f();
+    if (!i) continue;
+    wall.push_back(1e3 * std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    cpu.push_back(1e3 * (cpu_seconds() - used));
+  }
+  const auto list = [](const std::vector<double>& x) { return numbers(torch::tensor(x)); };
+  std::printf("{\"kind\": \"%s\", \"items\": %zu, \"wall_ms\": %s, \"cpu_ms\": %s}\n", kind, items, list(wall).c_str(), list(cpu).c_str());
+}
+
+void clock_it(const mmembed::Embedder& emb, const std::vector<std::string>& texts, const std::vector<mmembed::Image>& images, int64_t n) {
+  emb.warmup();
+  if (emb.pairs()) return clock_one("pair", texts.size(), n, [&] { emb.scores(texts, images); });
+  clock_one("text", texts.size(), n, [&] { emb.encode_text(texts); });
+  clock_one("image", images.size(), n, [&] { emb.encode_image(images); });
+}
+
 int run(int argc, char** argv) {
   std::string model, dump;
   std::vector<std::string> texts;
   std::vector<mmembed::Image> images;
   mmembed::Options options;
   bool card = false;
+  int64_t timed = 0;
   for (int i = 1; i < argc; ++i) {
     std::string a = argv[i];
     auto value = [&] {
@@ -136,6 +132,8 @@ int run(int argc, char** argv) {
     else if (a == "--image") images.push_back(mmembed::Image::file(value()));
     else if (a == "--rgb") images.push_back(read_rgb(value()));
     else if (a == "--batch") options.batch_size = number(a, value());
+    else if (a == "--decoders") options.decoders = static_cast<int>(number(a, value()));
+    else if (a == "--time") timed = number(a, value());
     else if (a == "--threads") options.threads = static_cast<int>(number(a, value()));
     else if (a == "--device") options.device = device(value());
     else if (a == "--dump") dump = value();
@@ -148,28 +146,26 @@ int run(int argc, char** argv) {
   if (card) { std::puts(mmembed::read_card(model).c_str()); return 0; }
 
   mmembed::Embedder emb(model, options);
+  if (timed) return clock_it(emb, texts, images, timed), 0;
   const size_t step = static_cast<size_t>(options.batch_size);
   for (size_t i = 0; i < texts.size(); i += step) {
     std::vector<std::string> batch(texts.begin() + i, texts.begin() + std::min(i + step, texts.size()));
     mmembed::Tokens tokens = emb.tokenize(batch);
-    torch::Tensor e = emb.encode_text(batch);
-    for (size_t j = 0; j < batch.size(); ++j) {
-      std::printf("{\"kind\": \"text\", \"index\": %zu", i + j);
-      print_row(tokens.ids[j], "ids");
-      print_row(tokens.mask[j], "mask");
-      print_row(e[j], "embedding");
-      std::puts("}");
-    }
+    torch::Tensor e = emb.pairs() ? torch::Tensor() : emb.encode_text(batch);
+    for (size_t j = 0; j < batch.size(); ++j)
+      std::printf("{\"kind\": \"text\", \"index\": %zu, \"ids\": %s, \"mask\": %s%s}\n", i + j, numbers(tokens.ids[j]).c_str(),
+                  numbers(tokens.mask[j]).c_str(), e.defined() ? (", \"embedding\": " + numbers(e[j])).c_str() : "");
   }
   bool failed = false;
-  mmembed::Encoded encoded = emb.encode_image(images);
+  const mmembed::Encoded encoded = emb.pairs() ? mmembed::Encoded{} : emb.encode_image(images);
+  const std::vector<mmembed::Pixels> pixels = emb.preprocess(images);
   for (size_t i = 0; i < images.size(); ++i) {
-    if (!encoded.ok(i)) {
+    if (!pixels[i].error.empty()) {
       failed = true;
-      std::printf("{\"kind\": \"image\", \"index\": %zu, \"error\": %s}\n", i, quote(encoded.errors[i]).c_str());
+      std::printf("{\"kind\": \"image\", \"index\": %zu, \"error\": %s}\n", i, quote(pixels[i].error).c_str());
       continue;
     }
-    torch::Tensor levels = emb.preprocess(images[i]).levels.contiguous();
+    const torch::Tensor levels = pixels[i].levels.contiguous();
     const auto* bytes = static_cast<const uint8_t*>(levels.data_ptr());
     const size_t size = static_cast<size_t>(levels.numel());
     if (!dump.empty()) {
@@ -177,9 +173,15 @@ int run(int argc, char** argv) {
       out.write(reinterpret_cast<const char*>(bytes), static_cast<std::streamsize>(size));
       if (!out) throw mmembed::Error("cannot write pixels to --dump " + dump);
     }
-    std::printf("{\"kind\": \"image\", \"index\": %zu, \"crc32\": \"%08x\"", i, crc32(bytes, size));
-    print_row(encoded.embedding[static_cast<int64_t>(i)], "embedding");
-    std::puts("}");
+    std::printf("{\"kind\": \"image\", \"index\": %zu, \"crc32\": \"%08x\"%s}\n", i, crc32(bytes, size),
+                emb.pairs() ? "" : (", \"embedding\": " + numbers(encoded.embedding[static_cast<int64_t>(i)])).c_str());
+  }
+  if (emb.pairs() && !texts.empty() && !images.empty()) {
+    const mmembed::Scored done = emb.scores(texts, images);
+    for (size_t i = 0; i < texts.size(); ++i) {
+      if (done.ok(i)) std::printf("{\"kind\": \"pair\", \"index\": %zu, \"scores\": %s}\n", i, numbers(done.scores[static_cast<int64_t>(i)]).c_str());
+      else std::printf("{\"kind\": \"pair\", \"index\": %zu, \"error\": %s}\n", i, quote(done.errors[i]).c_str());
+    }
   }
   return failed ? 1 : 0;
 }

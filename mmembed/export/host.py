@@ -42,14 +42,15 @@ def missing() -> str:
 def _cmake() -> str | None:
     return shutil.which('cmake', path=os.pathsep.join([sysconfig.get_path('scripts'), os.environ.get('PATH', '')]))
 
-# %% ../../nbs/export/04_host.ipynb #e8faf168
-def _stamp(folders: list[Path]) -> str:
-    files = sorted(p for f in folders for p in f.glob('*') if p.suffix in ('.hpp', '.cpp', '.txt'))
+# %% ../../nbs/export/04_host.ipynb #aea6e9ac
+def _stamp(root: Path, target: str) -> str:
+    folders = [root/'cpp', root/'cpp'/'cmake'] + ([root/'tests'/'cpp'] if target == 'mmembed_test' else [])
+    files = sorted(p for f in folders for p in f.glob('*') if p.suffix in ('.hpp', '.cpp', '.txt', '.cmake', '.in'))
     return sha256(torch.__version__, torch.__file__, sys.executable, *(p.read_bytes() for p in files))
 
-# %% ../../nbs/export/04_host.ipynb #a165395e
+# %% ../../nbs/export/04_host.ipynb #32815fd2
 def build(
-    target: str = 'mmembed_cli',     # or 'mmembed_test'
+    target: str = 'mmembed_cli',      # or 'example_server', 'mmembed_test'
     folder: str | Path | None = None, # where to build; build/cpp of the checkout by default
 ) -> Path: # the program
     "The compiled host, built anew when its sources or torch have changed; raises `RuntimeError` when that fails."
@@ -57,7 +58,7 @@ def build(
     root, cmake = _root(), _cmake()
     folder = Path(folder or root/'build'/'cpp')
     folder.mkdir(parents=True, exist_ok=True)
-    stamp, current = folder/f'{target}.stamp', _stamp([root/'cpp', root/'tests'/'cpp'])
+    stamp, current = folder/f'{target}.stamp', _stamp(root, target)
     with open(folder/'.lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (folder/target).is_file() and stamp.is_file() and stamp.read_text() == current: return folder/target
@@ -71,23 +72,23 @@ def build(
         stamp.write_text(current)
     return folder/target
 
-# %% ../../nbs/export/04_host.ipynb #e7725654
+# %% ../../nbs/export/04_host.ipynb #9a17e7b8
 def built() -> Path | None:
     "The compiled host if there is one that is up to date; never compiles."
     root = _root()
     if not root: return None
     exe, stamp = root/'build'/'cpp'/'mmembed_cli', root/'build'/'cpp'/'mmembed_cli.stamp'
-    fresh = exe.is_file() and stamp.is_file() and stamp.read_text() == _stamp([root/'cpp', root/'tests'/'cpp'])
+    fresh = exe.is_file() and stamp.is_file() and stamp.read_text() == _stamp(root, 'mmembed_cli')
     return exe if fresh else None
 
-# %% ../../nbs/export/04_host.ipynb #aac7ae5f
+# %% ../../nbs/export/04_host.ipynb #2163c1d6
 def ask(
     exe: str | Path,        # the compiled mmembed_cli
     path: str | Path,       # an artifact
     texts: list[bytes] = (),
     images: list[Tensor] = (), # uint8 (N,), files, or uint8 (3, H, W), decoded RGB
     batch: int = 64,        # rows that the towers see at once
-) -> dict: # text: one dict each (ids, mask, embedding); image: one dict each (pixels, embedding) or (error)
+) -> dict: # text: one dict each (ids, mask, embedding); image: (pixels, embedding) or (error); pair: (scores) or (error)
     "The host's answers as tensors; raises `RuntimeError` with its message when it does not run."
     with tempfile.TemporaryDirectory() as d:
         d, args = Path(d), []
@@ -100,9 +101,9 @@ def ask(
         options = ['--batch', str(batch), '--threads', str(torch.get_num_threads()), '--dump', d]
         done = subprocess.run([exe, path, *options, *args], capture_output=True, text=True, errors='replace')
         if done.returncode not in (0, 1): raise RuntimeError(_last(done))  # image libraries may warn on stderr
-        answers = {'text': [], 'image': []}
+        answers = {'text': [], 'image': [], 'pair': []}
         for row in map(json.loads, done.stdout.splitlines()):
-            for k, dtype in (('ids', torch.int64), ('mask', torch.int64), ('embedding', torch.float32)):
+            for k, dtype in (('ids', torch.int64), ('mask', torch.int64), ('embedding', torch.float32), ('scores', torch.float32)):
                 if k in row: row[k] = torch.tensor(row[k], dtype=dtype)
             if 'crc32' in row: row['pixels'] = read_bytes(d/f"{row['index']}.bin")
             answers[row.pop('kind')].append(row)

@@ -1,6 +1,9 @@
-// Uses mmembed.hpp as a program would: mmembed_test ARTIFACT IMAGE. Prints "ok" when every check holds.
+// Uses mmembed.hpp as a program would: mmembed_test ARTIFACT PAIRS IMAGE. Prints "ok" when every check holds.
+// mmembed_test --leak ARTIFACT PAIRS IMAGE CALLS: prints how the process grew over so many calls, see leak.
 // mmembed_test --tokenize PIPELINE TEXTS OUT BATCH: a scripted TextPipeline alone, see tokenize_file.
-#include "mmembed.hpp"
+#include "mmembed_json.hpp"
+
+#include <unistd.h>
 
 #include <fstream>
 #include <iostream>
@@ -53,10 +56,44 @@ int tokenize_file(const char* pipeline, const char* texts, const char* out, int6
   return 0;
 }
 
+// Megabytes of this process in memory.
+double resident() {
+  std::ifstream in("/proc/self/statm");
+  double pages = 0;
+  in >> pages >> pages;
+  return pages * static_cast<double>(sysconf(_SC_PAGESIZE)) / 1e6;
+}
+
+// Everything the header does, good items and broken ones, `calls` times; the growth after the first fifth is printed in megabytes.
+int leak(const std::string& path, const std::string& pair_path, const std::string& picture, int calls) {
+  mmembed::Options options;
+  options.threads = 1;
+  options.batch_size = 2;
+  const Embedder emb(path, options), judge(pair_path, options);
+  const Image good = Image::file(picture), bad = Image::bytes("broken");
+  const std::string whole = mmembed::read_file(picture);
+  double before = 0;
+  for (int i = 0; i < calls; ++i) {
+    if (i == calls / 5) before = resident();
+    torch::Tensor text = emb.encode_text({"a red circle", "\xff", std::to_string(i)});
+    auto image = emb.encode_image({good, bad, Image::bytes(whole.substr(0, whole.size() / 2)), Image::file("/no/such/file")});
+    emb.score(text, image.embedding);
+    emb.tokenize({"a"});
+    emb.probe(good);
+    judge.scores({"a", "b"}, {good, bad});
+    judge.classify(judge.scores({"a"}, {good}).scores, 1);
+    CHECK(!error_of([&] { emb.score(text, torch::zeros({1, 1})); }).empty());
+    CHECK(!error_of([&] { judge.encode_text({"a"}); }).empty());
+  }
+  std::cout << resident() - before << "\n";
+  return 0;
+}
+
 int main(int argc, char** argv) {
+  if (argc == 6 && std::string(argv[1]) == "--leak") return leak(argv[2], argv[3], argv[4], std::stoi(argv[5]));
   if (argc == 6 && std::string(argv[1]) == "--tokenize") return tokenize_file(argv[2], argv[3], argv[4], std::stoll(argv[5]));
-  if (argc != 3) return 2;
-  const std::string path = argv[1], picture = argv[2];
+  if (argc != 4) return 2;
+  const std::string path = argv[1], pair_path = argv[2], picture = argv[3];
   Embedder emb(path);
   const int64_t D = emb.dim();
 
@@ -109,10 +146,59 @@ int main(int argc, char** argv) {
   for (auto& t : threads) t.join();
   for (auto& g : got) CHECK(torch::equal(g, want));
 
+  // threads that decode change nothing
+  mmembed::Options wide;
+  wide.decoders = 3;
+  Embedder many(path, wide);
+  many.warmup({1, 3});
+  const std::vector<Image> mixture = {good, Image::bytes("x"), good, Image::rgb(rgb), Image::file("/no"), good, good};
+  auto one = emb.encode_image(mixture), three = many.encode_image(mixture);
+  CHECK(torch::equal(one.embedding, three.embedding) && one.errors == three.errors && !one.ok(1) && one.ok(3));
+
+  // pairs
+  Embedder judge(pair_path);
+  judge.warmup();
+  CHECK(judge.pairs() && !emb.pairs() && judge.labels() == std::vector<std::string>({"mismatch", "match"}));
+  auto pairs = judge.scores({"a red circle", "b", "c"}, {good, Image::bytes("x"), Image::rgb(rgb)});
+  CHECK(pairs.scores.sizes() == torch::IntArrayRef({3, 2}) && pairs.ok(0) && !pairs.ok(1) && pairs.ok(2));
+  CHECK(pairs.scores[1].isnan().all().item<bool>() && !pairs.scores[0].isnan().any().item<bool>());
+  CHECK(torch::equal(pairs.scores[0], judge.scores({"a red circle", "c"}, {good, Image::rgb(rgb)}).scores[0]));
+  CHECK(judge.scores({}, {}).scores.sizes() == torch::IntArrayRef({0, 2}));
+  auto found = judge.classify(pairs.scores.index({torch::tensor({0, 2})}), 1);
+  CHECK(found.labels.size() == 2 && found.labels[0].size() == 1 && found.index.sizes() == torch::IntArrayRef({2, 1}));
+  CHECK(found.labels[0][0] == judge.labels()[static_cast<size_t>(pairs.scores[0].argmax().item<int64_t>())]);
+
+  // wrong calls name what is wrong
+  CHECK(error_of([&] { judge.encode_text({"a"}); }).rfind("encode_text: this artifact scores pairs", 0) == 0);
+  CHECK(error_of([&] { judge.encode_image({good}); }).rfind("encode_image: this artifact scores pairs", 0) == 0);
+  CHECK(error_of([&] { emb.scores({"a"}, {good}); }).rfind("this artifact embeds", 0) == 0);
+  CHECK(error_of([&] { judge.scores({"a"}, {}); }) == "1 texts and 0 images are no pairs");
+  CHECK(error_of([&] { emb.classify(text); }).rfind("this artifact has no labels", 0) == 0);
+  CHECK(error_of([&] { emb.score(torch::Tensor(), alone); }) == "text is an undefined tensor");
+  CHECK(emb.preprocess(Image{}).error == "image is an undefined tensor");
+  CHECK(error_of([&] { emb.warmup({0}); }) == "sizes must be at least 1, got 0");
+  CHECK(error_of([&] { mmembed::Options o; o.threads = -1; Embedder e(path, o); }) == "threads must be at least 0, got -1");
+  CHECK(error_of([&] { mmembed::Options o; o.decoders = 0; Embedder e(path, o); }) == "decoders must be at least 1, got 0");
+  if (!at::hasCUDA()) {
+    mmembed::Options gpu;
+    gpu.device = torch::kCUDA;
+    CHECK(error_of([&] { Embedder e(path, gpu); }) == "device cuda: libtorch sees no CUDA device here");
+  }
+
+  // JSON of the programs
+  auto fields = mmembed::Reader(R"( {"id": -1.5e3, "t": "a\"\u00e9\ud83d\ude00\n", "n": null, "e": ""} )").object();
+  CHECK(fields.size() == 4 && fields["id"] == "-1.5e3" && fields["t"] == "a\"\xc3\xa9\xf0\x9f\x98\x80\n" && fields["n"] == "null" && fields["e"].empty());
+  CHECK(mmembed::Reader("{}").object().empty());
+  for (const char* broken : {"", "{", "[]", "{\"a\"}", "{\"a\": }", "{\"a\": [1]}", "{\"a\": 01}", "{\"a\": \"x}", "{\"a\": \"\\x\"}", "{\"a\": 1} 2", "{\"a\": 1,}"})
+    CHECK(error_of([&] { mmembed::Reader(broken).object(); }).rfind("not a flat JSON object", 0) == 0);
+  CHECK(mmembed::from_base64("AP8gYQ==") == std::string("\0\xff a", 4) && mmembed::from_base64("").empty());
+  CHECK(!error_of([] { mmembed::from_base64("a!b"); }).empty());
+  CHECK(mmembed::quote(std::string("a\"\n\xff\xc3\xa9", 6)) == "\"a\\\"\\u000a\\ufffd\xc3\xa9\"");
+
   // what is no artifact
   CHECK(error_of([] { Embedder("/no/such/model.pt"); }) == "/no/such/model.pt: No such file or directory");
   CHECK(error_of([&] { Embedder e(picture); }).find("is not an mmembed artifact") != std::string::npos);
-  CHECK(error_of([&] { mmembed::Options zero; zero.batch_size = 0; Embedder e(path, zero); }) == "batch_size must be at least 1");
+  CHECK(error_of([&] { mmembed::Options zero; zero.batch_size = 0; Embedder e(path, zero); }) == "batch_size must be at least 1, got 0");
 
   std::cout << "ok\n";
 }

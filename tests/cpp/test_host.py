@@ -1,6 +1,11 @@
+import base64
 import json
 import os
+import shutil
+import socket
 import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -49,11 +54,122 @@ def test_answers_are_the_embedders(cli):
     assert 0 < want.ok.sum() < len(images)
 
 
-def test_the_header_in_a_program(tmp_path):
-    picture = tmp_path/'x.jpg'
-    picture.write_bytes(cases.images()['exif 6.jpg'])
-    done = call(host.build('mmembed_test'), tiny.artifact(), picture)
+@pytest.fixture
+def picture(tmp_path):
+    (tmp_path/'x.jpg').write_bytes(cases.images()['exif 6.jpg'])
+    return tmp_path/'x.jpg'
+
+
+def test_the_header_in_a_program(picture):
+    done = call(host.build('mmembed_test'), tiny.artifact(), tiny.pair_artifact(), picture)
     assert (done.returncode, done.stdout, done.stderr) == (0, 'ok\n', '')
+
+
+def test_thousands_of_calls_do_not_grow(picture):
+    "Nine calls a round, good items and broken ones, after 40 rounds that may still fill caches; benchmarks/README.md has more rounds."
+    done = call(host.build('mmembed_test'), '--leak', tiny.artifact(), tiny.pair_artifact(), picture, 200)
+    assert done.returncode == 0 and float(done.stdout) < 4, done
+
+
+def test_pairs(cli):
+    emb, texts, names = load(tiny.pair_artifact()), [b'a red circle', b'\xff', '一'.encode()], ('RGB.png', 'truncated.jpg', 'gray.jpg')
+    images = [as_bytes(cases.images()[n]) for n in names]
+    answers, want = host.ask(cli, tiny.pair_artifact(), texts, images, batch=2), emb.scores(texts, images, on_error='flag')
+    assert [r.get('error', '') for r in answers['pair']] == want.errors and want.ok.tolist() == [True, False, True]
+    for i in (0, 2): assert torch.allclose(answers['pair'][i]['scores'], want.scores[i], atol=1e-5)
+    assert answers['text'][0]['ids'].tolist() == emb.tokenize(texts[:2]).ids[0].tolist() and 'embedding' not in answers['image'][0]
+    apart = call(cli, tiny.pair_artifact(), '--text', 'a', '--text', 'b', '--image', '/no/such.png')
+    assert apart.returncode == 2 and '2 texts and 1 images are no pairs' in apart.stderr
+
+
+def test_decoders_change_no_answer(cli):
+    images = [as_bytes(b) for b in cases.images().values()][:12]
+    paths = [tiny.folder()/f'd{i}' for i in range(len(images))]
+    for p, x in zip(paths, images): p.write_bytes(bytes(x.tolist()))
+    one, three = (call(cli, tiny.artifact(), '--decoders', n, *paths) for n in (1, 3))
+    assert one.stdout == three.stdout and one.returncode == three.returncode == 0
+
+
+def test_times(cli):
+    done = call(cli, tiny.artifact(), '--text', 'a', '--text', 'b', '--time', 3)
+    row = json.loads(done.stdout)
+    assert (row['kind'], row['items'], len(row['wall_ms']), len(row['cpu_ms'])) == ('text', 2, 3, 3) and min(row['wall_ms']) > 0
+
+
+@pytest.fixture(scope='module')
+def server(): return host.build('example_server')
+
+
+def lines(server, model, *requests, args=()):
+    done = subprocess.run([server, model, *map(str, args)], input='\n'.join(r if isinstance(r, str) else json.dumps(r) for r in requests) + '\n',
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_server_on_standard_input(server, picture):
+    emb = load(tiny.artifact())
+    file = base64.b64encode(cases.images()['RGB.png']).decode()
+    got = lines(server, tiny.artifact(), {'id': 1, 'text': 'Café "x"\n😀'}, '', {'id': 'two', 'image': str(picture)}, {'image_base64': file}, 'no JSON',
+                {'id': 3, 'image': '/no/such'}, {'id': 4}, {'id': 5, 'tekst': 'a'}, {'id': 6, 'image_base64': '!'}, {'id': 7, 'text': ''})
+    assert [r['id'] for r in got] == [1, 'two', None, None, 3, 4, None, None, 7]
+    for row, want in ((got[0], emb.encode_text(['Café "x"\n😀'])), (got[1], emb.encode_image([picture])), (got[2], emb.encode_image([cases.images()['RGB.png']])),
+                      (got[8], emb.encode_text(['']))):
+        assert torch.allclose(torch.tensor(row['embedding']), want[0], atol=1e-5)
+    assert [r.get('error', '') for r in got[3:8]] == [got[3]['error'], '/no/such: No such file or directory', 'send either text or image', 'unknown key tekst',
+                                                      'image_base64 holds what is no base 64']
+    assert got[3]['error'].startswith('not a flat JSON object')
+
+
+def test_server_over_tcp(server, picture):
+    "Two callers at once, an image of either, and a local path, which is not for callers from outside."
+    process = subprocess.Popen([server, tiny.artifact(), '--port', '0', '--batch', '4'], stderr=subprocess.PIPE, text=True)
+    try:
+        port = int(process.stderr.readline().rsplit(':', 1)[1])
+        emb, file = load(tiny.artifact()), base64.b64encode(picture.read_bytes()).decode()
+
+        def ask(name):
+            with socket.create_connection(('127.0.0.1', port), timeout=60) as s:
+                rows = [{'id': f'{name}{i}', 'text': f'{name} {i}'} for i in range(20)] + [{'id': 'i', 'image_base64': file}, {'id': 'p', 'image': str(picture)}]
+                s.sendall(''.join(json.dumps(r) + '\n' for r in rows).encode())
+                s.shutdown(socket.SHUT_WR)
+                return [json.loads(line) for line in s.makefile()]
+        with ThreadPoolExecutor(2) as pool: answers = list(pool.map(ask, 'ab'))
+        for name, rows in zip('ab', answers):
+            assert [r['id'] for r in rows[:21]] == [f'{name}{i}' for i in range(20)] + ['i']
+            want = torch.cat([emb.encode_text([f'{name} {i}' for i in range(20)]), emb.encode_image([picture])])
+            assert torch.allclose(torch.tensor([r['embedding'] for r in rows[:21]]), want, atol=1e-5)
+            assert rows[21]['error'] == 'unknown key image: send image_base64'
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_server_of_pairs(server, picture):
+    want = load(tiny.pair_artifact()).scores(['a'], [picture])[0]
+    got = lines(server, tiny.pair_artifact(), {'id': 1, 'text': 'a', 'image': str(picture)}, {'id': 2, 'text': 'a'}, {'id': 3, 'text': 'a', 'image': '/no'})
+    assert torch.allclose(torch.tensor(got[0]['scores']), want, atol=1e-5) and got[0]['labels'] == ['mismatch', 'match']
+    assert got[1]['error'] == 'this model scores pairs: send text and image' and got[2]['error'] == '/no: No such file or directory'
+
+
+def test_other_projects_find_the_package(tmp_path):
+    "Installed to a folder of its own, moved, found by a small project that knows nothing of this checkout, compiled and run."
+    cmake, root = host._cmake(), host._root()
+
+    def run(*args):
+        done = subprocess.run([str(a) for a in args], capture_output=True, text=True)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+        return done.stdout
+    run(cmake, '-S', root/'cpp', '-B', tmp_path/'b', '-DMMEMBED_HEADERS_ONLY=ON', f'-DPython_EXECUTABLE={sys.executable}')
+    run(cmake, '--install', tmp_path/'b', '--prefix', tmp_path/'first')
+    (tmp_path/'first').rename(tmp_path/'moved')
+    shutil.copytree(root/'tests'/'cpp'/'consumer', tmp_path/'consumer')
+    configure = cmake, '-S', tmp_path/'consumer', '-B', tmp_path/'c', f'-DPython_EXECUTABLE={sys.executable}', f'-Dmmembed_ROOT={tmp_path}/moved'
+    run(*configure)
+    run(cmake, '--build', tmp_path/'c')
+    assert run(tmp_path/'c'/'consumer', tiny.artifact(False)) == '1 x 24\n'
+    lost = subprocess.run([*configure, '-DTORCH_DIR=/no/torch'], capture_output=True, text=True)
+    assert lost.returncode and '/no/torch holds no include/torch/script.h' in ' '.join(lost.stderr.split())
 
 
 def test_command_line(cli, tmp_path):
