@@ -178,7 +178,7 @@ class Profile(NamedTuple):
         return '\n'.join([f'{self.texts} texts, {self.images} images', *lines, f"preprocessing adds to the towers' own time: {added}"])
     __repr__ = __str__
 
-# %% ../nbs/32_results.ipynb #3e0d2819
+# %% ../nbs/32_results.ipynb #9ba3a3b7
 def stages(
     emb,                  # an Embedder
     texts: list,          # a batch
@@ -200,11 +200,11 @@ def stages(
     with torch.no_grad():
         if texts:
             tokens = Tokens(*clock('tokenize', m.tokenize, *pack(texts)))
-            if not emb.labels: clock('text_tower', lambda: m.model.encode_text(tokens))
+            if not emb.pairs: clock('text_tower', lambda: m.model.encode_text(tokens))
         if images:
             rgb = clock('decode', lambda: [emb.decode(x) for x in images]) if images[0].ndim == 1 else images
             levels = torch.stack(clock('transform', lambda: [emb.preprocess(x) for x in rgb]))
             pixels = clock('normalize', m.normalized, levels)
-            if not emb.labels: clock('image_tower', m.model.encode_image, pixels)
+            if not emb.pairs: clock('image_tower', m.model.encode_image, pixels)
             elif texts: clock('image_tower', m.model, tokens, pixels)
     return Profile(len(texts), len(images), **ms)

@@ -36,7 +36,7 @@ def join_tokens(
     wide = lambda x, value: torch.nn.functional.pad(x, (0, length - x.shape[1]), value=value)
     return Tokens(torch.cat([wide(b.ids, pad_id) for b in batches]), torch.cat([wide(b.mask, 0) for b in batches]))
 
-# %% ../nbs/30_runtime.ipynb #0a3e1144
+# %% ../nbs/30_runtime.ipynb #1d9f6019
 class Embedder:
     "An artifact, loaded: texts and images to embeddings, or pairs of them to scores, with a status for every item"
     def __init__(
@@ -59,11 +59,8 @@ class Embedder:
         try: self.module = quietly(torch.jit.load, str(path), map_location=self.device).eval()
         except RuntimeError as e: raise ValueError(f'{path} cannot be loaded: {reason(e)}') from None
         self.dim = self.module.dim
-
-    @property
-    def labels(self) -> list[str] | None:
-        "What the scores of pairs are of; `None` for an artifact that embeds."
-        return self.card.get('labels')
+        self.pairs = 'labels' in self.card             # it scores pairs
+        self.labels: list[str] = self.module.labels()  # what it can say of an item or of a pair; empty without
 
     def tokenize(
         self,
@@ -120,8 +117,8 @@ class Embedder:
     ) -> Tensor: # float32 (B, D)
         "The second half of `encode_text`."
         rows = len(tokens.ids)
-        if not rows: return torch.zeros(0, self.dim, device=self.device)
-        with torch.no_grad(): return self.module.model.encode_text(self._wide(tokens))[:rows].float()
+        if not rows: return self._nothing()
+        with torch.no_grad(): return self.module.model.encode_text(self._wide(tokens))[:rows]
 
     def encode_pixels(
         self,
@@ -193,7 +190,8 @@ class Embedder:
         names, rows = [name_of(x, i) for i, x in enumerate(images)], [name_of(x, i) for i, x in enumerate(texts)]
         if not isinstance(images, Tensor): images = torch.cat([self._nothing(), *(self.encode_pixels(torch.stack(c)) for c in chunks(levels, self.batch_size))])
         text, image = self._embedded(texts, images)
-        return Similarity((text @ image.T).cpu(), rows, names, levels)
+        cosine = (self.module.score(text, image) - self.module.logit_bias) / self.module.logit_scale
+        return Similarity(cosine.detach().cpu(), rows, names, levels)
 
     def scores(
         self,
@@ -226,13 +224,26 @@ class Embedder:
         self,
         texts: Iterable[str | bytes], # as in `scores`
         images: Iterable,             # as in `scores`
-        top_k: int = 1,
-        threshold: float = 0.,        # labels of a smaller probability are left out
-    ) -> list[list[tuple[str, float]]]: # for each pair its labels and their probabilities, best first
+        top_k: int = 0,               # 0: as many as the artifact says
+    ) -> list[list[tuple[str, float]]]: # for each pair its labels that reach their thresholds, and their probabilities, best first
         "The labels that fit each pair."
-        if top_k < 1: raise ValueError(f'top_k must be at least 1, got {top_k}')
-        best = self.scores(texts, images).softmax(-1).sort(dim=-1, descending=True, stable=True)
-        return [[(self.labels[i], p) for i, p in zip(order[:top_k], row) if p >= threshold] for order, row in zip(best.indices.tolist(), best.values.tolist())]
+        return self._picked('classify_scores', self.scores(texts, images), top_k)
+
+    def classify_text(
+        self,
+        texts: Iterable[str | bytes], # or their embeddings (B, D)
+        top_k: int = 0,               # 0: as many as the artifact says
+    ) -> list[list[tuple[str, float]]]: # as `classify`
+        "The labels of texts; raises `TypeError` for an artifact that was exported without labels."
+        return self._picked('classify_embedding', texts if isinstance(texts, Tensor) else self.encode_text(texts), top_k)
+
+    def classify_image(
+        self,
+        images: Iterable, # as in `encode_image`, or their embeddings (B, D)
+        top_k: int = 0,   # 0: as many as the artifact says
+    ) -> list[list[tuple[str, float]]]: # as `classify`
+        "The labels of images; raises `TypeError` for an artifact that was exported without labels."
+        return self._picked('classify_embedding', images if isinstance(images, Tensor) else self.encode_image(images), top_k)
 
     def warmup(
         self,
@@ -243,7 +254,7 @@ class Embedder:
         picture = self.preprocess(torch.zeros(3, *self.card['image_size'], dtype=torch.uint8))
         for n in sizes:
             for texts in (['a'] * n, ['a photo of a small red circle'] * n):
-                if self.labels: self._pairs(texts, picture.expand(n, *picture.shape))
+                if self.pairs: self._pairs(texts, picture.expand(n, *picture.shape))
                 else: self._texts(texts), self.encode_pixels(picture.expand(n, *picture.shape))
         return self
 
@@ -293,17 +304,26 @@ class Embedder:
                 raise ValueError(f'{name}: embeddings must have the shape (B, {self.dim}), got {tuple(x.shape)}')
         return text.to(self.device), image.to(self.device)
 
+    def _picked(self, method: str, rows: Tensor, top_k: int) -> list:
+        if not self.labels: raise TypeError(f'{self.path.name} has no labels: export it with labels=')
+        if top_k < 0: raise ValueError(f'top_k must be 0 or more, got {top_k}')
+        with torch.no_grad(): found = getattr(self.module, method)(rows.to(self.device), top_k)
+        return [list(zip(labels, p)) for labels, p in zip(found.labels, found.probability.tolist())]
+
     def _embeds(self):
-        if self.labels: raise TypeError(f'{self.path.name} scores pairs and has no embeddings: call scores(texts, images) or classify(texts, images)')
+        if self.pairs: raise TypeError(f'{self.path.name} scores pairs and has no embeddings: call scores(texts, images) or classify(texts, images)')
 
     def _judges(self):
-        if not self.labels: raise TypeError(f'{self.path.name} embeds and has no labels: call score(texts, images)')
+        if not self.pairs: raise TypeError(f'{self.path.name} embeds and scores no pairs: call score(texts, images)')
 
-    def _nothing(self) -> Tensor: return torch.zeros(0, self.dim, device=self.device)
+    def _nothing(self) -> Tensor: # (0, D), as it answers
+        with torch.no_grad():
+            if self.pairs: return torch.zeros(0, self.dim, device=self.device)
+            return self.module.encode_text_bytes(*pack([]))
 
     def __repr__(self):
         c = self.card
-        what = f'labels={self.labels}' if self.labels else f'dim={self.dim}'
+        what = f'labels={self.labels}' if self.pairs else f'dim={self.dim}'
         return f"Embedder({self.path.name!r}, {c['short_hash']}: {c['parameters']:,} parameters, {what}, device={str(self.device)!r})"
 
     def _repr_html_(self):

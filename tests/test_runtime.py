@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mmembed.core import as_bytes, pack
+from mmembed.core import as_bytes, pack, quietly
 from mmembed.export import cases
+from mmembed.export.verify import export
 from mmembed.runtime import Embedder, Encoded, load, reason
 
 from .export import tiny
@@ -222,7 +223,7 @@ def test_pairs(judge):
     assert torch.equal(same.scores(texts[1:2], files[1:2])[0], same.scores(texts, files)[1])
     for row, probability in zip(judge.classify(texts, files, top_k=9), want.softmax(-1)):
         assert dict(row) == pytest.approx(dict(zip(judge.labels, probability.tolist())), abs=1e-5) and row[0][1] >= row[1][1]
-    assert judge.scores([], []).shape == (0, 2) and judge.classify(texts, files, threshold=1.) == [[], [], []]
+    assert judge.scores([], []).shape == (0, 2)
     assert 'mismatch' in repr(judge)
 
 
@@ -242,7 +243,32 @@ def test_each_kind_of_artifact_names_its_calls(emb, judge):
     for call in (lambda: judge.encode_text(['a']), lambda: judge.encode_image([]), lambda: judge.rank(['a'], []), lambda: judge.similarity(['a'], [])):
         with pytest.raises(TypeError, match='scores pairs and has no embeddings: call scores'): call()
     for call in (emb.scores, emb.classify):
-        with pytest.raises(TypeError, match='has no labels: call score'): call(['a'], [FILES['RGB.png']])
+        with pytest.raises(TypeError, match='scores no pairs: call score'): call(['a'], [FILES['RGB.png']])
+    for call in (emb.classify_text, emb.classify_image):
+        with pytest.raises(TypeError, match='has no labels: export it with labels='): call([])
+
+
+def test_labels_of_an_artifact_that_embeds(tmp_path):
+    export(tiny.model(), tmp_path/'m.pt', fresh=False, cpp=False, labels=['circle', 'square', 'star'])
+    named = load(tmp_path/'m.pt')
+    found = named.classify_image([FILES['RGB.png'], FILES['gray.jpg']], top_k=3)
+    want = quietly(torch.jit.load, str(tmp_path/'m.pt')).classify([as_bytes(FILES['RGB.png']), as_bytes(FILES['gray.jpg'])], 3)
+    assert named.labels == ['circle', 'square', 'star'] and [[n for n, _ in row] for row in found] == want.labels
+    assert torch.allclose(torch.tensor([[p for _, p in row] for row in found]), want.probability, atol=1e-5)
+    assert named.classify_text(named.encode_text(['a circle']), 1) == named.classify_text(['a circle'], 1)
+    with pytest.raises(ValueError, match='top_k must be 0 or more, got -1'): named.classify_text(['a'], -1)
+
+
+@pytest.mark.parametrize('output, dtype, width', [('int8', torch.int8, 24), ('binary', torch.uint8, 3)])
+def test_stored_embeddings(tmp_path, output, dtype, width):
+    "Embeddings that the artifact stores small come as they are stored, from every call; scores and heat maps take them back."
+    export(tiny.model(), tmp_path/'m.pt', fresh=False, cpp=False, output=output)
+    small, file = load(tmp_path/'m.pt'), FILES['RGB.png']
+    for x in (small.encode_text(['a']), small.encode_image([file]), small.encode_text([]), small.encode_tokens(small.tokenize(['a']))):
+        assert x.dtype == dtype and x.shape[1] == width == small.dim
+    flagged = small.encode_image([b'broken', file], on_error='flag')
+    assert flagged.embedding.dtype == dtype and not flagged.embedding[0].any() and torch.equal(flagged.embedding[1:], small.encode_image([file]))
+    assert small.similarity(['a', 'b'], [file]).cosine.abs().max() <= 1 + 1e-5 and small.rank(['a'], [file]).index.tolist() == [[0]]
 
 
 def test_probabilities_follow_the_kind_of_model(emb, monkeypatch):
