@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastcore.script import store_true
 
-# %% ../../nbs/commands/03_serving.ipynb #007f8c27
+# %% ../../nbs/commands/03_serving.ipynb #bd29415e
 def serve(
     artifact: str,              # an exported file
     host: str = '127.0.0.1',    # the address to listen on; 0.0.0.0 for all
@@ -43,11 +43,14 @@ def serve(
     trace_ratio: float = 1.,    # share of requests that are traced
     drain: float = 0.,          # seconds between "not ready" and closing the doors
     grace: float = 30.,         # seconds to answer what is running then
+    ray: store_true = False,    # replicas on the Ray cluster that RAY_ADDRESS names, or on one of this machine alone
+    max_replicas: int = 0,      # with ray: as many as the load needs, up to so many
 ):
     """Serve an exported file: HTTP, WebSocket and gRPC, with metrics and a status for every item.
 
     mmembed serve model.pt
-    mmembed serve model.pt --host 0.0.0.0 --grpc-port 8001 --replicas 4 --api-keys keys.txt"""
+    mmembed serve model.pt --host 0.0.0.0 --grpc-port 8001 --replicas 4 --api-keys keys.txt
+    mmembed serve model.pt --ray --replicas 2 --max-replicas 8"""
     try: from mmembed.serve.server import Config, Options, serve as run
     except ImportError as e: raise ImportError(f'the server needs more packages ({e}): pip install "mmembed[serve]"') from None
     from mmembed.runtime import read_card
@@ -59,6 +62,10 @@ def serve(
     read_card(artifact)  # what is no artifact ends here, with one sentence
     options = Options(batch=batch or (64 if device.startswith('cuda') else 16), wait=wait_ms / 1e3, queue=queue, decoders=decoders, timeout=timeout,
                       max_pixels=max_pixels)
-    raise SystemExit(run(Config(artifact, host, port, grpc_port, name, device, threads, replicas, deterministic, options, max_body << 20, max_items,
+    config = Config(artifact, host, port, grpc_port, name, device, threads, replicas, deterministic, options, max_body << 20, max_items,
         api_keys=tuple(keys), tls_cert=tls_cert, tls_key=tls_key, cors=listed(cors), fetch_hosts=listed(fetch_hosts), index=index, log=log,
-        traces=traces, trace_ratio=trace_ratio, drain=drain, grace=grace)))
+        traces=traces, trace_ratio=trace_ratio, drain=drain, grace=grace)
+    if ray:
+        from mmembed.serve.ray import run
+        raise SystemExit(run(config, max_replicas=max_replicas, min_replicas=replicas if max_replicas else 0))
+    raise SystemExit(run(config))
