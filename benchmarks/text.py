@@ -13,8 +13,10 @@ import gzip
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -223,12 +225,13 @@ def main():
     parser.add_argument('--batches', type=int, nargs='*', default=BATCHES)
     parser.add_argument('--cpp', action='store_true', help='compile and run ours in C++ too')
     parser.add_argument('--matxscript', nargs=2, metavar=('PYTHON', 'SOURCE'), help="MATXScript's interpreter and its checked-out repository")
+    parser.add_argument('--json', type=Path, help='write the figures here too, for tools/tables.py')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch._C._jit_set_profiling_mode(False)  # as the runtimes do
     sets = captions(args.captions)
     title, make = FAMILIES[args.family]
-    contestants = make(args)
+    contestants, records = make(args), []
     for what, texts in sets.items():
         assert same(contestants['ours'](texts[:256]), contestants['tokenizers'](texts[:256])), 'ids differ'
         print(f'\n{title}, captions of about {what}, {args.threads} thread(s): ours in ms a batch, then time of each / ours')
@@ -236,7 +239,10 @@ def main():
         print(f'{"batch":>6} {"ours":>9}  ' + '  '.join(f'{n:>16}' for n in names))
         for batch in args.batches:
             seconds, ratios = compare(contestants, texts, batch, args.rounds)
+            records.append(dict(captions=what, batch=batch, ms=round(seconds * 1e3, 3), ratios={n: round(ratios[n], 2) for n in names}))
             print(f'{batch:>6} {seconds * 1e3:>9.3f}  ' + '  '.join(f'{ratios[n]:>16.2f}' for n in names), flush=True)
+    command = re.sub(r'/\S+', 'PATH', ' '.join(['python -m benchmarks.text', *sys.argv[1:]]))
+    if args.json: args.json.write_text(json.dumps(dict(kind='text', command=command, records=records), indent=1, ensure_ascii=False) + '\n')
 
 
 if __name__ == '__main__': main()

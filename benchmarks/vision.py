@@ -16,6 +16,7 @@ import io
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -250,7 +251,8 @@ def main():
     print('\n16 photos of 500 px, scripted: ' + ', '.join(f'{k} {v:.1f} ms' for k, v in batches(photos(500, 16), a.rounds).items()))
     for k in set(NAMES) - {o.split('=')[0] for o in a.peer}: print(f'not run: {NAMES[k]}: no --peer {k}=PYTHON')
     for k, v in missing.items(): print(f'not run: {k}: {v}')
-    if a.json: a.json.write_text(json.dumps(results, indent=1))
+    command = re.sub(r'/\S+', 'PATH', ' '.join(['python benchmarks/vision.py', *sys.argv[1:]]))
+    if a.json: a.json.write_text(json.dumps(dict(kind='vision', command=command, records=results), indent=1) + '\n')
 
 
 if __name__ == '__main__': sys.exit(main())
