@@ -22,9 +22,10 @@ from ..core import settings
 from .panels import MAX_IMAGES, MAX_UPLOAD, Answer, Panels, failed
 from .pictures import embed_files
 
-# %% ../../nbs/demo/04_app.ipynb #37a6bdcd
+# %% ../../nbs/demo/04_app.ipynb #9939995c
 CSS = '''
-.gradio-container {max-width: 1120px !important; margin: 0 auto !important}
+.gradio-container {max-width: 1120px !important; width: 100% !important; margin: 0 auto !important}
+.gradio-container > main {width: 100%}
 footer {display: none !important}
 .mm-status {font-size: .85rem; opacity: .75; padding: 2px 0; overflow-wrap: anywhere}
 .mm-bad {color: #b42318; opacity: 1; font-weight: 600; overflow-wrap: anywhere}
@@ -43,10 +44,11 @@ ul.mm-warn {margin: 6px 0; padding-left: 1.2em; list-style: disc; color: #9a5b00
 .mm-scroll {overflow-x: auto; max-width: 100%}
 table.mm-heat {border-collapse: collapse; font-size: .72rem; margin: 0}
 table.mm-heat td {min-width: 42px; height: 42px; text-align: center; padding: 0; border: 1px solid var(--background-fill-primary)}
-table.mm-heat th {padding: 1px; border: 0}
+table.mm-heat th {padding: 1px; border: 0 !important; background: none}
 table.mm-heat img {width: 42px; height: 42px; object-fit: cover; border-radius: 4px; max-width: none; margin: 0}
 table.mm-facts {font-size: .85rem; margin: 6px 0; border-collapse: collapse; width: 100%}
-table.mm-facts th, table.mm-facts td {text-align: left; font-weight: normal; padding: 2px 12px 2px 0; vertical-align: top; border: 0; overflow-wrap: anywhere}
+table.mm-facts th, table.mm-facts td {text-align: left; font-weight: normal; padding: 2px 12px 2px 0; vertical-align: top; border: 0 !important; overflow-wrap: anywhere}
+table.mm-facts, table.mm-facts tr, table.mm-heat tr, table.mm-heat {border: 0 !important}
 table.mm-facts th {opacity: .6; white-space: nowrap}
 svg.mm-map {width: 100%; height: auto; background: var(--background-fill-secondary); border-radius: 8px}
 svg.mm-map text {fill: currentColor; font-size: 15px; opacity: .7}
@@ -54,7 +56,17 @@ svg.mm-spectrum {width: 100%; height: 110px; background: var(--background-fill-s
 svg.mm-spectrum rect {fill: var(--color-accent)}
 #mm-title h1 {margin: 6px 0 0 0; font-size: 1.5rem}
 #mm-title p {margin: 0; opacity: .7; overflow-wrap: anywhere; font-size: .9rem}
+.mm-found .grid-wrap {max-height: none !important; min-height: 0 !important; height: auto !important; overflow: visible !important}
+.mm-found .grid-container {height: auto !important; grid-auto-rows: auto !important}
+.mm-found .thumbnail-item {display: flex !important; flex-direction: column; aspect-ratio: auto !important; height: auto !important}
+.mm-found .thumbnail-item img {width: 100%; height: auto !important; aspect-ratio: 1; flex: none}
+.mm-found .caption-label {position: static !important; max-width: 100% !important; width: 100%; white-space: normal !important; text-align: left; border: 0 !important;
+  font-size: .72rem !important; line-height: 1.3; padding: 3px 6px !important; max-height: 4.4em; overflow: hidden; overflow-wrap: anywhere; background: none !important; box-shadow: none !important}
+.mm-found .selected, .mm-found .thumbnail-item:hover, .mm-found .thumbnail-item {box-shadow: none !important; border-color: var(--border-color-primary) !important; filter: none !important}
+.mm-found .thumbnail-item:hover .caption-label {opacity: 1 !important}
 @media (max-width: 640px) {
+  .tab-container button {padding: 0 6px !important; font-size: .84rem !important}
+  .gradio-container main.app, .gradio-container .app {padding: 8px !important}
   .gradio-container {padding: 6px !important}
   .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
   .mm-bars > div {grid-template-columns: minmax(0, 1fr) minmax(50px, 1fr) 3.6em}
@@ -66,19 +78,19 @@ def look() -> gr.themes.Base:
     system = ['system-ui', '-apple-system', 'Segoe UI', 'Roboto', 'sans-serif']
     return gr.themes.Soft(primary_hue='teal', secondary_hue='teal', neutral_hue='slate', font=system, font_mono=['ui-monospace', 'Consolas', 'monospace'])
 
-# %% ../../nbs/demo/04_app.ipynb #11fb9ff1
-def image_input(label: str, **kwargs) -> gr.Image:
+# %% ../../nbs/demo/04_app.ipynb #5eedef95
+def image_input(label: str, name: str, **kwargs) -> gr.Image:
     "An upload that gives the path of the file as it came."
-    image = gr.Image(label=label, type='filepath', image_mode=None, sources=['upload', 'clipboard'], buttons=['fullscreen'], height=kwargs.pop('height', 240), **kwargs)
+    image = gr.Image(label=label, elem_id=f'mm-{name}', type='filepath', image_mode=None, sources=['upload', 'clipboard'], buttons=['fullscreen'], height=kwargs.pop('height', 240), **kwargs)
     image.preprocess = lambda payload: payload.path if payload is not None else None
     return image
 
 def examples_of(panels: Panels) -> list[str]:
     "Texts to begin with, where the pictures are called by their captions."
     names = next(iter(panels.sets.values())).names if panels.sets else []
-    return [n for n in names[:60:12] if len(n.split()) > 3]
+    return [n for n in names[:36:12] if len(n.split()) > 3]
 
-# %% ../../nbs/demo/04_app.ipynb #2aed61fe
+# %% ../../nbs/demo/04_app.ipynb #7963f6a3
 def search_tab(panels: Panels, pictures: gr.Dropdown):
     "Query, button, results; a result that is clicked becomes the query."
     with gr.Row():
@@ -87,11 +99,12 @@ def search_tab(panels: Panels, pictures: gr.Dropdown):
             with gr.Row():
                 go = gr.Button('Search', variant='primary', min_width=120)
                 clear = gr.Button('Clear', min_width=80)
+            if some := examples_of(panels): gr.Examples([[s] for s in some], [text], label='Try', api_visibility='private')
             top = gr.Slider(1, 60, value=12, step=1, label='Results')
-        with gr.Column(scale=1, min_width=240): image = image_input('or an image, or both')
+        with gr.Column(scale=1, min_width=240): image = image_input('or an image, or both', 'search')
     picked = gr.Textbox(visible=False, label='row')
     status = gr.HTML()
-    found = gr.Gallery(label='Found', columns=4, object_fit='contain', height='auto', allow_preview=False, interactive=False, buttons=[])
+    found = gr.Gallery(show_label=False, columns=4, elem_classes='mm-found', object_fit='contain', height='auto', allow_preview=False, interactive=False, buttons=[])
     with gr.Accordion('Numbers', open=False): rows = gr.JSON(show_label=False)
     def search(texts, images, rows, tops, keys):
         answers = panels.search(texts, images, rows, tops, keys)
@@ -106,11 +119,9 @@ def search_tab(panels: Panels, pictures: gr.Dropdown):
     for changed in (image.upload, image.clear, text.input): changed(lambda: '', None, picked, api_visibility='private', show_progress='hidden')
     image.upload(lambda: '', None, picked, api_visibility='private').then(**asked, api_visibility='private')
     clear.click(lambda: ('', None, '', [], None, ''), None, [text, image, picked, found, rows, status], api_visibility='private')
-    if some := examples_of(panels):
-        gr.Examples([[s] for s in some], [text], label='Try', api_visibility='private')
     return asked
 
-# %% ../../nbs/demo/04_app.ipynb #5ed435c9
+# %% ../../nbs/demo/04_app.ipynb #6bebd268
 def match_tab(panels: Panels):
     "One image with texts, one text with images, and classes."
     def wired(button, f, inputs, name, about):
@@ -121,34 +132,34 @@ def match_tab(panels: Panels):
             return a.rows, a.status, a.show or ''
         button.click(run, inputs, [rows, status, show], api_name=name, api_description=about, show_progress='minimal')
     with gr.Tabs():
-        with gr.Tab('One image, several texts'):
+        with gr.Tab('Several texts'):
             with gr.Row():
-                image = image_input('Image')
+                image = image_input('Image', 'match')
                 texts = gr.Textbox(label='Texts, one a line', lines=8, max_lines=16, value='\n'.join(examples_of(panels)[:3]))
             wired(gr.Button('Compare', variant='primary'), panels.match_texts, [image, texts], 'match_texts', 'How well each line of text fits an image.')
-        with gr.Tab('One text, several images'):
+        with gr.Tab('Several images'):
             with gr.Row():
                 text = gr.Textbox(label='Text', lines=3, value=(examples_of(panels) or [''])[0])
-                files = gr.File(label=f'Images, at most {MAX_IMAGES}', file_count='multiple', height=200)
+                files = gr.File(label=f'Images, at most {MAX_IMAGES}', file_count='multiple', height=200, elem_id='mm-files')
             wired(gr.Button('Compare', variant='primary'), panels.match_images, [text, files], 'match_images', 'How well a text fits each image.')
-        if panels.emb.labels: return
-        with gr.Tab('Zero-shot classes'):
+        if panels.pairs: return
+        with gr.Tab('Classes'):
             with gr.Row():
-                image = image_input('Image')
+                image = image_input('Image', 'classify')
                 with gr.Column():
                     classes = gr.Textbox(label='Classes, one a line or separated by commas', lines=4, value='circle, square, triangle, star, cross, ring')
                     templates = gr.Textbox(label='Templates, {} is the class', lines=3, value='a photo of a {}\na {}')
             wired(gr.Button('Classify', variant='primary'), panels.classify, [image, classes, templates], 'classify', 'Zero-shot classification with templates.')
 
-# %% ../../nbs/demo/04_app.ipynb #222faa25
+# %% ../../nbs/demo/04_app.ipynb #a8732d4e
 def inside_tab(panels: Panels):
     "What becomes of an image and of a text."
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
-            image = image_input('Image')
+            image = image_input('Image', 'inside')
             see = gr.Button('Look at the image', variant='primary')
             status = gr.HTML()
-            shown = gr.Gallery(label='On its way', columns=3, object_fit='contain', height='auto', interactive=False, buttons=['fullscreen'], format='png')
+            shown = gr.Gallery(show_label=False, columns=3, elem_classes='mm-found', object_fit='contain', height='auto', interactive=False, buttons=['fullscreen'], format='png')
             with gr.Accordion('Numbers', open=False): rows = gr.JSON(show_label=False)
         with gr.Column(min_width=300):
             text = gr.Textbox(label='Text', lines=6, max_lines=12, placeholder='a text, as long as you like')
@@ -166,13 +177,13 @@ def inside_tab(panels: Panels):
     gr.on([read.click, text.submit], read_it, [text], [numbers, said, tokens], api_name='inside_text', show_progress='minimal',
           api_description='Tokens with ids and places, and what is cut away.')
 
-# %% ../../nbs/demo/04_app.ipynb #5603d687
+# %% ../../nbs/demo/04_app.ipynb #e0b633a0
 def embeddings_tab(panels: Panels, pictures: gr.Dropdown) -> dict:
     "A vector, and a map of the pictures."
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
             text = gr.Textbox(label='Text', lines=2)
-            image = image_input('or an image', height=180)
+            image = image_input('or an image', 'embed', height=180)
             go, status, drawn = gr.Button('Embed', variant='primary'), gr.HTML(), gr.HTML()
             file = gr.File(label='NumPy', interactive=False, height=70)
             with gr.Accordion('Numbers', open=False): rows = gr.JSON(show_label=False)
@@ -199,11 +210,11 @@ def embeddings_tab(panels: Panels, pictures: gr.Dropdown) -> dict:
     draw.click(**asked, api_name='overview', api_description='Similarities of some pictures, and a map of many.')
     return asked
 
-# %% ../../nbs/demo/04_app.ipynb #dfabb3f8
+# %% ../../nbs/demo/04_app.ipynb #d5d4a5a2
 def own_pictures(panels: Panels, pictures: gr.Dropdown):
     "An upload that becomes a set of pictures to search."
     with gr.Accordion('Search in your own pictures', open=False):
-        files = gr.File(label=f'Image files, at most {MAX_UPLOAD}', file_count='multiple', height=160)
+        files = gr.File(label=f'Image files, at most {MAX_UPLOAD}', file_count='multiple', height=160, elem_id='mm-own')
         said = gr.HTML()
     def index(files, progress=gr.Progress()):
         try:
@@ -216,20 +227,20 @@ def own_pictures(panels: Panels, pictures: gr.Dropdown):
         return gr.Dropdown(choices=[*shared, key], value=key), f'<div class="mm-status">{len(mine):,} pictures can be searched</div>{bad}'
     files.upload(index, [files], [pictures, said], api_name='index', api_description='Embed image files, to be searched under the name that comes back.')
 
-# %% ../../nbs/demo/04_app.ipynb #b5e1a5c9
+# %% ../../nbs/demo/04_app.ipynb #4956bc4d
 def build(
     panels: Panels, # what the tabs do
 ) -> gr.Blocks:
     "The page, not yet served."
     card = panels.emb.card
-    about = f'{panels.emb.path.name} · {card["short_hash"]} · {card["parameters"]/1e6:.1f} M parameters · {card["dim"]} {"labels" if panels.emb.labels else "dimensions"}'
+    about = f'{panels.emb.path.name} · {card["short_hash"]} · {card["parameters"]/1e6:.1f} M parameters · {card["dim"]} {"labels" if panels.pairs else "dimensions"}'
     with gr.Blocks(title='mmembed', analytics_enabled=False, delete_cache=(3600, 24*3600)) as page:
         gr.Markdown(f'# mmembed\n{about}', elem_id='mm-title')
-        if panels.emb.labels:
+        if panels.pairs:
             with gr.Tab('Match'): match_tab(panels)
             with gr.Tab('Look inside'): inside_tab(panels)
             return page
-        pictures = gr.Dropdown([*panels.sets], value=next(iter(panels.sets), None), label='Pictures', allow_custom_value=True, filterable=False, interactive=True)
+        pictures = gr.Dropdown([*panels.sets], value=next(iter(panels.sets), None), label='Pictures', allow_custom_value=True, interactive=True)
         with gr.Tab('Search'):
             asked = search_tab(panels, pictures)
             own_pictures(panels, pictures)
@@ -239,7 +250,7 @@ def build(
         tab.select(**drawn, api_visibility='private')
     return page
 
-# %% ../../nbs/demo/04_app.ipynb #2846036f
+# %% ../../nbs/demo/04_app.ipynb #9be5ca77
 def serve(
     panels: Panels,
     host: str = '127.0.0.1',
@@ -250,6 +261,7 @@ def serve(
     block: bool = True,         # until the process is interrupted
 ) -> tuple[gr.Blocks, str]: # the page and its address
     "Serves the page; raises `OSError` when the port is taken."
+    if not panels.pairs: panels.emb.encode_text(['warm']), panels.emb.encode_text(['warm'])  # the first calls are slow
     page = build(panels).queue(max_size=128, default_concurrency_limit=2)
     user, colon, password = (auth or '').partition(':')
     if auth and not (user and password): raise ValueError('auth wants user:password')

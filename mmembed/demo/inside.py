@@ -41,7 +41,7 @@ class InsideImage(NamedTuple):
     seen: Tensor           # uint8 (3, S, S): the levels that the model gets
     normalised: Tensor     # float32 (3, S, S): the same as the tower computes with
 
-# %% ../../nbs/demo/02_inside.ipynb #18929191
+# %% ../../nbs/demo/02_inside.ipynb #01cc8098
 def look_image(
     emb: Embedder,
     image,  # as `Embedder.encode_image` takes one
@@ -57,7 +57,7 @@ def look_image(
     pale = torch.ones(h, w, dtype=torch.bool)
     pale[top:h - top, left:w - left] = False
     shown[:, pale] = (shown[:, pale].int()*3//10 + 178).byte()
-    with torch.no_grad(): x = emb.module.normalized(levels[None])[0].float().cpu()
+    with torch.no_grad(): x = emb.module.vision_pipeline.normalize(levels[None].to(emb.device))[0].float().cpu()
     facts = dict(file=f'{info.format.upper()}, {info.width} × {info.height}, {info.bits} bits, {info.channels or "?"} channels',
         upright=f'{w} × {h}', model_sees=f'{size[1]} × {size[0]}', resize=f'{rule["resize_mode"]}, {rule["interpolation"]}',
         kept=f'{high*wide:.0%} of the picture',

@@ -134,7 +134,7 @@ def spectrum(
     steps = ''.join(f'<rect x="{i}" y="{50 - max(x, 0)/most*48:.2f}" width="0.8" height="{abs(x)/most*48:.2f}"/>' for i, x in enumerate(v.tolist()))
     return f'<svg class="mm-spectrum" viewBox="0 0 {len(v)} 100" preserveAspectRatio="none" role="img" aria-label="{len(v)} values">{steps}</svg>'
 
-# %% ../../nbs/demo/03_panels.ipynb #71fd38ea
+# %% ../../nbs/demo/03_panels.ipynb #eaa9fcf8
 class Panels:
     "Everything the page can do"
     def __init__(self,
@@ -146,6 +146,7 @@ class Panels:
         self.sets: dict[str, Pictures] = {repr(p): p for p in pictures}
         self.own: list[str] = []
         self.out = tempfile.TemporaryDirectory(prefix='mmembed-demo-')
+        self.pairs = hasattr(emb.module, 'score_pairs')  # scores of pairs instead of embeddings
 
     def of(self, key: str) -> Pictures:
         "A set of pictures by its title; raises `ValueError`."
@@ -227,7 +228,7 @@ class Panels:
         except (ValueError, OSError) as e: return failed(e)
 
     def _matched(self, images: list, texts: list[str], clock: Clock) -> Answer:
-        if self.emb.labels: return self._paired(images, texts, clock)
+        if self.pairs: return self._paired(images, texts, clock)
         t = self.emb.encode_text(texts)
         clock.lap('text')
         done = self.emb.encode_image(images, on_error='flag')
@@ -247,10 +248,10 @@ class Panels:
         pairs = [(t, i) for t in texts for i in images]
         scores = self.emb.scores([t for t, _ in pairs], [i for _, i in pairs]).softmax(1).cpu()
         clock.lap('pairs')
-        name = self.emb.labels[-1]
-        rows = sorted((dict(label=t if len(images) == 1 else Path(i).name, probability=p[-1].item(), all=dict(zip(self.emb.labels, p.tolist())))
+        labels = list(self.emb.card['labels'])
+        rows = sorted((dict(label=t if len(images) == 1 else Path(i).name, probability=p[-1].item(), all=dict(zip(labels, p.tolist())))
                        for (t, i), p in zip(pairs, scores)), key=lambda r: -r['probability'])
-        return Answer(rows, clock.status(f'probability of “{name}”'), _bars(rows))
+        return Answer(rows, clock.status(f'probability of “{labels[-1]}”'), _bars(rows))
 
     def classify(self,
         image,          # one file
