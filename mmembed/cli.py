@@ -23,7 +23,7 @@ from typing import Callable
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch: threads that spin while they wait slow a busy machine down
 
-# %% ../nbs/50_cli.ipynb #85659217
+# %% ../nbs/50_cli.ipynb #59688096
 COMMANDS = {
     'quickstart': 'commands.make:quickstart',
     'train': 'commands.make:train',
@@ -32,9 +32,18 @@ COMMANDS = {
     'verify': 'commands.ask:verify',
     'info': 'commands.ask:info',
     'embed': 'commands.embedding:embed',
+    'index build': 'commands.search:build',
+    'index add': 'commands.search:add',
+    'index delete': 'commands.search:delete',
+    'index info': 'commands.search:info',
+    'index approximate': 'commands.search:approximate',
+    'index duplicates': 'commands.search:duplicates',
+    'index clusters': 'commands.search:clusters',
+    'index export': 'commands.search:export',
+    'search': 'commands.search:search',
     'serve': 'commands.serving:serve',
 }
-GROUPS: dict[str, str] = {} # first word: what its commands do
+GROUPS: dict[str, str] = {'index': 'An index of pictures or texts in a folder'} # first word: what its commands do
 
 # %% ../nbs/50_cli.ipynb #a36da29c
 def command(
