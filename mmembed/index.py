@@ -171,7 +171,7 @@ class Index(Store):
         a, n = self.about, len(self)
         return f"Index({self.folder.name!r}, {n:,} {a.side}{'' if n == 1 else 's'}, {a.dim} wide, artifact {a.artifact[:12]})"
 
-# %% ../nbs/42_index.ipynb #2fa7d961
+# %% ../nbs/42_index.ipynb #1ef1de1b
 def _key(about: About, source) -> str: # of the working folder: another source or artifact works elsewhere
     rows = survey(source).hash if isinstance(source, Source) else ''
     return hashlib.blake2b(f'{about.artifact} {about.side} {rows}'.encode(), digest_size=6).hexdigest()
@@ -198,8 +198,9 @@ def _rows(model, card: dict, source, keep: list[str], about: About, work: Path, 
 
 def _written(action, failed: list):
     try: return action()
-    except Exception as e:
+    except BaseException as e:
         if failed: raise failed[0] from None
+        if not isinstance(e, Exception): raise
         raise OSError(f'nothing was changed: {_said(e)}') from None
 
 def _asked(action, where: str | None = None):

@@ -76,7 +76,7 @@ def _matrix(column: pa.Array, dim: int) -> tuple[np.ndarray, list[str]]: # float
         x[fits] = np.asarray(flat.to_numpy(zero_copy_only=False), 'f').reshape(-1, dim)
     return x, [w or ('' if ok else 'no vector') for w, ok in zip(why, fits)]
 
-# %% ../nbs/41_items.ipynb #5dc67037
+# %% ../nbs/41_items.ipynb #b370a069
 def checked(
     batches: Iterable[pa.RecordBatch], # with `id` and `vector`; 'error' marks rows that have none
     dim: int,                          # that the vectors must have
@@ -85,7 +85,7 @@ def checked(
     on_duplicate: str = 'raise',       # 'raise', or 'skip': the first one stays
     prefix: str = '',                  # put before every id
 ) -> Iterator[pa.RecordBatch]: # without the bad rows; vectors float32, of unit length
-    "Raises `ValueError` for vectors of another width and for an id that comes twice."
+    "Raises `ValueError` for vectors of another width, for an id that comes twice and for a column that an index makes itself."
     taken = set() if taken is None else taken
     for b in batches:
         b = pa.RecordBatch.from_pydict(dict(zip(b.schema.names, b.columns)))
@@ -105,13 +105,14 @@ def checked(
             else:
                 taken.add(name)
                 keep.append(k)
-        off = np.abs(length - 1) > 1e-3
+        off = np.isfinite(length) & (np.abs(length - 1) > 1e-3)
         x[off] /= np.maximum(length[off, None], 1e-12)
         columns = dict(id=pa.array([ids[k] for k in keep], pa.string()),
                        vector=pa.FixedSizeListArray.from_arrays(pa.array(x[keep].ravel()), dim))
         if 'row' in b.schema.names: columns['row'] = b['row'].take(pa.array(keep, pa.int64()))
         for name in b.schema.names:
-            if name not in RESERVED: columns[name] = b[name].take(pa.array(keep, pa.int64()))
+            if name in ('score', 'relevance'): raise ValueError(f'the index has a column {name!r} of its own; give that of the source another name')
+            if name not in ('row', 'id', 'vector', 'error'): columns[name] = b[name].take(pa.array(keep, pa.int64()))
         yield pa.RecordBatch.from_pydict(columns)
 
 # %% ../nbs/41_items.ipynb #230bf51e
@@ -270,7 +271,7 @@ def with_thumbnails(
         for b in batches: yield b.append_column('thumbnail', pa.array(list(pool.map(small, b['row'].to_pylist(), b['error'].to_pylist())), pa.binary()))
     finally: pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/41_items.ipynb #7c5f5ff6
+# %% ../nbs/41_items.ipynb #998fca87
 def stream(
     batches: Iterable[pa.RecordBatch], # of `checked`
     about: About,                      # goes into the schema's metadata
@@ -288,7 +289,7 @@ def stream(
     schema = schema.with_metadata({b'mmembed': about.to_bytes()})
     def fitted():
         try: yield from (_fit(b, schema) for b in batches)
-        except Exception as e:
+        except BaseException as e:
             if failed is not None: failed.append(e)
             raise
     return pa.RecordBatchReader.from_batches(schema, fitted())
