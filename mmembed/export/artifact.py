@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/export/artifact.html.md"""
 # %% auto #0
 __all__ = ['Served', 'Artifact', 'PairArtifact', 'TracedText', 'trace_text', 'trace_image', 'scriptable', 'assemble', 'save']
 
-# %% ../../nbs/export/01_artifact.ipynb #bcbd5574
+# %% ../../nbs/export/01_artifact.ipynb #7682a9f9
 import copy
 import io
 import warnings
@@ -17,24 +17,35 @@ import torch
 from torch import Tensor, nn
 
 from ..core import ImageInfo, Tokens, pack_str, quietly
+from .encoder import Encoder, Scorer, unstored
+from .steps import Classes, Labelled, Same, SameTexts, Steps, best_labels, read_classes, tried
+from .variants import Prepared, Variant, prepared
 
-# %% ../../nbs/export/01_artifact.ipynb #50e32291
+# %% ../../nbs/export/01_artifact.ipynb #1d8dd73c
 class Served(nn.Module):
     "What every artifact has: its card, its two pipelines, and a look at what comes in"
     dim: int
+    folded: torch.jit.Final[bool]
+    names: list[str]
 
     def __init__(
         self,
-        model: nn.Module,            # its towers script (see `scriptable`), in eval mode
+        model: nn.Module,            # an `Encoder` or `Scorer`, in eval mode
         text_pipeline: nn.Module,    # a TextPipeline
         vision_pipeline: nn.Module,  # a VisionPipeline
         dim: int,                    # width of an answer
-        card: str = '{}',            # identity card, as JSON
+        steps: Steps,                # of the user's
+        classes: Classes,            # none: no names
+        folded: bool = False,        # the image tower takes levels
     ):
         super().__init__()
         self.model, self.text_pipeline, self.vision_pipeline = model, text_pipeline, vision_pipeline
-        self.dim, self.identity = dim, card
-        scale, bias = getattr(model, 'logit_scale', None), getattr(model, 'logit_bias', None)
+        self.before_text, self.before_image = steps.before_text or SameTexts(), steps.before_image or Same()
+        self.dim, self.folded, self.identity = dim, folded, '{}'
+        self.names, self.top_k = list(classes.names), classes.top_k
+        self.register_buffer('thresholds', torch.tensor(classes.thresholds))
+        scale, bias = getattr(model.net, 'logit_scale', None), getattr(model.net, 'logit_bias', None)
+        self.sigmoid = bias is not None
         self.register_buffer('logit_scale', torch.ones(()) if scale is None else scale.detach().float().exp())
         self.register_buffer('logit_bias', torch.zeros(()) if bias is None else bias.detach().float())
 
@@ -60,7 +71,8 @@ class Served(nn.Module):
         if offsets.shape[0] == 1:
             none = torch.zeros((0, 0), dtype=torch.int64, device=device)
             return Tokens(none, none)
-        return self.text_pipeline.tokenize(data.to(device), offsets.to(device))
+        data, offsets = self.before_text(data.to(device), offsets.to(device))
+        return self.text_pipeline.tokenize(data, offsets)
 
     @torch.jit.export
     def probe(self, image: Tensor) -> ImageInfo:
@@ -76,7 +88,8 @@ class Served(nn.Module):
     @torch.jit.export
     def preprocess_image(self, image: Tensor) -> Tensor:
         "One image, as `encode_image` takes it, to uint8 (3, S, S). For hosts that give every item its own status."
-        return self.vision_pipeline.preprocess(image)
+        rgb = self.vision_pipeline.decode(image) if image.dim() == 1 else image
+        return self.vision_pipeline.preprocess(self.before_image(rgb))
 
     @torch.jit.export
     def levels(self, images: list[Tensor]) -> list[Tensor]:
@@ -85,23 +98,41 @@ class Served(nn.Module):
         for i, image in enumerate(images):
             info = self.probe(image)
             if info.error != '': raise ValueError(f'images[{i}]: {info.error}')
-            done.append(self.vision_pipeline.preprocess(image))
+            done.append(self.preprocess_image(image))
         return done
 
     @torch.jit.export
     def normalized(self, pixels: Tensor) -> Tensor:
-        "float32 (B, 3, S, S) of the same, or of uint8 levels."
+        "What the image tower takes, float32 (B, 3, S, S), of uint8 levels, or of float32 that is normalised already."
         h, w = self.vision_pipeline.size
         if pixels.dim() != 4 or pixels.shape[1] != 3 or pixels.shape[2] != h or pixels.shape[3] != w:
             raise ValueError(f'pixels must have the shape (B, 3, {h}, {w})')
         if pixels.dtype != torch.uint8 and pixels.dtype != torch.float32:
             raise ValueError('pixels must be uint8 levels or normalised float32')
         pixels = pixels.to(self.logit_scale.device)
+        if self.folded:
+            if pixels.dtype == torch.uint8: return pixels.to(torch.float32, memory_format=torch.contiguous_format)
+            return (pixels * self.vision_pipeline.std + self.vision_pipeline.mean) * 255
         return self.vision_pipeline.normalize(pixels) if pixels.dtype == torch.uint8 else pixels
 
-# %% ../../nbs/export/01_artifact.ipynb #fc75d85f
+    @torch.jit.export
+    def labels(self) -> list[str]:
+        "The names of the classes; none for an artifact without."
+        return self.names
+
+    def pick(self, probability: Tensor, top_k: int) -> Labelled:
+        "The best labels that reach their thresholds, `top_k` of them, or as many as the artifact says for 0."
+        if top_k < 0: raise ValueError(f'top_k must not be negative, got {top_k}')
+        return best_labels(self.names, probability, self.thresholds, top_k if top_k > 0 else self.top_k)
+
+# %% ../../nbs/export/01_artifact.ipynb #42179f50
 class Artifact(Served):
     "Both pipelines and both towers of a DualEncoder in one module that scripts: raw bytes in, embeddings out"
+    def __init__(self, model: nn.Module, text_pipeline: nn.Module, vision_pipeline: nn.Module, dim: int, steps: Steps, classes: Classes,
+                 folded: bool = False):
+        super().__init__(model, text_pipeline, vision_pipeline, dim, steps, classes, folded)
+        self.kind = {'int8': torch.int8, 'binary': torch.uint8}.get(model.output, torch.float32)
+        self.register_buffer('classes', torch.zeros(0, 0))
 
     def forward(self, texts: list[str], images: list[Tensor]) -> Tensor:
         "Scores float32 (T, I) of every text with every image: `logit_scale * cosine + logit_bias`."
@@ -117,45 +148,61 @@ class Artifact(Served):
     def encode_text_bytes(self, data: Tensor, offsets: Tensor) -> Tensor:
         "Unit-length float32 (B, D) of the texts `data[offsets[i]:offsets[i+1]]`."
         tokens = self.tokenize(data, offsets)
-        if tokens.ids.shape[0] == 0: return torch.zeros((0, self.dim), device=self.logit_scale.device)
-        return self.model.encode_text(tokens).float()
+        return self.model.encode_text(tokens) if tokens.ids.shape[0] > 0 else self.none()
 
     @torch.jit.export
     def encode_image(self, images: list[Tensor]) -> Tensor:
         "Unit-length float32 (B, D); each image a file as uint8 (N,), or decoded RGB uint8 (3, H, W)."
         levels = self.levels(images)
-        if len(levels) == 0: return torch.zeros((0, self.dim), device=self.logit_scale.device)
-        return self.encode_pixels(torch.stack(levels))
+        return self.encode_pixels(torch.stack(levels)) if len(levels) > 0 else self.none()
 
     @torch.jit.export
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         "Unit-length float32 (B, D) of (B, 3, S, S): uint8 levels, or float32 that is normalised already."
         pixels = self.normalized(pixels)
-        if pixels.shape[0] == 0: return torch.zeros((0, self.dim), device=pixels.device)
-        return self.model.encode_image(pixels).float()
+        return self.model.encode_image(pixels) if pixels.shape[0] > 0 else self.none()
+
+    def none(self) -> Tensor:
+        "The answer to an empty batch."
+        return torch.zeros((0, self.dim), dtype=self.kind, device=self.logit_scale.device)
 
     @torch.jit.export
     def score(self, text: Tensor, image: Tensor) -> Tensor:
         "Scores float32 (T, I) of embeddings (T, D) and (I, D)."
-        D = self.dim
-        if text.dim() != 2 or text.shape[1] != D: raise ValueError(f'text must have the shape (T, {D})')
-        if image.dim() != 2 or image.shape[1] != D: raise ValueError(f'image must have the shape (I, {D})')
+        text, image = self.unit(text, 'text', 'T'), self.unit(image, 'image', 'I')
         return self.logit_scale * (text @ image.T) + self.logit_bias
 
-# %% ../../nbs/export/01_artifact.ipynb #c5701b7a
-class PairArtifact(Served):
-    "Both pipelines and a PairClassifier in one module that scripts: raw pairs in, scores out"
-    names: list[str]
-
-    def __init__(self, model: nn.Module, text_pipeline: nn.Module, vision_pipeline: nn.Module, dim: int, card: str = '{}'):
-        super().__init__(model, text_pipeline, vision_pipeline, dim, card)
-        self.names = list(model.labels)
+    def unit(self, x: Tensor, name: str, rows: str) -> Tensor:
+        "Embeddings as they are stored, as float32 of unit length."
+        if x.dim() != 2 or x.shape[1] != self.dim: raise ValueError(f'{name} must have the shape ({rows}, {self.dim})')
+        if x.dtype != self.kind: raise ValueError(f'{name} must be of the type that this artifact answers with')
+        return unstored(x, self.model.output)
 
     @torch.jit.export
-    def labels(self) -> list[str]:
-        "What the scores are of."
-        return self.names
+    def class_probability(self, embedding: Tensor) -> Tensor:
+        "float32 (B, C) of embeddings (B, D) of images, or of texts: softmax of the scores, or sigmoid where the model has a bias."
+        if len(self.names) == 0: raise ValueError('this artifact has no labels: export it with labels=')
+        scores = self.logit_scale * (self.unit(embedding, 'embedding', 'B') @ self.classes.T) + self.logit_bias
+        return scores.sigmoid() if self.sigmoid else scores.softmax(-1)
 
+    @torch.jit.export
+    def classify(self, images: list[Tensor], top_k: int = 0) -> Labelled:
+        "The labels of images, as `encode_image` takes them; `top_k` at most, 0 for as many as the artifact says."
+        return self.pick(self.class_probability(self.encode_image(images)), top_k)
+
+    @torch.jit.export
+    def classify_text(self, texts: list[str], top_k: int = 0) -> Labelled:
+        "The labels of texts."
+        return self.pick(self.class_probability(self.encode_text(texts)), top_k)
+
+    @torch.jit.export
+    def classify_embedding(self, embedding: Tensor, top_k: int = 0) -> Labelled:
+        "The labels of embeddings (B, D), for hosts that encode item by item."
+        return self.pick(self.class_probability(embedding), top_k)
+
+# %% ../../nbs/export/01_artifact.ipynb #faee6289
+class PairArtifact(Served):
+    "Both pipelines and a PairClassifier in one module that scripts: raw pairs in, scores out"
     def forward(self, texts: list[str], images: list[Tensor]) -> Tensor:
         "Scores float32 (B, C), before softmax, of text i with image i; images are files or decoded RGB."
         data, offsets = pack_str(texts)
@@ -171,7 +218,18 @@ class PairArtifact(Served):
         if tokens.ids.shape[0] != pixels.shape[0]:
             raise ValueError(f'{tokens.ids.shape[0]} texts and {pixels.shape[0]} images are no pairs')
         if pixels.shape[0] == 0: return torch.zeros((0, self.dim), device=pixels.device)
-        return self.model(tokens, pixels).float()
+        return self.model(tokens, pixels)
+
+    @torch.jit.export
+    def classify(self, texts: list[str], images: list[Tensor], top_k: int = 0) -> Labelled:
+        "The labels of pairs; `top_k` at most, 0 for as many as the artifact says."
+        return self.pick(self(texts, images).softmax(-1), top_k)
+
+    @torch.jit.export
+    def classify_scores(self, scores: Tensor, top_k: int = 0) -> Labelled:
+        "The labels of scores (B, C), for hosts that score item by item."
+        if scores.dim() != 2 or scores.shape[1] != self.dim: raise ValueError(f'scores must have the shape (B, {self.dim})')
+        return self.pick(scores.softmax(-1), top_k)
 
 # %% ../../nbs/export/01_artifact.ipynb #4495f1da
 class TracedText(nn.Module):
@@ -237,39 +295,77 @@ def _scripted(tower: nn.Module, size: tuple) -> nn.Module:
     try: return quietly(torch.jit.script, tower)
     except (RuntimeError, torch.jit.frontend.NotSupportedError, TypeError, OSError): return trace_image(tower, size)
 
-# %% ../../nbs/export/01_artifact.ipynb #44d20bbd
+# %% ../../nbs/export/01_artifact.ipynb #990934dd
 def scriptable(
-    model: nn.Module, # a DualEncoder
-) -> nn.Module:
-    "A copy of `model` on the CPU, in eval mode, its traceable towers traced; shares nothing with `model`."
-    tp, vp = model.text_pipeline, model.vision_pipeline
-    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    for tower in (model.text, model.image, getattr(model.text, 'tower', None), *getattr(model, 'towers', ())):
-        if hasattr(tower, 'pipeline'): object.__setattr__(tower, 'pipeline', None)  # the artifact holds it once
+    p: Prepared, # a model as its variant has it; its towers are replaced
+) -> nn.Module: # the model
+    "`p.model`, its traceable towers traced."
+    model, tp, vp = p.model, p.text_pipeline, p.vision_pipeline
     if getattr(model.text, 'traceable', False):
         texts = ['two', 'a text that is a good deal longer than the other one'], ['one'], ['', 'three', 'texts ' * 30]
         model.text = trace_text(model.text, [tp(list(t)) for t in texts])
     model.image = trace_image(model.image, vp.size) if getattr(model.image, 'traceable', False) else _scripted(model.image, vp.size)
     return model
 
-# %% ../../nbs/export/01_artifact.ipynb #3a94c472
+# %% ../../nbs/export/01_artifact.ipynb #b961256b
 def assemble(
     model: nn.Module,    # a DualEncoder or PairClassifier with its two pipelines; left as it is
     decode: bool = True, # False: no file decoders; the artifact takes decoded RGB and loads without torchcodec
+    variant: Variant = Variant(),
+    steps: Steps = Steps(),       # of the user's
+    classes: Classes | None = None, # names of classes; a PairClassifier's by default
+    script: bool = True, # False: the towers as they are, for eager Python
 ) -> Served: # not yet scripted
     """The `Artifact` of a DualEncoder, the `PairArtifact` of a PairClassifier. Raises `TypeError` for a model whose towers carry no pipelines,
-    `ValueError` for one whose pictures are not float32, as its towers' weights are."""
+    `ValueError` for one whose pictures are not float32, as its towers' weights are, and for options that do not go with the model."""
     for name in ('text_pipeline', 'vision_pipeline'):
         if not isinstance(getattr(model, name, None), nn.Module):
             raise TypeError(f'{type(model).__name__} has no {name}: an artifact holds the preprocessing, '
                             'so its towers must carry it')
-    tp, vp = copy.deepcopy(model.text_pipeline).cpu(), copy.deepcopy(model.vision_pipeline).cpu()
-    if vp.dtype != 'float32': raise ValueError(f"the vision pipeline gives {vp.dtype}, the towers take float32: give it dtype='float32'")
-    vp.file_decode = decode
-    ready = scriptable(model)
-    if hasattr(ready, 'labels'): return PairArtifact(ready, tp, vp, len(ready.labels)).eval()
-    with torch.no_grad(): dim = ready.encode_text(tp(['x'])).shape[1]
-    return Artifact(ready, tp, vp, dim).eval()
+    if model.vision_pipeline.dtype != 'float32':
+        raise ValueError(f"the vision pipeline gives {model.vision_pipeline.dtype}, the towers take float32: give it dtype='float32'")
+    steps, p = tried(steps), prepared(model, variant)
+    if not classes: classes = read_classes(getattr(model, 'labels', None))
+    p.vision_pipeline.file_decode = decode
+    net, tp = scriptable(p) if script else p.model, p.text_pipeline
+    given = steps.after or Same(), variant, tp.max_length, tp.pad_id
+    if hasattr(model, 'labels'): return _pairs(Scorer(net, *given).eval(), p, steps, classes)
+    encoder = Encoder(net, *given).eval()
+    with torch.no_grad(): width = net.encode_text(tp(['x'])).shape[1]
+    if variant.dim > width: raise ValueError(f'dim={variant.dim}: an embedding has {width} numbers')
+    numbers = _width(encoder, tp, steps)
+    if variant.output == 'binary' and numbers % 8: raise ValueError("output='binary' wants a multiple of 8 numbers")
+    with torch.no_grad(): dim = encoder.encode_text(tp(['x'])).shape[1]
+    artifact = Artifact(encoder, tp, p.vision_pipeline, dim, steps, classes, variant.fold).eval()
+    if classes.names: artifact.classes = _class_rows(artifact, classes)
+    return artifact
+
+# %% ../../nbs/export/01_artifact.ipynb #4f1b350b
+def _width(encoder: Encoder, tp: nn.Module, steps: Steps) -> int:
+    "How many numbers an embedding has before they are stored; raises `ValueError` for a step that cannot take it."
+    encoder.output, output = 'float32', encoder.output
+    try:
+        with torch.no_grad(): x = encoder.encode_text(tp(['x', 'y']))
+    except RuntimeError as e: raise ValueError(f'after: {type(steps.after).__name__} fails on embeddings: {str(e).strip().splitlines()[0]}') from None
+    finally: encoder.output = output
+    if x.dim() != 2 or len(x) != 2: raise ValueError(f'after: must give (B, D) for (B, D), gave {tuple(x.shape)} for 2 rows')
+    return x.shape[1]
+
+def _class_rows(artifact: Artifact, classes: Classes) -> Tensor: # float32 (C, D), unit length
+    artifact.model.output, output = 'float32', artifact.model.output
+    try:
+        with torch.no_grad(): means = [artifact.encode_text(list(p)).mean(0) for p in classes.prompts]
+    finally: artifact.model.output = output
+    return nn.functional.normalize(torch.stack(means), dim=-1)
+
+def _pairs(scorer: Scorer, p: Prepared, steps: Steps, classes: Classes) -> PairArtifact:
+    v = p.variant
+    if v.dim or v.output != 'float32': raise ValueError(f'dim and output are about embeddings, this model scores pairs: got {v.words()}')
+    if classes.names != list(p.model.labels): raise ValueError(f'labels: the model has its own, {", ".join(p.model.labels)}')
+    artifact = PairArtifact(scorer, p.text_pipeline, p.vision_pipeline, len(classes.names), steps, classes, v.fold).eval()
+    with torch.no_grad(): out = artifact.score_pairs(*pack_str(['x']), torch.zeros(1, 3, *p.vision_pipeline.size, dtype=torch.uint8))
+    if out.shape != (1, len(classes.names)): raise ValueError(f'after: must give a score for each of {len(classes.names)} labels, gave {tuple(out.shape)} for one pair')
+    return artifact
 
 # %% ../../nbs/export/01_artifact.ipynb #04c7f4f2
 def save(

@@ -86,12 +86,22 @@ def _versions() -> dict:
         except importlib.metadata.PackageNotFoundError: pass
     return out
 
-# %% ../../nbs/export/02_card.ipynb #ab04942f
+# %% ../../nbs/export/02_card.ipynb #48a57373
+def _dtype(model: nn.Module, variant: dict) -> str:
+    "The types that the towers' weights have in the file."
+    if 'precision' in variant: return {'bf16': 'bfloat16', 'fp16': 'float16'}[variant['precision']]
+    names = {str(t.dtype).removeprefix('torch.') for t in model.parameters()} | ({variant['quantize']} if 'quantize' in variant else set())
+    return ' '.join(sorted(names))
+
+# %% ../../nbs/export/02_card.ipynb #80c2de1d
 def make_card(
     model: nn.Module,              # a DualEncoder or PairClassifier with its two pipelines
     dim: int,                      # width of the embeddings, or how many labels
     decode: bool = True,           # whether the artifact decodes image files
     training: dict | None = None,  # 'config', 'counts' and 'metrics' of the run
+    variant: dict | None = None,   # what the exported model has otherwise than the trained one, by option
+    steps: dict | None = None,     # the user's own steps: class and hash, by place
+    classes: dict | None = None,   # names of classes and what belongs to them
 ) -> dict:
     """The identity card of `model`: hosts rely on the flat fields at its start.
 
@@ -99,13 +109,12 @@ def make_card(
     record are not part of it, so two exports of one checkpoint share it."""
     tp, vp = model.text_pipeline, model.vision_pipeline
     rule = vp.spec() | {'file_decode': decode}
-    dtypes = {t.dtype for t in model.parameters()}
     scale, bias, labels = (getattr(model, k, None) for k in ('logit_scale', 'logit_bias', 'labels'))
     towers = getattr(model, 'towers', None) or (model.text, model.image)
     card = {
         'format': 'mmembed', 'format_version': FORMAT_VERSION, 'short_hash': '', 'content_hash': '',
-        'kind': type(model).__name__, 'decode': decode, 'dim': dim, 'normalized': labels is None,
-        'dtype': ' '.join(sorted(str(d).removeprefix('torch.') for d in dtypes)),
+        'kind': type(model).__name__, 'decode': decode, 'dim': dim, 'normalized': labels is None and 'after' not in (steps or {}),
+        'dtype': _dtype(model, variant or {}),
         'logit_scale': 1. if scale is None else float(scale.detach().float().exp()),
         'logit_bias': 0. if bias is None else float(bias.detach()),
         'max_length': tp.max_length, 'vocab_size': tp.vocab_size, 'image_size': list(vp.size),
@@ -113,6 +122,7 @@ def make_card(
         'text_tower': type(towers[0]).__name__, 'image_tower': type(towers[1]).__name__,
         'preprocessing_sha256': sha256(canonical(tp.spec()), tp.state_dict(), canonical(rule), vp.state_dict()),
         'weights_sha256': sha256(model.state_dict()),
+        **{k: v for k, v in (('variant', variant), ('steps', steps), ('classes', classes)) if v},
     } | ({} if labels is None else {'labels': list(labels)})
     card['content_hash'] = sha256(canonical(card))
     card['short_hash'] = card['content_hash'][:12]

@@ -13,7 +13,8 @@ import mmembed
 from mmembed.core import quietly
 from mmembed.export import cases
 from mmembed.export.artifact import save
-from mmembed.export.verify import BOUNDS, Report, Row, VerifyError, _program, export, verify
+from mmembed.export.answers import program
+from mmembed.export.verify import BOUNDS, Report, Row, VerifyError, export, verify
 from mmembed.models.towers import ConvNet
 from mmembed.vision.pipeline import VisionPipeline
 
@@ -29,11 +30,13 @@ def test_every_stage_agrees():
     assert report.ok and not report.failures
     for stage in ('artifact', 'fresh process'):
         rows = {r.what: r for r in report.rows if r.stage == stage}
-        assert set(rows) == set(BOUNDS) - {'pair scores'}
+        assert set(rows) == set(BOUNDS) - {'pair scores', 'class probability'}
         assert rows['token ids'].difference == rows['pixels'].difference == 0
         assert rows['image status'].n == len(cases.images()) + 1
         assert rows['text embedding'].n == 24 * (len(cases.texts()) + 2) * 3
-    assert verify(tiny.artifact(False), tiny.model(), cpp=False).check().ok
+    loader = {r.what: r for r in report.rows if r.stage == 'DataLoader'}
+    assert loader['pixels'].n > 30 * 3 * 48 * 48 and loader['token ids'].n and all(r.difference == 0 for r in loader.values())
+    assert quick(tiny.artifact(False), tiny.model()).check().ok
 
 
 def test_without_a_model_the_artifact_is_the_reference():
@@ -65,10 +68,10 @@ def test_an_altered_table_entry_is_found(tmp_path):
 
 
 def test_one_altered_weight_is_found(tmp_path):
-    def change(m): m.model.image_proj.weight[0, 0].add_(0.05)
+    def change(m): m.model.net.image_proj.weight[0, 0].add_(0.05)
     report = quick(altered(tmp_path, change), tiny.model())
-    assert failing(report) == {('card', 'tensors'), ('artifact', 'image embedding'), ('artifact', 'score')}
-    def slightly(m): m.model.text_proj.weight[0, 0].add_(1e-9 + m.model.text_proj.weight[0, 0].abs() * 1e-6)
+    assert failing(report) == {('card', 'tensors'), ('artifact', 'image embedding'), ('artifact', 'raw batch'), ('artifact', 'score')}
+    def slightly(m): m.model.net.text_proj.weight[0, 0].add_(1e-9 + m.model.net.text_proj.weight[0, 0].abs() * 1e-6)
     assert failing(quick(altered(tmp_path, slightly), tiny.model())) == {('card', 'tensors')}
     assert failing(quick(altered(tmp_path, slightly))) == {('card', 'tensors')}
 
@@ -79,7 +82,8 @@ def test_another_resize_mode_is_found(tmp_path):
     other.image = ConvNet(VisionPipeline(size=48, resize_mode='squash'), channels=(8, 16), width=32).eval()
     other.image.load_state_dict(model.image.state_dict())
     export(other, tmp_path/'squash.pt', fresh=False, cpp=False)
-    assert failing(quick(tmp_path/'squash.pt', model)) == {('card', 'model'), ('artifact', 'pixels'), ('artifact', 'image embedding'), ('artifact', 'score')}
+    assert failing(quick(tmp_path/'squash.pt', model)) == {('card', 'model'), ('DataLoader', 'pixels'),
+        *(('artifact', k) for k in ('pixels', 'image embedding', 'raw batch', 'score'))}
 
 
 def test_another_card_is_found(tmp_path):
@@ -107,6 +111,25 @@ def test_export_leaves_no_file_that_fails(tmp_path):
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ['model.pt']
 
 
+def test_a_host_that_does_not_answer_fails(monkeypatch):
+    answers = importlib.import_module('mmembed.export.answers').answers
+    def dumb(module, **asked): return {k: v for k, v in answers(module, **asked).items() if k not in (('score', 3), ('pixels', 1))}
+    want = answers(tiny.model_as_eager(), [], [], [0])
+    assert ('text embedding', 0) in want
+    monkeypatch.setattr('mmembed.export.verify.fresh_answers', lambda path, asked, decode: dumb(tiny.loaded(), **asked))
+    report = verify(tiny.artifact(), cpp=False)
+    assert failing(report) == {('fresh process', 'pixels'), ('fresh process', 'score')}
+    with pytest.raises(VerifyError, match=r'fresh process, pixels: no answer for batches of \[1\]'): report.check()
+
+
+def test_samples_of_ones_own_are_asked():
+    files = [(t, cases.images()['gray.jpg']) for t in ('mine', b'\xffbytes')]
+    plain, more = quick(tiny.artifact(), tiny.model()), quick(tiny.artifact(), tiny.model(), samples=files, sizes=(0, 5))
+    n = lambda report, what: next(r.n for r in report.rows if (r.stage, r.what) == ('artifact', what))
+    assert n(more, 'image status') == n(plain, 'image status') + 2
+    assert n(more, 'text embedding') * 3 == (n(plain, 'text embedding') + 2 * 3 * 24)
+
+
 def test_wrong_calls(tmp_path):
     with pytest.raises(ValueError, match='is a folder'): export(tiny.model(), tmp_path)
     with pytest.raises(TypeError, match='has no text_pipeline'): export(torch.nn.Linear(1, 1), tmp_path/'x.pt')
@@ -116,14 +139,13 @@ def test_wrong_calls(tmp_path):
 
 
 def test_the_fresh_process_knows_no_mmembed():
-    head = _program().split('import importlib')[0]
+    head = program().split('import importlib')[0]
     run = subprocess.run([sys.executable, '-I', '-c', head + 'import mmembed.core'], capture_output=True, text=True)
     assert run.returncode and 'ModuleNotFoundError' in run.stderr
 
 
 def test_a_fresh_process_that_dies_is_a_failing_stage(monkeypatch):
-    verify_module = importlib.import_module('mmembed.export.verify')
-    monkeypatch.setattr(verify_module, '_program', lambda: 'import sys; sys.exit("no such luck")')
+    monkeypatch.setattr(importlib.import_module('mmembed.export.answers'), 'program', lambda: 'import sys; sys.exit("no such luck")')
     report = verify(tiny.artifact(), cpp=False)
     assert failing(report) == {('fresh process', 'runs')} and report.failures[0].note == 'no such luck'
     with pytest.raises(VerifyError, match='fresh process, runs: no such luck'): report.check()
@@ -133,7 +155,7 @@ def test_report_in_three_forms():
     report = quick(tiny.artifact(), tiny.model())
     said = json.loads(report.to_json())
     assert said['ok'] is True and said['short_hash'] in str(report) and 'verified' in str(report) and len(said['rows']) == len(report.rows)
-    assert said['not_run'] == ['fresh process', 'c++'] and 'not run: c++' in str(report)
+    assert said['not_run'] == ['fresh process', 'c++: not asked for'] and 'not run: c++' in str(report)
     bad = Report(report.path, report.card, [*report.rows, Row('c++', 'pixels', 0, float('inf'), 0., 'shape <1>')], 1.)
     assert not bad.ok and 'FAILED: shape <1>' in str(bad) and 'FAILED: shape &lt;1&gt;' in bad._repr_html_()
     assert json.loads(bad.to_json())['rows'][-1]['difference'] is None

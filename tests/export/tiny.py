@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from mmembed.core import quietly
+from mmembed.export.answers import Eager
 from mmembed.export.verify import export
 from mmembed.models.dual import DualEncoder
 from mmembed.models.pair import PairClassifier
@@ -56,3 +58,9 @@ def pair_artifact():
     path = folder()/'pairs.pt'
     export(pair_model(), path, fresh=False, cpp=False)
     return path
+
+
+def model_as_eager(): return Eager(model())
+
+
+def loaded(decode=True): return quietly(torch.jit.load, str(artifact(decode)))
