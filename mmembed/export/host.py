@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/export/host.html.md"""
 # %% auto #0
 __all__ = ['missing', 'build', 'built', 'ask']
 
-# %% ../../nbs/export/04_host.ipynb #6f62ab1a
+# %% ../../nbs/export/04_host.ipynb #1349df23
 import fcntl
 import json
 import os
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..core import read_bytes
 from .card import sha256
+from ..opening import read_card
 
 # %% ../../nbs/export/04_host.ipynb #2724da4b
 def _root() -> Path | None: # the checkout that holds cpp/, if the package lies in one
@@ -81,7 +82,7 @@ def built() -> Path | None:
     fresh = exe.is_file() and stamp.is_file() and stamp.read_text() == _stamp(root, 'mmembed_cli')
     return exe if fresh else None
 
-# %% ../../nbs/export/04_host.ipynb #2163c1d6
+# %% ../../nbs/export/04_host.ipynb #85a08944
 def ask(
     exe: str | Path,        # the compiled mmembed_cli
     path: str | Path,       # an artifact
@@ -101,9 +102,10 @@ def ask(
         options = ['--batch', str(batch), '--threads', str(torch.get_num_threads()), '--dump', d]
         done = subprocess.run([exe, path, *options, *args], capture_output=True, text=True, errors='replace')
         if done.returncode not in (0, 1): raise RuntimeError(_last(done))  # image libraries may warn on stderr
-        answers = {'text': [], 'image': [], 'pair': []}
+        answers, stored = {'text': [], 'image': [], 'pair': []}, {'int8': torch.int8, 'binary': torch.uint8}
+        kind = stored.get(read_card(path).get('variant', {}).get('output'), torch.float32)
         for row in map(json.loads, done.stdout.splitlines()):
-            for k, dtype in (('ids', torch.int64), ('mask', torch.int64), ('embedding', torch.float32), ('scores', torch.float32)):
+            for k, dtype in (('ids', torch.int64), ('mask', torch.int64), ('embedding', kind), ('scores', torch.float32)):
                 if k in row: row[k] = torch.tensor(row[k], dtype=dtype)
             if 'crc32' in row: row['pixels'] = read_bytes(d/f"{row['index']}.bin")
             answers[row.pop('kind')].append(row)

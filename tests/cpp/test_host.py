@@ -12,7 +12,7 @@ import torch
 
 from mmembed.core import as_bytes
 from mmembed.export import cases, host
-from mmembed.export.verify import verify
+from mmembed.export.verify import export, verify
 from mmembed.runtime import load
 
 from ..export import tiny
@@ -72,12 +72,30 @@ def test_thousands_of_calls_do_not_grow(picture):
 
 
 def test_pairs(cli):
-    emb, texts, names = load(tiny.pair_artifact()), [b'a red circle', b'\xff', '一'.encode()], ('RGB.png', 'truncated.jpg', 'gray.jpg')
-    images = [as_bytes(cases.images()[n]) for n in names]
-    answers, want = host.ask(cli, tiny.pair_artifact(), texts, images, batch=2), emb.scores(texts, images, on_error='flag')
-    assert [r.get('error', '') for r in answers['pair']] == want.errors and want.ok.tolist() == [True, False, True]
-    for i in (0, 2): assert torch.allclose(answers['pair'][i]['scores'], want.scores[i], atol=1e-5)
-    assert answers['text'][0]['ids'].tolist() == emb.tokenize(texts[:2]).ids[0].tolist() and 'embedding' not in answers['image'][0]
+    "Every built-in text with an image, broken ones too: the Embedder's scores and errors, ids and pixels, in batches of seven."
+    emb, texts, files = load(tiny.pair_artifact(), batch_size=7), cases.texts(), list(cases.images().values())
+    images = [as_bytes(files[i % len(files)]) for i in range(len(texts))]
+    answers, want = host.ask(cli, tiny.pair_artifact(), texts, images, batch=7), emb.scores(texts, images, on_error='flag')
+    assert [r.get('error', '') for r in answers['pair']] == want.errors and 0 < want.ok.sum() < len(texts)
+    got = torch.stack([r['scores'] for r in answers['pair'] if 'scores' in r])
+    assert torch.allclose(got, want.scores[want.ok], atol=1e-5)
+    for row, x, good in zip(answers['image'], images, want.ok):
+        if good: assert torch.equal(row['pixels'].view(3, 48, 48), emb.preprocess(x)) and 'embedding' not in row
+    for i in range(0, len(texts), 7):
+        tokens = emb.tokenize(texts[i:i+7])
+        assert torch.equal(torch.stack([r['ids'] for r in answers['text'][i:i+7]]), tokens.ids)
+
+
+def test_stored_embeddings(cli, tmp_path):
+    export(tiny.model(), tmp_path/'m.pt', fresh=False, cpp=False, output='int8', labels=['a', 'b'])
+    emb, file = load(tmp_path/'m.pt'), as_bytes(cases.images()['RGB.png'])
+    answers = host.ask(cli, tmp_path/'m.pt', [b'a', b'red'], [file])
+    assert answers['image'][0]['embedding'].dtype == torch.int8
+    for got, want in ((answers['image'][0], emb.encode_image([file])[0]), (answers['text'][1], emb.encode_text(['a', 'red'])[1])):
+        assert (got['embedding'].int() - want.int()).abs().max() <= 1
+
+
+def test_counts_of_pairs_must_agree(cli):
     apart = call(cli, tiny.pair_artifact(), '--text', 'a', '--text', 'b', '--image', '/no/such.png')
     assert apart.returncode == 2 and '2 texts and 1 images are no pairs' in apart.stderr
 
