@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/shells.html.md"""
 # %% auto #0
 __all__ = ['warm_cosine', 'Shell', 'LitDualEncoder', 'judge', 'plain_recall', 'LitPairClassifier']
 
-# %% ../nbs/19_shells.ipynb #fa294f12
+# %% ../nbs/19_shells.ipynb #2e0dc9cd
 import math
 from contextlib import ExitStack
 from typing import Any
@@ -23,7 +23,7 @@ from .models.dual import DualEncoder
 from .models.losses import InfoNCE, distill
 from .models.metrics import Recall, answers, both_ways, classification
 from .models.pair import PairClassifier
-from .models.practice import add_lora, checkpointed, embed_in_chunks, lock, parameter_groups, still
+from .models.practice import add_lora, checkpointed, embed_in_chunks, lock, parameter_groups, shard, still
 
 # %% ../nbs/19_shells.ipynb #f42a963c
 def warm_cosine(
@@ -36,7 +36,7 @@ def warm_cosine(
     if step < up: return (step + 1) / up
     return 0.5 * (1 + math.cos(math.pi * min(1, (step - up) / max(1, steps - up))))
 
-# %% ../nbs/19_shells.ipynb #fbb44433
+# %% ../nbs/19_shells.ipynb #23391b31
 class Shell(LightningModule):
     "What to train and how fast; `model` has the towers `text` and `image`"
     def prepare(self,
@@ -58,6 +58,11 @@ class Shell(LightningModule):
         if self.hparams.checkpoint_blocks: self._open.enter_context(checkpointed(self.model))
 
     def on_fit_end(self): self._open.close()
+
+    def configure_model(self):
+        if self.device_mesh is None or getattr(self, 'sharded', False): return  # else under ModelParallelStrategy
+        shard(self.model, self.device_mesh['data_parallel'])
+        self.sharded = True
 
     def on_train_start(self):
         # `configure_optimizers` asked for the number of steps, which makes the loaders before their state is restored

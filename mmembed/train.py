@@ -6,13 +6,15 @@ Docs: https://mmembed.github.io/mmembed/train.html.md"""
 
 # %% auto #0
 __all__ = ['TASKS', 'load_checkpoint', 'read_checkpoint', 'Checkpoint', 'write_weights', 'task_of', 'TrainCLI', 'new_folder',
-           'learn_tokenizer', 'RunResult', 'run', 'find_lr', 'prepare', 'show_recall', 'show_figures', 'evaluate',
-           'LitDualEncoder', 'LitPairClassifier', 'judge', 'warm_cosine']
+           'claim_folder', 'learn_tokenizer', 'RunResult', 'run', 'find_lr', 'prepare', 'show_recall', 'show_figures',
+           'evaluate', 'LitDualEncoder', 'LitPairClassifier', 'judge', 'warm_cosine']
 
-# %% ../nbs/20_train.ipynb #6707afc4
+# %% ../nbs/20_train.ipynb #1d27c94a
 import json
+import os
 import re
 import tempfile
+import uuid
 import warnings
 from argparse import ArgumentError
 from pathlib import Path
@@ -126,7 +128,7 @@ def task_of(
     if task not in TASKS: raise ValueError(f'task must be one of {", ".join(TASKS)}, got {task}')
     return task
 
-# %% ../nbs/20_train.ipynb #597abeb2
+# %% ../nbs/20_train.ipynb #e4fbb3ca
 class TrainCLI(LightningCLI):
     "A run described by arguments and configuration files; everything is made here, nothing is fitted yet"
     def __init__(self,
@@ -153,7 +155,7 @@ class TrainCLI(LightningCLI):
     def before_instantiate_classes(self):
         if self.config.resume and not Path(self.config.resume).is_file():
             raise FileNotFoundError(f'no checkpoint {self.config.resume}')
-        self.folder = new_folder(Path(settings().runs_path)/self.config.name)
+        self.folder = claim_folder(Path(settings().runs_path)/self.config.name)
         text = _get(self.config, 'model.model.init_args.text.init_args')
         if text is not None and text.get('tokenizer') == 'learn':
             path = self.folder/'tokenizer.json'
@@ -189,7 +191,29 @@ def new_folder(
         folder = wanted.with_name(f'{wanted.name}-{n}')
     return folder
 
-# %% ../nbs/20_train.ipynb #8206cedc
+# %% ../nbs/20_train.ipynb #fcccba8d
+def claim_folder(
+    wanted: Path, # the first choice
+) -> Path:
+    "`new_folder`, the same in all processes of a run."
+    env = os.environ
+    if not (run := env.get('TORCHELASTIC_RUN_ID')):
+        child = env.get('LOCAL_RANK', '0') != '0' and env.get('MMEMBED_RUN_FOLDER')
+        folder = Path(child or new_folder(wanted))
+        env['MMEMBED_RUN_FOLDER'] = str(folder)
+        return folder
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    note = _note(wanted.parent, run)
+    draft = note.with_name(f'{note.name}-{uuid.uuid4().hex}')
+    draft.write_text(new_folder(wanted).name)
+    try: os.link(draft, note)
+    except FileExistsError: pass
+    finally: draft.unlink()
+    return wanted.with_name(note.read_text())
+
+def _note(runs: Path, run: str) -> Path: return runs/f".{run}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+
+# %% ../nbs/20_train.ipynb #52524fa2
 def learn_tokenizer(
     config: Namespace, # the arguments of the data module
     vocab_size: int,   # at most so many tokens
@@ -203,7 +227,9 @@ def learn_tokenizer(
     data = make(Namespace(data=config.clone())).data
     pipeline = TextPipeline.learn(data.captions(), vocab_size=vocab_size)
     path.parent.mkdir(parents=True, exist_ok=True)
-    pipeline.to_tokenizer_file(path)
+    draft = path.with_name(f'{path.stem}-{uuid.uuid4().hex}.json')  # other processes write the same
+    pipeline.to_tokenizer_file(draft)
+    draft.replace(path)
 
 # %% ../nbs/20_train.ipynb #9cfd3a1a
 class RunResult(NamedTuple):
@@ -215,7 +241,7 @@ class RunResult(NamedTuple):
     data: PairData       # `data.valid` is the gallery, `data.ledger` what was skipped
     figures: dict        # of a pair classifier: accuracy, AUC, ...
 
-# %% ../nbs/20_train.ipynb #901025ad
+# %% ../nbs/20_train.ipynb #ad374932
 def run(
     argv: list[str], # e.g. ['--config', 'configs/pairs.yaml', '--data.path', 'pairs.csv']
 ) -> RunResult:
@@ -228,6 +254,7 @@ def run(
         warnings.filterwarnings('ignore', message='.*LeafSpec')
         if cli.config.find_lr: find_lr(cli)
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.resume)
+    if cli.trainer.is_global_zero and (started := os.environ.get('TORCHELASTIC_RUN_ID')): _note(cli.folder.parent, started).unlink(missing_ok=True)
     path = cli.folder/('best.ckpt' if cli.best.best_model_score is not None else 'last.ckpt')
     if not path.is_file(): cli.trainer.save_checkpoint(path)
     note, _ = read_checkpoint(path)

@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/models/dual.html.md"""
 # %% auto #0
 __all__ = ['projection', 'DualEncoder']
 
-# %% ../../nbs/models/02_dual.ipynb #9284acd9
+# %% ../../nbs/models/02_dual.ipynb #6c765039
 import math
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Embeddings, Tokens
-from .towers import Tower, from_spec
+from .tower import Tower, class_path, from_spec
 from ..text.pipeline import TextPipeline
 from ..vision.pipeline import VisionPipeline
 
@@ -31,7 +31,7 @@ def projection(
     if hidden is None: return nn.Linear(width, dim, bias=False)
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim, bias=False))
 
-# %% ../../nbs/models/02_dual.ipynb #0859e086
+# %% ../../nbs/models/02_dual.ipynb #d6e621de
 class DualEncoder(nn.Module):
     "Texts and images as unit vectors in one space"
     __jit_unused_properties__ = ['text_pipeline', 'vision_pipeline']
@@ -88,7 +88,7 @@ class DualEncoder(nn.Module):
         for tower in (self.text, self.image):
             if not isinstance(tower, Tower):
                 raise TypeError(f'{type(tower).__name__} has no spec(): make it a Tower to rebuild it')
-        return {'class_path': f'{type(self).__module__}.{type(self).__qualname__}',
+        return {'class_path': class_path(self),
                 'init_args': {'text': self.text.spec(), 'image': self.image.spec(), **self.heads,
                               'logit_bias': None if self.logit_bias is None else 0.}}
 

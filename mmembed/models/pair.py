@@ -7,13 +7,13 @@ Docs: https://mmembed.github.io/mmembed/models/pair.html.md"""
 # %% auto #0
 __all__ = ['Late', 'TextSequence', 'ImageGrid', 'Look', 'Cross', 'PairClassifier']
 
-# %% ../../nbs/models/03_pair.ipynb #f7b03ab2
+# %% ../../nbs/models/03_pair.ipynb #17e61922
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Tokens
-from .tower import Tower, from_spec
+from .tower import Tower, class_path, from_spec
 from .towers import Bert, ConvNet, TextTransformer, TorchvisionTower
 from ..text.pipeline import TextPipeline
 from ..vision.pipeline import VisionPipeline
@@ -120,7 +120,7 @@ class Cross(nn.Module):
         keep = mask[:, :, None].to(x.dtype)
         return self.out(self.drop((self.norm(x) * keep).sum(1) / keep.sum(1).clamp(min=1)))
 
-# %% ../../nbs/models/03_pair.ipynb #24501bec
+# %% ../../nbs/models/03_pair.ipynb #39576511
 class PairClassifier(nn.Module):
     "Scores of pairs of a text and an image, one for each label"
     __jit_unused_properties__ = ['text_pipeline', 'vision_pipeline']
@@ -162,7 +162,7 @@ class PairClassifier(nn.Module):
         "How to make this model again, pipelines included, weights not: JSON-able. Raises `TypeError` for a tower that cannot tell."
         for tower in self.towers:
             if not isinstance(tower, Tower): raise TypeError(f'{type(tower).__name__} has no spec(): make it a Tower to rebuild it')
-        return {'class_path': f'{type(self).__module__}.{type(self).__qualname__}',
+        return {'class_path': class_path(self),
                 'init_args': {'text': self.towers[0].spec(), 'image': self.towers[1].spec(), **self.made_with}}
 
     @classmethod

@@ -6,7 +6,7 @@ Docs: https://mmembed.github.io/mmembed/models/practice.html.md"""
 
 # %% auto #0
 __all__ = ['layers', 'depths', 'parameter_groups', 'lock', 'still', 'add_lora', 'merge_lora', 'embed_in_chunks', 'checkpointed',
-           'interpolate', 'trade_off', 'show_trade_off', 'ZeroShot']
+           'shard', 'interpolate', 'trade_off', 'show_trade_off', 'ZeroShot']
 
 # %% ../../nbs/models/06_practice.ipynb #fce1c4b0
 import copy
@@ -170,6 +170,25 @@ def checkpointed(
     try: yield
     finally:
         for b in blocks: del b.forward
+
+# %% ../../nbs/models/06_practice.ipynb #aae213b3
+def shard(
+    model: nn.Module, # has the towers `text` and `image`; changed in place
+    mesh,             # a torch DeviceMesh of one dimension
+):
+    "Each process keeps its part of the weights (`torch.distributed.fsdp.fully_shard`); single numbers stay whole."
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    whole = {p for p in model.parameters() if p.ndim == 0}
+    for block in [b for t in (model.text, model.image) for b in layers(t)]: fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params=whole)
+    for name in ('encode_text', 'encode_image'):
+        if hasattr(model, name): register_fsdp_forward_method(model, name)
+    group = mesh.get_group()
+    for p in whole: p.register_post_accumulate_grad_hook(partial(_averaged, group=group))
+
+def _averaged(p: Tensor, group):
+    torch.distributed.all_reduce(p.grad, group=group)
+    p.grad /= group.size()
 
 # %% ../../nbs/models/06_practice.ipynb #885cd45c
 def interpolate(
