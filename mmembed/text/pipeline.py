@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/text/pipeline.html.md"""
 # %% auto #0
 __all__ = ['FAMILIES', 'family', 'Frame', 'frame', 'Explanation', 'TextPipeline']
 
-# %% ../../nbs/text/09_pipeline.ipynb #b17716b1
+# %% ../../nbs/text/09_pipeline.ipynb #31795baa
 import json
 from collections.abc import Callable, Iterable
 from html import escape
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, Optional
 
 import torch
+from fastcore.basics import patch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -401,3 +402,18 @@ class TextPipeline(nn.Module):
         lower = 'lower-cased, ' if (self._tokenizer.get('normalizer') or {}).get('lowercase') else ''
         padding = f'padded to the longest row in steps of {self.pad_to}' if self.pad_to else 'padded to max_length'
         return f'TextPipeline({kind_of(self._tokenizer, "model")}, {lower}{self.vocab_size:,} ids, max_length={self.max_length}, {padding})'
+
+# %% ../../nbs/text/09_pipeline.ipynb #68b704c3
+@patch
+def rule(self: TextPipeline) -> dict[str, str]:
+    "The steps of the rule, by name."
+    frame = [self.token(i) for i in self.single.ids[0]] + ['text'] + [self.token(i) for i in self.single.ids[2]]
+    kind = lambda part: kind_of(self._tokenizer, part) or 'none'
+    pad = f'to the longest row, rounded up to a multiple of {self.pad_to}' if self.pad_to else f'to {self.max_length}, always'
+    return {'model': f'{kind("model")}, {self.vocab_size:,} ids', 'normalizer': kind('normalizer'), 'pre-tokenizer': kind('pre_tokenizer'),
+        'a text becomes': ' '.join(frame), 'cut at': f'{self.max_length} tokens, special ones included', 'padded': pad}
+
+@patch
+def _repr_html_(self: TextPipeline) -> str:
+    rows = ''.join(f'<tr><th style="text-align:left">{k}</th><td style="text-align:left">{escape(v)}</td></tr>' for k, v in self.rule().items())
+    return f'<b>TextPipeline</b><table>{rows}</table>'
