@@ -23,7 +23,7 @@ from typing import Callable
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch: threads that spin while they wait slow a busy machine down
 
-# %% ../nbs/50_cli.ipynb #59688096
+# %% ../nbs/50_cli.ipynb #d47a52ec
 COMMANDS = {
     'quickstart': 'commands.make:quickstart',
     'train': 'commands.make:train',
@@ -41,7 +41,10 @@ COMMANDS = {
     'index clusters': 'commands.search:clusters',
     'index export': 'commands.search:export',
     'search': 'commands.search:search',
+    'demo': 'commands.demo:demo',
     'serve': 'commands.serving:serve',
+    'bench': 'bench:bench',
+    'completion': 'commands.completion:completion',
 }
 GROUPS: dict[str, str] = {'index': 'An index of pictures or texts in a folder'} # first word: what its commands do
 
