@@ -134,7 +134,7 @@ def spectrum(
     steps = ''.join(f'<rect x="{i}" y="{50 - max(x, 0)/most*48:.2f}" width="0.8" height="{abs(x)/most*48:.2f}"/>' for i, x in enumerate(v.tolist()))
     return f'<svg class="mm-spectrum" viewBox="0 0 {len(v)} 100" preserveAspectRatio="none" role="img" aria-label="{len(v)} values">{steps}</svg>'
 
-# %% ../../nbs/demo/03_panels.ipynb #eaa9fcf8
+# %% ../../nbs/demo/03_panels.ipynb #2a2cf632
 class Panels:
     "Everything the page can do"
     def __init__(self,
@@ -175,7 +175,7 @@ class Panels:
         for i in range(n):
             try:
                 pictures = self.of(keys[i])
-                if rows[i]: vectors[i].append(pictures.vector(int(rows[i])))
+                if rows[i]: vectors[i].append(pictures.some([int(rows[i])])[0])
                 elif not (texts[i] or '').strip() and not images[i]: raise ValueError('Type a text or give an image to search for.')
                 if len(texts[i] or '') > MAX_CHARACTERS: raise ValueError(f'The text is longer than {MAX_CHARACTERS:,} characters.')
             except (ValueError, IndexError) as e: errors[i] = e
@@ -331,7 +331,7 @@ class Panels:
         clock.lap('thumbnails')
         at, shares = pictures.map(rows)
         some = _spread(len(pictures), count)
-        names, x = [pictures.names[i] for i in some], pictures.vectors[some]
+        names, x = [pictures.names[i] for i in some], pictures.some(some)
         heat = heat_table(x @ x.T, names, [thumbs[i] for i in some])
         clock.lap('projection')
         what = f'{len(rows)} of {len(pictures):,} pictures mapped' + (f', {len(pictures.failed)} could not be read' if pictures.failed else '')
