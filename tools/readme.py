@@ -1,10 +1,14 @@
-"""README.md from nbs/index.ipynb, without Quarto: `python tools/readme.py` writes it, `--check` fails if it is out of step."""
+"""README.md from nbs/index.ipynb, without Quarto: `python tools/readme.py` writes it, `--check` fails if it is out of step.
+
+The notebook is the first page of the site, too: its links to notebooks begin at nbs/, those to files are URLs. In README.md both begin at the root."""
+import re
 import sys
 from pathlib import Path
 
 from fastcore.nbio import read_nb
 
 ROOT = Path(__file__).resolve().parent.parent
+FILES = re.compile(r'\]\(https://github\.com/mmembed/mmembed/(?:blob|tree)/main/')
 
 
 def shown(output) -> str:
@@ -17,10 +21,18 @@ def shown(output) -> str:
     return '\n'.join(f'    {line}'.rstrip() for line in text.split('\n')) if text else ''
 
 
+def from_root(text: str) -> str:
+    "Links as they are from the root of the repository."
+    def moved(m):
+        here = (ROOT/'nbs'/m[1]).exists() and not (ROOT/m[1]).exists()
+        return f'](nbs/{m[1]}' if here else m[0]
+    return FILES.sub('](', re.sub(r'\]\(([\w./-]+\.ipynb)', moved, text))
+
+
 def markdown(cell) -> str:
     "A cell as README.md has it; '' for a hidden one."
     source = cell.source.strip()
-    if cell.cell_type == 'markdown': return source
+    if cell.cell_type == 'markdown': return from_root(source)
     if cell.cell_type != 'code' or source.startswith(('#| hide', '#|hide', '#| default_exp')): return ''
     code = '\n'.join(line for line in source.split('\n') if not line.startswith('#|')).strip()
     outputs = [shown(o) for o in cell.get('outputs', [])]
