@@ -1,10 +1,13 @@
 """The service under load over loopback, through real sockets, from another process.
 
     python -m benchmarks.serve artifacts/quickstart.pt             # throughput, latency and CPU at concurrency 1, 8 and 32
-    python -m benchmarks.serve artifacts/quickstart.pt --plot serve.png   # p50 and p99 against offered load
+    python -m benchmarks.serve artifacts/quickstart.pt --load --record serve.json      # also latency against offered load
+    python -m benchmarks.serve --record serve.json --plot serve.png                    # that as pictures
     python -m benchmarks.serve artifacts/quickstart.pt --soak 3600        # memory over an hour of mixed load with broken items
-    python -m benchmarks.serve --clip --litserve env/bin/python           # a ViT-B/32 (random weights), beside LitServe on the same file
+    python -m benchmarks.serve --clip --peers litserve=env1/bin/python,ray=.venv/bin/python,clip=env2/bin/python,infinity=env3/bin/python
 
+`--clip`: a ViT-B-32 with random weights; peers (their programs and what they need: benchmarks/peers/serve_*.py) answer beside it on the
+same weights. LitServe and Ray Serve hold the very same artifact, so what differs is the serving layer; the other two are a stack of their own.
 CPU time is that of the server's whole process tree, per item; wall time on shared cores is noise. `raw` is the artifact's own
 batched rate in the server's own conditions: files decoded one by one, towers in batches of 16, one process, nothing else."""
 import argparse
@@ -14,8 +17,8 @@ import io
 import json
 import os
 import random
+import socket
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -40,11 +43,16 @@ def pictures(n=64):
     return out
 
 
-def requests(what, files, broken=False):
-    "HTTP requests of one item each, as bytes."
+def requests(what, files, broken=False, peer=''):
+    "HTTP requests of one item each, as bytes, in the form that `peer` reads."
     def request(entry):
-        body = json.dumps(dict(input=[entry], encoding_format='base64')).encode()
-        return b'POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n' % len(body) + body
+        path, body = '/v1/embeddings', dict(input=[entry], encoding_format='base64')
+        if peer == 'clip': path, body = '/post', dict(data=[dict(text=entry) if isinstance(entry, str) else dict(blob=entry['image'])], execEndpoint='/')
+        if peer == 'infinity':
+            kind = 'text' if isinstance(entry, str) else 'image'
+            path, body = '/embeddings', dict(model='m', modality=kind, encoding_format='base64', input=[entry if kind == 'text' else f'data:image/jpeg;base64,{entry["image"]}'])
+        body = json.dumps(body).encode()
+        return b'POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n' % (path.encode(), len(body)) + body
     image = lambda f: request(dict(type='image', image=base64.b64encode(f).decode()))
     texts, images = [request(t) for t in CAPTIONS], [image(f) for f in files]
     if broken: images[::4] = [image(f[:len(f) // 2]) for f in files[::4]]
@@ -61,7 +69,11 @@ class Connection:
         start = time.perf_counter()
         writer.write(request)
         head = await reader.readuntil(b'\r\n\r\n')
-        await reader.readexactly(int(head.lower().split(b'content-length: ')[1].split(b'\r\n')[0]))
+        head = head.lower()
+        if b'content-length: ' in head: await reader.readexactly(int(head.split(b'content-length: ')[1].split(b'\r\n')[0]))
+        else:  # in chunks
+            while size := int(await reader.readline(), 16): await reader.readexactly(size + 2)
+            await reader.readline()
         return time.perf_counter() - start, int(head[9:12])
 
 
@@ -115,63 +127,101 @@ def raw(path, what, files, threads, batch=16, n=192):
     return n / (time.perf_counter() - wall), (time.process_time() - used) / n
 
 
-LITSERVE = '''
-import base64, os, sys, torch
-import litserve as ls
-from mmembed.runtime import Embedder
-class Api(ls.LitAPI):
-    def setup(self, device): self.emb = Embedder(sys.argv[1], threads=int(sys.argv[3]))
-    def decode_request(self, request):
-        entry = request["input"][0]
-        return entry if isinstance(entry, str) else self.emb.preprocess(base64.b64decode(entry["image"]))
-    def predict(self, batch):
-        out = [None] * len(batch)
-        texts, images = [i for i, x in enumerate(batch) if isinstance(x, str)], [i for i, x in enumerate(batch) if not isinstance(x, str)]
-        if texts:
-            for i, v in zip(texts, self.emb.encode_text([batch[i] for i in texts])): out[i] = v
-        if images:
-            for i, v in zip(images, self.emb.encode_pixels(torch.stack([batch[i] for i in images]))): out[i] = v
-        return out
-    def encode_response(self, output): return {"embedding": base64.b64encode(output.numpy().tobytes()).decode()}
-if __name__ == "__main__":
-    ls.LitServer(Api(max_batch_size=16, batch_timeout=.002, api_path="/v1/embeddings"), accelerator="cpu", workers_per_device=1).run(port=int(sys.argv[2]), generate_client_file=False, log_level="error")
-'''
-
-
-class litserve:
-    "LitServe with dynamic batching on the same artifact."
-    def __init__(self, python, path, threads):
-        import socket
+class Peer:
+    "Another server, in an environment of its own, on the same weights."
+    def __init__(self, name, python, weights, threads, first):
         with socket.socket() as s:
             s.bind(('127.0.0.1', 0))
             self.port = s.getsockname()[1]
-        self.folder = tempfile.TemporaryDirectory()
-        program = Path(self.folder.name)/'app.py'
-        program.write_text(LITSERVE)
-        self.process = subprocess.Popen([python, program, Path(path).resolve(), str(self.port), str(threads)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for _ in range(600):
-            try: return socket.create_connection(('127.0.0.1', self.port), 1).close() or time.sleep(5)
-            except OSError: time.sleep(.2)
+        program = Path(__file__).parent/'peers'/f'serve_{name}.py'
+        env = os.environ | dict(OMP_NUM_THREADS=str(threads), PYTHONPATH=str(Path(__file__).resolve().parents[1]) if name in ('litserve', 'ray') else '')
+        self.process = subprocess.Popen([python, '-W', 'ignore', program, Path(weights).resolve(), str(self.port), str(threads)], env=env,
+                                        stdout=subprocess.DEVNULL, stderr=None if os.environ.get('PEER_ERRORS') else subprocess.DEVNULL)
+        end = time.time() + 240
+        while time.time() < end and self.process.poll() is None:
+            try:
+                if asyncio.run(Connection(self.port).ask(first))[1] == 200: return
+            except (OSError, asyncio.IncompleteReadError): pass
+            time.sleep(.5)
+        self.__exit__()
+        raise RuntimeError(f'{name} does not answer')
     def __enter__(self): return self
     def __exit__(self, *_):
-        for p in [*psutil.Process(self.process.pid).children(recursive=True), self.process]: p.kill()
+        for p in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
+            try: p.kill()
+            except psutil.NoSuchProcess: pass
+        self.process.wait()
 
 
 def clip():
-    "An artifact of open_clip's ViT-B-32 with random weights."
+    "An artifact of open_clip's ViT-B-32 with random weights, and the weights themselves beside it."
+    import open_clip
     import torch
     import mmembed as mm
-    torch.manual_seed(0)
     path = Path(tempfile.gettempdir())/'mmembed-vit-b-32.pt'
-    if not path.is_file(): mm.export(mm.DualEncoder.from_open_clip('ViT-B-32', pretrained=None), path, cpp=False, fresh=False)
+    weights = path.with_suffix('.weights')
+    if not path.is_file() or not weights.is_file():
+        torch.manual_seed(0)
+        torch.save(open_clip.create_model('ViT-B-32').state_dict(), weights)
+        mm.export(mm.DualEncoder.from_open_clip('ViT-B-32', pretrained=str(weights)), path, cpp=False, fresh=False)
     return path
 
 
-def row(name, what, concurrency, out, elapsed, used):
+def hugging_face(weights):
+    "The folder that transformers and infinity load: the same ViT-B-32 under their names, with CLIP's tokenizer and image settings."
+    import open_clip
+    import torch
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+    folder = Path(weights).with_suffix('.hf')
+    if (folder/'config.json').is_file(): return folder
+    given = torch.load(weights)
+    model = CLIPModel(CLIPConfig(text_config=dict(hidden_act='gelu', eos_token_id=49407, bos_token_id=49406), vision_config=dict(hidden_act='gelu', patch_size=32))).eval()
+    out = {'logit_scale': given['logit_scale'], 'text_projection.weight': given['text_projection'].T, 'visual_projection.weight': given['visual.proj'].T,
+           'text_model.embeddings.token_embedding.weight': given['token_embedding.weight'], 'text_model.embeddings.position_embedding.weight': given['positional_embedding'],
+           'text_model.final_layer_norm.weight': given['ln_final.weight'], 'text_model.final_layer_norm.bias': given['ln_final.bias'],
+           'vision_model.embeddings.class_embedding': given['visual.class_embedding'], 'vision_model.embeddings.patch_embedding.weight': given['visual.conv1.weight'],
+           'vision_model.embeddings.position_embedding.weight': given['visual.positional_embedding']}
+    for theirs, ours in (('pre_layrnorm', 'ln_pre'), ('post_layernorm', 'ln_post')):
+        for x in ('weight', 'bias'): out[f'vision_model.{theirs}.{x}'] = given[f'visual.{ours}.{x}']
+    for tower, stem in (('text_model', 'transformer'), ('vision_model', 'visual.transformer')):
+        for k in range(12):
+            to, of = f'{tower}.encoder.layers.{k}', f'{stem}.resblocks.{k}'
+            for x in ('weight', 'bias'):
+                for name, part in zip('qkv', given[f'{of}.attn.in_proj_{x}'].chunk(3)): out[f'{to}.self_attn.{name}_proj.{x}'] = part
+                for theirs, ours in (('self_attn.out_proj', 'attn.out_proj'), ('layer_norm1', 'ln_1'), ('layer_norm2', 'ln_2'), ('mlp.fc1', 'mlp.c_fc'), ('mlp.fc2', 'mlp.c_proj')):
+                    out[f'{to}.{theirs}.{x}'] = given[f'{of}.{ours}.{x}']
+    left = model.load_state_dict({k: v.clone().contiguous() for k, v in out.items()}, strict=False)
+    assert not left.unexpected_keys and all('position_ids' in k for k in left.missing_keys), left
+    t = open_clip.tokenizer.SimpleTokenizer()
+    (folder/'raw').mkdir(parents=True)
+    (folder/'raw'/'vocab.json').write_text(json.dumps(t.encoder))
+    merges = sorted(t.bpe_ranks, key=t.bpe_ranks.get)
+    (folder/'raw'/'merges.txt').write_text('#version: 0.2\n' + '\n'.join(' '.join(m) for m in merges))
+    CLIPTokenizer(str(folder/'raw'/'vocab.json'), str(folder/'raw'/'merges.txt'), model_max_length=77).save_pretrained(folder)
+    CLIPImageProcessor().save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+def row(record, name, what, concurrency, out, elapsed, used):
     good = [s for s, status in out if status == 200]
     p50, p99 = (np.percentile(good, [50, 99]) * 1e3) if good else (0, 0)
+    record.append(dict(server=name, items=what, concurrency=concurrency, rate=len(good) / elapsed, cpu_ms=used / max(len(good), 1) * 1e3, p50_ms=p50, p99_ms=p99, failed=len(out) - len(good)))
     print(f'{name:10} {what:6} {concurrency:>4} {len(good) / elapsed:9.1f} {used / max(len(good), 1) * 1e3:10.2f} {p50:9.1f} {p99:9.1f} {len(out) - len(good):6}', flush=True)
     return len(good) / elapsed
+
+
+def soak(config, files, seconds):
+    "Memory over `seconds` of mixed load with broken items, in ten parts."
+    from mmembed.serve.server import running
+    with running(config) as s:
+        port, pid = int(s.url.rsplit(':', 1)[1]), s.process.pid
+        todo = requests('mix', files, broken=True)
+        asyncio.run(closed(port, todo, 8, min(20, seconds / 5)))
+        for k in range(10):
+            out, _ = asyncio.run(closed(port, todo, 8, seconds / 10))
+            states = {c: sum(x == c for _, x in out) for c in sorted({x for _, x in out})}
+            print(f'{(k + 1) * seconds / 10:7.0f} s  {psutil.Process(pid).memory_info().rss / 2**20:7.1f} MiB  {states}', flush=True)
 
 
 def main():
@@ -185,59 +235,66 @@ def main():
     a.add_argument('--seconds', type=float, default=10.)
     a.add_argument('--what', default='text,image,mix')
     a.add_argument('--concurrency', default='1,8,32')
-    a.add_argument('--litserve', help="the Python of an environment with litserve and this project's packages")
-    a.add_argument('--plot')
+    a.add_argument('--peers', default='', help='name=python of its environment, separated by commas; names: litserve, ray, clip, infinity')
+    a.add_argument('--record', help='a JSON file to add the rows to')
+    a.add_argument('--load', action='store_true', help='also latency against offered load')
+    a.add_argument('--plot', help='draw the recorded load as pictures of this name, and nothing else')
     a.add_argument('--soak', type=float)
     args = a.parse_args()
+    if args.plot: return draw(json.loads(Path(args.record).read_text()), Path(args.plot))
     path, files = clip() if args.clip else args.artifact, pictures()
     config = Config(path, port=0, threads=args.threads, log=os.devnull, engine=Options(batch=16, timeout=120))
+    if args.soak: return soak(config, files, args.soak)
 
-    if args.soak:
-        with running(config) as s:
-            port, pid, seen = int(s.url.rsplit(':', 1)[1]), s.process.pid, []
-            todo = requests('mix', files, broken=True)
-            for k in range(10):
-                out, _ = asyncio.run(closed(port, todo, 8, args.soak / 10))
-                seen.append(psutil.Process(pid).memory_info().rss / 2**20)
-                states = {c: sum(x == c for _, x in out) for c in sorted({x for _, x in out})}
-                print(f'{(k + 1) * args.soak / 10:7.0f} s  {seen[-1]:7.1f} MiB  {states}', flush=True)
-        return
-
+    peers, record = dict(p.split('=') for p in args.peers.split(',') if p), []
     print(f'{"server":10} {"items":6} {"conc":>4} {"items/s":>9} {"CPU ms":>10} {"p50 ms":>9} {"p99 ms":>9} {"failed":>6}')
     for what in args.what.split(','):
         rate, used = raw(path, what, files, args.threads)
+        record.append(dict(server='raw', items=what, rate=rate, cpu_ms=used * 1e3))
         print(f'{"raw":10} {what:6} {"":>4} {rate:9.1f} {used * 1e3:10.2f}', flush=True)
-        servers = [('mmembed', lambda: running(config))] + ([('litserve', lambda: litserve(args.litserve, path, args.threads))] if args.litserve else [])
-        for name, start in servers:
-            with start() as s:
-                port = s.port if name != 'mmembed' else int(s.url.rsplit(':', 1)[1])
-                todo = requests(what, files)
-                asyncio.run(closed(port, todo, 8, 2))  # warm
+        for name in ('mmembed', *peers):
+            todo = requests(what, files, peer=name)
+            weights = dict(clip=lambda: Path(path).with_suffix('.weights'), infinity=lambda: hugging_face(Path(path).with_suffix('.weights'))).get(name, lambda: path)
+            with running(config) if name == 'mmembed' else Peer(name, peers[name], weights(), args.threads, todo[0]) as s:
+                port = s.port if name in peers else int(s.url.rsplit(':', 1)[1])
+                asyncio.run(closed(port, todo, 8, min(3, args.seconds)))  # warm
                 for n in map(int, args.concurrency.split(',')):
                     before = cpu(s.process.pid)
                     out, elapsed = asyncio.run(closed(port, todo, n, args.seconds))
-                    best = row(name, what, n, out, elapsed, cpu(s.process.pid) - before)
-                if args.plot and name == 'mmembed': draw(args.plot, what, port, todo, best, args.seconds)
+                    best = row(record, name, what, n, out, elapsed, cpu(s.process.pid) - before)
+                if args.load and name == 'mmembed':
+                    for share in (.2, .4, .6, .7, .8, .9, 1., 1.1, 1.25): record.append(loaded(what, port, todo, best, share, args.seconds))
+    if args.record:
+        file = Path(args.record)
+        done = json.loads(file.read_text()) if file.is_file() else []
+        file.write_text(json.dumps(done + [dict(r, model='vit-b-32' if args.clip else Path(args.artifact).stem, threads=args.threads) for r in record], indent=1))
 
 
-def draw(path, what, port, todo, best, seconds):
-    "p50 and p99 against offered load, up to a quarter more than the server can do."
+def loaded(what, port, todo, best, share, seconds):
+    "Latency when `share` of what the server can do is offered."
+    out, elapsed = asyncio.run(offered(port, todo, best * share, seconds))
+    good = [s for s, c in out if c == 200]
+    p50, p99 = np.percentile(good, [50, 99]) * 1e3
+    r = dict(server='mmembed', items=what, offered=best * share, answered=len(good) / elapsed, p50_ms=p50, p99_ms=p99, failed=len(out) - len(good))
+    print(f'offered {r["offered"]:8.1f}/s: answered {r["answered"]:8.1f}/s  p50 {p50:8.1f} ms  p99 {p99:8.1f} ms  turned away {100 * r["failed"] / len(out):.1f} %', flush=True)
+    return r
+
+
+def draw(record, path):
+    "p50 and p99 against offered load, a picture for each kind of items."
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    shares, rows = (.2, .4, .6, .7, .8, .9, 1., 1.1, 1.25), []
-    for share in shares:
-        out, elapsed = asyncio.run(offered(port, todo, best * share, seconds))
-        good = [s for s, c in out if c == 200]
-        rows.append([len(out) / elapsed, *(np.percentile(good, [50, 99]) * 1e3), 100 * (1 - len(good) / len(out))])
-        print(f'offered {best * share:8.1f}/s: answered {len(good) / elapsed:8.1f}/s  p50 {rows[-1][1]:8.1f} ms  p99 {rows[-1][2]:8.1f} ms  turned away {rows[-1][3]:.1f} %', flush=True)
-    plt.figure(figsize=(6, 4))
-    for k, label in ((1, 'p50'), (2, 'p99')): plt.plot([best * s for s in shares], [r[k] for r in rows], 'o-', label=label)
-    plt.axvline(best, color='gray', linewidth=.8)
-    plt.xlabel('offered requests a second'), plt.ylabel('milliseconds'), plt.yscale('log'), plt.legend(), plt.title(f'{what}, one item a request')
-    plt.tight_layout()
-    plt.savefig(Path(path).with_stem(f'{Path(path).stem}-{what}'), dpi=110)
-    plt.close()
+    for what in dict.fromkeys(r['items'] for r in record if 'offered' in r):
+        rows = sorted((r for r in record if r['items'] == what and 'offered' in r), key=lambda r: r['offered'])
+        best = max(r['rate'] for r in record if r['items'] == what and r['server'] == 'mmembed' and 'rate' in r)
+        plt.figure(figsize=(6, 4))
+        for k in ('p50', 'p99'): plt.plot([r['offered'] for r in rows], [r[f'{k}_ms'] for r in rows], 'o-', label=k)
+        plt.axvline(best, color='gray', linewidth=.8)
+        plt.xlabel('offered requests a second'), plt.ylabel('milliseconds'), plt.yscale('log'), plt.legend(), plt.title(f'{what}, one item a request')
+        plt.tight_layout()
+        plt.savefig(path.with_stem(f'{path.stem}-{what}'), dpi=110)
+        plt.close()
 
 
 if __name__ == '__main__': main()
