@@ -3,8 +3,6 @@
 // mmembed_test --tokenize PIPELINE TEXTS OUT BATCH: a scripted TextPipeline alone, see tokenize_file.
 #include "mmembed_json.hpp"
 
-#include <unistd.h>
-
 #include <fstream>
 #include <iostream>
 #include <thread>
@@ -56,12 +54,14 @@ int tokenize_file(const char* pipeline, const char* texts, const char* out, int6
   return 0;
 }
 
-// Megabytes of this process in memory.
-double resident() {
-  std::ifstream in("/proc/self/statm");
-  double pages = 0;
-  in >> pages >> pages;
-  return pages * static_cast<double>(sysconf(_SC_PAGESIZE)) / 1e6;
+// Megabytes of anonymous memory, swapped or not: files that are mapped come and go as the machine likes.
+double used() {
+  std::ifstream in("/proc/self/status");
+  std::string word;
+  double kb = 0, sum = 0;
+  while (in >> word)
+    if ((word == "RssAnon:" || word == "VmSwap:") && in >> kb) sum += kb;
+  return sum / 1e3;
 }
 
 // Everything the header does, good items and broken ones, `calls` times; the growth after the first fifth is printed in megabytes.
@@ -74,7 +74,7 @@ int leak(const std::string& path, const std::string& pair_path, const std::strin
   const std::string whole = mmembed::read_file(picture);
   double before = 0;
   for (int i = 0; i < calls; ++i) {
-    if (i == calls / 5) before = resident();
+    if (i == calls / 5) before = used();
     torch::Tensor text = emb.encode_text({"a red circle", "\xff", std::to_string(i)});
     auto image = emb.encode_image({good, bad, Image::bytes(whole.substr(0, whole.size() / 2)), Image::file("/no/such/file")});
     emb.score(text, image.embedding);
@@ -85,7 +85,7 @@ int leak(const std::string& path, const std::string& pair_path, const std::strin
     CHECK(!error_of([&] { emb.score(text, torch::zeros({1, 1})); }).empty());
     CHECK(!error_of([&] { judge.encode_text({"a"}); }).empty());
   }
-  std::cout << resident() - before << "\n";
+  std::cout << used() - before << "\n";
   return 0;
 }
 
