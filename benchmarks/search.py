@@ -15,7 +15,6 @@ Each contender runs in a process of its own, one thread, one query at a time; re
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -74,7 +73,7 @@ CONTENDERS = {
 
 def resident(peak=False):
     "MiB of this process; its own pages, and those of files it has mapped."
-    if peak: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if peak: return int(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))) / 1024  # ru_maxrss outlives an exec
     return int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20
 
 
