@@ -63,7 +63,7 @@ def _sql_type(t: pa.DataType) -> str:
 
 def _cell(value): return value.replace('\0', '\ufffd') if isinstance(value, str) else value
 
-# %% ../nbs/43_stores.ipynb #ca52e1de
+# %% ../nbs/43_stores.ipynb #b2eb6565
 class PostgresIndex(Store):
     "An index as a table of a PostgreSQL database with pgvector"
     def __init__(self,
@@ -120,6 +120,7 @@ class PostgresIndex(Store):
             self._db.execute(self._sql.SQL('CREATE INDEX ON {} USING hnsw (vector vector_cosine_ops)').format(self._id()))
             if 'text' in reader.schema.names:
                 self._db.execute(self._sql.SQL("CREATE INDEX ON {} USING gin (to_tsvector('simple', coalesce(text, '')))").format(self._id()))
+            self._db.execute(self._sql.SQL('ANALYZE {}').format(self._id()))
         return self
 
     def _id(self, suffix: str = ''): return self._sql.Identifier(self.name + suffix)
