@@ -126,10 +126,10 @@ class Found(list):
         return (f'<!doctype html><meta charset="utf-8"><title>{escape(self.title or "mmembed search")}</title>'
                 f'<style>{style}</style>{self._repr_html_(most, 160)}')
 
-# %% ../nbs/41a_queries.ipynb #adca6c4e
+# %% ../nbs/41a_queries.ipynb #d10f1780
 def _cell(row: dict, picture: bytes | None, width: int) -> str:
     what = row.get('text') or row.get('label') or ''
-    hint = escape('\n'.join(f'{k}: {v}' for k, v in row.items() if v is not None), quote=True)
+    hint = escape('\n'.join(f'{k}: {v}' for k, v in row.items() if v is not None and k != 'file'), quote=True)
     image = f'<img style="max-width:{width}px" alt="" src="data:image/jpeg;base64,{base64.b64encode(picture).decode()}"><br>' if picture else ''
     score = f'<b>{row["score"]:.3f}</b> ' if row.get('score') is not None else ''
     return (f'<div title="{hint}" style="width:{width}px;font-size:11px;overflow-wrap:anywhere">{image}{score}'
