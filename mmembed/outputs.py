@@ -126,7 +126,7 @@ def targets(
     if out.suffix == '.npy' and job.what == 'both': return {out.with_suffix(f'.{side}.npy'): side for side in job.sides()}
     return {out: None}
 
-# %% ../nbs/40c_outputs.ipynb #98b37845
+# %% ../nbs/40c_outputs.ipynb #f20a3e07
 def embed_to(
     model: Embedder | str | Path,  # an artifact
     source: Source,
@@ -139,8 +139,8 @@ def embed_to(
 ) -> Done:
     "As `embed`, but `out` may be one file; raises `ValueError` for a file of that name that is of another job."
     out = Path(out)
-    if not isinstance(model, Embedder): model = Embedder(model, device, batch_size=batch_size or service_batch(device), deterministic=True)
-    if out.suffix not in FORMS: return run(model, source, out, progress=progress, **options)
+    if not isinstance(model, Embedder): model = Embedder(model, device if run is embed else 'cpu', batch_size=batch_size or service_batch(device), deterministic=True)
+    if out.suffix not in FORMS: return run(model, source, out, progress=progress, device=device, **options)
     manifest, parts, ledger, start = out.with_suffix('.manifest.json'), out.with_name(out.name + '.parts'), out.with_suffix('.errors.jsonl'), time.perf_counter()
     about = {k: options[k] for k in ('what', 'keep', 'precision', 'shard_rows', 'unique') if k in options}
     job, found = plan(model, source, **about)
@@ -153,7 +153,7 @@ def embed_to(
             return Done(out, job.rows, 0, failed, found.repeated, found.example, ledger, time.perf_counter() - start)
     parts.mkdir(parents=True, exist_ok=True)
     with alone(parts, '.out.lock'):
-        done, names = run(model, source, parts, progress=progress, **options), out.with_suffix('.ids.jsonl')
+        done, names = run(model, source, parts, progress=progress, device=device, **options), out.with_suffix('.ids.jsonl')
         for path in (*files, names, ledger, manifest):
             for left in path.parent.glob(f'.{escape(path.name)}.*.draft'): left.unlink()
         for path, side in files.items(): form.save(*[parts, path, *([side] if side else [])])

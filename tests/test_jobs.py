@@ -412,19 +412,15 @@ def test_excerpts_are_the_rows(tmp_path, source):
         for i in range(3): assert part.name(i) == whole.name(i + 2) and part.image(i).equal(whole.image(i + 2)) and part.text(i) == whole.text(i + 2)
 
 
-def test_rows_are_the_services(model, whole):
+def test_rows_are_the_services(model, source, whole):
     "Bit for bit what the engine of `mmembed serve --deterministic` answers, in other company and other order."
-    source = Scenes(train=40, valid=0)
     engine = Engine(Embedder(model, batch_size=16, deterministic=True), Options(wait=.001))
-    answered = threading.Event()
-    items = [Item(kind, source.image(i) if kind == 'image' else source.text(i).encode()) for i in reversed(range(40)) for kind in ('image', 'text')]
-    engine.submit(items, lambda job: answered.set())
-    assert answered.wait(60) and engine.close()
-    values = [torch.from_numpy(i.value) for i in items][::-1]
-    for side, found in [('text', values[::2]), ('image', values[1::2])]:
-        stored = load_vectors(whole, side)
-        for i in range(40):
-            if stored.ok[i]: assert stored.vectors[i].equal(found[i])
+    answered, stored = threading.Event(), {side: load_vectors(whole, side) for side in ('image', 'text')}
+    rows = [i for i in reversed(range(40)) if stored['image'].ok[i]]
+    items = [(kind, i, Item(kind, source.image(i) if kind == 'image' else source.text(i).encode())) for i in rows for kind in stored]
+    engine.submit([item for *_, item in items], lambda job: answered.set(), timeout=300)
+    assert answered.wait(300) and engine.close()
+    for kind, i, item in items: assert torch.from_numpy(item.value).equal(stored[kind].vectors[i]), (kind, i)
 
 
 LIMITED = '''
