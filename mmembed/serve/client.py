@@ -80,7 +80,7 @@ class ServiceError(Exception):
         super().__init__(f'{status}: {message}' if status else message)
         self.status, self.retry = status, retry  # retry: seconds, where trying again may help
 
-# %% ../../nbs/serve/11_client.ipynb #9a457d46
+# %% ../../nbs/serve/11_client.ipynb #d891005f
 class _Http:
     "Requests by HTTP"
     def __init__(self, client):
@@ -103,7 +103,7 @@ class _Http:
         except self.h.TransportError as e: raise ServiceError(0, f'{self.c.url}: {type(e).__name__} {e}'.strip(), retry=0.) from None
         try: out = orjson.loads(r.content)
         except ValueError: out = {}
-        if r.status_code != 200 and 'data' not in out:
+        if r.status_code != 200 and 'data' not in out and 'results' not in out:
             error = out.get('error') or {}
             retry = float(r.headers.get('retry-after', 1)) if r.status_code in (429, 503) else None
             raise ServiceError(r.status_code, error.get('message') or r.text[:200], retry)
@@ -171,7 +171,7 @@ class _Grpc:
     async def info(self): return json.loads((await self.ask('Info', self.m('InfoRequest')())).card)
     async def close(self): await self.channel.close()
 
-# %% ../../nbs/serve/11_client.ipynb #2de04f48
+# %% ../../nbs/serve/11_client.ipynb #74e64723
 class Client:
     "A server at `url`: `http://`, `https://`, `grpc://` or `grpcs://`"
     def __init__(self,
@@ -229,9 +229,22 @@ class Client:
         "Candidates by the model's own score for the query."
         return self._submit(self._rank(query, list(_batch(candidates)), top_k)).result()
 
-    def search(self, query, top_k: int = 10) -> list[dict]:
+    def search(self,
+        query,                    # one item
+        top_k: int = 10,
+        where: str | None = None, # an SQL condition on the columns of the index
+    ) -> list[dict]: # `id`, `score` and the columns, best first
         "The nearest neighbours in the server's index (HTTP only)."
-        return self._submit(self._search(query, top_k)).result()
+        return self._submit(self._search(query, top_k, where)).result()
+
+    def classify(self,
+        items: Iterable,           # texts or images; pairs (text, image) for an artifact that scores them
+        labels: list | None = None, # by default the artifact's own
+        template: str = '{}',      # 'a photo of a {}'
+        top_k: int | None = None,
+    ) -> list[list[tuple[str, float]]]: # for each item its labels and their probabilities, best first; empty where it failed
+        "What the items are (HTTP only)."
+        return self._submit(self._classify(list(_batch(items)), labels, template, top_k)).result()
 
     def info(self) -> dict:
         "The identity card of the artifact that the server runs."
@@ -312,10 +325,19 @@ class Client:
         q, wire = content(query), [content(c) for c in candidates]
         return [Match(*r) for r in await self._again(lambda way: way.rank(q, wire, top_k))]
 
-    async def _search(self, query, top_k):
+    async def _search(self, query, top_k, where):
         if self.url.startswith('grpc'): raise ValueError('search goes by HTTP: use an http:// url')
         q = content(query)
-        return (await self._again(lambda way: way.ask('/search', dict(query=way.entry(*q), top_k=top_k))))[0]['results']
+        return (await self._again(lambda way: way.ask('/search', dict(query=way.entry(*q), top_k=top_k, where=where))))[0]['results']
+
+    async def _classify(self, items, labels, template, top_k):
+        if self.url.startswith('grpc'): raise ValueError('classify goes by HTTP: use an http:// url')
+        def entry(way, item):
+            if not isinstance(item, tuple): return way.entry(*content(item))
+            return dict(type='pair', text=item[0], image=way.entry(*content(item[1]))['image'])
+        asked = dict(template=template) | {k: v for k, v in dict(labels=labels, top_k=top_k).items() if v}
+        found, _ = await self._again(lambda way: way.ask('/classify', asked | dict(input=[entry(way, i) for i in items])))
+        return [[(x['label'], x['probability']) for x in r.get('labels', ())] for r in found['results']]
 
     # ---- items to requests -------------------------------------------------------------------------------------------
     def _chunks(self, items):

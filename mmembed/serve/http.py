@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/serve/http.html.md"""
 # %% auto #0
 __all__ = ['app']
 
-# %% ../../nbs/serve/07_http.ipynb #c0f2c5b6
+# %% ../../nbs/serve/07_http.ipynb #92c6501d
 import asyncio
 
 import numpy as np
@@ -19,12 +19,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from .edge import Direct, Edge, Gone, attended
-from .engine import Busy, Item, Unfit
+from .engine import Busy, Item, Unfit, Unsuited
 from .service import Service
 from .wire import (ClassifyRequest, EmbeddingRequest, RankRequest, ReloadRequest, SearchRequest, StreamRequest, answered,
                                 few, made_by, misfit, problem, ranked, reply, rows, run, timing, to_item, vector)
 
-# %% ../../nbs/serve/07_http.ipynb #e1796cdb
+# %% ../../nbs/serve/07_http.ipynb #5aecd910
 def app(service: Service) -> Edge:
     "The ASGI application of `service`."
     api = FastAPI(title='mmembed', version='1', description='Embeddings of texts and images by an exported file, one status an item.')
@@ -113,11 +113,21 @@ def app(service: Service) -> Edge:
         return reply(dict(model=service.name, artifact=made_by(items, service), kind=query.kind,
                           results=ranked(service, query, candidates)[:asked.top_k]), Server_Timing=timing(items))
 
+    async def own_labels(request: Request, listed: list, top_k: int | None):
+        if not service.emb.labels: raise HTTPException(422, 'labels: this artifact has none of its own; give some')
+        few(len(listed), config)
+        items = await embed(request, [await to_item(e, config) for e in listed])
+        found = iter(service.labelled([i.value for i in items if i.status == 'ok'], top_k or 0) if answered(items) == 200 else ())
+        out = [dict(index=i.index, status=i.status) | (dict(labels=[dict(label=label, probability=p) for label, p in next(found)]) if i.status == 'ok'
+                                                       else dict(error=i.error)) for i in items]
+        return reply(dict(model=service.name, artifact=made_by(items, service), results=out), answered(items), Server_Timing=timing(items))
+
     @api.post('/classify', responses=errors, openapi_extra=schema(ClassifyRequest), tags=['scores'])
     async def classify(request: Request):
-        "For each input the labels by probability. Each label is put into `template`: 'a photo of a {}'."
+        "For each input the labels by probability. Each label is put into `template`: 'a photo of a {}'; without labels the artifact's own."
         asked = await parsed(request, ClassifyRequest)
         listed = asked.input if isinstance(asked.input, list) else [asked.input]
+        if not asked.labels: return await own_labels(request, listed, asked.top_k)
         few(len(listed) + len(asked.labels), config)
         texts = [asked.template.replace('{}', label) for label in asked.labels]
         items = await embed(request, [await to_item(e, config) for e in (*texts, *listed)])
@@ -129,7 +139,7 @@ def app(service: Service) -> Edge:
             if i.status == 'ok':
                 score, share = service.scores(i.value, [t.value for t in labels])
                 best = np.argsort(-score, kind='stable')
-                row['labels'] = [dict(label=asked.labels[k], score=float(score[k]), probability=float(share[k])) for k in best]
+                row['labels'] = [dict(label=asked.labels[k], score=float(score[k]), probability=float(share[k])) for k in best[:asked.top_k]]
             else: row['error'] = i.error
             out.append(row)
         return reply(dict(model=service.name, artifact=made_by(items, service), results=out), answered(items))
@@ -141,7 +151,9 @@ def app(service: Service) -> Edge:
         if service.index is None: raise HTTPException(404, 'no index is loaded; start the server with --index')
         [query] = await embed(request, [await to_item(asked.query, config)])
         if query.status != 'ok': raise HTTPException(answered([query]), f'query: {query.error or query.status}')
-        return reply(dict(results=service.find(query.value, asked.top_k)))
+        try: found = await asyncio.to_thread(service.find, query.value, asked.top_k, asked.where)
+        except ValueError as e: raise HTTPException(422, f'where: {e}') from None
+        return reply(dict(model=service.name, artifact=made_by([query], service), results=found), Server_Timing=timing([query]))
 
     @api.get('/info', tags=['service'])
     async def info():
@@ -170,8 +182,10 @@ def app(service: Service) -> Edge:
         "Loads an artifact and changes to it without dropping a request. Needs an API key, and a server that has one."
         if not config.api_keys: raise HTTPException(403, 'reloading over HTTP needs a server with an API key; SIGHUP works without')
         asked = await parsed(request, ReloadRequest)
-        try: return reply(await service.reload(asked.artifact))
+        try: done = await service.reload(asked.artifact)
         except (ValueError, OSError, ImportError) as e: raise HTTPException(422, f'not reloaded: {e}') from None
+        if service.tell: service.tell(asked.artifact)
+        return reply(done)
 
     @api.websocket('/v1/stream')
     async def stream(socket: WebSocket): await _stream(service, socket)
@@ -180,6 +194,8 @@ def app(service: Service) -> Edge:
     async def refused(request, e): return problem(e.status_code, str(e.detail), **{k.replace('-', '_'): v for k, v in (e.headers or {}).items()})
     @api.exception_handler(Busy)
     async def busy(request, e): return problem(429, str(e), Retry_After=f'{max(1, round(e.retry))}')
+    @api.exception_handler(Unsuited)
+    async def unsuited(request, e): return problem(422, str(e))
     @api.exception_handler(Unfit)
     async def unfit(request, e): return problem(503, str(e), Retry_After='2')
     @api.exception_handler(ClientDisconnect)
@@ -227,7 +243,7 @@ async def _form(request: Request, config) -> list[Item]:
     if not out: raise HTTPException(422, 'the form has no parts')
     return out
 
-# %% ../../nbs/serve/07_http.ipynb #5a567df8
+# %% ../../nbs/serve/07_http.ipynb #fd477a16
 async def _stream(service: Service, socket: WebSocket, window: int = 16):
     await socket.accept()
     room, tasks, count = asyncio.Semaphore(window), set(), 0
@@ -250,6 +266,7 @@ async def _stream(service: Service, socket: WebSocket, window: int = 16):
             except ValidationError as e: out = dict(id=rid, error=dict(code=misfit(e).status_code, message=misfit(e).detail))
             except HTTPException as e: out = dict(id=rid, error=dict(code=e.status_code, message=e.detail))
             except Busy as e: out = dict(id=rid, error=dict(code=429, message=str(e), retry_after=round(e.retry, 1)))
+            except Unsuited as e: out = dict(id=rid, error=dict(code=422, message=str(e)))
             except Unfit as e: out = dict(id=rid, error=dict(code=503, message=str(e)))
             await socket.send_text(orjson.dumps(out, option=orjson.OPT_SERIALIZE_NUMPY).decode())
         except (WebSocketDisconnect, RuntimeError): pass  # it left before its answer

@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/serve/rpc.html.md"""
 # %% auto #0
 __all__ = ['STATUS', 'SERVICES', 'items_of', 'Refusal', 'refusal', 'Methods', 'byte_strings', 'Calls', 'start']
 
-# %% ../../nbs/serve/09_rpc.ipynb #3a70ef8f
+# %% ../../nbs/serve/09_rpc.ipynb #9dc3f5bd
 import asyncio
 import json
 import struct
@@ -19,7 +19,7 @@ from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection
 from starlette.exceptions import HTTPException
 
-from .engine import Busy, Item, Unfit
+from .engine import Busy, Item, Unfit, Unsuited
 from .observe import request_id, seconds
 from .protos import message, methods, pool
 from .service import Service
@@ -45,13 +45,14 @@ class Refusal(Exception):
     "A call that ends with a status other than OK"
     def __init__(self, code, text: str, retry: float = 0.): super().__init__(text); self.code, self.retry = code, retry
 
-# %% ../../nbs/serve/09_rpc.ipynb #288fa64c
+# %% ../../nbs/serve/09_rpc.ipynb #1c897a9e
 def refusal(e: Exception) -> Refusal:
     "What a client is told of `e`."
     if isinstance(e, Refusal): return e
     if isinstance(e, Busy): return Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, str(e), e.retry)
     if isinstance(e, Unfit): return Refusal(grpc.StatusCode.UNAVAILABLE, str(e), 2.)
     if isinstance(e, HTTPException): return Refusal(grpc.StatusCode.INVALID_ARGUMENT, str(e.detail))
+    if isinstance(e, Unsuited): return Refusal(grpc.StatusCode.FAILED_PRECONDITION, str(e))
     return Refusal(grpc.StatusCode.INTERNAL, 'internal error')
 
 # %% ../../nbs/serve/09_rpc.ipynb #9e514cb2

@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/serve/server.html.md"""
 # %% auto #0
 __all__ = ['UNFIT', 'Protocol', 'listen', 'serve', 'Supervisor', 'running']
 
-# %% ../../nbs/serve/10_server.ipynb #0b5b208b
+# %% ../../nbs/serve/10_server.ipynb #5b73d4ef
 import asyncio
 import contextlib
 import gc
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from pathlib import Path
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -111,7 +112,7 @@ def serve(
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, config.max_connections + 512)), hard))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner: return runner.run(_serve(config, sock))
 
-# %% ../../nbs/serve/10_server.ipynb #3efc8dea
+# %% ../../nbs/serve/10_server.ipynb #f9c14415
 async def _serve(config: Config, sock: socket.socket) -> int:
     loop, stop, status = asyncio.get_running_loop(), asyncio.Event(), 0
     def unfit(why):
@@ -131,6 +132,11 @@ async def _serve(config: Config, sock: socket.socket) -> int:
     for sig in (signal.SIGTERM, signal.SIGINT): loop.add_signal_handler(sig, signalled, sig)
     tasks: set = set()
     loop.add_signal_handler(signal.SIGHUP, lambda: tasks.add(asyncio.ensure_future(_reload(service))))
+    if shared := _shared():
+        def tell(path):
+            if path: shared.write_text(str(path))
+            os.kill(os.getppid(), signal.SIGHUP)  # the supervisor passes it on to all
+        service.tell = tell
     tls = dict(ssl_certfile=config.tls_cert, ssl_keyfile=config.tls_key) if config.tls_cert else {}
     http = _Server(uvicorn.Config(app(service), http=Protocol, ws='websockets-sansio', ws_max_size=config.max_body, lifespan='off', log_config=None,
         access_log=False, timeout_keep_alive=65, timeout_graceful_shutdown=int(config.grace), limit_concurrency=config.max_connections,
@@ -155,12 +161,18 @@ async def _serve(config: Config, sock: socket.socket) -> int:
     await asyncio.to_thread(service.close)
     return status
 
-# %% ../../nbs/serve/10_server.ipynb #06b39736
+# %% ../../nbs/serve/10_server.ipynb #3cea274c
+def _shared() -> Path | None: # where replicas of one supervisor leave the path of a new artifact for each other
+    folder = os.environ.get('PROMETHEUS_MULTIPROC_DIR')
+    return Path(folder)/'artifact' if folder and os.environ.get('MMEMBED_REPLICA') else None
+
+# %% ../../nbs/serve/10_server.ipynb #a60db059
 async def _reload(service):
-    try: await service.reload()
+    shared = _shared()
+    try: await service.reload(shared.read_text() if shared and shared.is_file() else None)
     except Exception as e: service.log.error('reload failed', extra=dict(fields=dict(reason=str(e))))
 
-# %% ../../nbs/serve/10_server.ipynb #2c470d19
+# %% ../../nbs/serve/10_server.ipynb #4d6b33bf
 class Supervisor:
     "Keeps `replicas` processes running; forwards signals"
     def __init__(self, config: Config):
@@ -179,10 +191,12 @@ class Supervisor:
 
     def start(self, number: int):
         "A new process in place `number`."
-        env = os.environ | dict(PROMETHEUS_MULTIPROC_DIR=self.metrics.name)
+        env = os.environ | dict(PROMETHEUS_MULTIPROC_DIR=self.metrics.name, MMEMBED_REPLICA=str(number))
+        told = Path(self.metrics.name)/'artifact'  # by a reload over HTTP
+        config = self.config._replace(artifact=told.read_text()) if told.is_file() else self.config
         p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', 'from mmembed.serve.server import _child; _child()', str(self.sock.fileno())],
                              stdin=subprocess.PIPE, pass_fds=[self.sock.fileno()], env=env)
-        p.stdin.write(json.dumps(self.config, default=str).encode())
+        p.stdin.write(json.dumps(config, default=str).encode())
         p.stdin.close()
         self.children[number] = p, time.monotonic()
 
@@ -257,7 +271,7 @@ class running:
         self.said: list = []
         self._serving, self.config = threading.Event(), config
         threading.Thread(target=self._listen, daemon=True).start()
-        if not self._serving.wait(wait) or self.process.poll() is not None:
+        if not self._serving.wait(wait) or not any(s.get('event') == 'serving' for s in self.said):
             self.process.kill()
             raise RuntimeError(f'the server did not start: {self.said}')
         first = next(s for s in self.said if s.get('event') == 'serving')

@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/serve/service.html.md"""
 # %% auto #0
 __all__ = ['Config', 'canary_png', 'Canary', 'Service']
 
-# %% ../../nbs/serve/04_service.ipynb #506f3c22
+# %% ../../nbs/serve/04_service.ipynb #8ae5ce44
 import asyncio
 import hmac
 import struct
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..runtime import Embedder
+from ..runtime import Embedder, read_card
 from .engine import Busy, Engine, Item, Job, Options, Unfit
 from .observe import Metrics, Tracer, open_log
 
@@ -61,13 +61,14 @@ def canary_png() -> bytes:
     head = struct.pack('>IIBBBBB', 32, 32, 8, 2, 0, 0, 0)
     return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
 
-# %% ../../nbs/serve/04_service.ipynb #40f2bf6c
+# %% ../../nbs/serve/04_service.ipynb #715ab21c
 class Canary:
     "Two items whose vectors are known"
     def __init__(self, emb: Embedder):
         picture = canary_png() if emb.card.get('decode', True) else torch.arange(3 * 32 * 32).view(3, 32, 32).to(torch.uint8)
-        self.items = ('text', 'a photograph of a canary'), ('image', picture)
-        self.want = torch.cat([emb.encode_text([self.items[0][1]]), emb.encode_image([picture])]).cpu().numpy()
+        text, self.scores = 'a photograph of a canary', emb.pairs
+        self.items = (('pair', (text, picture)),) if emb.pairs else (('text', text), ('image', picture))
+        self.want = (emb.scores([text], [picture]) if emb.pairs else torch.cat([emb.encode_text([text]), emb.encode_image([picture])])).float().cpu().numpy()
 
     async def sing(self,
         engine: Engine,
@@ -79,10 +80,11 @@ class Canary:
         except Unfit as e: return str(e)
         for i, want in zip(job.items, self.want):
             if i.status != 'ok': return f'the canary {i.kind} came back {i.status}: {i.error}'
-            if float(i.value @ want) < .999: return f'the canary {i.kind} has the wrong embedding: cosine {i.value @ want:.3f}'
+            if self.scores and not np.allclose(i.value, want, rtol=.01, atol=.01): return f'the canary {i.kind} has the wrong scores: {i.value}, not {want}'
+            if not self.scores and float(i.value @ want) < .999: return f'the canary {i.kind} has the wrong embedding: cosine {i.value @ want:.3f}'
         return ''
 
-# %% ../../nbs/serve/04_service.ipynb #f64bd469
+# %% ../../nbs/serve/04_service.ipynb #dc986829
 class Service:
     "An engine in force, with its canary, and everything that watches it"
     def __init__(self,
@@ -94,7 +96,7 @@ class Service:
         self.name = config.name or Path(config.artifact).stem  # of the model, also after a reload
         self.log = open_log(config.log)
         self.metrics, self.tracer = Metrics(), tracer or Tracer(config.traces, config.trace_ratio)
-        self.draining, self.index = False, None
+        self.draining, self.index, self.tell = False, None, None  # tell(path): the other replicas, of a new artifact
         self._ready, self._asked, self._checking, self._loading = '', 0., asyncio.Lock(), asyncio.Lock()
         self.engine, self.canary = self._start(config.artifact)
         if config.index: self.index = self._open_index(config.index)
@@ -109,8 +111,8 @@ class Service:
         emb = Embedder(path, c.device, c.threads, c.engine.batch, c.deterministic)
         canary = Canary(emb)  # also warms up
         engine = Engine(emb, c.engine, self.metrics.batch, lambda why: self._failed(engine, why))
-        for kind in ('text', 'image'):
-            self.metrics.queue_items.labels(kind).set_function(lambda k=kind: self.engine.waiting[k]) \
+        for kind in engine.kinds:
+            self.metrics.queue_items.labels(kind).set_function(lambda k=kind: self.engine.waiting.get(k, 0)) \
                 if not _many() else None
         self.metrics.artifact.clear()
         self.metrics.artifact.labels(emb.card['short_hash'], emb.card['kind'], emb.dim).set(1)
@@ -160,10 +162,11 @@ class Service:
     ) -> dict: # the hashes before and after
         """Loads an artifact beside the old one, tries it, and swaps them; requests that run are answered by the old one.
 
-        Raises as `Embedder` does, or `ValueError` when the canary fails; the old one stays then."""
+        Raises as `Embedder` does, or `ValueError` when the canary fails or the index is another artifact's; the old one stays then."""
         async with self._loading:
             old, before = self.engine, self.card['short_hash']
             try:
+                if self.index: self.index.check(read_card(path or self.config.artifact))
                 engine, canary = await asyncio.to_thread(self._start, path or self.config.artifact)
                 if why := await canary.sing(engine, 30):
                     await asyncio.to_thread(engine.close, 0)
@@ -187,15 +190,31 @@ class Service:
         score = self.emb.score(torch.from_numpy(query[None]), torch.from_numpy(np.stack(candidates)))
         return score[0].cpu().numpy(), score.softmax(-1)[0].cpu().numpy()
 
+    def labelled(self,
+        values: list,  # float32 (C,), scores of pairs, or (D,), embeddings
+        top_k: int = 0, # 0: as many as the artifact says
+    ) -> list[list[tuple[str, float]]]: # for each the labels that reach their thresholds, and their probabilities, best first
+        "The artifact's own labels; raises `TypeError` where it has none."
+        return self.emb._picked('classify_scores' if self.emb.pairs else 'classify_embedding', torch.from_numpy(np.stack(values)), top_k)
+
+    def find(self,
+        vector,                   # float32 (D,)
+        k: int = 10,
+        where: str | None = None, # an SQL condition on the columns of the index
+    ) -> list[dict]: # `id`, `score` and the columns, best first
+        "The nearest rows of the index; raises `ValueError` for a condition that the index does not understand."
+        return self.index.find(vector, k, where)
+
     def allows(self, key: str | None) -> bool:
         "Whether an API key, or none, opens this service."
         if not self.config.api_keys: return True
         return any([hmac.compare_digest((key or '').encode(), k.encode()) for k in self.config.api_keys])
 
     def _open_index(self, path):
-        try: from mmembed.index import Index
-        except ImportError: raise ValueError('this mmembed has no search index; start without an index') from None
-        return Index.load(path)
+        from mmembed.index import Index
+        index = Index.load(path)
+        index.check(self.card)
+        return index
 
     def close(self):
         "Answers what is running, at most `grace` seconds long, and flushes log and traces."

@@ -98,15 +98,20 @@ def test_deterministic_with_key_and_tls_reloaded_under_load_and_drained(tmp_path
             os.kill(s.process.pid, signal.SIGHUP)
             assert h.get('/info', headers={'x-api-key': 'k1'}).json()['short_hash'] == after and h.get('/readyz').json()['ready']
             assert all(a == GOOD for a in load.end()), [a for a in load.answers if a != GOOD][:3]
+            last = Load(s.url, **ways | dict(retries=0))
+            until(lambda: len(last.answers) > 5)
             s.process.send_signal(signal.SIGTERM)
             time.sleep(.1)
             assert h.get('/readyz').status_code == 503
             assert s.process.wait(60) == 0
+            left = [a for a in last.end() if a != GOOD]  # what was asked before the door closed is answered; then nobody is there
+            assert all('Connect' in a or 'Protocol' in a or 'Read' in a for a in left), left[:3]
 
 
 def test_a_killed_replica_loses_nothing_and_is_replaced(tmp_path):
-    with running(config(tmp_path/'log', replicas=2, threads=1)) as s:
-        loads = [Load(s.url, 3), Load(s.grpc, 2)]
+    "Nor does a new artifact, which reaches every replica, also the one that is started later."
+    with running(config(tmp_path/'log', replicas=2, threads=1, api_keys=('k',))) as s:
+        loads = [Load(s.url, 3, api_key='k'), Load(s.grpc, 2, api_key='k')]
         until(lambda: all(len(x.answers) > 3 for x in loads))
         victim = next(x['pid'] for x in s.said if x['event'] == 'serving')
         os.kill(victim, signal.SIGKILL)
@@ -115,10 +120,17 @@ def test_a_killed_replica_loses_nothing_and_is_replaced(tmp_path):
         until(lambda: all(len(x.answers) > n + 3 for x, n in zip(loads, seen)))
         text = httpx2.get(f'{s.url}/metrics').text  # of all replicas together
         assert 'mmembed_items_total{kind="text",status="ok"}' in text
+        export(tiny.model(seed=1), tmp_path/'new.pt', fresh=False, cpp=False)
+        head, new = {'x-api-key': 'k', 'connection': 'close'}, read_card(tmp_path/'new.pt')['short_hash']
+        assert httpx2.post(f'{s.url}/admin/reload', json=dict(artifact=str(tmp_path/'new.pt')), headers=head, timeout=60).json()['after'] == new
+        until(lambda: {httpx2.get(f'{s.url}/info', headers=head).json()['short_hash'] for _ in range(12)} == {new})
+        os.kill([x['pid'] for x in s.said if x['event'] == 'serving'][-1], signal.SIGKILL)
+        until(lambda: sum(x['event'] == 'serving' for x in s.said) == 4)
+        assert [x['artifact'] for x in s.said if x['event'] == 'serving'][-1] == new
         wrong = [a for x in loads for a in x.end() if a != GOOD]
         assert not wrong, wrong[:3]
         assert httpx2.get(f'{s.url}/readyz').json()['ready']
-    assert s.process.returncode == 0 and [x['event'] for x in s.said].count('replica died') == 1
+    assert s.process.returncode == 0 and [x['event'] for x in s.said].count('replica died') == 2
 
 
 @pytest.fixture(scope='module')

@@ -1,0 +1,83 @@
+"""/search over a real index, and /classify with labels given, with the artifact's own, and for pairs: all as the Embedder answers."""
+import httpx2
+import numpy as np
+import pytest
+
+from mmembed.export import cases
+from mmembed.runtime import Embedder
+from mmembed.serve.client import Client, ServiceError
+from mmembed.serve.server import running
+
+from ..export import tiny
+from .conftest import config
+
+FILES = cases.images()
+GOOD = [k for k in FILES if k in ('RGB.png', 'quality 75.jpg')]
+
+
+@pytest.fixture(scope='module')
+def index(tmp_path_factory):
+    "The folder of an index over pictures of three colours, and its model."
+    pytest.importorskip('lancedb', reason='needs the extra search')
+    from PIL import Image
+    from mmembed.index import Index
+    folder = tmp_path_factory.mktemp('search')
+    (folder/'pictures').mkdir()
+    for k, color in enumerate(('red', 'green', 'blue', 'black', 'white')): Image.new('RGB', (40 + k, 40), color).save(folder/'pictures'/f'{color}.png')
+    Index.build(tiny.artifact(), folder/'pictures', folder/'index')
+    return folder/'index', folder/'pictures'
+
+
+@pytest.fixture(scope='module')
+def searching(index, tmp_path_factory):
+    with running(config(tmp_path_factory.mktemp('searching')/'log', index=str(index[0]), api_keys=('k',))) as s: yield s
+
+
+def test_search_answers_as_the_index(searching, index):
+    from mmembed.index import Index
+    local = Index.load(index[0])
+    with Client(searching.url, api_key='k') as c:
+        for query in ('a small red circle', index[1]/'blue.png'):
+            got, want = c.search(query, 3), local.search(query, 3)
+            assert [r['id'] for r in got] == want.ids and np.allclose([r['score'] for r in got], want.scores, atol=1e-4)
+        assert c.search(index[1]/'blue.png', 1)[0]['id'].endswith('blue.png') and len(c.search('x', 1000)) == 5
+        one = c.search('x', 1)[0]['id']
+        assert [r['id'] for r in c.search('x', 5, f"id = '{one}'")] == [one]
+        for where in ('nothing = 3', "'; drop"):
+            with pytest.raises(ServiceError, match='422: where'): c.search('x', 5, where)
+        with pytest.raises(ServiceError, match='422'): c.search(FILES['RGB.png'][:100])
+    other = tiny.pair_artifact()
+    r = httpx2.post(f'{searching.url}/admin/reload', json=dict(artifact=str(other)), headers={'x-api-key': 'k'}, timeout=60)
+    assert r.status_code == 422 and 'cannot ask an index' in r.json()['error']['message']
+
+
+def test_an_index_of_another_artifact_is_refused(index, tmp_path):
+    with pytest.raises(RuntimeError, match='did not start'):
+        running(config(tmp_path/'log', index=str(index[0]))._replace(artifact=tiny.pair_artifact()))
+
+
+def test_pairs_are_scored_and_bad_ones_fail_alone(tmp_path):
+    emb = Embedder(tiny.pair_artifact())
+    texts, files = ['a small red circle', 'a large blue square', '', '一个红色的圆'], [FILES[k] for k in GOOD] * 2
+    want = emb.classify(texts, files)
+    with running(config(tmp_path/'log')._replace(artifact=tiny.pair_artifact())) as s, Client(s.url) as c:
+        assert httpx2.get(f'{s.url}/readyz', timeout=30).json()['ready']
+        got = c.classify([*zip(texts, files), ('a', files[0][:50])])
+        assert got[-1] == [] and [[x for x, _ in row] for row in got[:-1]] == [[x for x, _ in row] for row in want]
+        assert all(abs(p - q) < 1e-5 for row, other in zip(got, want) for (_, p), (_, q) in zip(row, other))
+        assert c.classify([('a', files[0][:50])]) == [[]]
+        for way in (c, Client(s.grpc)):
+            with pytest.raises(ServiceError, match='scores pairs'): way.encode(['a'])
+        assert 'mmembed_items_total{kind="pair",status="ok"} 4.0' in httpx2.get(f'{s.url}/metrics').text
+
+
+def test_labels_that_are_given(http, server):
+    emb = Embedder(tiny.artifact())
+    files = [FILES[k] for k in GOOD]
+    with Client(server.url) as c:
+        got = c.classify(files, ['circle', 'square'], 'a red {}')
+        scores = emb.score(['a red circle', 'a red square'], files).T.softmax(-1)
+        for row, want in zip(got, scores.tolist()): assert dict(row) == pytest.approx(dict(zip(('circle', 'square'), want)), abs=1e-5) and row == sorted(row, key=lambda x: -x[1])
+        assert [len(r) for r in c.classify(files, ['circle', 'square'], top_k=1)] == [1, 1]
+        with pytest.raises(ServiceError, match='none of its own'): c.classify(files)
+        with pytest.raises(ServiceError, match='scores no pairs'): http.post('/classify', json={}) and c.classify([('a', files[0])], ['x'])
