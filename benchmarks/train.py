@@ -101,7 +101,8 @@ def hugging_face(state, folder):
     assert not left.unexpected_keys and all('position_ids' in k for k in left.missing_keys), left
     tokens = open_clip.tokenizer.SimpleTokenizer()
     (folder/'raw').mkdir(parents=True)
-    (folder/'raw'/'vocab.json').write_text(json.dumps(tokens.encoder))
+    special = {'<start_of_text>': '<|startoftext|>', '<end_of_text>': '<|endoftext|>'}  # the other library's names for them
+    (folder/'raw'/'vocab.json').write_text(json.dumps({special.get(k, k): v for k, v in tokens.encoder.items()}))
     merges = sorted(tokens.bpe_ranks, key=tokens.bpe_ranks.get)
     (folder/'raw'/'merges.txt').write_text('#version: 0.2\n' + '\n'.join(' '.join(m) for m in merges))
     CLIPTokenizer(str(folder/'raw'/'vocab.json'), str(folder/'raw'/'merges.txt'), model_max_length=77).save_pretrained(folder)
