@@ -177,7 +177,7 @@ def inside_tab(panels: Panels):
     gr.on([read.click, text.submit], read_it, [text], [numbers, said, tokens], api_name='inside_text', show_progress='minimal',
           api_description='Tokens with ids and places, and what is cut away.')
 
-# %% ../../nbs/demo/04_app.ipynb #e0b633a0
+# %% ../../nbs/demo/04_app.ipynb #0e39512d
 def embeddings_tab(panels: Panels, pictures: gr.Dropdown) -> dict:
     "A vector, and a map of the pictures."
     with gr.Row(equal_height=False):
@@ -203,9 +203,10 @@ def embeddings_tab(panels: Panels, pictures: gr.Dropdown) -> dict:
         a, svg = panels.overview(key)
         return a.rows, a.status, a.show or '', svg
     def download(key):
-        try: return gr.File(panels.download(key), visible=True)
+        try: return panels.download(key)
         except ValueError as e: raise gr.Error(str(e)) from None
-    save.click(download, [pictures], [all_file], api_name='download', api_description='All vectors of the pictures as .npz.')
+    save.click(download, [pictures], [all_file], api_name='download', api_description='All vectors of the pictures as .npz.'
+        ).success(lambda: gr.File(visible=True), None, [all_file], api_visibility='private', show_progress='hidden')
     asked = dict(fn=overview, inputs=[pictures], outputs=[numbers, told, heat, plane], show_progress='minimal')
     draw.click(**asked, api_name='overview', api_description='Similarities of some pictures, and a map of many.')
     return asked
