@@ -23,7 +23,7 @@ from . import host
 from .encoder import Encoder, Scorer, unstored
 from .steps import Classes, Same, SameTexts, Steps
 from .variants import Variant, prepared
-from ..opening import reason, register_image_ops
+from ..opening import read_card, reason, register_image_ops
 
 # %% ../../nbs/export/04a_answers.ipynb #ef797f09
 def answers(
@@ -153,12 +153,21 @@ def cpp(
     asked: dict, # the arguments of `answers`
 ) -> dict:
     "The answers of the C++ host."
-    out, texts = {}, [t.numpy().tobytes() for t in asked['texts']]
+    out, texts, images = {}, [t.numpy().tobytes() for t in asked['texts']], asked['images']
+    pairs = 'labels' in read_card(path)
+    if pairs: # pixels of every image, then text i with good image i, from the start again
+        once = host.ask(exe, path, (), images)['image']
+        out['pixels', 1], out['image status', 1] = [r['pixels'] for r in once if 'pixels' in r], [r.get('error', '') for r in once]
+        good = [x for x, r in zip(images, once) if 'pixels' in r]
+        images = [good[i % len(good)] for i in range(len(texts))] if good else []
     for size in asked['sizes']:
-        a = host.ask(exe, path, texts, asked['images'], batch=size)
+        a = host.ask(exe, path, texts, images, batch=size)
         batches = [a['text'][i:i+size] for i in range(0, len(a['text']), size)]
         good = [r for r in a['image'] if 'pixels' in r]
         out['token ids', size] = [torch.stack([r[k] for r in b]) for b in batches for k in ('ids', 'mask')]
+        if pairs:
+            out['pair scores', size] = [torch.stack([r['scores'] for r in a['pair'][i:i+size]]) for i in range(0, len(a['pair']), size)]
+            continue
         out['text embedding', size] = [torch.stack([r['embedding'] for r in b]) for b in batches]
         batches = [good[i:i+size] for i in range(0, len(good), size)]
         out['image embedding', size] = [torch.stack([r['embedding'] for r in b]) for b in batches]

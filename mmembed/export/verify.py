@@ -195,7 +195,7 @@ def verify(
     except RuntimeError as e: raise ValueError(f'{path} cannot be loaded: {reason(e)}') from None
     pairs = 'labels' in card
     classes = None if pairs or labels is None else read_classes(labels, tuple(templates))
-    exe, notes = _cpp_host(cpp, pairs, variant), [] if fresh else ['fresh process']
+    exe, notes = _cpp_host(cpp), [] if fresh else ['fresh process']
     if isinstance(exe, str): notes.append(exe)
     else: notes.append(f'c++: {", ".join(CPP_SKIPS)}, batches of 0: the command-line host does not print them')
     threads = torch.get_num_threads()
@@ -220,9 +220,7 @@ def verify(
     return Report(path, card, rows, time.perf_counter() - start, notes)
 
 # %% ../../nbs/export/05_verify.ipynb #bbd6a9ea
-def _cpp_host(cpp, pairs: bool, variant: Variant) -> Path | str: # the program, or why it is not asked
-    if pairs: return 'c++: the command-line host asks for embeddings, this model scores pairs'
-    if variant.output != 'float32': return f'c++: the command-line host prints float32 embeddings, this file answers with {variant.output}'
+def _cpp_host(cpp) -> Path | str: # the program, or why it is not asked
     exe = host.built() if cpp is None else Path(cpp) if isinstance(cpp, (str, Path)) else host.build() if cpp else None
     return exe or ('c++: ' + ('not asked for' if cpp is False else 'no host is built; pass cpp=True to build it'))
 

@@ -35,6 +35,8 @@ def test_verify_holds_cpp_to_the_model(cli):
         assert rows['token ids'].n > 1000 and rows['pixels'].n > 10000
         assert rows['token ids'].difference == rows['pixels'].difference == rows['image status'].difference == 0
         assert rows['text embedding'].difference <= 1e-5 and rows['image embedding'].difference <= 1e-5
+    rows = {r.what: r for r in verify(tiny.pair_artifact(), tiny.pair_model(), fresh=False, cpp=cli).check().rows if r.stage == 'c++'}
+    assert rows['pair scores'].n > 300 and rows['pixels'].difference == rows['token ids'].difference == rows['image status'].difference == 0
 
 
 def test_answers_are_the_embedders(cli):
@@ -87,7 +89,7 @@ def test_pairs(cli):
 
 
 def test_stored_embeddings(cli, tmp_path):
-    export(tiny.model(), tmp_path/'m.pt', fresh=False, cpp=False, output='int8', labels=['a', 'b'])
+    export(tiny.model(), tmp_path/'m.pt', fresh=False, cpp=cli, output='int8', labels=['a', 'b'])
     emb, file = load(tmp_path/'m.pt'), as_bytes(cases.images()['RGB.png'])
     answers = host.ask(cli, tmp_path/'m.pt', [b'a', b'red'], [file])
     assert answers['image'][0]['embedding'].dtype == torch.int8
