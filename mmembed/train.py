@@ -9,7 +9,7 @@ __all__ = ['TASKS', 'load_checkpoint', 'read_checkpoint', 'Checkpoint', 'write_w
            'claim_folder', 'learn_tokenizer', 'RunResult', 'run', 'find_lr', 'prepare', 'show_recall', 'show_figures',
            'evaluate', 'LitDualEncoder', 'LitPairClassifier', 'judge', 'warm_cosine']
 
-# %% ../nbs/20_train.ipynb #1d27c94a
+# %% ../nbs/20_train.ipynb #716c3ad2
 import json
 import os
 import re
@@ -17,6 +17,7 @@ import tempfile
 import uuid
 import warnings
 from argparse import ArgumentError
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,7 +129,7 @@ def task_of(
     if task not in TASKS: raise ValueError(f'task must be one of {", ".join(TASKS)}, got {task}')
     return task
 
-# %% ../nbs/20_train.ipynb #e4fbb3ca
+# %% ../nbs/20_train.ipynb #fd46f46f
 class TrainCLI(LightningCLI):
     "A run described by arguments and configuration files; everything is made here, nothing is fitted yet"
     def __init__(self,
@@ -155,6 +156,7 @@ class TrainCLI(LightningCLI):
     def before_instantiate_classes(self):
         if self.config.resume and not Path(self.config.resume).is_file():
             raise FileNotFoundError(f'no checkpoint {self.config.resume}')
+        _loggers_there(_get(self.config, 'trainer.logger'))
         self.folder = claim_folder(Path(settings().runs_path)/self.config.name)
         text = _get(self.config, 'model.model.init_args.text.init_args')
         if text is not None and text.get('tokenizer') == 'learn':
@@ -175,6 +177,14 @@ class TrainCLI(LightningCLI):
         if _get(self.config, 'trainer.enable_progress_bar') is not False: more.append(RichProgressBar())
         self.trainer_defaults['callbacks'] = [self.best, *more]
         return super().instantiate_trainer(default_root_dir=self.folder, **kwargs)
+
+# %% ../nbs/20_train.ipynb #44f0be08
+def _loggers_there(loggers: Any):
+    "Raises `ValueError` for a logger whose package is missing, before anything is made."
+    wanted = {'WandbLogger': 'wandb', 'MLFlowLogger': 'mlflow', 'CometLogger': 'comet_ml', 'NeptuneLogger': 'neptune'}
+    for one in loggers if isinstance(loggers, list) else [loggers]:
+        name = str(one.get('class_path')).rpartition('.')[2] if isinstance(one, (dict, Namespace)) else ''
+        if (package := wanted.get(name)) and find_spec(package) is None: raise ValueError(f'{name} wants the package {package}: pip install {package}')
 
 # %% ../nbs/20_train.ipynb #4faf03d3
 def _get(config: Namespace, key: str) -> Any:
