@@ -17,14 +17,22 @@ from fastcore.script import store_true
 # %% ../../nbs/commands/02_ask.ipynb #2adf245e
 def verify(
     artifact: str,            # an exported file
+    data: str = None,         # pairs of your own to ask about, too: a .csv, .tsv, .jsonl or .parquet file as `mmembed train` takes it
+    samples: int = 100,       # pairs of it, evenly spread
     cpp: store_true = False,  # compile the C++ host and ask it, too
     json: store_true = False, # print the report as JSON
 ):
     """Ask an exported file the same in several hosts and compare the answers.
 
-    mmembed verify model.pt --cpp"""
+    mmembed verify model.pt --cpp
+    mmembed verify model.pt --data pairs.csv"""
     from mmembed.export.verify import verify as compare
-    report = compare(artifact, cpp=cpp)
+    own = []
+    if data:
+        from mmembed.data.sources import PairsFile
+        pairs = PairsFile(data)
+        own = [pairs[i] for i in range(0, len(pairs), max(1, len(pairs) // max(1, samples)))]
+    report = compare(artifact, cpp=cpp, samples=own)
     print(report.to_json() if json else report)
     report.check()
 

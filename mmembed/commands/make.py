@@ -31,7 +31,7 @@ def train(argv: list[str]):
     path = near(run(argv).checkpoint)
     print(f'checkpoint: {path}\nnext: mmembed export {path}')
 
-# %% ../../nbs/commands/01_make.ipynb #5cee3f51
+# %% ../../nbs/commands/01_make.ipynb #e6586622
 def evaluate(argv: list[str]):
     """Judge a trained model on held-out data: tables, and figures as JSON beside the checkpoint.
 
@@ -43,15 +43,18 @@ def evaluate(argv: list[str]):
         epilog=f'Options that begin with --data. change the data, as in `mmembed train`.\n\n{examples}')
     parser.add_argument('checkpoint', help='what `mmembed train` printed: a .ckpt or .safetensors file')
     parser.add_argument('--out', help='where the figures go; by default <checkpoint>.json')
+    parser.add_argument('--json', action='store_true', help='print the figures as JSON instead of tables')
     args, data = parser.parse_known_args(argv)
     found = judge(args.checkpoint, data)
-    show_figures(found)
-    if 'map' in found: print('mean average precision: ' + ', '.join(f"{k.replace('_', ' ')} {v:.1%}" for k, v in found['map'].items()))
+    if args.json: print(json.dumps(found, indent=1))
+    else:
+        show_figures(found)
+        if 'map' in found: print('mean average precision: ' + ', '.join(f"{k.replace('_', ' ')} {v:.1%}" for k, v in found['map'].items()))
     out = Path(args.out or Path(args.checkpoint).with_suffix('.json'))
     out.write_text(json.dumps(found, indent=1))
-    print(f'figures: {near(out)}')
+    if not args.json: print(f'figures: {near(out)}')
 
-# %% ../../nbs/commands/01_make.ipynb #8aa469d3
+# %% ../../nbs/commands/01_make.ipynb #7eb31128
 def export(
     checkpoint: Annotated[str, {'opt': False, 'nargs': '?'}] = None, # what `mmembed train` printed: a .ckpt file; for --triton alone, a file exported before
     out: str = None,           # the artifact; by default <artifacts_path>/<name of the run>.pt
@@ -59,6 +62,17 @@ def export(
     weights: str = None,       # of that model: a file, or a name of open_clip's such as laion2b_s34b_b79k
     triton: str = None,        # write a Triton model repository to this folder, too
     no_decode: store_true = False, # leave the file decoders out, for hosts with libtorch alone
+    precision: str = 'fp32',       # of the towers: fp32, bf16, fp16
+    quantize: str = None,          # int8: linear layers multiply int8 by int8
+    fold: store_true = False,      # fold the normalisation into the first convolution
+    trim: int = 0,                 # pad texts to multiples of this many tokens
+    deterministic: int = 0,        # rows of every batch that a tower sees, so that an embedding does not depend on its neighbours
+    dim: int = None,               # numbers kept of an embedding
+    output: str = 'float32',       # of embeddings: float32, int8, binary
+    labels: str = None,            # names of classes, separated by commas: the file then classifies
+    top_k: int = 5,                # labels of an answer, at most
+    threshold: float = 0.,         # probability from which a label counts
+    device: str = 'cpu',           # verify on this device, too
     cpp: store_true = False,       # compile the C++ host and ask it, too
     json: store_true = False,      # print the report as JSON
 ):
@@ -66,6 +80,7 @@ def export(
 
     mmembed export runs/quickstart/best.ckpt --out model.pt
     mmembed export --open-clip ViT-B-32 --weights open_clip.safetensors --out clip.pt
+    mmembed export runs/quickstart/best.ckpt --precision bf16 --labels "cat, dog"
     mmembed export model.pt --triton models"""
     import mmembed as mm
     from mmembed.core import settings
@@ -73,7 +88,9 @@ def export(
     if not made:
         model, name, training = exportable(checkpoint, open_clip, weights)
         out = out or Path(settings().artifacts_path)/f'{name}.pt'
-        report = mm.export(model, out, decode=not no_decode, training=training, cpp=cpp)
+        names = [x.strip() for x in labels.split(',')] if labels else None
+        report = mm.export(model, out, decode=not no_decode, training=training, cpp=cpp, precision=precision, quantize=quantize, fold=fold, trim=trim,
+            deterministic=deterministic, dim=dim, output=output, labels=names, top_k=top_k, threshold=threshold, device=device)
         print(report.to_json() if json else report)
         if not json: print(f'\n{near(out)} ({Path(out).stat().st_size / 1e6:.1f} MB)')
     if triton:
