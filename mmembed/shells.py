@@ -97,7 +97,7 @@ class Shell(LightningModule):
         dist.all_gather_object(out, rows)
         return [r for part in out for r in part]
 
-# %% ../nbs/19_shells.ipynb #9a605af2
+# %% ../nbs/19_shells.ipynb #903ac597
 class LitDualEncoder(Shell):
     "Trains a `DualEncoder` with a contrastive loss"
     def __init__(self,
@@ -125,6 +125,7 @@ class LitDualEncoder(Shell):
         self.loss = loss or InfoNCE(share_targets)
         object.__setattr__(self, 'teacher', teacher and teacher.eval().requires_grad_(False))  # not in checkpoints
         self.recall: dict[str, dict[str, Recall]] = {}  # kind: direction: figures of the latest validation
+        self.picture_of: Tensor | None = None  # as `pictures` has it
         self.prepare(model)
 
     def forward(self, batch: PairBatch) -> Embeddings: return self.model(batch.tokens, batch.pixels)
