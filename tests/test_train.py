@@ -380,6 +380,31 @@ def test_training_knows_which_rows_show_one_picture(work, monkeypatch):
     assert cli.model.pictures() is None
 
 
+SHARDED = """
+trainer:
+  devices: 2
+  strategy:
+    class_path: lightning.pytorch.strategies.ModelParallelStrategy
+    init_args: {data_parallel_size: 2, tensor_parallel_size: 1, save_distributed_checkpoint: false}
+"""
+
+
+def test_two_processes_keep_half_of_the_weights_each(work):
+    "torchrun, weights sharded: one folder, and the weights of one process that has the joined batches."
+    import os
+    (work/'sharded.yaml').write_text(SHARDED)
+    options = ['--trainer.max_steps', '2', '--model.freeze_norms', 'true', '--model.warmup', '0', '--trainer.limit_val_batches', '0']
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(Path(sys.executable).with_name('mmembed')), 'train', *SMALL,
+                           '--config', 'sharded.yaml', '--name', 'sharded', '--data.batch_size', '16', *options],
+                          env=os.environ | {'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': 'lo'}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert [p.name for p in (work/'out').iterdir()] == ['sharded']
+    whole = run([*SMALL, '--name', 'whole', *options]).model.state_dict()
+    parts = load_checkpoint(work/'out'/'sharded'/'last.ckpt').state_dict()
+    assert whole.keys() == parts.keys()
+    for k, x in whole.items(): assert (x.float() - parts[k].float()).abs().mean() < 2e-4, k  # a key's bias has no gradient, and Adam moves it by its rounding
+
+
 def test_new_folder(tmp_path):
     for want in ('a', 'a-2', 'a-3'):
         folder = new_folder(tmp_path/'a')
