@@ -159,3 +159,31 @@ def test_quickstart_on_a_few_scenes(here, capsys):
     program = out[out.index('    import mmembed as mm'):].split('\n\n')[0]
     done = subprocess.run([sys.executable, '-c', '\n'.join(line.strip() for line in program.splitlines())], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_eval_prints_json(artifact, capsys):
+    capsys.readouterr()
+    assert main(['eval', str(artifact.parent/'runs'/'pairs'/'best.ckpt'), '--json', '--out', str(artifact.parent/'figures.json')]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out[out.index('{\n'):]) == json.loads((artifact.parent/'figures.json').read_text())
+
+
+@pytest.mark.parametrize('shell', ['bash', 'zsh'])
+def test_completion_knows_every_command(shell, capsys):
+    assert main(['completion', shell]) == 0
+    script = capsys.readouterr().out
+    assert all(word in script for name in COMMANDS for word in name.split()) and '--max-pixels' in script
+    if shell == 'bash': assert subprocess.run(['bash', '-n'], input=script, text=True).returncode == 0
+
+
+def test_wrong_calls_name_the_next_step(capsys):
+    for argv, says in [(['trian'], 'is `mmembed train` meant?'), (['index', 'biuld'], 'is `mmembed index build` meant?'), (['info', '--colour', 'red', 'x.pt'], 'mmembed info --help'), (['verify'], 'mmembed verify --help')]:
+        assert main(argv) == 2
+        err = capsys.readouterr().err
+        assert says in err and err.count('\n') == 1, err
+
+
+def test_modules_of_commands_import_no_torch():
+    program = "import sys; from mmembed.cli import COMMANDS, command; [command(n) for n, where in COMMANDS.items() if where.startswith('commands.')]; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+    assert done.stdout.strip() == 'False', done.stderr
