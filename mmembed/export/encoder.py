@@ -32,13 +32,13 @@ def lengthened(
     "`x` with `value` to its right."
     return F.pad(x, [0, max(0, length - x.shape[1])], value=float(value))
 
-# %% ../../nbs/export/01c_encoder.ipynb #b5e4db0a
+# %% ../../nbs/export/01c_encoder.ipynb #c09a543a
 def stored(
     x: Tensor, # float32 (B, D), unit length
     output: str, # 'float32', 'int8' or 'binary'
 ) -> Tensor: # float32 (B, D), int8 (B, D) or uint8 (B, D/8)
     "`x` in fewer bits."
-    if output == 'int8': return (x * 127).round().clamp(-127, 127).to(torch.int8)
+    if output == 'int8': return (x * (127 / x.abs().amax(1, keepdim=True).clamp(min=1e-12))).round().to(torch.int8)
     if output == 'binary':
         places = 2 ** torch.arange(7, -1, -1, device=x.device)
         return ((x > 0).view(x.shape[0], -1, 8) * places).sum(2).to(torch.uint8)

@@ -32,7 +32,7 @@ class Variant(NamedTuple):
     trim: int = 0             # texts padded to multiples of this many tokens, whatever the pipeline says; 0: as it says
     deterministic: int = 0    # rows of every batch that a tower sees, filled up to max_length tokens; 0: as they come
     dim: int = 0              # numbers kept of an embedding, which is made unit length again; 0: all
-    output: str = 'float32'   # of embeddings: 'float32', 'int8' (127 x), 'binary' (one bit a number)
+    output: str = 'float32'   # of embeddings: 'float32', 'int8' (stretched to 127), 'binary' (one bit a number)
 
     def changes(self) -> dict:
         "The options that are not the default."
