@@ -8,7 +8,6 @@ Docs: https://mmembed.github.io/mmembed/serve/ray.html.md"""
 __all__ = ['CLUSTER', 'Replica', 'Door', 'options', 'app', 'run']
 
 # %% ../../nbs/serve/12_ray.ipynb #860c4106
-import hashlib
 import json
 import os
 import signal
@@ -84,18 +83,13 @@ def options(
     elif made['num_cpus'] >= 1: fields['threads'] = int(made['num_cpus'])
     out = dict(name='mmembed', ray_actor_options=dict(num_cpus=made['num_cpus'], num_gpus=made['num_gpus']), health_check_period_s=5,
                max_ongoing_requests=engine.get('queue', Options().queue),
-               user_config=dict(artifact=os.path.abspath(args['artifact'])), version=_version(fields))
+               user_config=dict(artifact=os.path.abspath(args['artifact'])))
     if made['per_node']: out['max_replicas_per_node'] = made['per_node']
     if made['max_replicas']:
         out['autoscaling_config'] = dict(min_replicas=made['min_replicas'] or 1, max_replicas=made['max_replicas'], target_ongoing_requests=made['target'],
                                          initial_replicas=max(made['replicas'], made['min_replicas'], 1))
     else: out['num_replicas'] = made['replicas']
     return out, fields
-
-# %% ../../nbs/serve/12_ray.ipynb #38bf17b2
-def _version(fields: dict) -> str: # the same for the same service: then Ray keeps the replicas, and only tells them of another artifact
-    from mmembed import __version__
-    return hashlib.sha256(json.dumps([__version__, fields], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 # %% ../../nbs/serve/12_ray.ipynb #d52e5a04
 def _typed(value, default):
