@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import pack, quietly
+from .artifact import save
 from ..inputs import DOT
 from ..opening import read_card, reason, register_image_ops
 
@@ -152,7 +153,7 @@ def _model(folder: Path, name: str, module: nn.Module, text: str, device: str) -
     scripted = quietly(torch.jit.script, module.eval())
     if not device.startswith('cuda'): scripted = quietly(torch.jit.freeze, scripted, optimize_numerics=False)
     (folder/name/'1').mkdir(parents=True, exist_ok=True)
-    quietly(torch.jit.save, scripted, str(folder/name/'1'/'model.pt'))
+    save(scripted, folder/name/'1'/'model.pt', module.artifact.card())
     (folder/name/'config.pbtxt').write_text(text)
     return folder/name
 

@@ -40,7 +40,7 @@ def test_images_one_by_one_and_in_batches(repository):
         except (RuntimeError, torch.jit.Error) as e: assert reason(e) == error
         else: assert not error and torch.equal(levels[-1][0], emb.preprocess(file))
     assert torch.allclose(model(repository, 'clip_pixels')(torch.cat(levels)), good.embedding[good.ok], atol=1e-5)
-    with pytest.raises(RuntimeError, match='image: one a request'): preprocess(torch.zeros(2, 9, dtype=torch.uint8))
+    with pytest.raises((RuntimeError, torch.jit.Error), match='image: one a request'): preprocess(torch.zeros(2, 9, dtype=torch.uint8))
 
 
 def test_decoded_pictures(repository):
@@ -58,7 +58,8 @@ def test_pairs(repository):
 
 def test_configurations_are_protocol_buffers(repository):
     "Each by Triton's own message, and read alike by the small parser that checks them where that is not installed."
-    pb = pytest.importorskip('tritonclient.grpc.model_config_pb2')
+    try: from tritonclient.grpc import model_config_pb2 as pb
+    except (ImportError, RuntimeError): pytest.skip('no tritonclient[grpc]')
     from google.protobuf import text_format
     for path in repository.glob('*/config.pbtxt'):
         got, own = text_format.Parse(path.read_text(), pb.ModelConfig()), triton.read_pbtxt(path.read_text())
@@ -70,6 +71,7 @@ def test_configurations_are_protocol_buffers(repository):
 
 
 def test_one_model_holds_one_tower(repository):
+    for path in repository.glob('*/1/model.pt'): assert b'.debug_pkl' not in path.read_bytes() # which would hold paths of this machine
     size = lambda name: (repository/name/'1'/'model.pt').stat().st_size
     assert size('clip_pixels') < size('clip_text') and not any('text' in k for k in dict(model(repository, 'clip_pixels').named_buffers()))
 
