@@ -320,7 +320,7 @@ def test_hostile_files_of_a_folder_and_of_a_pipe(model, tmp_path, monkeypatch, c
     assert found.ids[-1] == '../deep/line\nbreak.jpg'
     assert all(v.equal(rows[n.split('/')[-1]]) for n, v in zip(found.ids, found.vectors))
     monkeypatch.chdir(folder)
-    assert main(['embed', str(model), '-o', '../../dash', '--', '-o.jpg', '--help.jpg']) == 0
+    assert main(['embed', '-o', '../../dash', str(model), '--', '-o.jpg', '--help.jpg']) == 0
     assert load_vectors(tmp_path/'dash').ids == ['-o.jpg', '--help.jpg']
     assert sorted(p.name for p in tmp_path.iterdir()) == ['dash', 'folder', 'in', 'pipe'] and len(os.listdir(os.fsencode(folder))) == len(HOSTILE)
 
