@@ -34,7 +34,7 @@ class Replica:
         "Starts the service; later changes it to another artifact, without a restart. Ray calls it on every replica when the application is deployed."
         if self.service is None:
             self.service = Service(Config(wanted['artifact'], **self.fields))
-            self.app = asgi(self.service)
+            self.door = asgi(self.service)
         elif wanted['artifact'] != self.service.config.artifact: await self.service.reload(wanted['artifact'])
 
     async def check_health(self):
@@ -58,7 +58,7 @@ class Door:
                 kind = (await receive())['type']
                 await send({'type': f'{kind}.complete'})
                 if kind == 'lifespan.shutdown': return
-        await _serve().get_replica_context().servable_object.app(scope, receive, send)
+        await _serve().get_replica_context().servable_object.door(scope, receive, send)
 
 # %% ../../nbs/serve/12_ray.ipynb #19a9c327
 CLUSTER = dict(replicas=1, min_replicas=0, max_replicas=0, target=32, num_cpus=1., num_gpus=0., per_node=0) # what Ray is told, not the service
