@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mmembed.core import as_bytes, quietly
-from mmembed.vision.pipeline import VisionPipeline, stack_levels
+from mmembed.core import as_bytes, quietly, stack_levels
+from mmembed.vision.pipeline import VisionPipeline
 
 MEAN, STD = VisionPipeline().spec()['mean'], VisionPipeline().spec()['std']
 

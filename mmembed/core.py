@@ -6,14 +6,14 @@ Docs: https://mmembed.github.io/mmembed/core.html.md"""
 
 # %% auto #0
 __all__ = ['Tokens', 'Encoding', 'ImageInfo', 'PairBatch', 'Embeddings', 'quietly', 'as_bytes', 'pack', 'pack_str', 'read_bytes',
-           'Settings', 'settings']
+           'stack_levels', 'Settings', 'settings']
 
-# %% ../nbs/00_core.ipynb #d24eb9f2
+# %% ../nbs/00_core.ipynb #06dbefd3
 import configparser
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import List, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,6 +126,16 @@ def read_bytes(
 ) -> Tensor: # uint8 (N,)
     "The content of the file at `path`; raises `OSError` as `open` does."
     return as_bytes(Path(path).read_bytes())
+
+# %% ../nbs/00_core.ipynb #250a770c
+def stack_levels(
+    levels: List[Tensor], # uint8 (3, H, W) each, at least one
+) -> Tensor: # uint8 (B, 3, H, W)
+    "One batch of preprocessed pictures, in `channels_last` layout; a copy, but for a single one that has it already."
+    if len(levels) == 1: return levels[0].permute(1, 2, 0).contiguous().unsqueeze(0).permute(0, 3, 1, 2)
+    rows: List[Tensor] = []
+    for x in levels: rows.append(x.permute(1, 2, 0))
+    return torch.stack(rows).permute(0, 3, 1, 2)
 
 # %% ../nbs/00_core.ipynb #a422acd0
 class Settings(NamedTuple):

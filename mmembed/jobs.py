@@ -9,7 +9,7 @@ __all__ = ['FAILURES', 'Prepared', 'why', 'prepare', 'readable_id', 'batches', '
            'service_batch', 'progress_bar', 'duration', 'PRECISIONS', 'Job', 'Vectors', 'each_shard', 'from_precision',
            'load_vectors', 'read_job', 'to_precision', 'open_source']
 
-# %% ../nbs/40_jobs.ipynb #061d7950
+# %% ../nbs/40_jobs.ipynb #e9b74b5e
 import os
 import sys
 import time
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .core import Tokens
+from .core import Tokens, stack_levels
 from .data.loader import thread_pool
 from .data.sources import Source, _reason
 from .intake import Survey, changed, column_types, column_value, open_source, survey
@@ -43,7 +43,7 @@ class Prepared(NamedTuple):
     levels: Tensor | None # uint8 (good, 3, H, W)
     tokens: Tokens | None # of the good rows
 
-# %% ../nbs/40_jobs.ipynb #bd17d400
+# %% ../nbs/40_jobs.ipynb #d7919c5e
 FAILURES = (RuntimeError, ValueError, OSError, TypeError)
 
 def why(
@@ -76,7 +76,7 @@ def prepare(
         errors.append(_readable(error))
         for k, v in values.items(): kept[k].append(v)
     tokens = embedder.tokenize(texts) if texts else None
-    return Prepared(rows, names, kept, errors, torch.stack(levels) if levels else None, tokens)
+    return Prepared(rows, names, kept, errors, stack_levels(levels) if levels else None, tokens)
 
 # %% ../nbs/40_jobs.ipynb #05a95ca6
 def readable_id(

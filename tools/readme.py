@@ -1,6 +1,6 @@
 """README.md from nbs/index.ipynb, without Quarto: `python tools/readme.py` writes it, `--check` fails if it is out of step.
 
-The notebook is the first page of the site, too: its links to notebooks begin at nbs/, those to files are URLs. In README.md both begin at the root."""
+The notebook is the first page of the site, too: its links to notebooks and pictures begin at nbs/, those to files are URLs. In README.md both begin at the root."""
 import re
 import sys
 from pathlib import Path
@@ -26,7 +26,7 @@ def from_root(text: str) -> str:
     def moved(m):
         here = (ROOT/'nbs'/m[1]).exists() and not (ROOT/m[1]).exists()
         return f'](nbs/{m[1]}' if here else m[0]
-    return FILES.sub('](', re.sub(r'\]\(([\w./-]+\.ipynb)', moved, text))
+    return FILES.sub('](', re.sub(r'\]\(([\w./-]+\.(?:ipynb|webp))', moved, text))
 
 
 def markdown(cell) -> str:

@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/data/module.html.md"""
 # %% auto #0
 __all__ = ['Row', 'Rows', 'Collate', 'Ledger', 'PairLoader', 'Shuffled', 'PairData']
 
-# %% ../../nbs/data/03_module.ipynb #782f21ec
+# %% ../../nbs/data/03_module.ipynb #e3293125
 from collections.abc import Iterator
 from contextlib import closing
 from html import escape
@@ -18,7 +18,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..core import PairBatch, Tokens, pack, settings
+from ..core import PairBatch, Tokens, pack, settings, stack_levels
 from .loader import Loader, Share, Shuffle, even_batches
 from .sources import PairsFile, Part, Source, _reason
 from .splits import Survey, split_once, survey
@@ -64,7 +64,7 @@ class Rows(Dataset):
         generator = torch.Generator().manual_seed(hash((self.seed, epoch, i)))
         return self.vision.augment(file, generator)
 
-# %% ../../nbs/data/03_module.ipynb #7528d4c8
+# %% ../../nbs/data/03_module.ipynb #c6475dcc
 class Collate:
     "Rows to a `PairBatch` and the rows that failed"
     def __init__(self,
@@ -77,7 +77,7 @@ class Collate:
         failed = [(r.index, r.error) for r in rows if r.error]
         tokens = Tokens(*self.text.tokenize(*pack([r.text for r in good])))
         none = torch.zeros(0, 3, *self.vision.size, dtype=torch.uint8)
-        pixels = self.vision.normalize(torch.stack([r.levels for r in good]) if good else none)
+        pixels = self.vision.normalize(stack_levels([r.levels for r in good]) if good else none)
         return PairBatch(tokens, pixels, torch.tensor([r.index for r in good], dtype=torch.int64)), failed
 
 # %% ../../nbs/data/03_module.ipynb #e9d65657

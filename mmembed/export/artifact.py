@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/export/artifact.html.md"""
 # %% auto #0
 __all__ = ['Served', 'Artifact', 'PairArtifact', 'TracedText', 'trace_text', 'trace_image', 'scriptable', 'assemble', 'save']
 
-# %% ../../nbs/export/01_artifact.ipynb #7682a9f9
+# %% ../../nbs/export/01_artifact.ipynb #9ad8009f
 import copy
 import io
 import warnings
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..core import ImageInfo, Tokens, pack_str, quietly
+from ..core import ImageInfo, Tokens, pack_str, quietly, stack_levels
 from .encoder import Encoder, Scorer, unstored
 from .steps import Classes, Labelled, Same, SameTexts, Steps, best_labels, read_classes, tried
 from .variants import Prepared, Variant, prepared
@@ -125,7 +125,7 @@ class Served(nn.Module):
         if top_k < 0: raise ValueError(f'top_k must not be negative, got {top_k}')
         return best_labels(self.names, probability, self.thresholds, top_k if top_k > 0 else self.top_k)
 
-# %% ../../nbs/export/01_artifact.ipynb #42179f50
+# %% ../../nbs/export/01_artifact.ipynb #ad05c53b
 class Artifact(Served):
     "Both pipelines and both towers of a DualEncoder in one module that scripts: raw bytes in, embeddings out"
     def __init__(self, model: nn.Module, text_pipeline: nn.Module, vision_pipeline: nn.Module, dim: int, steps: Steps, classes: Classes,
@@ -154,7 +154,7 @@ class Artifact(Served):
     def encode_image(self, images: list[Tensor]) -> Tensor:
         "Unit-length float32 (B, D); each image a file as uint8 (N,), or decoded RGB uint8 (3, H, W)."
         levels = self.levels(images)
-        return self.encode_pixels(torch.stack(levels)) if len(levels) > 0 else self.none()
+        return self.encode_pixels(stack_levels(levels)) if len(levels) > 0 else self.none()
 
     @torch.jit.export
     def encode_pixels(self, pixels: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class Artifact(Served):
         "The labels of embeddings (B, D), for hosts that encode item by item."
         return self.pick(self.class_probability(embedding), top_k)
 
-# %% ../../nbs/export/01_artifact.ipynb #faee6289
+# %% ../../nbs/export/01_artifact.ipynb #eea38f33
 class PairArtifact(Served):
     "Both pipelines and a PairClassifier in one module that scripts: raw pairs in, scores out"
     def forward(self, texts: list[str], images: list[Tensor]) -> Tensor:
@@ -209,7 +209,7 @@ class PairArtifact(Served):
         if len(texts) != len(images): raise ValueError(f'{len(texts)} texts and {len(images)} images are no pairs')
         levels = self.levels(images)
         if len(levels) == 0: return torch.zeros((0, self.dim), device=self.logit_scale.device)
-        return self.score_pairs(data, offsets, torch.stack(levels))
+        return self.score_pairs(data, offsets, stack_levels(levels))
 
     @torch.jit.export
     def score_pairs(self, data: Tensor, offsets: Tensor, pixels: Tensor) -> Tensor:
