@@ -6,7 +6,7 @@ Docs: https://mmembed.github.io/mmembed/cli.html.md"""
 
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'command', 'usage', 'summary', 'Formatter', 'Parser', 'parser', 'takes_argv', 'split_doc',
-           'call', 'main', 'unknown', 'sentence', 'quiet', 'near']
+           'call', 'main', 'dispatch', 'unknown', 'sentence', 'quiet', 'near']
 
 # %% ../nbs/50_cli.ipynb #8962acfa
 import argparse
@@ -23,7 +23,7 @@ from typing import Callable
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch: threads that spin while they wait slow a busy machine down
 
-# %% ../nbs/50_cli.ipynb #d47a52ec
+# %% ../nbs/50_cli.ipynb #fcd9fa5e
 COMMANDS = {
     'quickstart': 'commands.make:quickstart',
     'train': 'commands.make:train',
@@ -43,7 +43,7 @@ COMMANDS = {
     'search': 'commands.search:search',
     'demo': 'commands.demo:demo',
     'serve': 'commands.serving:serve',
-    'bench': 'bench:bench',
+    'bench': 'commands.ask:bench',
     'completion': 'commands.completion:completion',
 }
 GROUPS: dict[str, str] = {'index': 'An index of pictures or texts in a folder'} # first word: what its commands do
@@ -111,7 +111,7 @@ def split_doc(f) -> tuple[str, str]:
     text, _, examples = inspect.getdoc(f).partition('\n\n')
     return text, 'examples:\n' + '\n'.join(f'  {line.strip()}' for line in examples.splitlines()) if examples else ''
 
-# %% ../nbs/50_cli.ipynb #4ae55a12
+# %% ../nbs/50_cli.ipynb #f9cdfd08
 def call(
     name: str,       # of `COMMANDS`
     rest: list[str], # the options
@@ -119,7 +119,7 @@ def call(
     "Runs one command."
     f = command(name)
     if takes_argv(f): return f(rest)
-    args = vars(parser(name).parse_args(rest))
+    args = vars(parser(name).parse_intermixed_args(rest))
     args.pop('pdb', None), args.pop('xtra', None)
     kinds = inspect.signature(f).parameters
     star = [k for k, p in kinds.items() if p.kind is p.VAR_POSITIONAL]
@@ -127,12 +127,30 @@ def call(
     first = [args.pop(k) for k, p in kinds.items() if star and p.kind is p.POSITIONAL_OR_KEYWORD]
     f(*first, *many, **args)
 
-# %% ../nbs/50_cli.ipynb #0bcd624d
+# %% ../nbs/50_cli.ipynb #d3d3f58e
 def main(
     argv: list[str] | None = None, # the command and its options; from the shell by default
 ) -> int: # the exit status: 0, 1 for an error, 2 for a wrong call
     "Runs what the words say."
     argv = sys.argv[1:] if argv is None else argv
+    try:
+        status = dispatch(argv)
+        sys.stdout.flush()
+        return status
+    except SystemExit as e: return e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+    except KeyboardInterrupt: return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has gone
+        return 1
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as e:
+        if os.environ.get('MMEMBED_DEBUG'): raise
+        print(f'mmembed: error: {sentence(e)}', file=sys.stderr)
+        return 1
+
+def dispatch(
+    argv: list[str], # the words
+) -> int: # the exit status
+    "A command, or the help about all or a group of them; raises what a command raises."
     if not argv or argv[0] in ('-h', '--help', 'help'):
         print(usage())
         return 0 if argv else 2
@@ -149,16 +167,7 @@ def main(
         print(f'mmembed: error: {unknown(argv)}', file=sys.stderr)
         return 2
     quiet()
-    try: call(name, rest)
-    except SystemExit as e: return e.code if isinstance(e.code, int) else 0 if e.code is None else 1
-    except KeyboardInterrupt: return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has gone
-        return 1
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as e:
-        if os.environ.get('MMEMBED_DEBUG'): raise
-        print(f'mmembed: error: {sentence(e)}', file=sys.stderr)
-        return 1
+    call(name, rest)
     return 0
 
 # %% ../nbs/50_cli.ipynb #cb3370b9

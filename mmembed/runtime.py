@@ -8,7 +8,7 @@ Docs: https://mmembed.github.io/mmembed/runtime.html.md"""
 __all__ = ['join_tokens', 'Embedder', 'load', 'FORMAT_VERSION', 'read_card', 'reason', 'register_image_ops', 'Encoded', 'Scored',
            'Ranking', 'Similarity', 'Profile']
 
-# %% ../nbs/30_runtime.ipynb #8d89cd3b
+# %% ../nbs/30_runtime.ipynb #11587846
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from html import escape
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .core import ImageInfo, Tokens, pack, quietly
+from .core import ImageInfo, Tokens, pack, quietly, stack_levels
 from .opening import FORMAT_VERSION, device_of, read_card, reason, register_image_ops
 from .inputs import DOT, ahead, as_image, chunks, decoders as threads_for, items_of, name_of, text_error, watched
 from .results import Encoded, Profile, Ranking, Scored, Similarity, check, plain, policy, ranking, settle, stages
@@ -36,7 +36,7 @@ def join_tokens(
     wide = lambda x, value: torch.nn.functional.pad(x, (0, length - x.shape[1]), value=value)
     return Tokens(torch.cat([wide(b.ids, pad_id) for b in batches]), torch.cat([wide(b.mask, 0) for b in batches]))
 
-# %% ../nbs/30_runtime.ipynb #1d9f6019
+# %% ../nbs/30_runtime.ipynb #a4df9e58
 class Embedder:
     "An artifact, loaded: texts and images to embeddings, or pairs of them to scores, with a status for every item"
     def __init__(
@@ -60,7 +60,7 @@ class Embedder:
         except RuntimeError as e: raise ValueError(f'{path} cannot be loaded: {reason(e)}') from None
         self.dim = self.module.dim
         self.pairs = 'labels' in self.card             # it scores pairs
-        self.labels: list[str] = self.module.labels()  # what it can say of an item or of a pair; empty without
+        self.labels: list[str] = self.module.labels() if hasattr(self.module, 'labels') else []  # what it can say of an item or of a pair; empty without
 
     def tokenize(
         self,
@@ -106,9 +106,9 @@ class Embedder:
             check(errors, on_error, 'images')
             if not error: levels.append(x)
             if len(levels) == self.batch_size:
-                done.append(self.encode_pixels(torch.stack(levels)))
+                done.append(self.encode_pixels(stack_levels(levels)))
                 levels.clear()
-        if levels: done.append(self.encode_pixels(torch.stack(levels)))
+        if levels: done.append(self.encode_pixels(stack_levels(levels)))
         return plain(settle(done, errors, self._nothing(), on_error), numpy)
 
     def encode_tokens(
@@ -206,7 +206,7 @@ class Embedder:
         self._judges(), policy(on_error)
         done, errors, rows, levels = [], [], [], []
         def flush():
-            if rows: done.append(self._pairs(rows, torch.stack(levels)))
+            if rows: done.append(self._pairs(rows, stack_levels(levels)))
             rows.clear(), levels.clear()
         texts = iter(items_of(texts, 'texts'))
         for x, error in self._decoded(images, progress, decoders):

@@ -8,7 +8,7 @@ Docs: https://mmembed.github.io/mmembed/export/triton.html.md"""
 __all__ = ['TYPES', 'FIELDS', 'TritonText', 'TritonPreprocess', 'TritonPixels', 'TritonPairs', 'Slot', 'config', 'ensemble',
            'export_triton', 'read_pbtxt', 'check_repository']
 
-# %% ../../nbs/export/08_triton.ipynb #11148b6d
+# %% ../../nbs/export/08_triton.ipynb #53367590
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -143,7 +143,7 @@ def export_triton(
     check_repository(folder)
     return [*done, folder/last]
 
-# %% ../../nbs/export/08_triton.ipynb #a30e78cc
+# %% ../../nbs/export/08_triton.ipynb #e7b1e711
 def _answer(artifact, card: dict) -> Tensor:
     with torch.no_grad():
         if 'labels' not in card: return artifact.encode_text_bytes(*pack(['a']))

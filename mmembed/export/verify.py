@@ -114,7 +114,7 @@ def _against_full(full: dict, got: dict, variant: Variant) -> list[Row]:
 class VerifyError(RuntimeError):
     "An artifact does not answer like its model; the message names the stage"
 
-# %% ../../nbs/export/05_verify.ipynb #bd6e023f
+# %% ../../nbs/export/05_verify.ipynb #b9b2b111
 class Report:
     "What `verify` found: a table of stages, as text, HTML or JSON"
     def __init__(
@@ -143,16 +143,20 @@ class Report:
         return (f"{self.path.name} {self.card['short_hash']}: {'verified' if self.ok else 'FAILED'}, "
                 f'{self.bytes/1e6:.2f} MB, {self.seconds:.1f} s')
 
+    def shown(self) -> list:
+        "The rows that compared something, or failed."
+        return [r for r in self.rows if r.n or not r.ok]
+
     def __str__(self):
         lines = [self._title(), f"{'stage':14} {'compared':16} {'values':>9} {'max diff':>9} {'bound':>6}"]
-        for r in self.rows:
+        for r in self.shown():
             lines.append(f'{r.stage:14} {r.what:16} {r.n:9,} {r.difference:9.2g} {r.bound:6.0e} {r.verdict}')
         return '\n'.join(lines + [f'not run: {n}' for n in self.notes])
     __repr__ = __str__
 
     def _repr_html_(self):
         cells = [('stage', 'compared', 'values', 'max diff', 'bound', '')]
-        cells += [(r.stage, r.what, f'{r.n:,}', f'{r.difference:.2g}', f'{r.bound:.0e}', r.verdict) for r in self.rows]
+        cells += [(r.stage, r.what, f'{r.n:,}', f'{r.difference:.2g}', f'{r.bound:.0e}', r.verdict) for r in self.shown()]
         td = '<td style="text-align:left">'
         body = ''.join('<tr>' + ''.join(f'{td}{escape(c)}</td>' for c in row) + '</tr>' for row in cells)
         notes = ''.join(f'<p>not run: {escape(n)}</p>' for n in self.notes)
@@ -166,7 +170,7 @@ class Report:
                            'bytes': self.bytes, 'seconds': round(self.seconds, 2), 'rows': rows,
                            'not_run': self.notes}, indent=1)
 
-# %% ../../nbs/export/05_verify.ipynb #5a3daaa0
+# %% ../../nbs/export/05_verify.ipynb #64c4a669
 def verify(
     path: str | Path,                      # an artifact
     model: nn.Module | None = None,        # the model it was exported from: the reference, when given
@@ -219,7 +223,7 @@ def verify(
     finally: torch.set_num_threads(threads)
     return Report(path, card, rows, time.perf_counter() - start, notes)
 
-# %% ../../nbs/export/05_verify.ipynb #bbd6a9ea
+# %% ../../nbs/export/05_verify.ipynb #7e703ddc
 def _cpp_host(cpp) -> Path | str: # the program, or why it is not asked
     exe = host.built() if cpp is None else Path(cpp) if isinstance(cpp, (str, Path)) else host.build() if cpp else None
     return exe or ('c++: ' + ('not asked for' if cpp is False else 'no host is built; pass cpp=True to build it'))

@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/serve/engine.html.md"""
 # %% auto #0
 __all__ = ['PATIENCE', 'Options', 'Busy', 'Unfit', 'Unsuited', 'Engine', 'out_of_memory', 'Item', 'Job']
 
-# %% ../../nbs/serve/02_engine.ipynb #865a742b
+# %% ../../nbs/serve/02_engine.ipynb #2945d6f0
 import asyncio
 import math
 import os
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..core import Tokens
+from ..core import Tokens, stack_levels
 from ..runtime import Embedder, join_tokens, reason
 from .lane import Item, Job, Lane
 
@@ -56,7 +56,7 @@ class Unsuited(ValueError):
 # %% ../../nbs/serve/02_engine.ipynb #5a60636c
 PATIENCE = .05 # seconds
 
-# %% ../../nbs/serve/02_engine.ipynb #d7afec51
+# %% ../../nbs/serve/02_engine.ipynb #be9bd6bd
 class Engine:
     "Worker threads round an `Embedder`: `submit` items, get each back with a status"
     def __init__(self,
@@ -247,8 +247,8 @@ class Engine:
     def _tower(self, items):
         ready = [i.ready for i in items]
         for i in items: i.batch = len(items)
-        if items[0].kind == 'pair': out = self.emb._pairs([i.data[0] for i in items], torch.stack(ready))
-        elif items[0].kind == 'image': out = self.emb.encode_pixels(torch.stack(ready))
+        if items[0].kind == 'pair': out = self.emb._pairs([i.data[0] for i in items], stack_levels(ready))
+        elif items[0].kind == 'image': out = self.emb.encode_pixels(stack_levels(ready))
         else: out = self.emb.encode_tokens(join_tokens(ready, self._pad_id))
         return out.cpu().numpy()
 
