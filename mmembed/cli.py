@@ -6,7 +6,7 @@ Docs: https://mmembed.github.io/mmembed/cli.html.md"""
 
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'command', 'usage', 'summary', 'Formatter', 'Parser', 'parser', 'takes_argv', 'split_doc',
-           'call', 'main', 'dispatch', 'unknown', 'sentence', 'quiet', 'near']
+           'call', 'main', 'dispatch', 'unknown', 'sentence', 'quiet', 'near', 'working']
 
 # %% ../nbs/50_cli.ipynb #8962acfa
 import argparse
@@ -195,8 +195,13 @@ def quiet():
     warnings.filterwarnings('ignore', module='lightning')
     for name in ('pytorch', 'fabric'): logging.getLogger(f'lightning.{name}.utilities.rank_zero').setLevel(logging.WARNING)
 
-# %% ../nbs/50_cli.ipynb #9a52ee01
+# %% ../nbs/50_cli.ipynb #407653f7
 def near(path: str | Path) -> Path:
     "`path` as one would type it: relative where it lies below the current folder."
     path = Path(path).resolve()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+def working(what: str):
+    "A context that says on a terminal's standard error what is going on, until it ends; nothing elsewhere."
+    from rich.console import Console
+    return Console(stderr=True).status(what)

@@ -1,5 +1,6 @@
 """The command line from end to end on a tiny run, and one clear sentence with a non-zero exit for every mistake."""
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -144,6 +145,15 @@ def test_help_tells_the_options(name, capsys):
     assert main([*name.split(), '--help']) == 0
     text = capsys.readouterr().out
     assert f'mmembed {name}' in text and 'examples:' in text
+
+
+def test_train_has_a_short_help_and_a_whole_one(here, capsys):
+    assert main(['train', '--help']) == 0
+    short = capsys.readouterr().out
+    assert main(['train', '--config', str(config_path('pairs')), '--help-all']) == 0
+    whole, named = capsys.readouterr().out, re.findall(r'^  (--[a-z_.-]+)', short, re.M)
+    assert len(short.splitlines()) < 30 and len(named) > 9 and 'examples:' in short
+    for option in set(named) - {'--help-all'}: assert option in whole, option
 
 
 def test_train_help_and_print_config(here, capsys):

@@ -1,4 +1,4 @@
-"""`mmembed verify | info | embed`
+"""`mmembed verify | info | embed | bench`
 
 Docs: https://mmembed.github.io/mmembed/commands/ask.html.md"""
 
@@ -7,14 +7,16 @@ Docs: https://mmembed.github.io/mmembed/commands/ask.html.md"""
 # %% auto #0
 __all__ = ['verify', 'info', 'embed', 'bench']
 
-# %% ../../nbs/commands/02_ask.ipynb #3d008dbe
+# %% ../../nbs/commands/02_ask.ipynb #84be9356
 import json
 import os
 import sys
 
 from fastcore.script import store_true
 
-# %% ../../nbs/commands/02_ask.ipynb #88a25b8e
+from ..cli import working
+
+# %% ../../nbs/commands/02_ask.ipynb #12542719
 def verify(
     artifact: str,            # an exported file
     data: str = None,         # pairs of your own to ask about, too: a .csv, .tsv, .jsonl or .parquet file as `mmembed train` takes it
@@ -32,7 +34,7 @@ def verify(
         from mmembed.data.sources import PairsFile
         pairs = PairsFile(data)
         own = [pairs[i] for i in range(0, len(pairs), max(1, len(pairs) // max(1, samples)))]
-    report = compare(artifact, cpp=cpp, samples=own)
+    with working('asking every host the same'): report = compare(artifact, cpp=cpp, samples=own)
     print(report.to_json() if json else report)
     report.check()
 
