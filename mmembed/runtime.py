@@ -8,10 +8,9 @@ Docs: https://mmembed.github.io/mmembed/runtime.html.md"""
 __all__ = ['join_tokens', 'Embedder', 'load', 'FORMAT_VERSION', 'read_card', 'reason', 'register_image_ops', 'Encoded', 'Scored',
            'Ranking', 'Similarity', 'Profile']
 
-# %% ../nbs/30_runtime.ipynb #11587846
+# %% ../nbs/30_runtime.ipynb #129ab74d
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from html import escape
 from pathlib import Path
 
 import torch
@@ -36,7 +35,7 @@ def join_tokens(
     wide = lambda x, value: torch.nn.functional.pad(x, (0, length - x.shape[1]), value=value)
     return Tokens(torch.cat([wide(b.ids, pad_id) for b in batches]), torch.cat([wide(b.mask, 0) for b in batches]))
 
-# %% ../nbs/30_runtime.ipynb #a4df9e58
+# %% ../nbs/30_runtime.ipynb #131fa344
 class Embedder:
     "An artifact, loaded: texts and images to embeddings, or pairs of them to scores, with a status for every item"
     def __init__(
@@ -326,10 +325,7 @@ class Embedder:
         what = f'labels={self.labels}' if self.pairs else f'dim={self.dim}'
         return f"Embedder({self.path.name!r}, {c['short_hash']}: {c['parameters']:,} parameters, {what}, device={str(self.device)!r})"
 
-    def _repr_html_(self):
-        rows = {k: v for k, v in self.card.items() if not isinstance(v, dict)}
-        return '<table>' + ''.join(f'<tr><th style="text-align:left">{escape(k)}</th><td style="text-align:left">'
-                                   f'{escape(str(v))}</td></tr>' for k, v in rows.items()) + '</table>'
+    def _repr_html_(self): return self.card._repr_html_()
 
 # %% ../nbs/30_runtime.ipynb #e37cae7a
 def load(
