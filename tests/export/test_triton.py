@@ -108,15 +108,15 @@ def test_open_clip_weights_without_training(tmp_path, capsys, monkeypatch):
     folder.mkdir()
     config = dict(embed_dim=32, vision_cfg=dict(image_size=32, layers=1, width=32, patch_size=16, head_width=16),
                   text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=1))
-    (folder/'tiny-vit.json').write_text(json.dumps(config))
-    open_clip.add_model_config(folder/'tiny-vit.json')
+    (folder/'triton-vit.json').write_text(json.dumps(config))
+    open_clip.add_model_config(folder/'triton-vit.json')
     torch.manual_seed(0)
-    net = open_clip.create_model('tiny-vit').eval()
+    net = open_clip.create_model('triton-vit').eval()
     torch.save(net.state_dict(), tmp_path/'weights.pt')
-    assert main(['export', '--open-clip', 'tiny-vit', '--weights', str(tmp_path/'weights.pt'), '--out', str(tmp_path/'clip.pt')]) == 0, capsys.readouterr()
+    assert main(['export', '--open-clip', 'triton-vit', '--weights', str(tmp_path/'weights.pt'), '--out', str(tmp_path/'clip.pt')]) == 0, capsys.readouterr()
     emb = load(tmp_path/'clip.pt')
     with torch.no_grad(): want = net.encode_text(open_clip.tokenize(['a photo of a cat']), normalize=True)
-    assert torch.allclose(emb.encode_text(['a photo of a cat']), want, atol=1e-5) and emb.card['training']['config'] == {'open_clip': 'tiny-vit', 'weights': 'weights.pt'}
+    assert torch.allclose(emb.encode_text(['a photo of a cat']), want, atol=1e-5) and emb.card['training']['config'] == {'open_clip': 'triton-vit', 'weights': 'weights.pt'}
     for args, message in ((['--open-clip', 'ViT-B-32'], 'wants --weights'), (['--open-clip', 'ViT-B-99', '--weights', 'x'], "open_clip knows no model 'ViT-B-99'"),
                           (['--open-clip', 'ViT-B-32', '--weights', 'no.bin'], "'no.bin' is no weights file"), (['a.ckpt', '--weights', 'x'], '--weights goes with --open-clip')):
         assert main(['export', *args]) == 1

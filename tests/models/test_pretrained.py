@@ -4,7 +4,7 @@ import json
 import open_clip
 import pytest
 import torch
-from open_clip.factory import _MODEL_CONFIGS
+from open_clip import factory
 
 from mmembed.core import Tokens
 from mmembed.export.verify import export
@@ -32,12 +32,10 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(scope='module', autouse=True)
-def known():
-    "open_clip knows the tiny models while these tests run."
-    _MODEL_CONFIGS.update(FAMILIES)
-    yield
-    for k in FAMILIES: del _MODEL_CONFIGS[k]
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    "open_clip knows the tiny models while a test runs; it makes its table anew whenever somebody adds a model."
+    monkeypatch.setattr(factory, '_MODEL_CONFIGS', factory._MODEL_CONFIGS | FAMILIES)
 
 
 def siglip_pipeline(): return TextPipeline.learn(TEXTS * 9, vocab_size=150, max_length=20)
