@@ -160,7 +160,7 @@ def embed_scenes(
     scenes = Scenes(train=0, valid=count, lang='en')
     return embed_source(emb, scenes, 'generated scenes', [scenes.text(i) for i in range(count)], progress=progress)
 
-# %% ../../nbs/demo/01_pictures.ipynb #83abd2a4
+# %% ../../nbs/demo/01_pictures.ipynb #d1ae409c
 class Indexed(Pictures):
     "The rows of an `Index`"
     def __init__(self, index): # of `mmembed.index`
@@ -171,7 +171,7 @@ class Indexed(Pictures):
         found = [self.index.find(q.cpu().numpy(), top) for q in queries]
         return [[Hit(self.row[r['id']], r['id'], r['score']) for r in rows if r['id'] in self.row] for rows in found]
 
-    def some(self, rows: list[int]) -> Tensor: return torch.stack([torch.as_tensor(self.index.vector_of(self.names[i])).float() for i in rows])
+    def some(self, rows: list[int]) -> Tensor: return torch.stack([torch.tensor(self.index.vector_of(self.names[i])).float() for i in rows])
 
     def every(self) -> Tensor:
         ids, vectors = self.index.vectors()
