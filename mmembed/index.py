@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/index.html.md"""
 # %% auto #0
 __all__ = ['KINDS', 'Index', 'among', 'Measured']
 
-# %% ../nbs/42_index.ipynb #c24e0945
+# %% ../nbs/42_index.ipynb #b14fabe8
 import fcntl
 import hashlib
 import json
@@ -32,6 +32,7 @@ from .items import About, Rest, card_of, checked, embedded, opened, ready_vector
 from .jobs import readable_id, service_batch
 from .queries import Found, Groups, Store, connected, k_means, near_pairs
 from .runtime import Embedder
+from .tables import draft
 
 # %% ../nbs/42_index.ipynb #3b5c747b
 def _lancedb():
@@ -261,15 +262,9 @@ def add(self: Index,
         if work.exists(): shutil.rmtree(work)
     return added
 
-# %% ../nbs/42_index.ipynb #ca7eca8e
+# %% ../nbs/42_index.ipynb #47ae6e6f
 @patch
-def delete(self: Index,
-    ids: list[str] | None = None, # rows to delete; ids that are not there are passed over
-    where: str | None = None,     # or an SQL condition
-) -> int: # rows deleted
-    "One transaction. Raises `ValueError` for neither or both, and for a condition that is none."
-    if (ids is None) == (where is None): raise ValueError('want either ids or where')
-    if isinstance(ids, str): raise TypeError(f'ids is a single str; pass a list: [{ids!r}]')
+def _delete(self: Index, ids: list[str] | None, where: str | None) -> int: # one of the two, as `Store.delete` made sure
     with _writing(self.folder):
         before = len(self)
         if condition := where if ids is None else among(ids) if ids else '':
@@ -327,7 +322,7 @@ class Measured(NamedTuple):
         return (f'{self.kind}: recall@{self.k} {self.recall:.3f} over {self.queries} queries, {self.fast_ms:.1f} ms a query '
                 f'(exact {self.exact_ms:.1f} ms), nprobes={self.nprobes}, refine={self.refine}, ef={self.ef}')
 
-# %% ../nbs/42_index.ipynb #b0625856
+# %% ../nbs/42_index.ipynb #79fd2afa
 @patch
 def approximate(self: Index,
     kind: str = 'hnsw_sq',           # of `KINDS`
@@ -356,10 +351,10 @@ def approximate(self: Index,
             found = self.measure(queries, k, knobs=knobs, truth=best and best[1])
             if best is None or found[0].recall > best[0].recall: best = found
             if found[0].recall >= recall: break
-        _write_json(self.folder/'approximate.json', best[0]._asdict())
+        with draft(self.folder/'approximate.json') as f: f.write_text(json.dumps(best[0]._asdict()))
     return best[0]
 
-# %% ../nbs/42_index.ipynb #a7ca8383
+# %% ../nbs/42_index.ipynb #4372c053
 @patch
 def measure(self: Index,
     queries: Tensor | None = None, # as in `approximate`
@@ -390,11 +385,6 @@ def _sample(self: Index, n: int, seed: int = 0) -> tuple[list[str], np.ndarray]:
     picked = np.random.default_rng(seed).choice(rows, min(n, rows), replace=False)
     found = self._table.take_offsets(sorted(picked.tolist())).select(['id', 'vector']).to_arrow()
     return found['id'].to_pylist(), found['vector'].combine_chunks().flatten().to_numpy().reshape(-1, self.about.dim)
-
-def _write_json(path: Path, value: dict):
-    draft = path.with_name(f'.{path.name}.draft')
-    draft.write_text(json.dumps(value))
-    draft.replace(path)
 
 # %% ../nbs/42_index.ipynb #2eee1e0d
 @patch

@@ -7,19 +7,17 @@ Docs: https://mmembed.github.io/mmembed/queries.html.md"""
 # %% auto #0
 __all__ = ['Query', 'Found', 'Groups', 'near_pairs', 'connected', 'k_means', 'Store', 'merged']
 
-# %% ../nbs/41a_queries.ipynb #9782a3b7
+# %% ../nbs/41a_queries.ipynb #1a49818f
 import base64
-import json
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .items import About, card_of
+from .items import About
 from .runtime import Embedder, read_card
 
 # %% ../nbs/41a_queries.ipynb #a34ccb08
@@ -204,7 +202,7 @@ def k_means(
     score, label = run.index.search(np.ascontiguousarray(x), 1)
     return label[:, 0], score[:, 0]
 
-# %% ../nbs/41a_queries.ipynb #b57e4969
+# %% ../nbs/41a_queries.ipynb #3e2ae769
 class Store:
     "What searches by one vector become: queries of any kind, with the model that belongs to the vectors"
     about: About  # of the vectors, in force now
@@ -233,6 +231,15 @@ class Store:
             self._model = Embedder(self._model)
         self.check(self._model.card)
         return self._model
+
+    def delete(self,
+        ids: list[str] | None = None, # rows to delete; ids that are not there are passed over
+        where: str | None = None,     # or an SQL condition
+    ) -> int: # rows deleted
+        "One transaction. Raises `ValueError` for neither or both, and for a condition that is none."
+        if (ids is None) == (where is None): raise ValueError('want either ids or where')
+        if isinstance(ids, str): raise TypeError(f'ids is a single str; pass a list: [{ids!r}]')
+        return self._delete(ids, where)
 
     def search(self,
         query=None,                  # text, picture, vector or `Query`; see there

@@ -167,7 +167,7 @@ def _incoming(model, source, about: About, there: set, columns, thumbnails: int,
     taken, how = (set(), 'raise') if on_duplicate == 'replace' else (set(there), on_duplicate)
     return stream(checked(rows, about.dim, bad, taken, how, prefix), about), bad
 
-# %% ../nbs/43_stores.ipynb #17a386f5
+# %% ../nbs/43_stores.ipynb #4c71cd8f
 @patch
 def add(self: PostgresIndex,
     source,                         # as in `Index.add`
@@ -200,13 +200,7 @@ def add(self: PostgresIndex,
     return n
 
 @patch
-def delete(self: PostgresIndex,
-    ids: list[str] | None = None, # rows to delete; ids that are not there are passed over
-    where: str | None = None,     # or an SQL condition
-) -> int: # rows deleted
-    "One transaction. Raises `ValueError` for neither or both, and for a condition that is none."
-    if (ids is None) == (where is None): raise ValueError('want either ids or where')
-    if isinstance(ids, str): raise TypeError(f'ids is a single str; pass a list: [{ids!r}]')
+def _delete(self: PostgresIndex, ids: list[str] | None, where: str | None) -> int: # one of the two, as `Store.delete` made sure
     condition, values = (self._sql.SQL('id = ANY(%s)'), [list(map(_cell, ids))]) if where is None else (self._where(where), [])
     return self._asked(self._sql.SQL('DELETE FROM {} WHERE {}').format(self._id(), condition), values, where, count=True)
 

@@ -16,7 +16,7 @@ from typing import Annotated
 
 from fastcore.script import store_true
 
-# %% ../../nbs/commands/04_embedding.ipynb #cc351414
+# %% ../../nbs/commands/04_embedding.ipynb #7082c97f
 def embed(
     artifact: str,              # an exported file
     *source: str,               # image files; or one folder, table (.csv, .tsv, .jsonl, .parquet), 'shards-{000..099}.tar', hf:NAME, or - for standard input
@@ -54,8 +54,7 @@ def embed(
     if stdin and Out: source, what = ('-', *source), 'text'
     if text is not None and Out: raise ValueError('--text is printed, not written: leave out -o')
     if not Out and (text is not None or stdin or not source or (not what and all(map(_is_image, source)))):
-        from mmembed.commands.ask import embed as ask
-        return ask(artifact, *source, text=text, stdin=stdin, device=device)
+        return _print_items(artifact, source, text, stdin, device)
     if len(source) > 1 and (bad := [s for s in source if not _is_image(s)]):
         raise ValueError(f'{bad[0]} is no image file: want image files, or one source alone')
     if not source: raise ValueError('nothing to embed: name a source')
@@ -85,6 +84,21 @@ def _is_image(name: str) -> bool:
     "Whether a word of the command line means an image file: whatever is no source of another kind."
     if name == '-' or name.startswith('hf:') or '.tar' in name: return False
     return not Path(name).is_dir() and Path(name).suffix.lower() not in ('.csv', '.tsv', '.jsonl', '.ndjson', '.parquet', '.pq')
+
+def _print_items(artifact, images, text, stdin, device):
+    "JSON lines of single texts and image files, each with its token ids or its error."
+    from mmembed.runtime import load
+    texts: list = [] if text is None else [os.fsencode(text)]
+    if stdin: texts += sys.stdin.buffer.read().splitlines()
+    if not texts and not images: raise ValueError('nothing to embed: name image files, --text or --stdin')
+    emb = load(artifact, device)
+    tokens = emb.tokenize(texts)
+    for i, (ids, mask, e) in enumerate(zip(*tokens, emb.encode_text(texts))):
+        print(json.dumps(dict(kind='text', index=i, ids=ids[mask > 0].tolist(), embedding=e.tolist())))
+    done = emb.encode_image(images, on_error='flag')
+    for i, (e, ok, error) in enumerate(zip(*done)):
+        print(json.dumps(dict(kind='image', index=i) | (dict(embedding=e.tolist()) if ok else dict(error=error)), ensure_ascii=False))
+    if not done.ok.all(): raise SystemExit(1)
 
 def _print(artifact, source, what, keep, batch, threads, device):
     "JSON lines of a source, as they come."

@@ -7,8 +7,7 @@ Docs: https://mmembed.github.io/mmembed/commands/search.html.md"""
 # %% auto #0
 __all__ = ['SOURCE', 'build', 'add', 'delete', 'info', 'approximate', 'duplicates', 'clusters', 'export', 'search']
 
-# %% ../../nbs/commands/05_search.ipynb #78e1f927
-import argparse
+# %% ../../nbs/commands/05_search.ipynb #f6bad80b
 import json
 import tempfile
 from pathlib import Path

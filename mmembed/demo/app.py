@@ -8,18 +8,16 @@ Docs: https://mmembed.github.io/mmembed/demo/app.html.md"""
 __all__ = ['CSS', 'look', 'image_input', 'examples_of', 'search_tab', 'match_tab', 'inside_tab', 'embeddings_tab', 'own_pictures',
            'build', 'serve', 'default_artifact']
 
-# %% ../../nbs/demo/04_app.ipynb #91ed76d2
-import json
+# %% ../../nbs/demo/04_app.ipynb #df9a0ab9
 import os
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')  # before gradio: the demo talks to nobody
 try: import gradio as gr
 except ImportError as e: raise ImportError(f'the demo needs gradio ({e}): pip install "mmembed[demo]"') from None
 
 from ..core import settings
-from .panels import MAX_IMAGES, MAX_UPLOAD, Answer, Panels, failed
+from .panels import MAX_IMAGES, MAX_UPLOAD, Panels, failed
 from .pictures import embed_files
 
 # %% ../../nbs/demo/04_app.ipynb #9939995c
@@ -90,7 +88,7 @@ def examples_of(panels: Panels) -> list[str]:
     names = next(iter(panels.sets.values())).names if panels.sets else []
     return [n for n in names[:36:12] if len(n.split()) > 3]
 
-# %% ../../nbs/demo/04_app.ipynb #7963f6a3
+# %% ../../nbs/demo/04_app.ipynb #d606411c
 def search_tab(panels: Panels, pictures: gr.Dropdown):
     "Query, button, results; a result that is clicked becomes the query."
     with gr.Row():
@@ -119,7 +117,6 @@ def search_tab(panels: Panels, pictures: gr.Dropdown):
     for changed in (image.upload, image.clear, text.input): changed(lambda: '', None, picked, api_visibility='private', show_progress='hidden')
     image.upload(lambda: '', None, picked, api_visibility='private').then(**asked, api_visibility='private')
     clear.click(lambda: ('', None, '', [], None, ''), None, [text, image, picked, found, rows, status], api_visibility='private')
-    return asked
 
 # %% ../../nbs/demo/04_app.ipynb #6bebd268
 def match_tab(panels: Panels):
@@ -228,7 +225,7 @@ def own_pictures(panels: Panels, pictures: gr.Dropdown):
         return gr.Dropdown(choices=[*shared, key], value=key), f'<div class="mm-status">{len(mine):,} pictures can be searched</div>{bad}'
     files.upload(index, [files], [pictures, said], api_name='index', api_description='Embed image files, to be searched under the name that comes back.')
 
-# %% ../../nbs/demo/04_app.ipynb #4956bc4d
+# %% ../../nbs/demo/04_app.ipynb #320b55f7
 def build(
     panels: Panels, # what the tabs do
 ) -> gr.Blocks:
@@ -243,7 +240,7 @@ def build(
             return page
         pictures = gr.Dropdown([*panels.sets], value=next(iter(panels.sets), None), label='Pictures', allow_custom_value=True, interactive=True)
         with gr.Tab('Search'):
-            asked = search_tab(panels, pictures)
+            search_tab(panels, pictures)
             own_pictures(panels, pictures)
         with gr.Tab('Match'): match_tab(panels)
         with gr.Tab('Look inside'): inside_tab(panels)

@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/demo/pictures.html.md"""
 # %% auto #0
 __all__ = ['Hit', 'Pictures', 'embed_source', 'embed_folder', 'embed_files', 'embed_scenes', 'Indexed']
 
-# %% ../../nbs/demo/01_pictures.ipynb #1736d871
+# %% ../../nbs/demo/01_pictures.ipynb #81265683
 import hashlib
 import tempfile
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core import settings
 from ..data.folders import Files
-from ..data.sources import Part, Source
+from ..data.sources import Source
 from ..jobs import embed, load_vectors
 from ..runtime import Embedder
 

@@ -157,7 +157,7 @@ def _model(folder: Path, name: str, module: nn.Module, text: str, device: str) -
     (folder/name/'config.pbtxt').write_text(text)
     return folder/name
 
-# %% ../../nbs/export/08_triton.ipynb #33859e09
+# %% ../../nbs/export/08_triton.ipynb #8ca33a89
 def read_pbtxt(
     text: str, # a message in protobuf's text form
 ) -> dict: # field -> list of its values: str, int, bool words, or dict
@@ -178,7 +178,6 @@ def read_pbtxt(
         if re.fullmatch(r'[A-Za-z_]\w*', token): return token
         raise ValueError(f'{token or "the end"!r} is no value')
     def message(end):
-        nonlocal place
         found = {}
         while place < len(tokens) and tokens[place] != end:
             field = take()

@@ -170,7 +170,7 @@ class Report:
                            'bytes': self.bytes, 'seconds': round(self.seconds, 2), 'rows': rows,
                            'not_run': self.notes}, indent=1)
 
-# %% ../../nbs/export/05_verify.ipynb #64c4a669
+# %% ../../nbs/export/05_verify.ipynb #0163eed8
 def verify(
     path: str | Path,                      # an artifact
     model: nn.Module | None = None,        # the model it was exported from: the reference, when given
@@ -214,7 +214,7 @@ def verify(
         if fresh: rows += _compare('fresh process', got, lambda: fresh_answers(path, asked, decode), variant)
         if not isinstance(exe, str): rows += _compare('c++', got, lambda: cpp_answers(exe, path, asked | {'sizes': [s for s in sizes if s]}), variant,
                                                       CPP_SKIPS, [s for s in sizes if s])
-        if device != 'cpu': rows += _compare(device, got, lambda: _on(path, asked, decode, device), variant._replace(precision=_looser(variant)))
+        if device != 'cpu': rows += _compare(device, got, lambda: fresh_answers(path, asked, decode, device), variant._replace(precision=_looser(variant)))
         if model:
             found = _loader_rows(model, loaded, asked, variant, steps, decode)
             rows, notes = (rows, [*notes, found]) if isinstance(found, str) else (rows + found, notes)
@@ -223,14 +223,10 @@ def verify(
     finally: torch.set_num_threads(threads)
     return Report(path, card, rows, time.perf_counter() - start, notes)
 
-# %% ../../nbs/export/05_verify.ipynb #7e703ddc
+# %% ../../nbs/export/05_verify.ipynb #fc4771d5
 def _cpp_host(cpp) -> Path | str: # the program, or why it is not asked
     exe = host.built() if cpp is None else Path(cpp) if isinstance(cpp, (str, Path)) else host.build() if cpp else None
     return exe or ('c++: ' + ('not asked for' if cpp is False else 'no host is built; pass cpp=True to build it'))
-
-def _on(path: Path, asked: dict, decode: bool, device: str) -> dict:
-    "The answers on another device, brought back."
-    return fresh_answers(path, asked, decode, device)
 
 def _looser(variant: Variant) -> str: # other kernels, other sums
     return 'fp16' if SAME[variant.quantize or variant.precision] < SAME['fp16'] else variant.precision

@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/serve/observe.html.md"""
 # %% auto #0
 __all__ = ['STAGES', 'TIMES', 'SIZES', 'seconds', 'Metrics', 'JsonLines', 'open_log', 'request_id', 'Tracer']
 
-# %% ../../nbs/serve/03_observe.ipynb #a308dbff
+# %% ../../nbs/serve/03_observe.ipynb #e73b23e1
 import json
 import logging
 import logging.handlers
@@ -15,7 +15,6 @@ import queue
 import random
 import re
 import sys
-import time
 
 from .lane import Item, Job
 
