@@ -7,8 +7,9 @@ Docs: https://mmembed.github.io/mmembed/models/dual.html.md"""
 # %% auto #0
 __all__ = ['projection', 'DualEncoder']
 
-# %% ../../nbs/models/02_dual.ipynb #6c765039
+# %% ../../nbs/models/02_dual.ipynb #7728871f
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ def projection(
     if hidden is None: return nn.Linear(width, dim, bias=False)
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim, bias=False))
 
-# %% ../../nbs/models/02_dual.ipynb #d6e621de
+# %% ../../nbs/models/02_dual.ipynb #f90425cc
 class DualEncoder(nn.Module):
     "Texts and images as unit vectors in one space"
     __jit_unused_properties__ = ['text_pipeline', 'vision_pipeline']
@@ -108,4 +109,16 @@ class DualEncoder(nn.Module):
         Raises `ValueError` and `OSError` as `open_clip_towers` does."""
         from mmembed.models.pretrained import open_clip_towers
         text, image, scale, bias = open_clip_towers(name, pretrained, text_pipeline, vision_pipeline)
+        return cls(text, image, None, scale, bias)
+
+    @classmethod
+    def from_transformers(cls,
+        folder: str | Path,              # of transformers or sentence-transformers, or a name on the hub
+        image: str | Path | None = None, # for a text encoder alone: the folder of the model whose image tower it was trained to meet
+    ) -> 'DualEncoder':
+        """A CLIP, a SigLIP or a BERT with an image tower as Hugging Face's libraries save it, with its pipelines, logit scale and bias.
+
+        Raises `ValueError`, `FileNotFoundError` and `OSError` as `transformers_towers` does."""
+        from mmembed.models.huggingface import transformers_towers
+        text, image, scale, bias = transformers_towers(folder, image)
         return cls(text, image, None, scale, bias)

@@ -289,12 +289,12 @@ def bert(
     tower.net.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith('pooler.')})
     return tower
 
-# %% ../../nbs/models/01_towers.ipynb #c7056f59
-def _from_hub(name: str) -> str:
+# %% ../../nbs/models/01_towers.ipynb #24a36ecf
+def _from_hub(name: str, files=('config.json', 'tokenizer.json', '*.safetensors')) -> str:
     "The folder that the files of a hub name were put in."
     from huggingface_hub import snapshot_download
     if not re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', name): raise FileNotFoundError(f'no folder {name}')
-    try: return snapshot_download(name, allow_patterns=['config.json', 'tokenizer.json', '*.safetensors'])
+    try: return snapshot_download(name, allow_patterns=list(files))
     except Exception as e:
         raise OSError(f'{name} is no folder here, and cannot be downloaded from the hub ({type(e).__name__}); give a '
                       'local folder with config.json, tokenizer.json and model.safetensors') from None
