@@ -367,7 +367,7 @@ def _pairs(scorer: Scorer, p: Prepared, steps: Steps, classes: Classes) -> PairA
     if out.shape != (1, len(classes.names)): raise ValueError(f'after: must give a score for each of {len(classes.names)} labels, gave {tuple(out.shape)} for one pair')
     return artifact
 
-# %% ../../nbs/export/01_artifact.ipynb #04c7f4f2
+# %% ../../nbs/export/01_artifact.ipynb #20444e2a
 def save(
     scripted: torch.jit.ScriptModule,
     path: str | Path, # the file to write
@@ -379,6 +379,8 @@ def save(
     whole.seek(0)
     reader, out = torch._C.PyTorchFileReader(whole), io.BytesIO()
     writer = torch._C.PyTorchFileWriter(out)
+    version = next(n for n in ('.data/version', 'version') if reader.has_record(n))
+    writer.set_min_version(int(reader.get_record(version)))  # of the operators: an old one is read as they were then
     for name in reader.get_all_records():
         # the writer adds version, byteorder and .data/ itself
         if name.endswith('.debug_pkl') or name in ('version', 'byteorder') or name.startswith('.data/'): continue
