@@ -13,6 +13,7 @@ batched rate in the server's own conditions: files decoded one by one, towers in
 import argparse
 import asyncio
 import base64
+import gc
 import io
 import json
 import os
@@ -21,7 +22,10 @@ import socket
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import psutil
@@ -113,18 +117,33 @@ def cpu(pid):
     return total
 
 
-def raw(path, what, files, threads, batch=16, n=192):
-    "(items a second, CPU seconds an item) of the artifact itself."
+def raw(path, what, threads, seconds, batch=16):
+    "(items a second, CPU seconds an item) of the artifact itself; in a process of its own."
     import mmembed as mm
-    emb = mm.Embedder(path, threads=threads, batch_size=batch)
-    texts, images = [CAPTIONS[i % 4] for i in range(n)], [files[i % len(files)] for i in range(n)]
-    def go():
-        if what in ('text', 'mix'): emb.encode_text(texts if what == 'text' else texts[:n // 2])
-        if what in ('image', 'mix'): emb.encode_image(images if what == 'image' else images[:n // 2])
-    go()
-    wall, used = time.perf_counter(), time.process_time()
-    go()
-    return n / (time.perf_counter() - wall), (time.process_time() - used) / n
+    emb, files = mm.Embedder(path, threads=threads, batch_size=batch), pictures()
+    def go(n):
+        wall, used, half = time.perf_counter(), time.process_time(), n if what != 'mix' else n // 2
+        if what in ('text', 'mix'): emb.encode_text([CAPTIONS[i % 4] for i in range(half)])
+        if what in ('image', 'mix'): emb.encode_image([files[i % 64] for i in range(half)])
+        return n / (time.perf_counter() - wall), (time.process_time() - used) / n
+    go(2 * batch)
+    return go(max(64, int(go(2 * batch)[0] * seconds) // 64 * 64))
+
+
+def alone(f, *args):
+    "`f(*args)` in a new process."
+    with ProcessPoolExecutor(1, get_context('spawn')) as pool: return pool.submit(f, *args).result()
+
+
+def pinned(cores):
+    "This process and those that it starts from now on stay on `cores`."
+    if cores: os.sched_setaffinity(0, cores)
+
+
+def batches(port):
+    "Batches that mmembed's towers have run, and the items in them."
+    text = urlopen(f'http://127.0.0.1:{port}/metrics').read().decode()
+    return [sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f'mmembed_batch_items_{x}{{')) for x in ('count', 'sum')]
 
 
 class Peer:
@@ -203,11 +222,12 @@ def hugging_face(weights):
     return folder
 
 
-def row(record, name, what, concurrency, out, elapsed, used):
+def row(record, name, what, concurrency, out, elapsed, used, ran=None):
     good = [s for s, status in out if status == 200]
     p50, p99 = (np.percentile(good, [50, 99]) * 1e3) if good else (0, 0)
     record.append(dict(server=name, items=what, concurrency=concurrency, rate=len(good) / elapsed, cpu_ms=used / max(len(good), 1) * 1e3, p50_ms=p50, p99_ms=p99, failed=len(out) - len(good)))
-    print(f'{name:10} {what:6} {concurrency:>4} {len(good) / elapsed:9.1f} {used / max(len(good), 1) * 1e3:10.2f} {p50:9.1f} {p99:9.1f} {len(out) - len(good):6}', flush=True)
+    size = f'{ran[1] / max(ran[0], 1):6.1f}' if ran is not None else ''
+    print(f'{name:10} {what:6} {concurrency:>4} {len(good) / elapsed:9.1f} {used / max(len(good), 1) * 1e3:10.2f} {p50:9.1f} {p99:9.1f} {len(out) - len(good):6} {size}', flush=True)
     return len(good) / elapsed
 
 
@@ -232,6 +252,8 @@ def main():
     a.add_argument('artifact', nargs='?', default='artifacts/quickstart.pt')
     a.add_argument('--clip', action='store_true')
     a.add_argument('--threads', type=int, default=1)
+    a.add_argument('--pin', action='store_true', help='the server, or the artifact alone, on all cores but the last, which the load generator has to itself')
+    a.add_argument('--only-peers', action='store_true', help='leave out mmembed and the artifact alone')
     a.add_argument('--seconds', type=float, default=10.)
     a.add_argument('--what', default='text,image,mix')
     a.add_argument('--concurrency', default='1,8,32')
@@ -241,27 +263,36 @@ def main():
     a.add_argument('--plot', help='draw the recorded load as pictures of this name, and nothing else')
     a.add_argument('--soak', type=float)
     args = a.parse_args()
+    gc.freeze(), gc.disable()  # a pause of the load generator would look like one of the server
     if args.plot: return draw(json.loads(Path(args.record).read_text()), Path(args.plot))
     path, files = clip() if args.clip else args.artifact, pictures()
     config = Config(path, port=0, threads=args.threads, log=os.devnull, engine=Options(batch=16, timeout=120))
     if args.soak: return soak(config, files, args.soak)
 
+    cores = sorted(os.sched_getaffinity(0))
+    ours, theirs = (cores[:-1], cores[-1:]) if args.pin else ([], [])
     peers, record = dict(p.split('=') for p in args.peers.split(',') if p), []
-    print(f'{"server":10} {"items":6} {"conc":>4} {"items/s":>9} {"CPU ms":>10} {"p50 ms":>9} {"p99 ms":>9} {"failed":>6}')
+    names = [*(['mmembed'] if not args.only_peers else []), *peers]
+    print(f'{"server":10} {"items":6} {"conc":>4} {"items/s":>9} {"CPU ms":>10} {"p50 ms":>9} {"p99 ms":>9} {"failed":>6} {"batch":>6}')
     for what in args.what.split(','):
-        rate, used = raw(path, what, files, args.threads)
-        record.append(dict(server='raw', items=what, rate=rate, cpu_ms=used * 1e3))
-        print(f'{"raw":10} {what:6} {"":>4} {rate:9.1f} {used * 1e3:10.2f}', flush=True)
-        for name in ('mmembed', *peers):
+        pinned(ours)
+        if not args.only_peers:
+            rate, used = alone(raw, path, what, args.threads, args.seconds)
+            record.append(dict(server='raw', items=what, rate=rate, cpu_ms=used * 1e3))
+            print(f'{"raw":10} {what:6} {"":>4} {rate:9.1f} {used * 1e3:10.2f}', flush=True)
+        for name in names:
             todo = requests(what, files, peer=name)
             weights = dict(clip=lambda: Path(path).with_suffix('.weights'), infinity=lambda: hugging_face(Path(path).with_suffix('.weights'))).get(name, lambda: path)
+            pinned(ours)
             with running(config) if name == 'mmembed' else Peer(name, peers[name], weights(), args.threads, todo[0]) as s:
+                pinned(theirs)
                 port = s.port if name in peers else int(s.url.rsplit(':', 1)[1])
                 asyncio.run(closed(port, todo, 8, min(3, args.seconds)))  # warm
                 for n in map(int, args.concurrency.split(',')):
-                    before = cpu(s.process.pid)
+                    before, ran = cpu(s.process.pid), batches(port) if name == 'mmembed' else None
                     out, elapsed = asyncio.run(closed(port, todo, n, args.seconds))
-                    best = row(record, name, what, n, out, elapsed, cpu(s.process.pid) - before)
+                    used = cpu(s.process.pid) - before
+                    best = row(record, name, what, n, out, elapsed, used, ran and np.subtract(batches(port), ran))
                 if args.load and name == 'mmembed':
                     for share in (.2, .4, .6, .7, .8, .9, 1., 1.1, 1.25): record.append(loaded(what, port, todo, best, share, args.seconds))
     if args.record:
