@@ -7,8 +7,9 @@ Docs: https://mmembed.github.io/mmembed/serve/edge.html.md"""
 # %% auto #0
 __all__ = ['OPEN', 'Edge', 'Gone', 'attended', 'Direct']
 
-# %% ../../nbs/serve/06_edge.ipynb #ba8c6862
+# %% ../../nbs/serve/06_edge.ipynb #3f5e4003
 import asyncio
+import contextlib
 import time
 
 from fastapi import Request
@@ -21,7 +22,7 @@ from .wire import problem
 # %% ../../nbs/serve/06_edge.ipynb #2314e411
 OPEN = ('/livez', '/readyz', '/metrics', '/v2/health/live', '/v2/health/ready')
 
-# %% ../../nbs/serve/06_edge.ipynb #097847ef
+# %% ../../nbs/serve/06_edge.ipynb #4de1cc3b
 class Edge:
     "ASGI: ids, keys, limits, log and metrics"
     def __init__(self, inner, service: Service, routes: set[str]): self.inner, self.service, self.routes = inner, service, routes
@@ -64,7 +65,8 @@ class Edge:
                 if scope['type'] == 'websocket': await answer({'type': 'websocket.close', 'code': 1008})
                 else: await problem(401, 'a valid API key is needed', WWW_Authenticate='Bearer')(scope, receive, answer)
             elif scope['type'] == 'http' and _too_long(headers, config.max_body):
-                await problem(413, f'the request is larger than {config.max_body:,} bytes', Connection='close')(scope, receive, answer)
+                refusal = problem(413, f'the request is larger than {config.max_body:,} bytes', Connection='close')
+                await _early(refusal, scope, receive, answer, config.body_timeout)
             else: await self.inner(scope, incoming, answer)
         except Exception as e:
             seen['status'] = 500
@@ -79,6 +81,16 @@ class Edge:
             if path not in OPEN:
                 service.log.info('request', extra=dict(fields=dict(id=rid, protocol=kind, method=scope.get('method', ''), path=path,
                     status=seen['status'], items=seen['items'], bytes=got, seconds=round(took, 5), client=(scope.get('client') or ('',))[0])))
+
+# %% ../../nbs/serve/06_edge.ipynb #b7e6fe26
+async def _early(response, scope, receive, send, seconds):
+    "An answer before the request has come whole; the rest is thrown away for a while, since closing at once would take the answer with it."
+    async def held(message): await send(message | (dict(more_body=True) if message['type'] == 'http.response.body' else {}))
+    await response(scope, receive, held)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while (await receive()).get('more_body'): pass
+    await send({'type': 'http.response.body', 'body': b''})
 
 # %% ../../nbs/serve/06_edge.ipynb #d3b8986b
 def _key(headers: dict) -> str | None:

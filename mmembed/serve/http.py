@@ -7,8 +7,9 @@ Docs: https://mmembed.github.io/mmembed/serve/http.html.md"""
 # %% auto #0
 __all__ = ['app']
 
-# %% ../../nbs/serve/07_http.ipynb #92c6501d
+# %% ../../nbs/serve/07_http.ipynb #a1f04e5b
 import asyncio
+from functools import partial
 
 import numpy as np
 import orjson
@@ -20,11 +21,12 @@ from starlette.requests import ClientDisconnect
 
 from .edge import Direct, Edge, Gone, attended
 from .engine import Busy, Item, Unfit, Unsuited
+from . import scores
 from .service import Service
 from .wire import (ClassifyRequest, EmbeddingRequest, RankRequest, ReloadRequest, SearchRequest, StreamRequest, answered,
-                                few, made_by, misfit, problem, ranked, reply, rows, run, timing, to_item, vector)
+                                few, made_by, misfit, problem, reply, rows, run, timing, to_items, vector, verdict)
 
-# %% ../../nbs/serve/07_http.ipynb #5aecd910
+# %% ../../nbs/serve/07_http.ipynb #721fe077
 def app(service: Service) -> Edge:
     "The ASGI application of `service`."
     api = FastAPI(title='mmembed', version='1', description='Embeddings of texts and images by an exported file, one status an item.')
@@ -62,7 +64,7 @@ def app(service: Service) -> Edge:
             asked = await parsed(request, EmbeddingRequest)
             listed = asked.input if isinstance(asked.input, list) else [asked.input]
             few(len(listed), config)
-            return [await to_item(e, config) for e in listed], dict(dimensions=asked.dimensions, encoding=asked.encoding_format)
+            return await to_items(listed, config), dict(dimensions=asked.dimensions, encoding=asked.encoding_format)
         try: asked = EmbeddingRequest(input='', **query)
         except ValidationError as e: raise misfit(e) from None
         return items, dict(dimensions=asked.dimensions, encoding=asked.encoding_format)
@@ -100,60 +102,34 @@ def app(service: Service) -> Edge:
         if name != service.name: raise HTTPException(404, f'there is no model {name[:60]!r}; there is {service.name!r}')
         return reply(_model(service))
 
+    def scored(found: list[dict], items: list[Item], status: int = 200, **more):
+        return reply(dict(model=service.name, artifact=made_by(items, service), **more, results=found), status, Server_Timing=timing(items))
+
     @api.post('/rank', responses=errors, openapi_extra=schema(RankRequest), tags=['scores'])
     async def rank(request: Request):
         "Candidates by the model's own score for the query, best first; those that failed come last, with their status."
         asked = await parsed(request, RankRequest)
         few(len(asked.candidates) + 1, config)
-        items = await embed(request, [await to_item(e, config) for e in (asked.query, *asked.candidates)])
-        query, candidates = items[0], items[1:]
-        if query.status != 'ok': raise HTTPException(answered([query]), f'query: {query.error or query.status}')
-        if any(c.kind == query.kind for c in candidates):
-            raise HTTPException(422, f'candidates of {"an image" if query.kind == "image" else "a text"} are of the other kind')
-        return reply(dict(model=service.name, artifact=made_by(items, service), kind=query.kind,
-                          results=ranked(service, query, candidates)[:asked.top_k]), Server_Timing=timing(items))
-
-    async def own_labels(request: Request, listed: list, top_k: int | None):
-        if not service.emb.labels: raise HTTPException(422, 'labels: this artifact has none of its own; give some')
-        few(len(listed), config)
-        items = await embed(request, [await to_item(e, config) for e in listed])
-        found = iter(service.labelled([i.value for i in items if i.status == 'ok'], top_k or 0) if answered(items) == 200 else ())
-        out = [dict(index=i.index, status=i.status) | (dict(labels=[dict(label=label, probability=p) for label, p in next(found)]) if i.status == 'ok'
-                                                       else dict(error=i.error)) for i in items]
-        return reply(dict(model=service.name, artifact=made_by(items, service), results=out), answered(items), Server_Timing=timing(items))
+        query, *candidates = await to_items([asked.query, *asked.candidates], config)
+        found, items = await scores.rank(service, partial(embed, request), query, candidates, asked.top_k)
+        return scored(found, items, kind=query.kind)
 
     @api.post('/classify', responses=errors, openapi_extra=schema(ClassifyRequest), tags=['scores'])
     async def classify(request: Request):
         "For each input the labels by probability. Each label is put into `template`: 'a photo of a {}'; without labels the artifact's own."
         asked = await parsed(request, ClassifyRequest)
         listed = asked.input if isinstance(asked.input, list) else [asked.input]
-        if not asked.labels: return await own_labels(request, listed, asked.top_k)
-        few(len(listed) + len(asked.labels), config)
-        texts = [asked.template.replace('{}', label) for label in asked.labels]
-        items = await embed(request, [await to_item(e, config) for e in (*texts, *listed)])
-        labels, items = items[:len(texts)], items[len(texts):]
-        if bad := [i for i in labels if i.status != 'ok']: raise HTTPException(answered(bad), f'labels[{bad[0].index}]: {bad[0].error or bad[0].status}')
-        out = []
-        for at, i in enumerate(items):
-            row = dict(index=at, status=i.status)
-            if i.status == 'ok':
-                score, share = service.scores(i.value, [t.value for t in labels])
-                best = np.argsort(-score, kind='stable')
-                row['labels'] = [dict(label=asked.labels[k], score=float(score[k]), probability=float(share[k])) for k in best[:asked.top_k]]
-            else: row['error'] = i.error
-            out.append(row)
-        return reply(dict(model=service.name, artifact=made_by(items, service), results=out), answered(items))
+        few(len(listed) + len(asked.labels or ()), config)
+        items = await to_items(listed, config)
+        found, items = await scores.classify(service, partial(embed, request), items, asked.labels, asked.template, asked.top_k)
+        return scored(found, items, answered(items))
 
     @api.post('/search', responses=errors | {404: {'description': 'no index is loaded'}}, openapi_extra=schema(SearchRequest), tags=['scores'])
     async def search(request: Request):
         "The nearest neighbours of the query in the index."
         asked = await parsed(request, SearchRequest)
-        if service.index is None: raise HTTPException(404, 'no index is loaded; start the server with --index')
-        [query] = await embed(request, [await to_item(asked.query, config)])
-        if query.status != 'ok': raise HTTPException(answered([query]), f'query: {query.error or query.status}')
-        try: found = await asyncio.to_thread(service.find, query.value, asked.top_k, asked.where)
-        except ValueError as e: raise HTTPException(422, f'where: {e}') from None
-        return reply(dict(model=service.name, artifact=made_by([query], service), results=found), Server_Timing=timing([query]))
+        [query] = await to_items([asked.query], config)
+        return scored(*await scores.search(service, partial(embed, request), query, asked.top_k, asked.where))
 
     @api.get('/info', tags=['service'])
     async def info():
@@ -190,14 +166,11 @@ def app(service: Service) -> Edge:
     @api.websocket('/v1/stream')
     async def stream(socket: WebSocket): await _stream(service, socket)
 
-    @api.exception_handler(HTTPException)
-    async def refused(request, e): return problem(e.status_code, str(e.detail), **{k.replace('-', '_'): v for k, v in (e.headers or {}).items()})
-    @api.exception_handler(Busy)
-    async def busy(request, e): return problem(429, str(e), Retry_After=f'{max(1, round(e.retry))}')
-    @api.exception_handler(Unsuited)
-    async def unsuited(request, e): return problem(422, str(e))
-    @api.exception_handler(Unfit)
-    async def unfit(request, e): return problem(503, str(e), Retry_After='2')
+    async def refused(request, e):
+        code, message, retry = verdict(e)
+        head = {k.replace('-', '_'): v for k, v in (getattr(e, 'headers', None) or {}).items()}
+        return problem(code, message, **head | ({} if retry is None else dict(Retry_After=f'{max(1, round(retry))}')))
+    for kind in (HTTPException, Busy, Unsuited, Unfit): api.add_exception_handler(kind, refused)
     @api.exception_handler(ClientDisconnect)
     @api.exception_handler(Gone)
     async def gone(request, e): return problem(499, 'the client has gone')
@@ -243,7 +216,7 @@ async def _form(request: Request, config) -> list[Item]:
     if not out: raise HTTPException(422, 'the form has no parts')
     return out
 
-# %% ../../nbs/serve/07_http.ipynb #fd477a16
+# %% ../../nbs/serve/07_http.ipynb #fd1de10c
 async def _stream(service: Service, socket: WebSocket, window: int = 16):
     await socket.accept()
     room, tasks, count = asyncio.Semaphore(window), set(), 0
@@ -258,16 +231,16 @@ async def _stream(service: Service, socket: WebSocket, window: int = 16):
                     rid = number if asked.id is None else asked.id
                     if (asked.dimensions or 0) > service.emb.dim: raise HTTPException(422, f'dimensions: the model has {service.emb.dim}')
                     listed = asked.input if isinstance(asked.input, list) else [asked.input]
-                    items = [await to_item(e, service.config) for e in listed]
+                    items = await to_items(listed, service.config)
                     how = dict(dimensions=asked.dimensions, encoding=asked.encoding_format)
                 items = await run(service, items, span=socket.state.span)
                 socket.state.seen['items'] += len(items)
                 out = dict(id=rid, artifact=made_by(items, service), data=rows(items, **how))
-            except ValidationError as e: out = dict(id=rid, error=dict(code=misfit(e).status_code, message=misfit(e).detail))
-            except HTTPException as e: out = dict(id=rid, error=dict(code=e.status_code, message=e.detail))
-            except Busy as e: out = dict(id=rid, error=dict(code=429, message=str(e), retry_after=round(e.retry, 1)))
-            except Unsuited as e: out = dict(id=rid, error=dict(code=422, message=str(e)))
-            except Unfit as e: out = dict(id=rid, error=dict(code=503, message=str(e)))
+            except Exception as e:
+                code, why, retry = verdict(e)
+                if isinstance(e, ValidationError): rid = _named(message['text'], number)
+                out = dict(id=rid, error=dict(code=code, message=why) | ({} if retry is None else dict(retry_after=round(retry, 1))))
+                if code == 500: service.log.error('error', exc_info=e, extra=dict(fields=dict(id=socket.state.id, path='/v1/stream')))
             await socket.send_text(orjson.dumps(out, option=orjson.OPT_SERIALIZE_NUMPY).decode())
         except (WebSocketDisconnect, RuntimeError): pass  # it left before its answer
         finally: room.release()
@@ -283,3 +256,9 @@ async def _stream(service: Service, socket: WebSocket, window: int = 16):
     except WebSocketDisconnect: pass
     finally:
         for t in tasks: t.cancel()
+
+# %% ../../nbs/serve/07_http.ipynb #3aa70886
+def _named(text: str, number: int) -> int | str: # the id in a message that does not fit, or its number
+    try: rid = orjson.loads(text)['id']
+    except (ValueError, TypeError, LookupError): return number
+    return rid if isinstance(rid, (str, int)) else number

@@ -7,10 +7,11 @@ Docs: https://mmembed.github.io/mmembed/serve/wire.html.md"""
 # %% auto #0
 __all__ = ['Entry', 'ClassEntry', 'TextEntry', 'ImageEntry', 'ImageURL', 'ImageURLEntry', 'EmbeddingRequest', 'RankRequest',
            'PairEntry', 'ClassifyRequest', 'SearchRequest', 'ReloadRequest', 'StreamRequest', 'misfit', 'few',
-           'Refused', 'image_bytes', 'fetch', 'to_item', 'run', 'vector', 'rows', 'timing', 'reply', 'problem',
-           'answered', 'made_by', 'ranked']
+           'Refused', 'image_bytes', 'fetch', 'to_item', 'to_items', 'run', 'vector', 'rows', 'timing', 'reply',
+           'problem', 'answered', 'made_by', 'verdict']
 
-# %% ../../nbs/serve/05_wire.ipynb #fce9a099
+# %% ../../nbs/serve/05_wire.ipynb #7566a57a
+import asyncio
 import binascii
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -22,7 +23,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 
-from .engine import Item, Job
+from .engine import Busy, Item, Job, Unfit, Unsuited
 from .observe import seconds
 from .service import Service
 
@@ -100,10 +101,10 @@ class ReloadRequest(_Model):
     "The artifact to change to; the same file again by default"
     artifact: str | None = None
 
-# %% ../../nbs/serve/05_wire.ipynb #a3de660e
+# %% ../../nbs/serve/05_wire.ipynb #72b6e78c
 class StreamRequest(EmbeddingRequest):
     "A message of the stream"
-    id: int | str | None = None
+    id: Annotated[int, Field(ge=-2**63, lt=2**64)] | str | None = None
 
 # %% ../../nbs/serve/05_wire.ipynb #05877646
 def misfit(e: ValidationError) -> HTTPException: # 400 for what is no JSON, else 422
@@ -169,6 +170,15 @@ async def to_item(
     try: data = await fetch(url, config.fetch_hosts, config.max_body) if url and url[:5].lower() != 'data:' else image_bytes(url or given)
     except Refused as e: return Item('pair' if pair else 'image', e)
     return Item('pair', (entry.text, data), len(entry.text) + len(data)) if pair else Item('image', data, len(data))
+
+# %% ../../nbs/serve/05_wire.ipynb #f10d93e1
+async def to_items(
+    entries: list, # of `Entry`
+    config,        # a `Config`
+) -> list[Item]:
+    "`to_item` of each; what has to be fetched is fetched at once."
+    if not config.fetch_hosts: return [await to_item(e, config) for e in entries]
+    return await asyncio.gather(*[to_item(e, config) for e in entries])
 
 # %% ../../nbs/serve/05_wire.ipynb #7907fbe2
 async def run(
@@ -249,16 +259,12 @@ def made_by(items: list[Item], service: Service) -> str: # the short hash
     "The artifact that embedded `items`: during a reload not the one now in force."
     return next((i.job.hash for i in items if hasattr(i.job, 'hash')), service.card['short_hash'])
 
-# %% ../../nbs/serve/05_wire.ipynb #252792c4
-def ranked(
-    service: Service,
-    query: Item,
-    candidates: list[Item],
-) -> list[dict]: # index, status, score, probability
-    "Candidates, best first, those that failed last."
-    good, bad = [c for c in candidates if c.status == 'ok'], [c for c in candidates if c.status != 'ok']
-    out = []
-    if good:
-        score, share = service.scores(query.value, [c.value for c in good])
-        out = [dict(index=good[k].index - 1, status='ok', score=float(score[k]), probability=float(share[k])) for k in np.argsort(-score, kind='stable')]
-    return out + [dict(index=c.index - 1, status=c.status, error=c.error) for c in bad]
+# %% ../../nbs/serve/05_wire.ipynb #34c0a555
+def verdict(e: Exception) -> tuple[int, str, float | None]: # HTTP status, one sentence, seconds after which to ask again
+    "What a client is told of `e`."
+    if isinstance(e, ValidationError): e = misfit(e)
+    if isinstance(e, HTTPException): return e.status_code, str(e.detail), None
+    if isinstance(e, Busy): return 429, str(e), e.retry
+    if isinstance(e, Unfit): return 503, str(e), 2.
+    if isinstance(e, Unsuited): return 422, str(e), None
+    return 500, 'internal error', None

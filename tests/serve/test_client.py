@@ -8,6 +8,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,6 +60,14 @@ def test_what_is_broken_fails_alone(client, emb, tmp_path):
     assert client.encode([]).shape == (0, 0) and client.encode([b'bad'], errors='skip').embedding.shape[0] == 0
 
 
+def test_what_is_too_large_fails_alone(server, client, emb):
+    "An item that no request may hold, amid others; and more items than the server takes at once."
+    client.batch_bytes = 16 << 20
+    got = client.encode(['a', bytes(3 << 20), FILES['RGB.png']], errors='flag')
+    assert got.ok.tolist() == [True, False, True] and 'larger' in got.errors[1] and np.allclose(got.embedding[2], emb.encode_image([FILES['RGB.png']])[0], atol=1e-5)
+    if server.url == client.url: assert Client(server.url, batch_size=100).encode(['a'] * 100).shape == (100, 24)
+
+
 def test_generators_are_read_no_further_than_needed(client):
     read = []
     def many():
@@ -85,6 +94,7 @@ def test_rank_info_profile(client, emb):
     texts = ['a red circle', 'x', '一个红色的圆']
     ranked, score = client.rank(FILES['RGB.png'], texts), emb.score(texts, [FILES['RGB.png']])[:, 0].numpy()
     assert [m.index for m in ranked] == list(np.argsort(-score)) and np.allclose([m.score for m in ranked], np.sort(score)[::-1], atol=1e-4)
+    assert client.rank('a', [b'bad', FILES['RGB.png'], Path('none.jpg')])[0].index == 1 and [m.error for m in client.rank('a', [Path('none.jpg')])] == ['none.jpg: No such file or directory']
     assert client.rank('a', [b'bad', FILES['RGB.png']])[-1].error and len(asyncio.run(client.arank('a', [FILES['RGB.png']] * 3, top_k=2))) == 2
     assert client.info()['short_hash'] == emb.card['short_hash'] == asyncio.run(client.ainfo())['short_hash']
     times = client.profile([FILES['RGB.png']], n=3)

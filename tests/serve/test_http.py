@@ -184,13 +184,14 @@ def test_websocket(server, emb):
         ws.send(FILES['RGB.png'])
         ws.send('{"input": [')
         ws.send('{"input": "x", "dimensions": 1000, "id": 7}')
-        got = {a['id']: a for a in (json.loads(ws.recv(20)) for _ in range(23))}
+        for bad in ('{"input": 3, "id": "named"}', '{"input": "x", "id": 99999999999999999999}', '{"input": "x", "id": [1]}', '[]'): ws.send(bad)
+        got = {a['id']: a for a in (json.loads(ws.recv(20)) for _ in range(27))}
     want = emb.encode_text(['a red circle'])[0].numpy()
     for k in range(20):
         assert [d['status'] for d in got[f'q{k}']['data']] == ['ok', 'invalid'] * (k % 3 + 1)
         assert np.allclose(vectors(got[f'q{k}'])[0], want, atol=1e-5)
     assert np.allclose(vectors(got[20])[0], emb.encode_image([FILES['RGB.png']])[0].numpy(), atol=1e-5)
-    assert got[21]['error']['code'] == 400 and got[7]['error']['code'] == 422
+    assert got[21]['error']['code'] == 400 and [got[k]['error']['code'] for k in (7, 'named', 24, 25, 26)] == [422] * 5
 
 
 def raw(server, data, wait=5.):
