@@ -36,7 +36,7 @@ def warm_cosine(
     if step < up: return (step + 1) / up
     return 0.5 * (1 + math.cos(math.pi * min(1, (step - up) / max(1, steps - up))))
 
-# %% ../nbs/19_shells.ipynb #23391b31
+# %% ../nbs/19_shells.ipynb #827999c6
 class Shell(LightningModule):
     "What to train and how fast; `model` has the towers `text` and `image`"
     def prepare(self,
@@ -80,7 +80,10 @@ class Shell(LightningModule):
     def configure_optimizers(self):
         h, steps = self.hparams, self.trainer.estimated_stepping_batches
         groups = parameter_groups(self.model, h.lr, h.weight_decay, h.layer_decay)
-        optimizer = torch.optim.AdamW(groups, lr=h.lr, betas=tuple(h.betas))
+        # one kernel for all of a step; it takes no mixture of sharded and whole tensors, and in float16 it would undo the scale after the clipping
+        fused = self.device_mesh is None and self.device.type in ('cpu', 'cuda') and self.trainer.precision != '16-mixed'
+        optimizer = torch.optim.AdamW(groups, lr=h.lr, betas=tuple(h.betas), fused=fused)
+        optimizer._step_supports_amp_scaling = False  # else Lightning refuses to clip gradients in bfloat16, where nothing is scaled
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps, h.warmup))
         return [optimizer], [{'scheduler': schedule, 'interval': 'step'}]
 
