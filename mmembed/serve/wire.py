@@ -10,15 +10,16 @@ __all__ = ['Entry', 'ClassEntry', 'TextEntry', 'ImageEntry', 'ImageURL', 'ImageU
            'Refused', 'image_bytes', 'fetch', 'to_item', 'to_items', 'run', 'vector', 'rows', 'timing', 'reply',
            'problem', 'answered', 'made_by', 'verdict']
 
-# %% ../../nbs/serve/05_wire.ipynb #7566a57a
+# %% ../../nbs/serve/05_wire.ipynb #2be68f7b
 import asyncio
 import binascii
+from binascii import b2a_base64
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
 import orjson
-from pybase64 import b64decode, b64encode
+from pybase64 import b64decode
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
@@ -157,7 +158,7 @@ async def fetch(
             return data
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as e: raise Refused(f'the image URL cannot be fetched: {type(e).__name__}') from None
 
-# %% ../../nbs/serve/05_wire.ipynb #8032f195
+# %% ../../nbs/serve/05_wire.ipynb #893f0a2a
 async def to_item(
     entry,  # an `Entry`
     config, # a `Config`
@@ -166,8 +167,9 @@ async def to_item(
     if isinstance(entry, str): return Item('text', entry, len(entry))
     if entry.type == 'text': return Item('text', entry.text, len(entry.text))
     pair, given = entry.type == 'pair', entry.image_url if entry.type == 'image_url' else entry.image
-    url = given.url if isinstance(given, ImageURL) else given if entry.type == 'image_url' else ''
-    try: data = await fetch(url, config.fetch_hosts, config.max_body) if url and url[:5].lower() != 'data:' else image_bytes(url or given)
+    text = given.url if isinstance(given, ImageURL) else given
+    url = text if text is not given or entry.type == 'image_url' else ''
+    try: data = await fetch(url, config.fetch_hosts, config.max_body) if url and url[:5].lower() != 'data:' else image_bytes(text)
     except Refused as e: return Item('pair' if pair else 'image', e)
     return Item('pair', (entry.text, data), len(entry.text) + len(data)) if pair else Item('image', data, len(data))
 
@@ -209,7 +211,7 @@ def vector(
     cut = value[:dimensions]
     return np.ascontiguousarray(cut / max(float(np.linalg.norm(cut)), 1e-12), np.float32)
 
-# %% ../../nbs/serve/05_wire.ipynb #b27b9c41
+# %% ../../nbs/serve/05_wire.ipynb #a76e19ae
 def rows(
     items: list[Item],
     dimensions: int | None = None,
@@ -221,7 +223,7 @@ def rows(
         row = dict(object='embedding', index=i.index, kind=i.kind, status=i.status, embedding=None)
         if i.status == 'ok':
             v = vector(i.value, dimensions)
-            row['embedding'] = v if encoding == 'float' else b64encode(v.astype('<f4').tobytes()).decode()
+            row['embedding'] = v if encoding == 'float' else b2a_base64(v.astype('<f4', copy=False), newline=False).decode()
         else: row['error'] = i.error
         out.append(row)
     return out
