@@ -130,7 +130,7 @@ class TransformersImage(Tower):
     ) -> Tensor: # float32 (B, dim)
         return self.head(self.net(pixel_values=pixels).pooler_output.flatten(1))
 
-# %% ../../nbs/models/01b_huggingface.ipynb #32a3828c
+# %% ../../nbs/models/01b_huggingface.ipynb #fff32b3f
 def pixel_rule(
     folder: str | Path,
 ) -> VisionPipeline:
@@ -143,8 +143,9 @@ def pixel_rule(
     return VisionPipeline.from_transformers(config['image_processor'])
 
 def _words(folder: Path, longest: int, whole: bool = False) -> TextPipeline:
-    tok = read_any(folder)
-    return TextPipeline(tok, min(stated(tok).max_length, longest), 0 if whole else None)
+    tok, said = read_any(folder), folder/'tokenizer_config.json'
+    most = json.loads(said.read_text()).get('model_max_length') if said.is_file() else None  # transformers cuts there, whatever tokenizer.json says
+    return TextPipeline(tok, int(min(most or longest, stated(tok).max_length, longest)), 0 if whole else None)
 
 # %% ../../nbs/models/01b_huggingface.ipynb #25a3617c
 def _read(folder: Path):
