@@ -8,7 +8,7 @@ Docs: https://mmembed.github.io/mmembed/runtime.html.md"""
 __all__ = ['join_tokens', 'Embedder', 'load', 'FORMAT_VERSION', 'read_card', 'reason', 'register_image_ops', 'Encoded', 'Scored',
            'Ranking', 'Similarity', 'Profile']
 
-# %% ../nbs/30_runtime.ipynb #129ab74d
+# %% ../nbs/30_runtime.ipynb #26e51401
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .core import ImageInfo, Tokens, pack, quietly, stack_levels
+from .core import ImageInfo, Tokens, pack, stack_levels
 from .opening import FORMAT_VERSION, device_of, read_card, reason, register_image_ops
 from .inputs import DOT, ahead, as_image, chunks, decoders as threads_for, items_of, name_of, text_error, watched
 from .results import Encoded, Profile, Ranking, Scored, Similarity, check, plain, policy, ranking, settle, stages
+from .packaged import opened
 
 # %% ../nbs/30_runtime.ipynb #d94979f5
 _all_ = ['FORMAT_VERSION', 'read_card', 'reason', 'register_image_ops', 'Encoded', 'Scored', 'Ranking', 'Similarity', 'Profile'] # found here too
@@ -35,7 +36,7 @@ def join_tokens(
     wide = lambda x, value: torch.nn.functional.pad(x, (0, length - x.shape[1]), value=value)
     return Tokens(torch.cat([wide(b.ids, pad_id) for b in batches]), torch.cat([wide(b.mask, 0) for b in batches]))
 
-# %% ../nbs/30_runtime.ipynb #131fa344
+# %% ../nbs/30_runtime.ipynb #1e74799e
 class Embedder:
     "An artifact, loaded: texts and images to embeddings, or pairs of them to scores, with a status for every item"
     def __init__(
@@ -55,8 +56,7 @@ class Embedder:
             torch.set_num_threads(threads)
         if self.card.get('decode', True): register_image_ops(self.card.get('pixels', {}).get('heic', False))
         torch._C._jit_set_profiling_mode(False)  # process-wide; its recompilations make the first calls slow
-        try: self.module = quietly(torch.jit.load, str(path), map_location=self.device).eval()
-        except RuntimeError as e: raise ValueError(f'{path} cannot be loaded: {reason(e)}') from None
+        self.module = opened(path, self.card, self.device)
         self.dim = self.module.dim
         self.pairs = 'labels' in self.card             # it scores pairs
         self.labels: list[str] = self.module.labels() if hasattr(self.module, 'labels') else []  # what it can say of an item or of a pair; empty without

@@ -7,8 +7,9 @@ Docs: https://mmembed.github.io/mmembed/export/answers.html.md"""
 # %% auto #0
 __all__ = ['CPP_SKIPS', 'answers', 'Eager', 'program', 'fresh', 'cpp', 'loaded_rows']
 
-# %% ../../nbs/export/04a_answers.ipynb #2d7d4227
+# %% ../../nbs/export/04a_answers.ipynb #acd08d1e
 import inspect
+import json
 import subprocess
 import sys
 import tempfile
@@ -18,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import Tokens
+from ..core import Tokens, quietly
 from . import host
 from .encoder import Encoder, Scorer, unstored
 from .steps import Classes, Same, SameTexts, Steps
 from .variants import Variant, prepared
 from ..opening import read_card, reason, register_image_ops
+from ..packaged import Packaged, opened
 
 # %% ../../nbs/export/04a_answers.ipynb #ef797f09
 def answers(
@@ -114,21 +116,21 @@ class Eager:
     def __call__(self, texts, images):
         return self._score_pairs(*self._packed(texts), torch.stack([self.preprocess_image(x) for x in images]) if images else [])
 
-# %% ../../nbs/export/04a_answers.ipynb #55cee324
+# %% ../../nbs/export/04a_answers.ipynb #bca58534
 def program() -> str:
     "What the fresh process runs."
-    head = ("import sys\nsys.modules['mmembed'] = None  # any import of it fails\nimport importlib.util, re\n"
+    head = ("import sys\nsys.modules['mmembed'] = None  # any import of it fails\nimport importlib.util, io, json, re, warnings, zipfile\n"
             "from pathlib import Path\nimport torch\nfrom torch import Tensor\n")
-    return head + '\n'.join(inspect.getsource(f) for f in (register_image_ops, reason, answers)) + '''
-path, asked, told, decode, threads, device = sys.argv[1:]
+    return head + '\n'.join(inspect.getsource(f) for f in (register_image_ops, reason, quietly, Packaged, opened, answers)) + '''
+path, card, asked, told, decode, threads, device = sys.argv[1:]
 torch.set_num_threads(int(threads))
 if decode == 'True': register_image_ops()
 torch._C._jit_set_profiling_mode(False)
 asked = torch.load(asked)
-torch.save(answers(torch.jit.load(path, map_location=device).eval(), **asked), told)
+torch.save(answers(opened(path, json.loads(card), device), **asked), told)
 '''
 
-# %% ../../nbs/export/04a_answers.ipynb #90375201
+# %% ../../nbs/export/04a_answers.ipynb #f1ef0587
 def fresh(
     path: Path,   # an artifact
     asked: dict,  # the arguments of `answers`
@@ -138,13 +140,14 @@ def fresh(
     "The answers of a new process; raises `RuntimeError` with its last line when it fails."
     with tempfile.TemporaryDirectory() as d:
         torch.save(asked, f'{d}/asked.pt')
-        args = path, f'{d}/asked.pt', f'{d}/told.pt', str(decode), str(torch.get_num_threads()), device
+        card = json.dumps({k: v for k, v in read_card(path).items() if k in ('compiled', 'image_size')})
+        args = path, card, f'{d}/asked.pt', f'{d}/told.pt', str(decode), str(torch.get_num_threads()), device
         done = subprocess.run([sys.executable, '-I', '-W', 'ignore', '-c', program(), *args],
                               capture_output=True, text=True, errors='replace', cwd=d)
         if done.returncode: raise RuntimeError(host._last(done))
         return torch.load(f'{d}/told.pt', map_location='cpu')
 
-# %% ../../nbs/export/04a_answers.ipynb #f3c7864d
+# %% ../../nbs/export/04a_answers.ipynb #462dabaa
 CPP_SKIPS = 'score', 'raw batch', 'labels', 'class probability'  # kinds that the command-line host does not print
 
 def cpp(

@@ -7,10 +7,11 @@ Docs: https://mmembed.github.io/mmembed/export/verify.html.md"""
 # %% auto #0
 __all__ = ['BOUNDS', 'Row', 'bound_of', 'VerifyError', 'Report', 'verify', 'tensors', 'export']
 
-# %% ../../nbs/export/05_verify.ipynb #87753429
+# %% ../../nbs/export/05_verify.ipynb #8657ff6d
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from html import escape
@@ -25,10 +26,13 @@ from . import cases, host
 from .answers import CPP_SKIPS, Eager, answers, cpp as cpp_answers, fresh as fresh_answers, loaded_rows
 from .artifact import assemble, save
 from .card import make_card, sha256
+from .compiled import program_hashes, save_package
 from .encoder import unstored
+from .onnx import export_onnx, rows as onnx_rows, settle
 from .steps import Steps, read_classes, tried
 from .variants import SAME, Variant, bounds
 from ..opening import read_card, reason, register_image_ops
+from ..packaged import opened
 
 # %% ../../nbs/export/05_verify.ipynb #285496c7
 class Row(NamedTuple):
@@ -170,7 +174,7 @@ class Report:
                            'bytes': self.bytes, 'seconds': round(self.seconds, 2), 'rows': rows,
                            'not_run': self.notes}, indent=1)
 
-# %% ../../nbs/export/05_verify.ipynb #0163eed8
+# %% ../../nbs/export/05_verify.ipynb #098a3c55
 def verify(
     path: str | Path,                      # an artifact
     model: nn.Module | None = None,        # the model it was exported from: the reference, when given
@@ -184,6 +188,7 @@ def verify(
     labels: dict | Sequence[str] | None = None, # likewise: what `export` was given, with `templates` ...
     templates: Sequence[str] = ('a photo of a {}.',),
     device: str = 'cpu',                   # ask the artifact on this device too
+    onnx: str | Path | None = None,        # a folder with the same model's files of `export_onnx`: ask onnxruntime too
 ) -> Report:
     """Every host's answers compared; `Report.ok` says whether all agree, `Report.check()` raises if not.
 
@@ -195,8 +200,7 @@ def verify(
     asked = {'texts': [as_bytes(t) for t in cases.texts()] + [pack([t])[0] for t in texts],
              'images': built_in + [x if isinstance(x, Tensor) else as_bytes(x) for x in images], 'sizes': list(sizes)}
     if decode: register_image_ops()
-    try: loaded = quietly(torch.jit.load, str(path), map_location='cpu').eval()
-    except RuntimeError as e: raise ValueError(f'{path} cannot be loaded: {reason(e)}') from None
+    loaded, stage = opened(path, card), 'compiled' if 'compiled' in card else 'artifact'
     pairs = 'labels' in card
     classes = None if pairs or labels is None else read_classes(labels, tuple(templates))
     exe, notes = _cpp_host(cpp), [] if fresh else ['fresh process']
@@ -205,15 +209,16 @@ def verify(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the answers are many small operations, and every host is to work alike
     try:
-        rows = _integrity(loaded, card, model, decode, steps)
+        rows = _integrity(loaded, card, model, decode, steps, path)
         got = answers(loaded, **asked)
         want = answers(Eager(model, variant, steps, classes), **asked) if model else got
         skips = () if not model or classes or pairs or 'classes' not in card else ('labels', 'class probability')
         if skips: notes.append('artifact: labels, which verify was not given')
-        if model: rows += _compare('artifact', want, lambda: got, variant, skips)
+        if model: rows += _compare(stage, want, lambda: got, variant, skips)
         if fresh: rows += _compare('fresh process', got, lambda: fresh_answers(path, asked, decode), variant)
         if not isinstance(exe, str): rows += _compare('c++', got, lambda: cpp_answers(exe, path, asked | {'sizes': [s for s in sizes if s]}), variant,
                                                       CPP_SKIPS, [s for s in sizes if s])
+        if onnx: rows += onnx_rows(onnx, loaded, asked, got, card)
         if device != 'cpu': rows += _compare(device, got, lambda: fresh_answers(path, asked, decode, device), variant._replace(precision=_looser(variant)))
         if model:
             found = _loader_rows(model, loaded, asked, variant, steps, decode)
@@ -252,19 +257,22 @@ def tensors(
     "Every parameter and buffer, those included that a state_dict leaves out."
     return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
 
-# %% ../../nbs/export/05_verify.ipynb #d07ffdc4
-def _integrity(loaded, card: dict, model, decode: bool, steps: Steps) -> list[Row]:
+# %% ../../nbs/export/05_verify.ipynb #23a0e4b8
+def _integrity(loaded, card: dict, model, decode: bool, steps: Steps, path: Path) -> list[Row]:
     def row(what, note): return Row('card', what, 1, float('inf') if note else 0., 0., note)
     own = json.loads(loaded.card())
     whole = sha256(tensors(loaded)) == card['tensors_sha256']
     rows = [row('identity card', '' if own == card else 'the card in the module is not the card in the archive'),
             row('tensors', '' if whole else "a tensor differs from the card's hash")]
+    if 'compiled' in card:
+        same = program_hashes(path) == card['compiled']['programs_sha256']
+        rows.append(row('programs', '' if same else "a compiled program differs from the card's hash"))
     if model:
         same = make_card(model, card['dim'], decode, None, card.get('variant'), steps.words(), card.get('classes'))['content_hash'] == card['content_hash']
         rows.append(row('model', '' if same else 'the file was exported from other weights, another preprocessing or other steps'))
     return rows
 
-# %% ../../nbs/export/05_verify.ipynb #86436f06
+# %% ../../nbs/export/05_verify.ipynb #4d13a7a3
 def export(
     model: nn.Module,                # a DualEncoder or PairClassifier whose towers carry their pipelines; left as it is
     path: str | Path,                # where the artifact goes
@@ -280,8 +288,10 @@ def export(
     before_text: nn.Module | None = None, before_image: nn.Module | None = None, after: nn.Module | None = None, # as in `Steps`
     device: str = 'cpu',             # on which the file is verified beside the CPU
     samples: Sequence[tuple] = (),   # as in `verify`
+    onnx: str | Path | None = None,  # a folder for the model as ONNX, as `export_onnx` writes it
+    cpu: str = '',                   # for a `path` that ends in .pt2, as in `save_package`
 ) -> Report:
-    """Scripts `model` with its pipelines into one file at `path`, verifies the file, and returns the report.
+    """Scripts `model` with its pipelines into one file at `path`, or compiles it where that ends in `.pt2`; verifies the file, and returns the report.
 
     A file that fails does not stay: what was at `path` before remains, and `VerifyError` names the stage. Raises `ValueError` and `TypeError` for
     options that do not go with the model."""
@@ -291,17 +301,25 @@ def export(
     own = getattr(model, 'labels', None)
     classes = read_classes(own if labels is None else labels, tuple(templates) if isinstance(templates, (list, tuple)) else templates, top_k, threshold)
     if own is not None: classes = classes._replace(prompts=[])
-    artifact = assemble(model, decode, variant, steps, classes)
+    package = path.suffix == '.pt2'
+    artifact = assemble(model, decode, variant, steps, classes, script=not package)
     said = classes.words() if labels is not None or own is not None and (top_k, threshold) != (5, 0.) else None
     card = make_card(model, artifact.dim, decode, training, variant.changes(), steps.words(), said) | {'tensors_sha256': sha256(tensors(artifact))}
     artifact.identity = json.dumps(card, indent=1, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp' + package * '.pt2')
+    graphs = temporary.with_suffix('.onnx')
     try:
-        save(quietly(torch.jit.script, artifact), temporary, artifact.identity)
-        report = verify(temporary, model, texts, images, fresh, cpp, (0, 1, 3, 64), samples, steps, labels if own is None else None, templates, device)
+        if onnx: export_onnx(model, graphs, variant, steps, card)
+        if package: save_package(artifact, temporary, card, cpu)
+        else: save(quietly(torch.jit.script, artifact), temporary, artifact.identity)
+        report = verify(temporary, model, texts, images, fresh, cpp, (0, 1, 3, 64), samples, steps, labels if own is None else None, templates, device,
+                        graphs if onnx else None)
         report.path = path
         report.check()
         os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
+        if onnx: settle(graphs, onnx)
+    finally:
+        temporary.unlink(missing_ok=True)
+        shutil.rmtree(graphs, ignore_errors=True)
     return report
