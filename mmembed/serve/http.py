@@ -7,41 +7,32 @@ Docs: https://mmembed.github.io/mmembed/serve/http.html.md"""
 # %% auto #0
 __all__ = ['app']
 
-# %% ../../nbs/serve/07_http.ipynb #a1f04e5b
+# %% ../../nbs/serve/07_http.ipynb #2840d2ef
 import asyncio
 from functools import partial
 
 import numpy as np
 import orjson
 from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect
-from fastapi.responses import Response
-from pydantic import TypeAdapter, ValidationError
+from fastapi.responses import PlainTextResponse, Response
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from .edge import Direct, Edge, Gone, attended
 from .engine import Busy, Item, Unfit, Unsuited
-from . import scores
+from . import inference, scores
+from .openapi import (BINARY, FORM, RAW, Classification, Embeddings, Hits, Live, ModelList, ModelRow, Ranking, Ready, Reloaded,
+                                   asks, described, gives)
 from .service import Service
 from .wire import (ClassifyRequest, EmbeddingRequest, RankRequest, ReloadRequest, SearchRequest, StreamRequest, answered,
                                 few, made_by, misfit, problem, reply, rows, run, timing, to_items, vector, verdict)
 
-# %% ../../nbs/serve/07_http.ipynb #721fe077
+# %% ../../nbs/serve/07_http.ipynb #09cf9413
 def app(service: Service) -> Edge:
     "The ASGI application of `service`."
     api = FastAPI(title='mmembed', version='1', description='Embeddings of texts and images by an exported file, one status an item.')
     config = service.config
-
-    def schema(model, *others):
-        content = {'application/json': {'schema': model.model_json_schema(ref_template='#/components/schemas/{model}')}}
-        content['application/json']['schema'].pop('$defs', None)
-        return {'requestBody': {'required': True, 'content': content | {k: v for o in others for k, v in o.items()}}}
-    raw = {k: {'schema': {'type': 'string', 'format': 'binary'}} for k in ('application/octet-stream', 'text/plain')}
-    form = {'multipart/form-data': {'schema': {'type': 'object', 'description': 'parts `image` (files) and `text`, in order',
-        'properties': {'image': {'type': 'string', 'format': 'binary'}, 'text': {'type': 'string'}}}}}
-    errors = {code: {'description': text} for code, text in {400: 'not readable', 401: 'no valid API key', 408: 'sent too slowly',
-        413: 'too large', 415: 'unknown content type', 422: 'does not fit the schema, or no item could be embedded',
-        429: 'the queue is full; see Retry-After', 500: 'failed', 503: 'not able to answer; see Retry-After', 504: 'timed out'}.items()}
 
     async def parsed(request: Request, model):
         kind = request.headers.get('content-type', 'application/json').partition(';')[0].strip().lower()
@@ -69,7 +60,8 @@ def app(service: Service) -> Edge:
         except ValidationError as e: raise misfit(e) from None
         return items, dict(dimensions=asked.dimensions, encoding=asked.encoding_format)
 
-    @api.post('/v1/embeddings', responses=errors, openapi_extra=schema(EmbeddingRequest, raw, form), tags=['embeddings'])
+    @api.post('/v1/embeddings', responses=gives(Embeddings, partial=(422, 500, 503, 504), **BINARY),
+              openapi_extra=asks(EmbeddingRequest, RAW, FORM), tags=['embeddings'])
     async def embeddings(request: Request):
         """Embeddings of texts and images, mixed; every item has its own `status`.
 
@@ -91,12 +83,12 @@ def app(service: Service) -> Edge:
         if status != 200: body['error'] = dict(message=next(i.error or i.status for i in items), type='invalid_request_error', code=status)
         return reply(body, status, **head)
 
-    @api.get('/v1/models', tags=['embeddings'])
+    @api.get('/v1/models', responses=gives(ModelList, 401), tags=['embeddings'])
     async def models():
         "The one model that this server has."
         return reply(dict(object='list', data=[_model(service)]))
 
-    @api.get('/v1/models/{name:path}', responses={404: {'description': 'another model'}}, tags=['embeddings'])
+    @api.get('/v1/models/{name:path}', responses=gives(ModelRow, 401, more={404: 'another model'}), tags=['embeddings'])
     async def one_model(name: str):
         "The model of that name."
         if name != service.name: raise HTTPException(404, f'there is no model {name[:60]!r}; there is {service.name!r}')
@@ -105,7 +97,7 @@ def app(service: Service) -> Edge:
     def scored(found: list[dict], items: list[Item], status: int = 200, **more):
         return reply(dict(model=service.name, artifact=made_by(items, service), **more, results=found), status, Server_Timing=timing(items))
 
-    @api.post('/rank', responses=errors, openapi_extra=schema(RankRequest), tags=['scores'])
+    @api.post('/rank', responses=gives(Ranking), openapi_extra=asks(RankRequest), tags=['scores'])
     async def rank(request: Request):
         "Candidates by the model's own score for the query, best first; those that failed come last, with their status."
         asked = await parsed(request, RankRequest)
@@ -114,7 +106,7 @@ def app(service: Service) -> Edge:
         found, items = await scores.rank(service, partial(embed, request), query, candidates, asked.top_k)
         return scored(found, items, kind=query.kind)
 
-    @api.post('/classify', responses=errors, openapi_extra=schema(ClassifyRequest), tags=['scores'])
+    @api.post('/classify', responses=gives(Classification, partial=(422, 500, 503, 504)), openapi_extra=asks(ClassifyRequest), tags=['scores'])
     async def classify(request: Request):
         "For each input the labels by probability. Each label is put into `template`: 'a photo of a {}'; without labels the artifact's own."
         asked = await parsed(request, ClassifyRequest)
@@ -124,36 +116,36 @@ def app(service: Service) -> Edge:
         found, items = await scores.classify(service, partial(embed, request), items, asked.labels, asked.template, asked.top_k)
         return scored(found, items, answered(items))
 
-    @api.post('/search', responses=errors | {404: {'description': 'no index is loaded'}}, openapi_extra=schema(SearchRequest), tags=['scores'])
+    @api.post('/search', responses=gives(Hits, more={404: 'no index is loaded'}), openapi_extra=asks(SearchRequest), tags=['scores'])
     async def search(request: Request):
         "The nearest neighbours of the query in the index."
         asked = await parsed(request, SearchRequest)
         [query] = await to_items([asked.query], config)
         return scored(*await scores.search(service, partial(embed, request), query, asked.top_k, asked.where))
 
-    @api.get('/info', tags=['service'])
+    @api.get('/info', responses=gives(None, 401), tags=['service'])
     async def info():
         "The identity card of the artifact."
         return reply(service.card)
 
-    @api.get('/livez', tags=['service'], responses={503: {'description': 'a worker is dead or stuck: restart'}})
+    @api.get('/livez', tags=['service'], responses=gives(Live, 503) | {503: dict(description='a worker is dead or stuck: restart', model=Live)})
     async def live():
         "Whether this process can still answer; if not, it is about to end."
         why = service.engine.health()
         return reply(dict(live=not why, reason=why), 503 if why else 200)
 
-    @api.get('/readyz', tags=['service'], responses={503: {'description': 'not ready'}})
+    @api.get('/readyz', tags=['service'], responses=gives(Ready, 503) | {503: dict(description='not ready', model=Ready)})
     async def ready():
         "Whether a canary, sent through the real queue, came back as the right vectors."
         why = await service.ready()
         return reply(dict(ready=not why, reason=why, artifact=service.card['short_hash']), 503 if why else 200)
 
-    @api.get('/metrics', tags=['service'])
+    @api.get('/metrics', tags=['service'], response_class=PlainTextResponse)
     async def metrics():
         "For Prometheus."
         return Response(service.metrics.page(), media_type='text/plain; version=0.0.4; charset=utf-8')
 
-    @api.post('/admin/reload', responses=errors, openapi_extra=schema(ReloadRequest), tags=['service'])
+    @api.post('/admin/reload', responses=gives(Reloaded, more={403: 'the server has no API key'}), openapi_extra=asks(ReloadRequest), tags=['service'])
     async def reload(request: Request):
         "Loads an artifact and changes to it without dropping a request. Needs an API key, and a server that has one."
         if not config.api_keys: raise HTTPException(403, 'reloading over HTTP needs a server with an API key; SIGHUP works without')
@@ -175,22 +167,15 @@ def app(service: Service) -> Edge:
     @api.exception_handler(Gone)
     async def gone(request, e): return problem(499, 'the client has gone')
 
-    plain = api.openapi
-    def openapi():
-        if not api.openapi_schema:
-            found = plain()
-            _, defs = TypeAdapter.json_schemas([(m, 'validation', TypeAdapter(m)) for m in (EmbeddingRequest, RankRequest, ClassifyRequest,
-                SearchRequest, ReloadRequest)], ref_template='#/components/schemas/{model}')
-            found.setdefault('components', {}).setdefault('schemas', {}).update(defs.get('$defs', {}))
-        return api.openapi_schema
-    api.openapi = openapi
+    inference.routes(api, service, embed)
+    described(api, inference.InferenceRequest)
     if config.cors:
         from starlette.middleware.cors import CORSMiddleware
         api.add_middleware(CORSMiddleware, allow_origins=list(config.cors), allow_methods=['*'], allow_headers=['*'],
                            expose_headers=['x-request-id', 'server-timing'])
         inner = api
     else: inner = Direct(api, {'/v1/embeddings': embeddings, '/rank': rank, '/classify': classify, '/search': search})
-    return Edge(inner, service, {r.path for r in api.routes if '{' not in r.path})
+    return Edge(inner, service, {r.path.replace('{name}', service.name) for r in api.routes if not set('{:') & set(r.path.replace('{name}', ''))})
 
 # %% ../../nbs/serve/07_http.ipynb #a5ea98a7
 def _model(service) -> dict:
