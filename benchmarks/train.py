@@ -1,19 +1,21 @@
 """The same small CLIP trained by three loops: ours, sentence-transformers' and open_clip's; CPU seconds a pair and recall at the end.
 
     python benchmarks/train.py                       # built-in scenes, 2,000 pairs, 4 epochs: the three, one after the other, twice
-    python benchmarks/train.py --data figures --epochs 1 --rounds 1   # textbook figures (long captions, pictures of 224 pixels)
+    python benchmarks/train.py --data figures --epochs 1 --rounds 1   # textbook figures (long captions, large files)
+    python benchmarks/train.py --crops                                # ours and open_clip crop, an area of 0.9 to 1; sentence-transformers has no crops
+    python benchmarks/train.py --json benchmarks/results/train.json   # a run more for that file, which tools/tables.py puts into the pages
     python benchmarks/train.py --one ours ...        # one of them: ours, sentence_transformers, open_clip
 
 All begin with the same weights, see the same files in the same number of steps of the same batch size, AdamW, warm-up and cosine, one thread and no workers, in fp32.
 The CPU time is that of the loop alone: reading, decoding, tokenising, both passes, the optimizer. Recall is measured for all by one function, on the weights each leaves,
-with open_clip's own preprocessing and tokenizer. Needs sentence-transformers, datasets, pandas. Crops are open_clip's (an area of 0.9 to 1), except that
-sentence-transformers has none.
+with open_clip's own preprocessing and tokenizer. Without --crops all three see the same pixels. Needs sentence-transformers, datasets, pandas.
 """
 import argparse
 import csv
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -141,7 +143,7 @@ def ours(folder, args):
     torch.manual_seed(args.seed)
     spec = VisionPipeline.from_open_clip(known(folder)).spec() | {'flip': 0.}
     model = DualEncoder.from_open_clip(f"local-dir:{folder/'clip'}", vision_pipeline=VisionPipeline.from_spec(spec))
-    data = PairData(source=PairsFile(folder/'train.csv'), valid_share=0.2, batch_size=args.batch, seed=args.seed)
+    data = PairData(source=PairsFile(folder/'train.csv'), valid_share=0.2, batch_size=args.batch, augment=args.crops, seed=args.seed)
     data.train = data.source
     lit = LitDualEncoder(model, lr=args.lr, weight_decay=args.decay, warmup=0.1)
     trainer = Trainer(max_epochs=args.epochs, accelerator='cpu', limit_val_batches=0, logger=False, enable_progress_bar=False, enable_model_summary=False,
@@ -193,7 +195,8 @@ def open_clip(folder, args):
     main.main(['--model', f"local-dir:{folder/'clip'}", '--dataset-type', 'csv', '--train-data', str(folder/'train.csv'), '--csv-img-key', 'image', '--csv-caption-key', 'text',
                '--csv-separator', ',', '--batch-size', str(args.batch), '--epochs', str(args.epochs), '--lr', str(args.lr), '--wd', str(args.decay), '--beta2', '0.98', '--eps', '1e-8',
                '--warmup', str(max(1, round(0.1*steps))), '--precision', 'fp32', '--workers', '0', '--device', 'cpu', '--logs', str(folder/'logs'), '--name', 'run',
-               '--seed', str(args.seed), '--save-frequency', '1', '--save-most-recent', '--local-loss'])
+               '--seed', str(args.seed), '--save-frequency', '1', '--save-most-recent', '--local-loss',
+               *([] if args.crops else ['--aug-cfg', 'scale=(1.0,1.0)', 'ratio=(1.0,1.0)'])])  # no crop fits, so torchvision takes the middle square
     state = torch.load(folder/'logs'/'run'/'checkpoints'/'epoch_latest.pt', weights_only=False)['state_dict']
     return sum(spent), steps, state
 
@@ -222,6 +225,8 @@ def main():
     a.add_argument('--data', choices=['scenes', 'figures'], default='scenes')
     for name, value in dict(pairs=2000, epochs=4, batch=64, lr=5e-4, decay=0.05, rounds=2, seed=0).items(): a.add_argument(f'--{name}', type=type(value), default=value)
     a.add_argument('--who', default=','.join(WHO))
+    a.add_argument('--crops', action='store_true')
+    a.add_argument('--json', type=Path)
     a.add_argument('--one')
     a.add_argument('--folder')
     args = a.parse_args()
@@ -241,11 +246,27 @@ def main():
                 if not line: sys.exit(f'{who}: {done.stderr[-1500:]}')
                 results[who].append(json.loads(line[0][7:]))
                 subprocess.run(['rm', '-rf', str(folder/'logs'), str(folder/'st')])
-        print(f'\n{args.data}, batch {args.batch}, {args.epochs} epochs, mean of {args.rounds}\n\n| loop | steps | CPU ms a pair | pairs a CPU second | text to image @1 | @10 | image to text @1 | @10 |\n|---|---|---|---|---|---|---|---|')
-        for who, runs in results.items():
-            mean = [math.fsum(x) / len(runs) for x in zip(*runs)]
-            each = mean[0] / (mean[1] * args.batch)
-            print(f"| {who.replace('_', '-')} | {mean[1]:.0f} | {1000*each:.2f} | {1/each:.1f} | {' | '.join(f'{100*x:.1f}' for x in mean[2:])} |", flush=True)
+        report(results, args)
+
+
+COLUMNS = ['data', 'loop', 'pairs seen', 'CPU ms a pair', 'pairs a CPU second', 'text to image @1', '@10', 'image to text @1', '@10']
+
+
+def report(results, args):
+    "The table, and the same as a part of the file of results."
+    rows = []
+    for who, runs in results.items():
+        mean = [math.fsum(x) / len(runs) for x in zip(*runs)]
+        each = mean[0] / (mean[1] * args.batch)
+        rows.append([f"{args.data}{', crops' if args.crops else ''}", who.replace('_', '-'), f'{mean[1] * args.batch:,.0f}', f'{1000*each:.2f}', f'{1/each:.1f}', *(f'{100*x:.1f}' for x in mean[2:])])
+    print(f"\nbatch {args.batch}, {args.epochs} epochs, mean of {args.rounds}\n\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
+    for row in rows: print('| ' + ' | '.join(row) + ' |', flush=True)
+    if not args.json: return
+    file = json.loads(args.json.read_text()) if args.json.exists() else {'kind': 'plain', 'command': '', 'records': {'columns': COLUMNS, 'rows': []}}
+    said = shlex.join(['python', 'benchmarks/train.py', *(x for x in sys.argv[1:] if x != '--json' and x != str(args.json))])
+    file['command'] = '; '.join(x for x in (file['command'], said) if x)
+    file['records']['rows'] = [r for r in file['records']['rows'] if r[:2] not in [x[:2] for x in rows]] + rows
+    args.json.write_text(json.dumps(file, indent=1) + '\n')
 
 
 if __name__ == '__main__': main()
