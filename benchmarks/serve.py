@@ -274,20 +274,21 @@ def main():
     peers, record = dict(p.split('=') for p in args.peers.split(',') if p), []
     names = [*(['mmembed'] if not args.only_peers else []), *peers]
     print(f'{"server":10} {"items":6} {"conc":>4} {"items/s":>9} {"CPU ms":>10} {"p50 ms":>9} {"p99 ms":>9} {"failed":>6} {"batch":>6}')
-    for what in args.what.split(','):
+    kinds = args.what.split(',')
+    pinned(ours)
+    for what in kinds if not args.only_peers else ():
+        rate, used = alone(raw, path, what, args.threads, args.seconds)
+        record.append(dict(server='raw', items=what, rate=rate, cpu_ms=used * 1e3))
+        print(f'{"raw":10} {what:6} {"":>4} {rate:9.1f} {used * 1e3:10.2f}', flush=True)
+    for name in names:
+        weights = dict(clip=lambda: Path(path).with_suffix('.weights'), infinity=lambda: hugging_face(Path(path).with_suffix('.weights'))).get(name, lambda: path)
         pinned(ours)
-        if not args.only_peers:
-            rate, used = alone(raw, path, what, args.threads, args.seconds)
-            record.append(dict(server='raw', items=what, rate=rate, cpu_ms=used * 1e3))
-            print(f'{"raw":10} {what:6} {"":>4} {rate:9.1f} {used * 1e3:10.2f}', flush=True)
-        for name in names:
-            todo = requests(what, files, peer=name)
-            weights = dict(clip=lambda: Path(path).with_suffix('.weights'), infinity=lambda: hugging_face(Path(path).with_suffix('.weights'))).get(name, lambda: path)
-            pinned(ours)
-            with running(config) if name == 'mmembed' else Peer(name, peers[name], weights(), args.threads, todo[0]) as s:
-                pinned(theirs)
-                port = s.port if name in peers else int(s.url.rsplit(':', 1)[1])
-                asyncio.run(closed(port, todo, 8, min(3, args.seconds)))  # warm
+        with running(config) if name == 'mmembed' else Peer(name, peers[name], weights(), args.threads, requests('text', files, peer=name)[0]) as s:
+            pinned(theirs)
+            port = s.port if name in peers else int(s.url.rsplit(':', 1)[1])
+            for what in kinds:
+                todo = requests(what, files, peer=name)
+                asyncio.run(closed(port, todo, 8, min(2, args.seconds)))  # warm
                 for n in map(int, args.concurrency.split(',')):
                     before, ran = cpu(s.process.pid), batches(port) if name == 'mmembed' else None
                     out, elapsed = asyncio.run(closed(port, todo, n, args.seconds))
