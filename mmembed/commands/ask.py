@@ -14,17 +14,18 @@ from fastcore.script import store_true
 
 from ..cli import working
 
-# %% ../../nbs/commands/02_ask.ipynb #12542719
+# %% ../../nbs/commands/02_ask.ipynb #09b6cb1a
 def verify(
     artifact: str,            # an exported file
     data: str = None,         # pairs of your own to ask about, too: a .csv, .tsv, .jsonl or .parquet file as `mmembed train` takes it
     samples: int = 100,       # pairs of it, evenly spread
     cpp: store_true = False,  # compile the C++ host and ask it, too
+    onnx: str = None,         # a folder with the same model's ONNX files: ask onnxruntime, too
     json: store_true = False, # print the report as JSON
 ):
     """Ask an exported file the same in several hosts and compare the answers.
 
-    mmembed verify model.pt --cpp
+    mmembed verify model.pt --cpp --onnx onnx
     mmembed verify model.pt --data pairs.csv"""
     from mmembed.export.verify import verify as compare
     own = []
@@ -32,7 +33,7 @@ def verify(
         from mmembed.data.sources import PairsFile
         pairs = PairsFile(data)
         own = [pairs[i] for i in range(0, len(pairs), max(1, len(pairs) // max(1, samples)))]
-    with working('asking every host the same'): report = compare(artifact, cpp=cpp, samples=own)
+    with working('asking every host the same'): report = compare(artifact, cpp=cpp, samples=own, onnx=onnx)
     print(report.to_json() if json else report)
     report.check()
 

@@ -70,7 +70,7 @@ def evaluate(argv: list[str]):
     out.write_text(json.dumps(found, indent=1))
     if not args.json: print(f'figures: {near(out)}')
 
-# %% ../../nbs/commands/01_make.ipynb #8b07468c
+# %% ../../nbs/commands/01_make.ipynb #23a516e6
 def export(
     checkpoint: Annotated[str, {'opt': False, 'nargs': '?'}] = None, # what `mmembed train` printed: a .ckpt file; or a Hugging Face folder or name; for --triton alone, a file exported before
     out: str = None,           # the artifact; by default <artifacts_path>/<name of the run>.pt
@@ -78,6 +78,7 @@ def export(
     weights: str = None,       # of that model: a file, or a name of open_clip's such as laion2b_s34b_b79k
     image: str = None,         # for a Hugging Face folder with a text encoder alone: the folder whose image tower it was trained to meet
     triton: str = None,        # write a Triton model repository to this folder, too
+    onnx: str = None,          # write ONNX files to this folder, too, and ask onnxruntime; with --triton of an exported file: where they are
     no_decode: store_true = False, # leave the file decoders out, for hosts with libtorch alone
     precision: str = 'fp32',       # of the towers: fp32, bf16, fp16
     quantize: str = None,          # int8: linear layers multiply int8 by int8
@@ -99,22 +100,25 @@ def export(
     mmembed export --open-clip ViT-B-32 --weights open_clip.safetensors --out clip.pt
     mmembed export clip-vit-base-patch32/ --out clip.pt
     mmembed export runs/quickstart/best.ckpt --precision bf16 --labels "cat, dog"
-    mmembed export model.pt --triton models"""
+    mmembed export runs/quickstart/best.ckpt --out model.pt --onnx onnx
+    mmembed export model.pt --onnx onnx --triton models"""
     import mmembed as mm
     from mmembed.core import settings
-    made = is_artifact(checkpoint) if triton and checkpoint else False
+    made = is_artifact(checkpoint) if (triton or onnx) and checkpoint else False
+    if made and not triton: raise ValueError(f'--onnx wants the model that {checkpoint} was exported from: its checkpoint, its folder, or --open-clip MODEL')
     if not made:
         model, name, training = exportable(checkpoint, open_clip, weights, image)
         out = out or Path(settings().artifacts_path)/f'{name}.pt'
         names = [x.strip() for x in labels.split(',')] if labels else None
         with working('exporting, and asking every host the same'):
             report = mm.export(model, out, decode=not no_decode, training=training, cpp=cpp, precision=precision, quantize=quantize, fold=fold,
-                trim=trim, deterministic=deterministic, dim=dim, output=output, labels=names, top_k=top_k, threshold=threshold, device=device)
+                trim=trim, deterministic=deterministic, dim=dim, output=output, labels=names, top_k=top_k, threshold=threshold, device=device, onnx=onnx)
         print(report.to_json() if json else report)
         if not json: print(f'\n{near(out)} ({Path(out).stat().st_size / 1e6:.1f} MB)')
+        if onnx and not json: print(f'ONNX: {", ".join(p.name for p in sorted(Path(onnx).glob("*.onnx")))} and embed.py, which runs them, in {near(onnx)}')
     if triton:
         from mmembed.export.triton import export_triton
-        written = export_triton(checkpoint if made else out, triton)
+        written = export_triton(checkpoint if made else out, triton, onnx=onnx)
         if not json: print(f'Triton: {", ".join(p.name for p in written)} in {near(triton)}')
 
 # %% ../../nbs/commands/01_make.ipynb #9bce2580
