@@ -154,10 +154,10 @@ class Reloaded(_Answer):
     before: str
     after: str
 
-# %% ../../nbs/serve/06a_openapi.ipynb #ca876449
+# %% ../../nbs/serve/06a_openapi.ipynb #cf98d4dc
 RAW = {k: {'schema': {'type': 'string', 'format': 'binary'}} for k in ('application/octet-stream', 'text/plain')}
 FORM = {'multipart/form-data': {'schema': {'type': 'object', 'description': 'parts `image` (files) and `text`, in order',
-    'properties': {'image': {'type': 'string', 'format': 'binary'}, 'text': {'type': 'string'}}}}}
+    'properties': {'image': {'type': 'array', 'items': {'type': 'string', 'format': 'binary'}}, 'text': {'type': 'array', 'items': {'type': 'string'}}}}}}
 BINARY = {'application/octet-stream': {'schema': {'type': 'string', 'format': 'binary'}}}
 
 # %% ../../nbs/serve/06a_openapi.ipynb #5a4dd5a1
