@@ -1,5 +1,5 @@
 # Two commands: `make quickstart` runs the main job, `make test` passes every test. Both set up .venv themselves.
-.PHONY: quickstart test env dev export clean
+.PHONY: quickstart test env dev export sanitize clean
 
 quickstart: env
 	@.venv/bin/mmembed quickstart
@@ -16,6 +16,10 @@ dev:
 # after changing a notebook: the library, the metadata and the README follow it
 export: dev
 	@.venv/bin/nbdev-export && .venv/bin/nbdev-clean && .venv/bin/python tools/sidebar.py && .venv/bin/python tools/readme.py
+
+# the C++ host under the address, leak and undefined-behaviour sanitizers
+sanitize: dev
+	@.venv/bin/python -m benchmarks.sanitize
 
 clean:
 	@rm -rf build dist runs artifacts .pytest_cache .hypothesis *.egg-info

@@ -138,13 +138,23 @@ int main(int argc, char** argv) {
   CHECK(torch::allclose(small.encode_text(texts), emb.encode_text(texts), 1e-5, 1e-5));
   CHECK(torch::allclose(small.encode_image({good, good, good}).embedding, alone.expand({3, D}), 1e-5, 1e-5));
 
-  // several threads
-  torch::Tensor want = emb.encode_text(texts);
-  std::vector<torch::Tensor> got(4);
+  // several threads, each with calls of every kind, broken items among them
+  const std::vector<Image> pictures{good, Image::bytes("broken"), good};
+  const torch::Tensor want = emb.encode_text(texts), seen = emb.encode_image(pictures).embedding, scored = emb.score(want, seen);
+  std::atomic<int> same{0};
   std::vector<std::thread> threads;
-  for (auto& g : got) threads.emplace_back([&] { for (int i = 0; i < 5; ++i) g = emb.encode_text(texts); });
+  for (int k = 0; k < 4; ++k)
+    threads.emplace_back([&] {
+      for (int i = 0; i < 5; ++i) {
+        const torch::Tensor t = emb.encode_text(texts);
+        const mmembed::Encoded e = emb.encode_image(pictures);
+        const bool apart = !error_of([&] { emb.score(t, torch::zeros({1, 1})); }).empty();
+        same += apart && torch::equal(t, want) && torch::equal(e.embedding, seen) && !e.ok(1) && torch::equal(emb.score(t, e.embedding), scored) &&
+                torch::equal(emb.preprocess(good).levels, emb.preprocess(pictures[2]).levels);
+      }
+    });
   for (auto& t : threads) t.join();
-  for (auto& g : got) CHECK(torch::equal(g, want));
+  CHECK(same == 20);
 
   // threads that decode change nothing
   mmembed::Options wide;
