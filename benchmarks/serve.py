@@ -213,7 +213,8 @@ def hugging_face(weights):
     assert not left.unexpected_keys and all('position_ids' in k for k in left.missing_keys), left
     t = open_clip.tokenizer.SimpleTokenizer()
     (folder/'raw').mkdir(parents=True)
-    (folder/'raw'/'vocab.json').write_text(json.dumps(t.encoder))
+    names = {'<start_of_text>': '<|startoftext|>', '<end_of_text>': '<|endoftext|>'}
+    (folder/'raw'/'vocab.json').write_text(json.dumps({names.get(k, k): v for k, v in t.encoder.items()}))
     merges = sorted(t.bpe_ranks, key=t.bpe_ranks.get)
     (folder/'raw'/'merges.txt').write_text('#version: 0.2\n' + '\n'.join(' '.join(m) for m in merges))
     CLIPTokenizer(str(folder/'raw'/'vocab.json'), str(folder/'raw'/'merges.txt'), model_max_length=77).save_pretrained(folder)

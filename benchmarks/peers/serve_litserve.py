@@ -16,6 +16,8 @@ class Api(ls.LitAPI):
     def decode_request(self, request):
         entry = request['input'][0]
         return entry if isinstance(entry, str) else self.emb.preprocess(base64.b64decode(entry['image']))
+    def batch(self, inputs): return inputs  # its own stacks them, which texts among images do not survive
+    def unbatch(self, output): return output
     def predict(self, batch):
         out = [None] * len(batch)
         texts, images = [i for i, x in enumerate(batch) if isinstance(x, str)], [i for i, x in enumerate(batch) if not isinstance(x, str)]
