@@ -18,7 +18,7 @@ from torch import Tensor
 from .core import quietly
 from .opening import reason
 
-# %% ../nbs/34_packaged.ipynb #a44f617a
+# %% ../nbs/34_packaged.ipynb #04bf6abf
 class Packaged:
     "A package of `export(model, 'model.pt2')`, loaded: what a loaded artifact answers to, tokenizer and towers compiled"
     def __init__(
@@ -39,6 +39,8 @@ class Packaged:
         except (RuntimeError, OSError) as e:
             raise ValueError(f"{path} was compiled for torch {made['torch']} and does not load into {torch.__version__}: {reason(e)}") from None
         self.size, self.model = tuple(card['image_size']), self
+        self.plain = self.rest.before_text.original_name == 'SameTexts'  # no step of the user's before the tokenizer
+        self.kind = type(self.rest.tokenize(torch.empty(0, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)))
         if 'pair' in self.programs: self.score_pairs = self._score_pairs
 
     def __getattr__(self, name): # what is not compiled
@@ -52,8 +54,16 @@ class Packaged:
 
     def tokenize(self, data: Tensor, offsets: Tensor):
         "ids and mask int64 (B, L) of the texts `data[offsets[i]:offsets[i+1]]`."
-        t = self.rest.tokenize(data, offsets)
-        return type(t)(*self._run('tokenize', *t)) if t.ids.ndim == 1 else t  # two dimensions: no texts
+        if not self.plain or not self._sound(data, offsets):
+            t = self.rest.tokenize(data, offsets)
+            if t.ids.ndim == 2: return t  # no texts
+            data, offsets = t
+        return self.kind(*self._run('tokenize', data, offsets))
+
+    def _sound(self, data: Tensor, offsets: Tensor) -> bool: # what is not goes to the rest, for its error or its answer to no texts
+        if data.dtype != torch.uint8 or offsets.dtype != torch.int64 or data.ndim != 1 or offsets.ndim != 1: return False
+        at = offsets.tolist()
+        return len(at) > 1 and at[0] == 0 and at[-1] == len(data) and all(a <= b for a, b in zip(at, at[1:]))
 
     def encode_text_bytes(self, data: Tensor, offsets: Tensor) -> Tensor:
         "Unit-length float32 (B, D) of the texts `data[offsets[i]:offsets[i+1]]`."

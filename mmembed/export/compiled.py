@@ -80,7 +80,7 @@ def missing() -> str:
     found = os.environ.get('CXX') or shutil.which('g++') or shutil.which('clang++')
     return '' if found else 'a compiled package needs a C++ compiler: apt install g++'
 
-# %% ../../nbs/export/10_compiled.ipynb #07e3193f
+# %% ../../nbs/export/10_compiled.ipynb #9bb702ef
 QUICK = {'aot_inductor.compile_wrapper_opt_level': 'O0', 'cpp.simdlen': 1} # further options, to try things out: compiles in half the time
 
 def shared_library(
@@ -92,8 +92,9 @@ def shared_library(
 ) -> list[Path]: # the shared library, and what it wants beside it
     "`program` as a shared library, in torch's folder for what it compiles."
     every = {'aot_inductor.package': True, 'aot_inductor.metadata': metadata, 'aot_inductor.enable_line_tables': False, 'scalar_asserts': False,
-        'cpp.vec_isa_ok': True, **({'cpp.threads': 1} if scalar else {'cpp.dynamic_threads': True})}
-    files = torch._inductor.aot_compile(program.module(check_guards=False), *program.example_inputs, options=every | cpu_options(cpu, scalar) | options)
+        'cpp.vec_isa_ok': True, **({'cpp.threads': 1} if scalar else {'cpp.dynamic_threads': True, 'freezing': True})}
+    with torch.no_grad():  # else the compiler would not bring weights into oneDNN's order
+        files = torch._inductor.aot_compile(program.module(check_guards=False), *program.example_inputs, options=every | cpu_options(cpu, scalar) | options)
     return [Path(f) for f in files if not str(f).endswith('.cpp')]
 
 # %% ../../nbs/export/10_compiled.ipynb #a62a4f8a
