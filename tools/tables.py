@@ -43,7 +43,26 @@ def vision(records) -> tuple[list, list]:
     return ['contender', *heads], [[VISION.get(n, n), *(at.get((n, *c), '') for c in columns)] for n in names]
 
 
-KINDS = dict(plain=plain, text=text, vision=vision)
+SERVERS = dict(mmembed="mmembed", litserve="LitServe", infinity="infinity", ray="Ray Serve", clip="CLIP-as-service")
+
+
+def serve(records) -> tuple[list, list]:
+    "Records {server, items, concurrency, rate, cpu_ms, p50_ms, p99_ms} of benchmarks/serve.py; the server `raw` is the artifact itself. The highest rate is bold."
+    names = [n for n in SERVERS if any(r["server"] == n for r in records)]
+    at = {(r["server"], r["items"], r.get("concurrency")): r for r in records if "rate" in r}
+    def cell(r, best):
+        if not r: return ""
+        rate = f"**{r['rate']:.1f}**" if r["rate"] == best else f"{r['rate']:.1f}"
+        return f"{rate} · {r['cpu_ms']:.1f}" + (f" · {r['p50_ms']:.0f} / {r['p99_ms']:.0f}" if "p50_ms" in r else "")
+    rows = []
+    for items, n in dict.fromkeys((r["items"], r["concurrency"]) for r in records if "concurrency" in r):
+        found = [at.get((s, items, n)) for s in names]
+        best = max(r["rate"] for r in found if r)
+        rows.append([items, n, cell(at.get(("raw", items, None)), 0), *(cell(r, best) for r in found)])
+    return ["items", "at once", "the artifact alone", *(SERVERS[n] for n in names)], rows
+
+
+KINDS = dict(serve=serve, plain=plain, text=text, vision=vision)
 
 
 def table(name: str) -> str:
