@@ -216,13 +216,13 @@ def _refuse(variant: Variant, steps: Steps):
     for name in ('before_text', 'before_image'):
         if getattr(steps, name) is not None: raise ValueError(f'{name} has no ONNX form: a step of your own can only stand after the towers')
 
-# %% ../../nbs/export/09_onnx.ipynb #a89a7856
+# %% ../../nbs/export/09_onnx.ipynb #88a6a617
 def export_onnx(
     model: nn.Module,              # a DualEncoder or PairClassifier with its two pipelines; left as it is
     folder: str | Path,            # where text.onnx and image.onnx, or pairs.onnx, and embed.py go
     variant: Variant = Variant(),
     steps: Steps = Steps(),        # only `after`
-    card: dict | None = None,      # the artifact's, when there is one
+    card: dict | None = None,      # the artifact's; by default that of one which decodes files
     limit: int = LIMIT,            # bytes of weights that a file may hold; more lie beside it
 ) -> list[Path]: # the files
     """Writes `model` as ONNX files of standard operators (opset 20). `mmembed.export(model, path, onnx=folder)` does so and verifies them, too.
@@ -238,7 +238,7 @@ def export_onnx(
     encoder = (Scorer if pairs else Encoder)(p.model, steps.after or Same(), variant, tp.max_length, tp.pad_id).eval()
     ids, mask = tp(['two', 'a text that is a good deal longer than the other one', 'x'])
     with torch.no_grad(): dim = len(model.labels) if pairs else encoder.encode_text(Tokens(ids, mask)).shape[1]
-    card = json.dumps(card or make_card(model, dim, False, None, variant.changes(), steps.words()), indent=1)
+    card = json.dumps(card or make_card(model, dim, True, None, variant.changes(), steps.words()), indent=1)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as d:
         written = _quietly(_files, Path(d), p, encoder, dim, Tokens(ids, mask), card, limit, pairs)
@@ -386,8 +386,8 @@ Path(told).write_bytes(pickle.dumps(answers(OnnxModel(folder), *pickle.loads(Pat
         if done.returncode: raise RuntimeError(_last(done))
         return {k: [torch.from_numpy(x) for x in v] for k, v in pickle.loads(told.read_bytes()).items()}
 
-# %% ../../nbs/export/09_onnx.ipynb #3feada46
-LEVELS, DIRECTION, PROBABILITY = 1., 1e-4, 1e-2  # of pixels; 1 - cosine of a picture's embedding, and difference of a pair's probability, for levels that are one off
+# %% ../../nbs/export/09_onnx.ipynb #721aad25
+LEVELS, DIRECTION, PROBABILITY = 2., 1e-4, 1e-2  # of pixels; 1 - cosine of a picture's embedding, and difference of a pair's probability, for levels that are off
 
 def rows(
     folder: str | Path, # with the files of `export_onnx`
