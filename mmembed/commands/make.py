@@ -79,6 +79,7 @@ def export(
     image: str = None,         # for a Hugging Face folder with a text encoder alone: the folder whose image tower it was trained to meet
     triton: str = None,        # write a Triton model repository to this folder, too
     onnx: str = None,          # write ONNX files to this folder, too, and ask onnxruntime; with --triton of an exported file: where they are
+    compiled: str = None,      # compile tokenizer and towers into this .pt2 file, too, and verify it
     no_decode: store_true = False, # leave the file decoders out, for hosts with libtorch alone
     precision: str = 'fp32',       # of the towers: fp32, bf16, fp16
     quantize: str = None,          # int8: linear layers multiply int8 by int8
@@ -101,21 +102,27 @@ def export(
     mmembed export clip-vit-base-patch32/ --out clip.pt
     mmembed export runs/quickstart/best.ckpt --precision bf16 --labels "cat, dog"
     mmembed export runs/quickstart/best.ckpt --out model.pt --onnx onnx
+    mmembed export runs/quickstart/best.ckpt --out model.pt --compiled model.pt2
     mmembed export model.pt --onnx onnx --triton models"""
     import mmembed as mm
     from mmembed.core import settings
     made = is_artifact(checkpoint) if (triton or onnx) and checkpoint else False
     if made and not triton: raise ValueError(f'--onnx wants the model that {checkpoint} was exported from: its checkpoint, its folder, or --open-clip MODEL')
+    if compiled and (made or Path(compiled).suffix != '.pt2'): raise ValueError(f'--compiled wants a model, and a file that ends in .pt2: got {checkpoint if made else compiled}')
     if not made:
         model, name, training = exportable(checkpoint, open_clip, weights, image)
         out = out or Path(settings().artifacts_path)/f'{name}.pt'
         names = [x.strip() for x in labels.split(',')] if labels else None
         with working('exporting, and asking every host the same'):
-            report = mm.export(model, out, decode=not no_decode, training=training, cpp=cpp, precision=precision, quantize=quantize, fold=fold,
-                trim=trim, deterministic=deterministic, dim=dim, output=output, labels=names, top_k=top_k, threshold=threshold, device=device, onnx=onnx)
+            options = dict(decode=not no_decode, training=training, cpp=cpp, precision=precision, quantize=quantize, fold=fold,
+                trim=trim, deterministic=deterministic, dim=dim, output=output, labels=names, top_k=top_k, threshold=threshold, device=device)
+            report = mm.export(model, out, onnx=onnx, **options)
         print(report.to_json() if json else report)
         if not json: print(f'\n{near(out)} ({Path(out).stat().st_size / 1e6:.1f} MB)')
         if onnx and not json: print(f'ONNX: {", ".join(p.name for p in sorted(Path(onnx).glob("*.onnx")))} and embed.py, which runs them, in {near(onnx)}')
+        if compiled:
+            with working('compiling tokenizer and towers, and asking them the same'): report = mm.export(model, compiled, **options)
+            if not json: print(f'\n{report}\n\n{near(compiled)} ({Path(compiled).stat().st_size / 1e6:.1f} MB)')
     if triton:
         from mmembed.export.triton import export_triton
         written = export_triton(checkpoint if made else out, triton, onnx=onnx)
