@@ -1,19 +1,21 @@
 """An exported file against the stacks that people write: from raw texts and raw image files to embeddings.
 
-    python -m benchmarks.artifact                          # ViT-B-32 and MiniLM + ResNet-18, batches 1 to 64, one and two threads
-    python -m benchmarks.artifact --models bert --batches 1,16 --threads 1 --peers eager,artifact,c++
-    python -m benchmarks.artifact --models tiny            # a minute, to see whether everything runs
+    python -m benchmarks.artifact prepare --model clip     # writes the files to measure into runs/speed/clip, once (minutes)
+    python -m benchmarks.artifact run --model clip --what images --threads 1,2 --json benchmarks/results/artifact_clip_images.json
+    python -m benchmarks.artifact cold FILE                # load to first answer in fresh processes
 
-Contestants take turns on the same captions and pictures, each after one round that does not count; medians of CPU time (all threads) and of wall
-time. Figures are milliseconds an item and ratios to the fp32 artifact in Python: above 1 the artifact is faster. The C++ host measures itself
-(`mmembed_cli --time`). A peer that is not installed, or fails, is listed as "not run" with its reason. Weights are random where they are not at
-hand (ViT-B-32), which changes no time. Peers:
+Models: clip (ViT-B-32), bert (MiniLM-L6 and ResNet-18), tiny (a minute, to see whether everything runs). Contestants take turns on the same captions and
+pictures, each after one round that does not count; medians of wall and of CPU time (all threads). A `run` merges its figures into the file of `--json`, so that it can be
+cut into pieces. The C++ host measures itself (`mmembed_cli --time`). A contestant that is not installed, or fails, is listed as "not run" with
+its reason. Weights are random where they are not at hand (ViT-B-32), which changes no time. Contestants:
 
     eager                  open_clip (or transformers + torchvision) as their READMEs have it: tokenizer, Pillow, transforms, model, inference_mode
     sentence-transformers  the same networks behind SentenceTransformer.encode
     artifact, bf16, int8   mmembed.load(...) of the exported file and of its variants
-    c++, c++ bf16          the same files in mmembed_cli
-    onnxruntime, openvino  both towers as ONNX, behind the preprocessing of `eager`
+    package                the same, compiled by AOTInductor (`export(model, 'model.pt2')`)
+    C++, C++ bf16          the files in mmembed_cli
+    ONNX export            text.onnx and image.onnx of `export_onnx`: tokenizer and resize in the graph; pictures are decoded by Pillow
+    onnxruntime, OpenVINO  the towers as ONNX behind the preprocessing of `eager`; `--openvino FOLDER` says where pip put it, if not here
     towers                 the artifact's towers alone, on inputs that lie ready: what preprocessing adds is the rest
 """
 import argparse
@@ -22,6 +24,7 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -33,12 +36,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 import mmembed as mm
-from mmembed.bench import samples, sides
-from mmembed.core import Tokens, as_bytes
+from mmembed.bench import cold_start, in_turns, samples, sides
+from mmembed.core import Tokens, as_bytes, pack, stack_levels
 from mmembed.export import host
 from mmembed.export.verify import export
 
-ALL = 'eager', 'sentence-transformers', 'artifact', 'bf16', 'int8', 'c++', 'c++ bf16', 'onnxruntime', 'openvino', 'towers'
+FILES = {'artifact': {}, 'bf16': {'precision': 'bf16'}, 'int8': {'quantize': 'int8'}}
+BATCHES = 1, 8, 64
 
 
 class Vit:
@@ -59,6 +63,10 @@ class Vit:
         return model.eval()
 
     def ids(self, texts): return (self.tokenizer(texts),)
+    def towers_ids(self, texts): # as many positions as the longest text needs, which open_clip does not do by itself
+        ids = self.tokenizer(texts)
+        ids = ids[:, :int((ids != 0).sum(1).max())]
+        return ids, (ids != 0).long()
     def pixels(self, files): return torch.stack([self.transform(Image.open(io.BytesIO(f))) for f in files])
     def text(self, ids): return F.normalize(self.net.encode_text(ids), dim=-1)
     def image(self, pixels): return F.normalize(self.net.encode_image(pixels), dim=-1)
@@ -101,6 +109,7 @@ class Bert:
     def ids(self, texts):
         t = self.tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors='pt')
         return t['input_ids'], t['attention_mask']
+    def towers_ids(self, texts): return self.ids(texts)
     def pixels(self, files): return torch.stack([self.transform(Image.open(io.BytesIO(f)).convert('RGB')) for f in files])
     def text(self, ids, mask): return self.model.encode_text(Tokens(ids, mask))
     def image(self, pixels): return self.model.encode_image(pixels)
@@ -121,151 +130,207 @@ class Tiny(Bert):
         self.model = DualEncoder(TextTransformer(tp, width=64, depth=1, heads=2), ConvNet(mm.VisionPipeline(size=64), channels=(16, 32), width=64), dim=32).eval()
 
 
-def onnx_towers(stack, folder, texts, files):
-    "text.onnx and image.onnx of the stack's own network."
-    paths = []
-    for name, f, args in (('text', stack.text, stack.ids(texts[:2])), ('image', stack.image, (stack.pixels(files[:2]),))):
-        class Tower(torch.nn.Module):
-            def __init__(self): super().__init__(), setattr(self, 'net', getattr(stack, 'net', None) or stack.model)
-            def forward(self, *x): return f(*x)
-        paths.append(str(folder/f'{name}.onnx'))
-        axes = {f'x{i}': {0: 'batch', **({1: 'length'} if name == 'text' and len(args) > 1 else {})} for i in range(len(args))}
-        with torch.no_grad():
-            torch.onnx.export(Tower().eval(), args, paths[-1], input_names=list(axes), output_names=['y'], dynamic_axes=axes | {'y': {0: 'batch'}}, dynamo=False)
-    return paths
+class Tower(torch.nn.Module):
+    "One of our towers behind tensors, for torch.onnx"
+    def __init__(self, net, kind): super().__init__(), setattr(self, 'net', net), setattr(self, 'kind', kind)
+    def forward(self, *x): return self.net.encode_text(Tokens(*x)) if self.kind == 'text' else self.net.encode_image(*x)
 
 
-def contestants(stack, peers, folder, texts, files):
-    "name -> (text function or None, image function or None); and name -> why it is not run."
-    found, not_run = {}, {}
+def prepare(stack, folder, parts):
+    "The files that are measured; each that cannot be made leaves its reason in NAME.txt."
+    from mmembed.export.variants import prepared, with_linear_attention
+    folder.mkdir(parents=True, exist_ok=True)
+    model = stack.ours()
     def attempt(name, make):
-        if name not in peers: return
-        try:
-            text, image = found[name] = make()
-            with torch.inference_mode(): text and text(texts[:1]), image and image(files[:1])
-        except Exception as e:
-            found.pop(name, None)
-            not_run[name] = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:160]}'
+        if parts and name not in parts: return
+        start, note = time.perf_counter(), folder/f'{name}.txt'
+        note.unlink(missing_ok=True)
+        try: make(), print(f'{name}: {time.perf_counter() - start:.0f} s', flush=True)
+        except Exception as e: note.write_text(f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:160]}'), print(name, note.read_text(), flush=True)
 
-    def eager(): return lambda t: stack.text(*stack.ids(t)), lambda f: stack.image(stack.pixels(f))
+    def towers():
+        net = prepared(model).model
+        for tower in (net.text, net.image): with_linear_attention(tower)
+        tokens = model.text_pipeline(['two', 'a text that is longer'])
+        for kind, args in (('text', tuple(tokens)), ('image', (torch.zeros(2, 3, *model.vision_pipeline.size),))):
+            axes = {f'x{i}': {0: 'batch', **({1: 'length'} if kind == 'text' else {})} for i in range(len(args))}
+            with torch.no_grad(): torch.onnx.export(Tower(net, kind).eval(), args, str(folder/f'tower_{kind}.onnx'), input_names=list(axes),
+                                                    output_names=['y'], dynamic_axes=axes | {'y': {0: 'batch'}}, dynamo=False, opset_version=17)
+
+    def graphs():
+        from mmembed.export.onnx import export_onnx
+        export_onnx(model, folder/'onnx')
+
+    for name, variant in FILES.items(): attempt(name, lambda: export(model, folder/f'{name}.pt', fresh=False, cpp=False, **variant))
+    attempt('towers', towers)
+    attempt('ONNX export', graphs)
+    attempt('package', lambda: export(model, folder/'package.pt2', fresh=False, cpp=False))
+
+
+def contestants(stack, folder, kind, threads, items):
+    "name -> function of raw items, for one number of threads; and name -> why it is not run."
+    found, not_run, text = {}, {}, kind == 'text'
+    def attempt(name, make):
+        note = folder/f'{name}.txt'
+        try:
+            if note.exists(): raise RuntimeError(note.read_text())
+            f = make()
+            for n in (1, 3): _quiet(f, items[:n])
+            found[name] = f
+        except Exception as e: not_run[name] = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:160]}'
+
+    def eager():
+        return (lambda t: stack.text(*stack.ids(t))) if text else (lambda f: stack.image(stack.pixels(f)))
 
     def sentence():
         model = stack.sentence()
-        text = lambda t: model.encode(t, batch_size=len(t), convert_to_tensor=True, normalize_embeddings=True)
-        return text, (lambda f: model.encode([Image.open(io.BytesIO(x)) for x in f], batch_size=len(f), convert_to_tensor=True)) if isinstance(stack, Vit) else None
+        if text: return lambda t: model.encode(t, batch_size=len(t), convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
+        if not isinstance(stack, Vit): raise RuntimeError('it has no such image tower')
+        return lambda f: model.encode([Image.open(io.BytesIO(x)) for x in f], batch_size=len(f), convert_to_tensor=True, show_progress_bar=False)
 
-    def file(name, **variant):
-        def make():
-            path = folder/f'{name}.pt'
-            export(stack.ours(), path, fresh=False, cpp=False, **variant)
-            emb = mm.load(path)
-            return emb.encode_text, lambda f: emb.encode_image(f, decoders=0)
-        return make
+    def file(name):
+        emb = mm.load(folder/name)
+        return emb.encode_text if text else lambda f: emb.encode_image(f, decoders=0)
 
-    def runtime(kind):
-        def make():
-            paths = onnx_towers(stack, folder, texts, files)
-            if kind == 'onnxruntime':
-                import onnxruntime as ort
-                options = ort.SessionOptions()
-                options.intra_op_num_threads = torch.get_num_threads()
-                sessions = [ort.InferenceSession(p, options, providers=['CPUExecutionProvider']) for p in paths]
-                run = lambda s, args: s.run(None, {i.name: a.numpy() for i, a in zip(s.get_inputs(), args)})[0]
-            else:
-                import openvino as ov
-                sessions = [ov.Core().compile_model(p, 'CPU', {'INFERENCE_NUM_THREADS': torch.get_num_threads()}) for p in paths]
-                run = lambda s, args: s([a.numpy() for a in args])[0]
-            return lambda t: run(sessions[0], stack.ids(t)), lambda f: run(sessions[1], (stack.pixels(f),))
-        return make
+    def graph():
+        from mmembed.export.onnx import OnnxModel
+        import numpy as np
+        model = OnnxModel(folder/'onnx', threads)
+        return model.encode_text if text else lambda f: model.encode_image([np.asarray(Image.open(io.BytesIO(x)).convert('RGB')) for x in f])
 
+    def bare(run): # a tower behind the eager stack's preprocessing, which is ours in ids and differs by single levels in pixels
+        pad = lambda t: stack.towers_ids(t)
+        return (lambda t: run(pad(t))) if text else (lambda f: run((stack.pixels(f),)))
+
+    def onnxruntime():
+        import onnxruntime as ort
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        s = ort.InferenceSession(str(folder/f'tower_{kind}.onnx'), options, providers=['CPUExecutionProvider'])
+        return bare(lambda args: s.run(None, {i.name: args[int(i.name[1:])].numpy() for i in s.get_inputs()})[0])
+
+    def openvino(precision):
+        import openvino as ov
+        c = ov.Core().compile_model(str(folder/f'tower_{kind}.onnx'), 'CPU', {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': precision})
+        names = [int(i.get_any_name()[1:]) for i in c.inputs]
+        return bare(lambda args: c([args[n].numpy() for n in names])[0])
+
+    for name in FILES: attempt(name, lambda: file(f'{name}.pt'))
     attempt('eager', eager)
     attempt('sentence-transformers', sentence)
-    attempt('artifact', file('artifact'))
-    attempt('bf16', file('bf16', precision='bf16'))
-    attempt('int8', file('int8', quantize='int8'))
-    attempt('onnxruntime', runtime('onnxruntime'))
-    attempt('openvino', runtime('openvino'))
+    attempt('package', lambda: file('package.pt2'))
+    attempt('ONNX export', graph)
+    attempt('onnxruntime', onnxruntime)
+    attempt('OpenVINO', lambda: openvino('f32'))
+    attempt('OpenVINO bf16', lambda: openvino('bf16'))
     return found, not_run
 
 
-def quality(found, texts, files):
-    "The worst cosine of each contestant with the fp32 artifact, of texts and of images."
-    out = {}
+def quality(found, items):
+    "The worst cosine of each contestant with the fp32 artifact."
     with torch.inference_mode():
-        want = [torch.as_tensor(f(x)) for f, x in zip(found['artifact'], (texts, files))]
-        for name, pair in found.items():
-            if name in ('artifact', 'sentence-transformers'): continue
-            out[name] = [f'{float(F.cosine_similarity(torch.as_tensor(f(x)).float(), w).min()):.5f}' for f, x, w in zip(pair, (texts, files), want)]
-    return out
+        rows = {n: torch.as_tensor(f(items)).float() for n, f in found.items() if n != 'sentence-transformers'}  # whose weights are others
+    return {n: float(F.cosine_similarity(x, rows['artifact']).min()) for n, x in rows.items()}
 
 
-def cpp(exe, path, kind, items, threads, folder):
-    "Milliseconds, wall and CPU, of one batch in the C++ host."
+def cpp(exe, path, kind, items, threads, folder, rounds):
+    "Seconds, wall and CPU, of one batch in the C++ host."
     args = []
     for i, x in enumerate(items):
         (folder/f'{kind}{i}').write_bytes(x)
         args += ['--text-file' if kind == 'text' else '--image', folder/f'{kind}{i}']
-    done = subprocess.run([str(a) for a in (exe, path, '--threads', threads, '--time', 3, *args)], capture_output=True, text=True, check=True)
+    done = subprocess.run([str(a) for a in (exe, path, '--threads', threads, '--batch', 64, '--time', rounds, *args)], capture_output=True, text=True, check=True)
     row = json.loads(done.stdout)
-    return statistics.median(row['wall_ms']), statistics.median(row['cpu_ms'])
+    return statistics.median(row['wall_ms']) / 1e3, statistics.median(row['cpu_ms']) / 1e3
 
 
-def rounds_of(calls, rounds):
-    "name -> (wall, cpu) medians in milliseconds; a call returns its own times or None."
-    times = {k: [] for k in calls}
-    for i in range(rounds + 1):
-        for k, f in calls.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            own = f()
-            if i: times[k].append(own if isinstance(own, tuple) else (1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu)))
-    return {k: tuple(statistics.median(c) for c in zip(*v)) for k, v in times.items()}
+def stages(emb, kind, raw, rounds):
+    "Milliseconds of CPU time of a batch, stage by stage."
+    m = emb.module
+    with torch.no_grad():
+        if kind == 'text':
+            tokens = Tokens(*m.tokenize(*pack(raw)))
+            steps = {'tokenize': lambda: m.tokenize(*pack(raw)), 'towers': lambda: m.model.encode_text(tokens)}
+        else:
+            files = [as_bytes(x) for x in raw]
+            rgb = [emb.decode(x) for x in files]
+            levels = stack_levels([emb.preprocess(x) for x in rgb])
+            pixels = m.normalized(levels)
+            steps = {'decode': lambda: [emb.decode(x) for x in files], 'resize, crop': lambda: [emb.preprocess(x) for x in rgb],
+                     'normalise': lambda: m.normalized(stack_levels([x for x in levels])), 'towers': lambda: m.model.encode_image(pixels)}
+        return {k: 1e3 * t[1] for k, t in in_turns(steps, rounds).items()}
+
+
+def run(args):
+    folder, raw_file = Path(args.files)/args.model, Path(args.json) if args.json else None
+    if args.openvino: sys.path.append(args.openvino)
+    kind, stack = args.what.rstrip('s'), MODELS[args.model]()
+    batches, path = [int(b) for b in args.batches.split(',')], folder/'artifact.pt'
+    texts, files = samples(args.data, max(batches))
+    raw = texts if kind == 'text' else files
+    items = [t.decode() for t in texts] if kind == 'text' else files
+    data = json.loads(raw_file.read_text()) if raw_file and raw_file.exists() else {'kind': 'plain', 'runs': {}, 'cosine': {}, 'stages': {}, 'not_run': {}}
+    exe = host.build()
+    for threads in (int(t) for t in args.threads.split(',')):
+        torch.set_num_threads(threads)
+        found, not_run = contestants(stack, folder, kind, threads, items)
+        data['cosine'] |= quality({n: f for n, f in found.items()}, items[:8])
+        emb = mm.load(path)
+        for b in batches:
+            rounds = max(2, min(args.rounds, int(args.rounds * 8 / b)))
+            calls = {n: (lambda f=f: _quiet(f, items[:b])) for n, f in found.items()}
+            calls['towers'] = sides(emb, texts[:b], [as_bytes(x) for x in files[:b]])[f'{kind} tower']
+            times = in_turns(calls, rounds)
+            with tempfile.TemporaryDirectory() as tmp:
+                for n, file in (('C++', 'artifact'), ('C++ bf16', 'bf16')): times[n] = cpp(exe, folder/f'{file}.pt', kind, raw[:b], threads, Path(tmp), rounds)
+            data['runs'].setdefault(str(threads), {})[str(b)] = {n: [round(1e3 * x, 3) for x in t] for n, t in times.items()}
+            if threads == 1: data['stages'][str(b)] = {k: round(v, 3) for k, v in stages(emb, kind, raw[:b], rounds).items()}
+            for n, (wall, cpu) in sorted(times.items(), key=lambda x: x[1][0]):
+                print(f'{args.model} {args.what} {threads} threads batch {b:3} {n:22} {b/wall:9.1f} a second, {1e3*cpu/b:8.3f} ms of CPU an item', flush=True)
+            data['not_run'] = not_run
+            if raw_file: raw_file.write_text(json.dumps(tabled(data, args), indent=1, ensure_ascii=False) + '\n')
+        del found, emb, calls
+    print(json.dumps({k: data[k] for k in ('stages', 'cosine', 'not_run')}, indent=1))
+
+
+def tabled(data, args):
+    "`data` with the table that tools/tables.py shows: items a second by wall time, the fastest fp32 contestant first."
+    cells = [(t, b) for t, by in sorted(data['runs'].items()) for b in by]
+    at = lambda n, t, b: data['runs'][t][b].get(n)
+    names = {n: None for t, b in cells for n in data['runs'][t][b]}
+    names = sorted(names, key=lambda n: -max((int(b) / at(n, t, b)[0] for t, b in cells[-1:] if at(n, t, b)), default=0))
+    rows = [[n, *(f'{1e3 * int(b) / at(n, t, b)[0]:,.1f}' if at(n, t, b) else '' for t, b in cells), f"{data['cosine'][n]:.5f}" if n in data['cosine'] else ''] for n in names]
+    rows.append(['preprocessing adds', *(f"{at('artifact', t, b)[0] / at('towers', t, b)[0] - 1:.1%}" for t, b in cells), ''])
+    heads = [f"{t} thread{'s' * (t > '1')}, {b}" for t, b in cells]
+    command = f'python -m benchmarks.artifact run --model {args.model} --what {args.what} --threads 1,2'
+    return data | {'command': command, 'records': {'columns': [f'{args.what} a second', *heads, 'worst cosine with the artifact'], 'rows': rows}}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--models', default='vit,bert')
-    parser.add_argument('--batches', default='1,8,64')
-    parser.add_argument('--threads', default='1,2')
-    parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--peers', default=','.join(ALL))
+    parser.add_argument('do', choices=['prepare', 'run', 'cold'])
+    parser.add_argument('path', nargs='?', help='of `cold`')
+    parser.add_argument('--model', choices=MODELS, default='clip')
+    parser.add_argument('--what', choices=['texts', 'images'], default='images')
+    parser.add_argument('--threads', default='1')
+    parser.add_argument('--batches', default=','.join(map(str, BATCHES)))
+    parser.add_argument('--rounds', type=int, default=9, help='of small batches; of large ones fewer, two at least')
+    parser.add_argument('--files', default='runs/speed', help='where `prepare` writes')
+    parser.add_argument('--parts', help='of `prepare`: artifact, bf16, int8, towers, ONNX export, package; all by default')
+    parser.add_argument('--openvino', help='a folder that `pip install --target FOLDER --no-deps openvino openvino-telemetry` filled')
     parser.add_argument('--data', help='a folder of images and captions.txt; made-up ones by default')
+    parser.add_argument('--json', help='the file of results that the figures go into')
     args = parser.parse_args()
-    batches, peers = [int(b) for b in args.batches.split(',')], args.peers.split(',')
-    if unknown := set(peers) - set(ALL): raise SystemExit(f'no such peers: {", ".join(unknown)}; there are {", ".join(ALL)}')
-    peers = [*dict.fromkeys([*peers, 'artifact'])]
-    raw, files = samples(args.data, max(batches))
-    texts, exe = [t.decode() for t in raw], host.build() if {'c++', 'c++ bf16'} & set(peers) else None
-    for name in args.models.split(','):
-        for threads in (int(t) for t in args.threads.split(',')):
-            torch.set_num_threads(threads)
-            with tempfile.TemporaryDirectory() as tmp:
-                tmp = Path(tmp)
-                found, not_run = contestants({'vit': Vit, 'bert': Bert, 'tiny': Tiny}[name](), peers, tmp, texts, files)
-                if 'artifact' not in found: raise SystemExit(f'the artifact itself fails: {not_run["artifact"]}')
-                print(f'\n## {name}, {threads} thread{"s" * (threads > 1)}\n')
-                print('| kind | batch | contestant | wall ms an item | CPU ms an item | CPU, times the artifact |\n|---|---|---|---|---|---|')
-                for b in batches:
-                    for k, kind in enumerate(('text', 'image')):
-                        items = (texts, files)[k][:b]
-                        calls = {n: (lambda f=pair[k]: _quiet(f, items)) for n, pair in found.items() if pair[k]}
-                        if 'towers' in peers:
-                            calls['towers'] = sides(mm.load(tmp/'artifact.pt', batch_size=max(64, b)), raw[:b], [as_bytes(x) for x in files[:b]])[f'{kind} tower']
-                        for n, file in (('c++', 'artifact'), ('c++ bf16', 'bf16')):
-                            if n in peers and file in found:
-                                calls[n] = lambda file=file: cpp(exe, tmp/f'{file}.pt', kind, raw[:b] if kind == 'text' else files[:b], threads, tmp)
-                        times = rounds_of(calls, args.rounds)
-                        for n, (wall, cpu) in times.items():
-                            print(f'| {kind} | {b} | {n} | {wall/b:.2f} | {cpu/b:.2f} | {cpu/times["artifact"][1]:.2f} |', flush=True)
-                        if 'towers' in times:
-                            print(f'| {kind} | {b} | preprocessing adds to the towers | {times["artifact"][0]/times["towers"][0] - 1:.1%} | {times["artifact"][1]/times["towers"][1] - 1:.1%} | |')
-                for n, cosines in quality({n: f for n, f in found.items() if all(f)}, texts[:8], files[:8]).items():
-                    print(f'\n{n}: worst cosine with the artifact {cosines[0]} (texts), {cosines[1]} (images)', end='')
-                for n, why in not_run.items(): print(f'\nnot run: {n} ({why})', end='')
-                print(flush=True)
+    if args.do == 'prepare': prepare(MODELS[args.model](), Path(args.files)/args.model, args.parts.split(',') if args.parts else [])
+    elif args.do == 'run': run(args)
+    else:
+        found = [cold_start(args.path) for _ in range(5)]
+        for k in found[0]: print(f'{k}: {statistics.median(f[k] for f in found):.0f} ms')
 
 
 def _quiet(f, items):
     with torch.inference_mode(): f(items)
 
 
+MODELS = {'clip': Vit, 'bert': Bert, 'tiny': Tiny}
 if __name__ == '__main__': main()
