@@ -1,20 +1,23 @@
 """A million vectors, 512 wide: how long an index takes to build, what it holds, how fast and how right it answers.
 
-    python benchmarks/search.py                          # one million; about an hour on one busy core, 8 GB of disk below --work
+    python benchmarks/search.py                          # one million; 10 GB of disk below --work
     python benchmarks/search.py --rows 100000 --only lance_flat lance_ivf_pq faiss_hnsw
+    python benchmarks/search.py --build                  # build everything first, on any machine: its CPU time counts;
+    python benchmarks/search.py --again                  # then ask on a quiet one
 
-Stopped and started again it goes on with the contenders that have no result below --work yet.
+Stopped and started again it goes on with the contenders that are not built or not asked yet.
 
 The vectors are made around real ones: frozen MiniLM and MobileNetV2 with heads of 512 trained on textbook figures (see figures.py)
 embed the figures' training part, pictures and captions, and 25,014 captions of photographs. A made vector is a real one plus
 a step along the difference of two other real ones, 0.2 to 0.6 long, scaled to length 1: what is generated keeps the directions in which real
 vectors differ. Queries are the held-out figures of other sections, half pictures and half captions, real and never a source.
 
-Each contender runs in a process of its own on one core, one query at a time; recall@10 is against the exact answer of numpy.
+Each contender is built by a process of its own and asked by another, on one core, one query at a time; recall@10 is against the exact answer of numpy.
 """
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -68,7 +71,7 @@ def made(base, rows, seed=0):
 
 
 CONTENDERS = {
-    'lance_flat': 'LanceDB, every row', 'lance_ivf_pq': 'LanceDB IVF_PQ', 'lance_ivf_sq': 'LanceDB IVF_SQ', 'lance_hnsw_sq': 'LanceDB HNSW_SQ',
+    'lance_flat': 'LanceDB', 'lance_ivf_pq': 'LanceDB IVF_PQ', 'lance_ivf_sq': 'LanceDB IVF_SQ', 'lance_hnsw_sq': 'LanceDB HNSW_SQ',
     'faiss_flat': 'FAISS flat', 'faiss_hnsw': 'FAISS HNSW'}
 
 
@@ -107,40 +110,42 @@ def rates(ask, queries, truth, most, knobs):
     return dict(knobs=knobs, recall=found / (10*n), queries=n, qps=n / wall, cpu_ms=1e3 * cpu / n)
 
 
-def lance(kind, work, rows, most):
+def lance_table(work, rows):
+    "Ready vectors in a LanceDB table, once; what an approximate kind builds on."
     import pyarrow as pa
     from mmembed.index import Index
     folder, x = work/f'lance-{rows}', np.load(work/f'vectors-{rows}.npy', mmap_mode='r')
-    truth = np.load(work/f'truth-{rows}.npz')
-    card = work/'model.pt'
-    out = {}
-    if not (folder/'items.lance').is_dir():
-        def batches():
-            for i in range(0, rows, CHUNK):
-                part = np.ascontiguousarray(x[i:i + CHUNK])
-                ids = pa.array([str(j) for j in range(i, i + len(part))])
-                yield pa.RecordBatch.from_pydict(dict(id=ids, vector=pa.FixedSizeListArray.from_arrays(pa.array(part.ravel()), DIM)))
-        first = next(batches())
-        start = time.perf_counter()
-        Index.build(named_model(card), pa.RecordBatchReader.from_batches(first.schema, batches()), folder)
-        (work/f'lance-{rows}.json').write_text(json.dumps(dict(ingest=time.perf_counter() - start, ingest_peak=resident(True))))
-    index = Index(folder)
-    out |= json.loads((work/f'lance-{rows}.json').read_text())
-    before, start, cpu = resident(), time.perf_counter(), time.process_time()
-    if kind != 'flat':
-        import lancedb.index as kinds
-        from mmembed.index import KINDS
-        more = dict(num_partitions=max(1, rows >> (20 if 'hnsw' in kind else 12)))
-        if 'hnsw' in kind: more |= dict(m=16, ef_construction=100)
-        if kind.endswith('pq'): more |= dict(num_sub_vectors=DIM // 8)
-        index._table.create_index('vector', config=getattr(kinds, KINDS[kind])(distance_type='cosine', **more), replace=True, name='vector_idx')
-    out |= dict(build=time.perf_counter() - start, build_cpu=time.process_time() - cpu, peak=resident(True), disk=index.info()['bytes'] / 2**20)
-    steps = [dict(nprobes=1, refine=0, ef=0)]
+    def batches():
+        for i in range(0, rows, CHUNK):
+            part = np.ascontiguousarray(x[i:i + CHUNK])
+            ids = pa.array([str(j) for j in range(i, i + len(part))])
+            yield pa.RecordBatch.from_pydict(dict(id=ids, vector=pa.FixedSizeListArray.from_arrays(pa.array(part.ravel()), DIM)))
+    Index.build(named_model(work/'model.pt'), pa.RecordBatchReader.from_batches(next(batches()).schema, batches()), folder, overwrite=True)
+
+
+def lance_build(kind, work, rows):
+    from mmembed.index import KINDS, Index
+    if kind == 'flat':
+        lance_table(work, rows)
+        return Index(work/f'lance-{rows}').info()['bytes']
+    folder = work/f'lance-{rows}-{kind}'
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(work/f'lance-{rows}', folder, copy_function=os.link)  # its files are never changed, only added to
+    import lancedb.index as kinds
+    index, more = Index(folder), dict(num_partitions=max(1, rows >> (20 if 'hnsw' in kind else 12)))
+    if 'hnsw' in kind: more |= dict(m=16, ef_construction=100)
+    if kind.endswith('pq'): more |= dict(num_sub_vectors=DIM // 8)
+    index._table.create_index('vector', config=getattr(kinds, KINDS[kind])(distance_type='cosine', **more), replace=True, name='vector_idx')
+    return index.info()['bytes']
+
+
+def lance_ask(kind, work, rows):
+    from mmembed.index import Index
+    index = Index(work/(f'lance-{rows}' if kind == 'flat' else f'lance-{rows}-{kind}'))
+    steps = [{}]
     if kind.startswith('ivf'): steps = [dict(nprobes=n, refine=5 if kind.endswith('pq') else 2, ef=0) for n in (4, 8, 16, 32, 64)]
     if kind.startswith('hnsw'): steps = [dict(nprobes=1, refine=2, ef=e) for e in (32, 64, 128, 256)]
-    def asking(knobs): return lambda q: [int(r['id']) for r in index._nearest(q, 10, None, kind == 'flat', knobs)]
-    out['rates'] = [rates(asking(s), truth['queries'], truth['ids'], most, s) for s in steps]
-    return out | dict(serving=resident() - before)
+    return [(knobs, lambda q, knobs=knobs: [int(r['id']) for r in index._nearest(q, 10, None, kind == 'flat', knobs)]) for knobs in steps]
 
 
 def named_model(path):
@@ -154,37 +159,58 @@ def named_model(path):
     return path
 
 
-def faiss(kind, work, rows, most):
+def faiss_build(kind, work, rows):
     import faiss
     faiss.omp_set_num_threads(1)
-    x, truth = np.load(work/f'vectors-{rows}.npy', mmap_mode='r'), np.load(work/f'truth-{rows}.npz')
-    before, start, cpu = resident(), time.perf_counter(), time.process_time()
+    x, path = np.load(work/f'vectors-{rows}.npy', mmap_mode='r'), work/f'faiss-{kind}-{rows}.index'
     index = faiss.IndexFlatIP(DIM) if kind == 'flat' else faiss.IndexHNSWFlat(DIM, 16, faiss.METRIC_INNER_PRODUCT)
     if kind == 'hnsw': index.hnsw.efConstruction = 40
+    start = time.perf_counter()
     for i in range(0, rows, CHUNK):
         index.add(np.ascontiguousarray(x[i:i + CHUNK]))
         if kind == 'hnsw' and i % (10 * CHUNK) == 0: print(f'{i + CHUNK:,} rows, {time.perf_counter() - start:.0f} s', file=sys.stderr, flush=True)
-    out = dict(ingest=0., build=time.perf_counter() - start, build_cpu=time.process_time() - cpu)
-    del x
-    out |= dict(serving=resident() - before, peak=resident(True), rates=[])
-    path = work/f'faiss-{kind}-{rows}.index'
-    for ef in [0] if kind == 'flat' else [16, 32, 64, 128, 256]:
-        if ef: index.hnsw.efSearch = ef
-        out['rates'].append(rates(lambda q: index.search(q[None], 10)[1][0].tolist(), truth['queries'], truth['ids'], most, dict(ef=ef)))
     faiss.write_index(index, str(path))
-    out['disk'] = path.stat().st_size / 2**20
-    path.unlink()
-    return out
+    return path.stat().st_size
 
 
-def table(found, rows):
-    print(f'\n{rows:,} vectors, {DIM} wide; one thread, one query at a time; recall@10 of held-out real queries\n')
-    print('| store | knobs | build | of CPU | peak memory | held while asked | on disk | recall@10 | queries/s | CPU a query |\n|---|---|---|---|---|---|---|---|---|---|')
+def faiss_ask(kind, work, rows):
+    import faiss
+    faiss.omp_set_num_threads(1)
+    index = faiss.read_index(str(work/f'faiss-{kind}-{rows}.index'))
+    def asking(ef):
+        def ask(q):
+            if ef: index.hnsw.efSearch = ef
+            return index.search(q[None], 10)[1][0].tolist()
+        return ask
+    return [(dict(ef=ef), asking(ef)) for ef in ([0] if kind == 'flat' else [16, 32, 64, 128, 256])]
+
+
+def one(stage, name, work, rows, most):
+    "A contender's building, or its answers; what it prints into `work`."
+    library, _, kind = name.partition('_')
+    if library == 'lance': import lancedb, mmembed.index  # noqa: F401  what libraries take is not the index's
+    else: import faiss  # noqa: F401
+    before, start, cpu = resident(), time.perf_counter(), time.process_time()
+    if stage == 'build':
+        size = (lance_build if library == 'lance' else faiss_build)(kind, work, rows)
+        out = dict(wall=time.perf_counter() - start, cpu=time.process_time() - cpu, peak=resident(True) - before, disk=size / 2**20)
+    else:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        truth = np.load(work/f'truth-{rows}.npz')
+        asks = (lance_ask if library == 'lance' else faiss_ask)(kind, work, rows)
+        out = dict(rates=[rates(ask, truth['queries'], truth['ids'], most, knobs) for knobs, ask in asks])
+    (work/f'{name}-{rows}-{stage}.json').write_text(json.dumps(out))
+
+
+def results(found):
+    "Columns and rows of a table, as tools/tables.py takes them."
+    rows = []
     for name, r in found.items():
         for i, q in enumerate(r['rates']):
-            knobs = ', '.join(f'{k} {v}' for k, v in q['knobs'].items() if v) or '-'
-            head = f"{r['ingest'] + r['build']:,.0f} s | {r['build_cpu']:,.0f} s | {r['peak']:,.0f} MiB | {r['serving']:,.0f} MiB | {r['disk']:,.0f} MiB" if i == 0 else '| | | |'
-            print(f"| {CONTENDERS[name] if i == 0 else ''} | {knobs} | {head} | {q['recall']:.3f} | {q['qps']:,.1f} | {q['cpu_ms']:.1f} ms |")
+            knobs = ', '.join(f'{k} {v}' for k, v in q['knobs'].items() if v) or 'every row'
+            head = [f"{r['cpu']:,.0f} s", f"{r['peak']:,.0f} MiB", f"{r['disk']:,.0f} MiB"] if i == 0 else [''] * 3
+            rows.append([CONTENDERS[name] if i == 0 else '', *head, knobs, f"{q['recall']:.3f}", f"{q['qps']:,.1f}", f"{q['cpu_ms']:.1f} ms"])
+    return dict(columns=['store', 'building, CPU', 'at most held', 'on disk', 'knobs', 'recall@10', 'queries/s', 'CPU a query'], rows=rows)
 
 
 def main():
@@ -192,23 +218,31 @@ def main():
     parser.add_argument('--rows', type=int, default=1_000_000)
     parser.add_argument('--only', nargs='*', choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument('--work', type=Path, default=Path('runs/search'))
-    parser.add_argument('--seconds', type=float, default=30, help='of queries for each setting, at most')
-    parser.add_argument('--one', choices=list(CONTENDERS), help=argparse.SUPPRESS)
+    parser.add_argument('--seconds', type=float, default=10, help='of queries for each setting, at most')
+    parser.add_argument('--build', action='store_true', help='build only what is not built yet, and ask nothing')
+    parser.add_argument('--again', action='store_true', help='ask again where there are answers; building is never repeated')
+    parser.add_argument('--json', type=Path, help='write the table there')
+    parser.add_argument('--one', nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    if args.one:
-        library, _, kind = args.one.partition('_')
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-        result = (lance if library == 'lance' else faiss)(kind, args.work, args.rows, args.seconds)
-        (args.work/f'{args.one}-{args.rows}.json').write_text(json.dumps(result))
-        return
+    if args.one: return one(*args.one, args.work, args.rows, args.seconds)
     vectors_file(args.work, args.rows)
-    found = {}
-    for name in args.only:
-        if not (args.work/f'{name}-{args.rows}.json').is_file(): subprocess.run([sys.executable, __file__, '--one', name, '--rows', str(args.rows), '--work', str(args.work), '--seconds', str(args.seconds)], check=True)
-        found[name] = json.loads((args.work/f'{name}-{args.rows}.json').read_text())
-        table({name: found[name]}, args.rows)
-    table(found, args.rows)
+    named_model(args.work/'model.pt')
+    found: dict = {}
+    for stage in ['build'] if args.build else ['build', 'ask']:
+        for name in args.only:
+            path = args.work/f'{name}-{args.rows}-{stage}.json'
+            if not path.is_file() or (args.again and stage == 'ask'):
+                subprocess.run([sys.executable, __file__, '--one', stage, name, '--rows', str(args.rows), '--work', str(args.work), '--seconds', str(args.seconds)], check=True)
+            found.setdefault(name, {}).update(json.loads(path.read_text()))
+            print(name, {k: v for k, v in found[name].items() if k != 'rates'}, file=sys.stderr, flush=True)
+    if args.build: return
+    table = results(found)
+    print(f'\n{args.rows:,} vectors, {DIM} wide; one core, one query at a time; recall@10 of held-out real queries\n')
+    for row in [table['columns'], ['---'] * 8, *table['rows']]: print('| ' + ' | '.join(row) + ' |')
+    if args.json:
+        command = f'python benchmarks/search.py --rows {args.rows}'
+        args.json.write_text(json.dumps(dict(kind='plain', command=command, records=table), indent=1) + '\n')
 
 
 if __name__ == '__main__': main()
