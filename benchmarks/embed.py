@@ -75,7 +75,7 @@ def share(args, tmp):
         alone.append((time.thread_time() - start) / args.rows)
         raw = args.rows / (time.perf_counter() - wall)
         emb.forward, start, wall = 0., time.thread_time(), time.perf_counter()
-        embed(emb, source, tmp/f'out{k}', threads=args.threads, shard_rows=max(args.batch_size, args.rows // 4))
+        embed(emb, source, tmp/f'out{k}', threads=args.threads, shard_rows=max(1, args.rows // 4 // args.batch_size) * args.batch_size)  # a batch that is cut short is filled up
         walls.append((raw, args.rows / (time.perf_counter() - wall)))
         busy.append((time.thread_time() - start) / args.rows)
         forward.append(emb.forward / args.rows)
