@@ -3,6 +3,7 @@
     python benchmarks/figures.py split       # writes benchmarks/figures_split.json (once; it is in the repository)
     python benchmarks/figures.py baseline    # frozen MobileNetV2 + frozen MiniLM, two-layer heads; and captions dealt out at random
     python benchmarks/figures.py soup        # the mean of two fine-tuned models
+    python benchmarks/figures.py curves FILE # draws the learning curves of benchmarks/results/learning_curves.json, which finetune writes with the flag `record`
     python benchmarks/figures.py errors      # what stands first where the right picture does not, before and after
     python benchmarks/figures.py compare     # frozen against fine-tuned, several seeds each: the same queries, with bootstrap intervals
     python benchmarks/figures.py finetune    # the same towers, their upper halves trained too; options: epochs, batch, rate, seed, shuffled
@@ -300,10 +301,10 @@ def soup(*names):
 
 
 def finetune(epochs='6', batch='256', lr='2e-4', seed='0', *flags):
-    """Heads on frozen features first, then the upper layers of both towers with them (`fit`); the last line is the average of the weights. Flags: shuffled; captions, as further texts; pieces, some sentences of a text alone.
+    """Heads on frozen features first, then the upper layers of both towers with them (`fit`); the last line is the average of the weights. Flags: shuffled; captions, as further texts; pieces, some sentences of a text alone; record, for `curves`.
 
     The model is left in runs/figures/finetuned-<seed>.pt, its beginning in probe-<seed>.pt."""
-    seed, shuffled, also, pieces = int(seed), 'shuffled' in flags, 'captions' in flags, 'pieces' in flags
+    seed, shuffled, also, pieces, curve = int(seed), 'shuffled' in flags, 'captions' in flags, 'pieces' in flags, []
     pairs, others = source(), source('caption')
     train, valid = parts(pairs)
     captions = [valid.text(i) for i in range(len(valid))]
@@ -315,13 +316,40 @@ def finetune(epochs='6', batch='256', lr='2e-4', seed='0', *flags):
         other = (torch.rand(len(rows), generator=generator) < OTHER * also).tolist()
         texts = [(others if o else pairs).text(train.rows[dealt[i]]) for i, o in zip(rows, other)]
         return [piece(t, generator) for t in texts] if pieces else texts
-    def report(name, top): line(name, *top.of_part(captions, held), captions)
+    def report(name, top):
+        t, v = top.of_part(captions, held)
+        line(name, t, v, captions)
+        curve.extend([str(seed), str(len(curve) // 2), way.replace('_', ' '), *(f'{100 * r.at[k]:.1f}' for k in (1, 5, 10))] for way, r in judge(t, v, captions, [])['all'].items())
     header(valid)
     report('heads alone', Top(model))
     ending = f"{'-shuffled' if shuffled else '-captions' if also else ''}{'-pieces' if pieces else ''}-{seed}.pt"
     torch.save(model.state_dict(), CACHE/f'probe{ending}')
     fit(model, texts_of, pictures, int(epochs), int(batch), float(lr), seed, report)
     torch.save({'spec': model.spec(), 'state': model.state_dict()}, CACHE/f'finetuned{ending}')
+    if 'record' not in flags: return
+    file = json.loads(CURVES.read_text()) if CURVES.exists() else {'kind': 'plain', 'command': 'benchmarks/figures.py finetune 6 256 2e-4 SEED record', 'records': {'columns': COLUMNS}}
+    file['records']['rows'] = [r for r in file['records'].get('rows', []) if r[0] != str(seed)] + curve
+    CURVES.write_text(json.dumps(file, indent=0) + '\n')
+
+
+CURVES, COLUMNS = ROOT/'benchmarks'/'results'/'learning_curves.json', ['seed', 'epochs', 'direction', '@1', '@5', '@10']
+
+
+def curves(out):
+    "Recall after every epoch, the mean of both directions, a line a run."
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    rows, runs = json.loads(CURVES.read_text())['records']['rows'], {}
+    for seed, epochs, _, *at in rows: runs.setdefault((seed, int(epochs)), []).append([float(x) for x in at])
+    fig, ax = plt.subplots(figsize=(4, 3))
+    for seed in dict.fromkeys(s for s, _ in runs):
+        x = sorted(e for s, e in runs if s == seed)
+        for n, k in enumerate((1, 5, 10)): ax.plot(x, [sum(r[n] for r in runs[seed, e]) / len(runs[seed, e]) for e in x], 'o-', ms=3, color=f'C{n}', label=f'@{k}' if seed == rows[0][0] else None)
+    ax.set(xlabel='epochs of fine-tuning (0: heads on frozen towers)', ylabel='recall, %, mean of both directions', ylim=(0, None))
+    ax.legend()
+    fig.tight_layout()
+    fig.savefig(out, dpi=110)
 
 
 def saved(name):
@@ -387,4 +415,4 @@ def errors(*names):
 
 if __name__ == '__main__':
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
-    {'split': split, 'baseline': baseline, 'finetune': finetune, 'errors': errors, 'compare': compare, 'soup': soup}[sys.argv[1]](*sys.argv[2:])
+    {'split': split, 'baseline': baseline, 'finetune': finetune, 'errors': errors, 'curves': curves, 'compare': compare, 'soup': soup}[sys.argv[1]](*sys.argv[2:])

@@ -4,7 +4,7 @@
     python benchmarks/practice.py classes    # clothing: a PairClassifier's classes, and prompts without any training
     python benchmarks/practice.py transfer   # the encoder of figures.py finetune, fine-tuned on clothing: gained, forgotten, WiSE-FT
     python benchmarks/practice.py emoji      # names in seven languages, one text tower from nothing
-    python benchmarks/practice.py plot FILE  # draws the table that transfer left in runs/figures/transfer.json
+    python benchmarks/practice.py plot FILE  # draws the table that transfer left in benchmarks/results/wise_ft.json
 
 Needs what figures.py needs, and its finetune run first (match, classes, transfer). Prints tables in Markdown, which stand in benchmarks/README.md.
 """
@@ -54,7 +54,7 @@ def show(name, score, label, threshold):
 
 
 def match(epochs='3', lr='2e-4'):
-    "Half the pairs are right: guessing gives 50 % and 0.5. A cosine is called a match above the median of all."
+    """Half the pairs are right: guessing gives 50 % and 0.5. A cosine is called a match above the median of all. `epochs` are those of the upper layers; 0: frozen towers alone; cosine: no classifier that begins from nothing."""
     pairs = PairsFile(f.DATA/'figures'/'pairs.jsonl', text_key='alt', split_key='section', near_key='book')
     train, valid = f.parts(pairs)
     tests, start = pairs_of(valid, 0, seed=1), time.process_time()
@@ -70,12 +70,49 @@ def match(epochs='3', lr='2e-4'):
             return torch.stack([t[at[x]] @ v[i] for x, i, _ in rows])
         score = cosine(tests, held)
         show(name, score, label, score.median())
+    for name, file in (('frozen towers', 'probe-0'), ('the towers of (a)', 'finetuned-0')): on_cosine(name, encoder(file), train, valid, tests, label, held, plain[0])
+    if epochs == 'cosine': return
     for mismatches in (5, 1):
         torch.manual_seed(0)
         model = PairClassifier(f.minilm(), f.mobilenet(), ['mismatch', 'match'], dim=256, dropout=0.3)
         on_frozen(model, train, valid, tests, label, mismatches)
     model.image.net.features.to(memory_format=torch.channels_last)
-    if int(epochs): on_towers(model, train, tests, label, held, plain, int(epochs), float(lr), start)
+    if int(epochs) < 1: return
+    on_towers(model, train, tests, label, held, plain, int(epochs), float(lr), start)
+
+
+def on_cosine(name, dual, train, valid, tests, label, held, plain, epochs=3, mismatches=5):
+    "A classifier that begins at an encoder's cosine, the threshold half-way of training pairs; its towers stay, what they say of the pictures as they are is computed once."
+    torch.manual_seed(0)
+    model = PairClassifier.from_dual(dual, dropout=0.3).eval()
+    top, rows = f.Top(model), [pairs_of(train, epoch, mismatches=mismatches) for epoch in range(epochs)]
+    said = {}
+    with torch.no_grad():
+        texts = sorted({t for some in (*rows, tests) for t, *_ in some}, key=len)
+        for i in range(0, len(texts), 59): said |= dict(zip(texts[i:i+59], top.words(model.text_pipeline.tokenize(*pack(texts[i:i+59])))))
+        seen = {k: torch.cat([top.picture(x[i:i+59].float()) for i in range(0, len(x), 59)]) for k, x in (('train', plain), ('valid', held))}
+    def scored(some, part):
+        scores = model.fusion(torch.stack([said[t] for t, *_ in some]), torch.stack([seen[part][j] for _, j, _ in some]), MASK)
+        return scores[:, 1] - scores[:, 0]
+    def row(when):
+        with torch.no_grad(): scores = scored(tests, 'valid')
+        show(f'PairClassifier.from_dual, {name}, {when}', scores, label, 0.)
+        show('the same, a match above the median', scores, label, scores.median())
+    with torch.no_grad():
+        own = scored(rows[0], 'train').view(-1, 1 + mismatches)
+        model.fusion.cosine.bias += torch.tensor([.5, -.5]) * (own[:, 0].median() + own[:, 1:].median()) / 2
+    row('before training')
+    optimizer = torch.optim.AdamW(model.fusion.parameters(), lr=1e-4, weight_decay=0.1)
+    weight = torch.tensor([1/mismatches, 1.])
+    for epoch in range(epochs):
+        model.train()
+        for some in torch.randperm(len(rows[epoch])).split(256):
+            some = [rows[epoch][j] for j in some.tolist()]
+            score = scored(some, 'train')
+            loss = nn.functional.cross_entropy(torch.stack([-score, score], 1) / 2, torch.tensor([y for *_, y in some]), weight)
+            optimizer.zero_grad(); loss.backward(); optimizer.step()  # noqa: E702
+        model.eval()
+        row(f'{epoch + 1} epochs')
 
 
 MASK = torch.ones(1, 1, dtype=torch.int64)  # late fusion asks for none
@@ -198,24 +235,33 @@ def transfer(epochs='6', lr='2e-4'):
     def both(top):
         found = judge(*top.of_part(captions, held), captions, [])['all']
         return [classification(prompted(top, tests, names), want)['accuracy'], *(found[w].at[k] for w in found for k in (1, 10))]
-    print('\n| model | clothing: accuracy by prompts % | figures, text to image @1 | @10 | image to text @1 | @10 |\n|---|---|---|---|---|---|')
-    def row(name, values): print(f"| {name} | {' | '.join(f'{100 * x:.1f}' for x in values)} |", flush=True)
+    columns, rows = ['model', 'clothing: accuracy by prompts %', 'figures, text to image @1', '@10', 'image to text @1', '@10'], []
+    print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    def row(name, values):
+        rows.append([name, *(f'{100 * x:.1f}' for x in values)])
+        print(f"| {' | '.join(rows[-1])} |", flush=True)
     row('before', both(f.Top(model)))
     generator = torch.Generator().manual_seed(0)
     def texts_of(rows): return [TEMPLATES[int(torch.randint(len(TEMPLATES), (), generator=generator))].format(train.label(i)) for i in rows]
     f.fit(model, texts_of, pictures, int(epochs), 120, float(lr), 0, lambda name, top: print(name, file=sys.stderr, flush=True))
-    after, table = weights(model), {'alpha': [], 'clothing': [], 'figures': []}
+    after = weights(model)
     for alpha in (0.25, 0.5, 0.75, 1.):
         model.load_state_dict(interpolate(before, after, alpha))
-        values = both(f.Top(model))
-        row(f'{alpha:g} of the way' if alpha < 1 else 'after', values)
-        for k, x in zip(table, (alpha, values[0], values[2])): table[k].append(x)
-    (f.CACHE/'transfer.json').write_text(json.dumps(table))
+        row(f'{alpha:g} of the way' if alpha < 1 else 'after', both(f.Top(model)))
+    WISE.write_text(json.dumps({'kind': 'plain', 'command': f'benchmarks/practice.py transfer {epochs}', 'records': {'columns': columns, 'rows': rows}}, indent=0) + '\n')
+
+
+WISE = f.ROOT/'benchmarks'/'results'/'wise_ft.json'
 
 
 def plot(out):
+    "The trade-off of old and new task between both weights: figures (recall@10, the mean of both directions) and clothing (accuracy by prompts)."
+    import matplotlib
+    matplotlib.use('Agg')
     from mmembed.models.practice import show_trade_off
-    show_trade_off(json.loads((f.CACHE/'transfer.json').read_text()), 'figures', 'clothing').savefig(out, dpi=150)
+    rows = [[float(x) for x in r[1:]] for r in json.loads(WISE.read_text())['records']['rows']]
+    old, new = 'figures, recall@10, %', 'clothing, accuracy, %'
+    show_trade_off({'alpha': [0, 0.25, 0.5, 0.75, 1], old: [(r[2] + r[4]) / 2 for r in rows], new: [r[0] for r in rows]}, old, new).savefig(out, dpi=110)
 
 
 # -- names in many languages
