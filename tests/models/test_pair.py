@@ -8,6 +8,7 @@ import mmembed as mm
 from mmembed.core import pack, quietly
 from mmembed.data.scenes import Scenes
 from mmembed.export.verify import VerifyError, verify
+from mmembed.models.dual import DualEncoder
 from mmembed.models.pair import PairClassifier
 from mmembed.models.tower import from_spec
 from mmembed.models.towers import Bert, ConvNet, TextTransformer, image_tower
@@ -32,7 +33,7 @@ def bert():
     return Bert(TP, dict(model_type='bert', vocab_size=TP.vocab_size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48))
 
 
-@pytest.mark.parametrize('fusion', ['late', 'cross'])
+@pytest.mark.parametrize('fusion', ['late', 'cosine', 'cross'])
 @pytest.mark.parametrize('form', FORMS)
 def test_every_form(fusion, form):
     model = made(fusion)
@@ -44,7 +45,7 @@ def test_every_form(fusion, form):
         assert torch.allclose(alone, want[:4], atol=1e-5)
 
 
-@pytest.mark.parametrize('fusion', ['late', 'cross'])
+@pytest.mark.parametrize('fusion', ['late', 'cosine', 'cross'])
 def test_it_learns_what_neither_side_alone_tells(fusion):
     model = made(fusion).train()
     tokens, pixels = TP(TEXTS), VP(IMAGES)
@@ -61,7 +62,7 @@ def test_it_learns_what_neither_side_alone_tells(fusion):
     assert loss < 0.3  # log(2) is what either side alone allows
 
 
-@pytest.mark.parametrize('fusion', ['late', 'cross'])
+@pytest.mark.parametrize('fusion', ['late', 'cosine', 'cross'])
 def test_made_again(fusion):
     model = made(fusion, bert(), image_tower('resnet18', pipeline=VP))
     spec = json.loads(json.dumps(model.spec()))
@@ -71,7 +72,7 @@ def test_made_again(fusion):
     with torch.no_grad(): assert again(TP(TEXTS), VP(IMAGES)).equal(model(TP(TEXTS), VP(IMAGES)))
 
 
-@pytest.mark.parametrize('fusion', ['late', 'cross'])
+@pytest.mark.parametrize('fusion', ['late', 'cosine', 'cross'])
 def test_the_file_scores_as_the_model(fusion, tmp_path):
     model = made(fusion, bert() if fusion == 'cross' else None)
     report = mm.export(model, tmp_path/'pairs.pt', decode=False, fresh=False, cpp=False)
@@ -92,11 +93,35 @@ def test_the_file_scores_as_the_model(fusion, tmp_path):
     with pytest.raises(VerifyError): verify(tmp_path/'pairs.pt', model, fresh=False, cpp=False).check()
 
 
+def encoder(bias=None, hidden=24, dim=16):
+    torch.manual_seed(1)
+    return DualEncoder(TextTransformer(TP, width=32, depth=1), ConvNet(VP, channels=(8, 16), width=32), dim, 10., bias, hidden=hidden).eval()
+
+
+@pytest.mark.parametrize('dual', [dict(), dict(bias=-3.), dict(hidden=None), dict(hidden=None, dim=None)], ids=str)
+def test_it_begins_at_the_cosine_of_an_encoder(dual):
+    dual = encoder(**dual)
+    torch.manual_seed(2)
+    model = PairClassifier.from_dual(dual, ['no', 'yes', 'unsure'], 'yes')
+    assert model.training
+    model.eval()
+    with torch.no_grad(): e, scores = dual(TP(TEXTS), VP(IMAGES)), model(TP(TEXTS), VP(IMAGES))
+    want = e.logit_scale * (e.text * e.image).sum(1) + (dual.logit_bias if dual.logit_bias is not None else 0.)
+    assert torch.allclose(scores[:, 1] - scores[:, 0], want, atol=1e-4) and scores[:, 0].equal(scores[:, 2])
+    again = from_spec(json.loads(json.dumps(model.spec()))).eval()
+    again.load_state_dict(model.state_dict())
+    with torch.no_grad(): assert again(TP(TEXTS), VP(IMAGES)).equal(scores)
+    torch.nn.functional.cross_entropy(model(TP(TEXTS), VP(IMAGES)), torch.zeros(16, dtype=torch.long)).backward()
+    assert all(bool(p.grad.abs().sum() > 0) for k, p in model.fusion.named_parameters() if k.startswith(('out', 'cosine', 'text_proj')))
+
+
 def test_mistakes():
     class Mine(torch.nn.Linear): width = 8
     for f, message in [(lambda: PairClassifier(Mine(2, 8), ConvNet(VP), ['yes']), 'two or more, all different'),
                        (lambda: PairClassifier(Mine(2, 8), ConvNet(VP), ['a', 'a']), 'two or more, all different'),
-                       (lambda: PairClassifier(Mine(2, 8), ConvNet(VP), ['a', 'b'], 'early'), "fusion must be 'late' or 'cross'"),
+                       (lambda: PairClassifier(Mine(2, 8), ConvNet(VP), ['a', 'b'], 'early'), "fusion must be 'late', 'cosine' or 'cross'"),
+                       (lambda: PairClassifier(Mine(2, 8), ConvNet(VP), ['a', 'b'], dim=None), "are for fusion='cosine'"),
+                       (lambda: PairClassifier.from_dual(encoder(), ['a', 'b'], 'match'), 'match must be one of'),
                        (lambda: PairClassifier(Mine(2, 8), ConvNet(VP), ['a', 'b'], 'cross'), 'a vector a token, which Mine'),
                        (lambda: made('cross', image=image_tower('vit_b_16')), 'wants a grid, which TorchvisionTower')]:
         with pytest.raises(ValueError, match=message): f()
