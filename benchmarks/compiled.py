@@ -58,12 +58,34 @@ def compare(plain: Path, package: Path, rounds: int = 5, seconds: float = .25) -
     return rows
 
 
+def compare_cpp(plain: Path, package: Path, build: str | None, repeats: int = 200) -> list[dict]:
+    "The same by the C++ host: texts from bytes to embeddings, the median of so many calls. Raises `ValueError` when the two files answer differently."
+    import subprocess
+    from mmembed.export import host
+    exe, rows = host.build(folder=build), []
+    for n in SIZES:
+        texts = [CAPTIONS[i % len(CAPTIONS)] for i in range(n)]
+        said = [torch.stack([r['embedding'] for r in host.ask(exe, path, [t.encode() for t in texts])['text']]) for path in (plain, package)]
+        if not torch.allclose(*said, atol=1e-5): raise ValueError(f'{package} answers otherwise than {plain} from C++')
+        times = [[], []]
+        for _ in range(3):
+            for path, into in zip((plain, package), times):
+                asked = [exe, path, '--threads', '1', '--time', repeats, *(x for t in texts for x in ('--text', t))]
+                into += json.loads(subprocess.run(list(map(str, asked)), capture_output=True, text=True, check=True).stdout.splitlines()[-1])['cpu_ms']
+        a, b = map(statistics.median, times)
+        rows.append(dict(what='text, C++', batch=n, scripted_ms=round(a, 3), compiled_ms=round(b, 3), times=round(a / b, 2)))
+        print(f'text, C++{n:4}{a:10.3f}{b:10.3f}{a/b:7.2f}', flush=True)
+    return rows
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('files', nargs='*', help='an artifact, and its compiled package')
     p.add_argument('--model', choices=['small', 'clip', 'bert'])
     p.add_argument('--folder', help='where --model leaves its files; a temporary one by default')
     p.add_argument('--record', action='store_true', help='write benchmarks/results/compiled_MODEL.json')
+    p.add_argument('--cpp', action='store_true', help='ask the C++ host instead')
+    p.add_argument('--build', help='where to build that host; build/cpp by default')
     p.add_argument('--seconds', type=float, default=.25, help='of a measurement')
     a = p.parse_args()
     if bool(a.model) == (len(a.files) == 2): p.error('name two files, or --model')
@@ -75,11 +97,11 @@ def main():
             for path in (plain, package):
                 if not path.exists(): mm.export(model, path, fresh=False, cpp=False)
         print(f'{"":9}{"rows":>4}{"scripted":>10}{"compiled":>10}{"times":>7}   ms of CPU')
-        rows = compare(plain, package, seconds=a.seconds)
+        rows = compare_cpp(plain, package, a.build) if a.cpp else compare(plain, package, seconds=a.seconds)
         if a.record:
-            out = Path(__file__).parent/'results'/f'compiled_{a.model}.json'
+            out = Path(__file__).parent/'results'/f'compiled_{a.model}{"_cpp" * a.cpp}.json'
             table = dict(columns=['', 'rows', 'scripted, ms', 'compiled, ms', 'times as fast'], rows=[list(r.values()) for r in rows])
-            out.write_text(json.dumps(dict(kind='plain', command=f'python benchmarks/compiled.py --model {a.model} --record', records=table), indent=1) + '\n')
+            out.write_text(json.dumps(dict(kind='plain', command=f'python benchmarks/compiled.py --model {a.model}{" --cpp" * a.cpp} --record', records=table), indent=1) + '\n')
 
 
 if __name__ == '__main__': main()

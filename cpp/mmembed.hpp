@@ -7,6 +7,8 @@
 //   if (!image.ok(0)) std::cerr << image.errors[0] << '\n';                    // one bad item harms no neighbour
 //   torch::Tensor scores = emb.score(text, image.embedding);                   // (1, 1)
 //
+//   mmembed::Embedder fast("model.pt2");                                       // compiled: the same calls, the same answers
+//
 //   mmembed::Embedder judge("pairs.pt");                                       // of a PairClassifier
 //   mmembed::Scored match = judge.scores({"a red circle"}, {mmembed::Image::file("cat.jpg")});  // (1, C), C labels
 //
@@ -25,6 +27,7 @@
 #include <exception>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <memory>
 #include <regex>
 #include <sstream>
@@ -37,7 +40,9 @@
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/Version.h>
 #include <caffe2/serialize/inline_container.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
 #include <torch/script.h>
 
@@ -229,7 +234,65 @@ void in_threads(size_t n, int threads, F f) {
   if (failure) std::rethrow_exception(failure);
 }
 
-// A loaded artifact. Calls are const and may come from several threads; what they return lies on the CPU.
+// What `export(model, "model.pt2")` wrote: tokenizer and towers compiled by AOTInductor, and the rest of the artifact as
+// TorchScript. call() answers as the methods of a TorchScript artifact do.
+class Package {
+ public:
+  static constexpr const char* kRest = "mmembed/rest.pt";
+
+  static bool is(const std::string& path) { return caffe2::serialize::PyTorchStreamReader(path).hasRecord(kRest); }
+
+  Package(const std::string& path, const std::string& card, size_t runners = 2) {
+    const std::string made = card_field(card.substr(card.find("\"compiled\"")), "cpu"), here = at::get_cpu_capability();
+    const std::map<std::string, int> level = {{"DEFAULT", 0}, {"AVX2", 1}, {"AVX512", 2}};
+    if (level.count(made) && (!level.count(here) || level.at(here) < level.at(made)))
+      throw Error(path + " was compiled for " + made + ", this processor has " + here + ": export it here, or with cpu='" + here + "'");
+    load_beside("libtorch_cuda.so");  // the programs name libtorch.so as what they need
+    load_beside("libtorch.so");
+    caffe2::serialize::PyTorchStreamReader archive(path);
+    auto [data, size] = archive.getRecord(kRest);
+    std::istringstream in(std::string(static_cast<const char*>(data.get()), size));
+    rest_ = torch::jit::load(in, torch::kCPU);
+    plain_ = rest_.attr("before_text").toModule().type()->name()->name() == "SameTexts";  // no step of the user's before the tokenizer
+    for (const char* name : {"tokenize", "text", "image", "pair"}) {
+      const std::string folder = std::string("data/aotinductor/") + name + "/";
+      for (const auto& record : archive.getAllRecords())
+        if (record.rfind(folder, 0) == 0 && !programs_.count(name))
+          programs_[name] = std::make_unique<torch::inductor::AOTIModelPackageLoader>(path, name, false, runners);
+    }
+  }
+
+  const torch::jit::Module& rest() const { return rest_; }
+
+  c10::IValue call(const std::string& method, std::vector<c10::IValue> inputs) const {
+    auto rest = [&](const std::string& name, std::vector<c10::IValue> x) { return rest_.get_method(name)(std::move(x)); };
+    if (method == "encode_pixels" && inputs[0].toTensor().size(0) > 0) return run("image", {inputs[0].toTensor()})[0];
+    const bool pairs = method == "score_pairs" && inputs[2].toTensor().size(0) > 0;
+    if (!pairs && method != "tokenize" && method != "encode_text_bytes") return rest(method, std::move(inputs));
+    std::vector<torch::Tensor> x = {inputs[0].toTensor(), inputs[1].toTensor()};  // as pack() makes them
+    if (x[1].size(0) == 1) return rest(method, std::move(inputs));                // no texts
+    if (!plain_) {
+      auto after = rest("tokenize", {x[0], x[1]}).toTuple();
+      x = {after->elements()[0].toTensor(), after->elements()[1].toTensor()};
+    }
+    x = run("tokenize", x);
+    if (method == "tokenize") return c10::ivalue::Tuple::create({x[0], x[1]});
+    if (pairs) x.push_back(inputs[2].toTensor());
+    return run(pairs ? "pair" : "text", x)[0];
+  }
+
+ private:
+  std::vector<torch::Tensor> run(const std::string& program, std::vector<torch::Tensor> inputs) const {
+    for (auto& x : inputs) x = x.contiguous();
+    return programs_.at(program)->run(inputs);
+  }
+
+  torch::jit::Module rest_;
+  bool plain_ = true;
+  std::map<std::string, std::unique_ptr<torch::inductor::AOTIModelPackageLoader>> programs_;
+};
+
+// A loaded artifact, scripted or compiled. Calls are const and may come from several threads; what they return lies on the CPU.
 class Embedder {
  public:
   explicit Embedder(const std::string& path, Options options = {})
@@ -253,12 +316,21 @@ class Embedder {
     }
     if (options_.threads > 0) at::set_num_threads(options_.threads);
     torch::jit::getProfilingMode() = false;  // its recompilations make the first calls slow
+    const bool compiled = Package::is(path);
+    if (compiled && !options_.device.is_cpu())
+      throw Error(path + " was compiled for the CPU, not for " + options_.device.str() + ": load the TorchScript artifact there");
     try {
-      module_ = torch::jit::load(path, options_.device);
+      if (compiled) package_ = std::make_shared<Package>(path, card_);
+      module_ = compiled ? package_->rest() : torch::jit::load(path, options_.device);
+    } catch (const Error&) {
+      throw;
     } catch (const std::exception& e) {
       throw Error(path + " cannot be loaded: " + reason(e));
     }
     module_.eval();
+    if (options_.device.is_cpu() && at::hasMKLDNN())
+      for (const auto& layer : module_.modules())  // weights in oneDNN's order for this processor, once
+        if (layer.find_method("pack")) layer.get_method("pack")(std::vector<torch::jit::IValue>{});
     dim_ = module_.attr("dim").toInt();
     if (module_.find_method("labels"))
       for (const auto& label : call("labels", {}).toListRef()) labels_.push_back(label.toStringRef());
@@ -440,7 +512,7 @@ class Embedder {
 
   c10::IValue call(const char* method, std::vector<c10::IValue> inputs) const {
     try {
-      return module_.get_method(method)(std::move(inputs));
+      return package_ ? package_->call(method, std::move(inputs)) : module_.get_method(method)(std::move(inputs));
     } catch (const std::exception& e) {
       throw Error(reason(e));
     }
@@ -448,7 +520,8 @@ class Embedder {
 
   Options options_;
   std::string card_;
-  torch::jit::Module module_;
+  torch::jit::Module module_;         // for a package its rest
+  std::shared_ptr<Package> package_;  // null for TorchScript
   int64_t dim_ = 0;
   bool pairs_ = false;
   std::vector<std::string> labels_;
