@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..cli import Formatter, Parser, split_doc
 
-# %% ../../nbs/commands/05_search.ipynb #5b8e3ff6
+# %% ../../nbs/commands/05_search.ipynb #279780df
 def _command(name: str, **options):
     "A function of a list of words, with the parser that reads them."
     def decorate(f):
@@ -44,10 +44,11 @@ SOURCE = dict(
     threads=_text('that decode; 0: one a core', 0),
     image_key=_text('column of a table that holds paths of pictures'),
     text_key=_text('column that holds captions'),
+    image_root=_text('where the paths of a table begin; its folder by default'),
     id_key=_text('column that names the rows'))
 
 def _source(args) -> dict:
-    given = {k: getattr(args, k) for k in ('image_key', 'text_key', 'id_key') if getattr(args, k)}
+    given = {k: getattr(args, k) for k in ('image_key', 'text_key', 'id_key', 'image_root') if getattr(args, k)}
     columns = [c.strip() for c in args.keep.split(',') if c.strip()]
     return dict(columns=columns, on_duplicate=args.on_duplicate, thumbnails=args.thumbnails, prefix=args.prefix, threads=args.threads, **given)
 
