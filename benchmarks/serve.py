@@ -2,7 +2,7 @@
 
     python -m benchmarks.serve artifacts/quickstart.pt             # throughput, latency and CPU at concurrency 1, 8 and 32
     python -m benchmarks.serve artifacts/quickstart.pt --load --record serve.json      # also latency against offered load
-    python -m benchmarks.serve --record serve.json --plot serve.png                    # that as pictures
+    python -m benchmarks.serve --record serve.json --plot serve.png                    # that as a picture
     python -m benchmarks.serve artifacts/quickstart.pt --soak 3600        # memory over an hour of mixed load with broken items
     python -m benchmarks.serve --clip --peers litserve=env1/bin/python,ray=.venv/bin/python,clip=env2/bin/python,infinity=env3/bin/python
 
@@ -261,7 +261,7 @@ def main():
     a.add_argument('--peers', default='', help='name=python of its environment, separated by commas; names: litserve, ray, clip, infinity')
     a.add_argument('--record', help='a JSON file to add the rows to')
     a.add_argument('--load', action='store_true', help='also latency against offered load')
-    a.add_argument('--plot', help='draw the recorded load as pictures of this name, and nothing else')
+    a.add_argument('--plot', help='draw the recorded load (of the first kind of items in the file) as this picture, and nothing else')
     a.add_argument('--soak', type=float)
     args = a.parse_args()
     gc.freeze(), gc.disable()  # a pause of the load generator would look like one of the server
@@ -314,11 +314,11 @@ def loaded(what, port, todo, best, share, seconds):
 
 
 def draw(record, path):
-    "p50 and p99 against offered load, a picture for each kind of items."
+    "p50 and p99 against offered load."
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    for what in dict.fromkeys(r['items'] for r in record if 'offered' in r):
+    for what in list(dict.fromkeys(r['items'] for r in record if 'offered' in r))[:1]:
         rows = sorted((r for r in record if r['items'] == what and 'offered' in r), key=lambda r: r['offered'])
         best = max(r['rate'] for r in record if r['items'] == what and r['server'] == 'mmembed' and 'rate' in r)
         plt.figure(figsize=(6, 4))
@@ -326,7 +326,7 @@ def draw(record, path):
         plt.axvline(best, color='gray', linewidth=.8)
         plt.xlabel('offered requests a second'), plt.ylabel('milliseconds'), plt.yscale('log'), plt.legend(), plt.title(f'{what}, one item a request')
         plt.tight_layout()
-        plt.savefig(path.with_stem(f'{path.stem}-{what}'), dpi=110)
+        plt.savefig(path, dpi=90)
         plt.close()
 
 
