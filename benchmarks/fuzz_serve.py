@@ -54,8 +54,9 @@ def http(url: str, examples: int, seed: int = 0, name: str = '') -> Counter:
 def filled(kind: type, rng: random.Random, depth: int = 3):
     "A message of `kind` with random fields: often sensible, never checked."
     m = kind()
+    chosen = {o.name: rng.choice(o.fields) for o in m.DESCRIPTOR.oneofs}  # of fields that exclude each other
     for f in m.DESCRIPTOR.fields:
-        if rng.random() < .4: continue
+        if rng.random() < .3 or f.containing_oneof and chosen[f.containing_oneof.name].name != f.name: continue
         many = f.is_repeated if hasattr(f, 'is_repeated') else f.label == F.LABEL_REPEATED
         if f.message_type and f.message_type.GetOptions().map_entry: continue
         values = [value(f, rng, depth) for _ in range(rng.choice([0, 1, 1, 2, 5]) if many else 1)]
@@ -95,12 +96,13 @@ def mutilated(data: bytes, rng: random.Random) -> bytes:
 
 def rpc(target: str, calls: int, seed: int = 0, at_once: int = 16, api_key: str = '') -> Counter:
     "(method, status) -> calls; of streams also the messages, each of which was answered. Raises for a status that is not stated."
-    rng, seen, left = random.Random(seed), Counter(), iter(range(calls))
+    seen, left = Counter(), iter(range(calls))
     kinds = [(s, n, m) for s in SERVICES for n, m in methods(s).items()]
     meta = [('x-api-key', api_key)] if api_key else []
 
     async def one(channel):
-        for _ in left:
+        for k in left:
+            rng = random.Random(f'{seed} {k}')  # the same messages whatever the order of the answers
             service, name, (kind, answer, many, _) = rng.choice(kinds)
             make = lambda: mutilated(filled(kind, rng).SerializeToString(), rng) if rng.random() < .9 else rng.randbytes(rng.randint(0, 80))
             try:

@@ -1,8 +1,12 @@
 """The service as an application of Ray Serve, over a real cluster of two nodes on this machine."""
+import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -76,3 +80,23 @@ def test_two_nodes_answer_survive_a_kill_and_change_the_artifact(url, tmp_path):
         hashes = {w['artifact'] for w in places().values()}
         assert len(hashes) == 1 and hashes != {emb.card['short_hash']}
         assert abs(client.encode(texts[:8]) - want[:8]).max() > 1e-3
+
+
+def test_the_command_serves_and_ends_on_sigterm(tmp_path):
+    "`mmembed serve --ray` as a process, with a cluster of its own: right vectors by HTTP, an orderly end."
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    command = [str(Path(sys.executable).with_name('mmembed')), 'serve', str(tiny.artifact()), '--ray', '--port', str(port), '--decoders', '1', '--log', os.devnull]
+    env = {k: v for k, v in os.environ.items() if k != 'RAY_ADDRESS'}
+    with open(tmp_path/'said', 'w+') as said, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=env) as p:
+        try:
+            line = p.stdout.readline()
+            assert line, (tmp_path/'said').read_text()[-2000:]
+            assert json.loads(line)['event'] == 'serving' and json.loads(line)['http'] == port
+            texts = tiny.CAPTIONS[:2]
+            with Client(f'http://127.0.0.1:{port}', retries=20) as client: assert abs(client.encode(texts) - Embedder(tiny.artifact()).encode_text(texts).numpy()).max() < 1e-5
+            p.send_signal(signal.SIGTERM)
+            assert p.wait(120) == 0
+        finally: p.kill()
+    with pytest.raises(httpx2.TransportError): httpx2.get(f'http://127.0.0.1:{port}/livez')
