@@ -307,14 +307,14 @@ def scriptable(
     model.image = trace_image(model.image, vp.size) if getattr(model.image, 'traceable', False) else _scripted(model.image, vp.size)
     return model
 
-# %% ../../nbs/export/01_artifact.ipynb #b961256b
+# %% ../../nbs/export/01_artifact.ipynb #a2ee9c00
 def assemble(
     model: nn.Module,    # a DualEncoder or PairClassifier with its two pipelines; left as it is
     decode: bool = True, # False: no file decoders; the artifact takes decoded RGB and loads without torchcodec
     variant: Variant = Variant(),
     steps: Steps = Steps(),       # of the user's
     classes: Classes | None = None, # names of classes; a PairClassifier's by default
-    script: bool = True, # False: the towers as they are, for eager Python
+    script: bool = True, # False: the towers as they are, for eager Python; else their layers are those of `export.kernels`
 ) -> Served: # not yet scripted
     """The `Artifact` of a DualEncoder, the `PairArtifact` of a PairClassifier. Raises `TypeError` for a model whose towers carry no pipelines,
     `ValueError` for one whose pictures are not float32, as its towers' weights are, and for options that do not go with the model."""
@@ -324,7 +324,7 @@ def assemble(
                             'so its towers must carry it')
     if model.vision_pipeline.dtype != 'float32':
         raise ValueError(f"the vision pipeline gives {model.vision_pipeline.dtype}, the towers take float32: give it dtype='float32'")
-    steps, p = tried(steps), prepared(model, variant)
+    steps, p = tried(steps), prepared(model, variant, script)
     if not classes: classes = read_classes(getattr(model, 'labels', None))
     p.vision_pipeline.file_decode = decode
     net, tp = scriptable(p) if script else p.model, p.text_pipeline

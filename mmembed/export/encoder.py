@@ -55,7 +55,7 @@ def unstored(
         return F.normalize(bits.flatten(1).float() * 2 - 1, dim=-1)
     return x
 
-# %% ../../nbs/export/01c_encoder.ipynb #c01340b6
+# %% ../../nbs/export/01c_encoder.ipynb #c5938f78
 class Encoder(nn.Module):
     "A DualEncoder, and what is done to its batches and its answers"
     def __init__(
@@ -68,7 +68,7 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.net, self.after, self.length, self.pad_id = net, after, length, pad_id
-        self.rows, self.keep, self.output = variant.deterministic, variant.dim, variant.output
+        self.rows, self.keep, self.output, self.slab = variant.deterministic, variant.dim, variant.output, 8
 
     @torch.jit.export
     def encode_text(self, tokens: Tokens) -> Tensor:
@@ -85,6 +85,9 @@ class Encoder(nn.Module):
     @torch.jit.export
     def encode_image(self, pixels: Tensor) -> Tensor:
         "(B, D) of float32 (B, 3, S, S), B at least 1."
+        if torch.jit.is_scripting():
+            if self.rows == 0 and pixels.device.type == 'cpu':
+                return torch.cat([self.finish(self.net.encode_image(p)) for p in pixels.split(self.slab)])
         if self.rows == 0: return self.finish(self.net.encode_image(pixels))
         done: list[Tensor] = []
         for i in range(0, pixels.shape[0], self.rows):

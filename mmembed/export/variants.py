@@ -23,7 +23,7 @@ from ..core import Tokens
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 OUTPUTS = ('float32', 'int8', 'binary')
 
-# %% ../../nbs/export/01a_variants.ipynb #16bd59cb
+# %% ../../nbs/export/01a_variants.ipynb #a3cb0e9b
 class Variant(NamedTuple):
     "What an exported model has otherwise than the trained one"
     precision: str = 'fp32'   # of the towers: 'fp32', 'bf16', 'fp16'
@@ -186,10 +186,11 @@ class Prepared(NamedTuple):
     vision_pipeline: nn.Module
     variant: Variant
 
-# %% ../../nbs/export/01a_variants.ipynb #a3cd1b9d
+# %% ../../nbs/export/01a_variants.ipynb #471a8001
 def prepared(
     model: nn.Module,              # a DualEncoder or PairClassifier with its two pipelines; left as it is
     variant: Variant = Variant(),
+    kernels: bool = False,         # its towers' layers computed by oneDNN, as a TorchScript file has them
 ) -> Prepared:
     "`model` as `variant` has it. Raises `ValueError` for an option that this model does not allow."
     v, tp, vp = checked(variant), copy.deepcopy(model.text_pipeline).cpu(), copy.deepcopy(model.vision_pipeline).cpu()
@@ -199,6 +200,9 @@ def prepared(
     if v.trim: _trim(model, tp, v.trim)
     if v.fold: fold_normalization(model.image, vp)
     if v.quantize and not int8_linear(model.text) + int8_linear(model.image): raise ValueError("quantize='int8': the towers have no linear layers")
+    if kernels:
+        from mmembed.export.kernels import quick
+        model.text, model.image = quick(model.text), quick(model.image)
     if v.precision != 'fp32':
         dtype = PRECISIONS[v.precision]
         model.text, model.image = HalfText(model.text, dtype), HalfImage(model.image, dtype)

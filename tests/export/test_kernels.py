@@ -1,0 +1,68 @@
+"The layers of a TorchScript file, computed by oneDNN, against torch's own."
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import resnet18
+
+from mmembed.core import quietly
+from mmembed.export.kernels import Conv, Linear, Patches, folded, quick
+from mmembed.opening import prepack
+
+LAYERS = {
+    'linear': (nn.Linear(40, 24), torch.randn(3, 5, 40)),
+    'linear without bias': (nn.Linear(40, 24, bias=False), torch.randn(7, 40)),
+    'rows apart': (nn.Linear(40, 24), torch.randn(5, 3, 40).transpose(0, 1)),
+    'convolution': (nn.Conv2d(6, 8, 3, 2, 1), torch.randn(2, 6, 11, 13)),
+    'dilated, in groups': (nn.Conv2d(6, 12, 3, groups=2, dilation=2, bias=False), torch.randn(2, 6, 11, 13)),
+    'patches': (nn.Conv2d(3, 8, 16, 16), torch.randn(2, 3, 50, 64))}
+
+
+def made(layer): return Linear(layer) if isinstance(layer, nn.Linear) else Patches(layer) if layer.kernel_size == (16, 16) else Conv(layer)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('name', LAYERS)
+def test_a_layer_is_torchs_own(name, dtype):
+    layer, x = LAYERS[name]
+    layer, x = copy.deepcopy(layer).requires_grad_(False).to(dtype), x.to(dtype)
+    want, bound = layer(x).float(), {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]
+    ours = quietly(torch.jit.script, made(layer))
+    file = io.BytesIO()
+    quietly(torch.jit.save, ours, file)
+    file.seek(0)
+    loaded = quietly(torch.jit.load, file)
+    for f in (made(layer), ours, loaded): torch.testing.assert_close(f(x).float(), want, atol=bound, rtol=bound)
+    assert prepack(loaded) == 1
+    torch.testing.assert_close(loaded(x).float(), want, atol=bound, rtol=bound)
+
+
+def test_a_network_is_folded_and_keeps_its_answer():
+    torch.manual_seed(0)
+    net = resnet18().eval().requires_grad_(False)
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d): m.running_mean.normal_(0, .2), m.running_var.uniform_(.5, 2)
+    x = torch.randn(2, 3, 64, 64)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded(net).modules())
+    class Tower(nn.Module):
+        def __init__(self): super().__init__(), setattr(self, 'net', net)
+        def forward(self, x): return self.net(x)
+    want, tower = net(x), quick(copy.deepcopy(Tower()).eval())
+    assert not any(type(m) in (nn.Conv2d, nn.Linear, nn.BatchNorm2d) for m in tower.modules())
+    torch.testing.assert_close(tower(x), want, atol=1e-4, rtol=1e-4)
+
+
+def test_no_weights_are_copied_for_rows():
+    "The product of the attention's input is one of two axes: of three, torch copied its bfloat16 weights for every row."
+    from mmembed.models.pretrained import open_clip_towers
+    text = open_clip_towers('ViT-B-32').text.eval().requires_grad_(False)
+    tokens = text.pipeline(['a photo of a cat', 'two dogs'])
+    half = quick(copy.deepcopy(text)).to(torch.bfloat16)
+    with torch.no_grad():
+        want = text(tokens)
+        with torch.profiler.profile() as p: got = half(tokens)
+    assert not any(e.key == 'aten::bmm' for e in p.key_averages())
+    assert F.cosine_similarity(got.float(), want).min() > .999
