@@ -90,7 +90,7 @@ def _readable(value):
     if not isinstance(value, str) or value.isascii(): return value
     return value.encode('utf-8', 'surrogatepass').decode('utf-8', 'replace')
 
-# %% ../nbs/40_jobs.ipynb #dc4dd3a4
+# %% ../nbs/40_jobs.ipynb #35bd33a9
 def batches(
     embedder: Embedder,
     source: Source,
@@ -100,8 +100,8 @@ def batches(
     threads: int = 2,         # that read and decode
 ) -> Iterator[tuple[Prepared, dict[str, Tensor]]]: # with vectors float32 (good, D) by side, on the model's device
     "Prepared batches in order with what the towers gave; decoding runs ahead in threads."
-    pool, waiting = thread_pool(threads), deque()
-    todo = (part[i:i + embedder.batch_size] for part in parts for i in range(0, len(part), embedder.batch_size))
+    pool, waiting, size = thread_pool(threads), deque(), embedder.batch_size * (64 if what == 'text' else 1)  # texts are sorted by length
+    todo = (part[i:i + size] for part in parts for i in range(0, len(part), size))
     def begin():
         if (rows := next(todo, None)) is not None: waiting.append(pool.submit(prepare, embedder, source, rows, what, keep))
     try:

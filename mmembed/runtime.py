@@ -8,7 +8,7 @@ Docs: https://mmembed.github.io/mmembed/runtime.html.md"""
 __all__ = ['join_tokens', 'Embedder', 'load', 'FORMAT_VERSION', 'read_card', 'reason', 'register_image_ops', 'Encoded', 'Scored',
            'Ranking', 'Similarity', 'Profile']
 
-# %% ../nbs/30_runtime.ipynb #26e51401
+# %% ../nbs/30_runtime.ipynb #61c68c4d
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .core import ImageInfo, Tokens, pack, stack_levels
-from .opening import FORMAT_VERSION, device_of, read_card, reason, register_image_ops
+from .opening import FORMAT_VERSION, device_of, prepack, read_card, reason, register_image_ops
 from .inputs import DOT, ahead, as_image, chunks, decoders as threads_for, items_of, name_of, text_error, watched
 from .results import Encoded, Profile, Ranking, Scored, Similarity, check, plain, policy, ranking, settle, stages
 from .packaged import opened
@@ -36,7 +36,7 @@ def join_tokens(
     wide = lambda x, value: torch.nn.functional.pad(x, (0, length - x.shape[1]), value=value)
     return Tokens(torch.cat([wide(b.ids, pad_id) for b in batches]), torch.cat([wide(b.mask, 0) for b in batches]))
 
-# %% ../nbs/30_runtime.ipynb #1e74799e
+# %% ../nbs/30_runtime.ipynb #5518a866
 class Embedder:
     "An artifact, loaded: texts and images to embeddings, or pairs of them to scores, with a status for every item"
     def __init__(
@@ -45,7 +45,7 @@ class Embedder:
         device: str | torch.device = 'cpu',
         threads: int | None = None,     # for one torch operation, process-wide; None leaves torch's own setting
         batch_size: int = 64,           # rows that the towers see at once
-        deterministic: bool = False,    # every batch filled up to batch_size rows of max_length tokens
+        deterministic: bool = False,    # every batch filled up to batch_size rows; texts to a length that is their own
     ):
         self.deterministic = deterministic
         self.path, self.card = Path(path), read_card(path)
@@ -57,6 +57,7 @@ class Embedder:
         if self.card.get('decode', True): register_image_ops(self.card.get('pixels', {}).get('heic', False))
         torch._C._jit_set_profiling_mode(False)  # process-wide; its recompilations make the first calls slow
         self.module = opened(path, self.card, self.device)
+        if self.device.type == 'cpu': prepack(self.module)
         self.dim = self.module.dim
         self.pairs = 'labels' in self.card             # it scores pairs
         self.labels: list[str] = self.module.labels() if hasattr(self.module, 'labels') else []  # what it can say of an item or of a pair; empty without
@@ -112,12 +113,20 @@ class Embedder:
 
     def encode_tokens(
         self,
-        tokens: Tokens, # ids and mask int64 (B, L), as `tokenize` gives them; B at most batch_size
+        tokens: Tokens, # ids and mask int64 (B, L), as `tokenize` gives them
     ) -> Tensor: # float32 (B, D)
-        "The second half of `encode_text`."
+        "The second half of `encode_text`; more than batch_size rows go through the tower sorted by length."
         rows = len(tokens.ids)
         if not rows: return self._nothing()
-        with torch.no_grad(): return self.module.model.encode_text(self._wide(tokens))[:rows]
+        if not self.deterministic and rows <= self.batch_size:
+            with torch.no_grad(): return self.module.model.encode_text(tokens)
+        lengths, parts, places = self._lengths(tokens), [], []
+        for n in lengths.unique().tolist():
+            for at in (lengths == n).nonzero().flatten().split(self.batch_size):
+                part = join_tokens([Tokens(*(x[at, :n] for x in tokens))], self.module.text_pipeline.pad_id, n)
+                with torch.no_grad(): parts.append(self.module.model.encode_text(Tokens(*map(self._filled, part)))[:len(at)])
+                places.append(at)
+        return torch.cat(parts)[torch.cat(places).argsort()]
 
     def encode_pixels(
         self,
@@ -287,8 +296,15 @@ class Embedder:
             return self.module.model(tokens, self.module.normalized(self._filled(levels)))[:len(texts)].float()
 
     def _wide(self, tokens: Tokens) -> Tokens:
-        if not self.deterministic: return tokens
         return Tokens(*map(self._filled, join_tokens([tokens], self.module.text_pipeline.pad_id, self.card['max_length'])))
+
+    def _lengths(self, tokens: Tokens) -> Tensor: # int64 (B,): the length to which a row is filled, which only its own tokens decide
+        step, most = self.module.text_pipeline.pad_to, self.card['max_length']
+        sizes = [step or most]
+        while sizes[-1] < most: sizes.append(sizes[-1] + max(1, step // 2) if sizes[-1] < 4 * step else 2 * sizes[-1])
+        sizes[-1] = most
+        used = (tokens.mask * torch.arange(1, tokens.mask.shape[1] + 1, device=tokens.mask.device)).amax(1)
+        return torch.tensor(sizes, device=used.device)[torch.bucketize(used, torch.tensor(sizes[:-1], device=used.device))]
 
     def _filled(self, x: Tensor) -> Tensor:
         if not self.deterministic or not 0 < len(x) < self.batch_size: return x

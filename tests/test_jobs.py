@@ -423,6 +423,21 @@ def test_rows_are_the_services(model, source, whole):
     for kind, i, item in items: assert torch.from_numpy(item.value).equal(stored[kind].vectors[i]), (kind, i)
 
 
+def test_texts_of_every_length_in_any_company(model, tmp_path):
+    "A job sorts texts by length and fills each up to a size that only its own tokens decide: alone it has the same bits, in a job of other parts too."
+    words, rng = ['red', 'blue', 'circle', 'square', 'a'], np.random.default_rng(0)
+    texts = [' '.join(rng.choice(words, n % 30)).encode() for n in range(200)]
+    emb, source = Embedder(model, batch_size=4, deterministic=True), read_lines(io.BytesIO(b'\n'.join([*texts, b''])), 'text')
+    alone = torch.cat([emb.encode_text([t]) for t in texts])
+    assert len(emb._lengths(emb.tokenize(texts)).unique()) == 5  # 8, 12, 16, 20, 24
+    for rows in (7, 64, 500):
+        embed(emb, source, tmp_path/str(rows), what='text', shard_rows=rows)
+        assert load_vectors(tmp_path/str(rows)).vectors.equal(alone)
+    loose = Embedder(model, batch_size=4)
+    embed(loose, source, tmp_path/'loose', what='text')
+    torch.testing.assert_close(load_vectors(tmp_path/'loose').vectors, alone, atol=1e-5, rtol=0)
+
+
 LIMITED = '''
 import resource, sys
 from mmembed.cli import main
