@@ -18,7 +18,7 @@ from torch import Tensor
 from .core import quietly
 from .opening import reason
 
-# %% ../nbs/34_packaged.ipynb #04bf6abf
+# %% ../nbs/34_packaged.ipynb #5aa4abe0
 class Packaged:
     "A package of `export(model, 'model.pt2')`, loaded: what a loaded artifact answers to, tokenizer and towers compiled"
     def __init__(
@@ -86,7 +86,8 @@ class Packaged:
         return self.encode_text_bytes(*self._packed(texts))
 
     def encode_image(self, images: list[Tensor]) -> Tensor:
-        "Unit-length float32 (B, D); each image a file as uint8 (N,), or decoded RGB uint8 (3, H, W)."
+        "Unit-length float32 (B, D); each image a file as uint8 (N,), or decoded RGB uint8 (3, H, W); or of levels, as `normalized` gives them."
+        if isinstance(images, Tensor): return self._run('image', images)[0]
         return self.encode_pixels(self._levels(images))
 
     def _score_pairs(self, data: Tensor, offsets: Tensor, pixels: Tensor) -> Tensor:
