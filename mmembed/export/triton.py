@@ -8,8 +8,9 @@ Docs: https://mmembed.github.io/mmembed/export/triton.html.md"""
 __all__ = ['TYPES', 'FIELDS', 'TritonText', 'TritonPreprocess', 'TritonPixels', 'TritonPairs', 'Slot', 'config', 'ensemble',
            'export_triton', 'read_pbtxt', 'check_repository']
 
-# %% ../../nbs/export/08_triton.ipynb #53367590
+# %% ../../nbs/export/08_triton.ipynb #965c1d4d
 import re
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,7 +72,7 @@ def _slots(kind: str, slots: list[Slot]) -> str:
              for s in slots)
     return f'{kind} [\n' + ',\n'.join(items) + '\n]\n'
 
-# %% ../../nbs/export/08_triton.ipynb #9ce4f1fc
+# %% ../../nbs/export/08_triton.ipynb #63185690
 def config(
     name: str,
     inputs: list[Slot],
@@ -81,14 +82,16 @@ def config(
     offsets: str = '',    # the batch input that says where each ragged text begins
     delay_us: int = 2000, # that a request may wait for others
     instances: int = 1,   # on the device
+    platform: str = 'pytorch_libtorch', # or 'onnxruntime_onnx'
 ) -> str: # config.pbtxt
-    "The configuration of a TorchScript model; it batches when `max_batch` is more than 1."
-    text = f'name: "{name}"\nplatform: "pytorch_libtorch"\nmax_batch_size: {max_batch}\n' + _slots('input', inputs) + _slots('output', outputs)
+    "The configuration of a TorchScript or ONNX model; it batches when `max_batch` is more than 1."
+    text = f'name: "{name}"\nplatform: "{platform}"\nmax_batch_size: {max_batch}\n' + _slots('input', inputs) + _slots('output', outputs)
     if offsets:
         text += (f'batch_input [\n  {{ kind: BATCH_ACCUMULATED_ELEMENT_COUNT_WITH_ZERO target_name: "{offsets}" data_type: TYPE_INT32 '
                  f'source_input: "{inputs[0].name}" }}\n]\n')
     if max_batch > 1: text += f'dynamic_batching {{ max_queue_delay_microseconds: {delay_us} }}\n'
     text += f'instance_group [\n  {{ count: {instances} kind: {"KIND_GPU" if device.startswith("cuda") else "KIND_CPU"} }}\n]\n'
+    if platform != 'pytorch_libtorch': return text
     return text + ''.join(f'parameters {{ key: "{k}" value: {{ string_value: "true" }} }}\n' for k in ('INFERENCE_MODE', 'DISABLE_OPTIMIZED_EXECUTION'))
 
 # %% ../../nbs/export/08_triton.ipynb #268c1205
@@ -104,7 +107,7 @@ def ensemble(
     return (f'name: "{name}"\nplatform: "ensemble"\nmax_batch_size: 1\n' + _slots('input', inputs) + _slots('output', outputs)
             + f'ensemble_scheduling {{\n  step [\n{rows}\n  ]\n}}\n')
 
-# %% ../../nbs/export/08_triton.ipynb #c26e8b3c
+# %% ../../nbs/export/08_triton.ipynb #ef1338b4
 def export_triton(
     path: str | Path,     # an artifact
     folder: str | Path,   # the model repository; models of the same names are replaced
@@ -112,6 +115,7 @@ def export_triton(
     device: str = 'cpu',  # or 'cuda'
     max_batch: int = 64,
     delay_us: int = 2000, # that a request may wait for others
+    onnx: str | Path | None = None, # a folder with the same model's files of `export_onnx`: they are served, too
 ) -> list[Path]: # the folders of the models
     """Writes the models of an artifact and their configurations, and runs each with what its configuration says.
 
@@ -140,8 +144,37 @@ def export_triton(
     last = f"{name}_{'match' if 'labels' in card else 'image'}"
     (folder/last/'1').mkdir(parents=True, exist_ok=True)
     (folder/last/'config.pbtxt').write_text(ensemble(last, given, [out._replace(name=out.name[:-3])], [first, second]))
+    if onnx: done += _onnx_models(folder, name, Path(onnx), card, out.type, how)
     check_repository(folder)
     return [*done, folder/last]
+
+# %% ../../nbs/export/08_triton.ipynb #655af352
+def _onnx_models(folder: Path, name: str, graphs: Path, card: dict, answer: str, how: dict) -> list[Path]:
+    from mmembed.export.onnx import read_onnx_card
+    slots = {'text': [Slot('data', 'TYPE_UINT8', [-1], True)], 'image': [Slot('images', 'TYPE_UINT8', [-1], True), Slot('sizes', 'TYPE_INT64', [2])]}
+    slots['pairs'], done = slots['text'] + slots['image'], []
+    for kind in ['pairs'] if 'labels' in card else ['text', 'image']:
+        source, made = graphs/f'{kind}.onnx', folder/f'{name}_{kind}_onnx'
+        if read_onnx_card(source)['content_hash'] != card['content_hash']: raise ValueError(f'onnx: {source} was exported from another model than {card["short_hash"]}')
+        (made/'1').mkdir(parents=True, exist_ok=True)
+        _counted_in_32_bits(source, made/'1')
+        out = Slot('scores' if kind == 'pairs' else 'embedding', answer, [card['dim']])
+        (made/'config.pbtxt').write_text(config(made.name, slots[kind], [out], offsets='' if kind == 'image' else 'offsets_32', platform='onnxruntime_onnx', **how))
+        done.append(made)
+    return done
+
+def _counted_in_32_bits(source: Path, folder: Path):
+    "The file with `offsets_32` instead of `offsets` and its first output alone, as model.onnx; numbers beside it come along."
+    import onnx
+    model = onnx.load(str(source), load_external_data=False)
+    for x in model.graph.input:
+        if x.name == 'offsets':
+            x.name, x.type.tensor_type.elem_type = 'offsets_32', onnx.TensorProto.INT32
+            model.graph.node.insert(0, onnx.helper.make_node('Cast', ['offsets_32'], ['offsets'], to=onnx.TensorProto.INT64))
+    del model.graph.output[1:]
+    (folder/'model.onnx').write_bytes(model.SerializeToString(deterministic=True))
+    beside = source.with_name(f'{source.name}.data')
+    if beside.is_file(): shutil.copyfile(beside, folder/beside.name)
 
 # %% ../../nbs/export/08_triton.ipynb #e7b1e711
 def _answer(artifact, card: dict) -> Tensor:
@@ -202,7 +235,7 @@ FIELDS = {'': 'name platform max_batch_size input output batch_input dynamic_bat
           'input': 'name data_type dims allow_ragged_batch', 'output': 'name data_type dims', 'batch_input': 'kind target_name data_type source_input',
           'dynamic_batching': 'max_queue_delay_microseconds', 'instance_group': 'count kind', 'parameters': 'key value', 'ensemble_scheduling': 'step'}
 
-# %% ../../nbs/export/08_triton.ipynb #a8593a19
+# %% ../../nbs/export/08_triton.ipynb #2bcb602e
 def check_repository(
     folder: str | Path, # a model repository
 ):
@@ -220,6 +253,7 @@ def check_repository(
         if read[name]['name'] != [name]: raise ValueError(f'{name}/config.pbtxt: the name is {read[name]["name"]}')
     for name, c in read.items():
         if c['platform'] == ['ensemble']: _check_ensemble(name, c, read)
+        elif c['platform'] == ['onnxruntime_onnx']: _check_onnx(name, c, configs[name].parent/'1'/'model.onnx')
         else: _check_model(name, c, configs[name].parent/'1'/'model.pt')
 
 # %% ../../nbs/export/08_triton.ipynb #6f5f5d08
@@ -239,6 +273,28 @@ def _check_model(name: str, c: dict, path: Path):
         with torch.no_grad(): out = module(*(_made_up(places[i], rows) for i in range(len(arguments))))
         for i, (slot, x) in enumerate(zip(c['output'], (out,) if isinstance(out, Tensor) else out, strict=True)):
             if not slot['name'][0].endswith(f'__{i}'): fails(f'the output {slot["name"][0]} stands at {i}')
+            want = [rows, *slot['dims']]
+            if list(x.shape) != want or TYPES.get(x.dtype) != slot['data_type'][0]: fails(f'{slot["name"][0]} is {TYPES.get(x.dtype)} {list(x.shape)}, not {slot["data_type"][0]} {want}')
+
+# %% ../../nbs/export/08_triton.ipynb #c658646d
+def _check_onnx(name: str, c: dict, path: Path):
+    import onnxruntime
+    def fails(what): raise ValueError(f'{name}: {what}')
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 4, 1
+    try: session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+    except Exception as e: fails(f'model.onnx does not load: {reason(e)}')  # onnxruntime's errors have no class in common
+    slots = {s['name'][0]: s for s in c['input']} | {b['target_name'][0]: {'data_type': b['data_type'], 'batch_input': b} for b in c.get('batch_input', [])}
+    taken = {x.name: x for x in session.get_inputs()}
+    if set(slots) != set(taken): fails(f'inputs {", ".join(sorted(slots))} for a model that takes {", ".join(sorted(taken))}')
+    for k, s in slots.items():
+        flat = 'batch_input' in s or bool(s.get('allow_ragged_batch'))
+        if len(taken[k].shape) != (1 if flat else 1 + len(s['dims'])): fails(f'{k} has {len(taken[k].shape)} dimensions in model.onnx')
+    for rows in sorted({1, min(3, c['max_batch_size'][0])}):
+        given = {k: (_made_up(s, rows) if k != 'sizes' else torch.ones(rows, 2, dtype=torch.int64)).numpy() for k, s in slots.items()}  # pictures of one pixel
+        try: out = session.run([s['name'][0] for s in c['output']], given)
+        except Exception as e: fails(f'model.onnx does not take what config.pbtxt says: {reason(e)}')
+        for slot, x in zip(c['output'], map(torch.from_numpy, out)):
             want = [rows, *slot['dims']]
             if list(x.shape) != want or TYPES.get(x.dtype) != slot['data_type'][0]: fails(f'{slot["name"][0]} is {TYPES.get(x.dtype)} {list(x.shape)}, not {slot["data_type"][0]} {want}')
 
