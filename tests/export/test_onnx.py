@@ -1,0 +1,203 @@
+"The model as ONNX: held to the artifact by `verify`, run by numpy and onnxruntime alone, refused when one number is altered."
+import importlib.util
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from mmembed.core import pack
+from mmembed.export import cases
+from mmembed.export.onnx import export_onnx, intact, read_onnx_card
+from mmembed.export.steps import Steps
+from mmembed.export.variants import Variant
+from mmembed.export.verify import export, verify
+from mmembed.text.exits import operators
+
+from . import tiny
+
+onnx = pytest.importorskip('onnx')
+pytest.importorskip('onnxruntime')
+pytest.importorskip('onnxscript')
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "An artifact, its ONNX files and the report of both."
+    folder = tmp_path_factory.mktemp('onnx')
+    return folder/'model.pt', folder/'graphs', export(tiny.model(), folder/'model.pt', onnx=folder/'graphs', fresh=False, cpp=False)
+
+
+@pytest.fixture(scope='module')
+def pairs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('pairs')
+    return folder/'model.pt', folder/'graphs', export(tiny.pair_model(), folder/'model.pt', onnx=folder/'graphs', fresh=False, cpp=False)
+
+
+def stage(report): return {r.what: r for r in report.rows if r.stage == 'onnx'}
+
+
+def test_every_case_in_every_batch(made):
+    "All built-in texts, and all pictures that decode, in batches of 0, 1, 3 and 64, pictures of all sizes together."
+    _, folder, report = made
+    rows, dim = stage(report), 24
+    assert report.ok and set(rows) == {'identity card', 'tensors', 'token ids', 'pixels', 'text embedding', 'image embedding', 'image cosine'}
+    assert rows['token ids'].difference == 0 and rows['token ids'].n > 6 * 8 * len(cases.texts())
+    assert rows['text embedding'].n == 3 * dim * len(cases.texts()) and rows['text embedding'].difference < 1e-5
+    assert rows['image embedding'].n == rows['pixels'].n // (3 * 48 * 48) * dim and rows['image embedding'].n % (3 * dim) == 0
+    assert rows['image embedding'].n // (3 * dim) >= 30 and rows['pixels'].difference <= 2 and rows['image cosine'].difference < 1e-4
+    assert {p.name for p in folder.iterdir()} == {'text.onnx', 'image.onnx', 'embed.py'}
+    assert any(r['stage'] == 'onnx' for r in json.loads(report.to_json())['rows']) and 'onnx' in str(report) and 'onnx' in report._repr_html_()
+
+
+def test_pairs(pairs):
+    _, folder, report = pairs
+    rows = stage(report)
+    assert report.ok and set(rows) == {'identity card', 'tensors', 'token ids', 'pixels', 'pair scores', 'pair probability'}
+    assert rows['pair scores'].n == 3 * 2 * len(cases.texts()) and rows['pair scores'].difference < 1e-4
+    assert {p.name for p in folder.iterdir()} == {'pairs.onnx', 'embed.py'}
+
+
+def test_standard_operators_and_no_traces_of_this_machine(made, pairs):
+    for path in *made[1].glob('*.onnx'), *pairs[1].glob('*.onnx'):
+        assert set(operators(path)) == {''}
+        onnx.checker.check_model(str(path))
+        for word in b'site-packages', b'stack_trace', b'/work', b'/home', b'/tmp': assert word not in path.read_bytes()
+    card = read_onnx_card(made[1]/'text.onnx')
+    assert card['content_hash'] == made[2].card['content_hash'] and card['logit_scale'] == made[2].card['logit_scale']
+
+
+def loaded(folder):
+    spec = importlib.util.spec_from_file_location('embed', folder/'embed.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.OnnxModel(folder)
+
+
+def test_the_recipe_beside_the_files(made):
+    run, model = loaded(made[1]), tiny.model()
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((48, 48), (90, 50))]
+    with torch.no_grad(): want = model.encode_text(model.text_pipeline(tiny.CAPTIONS))
+    text, image = run.encode_text(tiny.CAPTIONS), run.encode_image(pictures)
+    assert np.abs(text - want.numpy()).max() < 1e-5 and run.score(text, image).shape == (5, 2)
+    assert np.allclose(run.score(text, image), model.logit_scale.exp().item() * text @ image.T)
+    for bad in pictures[0].astype(np.float32), pictures[0].transpose(2, 0, 1), pictures[0][:0]:
+        with pytest.raises(ValueError, match=r'images\[1\] must be uint8 \(H, W, 3\)'): run.encode_image([pictures[0], bad])
+    with pytest.raises(ValueError, match='no pairs.onnx here'): run.score_pairs(['a'], pictures[:1])
+
+
+def altered(made, tmp_path, name, change):
+    "The report on the files with `change` made to one of them."
+    shutil.copytree(made[1], tmp_path/'g')
+    model = onnx.load(tmp_path/'g'/name)
+    change(model)
+    onnx.save(model, tmp_path/'g'/name)
+    return verify(made[0], onnx=tmp_path/'g', fresh=False, cpp=False, sizes=(3,))
+
+
+def numbers(model, wanted): return [t for t in model.graph.initializer if wanted(t, onnx.numpy_helper.to_array(t))]
+
+
+def put(tensor, array): tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+
+
+def failing(report): return [(r.stage, r.what) for r in report.failures]
+
+
+def test_one_altered_weight_is_found(made, tmp_path):
+    def change(model):
+        weight = numbers(model, lambda t, x: x.dtype == np.float32 and x.shape in ((32, 24), (24, 32)))[-1]
+        x = onnx.numpy_helper.to_array(weight).copy()
+        x[0, 0] += 0.05
+        put(weight, x)
+    report = altered(made, tmp_path, 'text.onnx', change)
+    assert failing(report) == [('onnx', 'tensors'), ('onnx', 'text embedding')]
+    with pytest.raises(RuntimeError, match='onnx, tensors: text.onnx is not as it was written'): report.check()
+
+
+def test_one_altered_table_entry_is_found(made, tmp_path):
+    token = int(tiny.pipelines()[0](['red']).ids[0, 1])
+    def change(model):
+        tables = numbers(model, lambda t, x: x.dtype.kind == "i" and x.ndim == 1 and x.size > 200 and (x == token).sum() == 1)
+        assert tables
+        for t in tables: put(t, np.where((x := onnx.numpy_helper.to_array(t)) == token, token + 1, x).astype(x.dtype))
+    assert set(failing(altered(made, tmp_path, "text.onnx", change))) == {("onnx", "tensors"), ("onnx", "token ids"), ("onnx", "text embedding")}
+
+
+def test_another_resize_is_found(made, tmp_path):
+    def change(model):
+        resizes = [(n, a) for node in model.graph.node if node.op_type == 'Loop' for n in node.attribute[0].g.node if n.op_type == 'Resize' for a in n.attribute if a.name == 'mode']
+        for _, a in resizes: a.s = b'linear'
+        assert len(resizes) == 2
+    report = altered(made, tmp_path, 'image.onnx', change)
+    assert set(failing(report)) >= {('onnx', 'tensors'), ('onnx', 'pixels')} and ('onnx', 'image embedding') not in failing(report)
+
+
+def test_files_of_another_model_and_no_files(made, pairs, tmp_path):
+    report = verify(made[0], onnx=pairs[1], fresh=False, cpp=False, sizes=(3,))
+    assert [(r.what, r.note) for r in report.failures] == [('runs', f'{pairs[1]/"text.onnx"} not found: no such ONNX file')]
+    shutil.copytree(made[1], tmp_path/'g')
+    for p in tmp_path.glob('g/*.onnx'):
+        m = onnx.load(p)
+        onnx.helper.set_model_props(m, {x.key: x.value.replace(made[2].card['content_hash'], 'f' * 64) for x in m.metadata_props})
+        onnx.save(m, p)
+    assert intact(p) and failing(verify(made[0], onnx=tmp_path/'g', fresh=False, cpp=False, sizes=(3,))) == [('onnx', 'identity card')]
+
+
+def test_numbers_beside_the_file(made, tmp_path):
+    "Weights above the limit of a protocol buffer: onnxruntime finds them, the hash covers them."
+    import onnx_ir as ir
+    from mmembed.export.onnx import OnnxModel, _write
+    _write(ir.load(made[1]/'text.onnx'), tmp_path/'text.onnx', json.dumps(read_onnx_card(made[1]/'text.onnx')), 1000)
+    data = tmp_path/'text.onnx.data'
+    assert data.stat().st_size > 10 * (tmp_path/'text.onnx').stat().st_size > 0 and intact(tmp_path/'text.onnx')
+    assert np.array_equal(OnnxModel(tmp_path).encode_text(tiny.CAPTIONS), OnnxModel(made[1]).encode_text(tiny.CAPTIONS))
+    data.write_bytes(data.read_bytes()[:-1] + b'\x55')
+    assert not intact(tmp_path/'text.onnx')
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(variant=Variant(precision='bf16')), "precision='bf16' has no ONNX form"), (dict(variant=Variant(deterministic=4)), 'deterministic has no ONNX form'),
+    (dict(steps=Steps(before_image=torch.nn.Identity())), 'before_image has no ONNX form')])
+def test_what_a_graph_cannot_hold(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message): export_onnx(tiny.model(), tmp_path/'g', **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_triton_serves_both(made, pairs, tmp_path, capsys):
+    import onnxruntime
+    from mmembed.cli import main
+    from mmembed.export import triton
+    assert main(['export', str(made[0]), '--triton', str(tmp_path/'m'), '--onnx', str(made[1])]) == 0
+    assert 'model_text_onnx, model_image_onnx' in capsys.readouterr().out
+    triton.export_triton(pairs[0], tmp_path/'m', 'both', onnx=pairs[1])
+    data, offsets = pack(cases.texts())
+    path = tmp_path/'m'/'model_text_onnx'
+    got, = onnxruntime.InferenceSession(path/'1'/'model.onnx').run(None, {'data': data.numpy(), 'offsets_32': offsets.int().numpy()})
+    with torch.no_grad(): want = tiny.model().encode_text(tiny.model().text_pipeline.tokenize(data, offsets))
+    assert np.abs(got - want.numpy()).max() < 1e-5
+    try: from tritonclient.grpc import model_config_pb2 as pb
+    except (ImportError, RuntimeError): pb = None
+    for name in 'model_text_onnx', 'model_image_onnx', 'both_pairs_onnx':
+        config = tmp_path/'m'/name/'config.pbtxt'
+        read = triton.read_pbtxt(config.read_text())
+        assert read['platform'] == ['onnxruntime_onnx'] and read['max_batch_size'] == [64] and 'dynamic_batching' in read
+        if pb:
+            from google.protobuf import text_format
+            assert text_format.Parse(config.read_text(), pb.ModelConfig()).platform == 'onnxruntime_onnx'
+    config, good = path/'config.pbtxt', (path/'config.pbtxt').read_text()
+    for old, new, message in (('dims: [ 24 ]', 'dims: [ 25 ]', r'model_text_onnx: embedding is TYPE_FP32 \[1, 24\], not TYPE_FP32 \[1, 25\]'),
+                              ('"data"', '"bytes"', 'inputs bytes, offsets_32 for a model that takes data, offsets_32'), ('TYPE_INT32', 'TYPE_INT64', 'does not take what config.pbtxt says')):
+        assert old in good
+        config.write_text(good.replace(old, new))
+        with pytest.raises(ValueError, match=message): triton.check_repository(tmp_path/'m')
+    shutil.copy(made[1]/'text.onnx', tmp_path/'pairs.onnx')
+    with pytest.raises(ValueError, match='was exported from another model'): triton.export_triton(pairs[0], tmp_path/'n', onnx=tmp_path)
+
+
+def test_a_file_cannot_be_traced_again(made, tmp_path, capsys):
+    from mmembed.cli import main
+    assert main(['export', str(made[0]), '--onnx', str(tmp_path)]) == 1
+    assert '--onnx wants the model that' in capsys.readouterr().err
