@@ -147,11 +147,16 @@ def _words(folder: Path, longest: int, whole: bool = False) -> TextPipeline:
     most = json.loads(said.read_text()).get('model_max_length') if said.is_file() else None  # transformers cuts there, whatever tokenizer.json says
     return TextPipeline(tok, int(min(most or longest, stated(tok).max_length, longest)), 0 if whole else None)
 
-# %% ../../nbs/models/01b_huggingface.ipynb #25a3617c
+# %% ../../nbs/models/01b_huggingface.ipynb #747cfdae
 def _read(folder: Path):
     "The model in `folder`, every weight of it from the file."
-    from transformers import AutoModel
-    model, info = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32, output_loading_info=True)
+    from transformers import AutoModel, logging
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error(), logging.disable_progress_bar()
+    try: model, info = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32, output_loading_info=True)
+    finally:
+        logging.set_verbosity(before)
+        if bars: logging.enable_progress_bar()
     if missing := sorted(info['missing_keys']): raise ValueError(f'{folder}: the weights lack {missing[0]}' + f' and {len(missing) - 1} more' * (len(missing) > 1))
     return model.eval()
 
