@@ -1,0 +1,108 @@
+"AOTInductor packages: one tiny model compiled once, asked by everything that opens an artifact."
+import copy
+import functools
+import os
+import shutil
+import zipfile
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from mmembed.core import as_bytes
+from mmembed.export import compiled, host
+from mmembed.export.artifact import assemble
+from mmembed.export.card import make_card
+from mmembed.export.verify import VerifyError, export, verify
+from mmembed.opening import read_card
+from mmembed.runtime import load
+
+from . import tiny
+
+pytestmark = pytest.mark.skipif(bool(compiled.missing()), reason=compiled.missing())
+
+
+@functools.cache
+def package():
+    path = tiny.folder()/'tiny.pt2'
+    compiled.save_package(assemble(tiny.model(), script=False), path, make_card(tiny.model(), 24), options=compiled.QUICK)
+    return path
+
+
+def test_every_host_answers_as_the_model():
+    report = verify(package(), tiny.model(), cpp=host.build() if not host.missing() else False).check()
+    rows = {(r.stage, r.what): r for r in report.rows}
+    for stage in ('compiled', 'fresh process', *(() if host.missing() else ('c++',))):
+        assert rows[stage, 'token ids'].n > 1000 and rows[stage, 'pixels'].n > 10000 and rows[stage, 'text embedding'].n > 1000
+        assert rows[stage, 'token ids'].difference == rows[stage, 'pixels'].difference == rows[stage, 'image status'].difference == 0
+
+
+def altered(path, program, old, new):
+    "A copy of the package in whose library of `program` the bytes of the tensor `old` are those of `new`."
+    done = 0
+    with zipfile.ZipFile(package()) as z, zipfile.ZipFile(path, 'w') as out:
+        for i in z.infolist():
+            data = z.read(i)
+            if f'/{program}/' in i.filename and i.filename.endswith('.so'):
+                done += data.count(raw(old))
+                data = data.replace(raw(old), raw(new))
+            out.writestr(i.filename, data)
+    assert done == 1
+    return path
+
+
+def raw(t): return t.detach().contiguous().numpy().tobytes()
+
+
+def failing(report): return {(r.stage, r.what) for r in report.failures}
+
+
+def test_what_is_altered_fails_and_is_named(tmp_path):
+    model = copy.deepcopy(tiny.model())  # its pipelines are everyone's
+    weight = model.text.embed.weight
+    other = weight.detach().clone()
+    other[model.text_pipeline(['a']).ids[0, 0], 0] += 1
+    found = failing(verify(altered(tmp_path/'weight.pt2', 'text', weight, other), model, fresh=False, cpp=False))
+    assert {('card', 'programs'), ('compiled', 'text embedding')} <= found and ('compiled', 'image embedding') not in found
+    table = model.text_pipeline.model.ids
+    found = failing(verify(altered(tmp_path/'table.pt2', 'tokenize', table, table + 1), model, fresh=False, cpp=False))
+    assert {('card', 'programs'), ('compiled', 'token ids')} <= found and ('compiled', 'image embedding') not in found
+    model.vision_pipeline.interpolation = 'bilinear'
+    assert ('compiled', 'pixels') in failing(verify(package(), model, fresh=False, cpp=False))
+    found = failing(verify(package(), tiny.model(seed=1), fresh=False, cpp=False))
+    assert {('card', 'model'), ('compiled', 'text embedding'), ('compiled', 'image embedding')} <= found
+
+
+def test_export_leaves_no_package_that_fails(tmp_path):
+    def save(artifact, path, card, cpu): shutil.copy(package(), path)
+    with patch('mmembed.export.verify.save_package', save):
+        assert export(tiny.model(), tmp_path/'m.pt2', fresh=False, cpp=False).ok and [p.name for p in tmp_path.iterdir()] == ['m.pt2']
+        with pytest.raises(VerifyError, match='n.pt2 fails verification: card, model'): export(tiny.model(seed=1), tmp_path/'n.pt2', fresh=False, cpp=False)
+    assert [p.name for p in tmp_path.iterdir()] == ['m.pt2']
+
+
+def test_the_embedder_takes_either_file():
+    from mmembed.export import cases
+    fast, slow, images = load(package()), load(tiny.artifact()), [as_bytes(b) for b in cases.images().values()]
+    a, b = (e.encode_image(images, on_error='flag') for e in (fast, slow))
+    assert a.errors == b.errors and 0 < a.ok.sum() < len(images) and torch.allclose(a.embedding, b.embedding, atol=1e-5)
+    assert torch.allclose(fast.encode_text(cases.texts()), slow.encode_text(cases.texts()), atol=1e-5)
+    even = load(package(), batch_size=4, deterministic=True)
+    x = even.encode_text(['a small red circle', 'b', 'c'])
+    assert torch.equal(x[:1], even.encode_text(['a small red circle'])) and even.encode_text([]).shape == (0, 24)
+    assert fast.card['content_hash'] == slow.card['content_hash'] and fast.profile(['a'], images[:1], repeats=1)
+
+
+def test_a_package_names_no_folder_of_this_machine():
+    with zipfile.ZipFile(package()) as z: whole = b''.join(z.read(n) for n in z.namelist())
+    for folder in (os.path.dirname(os.path.dirname(torch.__file__)), os.path.expanduser('~') + '/', '/tmp/tmp'): assert folder.encode() not in whole
+
+
+def test_what_cannot_be_compiled_or_loaded(tmp_path):
+    with patch('shutil.which', lambda *a, **k: None), patch.dict(os.environ):
+        os.environ.pop('CXX', None)
+        with pytest.raises(RuntimeError, match=r'a compiled package needs a C\+\+ compiler: apt install g\+\+'): export(tiny.model(), tmp_path/'x.pt2')
+    with pytest.raises(ValueError, match="cpu must be AVX2 or AVX512, got '486'"): export(tiny.model(), tmp_path/'x.pt2', cpu='486')
+    with pytest.raises(ValueError, match='deterministic'): export(tiny.model(), tmp_path/'x.pt2', deterministic=4)
+    with pytest.raises(ValueError, match='compiled for the CPU, not for meta'): load(package(), device='meta')
+    assert not list(tmp_path.iterdir()) and read_card(package())['compiled']['system'] == 'linux'
