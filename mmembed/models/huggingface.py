@@ -102,6 +102,9 @@ class ProjectedBert(Bert):
         return self
 
 # %% ../../nbs/models/01b_huggingface.ipynb #e37ff9d0
+class _Conv(nn.Conv2d):
+    "A convolution whose weight transformers asks for its type, so that an export leaves it as it is"
+
 class TransformersImage(Tower):
     "An image network of transformers: its pooled answer, projected"
     rule = VisionPipeline
@@ -119,6 +122,8 @@ class TransformersImage(Tower):
         super().__init__()
         self.carry(pipeline, name=name, config=config, dim=dim)
         self.net = net or _net(name, config)
+        for m in self.net.modules():
+            if type(m) is nn.Conv2d: m.__class__ = _Conv
         c = self.net.config
         self.head = head or (nn.Identity() if dim is None else nn.Linear(c.hidden_size, dim, bias=False))
         self.width, size = dim or c.hidden_size, getattr(c, 'image_size', None)
