@@ -343,6 +343,7 @@ import numpy as np
 
 # %% ../../nbs/export/09_onnx.ipynb #929ddd35
 def answers(model, texts, images, sizes): # an OnnxModel; bytes; uint8 (H, W, 3); batch sizes -> (what, batch size) -> list of arrays
+    "What the files answer: every text, picture or pair, in batches of each size."
     out = {}
     for size in sizes:
         def batches(items): return [items[i:i+size] for i in range(0, len(items), size)] if size else [items[:0]]
