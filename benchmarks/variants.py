@@ -63,7 +63,7 @@ def main():
           '| variant | ms a text | ms an image | weights, MB | bytes an embedding | cosine text, worst (mean) | cosine image, worst (mean) |\n|---|---|---|---|---|---|---|')
     first = None
     for v in VARIANTS:
-        try: net = prepared(model, v)
+        try: net = prepared(model, v, kernels=True)
         except ValueError as e:
             print(f'| {v.words()} | {e} | | | | | |')
             continue

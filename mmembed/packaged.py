@@ -113,7 +113,7 @@ class Packaged:
         data = b''.join(rows)
         return torch.frombuffer(bytearray(data or b'-'), dtype=torch.uint8)[:len(data)], torch.tensor([0, *map(len, rows)]).cumsum(0)
 
-# %% ../nbs/34_packaged.ipynb #5a8b19b7
+# %% ../nbs/34_packaged.ipynb #8e9fe510
 def opened(
     path: str | Path, # an artifact, of either kind
     card: dict,       # its identity card
@@ -122,6 +122,8 @@ def opened(
     "The module in the file: TorchScript's, or a `Packaged`. Raises `ValueError` where it cannot be loaded."
     if 'compiled' not in card:
         try: return quietly(torch.jit.load, str(path), map_location=device).eval()
-        except RuntimeError as e: raise ValueError(f'{path} cannot be loaded: {reason(e)}') from None
+        except RuntimeError as e:
+            why = 'its towers call oneDNN, which this torch lacks; export it with portable=True' if 'builtin op: mkldnn' in str(e) else reason(e)
+            raise ValueError(f'{path} cannot be loaded: {why}') from None
     if torch.device(device).type != 'cpu': raise ValueError(f'{path} was compiled for the CPU, not for {device}: load the TorchScript artifact there')
     return Packaged(path, card)

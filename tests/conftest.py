@@ -15,3 +15,8 @@ def pytest_runtest_setup(item):
     "Lightning's log handler keeps the stderr of the moment it was imported in, which a test that captures output has closed."
     for handler in logging.getLogger('lightning').handlers:
         if type(handler) is logging.StreamHandler: handler.setStream(sys.stderr)
+
+
+def pytest_collection_modifyitems(items):
+    "The longest first: notebooks, a folder at a time."
+    items.sort(key=lambda item: 'notebooks_run' not in item.name)

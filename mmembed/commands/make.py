@@ -70,7 +70,7 @@ def evaluate(argv: list[str]):
     out.write_text(json.dumps(found, indent=1))
     if not args.json: print(f'figures: {near(out)}')
 
-# %% ../../nbs/commands/01_make.ipynb #23a516e6
+# %% ../../nbs/commands/01_make.ipynb #c20eea20
 def export(
     checkpoint: Annotated[str, {'opt': False, 'nargs': '?'}] = None, # what `mmembed train` printed: a .ckpt file; or a Hugging Face folder or name; for --triton alone, a file exported before
     out: str = None,           # the artifact; by default <artifacts_path>/<name of the run>.pt
@@ -88,6 +88,7 @@ def export(
     deterministic: int = 0,        # rows of every batch that a tower sees, so that an embedding does not depend on its neighbours
     dim: int = None,               # numbers kept of an embedding
     output: str = 'float32',       # of embeddings: float32, int8, binary
+    portable: store_true = False,  # towers in torch's own layers, for a torch without oneDNN (macOS on ARM)
     labels: str = None,            # names of classes, separated by commas: the file then classifies
     top_k: int = 5,                # labels of an answer, at most
     threshold: float = 0.,         # probability from which a label counts
@@ -115,7 +116,7 @@ def export(
         names = [x.strip() for x in labels.split(',')] if labels else None
         with working('exporting, and asking every host the same'):
             options = dict(decode=not no_decode, training=training, cpp=cpp, precision=precision, quantize=quantize, fold=fold,
-                trim=trim, deterministic=deterministic, dim=dim, output=output, labels=names, top_k=top_k, threshold=threshold, device=device)
+                trim=trim, deterministic=deterministic, dim=dim, output=output, portable=portable, labels=names, top_k=top_k, threshold=threshold, device=device)
             report = mm.export(model, out, onnx=onnx, **options)
         print(report.to_json() if json else report)
         if not json: print(f'\n{near(out)} ({Path(out).stat().st_size / 1e6:.1f} MB)')

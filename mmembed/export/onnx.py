@@ -341,7 +341,7 @@ import numpy as np
 
 {inspect.getsource(OnnxModel)}'''
 
-# %% ../../nbs/export/09_onnx.ipynb #929ddd35
+# %% ../../nbs/export/09_onnx.ipynb #203e566e
 def answers(model, texts, images, sizes): # an OnnxModel; bytes; uint8 (H, W, 3); batch sizes -> (what, batch size) -> list of arrays
     "What the files answer: every text, picture or pair, in batches of each size."
     out = {}

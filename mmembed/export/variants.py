@@ -23,7 +23,7 @@ from ..core import Tokens
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 OUTPUTS = ('float32', 'int8', 'binary')
 
-# %% ../../nbs/export/01a_variants.ipynb #a3cb0e9b
+# %% ../../nbs/export/01a_variants.ipynb #b2b4564d
 class Variant(NamedTuple):
     "What an exported model has otherwise than the trained one"
     precision: str = 'fp32'   # of the towers: 'fp32', 'bf16', 'fp16'
@@ -33,6 +33,7 @@ class Variant(NamedTuple):
     deterministic: int = 0    # rows of every batch that a tower sees, filled up to max_length tokens; 0: as they come
     dim: int = 0              # numbers kept of an embedding, which is made unit length again; 0: all
     output: str = 'float32'   # of embeddings: 'float32', 'int8' (stretched to 127), 'binary' (one bit a number)
+    portable: bool = False    # towers in torch's own layers: slower, but it loads where torch has no oneDNN (macOS on ARM)
 
     def changes(self) -> dict:
         "The options that are not the default."
@@ -108,7 +109,7 @@ class Int8Linear(nn.Module):
         product = torch._int_mm((rows / step).round().to(torch.int8), self.weight.t())
         return torch.addcmul(self.bias, product.float() * step, self.step).view(x.shape[:-1] + (self.weight.shape[0],))
 
-# %% ../../nbs/export/01a_variants.ipynb #3dc88a57
+# %% ../../nbs/export/01a_variants.ipynb #bbab4cdc
 class SelfAttention(nn.Module):
     "`nn.MultiheadAttention` of one sequence with itself, made of linear layers"
     def __init__(self, attention: nn.MultiheadAttention):
@@ -128,6 +129,7 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(x).view(B, L, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)
         if attn_mask is not None:
             if attn_mask.dtype == torch.bool: attn_mask = attn_mask.logical_not()
+            if attn_mask.dim() == 3: attn_mask = attn_mask.view(B, self.heads, L, L)  # (B * heads, L, L), CoCa's
         y = self.out(F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], attn_mask=attn_mask).transpose(1, 2).reshape(B, L, W))
         none: Optional[Tensor] = None
         return y if self.batch_first else y.transpose(0, 1), none
@@ -186,7 +188,7 @@ class Prepared(NamedTuple):
     vision_pipeline: nn.Module
     variant: Variant
 
-# %% ../../nbs/export/01a_variants.ipynb #471a8001
+# %% ../../nbs/export/01a_variants.ipynb #644f1428
 def prepared(
     model: nn.Module,              # a DualEncoder or PairClassifier with its two pipelines; left as it is
     variant: Variant = Variant(),
@@ -200,7 +202,7 @@ def prepared(
     if v.trim: _trim(model, tp, v.trim)
     if v.fold: fold_normalization(model.image, vp)
     if v.quantize and not int8_linear(model.text) + int8_linear(model.image): raise ValueError("quantize='int8': the towers have no linear layers")
-    if kernels:
+    if kernels and not v.portable:
         from mmembed.export.kernels import quick
         model.text, model.image = quick(model.text), quick(model.image)
     if v.precision != 'fp32':

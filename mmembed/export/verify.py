@@ -272,7 +272,7 @@ def _integrity(loaded, card: dict, model, decode: bool, steps: Steps, path: Path
         rows.append(row('model', '' if same else 'the file was exported from other weights, another preprocessing or other steps'))
     return rows
 
-# %% ../../nbs/export/05_verify.ipynb #4d13a7a3
+# %% ../../nbs/export/05_verify.ipynb #b569683e
 def export(
     model: nn.Module,                # a DualEncoder or PairClassifier whose towers carry their pipelines; left as it is
     path: str | Path,                # where the artifact goes
@@ -282,7 +282,7 @@ def export(
     fresh: bool = True,              # as in `verify`
     cpp: bool | str | Path | None = None, # as in `verify`
     precision: str = 'fp32', quantize: str | None = None, fold: bool = False, trim: int = 0, deterministic: int = 0, # as in `Variant`
-    dim: int | None = None, output: str = 'float32', # as in `Variant`
+    dim: int | None = None, output: str = 'float32', portable: bool = False, # as in `Variant`
     labels: dict | Sequence[str] | None = None, templates: Sequence[str] = ('a photo of a {}.',), # as in `read_classes`
     top_k: int = 5, threshold: float | dict = 0., # as in `read_classes`
     before_text: nn.Module | None = None, before_image: nn.Module | None = None, after: nn.Module | None = None, # as in `Steps`
@@ -295,7 +295,7 @@ def export(
 
     A file that fails does not stay: what was at `path` before remains, and `VerifyError` names the stage. Raises `ValueError` and `TypeError` for
     options that do not go with the model."""
-    path, variant = Path(path), Variant(precision, quantize or '', fold, trim, deterministic, dim or 0, output)
+    path, variant = Path(path), Variant(precision, quantize or '', fold, trim, deterministic, dim or 0, output, portable)
     if path.is_dir(): raise ValueError(f'path must name a file, {path} is a folder')
     steps = tried(Steps(before_text, before_image, after))
     own = getattr(model, 'labels', None)

@@ -56,7 +56,7 @@ class Unsuited(ValueError):
 # %% ../../nbs/serve/02_engine.ipynb #bcd8b4a6
 TURN = .5 # seconds
 
-# %% ../../nbs/serve/02_engine.ipynb #590d1b3c
+# %% ../../nbs/serve/02_engine.ipynb #f41ccb56
 class Engine:
     "Worker threads round an `Embedder`: `submit` items, get each back with a status"
     def __init__(self,
@@ -287,6 +287,10 @@ class Engine:
         for i in job.items: job.settle(i, 'unavailable', why)
 
     def _finished(self, job):
+        try: self._account(job)
+        finally: job.answer(job)
+
+    def _account(self, job):
         count, size = job.weight
         now = time.perf_counter()
         with self._lock:
@@ -297,11 +301,10 @@ class Engine:
                     seconds = max(i.times['forward'][1] - i.times['forward'][0] for i in done) / max(done[0].batch, 1)
                     self.pace[k] = self.pace[k] + .05 * (seconds - self.pace[k]) if self.pace[k] else seconds
                     self.lanes[k].patience = min(self.pace[k] * self.options.batch, PATIENCE)
-                    if self._short: self.lanes[k].largest = min(self.options.batch, max(8, int(TURN / self.pace[k])))
+                    if self._short and self.pace[k]: self.lanes[k].largest = min(self.options.batch, max(8, int(TURN / self.pace[k])))
             self.bytes -= size
             self._jobs.discard(job)
         job.total = now - job.arrival
-        job.answer(job)
 
 # %% ../../nbs/serve/02_engine.ipynb #5f85e8ba
 def out_of_memory(

@@ -1,6 +1,7 @@
 "The layers of a TorchScript file, computed by oneDNN, against torch's own."
 import copy
 import io
+import zipfile
 
 import pytest
 import torch
@@ -8,9 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet18
 
+from mmembed import load
 from mmembed.core import quietly
 from mmembed.export.kernels import Conv, Linear, Patches, folded, quick
+from mmembed.export.verify import export
 from mmembed.opening import prepack
+
+from . import tiny
 
 LAYERS = {
     'linear': (nn.Linear(40, 24), torch.randn(3, 5, 40)),
@@ -66,3 +71,13 @@ def test_no_weights_are_copied_for_rows():
         with torch.profiler.profile() as p: got = half(tokens)
     assert not any(e.key == 'aten::bmm' for e in p.key_averages())
     assert F.cosine_similarity(got.float(), want).min() > .999
+
+
+def test_a_portable_file_calls_no_onednn(tmp_path, monkeypatch):
+    def calls(portable):
+        export(tiny.model(), tmp_path/'m.pt', portable=portable, fresh=False, cpp=False)
+        with zipfile.ZipFile(tmp_path/'m.pt') as z: return any(b'mkldnn' in z.read(n) for n in z.namelist() if n.endswith('.py'))
+    assert [calls(True), calls(False)] == [False, True]
+    def elsewhere(*args, **kwargs): raise RuntimeError("Unknown builtin op: mkldnn::_linear_pointwise.\nCould not find any similar ops")
+    monkeypatch.setattr(torch.jit, 'load', elsewhere)
+    with pytest.raises(ValueError, match='export it with portable=True'): load(tmp_path/'m.pt')
