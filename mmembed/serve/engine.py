@@ -56,7 +56,7 @@ class Unsuited(ValueError):
 # %% ../../nbs/serve/02_engine.ipynb #bcd8b4a6
 TURN = .5 # seconds
 
-# %% ../../nbs/serve/02_engine.ipynb #f41ccb56
+# %% ../../nbs/serve/02_engine.ipynb #d222113d
 class Engine:
     "Worker threads round an `Embedder`: `submit` items, get each back with a status"
     def __init__(self,
@@ -301,7 +301,7 @@ class Engine:
                     seconds = max(i.times['forward'][1] - i.times['forward'][0] for i in done) / max(done[0].batch, 1)
                     self.pace[k] = self.pace[k] + .05 * (seconds - self.pace[k]) if self.pace[k] else seconds
                     self.lanes[k].patience = min(self.pace[k] * self.options.batch, PATIENCE)
-                    if self._short and self.pace[k]: self.lanes[k].largest = min(self.options.batch, max(8, int(TURN / self.pace[k])))
+                    if self._short and self.pace[k]: self.lanes[k].largest = min(self.options.batch, 8 * max(1, round(TURN / self.pace[k] / 8)))  # a tower computes eight at a time
             self.bytes -= size
             self._jobs.discard(job)
         job.total = now - job.arrival
