@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/export/accelerate.html.md"""
 # %% auto #0
 __all__ = ['ACCELERATIONS', 'Towers', 'why_not', 'with_kernels', 'Graphed', 'int8_graph', 'accelerated', 'left_behind']
 
-# %% ../../nbs/export/11_accelerate.ipynb #51e4b329
+# %% ../../nbs/export/11_accelerate.ipynb #00941018
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..core import Tokens
 from .encoder import filled, lengthened
 from .variants import Int8Linear, Variant, prepared, with_linear_attention
+from ..text.exits import exported
 
 # %% ../../nbs/export/11_accelerate.ipynb #f1909fe3
 ACCELERATIONS = {
@@ -88,7 +89,7 @@ class Graphed:
         else: graph.replay()
         return out[:rows].clone()
 
-# %% ../../nbs/export/11_accelerate.ipynb #15a8c93f
+# %% ../../nbs/export/11_accelerate.ipynb #0e8c3f21
 def int8_graph(
     program: torch.export.ExportedProgram,
 ) -> tuple[nn.Module, int]: # the module, and how many layers were replaced
@@ -122,10 +123,8 @@ class _Tower(nn.Module):
         return self.model.encode_text(Tokens(*x)) if self.kind == 'text' else self.model.encode_image(*x)
 
 def _exported(tower: nn.Module, example: tuple) -> torch.export.ExportedProgram:
-    from torch.fx.experimental import _config
     batch = torch.export.Dim('B', min=1)
-    with torch.no_grad(), _config.patch(backed_size_oblivious=True):
-        return torch.export.export(tower, tuple(filled(x, 2) for x in example), dynamic_shapes=(tuple({0: batch} for _ in example),), strict=False)
+    return exported(tower, tuple(filled(x, 2) for x in example), (tuple({0: batch} for _ in example),))
 
 # %% ../../nbs/export/11_accelerate.ipynb #d445cb92
 def accelerated(

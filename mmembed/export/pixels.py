@@ -7,14 +7,14 @@ Docs: https://mmembed.github.io/mmembed/export/pixels.html.md"""
 # %% auto #0
 __all__ = ['half_even', 'middle', 'VisionForm', 'vision_program', 'vision_to_onnx']
 
-# %% ../../nbs/export/06_pixels.ipynb #d9900125
+# %% ../../nbs/export/06_pixels.ipynb #f93e2ffb
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..text.exits import _unsized
+from ..text.exits import _unsized, exported
 
 # %% ../../nbs/export/06_pixels.ipynb #7b409f47
 def half_even(
@@ -74,16 +74,13 @@ class VisionForm(nn.Module):
             x = torch.cat([F.pad(x[:, c:c+1], margin, value=v) for c, v in enumerate(self.fill)], 1)
         return x.reshape(x.shape[0], 3, a, b)
 
-# %% ../../nbs/export/06_pixels.ipynb #ad6f11fa
+# %% ../../nbs/export/06_pixels.ipynb #2e51a66c
 def vision_program(
     vp: nn.Module, # a VisionPipeline
 ) -> torch.export.ExportedProgram: # uint8 (B, H, W, 3) -> uint8 (B, 3, *size)
     "`vp.transform` of B pictures of one size as a program; B, H and W are dynamic, B may be 0. Raises `ValueError` for a rule without exported form."
-    from torch.fx.experimental import _config
     D = torch.export.Dim
-    with torch.no_grad(), _config.patch(backed_size_oblivious=True):
-        return torch.export.export(VisionForm(vp), (torch.zeros(2, 70, 90, 3, dtype=torch.uint8),), strict=False,
-                                   dynamic_shapes=({0: D('B', min=0), 1: D('H', min=1), 2: D('W', min=1)},))
+    return exported(VisionForm(vp), (torch.zeros(2, 70, 90, 3, dtype=torch.uint8),), ({0: D('B', min=0), 1: D('H', min=1), 2: D('W', min=1)},))
 
 def vision_to_onnx(
     program: torch.export.ExportedProgram, # what `vision_program` made, which is used up

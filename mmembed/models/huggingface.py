@@ -8,7 +8,7 @@ Docs: https://mmembed.github.io/mmembed/models/huggingface.html.md"""
 __all__ = ['KINDS', 'FILES', 'TransformersText', 'ProjectedBert', 'TransformersImage', 'pixel_rule', 'transformers_towers',
            'sentence_modules']
 
-# %% ../../nbs/models/01b_huggingface.ipynb #f4f89b1c
+# %% ../../nbs/models/01b_huggingface.ipynb #823ad3c4
 import json
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..core import Tokens
 from .pretrained import Parts
 from .tower import Tower
-from .towers import Bert, _from_hub
+from .towers import Bert, _from_hub, _read_weights
 from ..text.pipeline import TextPipeline
 from ..text.readers import read_any, stated
 from ..vision.pipeline import VisionPipeline
@@ -101,7 +101,7 @@ class ProjectedBert(Bert):
         for layer, state in zip(self.head[::2], layers): layer.load_state_dict(state)
         return self
 
-# %% ../../nbs/models/01b_huggingface.ipynb #e37ff9d0
+# %% ../../nbs/models/01b_huggingface.ipynb #9352a8f6
 class _Conv(nn.Conv2d):
     "A convolution whose weight transformers asks for its type, so that an export leaves it as it is"
 
@@ -211,7 +211,7 @@ def transformers_towers(
 # %% ../../nbs/models/01b_huggingface.ipynb #7247924d
 FILES = '*.json', '*.txt', '*.model', '*.safetensors' # of a folder on the hub
 
-# %% ../../nbs/models/01b_huggingface.ipynb #3b8a33e7
+# %% ../../nbs/models/01b_huggingface.ipynb #d2e31212
 def sentence_modules(
     folder: str | Path,
 ) -> list[dict]: # 'type' and 'path' of each, in order; none for a folder of transformers
@@ -244,5 +244,4 @@ def _pooling(said: dict, folder: Path) -> str:
     return names[found[0]]
 
 def _weights(folder: Path) -> dict[str, Tensor]:
-    from mmembed.models.towers import _read_weights
     return _read_weights(folder/('model.safetensors' if (folder/'model.safetensors').is_file() else 'pytorch_model.bin'))
