@@ -6,14 +6,14 @@ Docs: https://mmembed.github.io/mmembed/core.html.md"""
 
 # %% auto #0
 __all__ = ['Tokens', 'Encoding', 'ImageInfo', 'PairBatch', 'Embeddings', 'quietly', 'as_bytes', 'pack', 'pack_str', 'read_bytes',
-           'stack_levels', 'Settings', 'settings']
+           'stack_levels', 'attend', 'Settings', 'settings']
 
-# %% ../nbs/00_core.ipynb #06dbefd3
+# %% ../nbs/00_core.ipynb #3e639866
 import configparser
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import List, NamedTuple
+from typing import List, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -136,6 +136,20 @@ def stack_levels(
     rows: List[Tensor] = []
     for x in levels: rows.append(x.permute(1, 2, 0))
     return torch.stack(rows).permute(0, 3, 1, 2)
+
+# %% ../nbs/00_core.ipynb #ab010fab
+def attend(
+    q: Tensor, # (B, H, L, D)
+    k: Tensor, # (B, H, N, D)
+    v: Tensor, # (B, H, N, D)
+    mask: Optional[Tensor] = None, # of 2 axes or more, broadcast to (B, H, L, N): bool, what may be attended to, or added to the scores
+    fused: bool = True,            # in one kernel, if torch has one for these inputs
+) -> Tensor: # (B, H, L, D)
+    "Softmax of the scaled products of `q` and `k`, times `v`; zeros for a row that may attend to nothing. It scripts."
+    if fused: return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask.logical_not(), float('-inf'))
+    return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, mask)[0]
 
 # %% ../nbs/00_core.ipynb #a422acd0
 class Settings(NamedTuple):

@@ -7,12 +7,12 @@ Docs: https://mmembed.github.io/mmembed/models/pair.html.md"""
 # %% auto #0
 __all__ = ['beside', 'Late', 'Cosine', 'TextSequence', 'ImageGrid', 'Look', 'Cross', 'PairClassifier']
 
-# %% ../../nbs/models/03_pair.ipynb #641506d5
+# %% ../../nbs/models/03_pair.ipynb #af07f03d
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import Tokens
+from ..core import Tokens, attend
 from .dual import projection
 from .tower import Tower, class_path, from_spec
 from .towers import Bert, ConvNet, TextTransformer, TorchvisionTower
@@ -106,12 +106,12 @@ class ImageGrid(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor: # float32 (B, places, width)
         return self.net(pixels).flatten(2).transpose(1, 2)
 
-# %% ../../nbs/models/03_pair.ipynb #b419b529
+# %% ../../nbs/models/03_pair.ipynb #62da83c6
 class Look(nn.Module):
     "Tokens look at places: attention from one to the other, and a small network; each added to its input"
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        self.heads = heads
+        self.heads, self.fused = heads, True  # as in `Block`
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.q, self.kv, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2*dim), nn.Linear(dim, dim)
         self.up, self.down = nn.Linear(dim, 4*dim), nn.Linear(4*dim, dim)
@@ -123,7 +123,7 @@ class Look(nn.Module):
         B, L, D = x.shape
         q = self.q(self.norm1(x)).view(B, L, self.heads, D // self.heads).transpose(1, 2)
         kv = self.kv(self.norm2(y)).view(B, y.shape[1], 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(q, kv[0], kv[1]).transpose(1, 2).reshape(B, L, D))
+        x = x + self.out(attend(q, kv[0], kv[1], None, self.fused).transpose(1, 2).reshape(B, L, D))
         return x + self.down(F.gelu(self.up(self.norm3(x))))
 
 # %% ../../nbs/models/03_pair.ipynb #d45e35e3

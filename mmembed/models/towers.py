@@ -8,7 +8,7 @@ Docs: https://mmembed.github.io/mmembed/models/towers.html.md"""
 __all__ = ['POOLINGS', 'Block', 'TextTransformer', 'Residual', 'ConvNet', 'TorchvisionTower', 'image_tower', 'pooled', 'Bert',
            'bert', 'Tower', 'from_spec', 'spec_of']
 
-# %% ../../nbs/models/01_towers.ipynb #2ee8f0a2
+# %% ../../nbs/models/01_towers.ipynb #9e7a8b89
 import inspect
 import os
 import re
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import Tokens
+from ..core import Tokens, attend
 from .tower import Tower, from_spec, spec_of
 from ..text.pipeline import TextPipeline
 from ..vision.pipeline import VisionPipeline
@@ -26,7 +26,7 @@ from ..vision.pipeline import VisionPipeline
 # %% ../../nbs/models/01_towers.ipynb #102d1d0d
 _all_ = ['Tower', 'from_spec', 'spec_of']
 
-# %% ../../nbs/models/01_towers.ipynb #1284e8b5
+# %% ../../nbs/models/01_towers.ipynb #1ec4150b
 class Block(nn.Module):
     "Self-attention and MLP, each normalised first and added to its input"
     def __init__(self,
@@ -34,7 +34,7 @@ class Block(nn.Module):
         heads: int, # must divide `width`
     ):
         super().__init__()
-        self.heads = heads
+        self.heads, self.fused = heads, True  # `export(attention='math')` unsets it
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3*width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4*width), nn.Linear(4*width, width)
@@ -45,7 +45,7 @@ class Block(nn.Module):
     ) -> Tensor: # float32 (B, L, W)
         B, L, W = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], attn_mask=keep)
+        y = attend(qkv[0], qkv[1], qkv[2], keep, self.fused)
         x = x + self.out(y.transpose(1, 2).reshape(B, L, W))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
