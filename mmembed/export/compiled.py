@@ -8,7 +8,7 @@ Docs: https://mmembed.github.io/mmembed/export/compiled.html.md"""
 __all__ = ['CPUS', 'QUICK', 'programs', 'cpu_options', 'missing', 'shared_library', 'Untokenized', 'Elsewhere', 'rest_of',
            'nameless', 'save_package', 'program_hashes']
 
-# %% ../../nbs/export/10_compiled.ipynb #bc540eea
+# %% ../../nbs/export/10_compiled.ipynb #b91b70c8
 import json
 import os
 import shutil
@@ -24,14 +24,16 @@ from ..text.exits import _unsized, export_program, exported
 from .artifact import save
 from .card import sha256
 from .encoder import ImageForm, PairForm, TextForm
+from .variants import with_linear_attention
 
-# %% ../../nbs/export/10_compiled.ipynb #1bec05ba
+# %% ../../nbs/export/10_compiled.ipynb #00eab13f
 def programs(
     artifact: nn.Module, # of `assemble(..., script=False)`
 ) -> dict[str, torch.export.ExportedProgram]:
     "'tokenize', and 'text' and 'image' or 'pair'. Raises `ValueError` for what has no exported form."
     tp, encoder, D = artifact.text_pipeline, artifact.model, torch.export.Dim
     if encoder.rows: raise ValueError('deterministic: a package takes batches of any size; load it with mm.load(..., deterministic=True) instead')
+    for tower in (encoder.net.text, encoder.net.image): with_linear_attention(tower)  # torch's own module has one form for one row and another for more
     out, tokens = {'tokenize': _unsized(export_program(tp))}, tp(['two words', 'a text that is longer', ''])
     rows = D('B', min=1)
     length = {} if tp.pad_to == 0 else {1: D.DYNAMIC}
