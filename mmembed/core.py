@@ -6,7 +6,7 @@ Docs: https://mmembed.github.io/mmembed/core.html.md"""
 
 # %% auto #0
 __all__ = ['Tokens', 'Encoding', 'ImageInfo', 'PairBatch', 'Embeddings', 'quietly', 'as_bytes', 'pack', 'pack_str', 'read_bytes',
-           'stack_levels', 'attend', 'Settings', 'settings']
+           'stack_levels', 'filled', 'lengthened', 'attend', 'Settings', 'settings']
 
 # %% ../nbs/00_core.ipynb #3e639866
 import configparser
@@ -136,6 +136,24 @@ def stack_levels(
     rows: List[Tensor] = []
     for x in levels: rows.append(x.permute(1, 2, 0))
     return torch.stack(rows).permute(0, 3, 1, 2)
+
+# %% ../nbs/00_core.ipynb #67eaaf0f
+def filled(
+    x: Tensor, # (B, ...), B at least 1
+    rows: int,
+) -> Tensor: # (rows, ...), or `x` if it has as many
+    "`x` and copies of its first row."
+    missing = rows - x.shape[0]
+    if missing <= 0: return x
+    return torch.cat([x, x[:1].repeat([missing] + [1] * (x.dim() - 1))])
+
+def lengthened(
+    x: Tensor, # int64 (B, L)
+    length: int,
+    value: int,
+) -> Tensor: # int64 (B, length), or `x` if it is as long
+    "`x` with `value` to its right."
+    return torch.nn.functional.pad(x, [0, max(0, length - x.shape[1])], value=float(value))
 
 # %% ../nbs/00_core.ipynb #ab010fab
 def attend(
