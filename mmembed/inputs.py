@@ -75,13 +75,14 @@ def _from_array(x) -> Tensor:
     if x.dtype != np.uint8: raise ValueError(f'an image must be uint8, got an array of {x.dtype} {x.shape}')
     return torch.from_numpy(np.require(x, requirements=['C', 'W']))
 
-# %% ../nbs/31_inputs.ipynb #95a908bc
+# %% ../nbs/31_inputs.ipynb #84ad9311
 def _from_pil(image) -> Tensor: # uint8 (H, W, 3) or (H, W, 4)
     from PIL import ImageOps
     try:
         image = ImageOps.exif_transpose(image)
         if image.mode == 'F': raise ValueError('a PIL image of floats (mode F) has no levels: convert it to RGB')
         if image.mode.startswith('I'): return _from_gray16(image)
+        if image.mode == 'La': image = image.convert('LA')
         clear = image.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in image.info
         image = image.convert('RGBA' if clear else 'RGB')
         return as_bytes(image.tobytes()).view(image.height, image.width, 4 if clear else 3)

@@ -7,9 +7,10 @@ Docs: https://mmembed.github.io/mmembed/opening.html.md"""
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'Card', 'read_card', 'register_image_ops', 'reason', 'device_of', 'prepack']
 
-# %% ../nbs/33_opening.ipynb #19bea384
+# %% ../nbs/33_opening.ipynb #7991f72f
 import importlib.util
 import json
+import os
 import re
 import zipfile
 from html import escape
@@ -29,14 +30,16 @@ class Card(dict):
         deep = ''.join(f'<details><summary>{escape(k)}</summary><table>{rows(v)}</table></details>' for k, v in self.items() if isinstance(v, dict))
         return f'<table>{rows(flat)}</table>{deep}'
 
-# %% ../nbs/33_opening.ipynb #38d7be34
+# %% ../nbs/33_opening.ipynb #4bb6375d
 def read_card(
     path: str | Path, # an artifact
 ) -> Card:
     """The identity card of the artifact at `path`, without loading the model.
 
     Raises `FileNotFoundError`, or `ValueError` for a file that is no artifact, truncated, or of a newer format."""
+    if not isinstance(path, (str, os.PathLike)): raise TypeError(f'path must be a str or a Path, got {type(path).__name__}')
     path = Path(path)
+    if path.is_dir(): raise ValueError(f'{path} is not an mmembed artifact: it is a folder')
     if not path.is_file(): raise FileNotFoundError(f'{path} not found: no such artifact')
     try:
         with zipfile.ZipFile(path) as z:
@@ -80,15 +83,16 @@ def reason(
     found = ([line for line in lines if re.search(kind, line)] or lines[:1])[-1]
     return re.sub(r'^\w+, /\S+:\d+, ', '', re.sub(kind, '', found))
 
-# %% ../nbs/33_opening.ipynb #5d6b79d2
+# %% ../nbs/33_opening.ipynb #690f407c
 def device_of(
     device: str | torch.device, # as the caller named it
 ) -> torch.device:
     "The device; raises `ValueError` for what is none, or is not there."
-    try: device = torch.device(device)
-    except RuntimeError: raise ValueError(f"device must be 'cpu', 'cuda', 'cuda:1' or the like, got {device!r}") from None
-    if device.type == 'cuda' and not torch.cuda.is_available(): raise ValueError(f'device={str(device)!r}: torch sees no CUDA device here')
-    return device
+    try: found = torch.device(device)
+    except (RuntimeError, TypeError): found = None
+    if not found or found.type == 'meta': raise ValueError(f"device must be 'cpu', 'cuda', 'cuda:1' or the like, got {device!r}")
+    if found.type == 'cuda' and not torch.cuda.is_available(): raise ValueError(f'device={str(found)!r}: torch sees no CUDA device here')
+    return found
 
 # %% ../nbs/33_opening.ipynb #e0619fa9
 def prepack(

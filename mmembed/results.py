@@ -8,7 +8,7 @@ Docs: https://mmembed.github.io/mmembed/results.html.md"""
 __all__ = ['Encoded', 'Scored', 'settle', 'check', 'policy', 'plain', 'Ranking', 'shade', 'ranking', 'Similarity', 'limits',
            'thumbnail', 'Profile', 'stages']
 
-# %% ../nbs/32_results.ipynb #e4f25132
+# %% ../nbs/32_results.ipynb #144de303
 import base64
 import io
 import statistics
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .core import Tokens, pack
+from .inputs import whole
 
 # %% ../nbs/32_results.ipynb #7612fc4e
 class Encoded(NamedTuple):
@@ -97,14 +98,14 @@ def shade(
     x = min(max(x, 0.), 1.)
     return f'rgb({round(255 - 155 * x)},{round(255 - 80 * x)},255)'
 
-# %% ../nbs/32_results.ipynb #8c8053af
+# %% ../nbs/32_results.ipynb #0aac4d06
 def ranking(
     scores: Tensor,      # float32 (Q, N): of every query with every candidate
     top_k: int,
     sigmoid: bool,       # pairs are judged one by one
 ) -> Ranking:
     "The `top_k` best candidates of every query; equal scores in the order of the candidates."
-    if top_k < 1: raise ValueError(f'top_k must be at least 1, got {top_k}')
+    whole('top_k', top_k, 1)
     order = scores.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
     return Ranking(order, scores.gather(1, order), (scores.sigmoid() if sigmoid else scores.softmax(-1)).gather(1, order))
 
@@ -178,7 +179,7 @@ class Profile(NamedTuple):
         return '\n'.join([f'{self.texts} texts, {self.images} images', *lines, f"preprocessing adds to the towers' own time: {added}"])
     __repr__ = __str__
 
-# %% ../nbs/32_results.ipynb #9ba3a3b7
+# %% ../nbs/32_results.ipynb #84c81fa2
 def stages(
     emb,                  # an Embedder
     texts: list,          # a batch
@@ -186,7 +187,7 @@ def stages(
     repeats: int = 5,     # of which the median counts
 ) -> Profile:
     "What each stage takes for these texts and images; raises `ValueError` for a number of repeats below 1."
-    if repeats < 1: raise ValueError(f'repeats must be at least 1, got {repeats}')
+    whole('repeats', repeats, 1)
     m, ms = emb.module, dict.fromkeys(Profile._fields[2:], 0.)
     def clock(stage, f, *args):
         times = []
@@ -202,7 +203,7 @@ def stages(
             tokens = Tokens(*clock('tokenize', m.tokenize, *pack(texts)))
             if not emb.pairs: clock('text_tower', lambda: m.model.encode_text(tokens))
         if images:
-            rgb = clock('decode', lambda: [emb.decode(x) for x in images]) if images[0].ndim == 1 else images
+            rgb = clock('decode', lambda: [emb.decode(x) for x in images]) if any(x.ndim == 1 for x in images) else images
             levels = torch.stack(clock('transform', lambda: [emb.preprocess(x) for x in rgb]))
             pixels = clock('normalize', m.normalized, levels)
             if not emb.pairs: clock('image_tower', m.model.encode_image, pixels)

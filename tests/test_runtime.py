@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmembed.core import as_bytes, pack, quietly
+from mmembed.core import Tokens, as_bytes, pack, quietly
 from mmembed.export import cases
 from mmembed.export.verify import export
 from mmembed.runtime import Embedder, Encoded, load, reason
@@ -297,6 +297,95 @@ def test_warmup_and_profile(emb, judge, plain):
     assert (p.texts, p.images) == (2, 1) and min(p[2:]) > 0 and 0 < p.shares['image'] and 'preprocessing adds' in str(p)
     assert plain.profile([], [torch.zeros(3, 9, 9, dtype=torch.uint8)], 1).decode == 0 and judge.profile(['a'], [FILES['RGB.png']], 1).image_tower > 0
     with pytest.raises(ValueError, match='repeats must be at least 1'): emb.profile(['a'], [], 0)
+
+
+@pytest.mark.parametrize('change, error', [
+    (lambda t: None, 'tokens must be Tokens'), (lambda t: ['a'], 'tokens must be Tokens'), (lambda t: Tokens(*(x.numpy() for x in t)), 'tokens must be Tokens'),
+    (lambda t: Tokens(t.ids.float(), t.mask), r'tokens.ids must be int64 \(B, L\), got float32 \(2, 8\)'), (lambda t: Tokens(t.ids[0], t.mask[0]), 'tokens.ids must be int64'),
+    (lambda t: Tokens(t.ids, t.mask[:, :1]), r'tokens.mask must be int64 \(2, 8\) as tokens.ids is, got int64 \(2, 1\)'), (lambda t: Tokens(t.ids, t.mask > 0), 'got bool'),
+    (lambda t: Tokens(t.ids + torch.tensor([[0], [999]]), t.mask), r'tokens.ids\[1\] must be 0 to \d+, got'), (lambda t: Tokens(t.ids - 1, t.mask), r'tokens.ids\[0\] must be 0 to'),
+    (lambda t: Tokens(t.ids, t.mask * 7), r'tokens.mask\[0\] must be 0 to 1, got 0 to 7'), (lambda t: Tokens(*(x.repeat(1, 9) for x in t)), 'tokens must be 1 to 16 a row, got 72')])
+def test_tokens_made_by_hand_are_checked(emb, change, error):
+    "Compiled towers end the process for an id that they do not have, TorchScript prints its own code."
+    with pytest.raises((ValueError, TypeError), match=error): emb.encode_tokens(change(emb.tokenize(['a', 'b'])))
+
+
+def test_pixels_made_by_hand_are_checked(emb):
+    good = emb.preprocess(FILES['RGB.png'])
+    for bad in (None, [good], good.numpy()):
+        with pytest.raises(TypeError, match=f'pixels must be a tensor, as preprocess gives them, got {type(bad).__name__}'): emb.encode_pixels(bad)
+    for bad in (good, good[None, :2], good[None, :, 1:], good[None].permute(0, 2, 3, 1), good[None].double(), good[None] > 0):
+        with pytest.raises(ValueError, match=r'pixels must be uint8 or normalised float32 \(B, 3, 48, 48\), got '): emb.encode_pixels(bad)
+    assert emb.encode_pixels(good[None][:0]).shape == (0, 24)
+    few, batch = load(tiny.artifact(), batch_size=2, deterministic=True), good[None].expand(5, 3, 48, 48)
+    assert torch.equal(few.encode_pixels(batch), few.encode_pixels(batch[:1]).expand(5, 24))  # in twos, and the last one filled
+
+
+def test_counts_are_checked(emb):
+    for wrong, error in (('2', TypeError), (1.5, TypeError), (True, TypeError), (-1, ValueError)):
+        for name, call in (('top_k', lambda: emb.rank(['a'], [FILES['RGB.png']], top_k=wrong)), ('decoders', lambda: emb.encode_image([], decoders=wrong)),
+                           ('repeats', lambda: emb.profile([], [], wrong)), ('sizes', lambda: emb.warmup([wrong])), ('threads', lambda: load(tiny.artifact(), threads=wrong)),
+                           ('batch_size', lambda: load(tiny.artifact(), batch_size=wrong))):
+            with pytest.raises(error, match=f'{name} must be'): call()
+    with pytest.raises(TypeError, match='sizes must be a list of whole numbers, got 3'): emb.warmup(3)
+
+
+def test_errors_name_the_item_everywhere(emb, judge):
+    good = FILES['RGB.png']
+    for call in (lambda: emb.similarity(['a'], [good, b'broken']), lambda: emb.profile(['a'], [good, b'broken'], 1), lambda: emb.rank(['a'], [good, b'broken'])):
+        with pytest.raises(ValueError, match=r'^images\[1\]: '): call()
+    for call in (lambda: emb.similarity(['a', 3], [good]), lambda: emb.profile(['a', 3], [good], 1), lambda: emb.score(['a', 3], [good])):
+        with pytest.raises(ValueError, match=r'^texts\[1\]: int is no text'): call()
+    with pytest.raises(ValueError, match='2 texts and 1 images are no pairs'): judge.profile(['a', 'b'], [good], 1)
+    for name in ('texts', 'images'):
+        with pytest.raises(TypeError, match=f'{name} is a set, which has no order'): emb.encode_text({'a'}) if name == 'texts' else emb.encode_image({good})
+
+
+def test_embeddings_as_arrays(emb):
+    t, i = emb.encode_text(['a', 'b']), emb.encode_image([FILES['RGB.png']])
+    assert torch.equal(emb.score(t.numpy(), i.numpy()), emb.score(t, i)) and torch.equal(emb.similarity(t.numpy(), i).cosine, emb.similarity(t, i).cosine)
+    assert torch.equal(emb.encode_text(np.array(['a', 'b'])), t)
+    with pytest.raises(ValueError, match=r'texts: embeddings must have the shape \(B, 24\) and the type float32, got float64 \(2, 24\)'): emb.score(t.double(), i)
+    with pytest.raises(TypeError, match='texts is an answer, Encoded; pass its rows: texts.embedding'): emb.score(emb.encode_text(['a'], on_error='flag'), i)
+
+
+def test_pairs_refuse_what_is_for_embeddings(judge):
+    pixels, tokens = judge.preprocess(FILES['RGB.png'])[None], judge.tokenize(['a'])
+    for call in (lambda: judge.encode_tokens(tokens), lambda: judge.encode_pixels(pixels), lambda: judge.similarity(['a'], [FILES['RGB.png']]),
+                 lambda: judge.classify_text(torch.zeros(1, 24)), lambda: judge.score(torch.zeros(1, 24), torch.zeros(1, 24))):
+        with pytest.raises(TypeError, match='scores pairs and has no embeddings'): call()
+
+
+def test_pictures_of_pillow_need_no_decoder(emb, plain):
+    "Gray, palettes, transparency and 16 bits: what an artifact without decoders makes of an opened picture is what another makes of its file."
+    seen = set()
+    for name in ('RGB.png', 'RGBA.png', 'L.png', 'still.gif', *(n for n in FILES if '16' in n or 'palette' in n)):
+        if name == '16 bit rgb.png' or not emb.encode_image([FILES[name]], on_error='flag').ok[0]: continue
+        image = Image.open(io.BytesIO(FILES[name]))
+        seen.add(image.mode)
+        assert torch.equal(plain.preprocess(image), emb.preprocess(FILES[name])), name
+    assert {'RGB', 'RGBA', 'L', 'P'} <= seen
+    for mode in ('PA', 'La', 'RGBa', 'RGBX', 'CMYK', 'I', 'I;16', '1'): assert plain.preprocess(Image.new(mode, (5, 4))).shape == (3, 48, 48)
+    with pytest.raises(ValueError, match='mode F'): plain.preprocess(Image.new('F', (5, 4)))
+
+
+def test_what_pillow_raises_stays_with_its_item(emb):
+    "A picture is opened lazily: its pixels may turn out broken when they are read, with errors of any kind."
+    class Broken(Image.Image):
+        def getexif(self): raise SyntaxError('broken PNG file')
+    e = emb.encode_image([Broken(), FILES['RGB.png']], on_error='flag')
+    assert e.ok.tolist() == [False, True] and e.errors[0] == 'Pillow cannot read this image: broken PNG file'
+
+
+def test_a_file_that_fills_its_batches_itself(tmp_path):
+    "Exported with deterministic=4: the Embedder fills nothing more, asked for it or not, and an item has the same bits in any company."
+    export(tiny.model(), tmp_path/'m.pt', fresh=False, cpp=False, deterministic=4)
+    emb, asked = load(tmp_path/'m.pt'), load(tmp_path/'m.pt', batch_size=16, deterministic=True)
+    assert emb.deterministic and not emb.fills and not asked.fills and emb.lengths == [16]
+    texts, files = ['a', 'a green triangle above a red circle', 'b'] * 3, [FILES['RGB.png'], FILES['gray.jpg'], FILES['quality 75.jpg']] * 3
+    assert torch.equal(emb.encode_text(texts), torch.cat([asked.encode_text([t]) for t in texts]))
+    assert torch.equal(emb.encode_tokens(emb.tokenize(texts)), emb.encode_text(texts))
+    assert torch.equal(emb.encode_image(files), torch.cat([asked.encode_image([f]) for f in files]))
 
 
 def test_devices_and_threads_are_checked():
