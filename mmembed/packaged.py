@@ -113,17 +113,22 @@ class Packaged:
         data = b''.join(rows)
         return torch.frombuffer(bytearray(data or b'-'), dtype=torch.uint8)[:len(data)], torch.tensor([0, *map(len, rows)]).cumsum(0)
 
-# %% ../nbs/34_packaged.ipynb #8e9fe510
+# %% ../nbs/34_packaged.ipynb #5508da71
 def opened(
     path: str | Path, # an artifact, of either kind
     card: dict,       # its identity card
     device: str | torch.device = 'cpu',
+    graphs: tuple | None = None, # batch sizes to capture on a GPU; None: those that the card names
 ):
     "The module in the file: TorchScript's, or a `Packaged`. Raises `ValueError` where it cannot be loaded."
     if 'compiled' not in card:
-        try: return quietly(torch.jit.load, str(path), map_location=device).eval()
+        try: found = quietly(torch.jit.load, str(path), map_location=device).eval()
         except RuntimeError as e:
             why = 'its towers call oneDNN, which this torch lacks; export it with portable=True' if 'builtin op: mkldnn' in str(e) else reason(e)
             raise ValueError(f'{path} cannot be loaded: {why}') from None
+        sizes = card.get('graphs', ()) if graphs is None else graphs
+        if not sizes or torch.device(device).type != 'cuda': return found
+        from mmembed.graphs import Captured
+        return Captured(found, card, sizes)
     if torch.device(device).type != 'cpu': raise ValueError(f'{path} was compiled for the CPU, not for {device}: load the TorchScript artifact there')
     return Packaged(path, card)

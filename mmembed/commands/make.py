@@ -70,7 +70,7 @@ def evaluate(argv: list[str]):
     out.write_text(json.dumps(found, indent=1))
     if not args.json: print(f'figures: {near(out)}')
 
-# %% ../../nbs/commands/01_make.ipynb #c20eea20
+# %% ../../nbs/commands/01_make.ipynb #7f4434d3
 def export(
     checkpoint: Annotated[str, {'opt': False, 'nargs': '?'}] = None, # what `mmembed train` printed: a .ckpt file; or a Hugging Face folder or name; for --triton alone, a file exported before
     out: str = None,           # the artifact; by default <artifacts_path>/<name of the run>.pt
@@ -89,6 +89,8 @@ def export(
     dim: int = None,               # numbers kept of an embedding
     output: str = 'float32',       # of embeddings: float32, int8, binary
     portable: store_true = False,  # towers in torch's own layers, for a torch without oneDNN (macOS on ARM)
+    attention: str = 'sdpa',       # of the towers: sdpa, one kernel (flash, where there is one), or math, in steps
+    cuda_graphs: str = None,       # batch sizes that a host on a GPU captures as CUDA graphs, as 1,2,4,8,16
     labels: str = None,            # names of classes, separated by commas: the file then classifies
     top_k: int = 5,                # labels of an answer, at most
     threshold: float = 0.,         # probability from which a label counts
@@ -107,6 +109,7 @@ def export(
     mmembed export model.pt --onnx onnx --triton models"""
     import mmembed as mm
     from mmembed.core import settings
+    sizes = [int(x) if x.strip().isdigit() else x for x in cuda_graphs.split(',')] if cuda_graphs else ()
     made = is_artifact(checkpoint) if (triton or onnx) and checkpoint else False
     if made and not triton: raise ValueError(f'--onnx wants the model that {checkpoint} was exported from: its checkpoint, its folder, or --open-clip MODEL')
     if compiled and (made or Path(compiled).suffix != '.pt2'): raise ValueError(f'--compiled wants a model, and a file that ends in .pt2: got {checkpoint if made else compiled}')
@@ -116,8 +119,8 @@ def export(
         names = [x.strip() for x in labels.split(',')] if labels else None
         with working('exporting, and asking every host the same'):
             options = dict(decode=not no_decode, training=training, cpp=cpp, precision=precision, quantize=quantize, fold=fold,
-                trim=trim, deterministic=deterministic, dim=dim, output=output, portable=portable, labels=names, top_k=top_k, threshold=threshold, device=device)
-            report = mm.export(model, out, onnx=onnx, **options)
+                trim=trim, deterministic=deterministic, dim=dim, output=output, portable=portable, attention=attention, labels=names, top_k=top_k, threshold=threshold)
+            report = mm.export(model, out, onnx=onnx, device=device, graphs=sizes, **options)
         print(report.to_json() if json else report)
         if not json: print(f'\n{near(out)} ({Path(out).stat().st_size / 1e6:.1f} MB)')
         if onnx and not json: print(f'ONNX: {", ".join(p.name for p in sorted(Path(onnx).glob("*.onnx")))} and embed.py, which runs them, in {near(onnx)}')

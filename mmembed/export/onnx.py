@@ -6,7 +6,7 @@ Docs: https://mmembed.github.io/mmembed/export/onnx.html.md"""
 
 # %% auto #0
 __all__ = ['LIMIT', 'LEVELS', 'DIRECTION', 'PROBABILITY', 'fingerprint', 'read_onnx_card', 'intact', 'export_onnx', 'settle',
-           'OnnxModel', 'host_source', 'answers', 'ask', 'rows']
+           'provider_of', 'OnnxModel', 'host_source', 'answers', 'ask', 'rows']
 
 # %% ../../nbs/export/09_onnx.ipynb #a63ebbbf
 import inspect
@@ -265,17 +265,26 @@ def _quietly(f, *args):
     finally:
         for x, level in zip(logs, levels): x.setLevel(level)
 
-# %% ../../nbs/export/09_onnx.ipynb #a5f9237b
+# %% ../../nbs/export/09_onnx.ipynb #421ef799
+def provider_of(device): # 'cpu', 'cuda' or 'tensorrt' -> what onnxruntime tries, in this order
+    import onnxruntime
+    names = {'cpu': 'CPUExecutionProvider', 'cuda': 'CUDAExecutionProvider', 'tensorrt': 'TensorrtExecutionProvider'}
+    if device not in names: raise ValueError(f'device must be cpu, cuda or tensorrt, got {device!r}')
+    if names[device] not in onnxruntime.get_available_providers():
+        raise ValueError(f'device={device!r}: this onnxruntime has no {names[device]}: pip install onnxruntime-gpu{" tensorrt" * (device == "tensorrt")}')
+    return [names[k] for k in ('tensorrt', 'cuda', 'cpu') if list(names).index(k) <= list(names).index(device)]
+
 class OnnxModel:
     "The files in `folder`, which `export_onnx` wrote, run by onnxruntime alone"
     def __init__(self,
         folder, # with text.onnx and image.onnx, or pairs.onnx
         threads=1,
+        device='cpu', # 'cuda' and 'tensorrt' want onnxruntime-gpu
     ):
         import onnxruntime
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        self.sessions = {p.stem: onnxruntime.InferenceSession(str(p), options, providers=['CPUExecutionProvider']) for p in sorted(Path(folder).glob('*.onnx'))}
+        self.sessions = {p.stem: onnxruntime.InferenceSession(str(p), options, providers=provider_of(device)) for p in sorted(Path(folder).glob('*.onnx'))}
         if not self.sessions: raise FileNotFoundError(f'no ONNX file in {folder}')
         self.card = json.loads(next(iter(self.sessions.values())).get_modelmeta().custom_metadata_map['mmembed.card'])
 
@@ -307,7 +316,7 @@ class OnnxModel:
     def score(self, text, image): # embeddings (T, D) and (I, D) -> (T, I)
         return self.card['logit_scale'] * text @ image.T + self.card['logit_bias']
 
-# %% ../../nbs/export/09_onnx.ipynb #b8cfdf81
+# %% ../../nbs/export/09_onnx.ipynb #c1d739eb
 def host_source() -> str:
     "A Python file that needs neither torch nor mmembed."
     return f'''"""Runs the ONNX files beside it: OnnxModel('.').encode_text(['a cat']). Needs numpy and onnxruntime."""
@@ -316,6 +325,8 @@ from pathlib import Path
 
 import numpy as np
 
+
+{inspect.getsource(provider_of)}
 
 {inspect.getsource(OnnxModel)}'''
 

@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/export/verify.html.md"""
 # %% auto #0
 __all__ = ['BOUNDS', 'Row', 'bound_of', 'VerifyError', 'Report', 'verify', 'tensors', 'export']
 
-# %% ../../nbs/export/05_verify.ipynb #8657ff6d
+# %% ../../nbs/export/05_verify.ipynb #d15a7366
 import json
 import math
 import os
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..core import as_bytes, pack, quietly
 from . import cases, host
+from .accelerate import waits
 from .answers import CPP_SKIPS, Eager, answers, cpp as cpp_answers, fresh as fresh_answers, loaded_rows
 from .artifact import assemble, save
 from .card import make_card, sha256
@@ -31,6 +32,7 @@ from .encoder import unstored
 from .onnx import export_onnx, rows as onnx_rows, settle
 from .steps import Steps, read_classes, tried
 from .variants import SAME, Variant, bounds
+from ..graphs import Captured, sizes_of
 from ..opening import read_card, reason, register_image_ops
 from ..packaged import opened
 
@@ -174,7 +176,7 @@ class Report:
                            'bytes': self.bytes, 'seconds': round(self.seconds, 2), 'rows': rows,
                            'not_run': self.notes}, indent=1)
 
-# %% ../../nbs/export/05_verify.ipynb #098a3c55
+# %% ../../nbs/export/05_verify.ipynb #e8e695db
 def verify(
     path: str | Path,                      # an artifact
     model: nn.Module | None = None,        # the model it was exported from: the reference, when given
@@ -220,6 +222,9 @@ def verify(
                                                       CPP_SKIPS, [s for s in sizes if s])
         if onnx: rows += onnx_rows(onnx, loaded, asked, got, card)
         if device != 'cpu': rows += _compare(device, got, lambda: fresh_answers(path, asked, decode, device), variant._replace(precision=_looser(variant)))
+        if 'graphs' in card:
+            if device == 'cpu': notes.append('graphs: captured on a GPU alone; here batches were filled up as for them')
+            rows += _compare('graphs', got, lambda: _graphed(path, card, loaded, asked, device), variant if device == 'cpu' else variant._replace(precision=_looser(variant)))
         if model:
             found = _loader_rows(model, loaded, asked, variant, steps, decode)
             rows, notes = (rows, [*notes, found]) if isinstance(found, str) else (rows + found, notes)
@@ -228,10 +233,15 @@ def verify(
     finally: torch.set_num_threads(threads)
     return Report(path, card, rows, time.perf_counter() - start, notes)
 
-# %% ../../nbs/export/05_verify.ipynb #fc4771d5
+# %% ../../nbs/export/05_verify.ipynb #0d9a476d
 def _cpp_host(cpp) -> Path | str: # the program, or why it is not asked
     exe = host.built() if cpp is None else Path(cpp) if isinstance(cpp, (str, Path)) else host.build() if cpp else None
     return exe or ('c++: ' + ('not asked for' if cpp is False else 'no host is built; pass cpp=True to build it'))
+
+def _graphed(path: Path, card: dict, loaded, asked: dict, device: str) -> dict:
+    module = Captured(loaded, card, card['graphs']) if device == 'cpu' else opened(path, card, device)
+    def here(x): return x.cpu() if isinstance(x, Tensor) else x
+    return {k: [here(x) for x in v] for k, v in answers(module, **asked).items()}
 
 def _looser(variant: Variant) -> str: # other kernels, other sums
     return 'fp16' if SAME[variant.quantize or variant.precision] < SAME['fp16'] else variant.precision
@@ -272,7 +282,7 @@ def _integrity(loaded, card: dict, model, decode: bool, steps: Steps, path: Path
         rows.append(row('model', '' if same else 'the file was exported from other weights, another preprocessing or other steps'))
     return rows
 
-# %% ../../nbs/export/05_verify.ipynb #b569683e
+# %% ../../nbs/export/05_verify.ipynb #35288b8a
 def export(
     model: nn.Module,                # a DualEncoder or PairClassifier whose towers carry their pipelines; left as it is
     path: str | Path,                # where the artifact goes
@@ -282,7 +292,7 @@ def export(
     fresh: bool = True,              # as in `verify`
     cpp: bool | str | Path | None = None, # as in `verify`
     precision: str = 'fp32', quantize: str | None = None, fold: bool = False, trim: int = 0, deterministic: int = 0, # as in `Variant`
-    dim: int | None = None, output: str = 'float32', portable: bool = False, # as in `Variant`
+    dim: int | None = None, output: str = 'float32', portable: bool = False, attention: str = 'sdpa', # as in `Variant`
     labels: dict | Sequence[str] | None = None, templates: Sequence[str] = ('a photo of a {}.',), # as in `read_classes`
     top_k: int = 5, threshold: float | dict = 0., # as in `read_classes`
     before_text: nn.Module | None = None, before_image: nn.Module | None = None, after: nn.Module | None = None, # as in `Steps`
@@ -290,21 +300,24 @@ def export(
     samples: Sequence[tuple] = (),   # as in `verify`
     onnx: str | Path | None = None,  # a folder for the model as ONNX, as `export_onnx` writes it
     cpu: str = '',                   # for a `path` that ends in .pt2, as in `save_package`
+    graphs: Sequence[int] = (),      # batch sizes that a host on a GPU captures as CUDA graphs, as in `Captured`
 ) -> Report:
     """Scripts `model` with its pipelines into one file at `path`, or compiles it where that ends in `.pt2`; verifies the file, and returns the report.
 
     A file that fails does not stay: what was at `path` before remains, and `VerifyError` names the stage. Raises `ValueError` and `TypeError` for
     options that do not go with the model."""
-    path, variant = Path(path), Variant(precision, quantize or '', fold, trim, deterministic, dim or 0, output, portable)
+    path, variant = Path(path), Variant(precision, quantize or '', fold, trim, deterministic, dim or 0, output, portable, attention)
     if path.is_dir(): raise ValueError(f'path must name a file, {path} is a folder')
     steps = tried(Steps(before_text, before_image, after))
     own = getattr(model, 'labels', None)
     classes = read_classes(own if labels is None else labels, tuple(templates) if isinstance(templates, (list, tuple)) else templates, top_k, threshold)
     if own is not None: classes = classes._replace(prompts=[])
-    package = path.suffix == '.pt2'
+    package, graphs = path.suffix == '.pt2', sizes_of(graphs)
+    if package and (graphs or device != 'cpu'): raise ValueError(f'{path.name} is compiled for the CPU: graphs and device go with a TorchScript file')
     artifact = assemble(model, decode, variant, steps, classes, script=not package)
     said = classes.words() if labels is not None or own is not None and (top_k, threshold) != (5, 0.) else None
-    card = make_card(model, artifact.dim, decode, training, variant.changes(), steps.words(), said) | {'tensors_sha256': sha256(tensors(artifact))}
+    card = make_card(model, artifact.dim, decode, training, variant.changes(), steps.words(), said) | {'tensors_sha256': sha256(tensors(artifact))} | ({'graphs': list(graphs)} if graphs else {})
+    if graphs and (why := waits(artifact)): raise ValueError(f'graphs: {why}')
     artifact.identity = json.dumps(card, indent=1, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp' + package * '.pt2')

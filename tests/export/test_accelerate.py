@@ -1,15 +1,24 @@
-"Accelerations answer like the plain towers where no GPU is; an artifact names no device that map_location would leave behind."
+"Accelerations are options that answer like the plain model; what a machine lacks is one sentence; nothing names a device that map_location would leave behind."
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmembed.core import Tokens, quietly
-from mmembed.export.accelerate import ACCELERATIONS, Graphed, _exported, _Tower, accelerated, int8_graph, left_behind, with_kernels
+from mmembed.core import Tokens, as_bytes, pack, quietly
+from mmembed.export.accelerate import ACCELERATIONS, eager_towers, left_behind, waits, why_not
 from mmembed.export.artifact import assemble
-from mmembed.export.variants import Int8Linear, SelfAttention, Variant, prepared
+from mmembed.export.card import make_card
+from mmembed.export.onnx import provider_of
+from mmembed.export.variants import SelfAttention, Variant, prepared
+from mmembed.export.verify import export
+from mmembed.graphs import Captured, Graphed
 from mmembed.models.dual import DualEncoder
+from mmembed.models.pair import PairClassifier
 from mmembed.models.towers import Bert
+from mmembed.runtime import load
 
 from . import tiny
 
@@ -20,37 +29,94 @@ def no_grad():
     with torch.no_grad(): yield
 
 
-def batch(model, n):
-    tokens = model.text_pipeline([f'a small red circle {i}' for i in range(n)])
-    return tokens, torch.randn(n, 3, *model.vision_pipeline.size)
+def bert():
+    from transformers import BertConfig
+    tp, _ = tiny.pipelines()
+    config = BertConfig(vocab_size=tp.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, max_position_embeddings=tp.max_length + 2)
+    return Bert(tp, config.to_dict())
 
 
-@pytest.mark.parametrize('how', [k for k in ACCELERATIONS if k != 'compile'])
-def test_the_plain_answers(how):
+def traced(): return DualEncoder(bert(), tiny.model().image, dim=16).eval()
+
+
+def cross(): return PairClassifier(tiny.model().text, tiny.model().image, ['mismatch', 'match'], fusion='cross', dim=24).eval()
+
+
+def operators(f):
+    with torch.profiler.profile() as p: f()
+    return {e.key for e in p.key_averages() if 'scaled_dot_product' in e.key or 'native_multi_head' in e.key}
+
+
+@pytest.mark.parametrize('make', [tiny.model, traced, cross])
+def test_attention_takes_the_kernel_that_is_asked_for(make):
+    "In the scripted file, and with the same answers."
+    model, words, picture = make(), ['a small red circle', '', 'blue'], torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8)
+    said = {}
+    for how in ('sdpa', 'math'):
+        a = quietly(torch.jit.script, assemble(model, variant=Variant(attention=how)))
+        call = (lambda: a(words, list(picture))) if hasattr(a, 'score_pairs') else lambda: a.encode_text(words)
+        said[how], used = call(), operators(call)
+        assert ('aten::_scaled_dot_product_attention_math' in used) == (how == 'math') != ('aten::scaled_dot_product_attention' in used), used
+    assert torch.allclose(said['math'], said['sdpa'], atol=1e-5)
+
+
+@functools.cache
+def exported():
+    "A file with both options that change nothing but the way of computing, verified."
+    path = tiny.folder()/'accelerated.pt'
+    return path, export(tiny.model(), path, attention='math', graphs=[4, 1, 4], fresh=False, cpp=False)
+
+
+def test_options_are_verified_and_in_the_card():
+    "The sizes stand in the card, batches filled up as for them are verified; hosts on a CPU leave them aside and say so."
+    path, report = exported()
+    rows = {(r.stage, r.what) for r in report.rows}
+    assert {('against fp32', 'text cosine'), ('graphs', 'text embedding'), ('graphs', 'image embedding')} <= rows
+    assert report.card['variant'] == {'attention': 'math'} and report.card['graphs'] == [1, 4]
+    assert any(n.startswith('graphs: captured on a GPU alone') for n in report.notes)
+    assert report.card['content_hash'] == make_card(tiny.model(), 24, variant={'attention': 'math'})['content_hash']
+    emb = load(path)
+    assert emb.graphs == () and 'graphs on CUDA alone' in repr(emb)
+    with pytest.raises(ValueError, match="graphs want device='cuda', got 'cpu'"): load(path, graphs=(1, 2))
+
+
+def test_options_that_do_not_go_together(tmp_path):
+    with pytest.raises(ValueError, match='graphs must be batch sizes such as'): export(tiny.model(), tmp_path/'m.pt', graphs=(0,))
+    with pytest.raises(ValueError, match='m.pt2 is compiled for the CPU'): export(tiny.model(), tmp_path/'m.pt2', graphs=(1,))
+    with pytest.raises(ValueError, match='m.pt2 is compiled for the CPU'): export(tiny.model(), tmp_path/'m.pt2', device='cuda')
+
+
+def test_attention_that_cannot_be_chosen():
+    class Own(nn.Module):
+        width = 32
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(48, 2, batch_first=True)
+            self.out = nn.Linear(48, 32)
+        def forward(self, pixels: Tensor):
+            x = pixels[:, 0]
+            return self.out(self.attention(x, x, x)[0].mean(1))
     model = tiny.model()
-    towers = accelerated(model, how, sizes=(1, 4))
-    for n in (1, 3, 4):
-        tokens, pixels = batch(model, n)
-        text, image = towers.text(*tokens), towers.image(pixels)
-        if how == 'int8': assert F.cosine_similarity(text, model.encode_text(tokens)).min() > .999
-        else: assert torch.allclose(text, model.encode_text(tokens), atol=1e-5)
-        assert torch.allclose(image, model.encode_image(pixels), atol=1e-5) and len(image) == n
+    model.image = Own()
+    model.image.pipeline = tiny.pipelines()[1]
+    with pytest.raises(ValueError, match='the image tower, Own, attends in a way of its own'): prepared(model.eval(), Variant(attention='math'))
+    class Mean(nn.Module):
+        width = 32
+        def __init__(self, embed): super().__init__(); self.embed = embed
+        def forward(self, tokens: Tokens): return self.embed(tokens.ids).mean(1)
+    still = tiny.model()
+    pipeline, still.text = still.text.pipeline, Mean(still.text.embed)
+    still.text.pipeline = pipeline
+    with pytest.raises(ValueError, match="attention='math': neither tower attends"): prepared(still.eval(), Variant(attention='math'))
 
 
-def test_attention_takes_the_kernel_that_is_asked_for():
-    attention, x = SelfAttention(nn.MultiheadAttention(16, 2, batch_first=True)).eval(), torch.randn(2, 5, 16)
-    for fused, name in ((True, 'flash'), (False, 'math')):
-        with torch.profiler.profile() as p: with_kernels(lambda x: attention(x, x, x)[0], fused)(x)
-        assert any('attention' in e.key and name in e.key for e in p.key_averages()), [e.key for e in p.key_averages()]
-
-
-def test_the_graph_multiplies_int8():
-    p = prepared(tiny.model(), Variant())
-    word = torch.ones(1, 9, dtype=torch.int64)
-    module, count = int8_graph(_exported(_Tower(p.model, 'text'), (word, word)))
-    linear = [m for m in p.model.text.modules() if type(m) is nn.Linear]
-    assert count == len(linear) == sum(isinstance(m, Int8Linear) for m in module.modules())
-    assert not {tuple(m.weight.shape) for m in linear} & {tuple(x.shape) for x in module.parameters() if x.dim() == 2}
+def test_self_attention_in_steps():
+    attention, x, mask = SelfAttention(nn.MultiheadAttention(16, 2, batch_first=True)).eval(), torch.randn(2, 5, 16), torch.full((5, 5), float('-inf')).triu(1)
+    for m in (None, mask, mask < 0):
+        attention.fused = True
+        want = attention(x, x, x, attn_mask=m)[0]
+        attention.fused = False
+        assert torch.allclose(attention(x, x, x, attn_mask=m)[0], want, atol=1e-6)
 
 
 def test_graphs_fill_batches_up():
@@ -63,24 +129,65 @@ def test_graphs_fill_batches_up():
     with pytest.raises(ValueError, match='a batch of 9 is larger than those captured: 2, 8'): g(torch.zeros(9, 3))
 
 
+def test_pairs_behind_graphs():
+    model, tp = tiny.pair_model(), tiny.pipelines()[0]
+    a = assemble(model, script=False)
+    b = Captured(a, make_card(model, 2), (1, 4))
+    for n in (0, 1, 3, 6):
+        data, levels = pack((['a small red circle', 'b', ''] * 2)[:n]), torch.randint(0, 256, (n, 3, 48, 48), dtype=torch.uint8)
+        assert torch.allclose(b.score_pairs(*data, levels), a.score_pairs(*data, levels), atol=1e-5) and len(b.score_pairs(*data, levels)) == n
+    assert torch.allclose(b(tp(['a', 'b']), b.normalized(levels[:2])), a.model(tp(['a', 'b']), a.normalized(levels[:2])), atol=1e-5)
+    assert not hasattr(Captured(assemble(tiny.model(), script=False), make_card(tiny.model(), 24), 1), 'score_pairs')
+
+
+def test_an_embedder_behind_graphs():
+    "Every way in, for sizes that are captured and larger ones; from several threads."
+    from concurrent.futures import ThreadPoolExecutor
+    from mmembed.export import cases
+    plain, emb, texts = load(exported()[0]), load(exported()[0]), cases.texts()[:20]
+    images = [as_bytes(b) for b in cases.images().values()]
+    emb.module = Captured(emb.module, emb.card, (1, 4))
+    emb.graphs = emb.module.sizes
+    want, (good, ok, errors) = plain.encode_text(texts), plain.encode_image(images, on_error='flag')
+    assert torch.allclose(emb.encode_text(texts), want, atol=1e-5) and torch.allclose(emb.encode_tokens(emb.tokenize(texts[:3])), want[:3], atol=1e-5)
+    got = emb.encode_image(images, on_error='flag')
+    assert torch.allclose(got.embedding, good, atol=1e-5) and got.errors == errors
+    with ThreadPoolExecutor(4) as pool: rows = list(pool.map(lambda t: emb.encode_text([t])[0], texts * 3))
+    assert torch.allclose(torch.stack(rows), want.repeat(3, 1), atol=1e-5)
+    assert emb.profile(['a'], [x for x, o in zip(images, ok) if o][:2], repeats=1).image_tower > 0 and emb.warmup((1, 4)) is emb
+
+
+def test_a_tower_that_waits_is_not_captured(tmp_path):
+    class Impatient(nn.Module):
+        def __init__(self, tower): super().__init__(); self.tower, self.width, self.pipeline = tower, tower.width, tower.pipeline
+        def forward(self, tokens: Tokens): return self.tower(tokens) if int(tokens.mask.sum()) > 0 else self.tower(tokens)
+    model = tiny.model()
+    model.text = Impatient(model.text)
+    with pytest.raises(ValueError, match=r'graphs: the text tower cannot be captured: aten\._local_scalar_dense waits'): export(model.eval(), tmp_path/'m.pt', graphs=(1,))
+    for make in (tiny.model, tiny.pair_model, traced, cross): assert waits(assemble(make(), script=False)) == ''
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason='a GPU is here')
 def test_without_a_gpu_it_says_so():
-    with pytest.raises(RuntimeError, match='graphs: torch sees no CUDA device here'): accelerated(tiny.model(), 'graphs', 'cuda')
-    with pytest.raises(ValueError, match='no acceleration .fast.; there are plain'): accelerated(tiny.model(), 'fast')
+    assert why_not('graphs') == why_not('fp16', 'cuda') == 'torch sees no CUDA device here'
+    assert why_not('graphs', 'cpu') == 'CUDA graphs want a GPU' and all(not why_not(k) for k in ('fp16', 'bf16', 'int8', 'sdpa', 'math'))
+    with pytest.raises(RuntimeError, match='torch sees no CUDA device here'): eager_towers(tiny.model(), device='cuda', compile=True)
+    with pytest.raises(ValueError, match="no acceleration 'fast'; there are fp16"): why_not('fast')
+    assert ACCELERATIONS.keys() >= {'fp16', 'int8', 'sdpa', 'graphs', 'aotinductor', 'tensorrt', 'compile'}
 
 
-def traced():
-    from transformers import BertConfig
-    tp, vp = tiny.pipelines()
-    config = BertConfig(vocab_size=tp.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, max_position_embeddings=tp.max_length + 2)
-    return DualEncoder(Bert(tp, config.to_dict()), tiny.model().image, dim=16).eval()
+def test_providers_of_onnxruntime():
+    onnxruntime = pytest.importorskip('onnxruntime')
+    assert provider_of('cpu') == ['CPUExecutionProvider']
+    with pytest.raises(ValueError, match='device must be cpu, cuda or tensorrt, got .tpu.'): provider_of('tpu')
+    if 'TensorrtExecutionProvider' not in onnxruntime.get_available_providers():
+        assert why_not('tensorrt') == "device='tensorrt': this onnxruntime has no TensorrtExecutionProvider: pip install onnxruntime-gpu tensorrt"
 
 
-@pytest.mark.parametrize('make', [tiny.model, tiny.pair_model, traced])
-def test_an_artifact_moves_whole(make):
+@pytest.mark.parametrize('make, variant', [(tiny.model, Variant()), (tiny.pair_model, Variant()), (traced, Variant(precision='fp16', attention='math'))])
+def test_an_artifact_moves_whole(make, variant):
     "map_location moves parameters, buffers and the constants of the code; a device that is written into the code stays."
-    artifact = quietly(torch.jit.script, assemble(make()))
-    assert left_behind(artifact) == []
+    assert left_behind(quietly(torch.jit.script, assemble(make(), variant=variant))) == []
 
 
 def test_towers_on_the_meta_device():
@@ -90,6 +197,11 @@ def test_towers_on_the_meta_device():
     text = artifact.model.encode_text(Tokens(ids, ids))
     image = artifact.model.encode_image(torch.zeros(2, 3, *tiny.pipelines()[1].size, device='meta'))
     assert text.device.type == image.device.type == 'meta' and text.shape == image.shape == (2, 16)
+
+
+def test_map_location_moves_every_tensor():
+    artifact = quietly(torch.jit.load, str(exported()[0]), map_location='meta')
+    assert {t.device.type for t in (*artifact.parameters(), *artifact.buffers())} == {'meta'}
 
 
 def test_a_device_in_a_trace_is_found():
