@@ -21,7 +21,7 @@ from .encoder import Encoder, Scorer, unstored
 from .steps import Classes, Labelled, Same, SameTexts, Steps, best_labels, read_classes, tried
 from .variants import Prepared, Variant, prepared
 
-# %% ../../nbs/export/01_artifact.ipynb #1d8dd73c
+# %% ../../nbs/export/01_artifact.ipynb #c387c144
 class Served(nn.Module):
     "What every artifact has: its card, its two pipelines, and a look at what comes in"
     dim: int
@@ -65,7 +65,8 @@ class Served(nn.Module):
             raise ValueError('data must be a uint8 tensor of shape (N,): the UTF-8 bytes of all texts')
         if offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.shape[0] == 0:
             raise ValueError('offsets must be an int64 tensor of shape (B+1,)')
-        if int(offsets[0]) != 0 or int(offsets[-1]) != data.shape[0] or bool((offsets[1:] < offsets[:-1]).any()):
+        at: list[int] = offsets.tolist()
+        if at[0] != 0 or at[-1] != data.shape[0] or at != sorted(at):
             raise ValueError('offsets must rise from 0 to the length of data')
         device = self.logit_scale.device
         if offsets.shape[0] == 1:

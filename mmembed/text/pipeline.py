@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/text/pipeline.html.md"""
 # %% auto #0
 __all__ = ['FAMILIES', 'family', 'Frame', 'frame', 'Explanation', 'TextPipeline']
 
-# %% ../../nbs/text/09_pipeline.ipynb #31795baa
+# %% ../../nbs/text/09_pipeline.ipynb #2e992b6f
 import json
 from collections.abc import Callable, Iterable
 from html import escape
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..core import Encoding, Tokens, pack_str
 from .bpe import bpe_family
+from .brief import brief
 from .learn import LEARNERS
 from .readers import Stated, read_any, read_json, read_open_clip, read_vocab, saying, stated, vocabulary
 from .unicode import Codes
@@ -103,7 +104,7 @@ class Explanation(NamedTuple):
         cells = ''.join(cell(k, *s) for k, s in enumerate(self.spans))
         return f'<div style="overflow-x:auto"><table><tr>{cells}</tr></table><small>text, token, id, bytes</small></div>'
 
-# %% ../../nbs/text/09_pipeline.ipynb #3fc60bfc
+# %% ../../nbs/text/09_pipeline.ipynb #c426ecc7
 class TextPipeline(nn.Module):
     """Texts -> `Tokens(ids, mask)`, exactly as the tokenizer it was made from: truncated to `max_length`, padded
     to the longest row, rounded up to a multiple of `pad_to` (0: always to `max_length`).
@@ -126,7 +127,9 @@ class TextPipeline(nn.Module):
         special = sum(map(len, self.single.ids))
         if self.max_length <= special: raise ValueError(f'max_length={self.max_length} leaves no room for text: {special} special tokens')
         if self.pad_to < 0: raise ValueError(f'pad_to={self.pad_to}: a bucket of at least 1, or 0 for max_length')
-        self.vocab_size = max(vocabulary(tokenizer).values()) + 1
+        vocab = vocabulary(tokenizer)
+        self.vocab_size = max(vocab.values()) + 1
+        self.brief = brief(self.pieces, self.front, list(vocab), [t['content'] for t in tokenizer.get('added_tokens', [])])
         self._tokenizer = saying(tokenizer, said, lengths=False)
 
     def forward(self, texts: list[str]) -> Tokens:
@@ -137,7 +140,13 @@ class TextPipeline(nn.Module):
     @torch.jit.export
     def tokenize(self, data: Tensor, offsets: Tensor) -> Tokens:
         "Packed UTF-8 (`pack`), uint8 (N,) and int64 (B+1,) -> ids and mask, int64 (B, L). Raises `RuntimeError` for tensors that are not like that."
-        return self.assemble(self.pieces(data, offsets))
+        if self.shortcuts:
+            at = self._check(data, offsets)
+            if data.numel() <= self.brief.most and data.device.type == 'cpu':
+                ids, begins, known = self.brief(data, at)
+                if known: return self.assemble(ids, begins)
+        p = self.pieces(data, offsets)
+        return self.assemble(p.ids, p.offsets)
 
     @torch.jit.export
     def pieces(self, data: Tensor, offsets: Tensor) -> Pieces:
@@ -146,8 +155,8 @@ class TextPipeline(nn.Module):
         x = self.front(data, offsets, False)
         return self.model(Codes(x.codes, x.offsets))
 
-    def _check(self, data: Tensor, offsets: Tensor):
-        "Raises `RuntimeError`, which it is in every form, for tensors that are no packed texts."
+    def _check(self, data: Tensor, offsets: Tensor) -> list[int]:
+        "The offsets as a list. Raises `RuntimeError`, which it is in every form, for tensors that are no packed texts."
         if not isinstance(data, Tensor) or not isinstance(offsets, Tensor): raise RuntimeError('data and offsets must be tensors, as pack returns them')
         if data.dtype != torch.uint8 or data.dim() != 1: raise RuntimeError(f'data must be a uint8 tensor of one dimension, as pack returns it; its shape is {list(data.shape)}')
         if offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.numel() == 0:
@@ -155,21 +164,28 @@ class TextPipeline(nn.Module):
         at: list[int] = offsets.tolist()  # for usual batches faster than tensor operations, and a single wait for a GPU
         if at[0] != 0 or at[-1] != data.numel() or at != sorted(at):
             raise RuntimeError(f'offsets must rise from 0 to the {data.numel()} bytes of data; they go from {at[0]} to {at[-1]}')
+        return at
 
-    def assemble(self, p: Pieces) -> Tokens:
-        "Ragged pieces -> special tokens, truncation and padding; int64 (B, L)."
-        batch, first = p.offsets.numel() - 1, p.offsets[:-1]
+    def assemble(self, pieces: Tensor, offsets: Tensor) -> Tokens:
+        "Ragged ids, int64 (N,) and (B+1,) -> special tokens, truncation and padding; int64 (B, L)."
+        batch, first = offsets.numel() - 1, offsets[:-1]
         before, after = self.single.ids[0], self.single.ids[2]
         edge = len(before) + len(after)
         if self.shortcuts and batch == 0:
-            empty = torch.zeros((0, edge), dtype=torch.int64, device=p.ids.device)
+            empty = torch.zeros((0, edge), dtype=torch.int64, device=pieces.device)
             return Tokens(empty, empty.clone())
-        count = (p.offsets[1:] - first).clamp(max=self.max_length - edge)
-        column = torch.arange(self._width(self._most(count) + edge), device=p.ids.device)
+        if self.shortcuts and batch == 1:  # lists, which cost less than twenty operations
+            own: list[int] = pieces[:self.max_length - edge].tolist()
+            own = before + own + after
+            rest = self._width(len(own)) - len(own)
+            row, marks = torch.tensor(own + [self.pad_id] * rest, dtype=torch.int64), torch.tensor([1] * len(own) + [0] * rest, dtype=torch.int64)
+            return Tokens(row.to(pieces.device).unsqueeze(0), marks.to(pieces.device).unsqueeze(0))
+        count = (offsets[1:] - first).clamp(max=self.max_length - edge)
+        column = torch.arange(self._width(self._most(count) + edge), device=pieces.device)
         total = (count + edge)[:, None]
         mask = (column < total).long()
         source = first[:, None] + (column - len(before))
-        ids = torch.where(mask > 0, self._taken(p.ids, source), self.pad_id)
+        ids = torch.where(mask > 0, self._taken(pieces, source), self.pad_id)
         for j, t in enumerate(before): ids[:, j] = t
         for j, t in enumerate(after): ids.scatter_(1, total - len(after) + j, t)
         return Tokens(ids, mask)
