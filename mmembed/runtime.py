@@ -8,8 +8,7 @@ Docs: https://mmembed.github.io/mmembed/runtime.html.md"""
 __all__ = ['join_tokens', 'text_lengths', 'Embedder', 'load', 'FORMAT_VERSION', 'read_card', 'reason', 'register_image_ops',
            'Encoded', 'Scored', 'Ranking', 'Similarity', 'Profile']
 
-# %% ../nbs/30_runtime.ipynb #885fcd91
-from bisect import bisect_left
+# %% ../nbs/30_runtime.ipynb #4603db40
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from functools import cached_property
@@ -49,7 +48,7 @@ def text_lengths(
     while sizes[-1] < most: sizes.append(min(most, sizes[-1] + max(1, step // 2) if fine and sizes[-1] < 4 * step else 2 * sizes[-1]))
     return sizes
 
-# %% ../nbs/30_runtime.ipynb #c01f5188
+# %% ../nbs/30_runtime.ipynb #eac1ea4a
 class Embedder:
     "An artifact, loaded: texts and images to embeddings, or pairs of them to scores, with a status for every item"
     def __init__(
@@ -333,9 +332,6 @@ class Embedder:
             if not self.fills: return self.module.score_pairs(*pack(texts), levels)
             tokens = join_tokens([Tokens(*self.module.tokenize(*pack(texts)))], self.module.text_pipeline.pad_id, self.card['max_length'])
             return self.module.model(Tokens(*map(self._filled, tokens)), self.module.normalized(self._filled(levels)))[:len(texts)].float()
-
-    def length(self, n: int) -> int: # to which a text of n tokens is filled
-        return self.lengths[min(bisect_left(self.lengths, n), len(self.lengths) - 1)]
 
     def _lengths(self, tokens: Tokens) -> Tensor: # int64 (B,): the length to which a row is filled, which only its own tokens decide
         used = (tokens.mask * torch.arange(1, tokens.mask.shape[1] + 1, device=tokens.mask.device)).amax(1)

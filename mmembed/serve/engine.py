@@ -7,11 +7,12 @@ Docs: https://mmembed.github.io/mmembed/serve/engine.html.md"""
 # %% auto #0
 __all__ = ['TURN', 'Options', 'Busy', 'Unfit', 'Unsuited', 'Engine', 'out_of_memory', 'Item', 'Job']
 
-# %% ../../nbs/serve/02_engine.ipynb #2ab9e5d8
+# %% ../../nbs/serve/02_engine.ipynb #01ed2f56
 import asyncio
 import math
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import torch
 
 from ..core import Tokens, stack_levels
 from ..inputs import decoders
-from ..runtime import Embedder, join_tokens, reason
+from ..runtime import Embedder, join_tokens, reason, text_lengths
 from .lane import PATIENCE, Item, Job, Lane, Turns
 
 # %% ../../nbs/serve/02_engine.ipynb #a2acb63c
@@ -56,7 +57,7 @@ class Unsuited(ValueError):
 # %% ../../nbs/serve/02_engine.ipynb #bcd8b4a6
 TURN = .5 # seconds
 
-# %% ../../nbs/serve/02_engine.ipynb #d222113d
+# %% ../../nbs/serve/02_engine.ipynb #baf9a2ba
 class Engine:
     "Worker threads round an `Embedder`: `submit` items, get each back with a status"
     def __init__(self,
@@ -71,7 +72,8 @@ class Engine:
         o = options
         pipeline = emb.module.text_pipeline
         self.kinds = ('pair',) if emb.pairs else ('text', 'image')
-        self._pad_id, self._step, self._longest = pipeline.pad_id, pipeline.pad_to, emb.card['max_length']
+        self._pad_id = pipeline.pad_id
+        self._lengths = emb.lengths if emb.deterministic else text_lengths(pipeline.pad_to, emb.card['max_length'], fine=False)
         self.lanes = {kind: Lane(o.batch, o.wait, room=4 * o.batch) for kind in self.kinds}
         self.first = {k: Lane(4 * o.batch, o.wait / 2, then=self.lanes[k]) if k == 'text' else Lane(1, then=self.lanes[k]) for k in self.kinds}
         self.waiting = dict.fromkeys(self.kinds, 0)
@@ -232,8 +234,7 @@ class Engine:
         return f'{len(text):,} bytes of text; this server takes up to {most:,}' if len(text) > most else ''
 
     def _length(self, n: int) -> int: # the bucket of a text of n tokens
-        if not self._step or self.emb.deterministic: return self._longest
-        return min(self._step * 2 ** max(0, math.ceil(math.log2(max(n, 1) / self._step))), self._longest)
+        return self._lengths[min(bisect_left(self._lengths, n), len(self._lengths) - 1)]
 
     def _forward(self, kind) -> bool:
         if not (lane := self.lanes[kind]).due(): return False

@@ -130,7 +130,7 @@ def request_id(given: str | None) -> str:
     "The client's id, or a new one."
     return given if given and re.fullmatch(r'[\w.:-]{1,64}', given, re.ASCII) else f'{random.getrandbits(128):032x}'
 
-# %% ../../nbs/serve/03_observe.ipynb #7eb8d32b
+# %% ../../nbs/serve/03_observe.ipynb #2dccf882
 class Tracer:
     "Writes finished jobs as OpenTelemetry spans; does nothing without an endpoint"
     def __init__(self,
@@ -174,7 +174,7 @@ class Tracer:
         from opentelemetry.trace import Link, set_span_in_context
         at = lambda t: job.wall + int((t - job.arrival) * 1e9)
         parent = set_span_in_context(span)
-        for kind in ('text', 'image'):
+        for kind in ('text', 'image', 'pair'):
             mine = [i for i in job.items if i.kind == kind]
             for stage in ('decode', 'transform', 'tokenize', 'forward'):
                 done = [i for i in mine if stage in i.times]

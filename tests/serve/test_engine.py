@@ -87,6 +87,15 @@ def test_lengths_do_not_mix(engine):
     assert [i.ready.ids.shape[1] for i in items] == [8, 16] and [i.batch for i in items] == [1, 1]
 
 
+def test_lengths_are_the_embedders():
+    "One rule of lengths: a deterministic engine batches texts by the length to which the Embedder fills them, whatever tokens they have."
+    emb = Embedder(tiny.artifact(), batch_size=4, deterministic=True)
+    same, words = Engine(emb), ['a', 'red', 'circle', 'above', 'a', 'blue', 'square', 'triangle', 'green', 'a', 'red', 'large', 'small']
+    items = ask(same, [Item('text', ' '.join(words[:n])) for n in range(len(words))])
+    assert [i.ready.ids.shape[1] for i in items] == emb._lengths(emb.tokenize([i.data for i in items])).tolist() and len({i.ready.ids.shape[1] for i in items}) == 3
+    assert same.close()
+
+
 def test_wrong_kinds_of_data_fail_alone(engine):
     items = ask(engine, [Item('text', None), Item('text', 'a'), Item('image', 7), Item('text', 'x' * (2 << 20)), Item('image', None)])
     assert [i.status for i in items] == ['invalid', 'ok', 'invalid', 'invalid', 'invalid'] and all(i.error for i in items if i.status != 'ok')
