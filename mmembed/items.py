@@ -8,10 +8,9 @@ Docs: https://mmembed.github.io/mmembed/items.html.md"""
 __all__ = ['FORMAT', 'RESERVED', 'About', 'card_of', 'checked', 'holds_vectors', 'ready_vectors', 'opened', 'Rest', 'embedded',
            'whole', 'thumbnail', 'with_thumbnails', 'stream']
 
-# %% ../nbs/41_items.ipynb #a084475f
+# %% ../nbs/41_items.ipynb #3f0a5c5a
 import io
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 
 from .data.loader import thread_pool
 from .data.sources import Part, Source
+from .inputs import cores
 from .intake import column_types, column_value, open_source
 from .runtime import Embedder, read_card
 from .tables import Job, from_precision, read_job
@@ -240,7 +240,7 @@ def whole(
     outer, row = whole(source.source)
     return outer, lambda i: row(source.rows[i])
 
-# %% ../nbs/41_items.ipynb #d73fab88
+# %% ../nbs/41_items.ipynb #1c1099cf
 def thumbnail(
     model: Embedder, # that decodes
     image,           # one image, as in `Embedder.encode_image`
@@ -266,7 +266,7 @@ def with_thumbnails(
         if error: return None
         try: return thumbnail(model, source.image(i), size)
         except (RuntimeError, ValueError, OSError): return None
-    pool = thread_pool(threads or os.cpu_count() or 1)
+    pool = thread_pool(threads or cores())
     try:
         for b in batches: yield b.append_column('thumbnail', pa.array(list(pool.map(small, b['row'].to_pylist(), b['error'].to_pylist())), pa.binary()))
     finally: pool.shutdown(cancel_futures=True)

@@ -9,8 +9,7 @@ __all__ = ['FAILURES', 'Prepared', 'why', 'prepare', 'readable_id', 'batches', '
            'service_batch', 'progress_bar', 'duration', 'PRECISIONS', 'Job', 'Vectors', 'each_shard', 'from_precision',
            'load_vectors', 'read_job', 'to_precision', 'open_source']
 
-# %% ../nbs/40_jobs.ipynb #e9b74b5e
-import os
+# %% ../nbs/40_jobs.ipynb #3733563a
 import sys
 import time
 from collections import deque
@@ -25,6 +24,7 @@ from torch import Tensor
 from .core import Tokens, stack_levels
 from .data.loader import thread_pool
 from .data.sources import Source, _reason
+from .inputs import cores
 from .intake import Survey, changed, column_types, column_value, open_source, survey
 from .runtime import Embedder
 from .tables import (PRECISIONS, Job, Vectors, alone, check_part, each_shard, from_precision, load_vectors, part_table, read_job, same_job,
@@ -206,7 +206,7 @@ def _finish_part(folder: Path, job: Job, k: int, source: Source, part: range, of
                        {c: [v for b in ready for v in b.kept[c]] for c in job.keep}, [e for b in ready for e in b.errors], vectors)
     save_part(folder, job, k, table)
 
-# %% ../nbs/40_jobs.ipynb #f60388a7
+# %% ../nbs/40_jobs.ipynb #bcdabbb1
 def embed(
     model: Embedder | str | Path,  # an artifact
     source: Source,                # see `open_source`
@@ -236,7 +236,7 @@ def embed(
             nonlocal ready
             ready += rows
             if progress: progress(there + ready, job.rows)
-        embed_parts(model, source, job, folder, todo, threads or os.cpu_count() or 1, tick)
+        embed_parts(model, source, job, folder, todo, threads or cores(), tick)
         failed = write_ledger(folder, job)
     return Done(folder, job.rows, job.rows - there, failed, found.repeated, found.example, folder/'errors.jsonl', time.perf_counter() - start)
 

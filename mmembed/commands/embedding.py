@@ -16,7 +16,7 @@ from typing import Annotated
 
 from fastcore.script import store_true
 
-# %% ../../nbs/commands/04_embedding.ipynb #7082c97f
+# %% ../../nbs/commands/04_embedding.ipynb #9e91ff36
 def embed(
     artifact: str,              # an exported file
     *source: str,               # image files; or one folder, table (.csv, .tsv, .jsonl, .parquet), 'shards-{000..099}.tar', hf:NAME, or - for standard input
@@ -102,12 +102,13 @@ def _print_items(artifact, images, text, stdin, device):
 
 def _print(artifact, source, what, keep, batch, threads, device):
     "JSON lines of a source, as they come."
+    from mmembed.inputs import cores
     from mmembed.intake import column_types
     from mmembed.jobs import batches, service_batch
     from mmembed.runtime import Embedder
     column_types(source, keep)
     emb, failed = Embedder(artifact, device, batch_size=batch or service_batch(device), deterministic=True), 0
-    for b, vectors in batches(emb, source, [range(len(source))], what, keep, threads or os.cpu_count() or 1):
+    for b, vectors in batches(emb, source, [range(len(source))], what, keep, threads or cores()):
         rows = {side: iter(v.tolist()) for side, v in vectors.items()}
         for n, i in enumerate(b.rows):
             found = dict(error=b.errors[n]) if b.errors[n] else {f'{side}_vector': next(v) for side, v in rows.items()}

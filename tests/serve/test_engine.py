@@ -246,3 +246,15 @@ def test_a_rare_length_does_not_starve():
     for k in range(8): put(8, f'common {k}')
     time.sleep(.005)
     assert [i.data for i in lane.take()] == ['rare']
+
+
+def test_pairs_have_spans():
+    "Each stage of a pair is a span below its request's, as a text's and an image's are."
+    spans = pytest.importorskip('opentelemetry.sdk.trace.export.in_memory_span_exporter').InMemorySpanExporter()
+    from mmembed.serve.observe import Tracer
+    engine, tracer, done = Engine(Embedder(tiny.pair_artifact())), Tracer(exporter=spans), Future()
+    engine.submit([Item('pair', ('a', FILES['RGB.png']))], done.set_result)
+    span = tracer.begin('/v1/scores', {})
+    tracer.job(span, done.result(30))
+    tracer.end(span, 200)
+    assert {s.name for s in spans.get_finished_spans() if s.parent} >= {'decode', 'transform', 'forward', 'queue'} and engine.close()
