@@ -155,7 +155,7 @@ def lengthened(
     "`x` with `value` to its right."
     return torch.nn.functional.pad(x, [0, max(0, length - x.shape[1])], value=float(value))
 
-# %% ../nbs/00_core.ipynb #ab010fab
+# %% ../nbs/00_core.ipynb #9a0fe53c
 def attend(
     q: Tensor, # (B, H, L, D)
     k: Tensor, # (B, H, N, D)
@@ -164,10 +164,22 @@ def attend(
     fused: bool = True,            # in one kernel, if torch has one for these inputs
 ) -> Tensor: # (B, H, L, D)
     "Softmax of the scaled products of `q` and `k`, times `v`; zeros for a row that may attend to nothing. It scripts."
+    if torch.jit.is_scripting():
+        if fused and q.dtype == torch.bfloat16 and q.device.type == 'cpu': return _attend_bf16(q, k, v, mask)
     if fused: return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask.logical_not(), float('-inf'))
     return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, mask)[0]
+
+def _attend_bf16(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor]) -> Tensor:
+    if q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] < 25000:  # measured: from here on the conversions cost more
+        if mask is not None and mask.dtype != torch.bool: mask = mask.float()
+        return torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)
+    scores = torch.matmul(q, k.transpose(2, 3)).float() * q.shape[3] ** -.5
+    if mask is None: return torch.matmul(scores.softmax(-1).to(v.dtype), v)
+    if mask.dtype != torch.bool: return torch.matmul((scores + mask).softmax(-1).to(v.dtype), v)
+    hidden = mask.logical_not()
+    return torch.matmul(scores.masked_fill(hidden, float('-inf')).softmax(-1).masked_fill(hidden, 0.).to(v.dtype), v)
 
 # %% ../nbs/00_core.ipynb #a422acd0
 class Settings(NamedTuple):

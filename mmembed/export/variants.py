@@ -6,11 +6,13 @@ Docs: https://mmembed.github.io/mmembed/export/variants.html.md"""
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'OUTPUTS', 'ATTENTION', 'SAME', 'FULL', 'STORED', 'Variant', 'checked', 'bounds', 'HalfText',
-           'HalfImage', 'Int8Linear', 'SelfAttention', 'with_linear_attention', 'int8_linear', 'InSteps', 'in_steps',
-           'fold_normalization', 'Prepared', 'prepared']
+           'HalfImage', 'evened', 'Int8Linear', 'SelfAttention', 'with_linear_attention', 'channel_peaks',
+           'int8_linear', 'fold_normalization', 'Prepared', 'prepared']
 
-# %% ../../nbs/export/01a_variants.ipynb #454f9a02
+# %% ../../nbs/export/01a_variants.ipynb #43076c7c
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Optional
 
 import torch
@@ -18,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..core import Tokens, attend
+from ..core import Tokens, attend, quietly
+from . import cases
 
 # %% ../../nbs/export/01a_variants.ipynb #ee5263c9
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
@@ -95,23 +98,60 @@ class HalfImage(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor: return self.tower(pixels.to(self.dtype)).float()
 
-# %% ../../nbs/export/01a_variants.ipynb #a8e2c48b
+# %% ../../nbs/export/01a_variants.ipynb #8802d3e3
+def evened(
+    weight: Tensor, # (out, in)
+    peak: Tensor,   # (in,): the largest size of each input
+) -> Tensor: # (in,): what the inputs are multiplied by, and the columns of the weights divided by
+    "Numbers that make inputs and weights equally hard to round, quarter powers of two; 1 everywhere if no input was seen."
+    top = float(peak.max())
+    if not 0 < top < float('inf'): return torch.ones_like(peak)
+    columns = weight.detach().abs().amax(0)
+    columns, peak = columns.clamp(min=1e-3 * float(columns.max()) + 1e-12), peak.clamp(min=1e-3 * top)
+    return torch.exp2(((columns / peak).log2() * 2).round() / 4)
+
+# %% ../../nbs/export/01a_variants.ipynb #8663f050
 class Int8Linear(nn.Module):
-    "A linear layer that multiplies int8 by int8"
-    def __init__(self, layer: nn.Linear):
+    "A linear layer that multiplies int8 by int8, and a GELU behind it if asked for"
+    def __init__(self,
+        layer: nn.Linear,
+        peak: Optional[Tensor] = None, # (in,): the largest size of each input, as `channel_peaks` finds it
+        gelu: bool = False,
+    ):
         super().__init__()
-        step = layer.weight.detach().abs().amax(1).clamp(min=1e-12) / 127
-        self.register_buffer('weight', (layer.weight.detach() / step[:, None]).round().to(torch.int8))
+        weight = layer.weight.detach()
+        scale = torch.ones_like(weight[0]) if peak is None else evened(weight, peak)
+        weight = weight / scale
+        step = weight.abs().amax(1).clamp(min=1e-12) / 127
+        codes = (weight / step[:, None]).round()
+        self.slab, self.gelu = 256, gelu
+        self.register_buffer('weight', codes.to(torch.int8))
         self.register_buffer('step', step)
+        self.register_buffer('sums', codes.sum(1) * step)
+        self.register_buffer('scale', scale)
         self.register_buffer('bias', torch.zeros_like(step) if layer.bias is None else layer.bias.detach().clone())
 
     def forward(self,
         x: Tensor, # float32 (..., in)
     ) -> Tensor: # float32 (..., out)
         rows = x.reshape(-1, x.shape[-1])
-        step = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-        product = torch._int_mm((rows / step).round().to(torch.int8), self.weight.t())
-        return torch.addcmul(self.bias, product.float() * step, self.step).view(x.shape[:-1] + (self.weight.shape[0],))
+        shape = x.shape[:-1] + (self.weight.shape[0],)
+        if torch.jit.is_scripting():
+            if rows.shape[0] > self.slab:
+                out = torch.empty((rows.shape[0], self.weight.shape[0]), dtype=x.dtype, device=x.device)
+                for i in range(0, rows.shape[0], self.slab): out[i:i+self.slab] = self.rows(rows[i:i+self.slab])
+                return out.view(shape)
+        return self.rows(rows).view(shape)
+
+    def rows(self, x: Tensor) -> Tensor:
+        "(N, out) of (N, in)."
+        x = x * self.scale
+        low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+        step, middle = (high - low).clamp(min=1e-12) / 254, (high + low) / 2
+        codes = x.sub_(middle).div_(step).round_().to(torch.int8)
+        product = torch._int_mm(codes, self.weight.t())
+        y = torch.addcmul(self.bias, middle, self.sums).addcmul_(product.float().mul_(step), self.step)
+        return F.gelu(y) if self.gelu else y
 
 # %% ../../nbs/export/01a_variants.ipynb #6eaee628
 class SelfAttention(nn.Module):
@@ -138,7 +178,7 @@ class SelfAttention(nn.Module):
         none: Optional[Tensor] = None
         return y if self.batch_first else y.transpose(0, 1), none
 
-# %% ../../nbs/export/01a_variants.ipynb #f1c570e2
+# %% ../../nbs/export/01a_variants.ipynb #780e547c
 _BLOCKS = {'ResidualAttentionBlock': 'attn', 'EncoderBlock': 'self_attention'}  # open_clip's, torchvision's
 
 def with_linear_attention(
@@ -152,63 +192,43 @@ def with_linear_attention(
         if plain and not hasattr(block, 'ln_1_kv') and not attention.add_zero_attn: setattr(block, name, SelfAttention(attention).eval())
     return tower
 
+def _linears(tower: nn.Module) -> list[tuple]:
+    return [(m, k, x) for m in with_linear_attention(tower).modules() for k, x in m.named_children()
+            if type(x) is nn.Linear and not isinstance(m, nn.MultiheadAttention)]
+
+def channel_peaks(
+    tower: nn.Module, # its attention is changed in place, as `with_linear_attention` does it
+    *inputs,          # of the tower, one call each
+) -> dict: # linear layer -> (in,)
+    "The largest size of every channel that comes into the linear layers of `tower`."
+    peaks = {}
+    def look(layer, inputs, _):
+        x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).abs().amax(0)
+        peaks[layer] = torch.maximum(peaks[layer], x) if layer in peaks else x
+    hooks = [layer.register_forward_hook(look) for _, _, layer in _linears(tower)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # one order of sums, whatever the process has
+    try:
+        with torch.no_grad():
+            for x in inputs: tower(x)
+    finally:
+        torch.set_num_threads(threads)
+        for h in hooks: h.remove()
+    return peaks
+
 def int8_linear(
-    tower: nn.Module, # changed in place
+    tower: nn.Module,  # changed in place
+    *inputs,           # of the tower: what the sizes of the channels are taken from
+    script: bool = False, # the layers, so that they work in slabs inside a traced tower too
 ) -> int: # how many
     "Replaces every linear layer of `tower` by an `Int8Linear`."
-    found = [(m, k, x) for m in with_linear_attention(tower).modules() for k, x in m.named_children()
-             if type(x) is nn.Linear and not isinstance(m, nn.MultiheadAttention)]
-    for owner, key, layer in found: setattr(owner, key, Int8Linear(layer))
+    from mmembed.export.kernels import _gelus
+    _gelus(tower)
+    found, peaks = _linears(tower), channel_peaks(tower, *inputs)
+    for owner, key, layer in found:
+        made = Int8Linear(layer, peaks.get(layer), hasattr(layer, 'gelu')).eval()
+        setattr(owner, key, quietly(torch.jit.script, made) if script else made)
     return len(found)
-
-# %% ../../nbs/export/01a_variants.ipynb #d9cdc995
-class _Attention(TorchFunctionMode):
-    "Counts the calls that attend, and answers them in steps if asked to"
-    def __init__(self, steps: bool = False):
-        super().__init__()
-        self.steps, self.seen = steps, 0
-
-    def __torch_function__(self, f, types, args=(), kwargs=None):
-        attends = f is F.scaled_dot_product_attention
-        self.seen += attends or f is F.multi_head_attention_forward
-        return _steps(*args, **kwargs or {}) if attends and self.steps else f(*args, **kwargs or {})
-
-def _steps(query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
-    if scale is not None: query = query * (scale * query.shape[-1] ** .5)
-    if enable_gqa: key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    if is_causal: attn_mask = torch.ones_like(query[0, 0] @ key[0, 0].T).tril() > 0
-    return attend(query, key, value, attn_mask, fused=False)
-
-class InSteps(nn.Module):
-    "A tower that is traced, attending in steps"
-    traceable = True
-    def __init__(self, tower: nn.Module):
-        super().__init__()
-        self.tower, self.width = tower, tower.width
-    def forward(self, x):
-        with _Attention(steps=True): return self.tower(x)
-
-# %% ../../nbs/export/01a_variants.ipynb #a4b8a082
-def in_steps(
-    model: nn.Module, # a DualEncoder or PairClassifier, changed in place
-    tp: nn.Module,    # its text pipeline
-    size: tuple,      # (H, W) of its pixels
-):
-    "`attention='math'`. Raises `ValueError` for towers that do not attend, or do so in a way of their own."
-    asked = {'text': tp(['two', 'texts']), 'image': torch.zeros(2, 3, *size)}
-    def calls(name):
-        with torch.no_grad(), _Attention() as seen: getattr(model, name)(asked[name])
-        return seen.seen
-    for name in asked: with_linear_attention(getattr(model, name))
-    some = [name for name in asked if calls(name)]
-    if not some: raise ValueError("attention='math': neither tower attends")
-    for m in model.modules():
-        for flag in ('fused', 'fused_attn'):  # ours, timm's
-            if hasattr(m, flag): setattr(m, flag, False)
-    for name in some:
-        tower = getattr(model, name)
-        if getattr(tower, 'traceable', False): setattr(model, name, InSteps(tower))
-        if calls(name): raise ValueError(f"attention='math': the {name} tower, {type(tower).__name__}, attends in a way of its own")
 
 # %% ../../nbs/export/01a_variants.ipynb #6065710c
 def fold_normalization(
@@ -241,7 +261,7 @@ class Prepared(NamedTuple):
     vision_pipeline: nn.Module
     variant: Variant
 
-# %% ../../nbs/export/01a_variants.ipynb #ff379fac
+# %% ../../nbs/export/01a_variants.ipynb #997ab69f
 def prepared(
     model: nn.Module,              # a DualEncoder or PairClassifier with its two pipelines; left as it is
     variant: Variant = Variant(),
@@ -254,15 +274,31 @@ def prepared(
         if hasattr(tower, 'pipeline'): object.__setattr__(tower, 'pipeline', None)  # the artifact holds it once
     if v.trim: _trim(model, tp, v.trim)
     if v.fold: fold_normalization(model.image, vp)
-    if v.quantize and not int8_linear(model.text) + int8_linear(model.image): raise ValueError("quantize='int8': the towers have no linear layers")
+    if v.quantize:
+        texts, pixels = _examples(tp, vp, v.fold)
+        if not int8_linear(model.text, texts, script=kernels) + int8_linear(model.image, pixels, script=kernels):
+            raise ValueError("quantize='int8': the towers have no linear layers")
     if kernels and not v.portable:
         from mmembed.export.kernels import quick
         model.text, model.image = quick(model.text), quick(model.image)
     if v.attention == 'math': in_steps(model, tp, vp.size)
     if v.precision != 'fp32':
         dtype = PRECISIONS[v.precision]
+        if kernels and v.precision == 'bf16' and v.attention == 'sdpa':
+            quick_attention = quietly(torch.jit.script, attend)
+            for name in ('text', 'image'):
+                if getattr(tower := getattr(model, name), 'traceable', False): setattr(model, name, Attending(tower, quick_attention))
         model.text, model.image = HalfText(model.text, dtype), HalfImage(model.image, dtype)
     return Prepared(model, tp, vp, v)
+
+# %% ../../nbs/export/01a_variants.ipynb #a7a2eb6d
+def _examples(tp: nn.Module, vp: nn.Module, fold: bool) -> tuple[Tokens, Tensor]:
+    "The built-in texts and pictures as the towers take them: never a user's own, so that one model has one int8 form."
+    texts = [torch.tensor(list(t), dtype=torch.uint8) for t in cases.texts()]
+    levels = torch.stack([vp.preprocess(x) for x in cases.arrays()])
+    with torch.no_grad():
+        tokens = tp.tokenize(torch.cat(texts), torch.tensor([0, *map(len, texts)]).cumsum(0))
+        return Tokens(*tokens), levels.float() if fold else vp.normalize(levels)
 
 # %% ../../nbs/export/01a_variants.ipynb #3362f1d7
 def _trim(model: nn.Module, tp: nn.Module, bucket: int):
