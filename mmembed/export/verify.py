@@ -29,7 +29,8 @@ from .artifact import assemble, save
 from .card import make_card, sha256
 from .compiled import program_hashes, save_package
 from .encoder import unstored
-from .onnx import export_onnx, rows as onnx_rows, settle
+from .onnx import export_onnx, settle
+from .onnxhost import rows as onnx_rows
 from .steps import Steps, read_classes, tried
 from .variants import SAME, Variant, bounds
 from ..graphs import Captured, sizes_of
@@ -323,7 +324,7 @@ def export(
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp' + package * '.pt2')
     graphs = temporary.with_suffix('.onnx')
     try:
-        if onnx: export_onnx(model, graphs, variant, steps, card)
+        if onnx: export_onnx(model, graphs, variant, steps, card, classes=classes)
         if package: save_package(artifact, temporary, card, cpu)
         else: save(quietly(torch.jit.script, artifact), temporary, artifact.identity)
         report = verify(temporary, model, texts, images, fresh, cpp, (0, 1, 3, 64), samples, steps, labels if own is None else None, templates, device,
