@@ -33,6 +33,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -192,6 +193,7 @@ inline void register_image_ops(const std::string& path = "", bool heic = false) 
 
 // The identity card (JSON) of an artifact, read without loading the model.
 inline std::string read_card(const std::string& path) {
+  if (std::filesystem::is_directory(path)) throw Error(path + " is not an mmembed artifact: it is a folder");
   { std::ifstream in(path, std::ios::binary); if (!in) throw Error(path + ": " + std::strerror(errno)); }
   try {
     caffe2::serialize::PyTorchStreamReader archive(path);
@@ -228,7 +230,10 @@ void in_threads(size_t n, int threads, F f) {
     }
   };
   std::vector<std::thread> pool;
-  for (size_t i = 1; i < workers; ++i) pool.emplace_back(work);
+  try {
+    for (size_t i = 1; i < workers; ++i) pool.emplace_back(work);
+  } catch (const std::system_error&) {  // the system gives no more threads: those that there are do the work
+  }
   work();
   for (auto& t : pool) t.join();
   if (failure) std::rethrow_exception(failure);
@@ -310,6 +315,7 @@ class Embedder {
       register_image_ops(options_.torchcodec);
       if (card_field(card_, "heic") == "true") register_image_ops(options_.torchcodec, true);
     }
+    if (options_.device.is_meta()) throw Error("device must be cpu, cuda, cuda:1 or the like, got meta");
     if (options_.device.is_cuda()) {
       load_beside("libtorch_cuda.so");
       if (!at::hasCUDA()) throw Error("device " + options_.device.str() + ": libtorch sees no CUDA device here");
@@ -325,7 +331,8 @@ class Embedder {
     } catch (const Error&) {
       throw;
     } catch (const std::exception& e) {
-      throw Error(path + " cannot be loaded: " + reason(e));
+      const bool lacks = std::string(e.what()).find("builtin op: mkldnn") != std::string::npos;
+      throw Error(path + " cannot be loaded: " + (lacks ? "its towers call oneDNN, which this torch lacks; export it with portable=True" : reason(e)));
     }
     module_.eval();
     if (options_.device.is_cpu() && at::hasMKLDNN())
@@ -349,7 +356,7 @@ class Embedder {
     torch::NoGradGuard no_grad;
     auto [data, offsets] = pack(texts.begin(), texts.end());
     auto fields = call("tokenize", {data, offsets}).toTuple();
-    return {fields->elements()[0].toTensor(), fields->elements()[1].toTensor()};
+    return {fields->elements()[0].toTensor().to(torch::kCPU), fields->elements()[1].toTensor().to(torch::kCPU)};
   }
 
   // Answers made-up items in batches of each size, so that what is slow only once is over.
@@ -380,7 +387,7 @@ class Embedder {
 
   ImageInfo probe(const Image& image) const {
     if (const std::string error = unusable(image); !error.empty()) return {"", 0, 0, 0, 0, 1, 1, error};
-    auto f = call("probe", {image.data}).toTuple()->elements();
+    auto f = call("probe", {here(image)}).toTuple()->elements();
     return {f[0].toStringRef(), f[1].toInt(), f[2].toInt(), f[3].toInt(), f[4].toInt(),
             f[5].toInt(), f[6].toInt(), f[7].toStringRef()};
   }
@@ -390,7 +397,7 @@ class Embedder {
     torch::NoGradGuard no_grad;
     if (const std::string error = unusable(image); !error.empty()) return {torch::Tensor(), error};
     try {
-      return {call("preprocess_image", {image.data}).toTensor(), ""};
+      return {call("preprocess_image", {here(image)}).toTensor(), ""};
     } catch (const Error& e) {
       return {torch::Tensor(), e.what()};
     }
@@ -436,7 +443,8 @@ class Embedder {
   Labelled classify(const torch::Tensor& rows, int64_t top_k = 0) const {
     if (labels_.empty()) throw Error("this artifact has no labels: export it with labels=");
     torch::NoGradGuard no_grad;
-    auto f = call(pairs_ ? "classify_scores" : "classify_embedding", {defined(rows, "rows").to(options_.device), top_k}).toTuple()->elements();
+    if (top_k < 0) throw Error("top_k must be 0 or more, got " + std::to_string(top_k));
+    auto f = call(pairs_ ? "classify_scores" : "classify_embedding", {fitting(rows, "rows", "B"), top_k}).toTuple()->elements();
     Labelled out{{}, f[1].toTensor().to(torch::kCPU), f[2].toTensor().to(torch::kCPU)};
     for (const auto& row : f[0].toListRef()) {
       out.labels.emplace_back();
@@ -449,8 +457,7 @@ class Embedder {
   torch::Tensor score(const torch::Tensor& text, const torch::Tensor& image) const {
     embeds("score");
     torch::NoGradGuard no_grad;
-    const torch::Tensor t = defined(text, "text").to(options_.device), i = defined(image, "image").to(options_.device);
-    return call("score", {t, i}).toTensor().to(torch::kCPU);
+    return call("score", {fitting(text, "text", "T"), fitting(image, "image", "I")}).toTensor().to(torch::kCPU);
   }
 
  private:
@@ -469,14 +476,27 @@ class Embedder {
     return {torch::empty({0}, torch::kUInt8), torch::zeros({1}, torch::kInt64)};
   }
 
+  static std::string said(const torch::Tensor& x) { return std::string(c10::toString(x.scalar_type())) + " " + c10::str(x.sizes()); }
+
   static std::string unusable(const Image& image) {
     if (!image.error.empty()) return image.error;
-    return image.data.defined() ? "" : "image is an undefined tensor";
+    if (!image.data.defined()) return "image is an undefined tensor";
+    const bool file = image.data.dim() == 1, rgb = image.data.dim() == 3 && image.data.size(0) == 3 && image.data.numel() > 0;
+    if (image.data.scalar_type() == torch::kUInt8 && (file || rgb)) return "";
+    return "image must be uint8: a file (N,) or decoded RGB (3, H, W), got " + said(image.data);
   }
 
-  static const torch::Tensor& defined(const torch::Tensor& x, const char* name) {
+  static torch::Tensor here(const Image& image) {
+    const torch::Tensor x = image.data.to(torch::kCPU);
+    return x.dim() == 1 ? x.contiguous() : x;
+  }
+
+  // Embeddings, or the scores of pairs, on the model's device.
+  torch::Tensor fitting(const torch::Tensor& x, const char* name, const char* rows) const {
     if (!x.defined()) throw Error(std::string(name) + " is an undefined tensor");
-    return x;
+    if (x.dim() != 2 || x.size(1) != dim_ || x.scalar_type() != type_)
+      throw Error(std::string(name) + " must have the shape (" + rows + ", " + std::to_string(dim_) + ") and the type " + c10::toString(type_) + ", got " + said(x));
+    return x.to(options_.device);
   }
 
   void embeds(const char* method) const {

@@ -185,10 +185,24 @@ int main(int argc, char** argv) {
   CHECK(error_of([&] { judge.scores({"a"}, {}); }) == "1 texts and 0 images are no pairs");
   CHECK(error_of([&] { emb.classify(text); }).rfind("this artifact has no labels", 0) == 0);
   CHECK(error_of([&] { emb.score(torch::Tensor(), alone); }) == "text is an undefined tensor");
+  CHECK(error_of([&] { emb.score(text, alone[0]); }) == "image must have the shape (I, " + std::to_string(D) + ") and the type Float, got Float [" + std::to_string(D) + "]");
+  CHECK(error_of([&] { emb.score(text.to(torch::kDouble), alone); }).rfind("text must have the shape (T, ", 0) == 0);
+  CHECK(error_of([&] { judge.classify(torch::zeros({2, 3})); }) == "rows must have the shape (B, 2) and the type Float, got Float [2, 3]");
+  CHECK(error_of([&] { judge.classify(pairs.scores, -1); }) == "top_k must be 0 or more, got -1");
   CHECK(emb.preprocess(Image{}).error == "image is an undefined tensor");
+  for (const torch::Tensor& wrong : {torch::zeros({3, 4, 4}), torch::zeros({5}), torch::zeros({4, 5, 5}, torch::kUInt8), torch::zeros({2, 2}, torch::kUInt8),
+                                     torch::zeros({3, 0, 4}, torch::kUInt8), torch::zeros({}, torch::kUInt8)})
+    for (const std::string& error : {emb.preprocess(Image::rgb(wrong)).error, emb.encode_image({Image::rgb(wrong)}).errors[0], emb.probe(Image::rgb(wrong)).error})
+      CHECK(error.rfind("image must be uint8: a file (N,) or decoded RGB (3, H, W), got ", 0) == 0);
+  CHECK(emb.preprocess(Image::rgb(torch::zeros({4, 4}))).error == "image must be uint8: a file (N,) or decoded RGB (3, H, W), got Float [4, 4]");
+  const torch::Tensor apart = torch::stack({good.data, good.data}, 1).select(1, 0);  // every other byte of a buffer
+  CHECK(!apart.is_contiguous() && torch::equal(emb.preprocess(Image{apart, ""}).levels, emb.preprocess(good).levels));
+  CHECK(torch::equal(emb.preprocess(Image::rgb(rgb.flip(2).flip(2).permute({0, 2, 1}).contiguous().permute({0, 2, 1}))).levels, emb.preprocess(Image::rgb(rgb)).levels));
   CHECK(error_of([&] { emb.warmup({0}); }) == "sizes must be at least 1, got 0");
   CHECK(error_of([&] { mmembed::Options o; o.threads = -1; Embedder e(path, o); }) == "threads must be at least 0, got -1");
   CHECK(error_of([&] { mmembed::Options o; o.decoders = 0; Embedder e(path, o); }) == "decoders must be at least 1, got 0");
+  CHECK(error_of([&] { mmembed::Options o; o.device = torch::kMeta; Embedder e(path, o); }) == "device must be cpu, cuda, cuda:1 or the like, got meta");
+  CHECK(error_of([] { Embedder("/tmp"); }) == "/tmp is not an mmembed artifact: it is a folder");
   if (!at::hasCUDA()) {
     mmembed::Options gpu;
     gpu.device = torch::kCUDA;
