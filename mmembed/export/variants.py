@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/export/variants.html.md"""
 # %% auto #0
 __all__ = ['PRECISIONS', 'OUTPUTS', 'ATTENTION', 'SAME', 'FULL', 'STORED', 'Variant', 'checked', 'bounds', 'HalfText',
            'HalfImage', 'evened', 'Int8Linear', 'SelfAttention', 'with_linear_attention', 'channel_peaks',
-           'int8_linear', 'fold_normalization', 'Prepared', 'prepared']
+           'int8_linear', 'InSteps', 'in_steps', 'fold_normalization', 'Prepared', 'prepared']
 
 # %% ../../nbs/export/01a_variants.ipynb #43076c7c
 import copy
@@ -229,6 +229,55 @@ def int8_linear(
         made = Int8Linear(layer, peaks.get(layer), hasattr(layer, 'gelu')).eval()
         setattr(owner, key, quietly(torch.jit.script, made) if script else made)
     return len(found)
+
+# %% ../../nbs/export/01a_variants.ipynb #d9cdc995
+class _Attention(TorchFunctionMode):
+    "Counts the calls that attend, and answers them in steps if asked to"
+    def __init__(self, steps: bool = False):
+        super().__init__()
+        self.steps, self.seen = steps, 0
+
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        attends = f is F.scaled_dot_product_attention
+        self.seen += attends or f is F.multi_head_attention_forward
+        return _steps(*args, **kwargs or {}) if attends and self.steps else f(*args, **kwargs or {})
+
+def _steps(query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
+    if scale is not None: query = query * (scale * query.shape[-1] ** .5)
+    if enable_gqa: key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    if is_causal: attn_mask = torch.ones_like(query[0, 0] @ key[0, 0].T).tril() > 0
+    return attend(query, key, value, attn_mask, fused=False)
+
+class InSteps(nn.Module):
+    "A tower that is traced, attending in steps"
+    traceable = True
+    def __init__(self, tower: nn.Module):
+        super().__init__()
+        self.tower, self.width = tower, tower.width
+    def forward(self, x):
+        with _Attention(steps=True): return self.tower(x)
+
+# %% ../../nbs/export/01a_variants.ipynb #a4b8a082
+def in_steps(
+    model: nn.Module, # a DualEncoder or PairClassifier, changed in place
+    tp: nn.Module,    # its text pipeline
+    size: tuple,      # (H, W) of its pixels
+):
+    "`attention='math'`. Raises `ValueError` for towers that do not attend, or do so in a way of their own."
+    asked = {'text': tp(['two', 'texts']), 'image': torch.zeros(2, 3, *size)}
+    def calls(name):
+        with torch.no_grad(), _Attention() as seen: getattr(model, name)(asked[name])
+        return seen.seen
+    for name in asked: with_linear_attention(getattr(model, name))
+    some = [name for name in asked if calls(name)]
+    if not some: raise ValueError("attention='math': neither tower attends")
+    for m in model.modules():
+        for flag in ('fused', 'fused_attn'):  # ours, timm's
+            if hasattr(m, flag): setattr(m, flag, False)
+    for name in some:
+        tower = getattr(model, name)
+        if getattr(tower, 'traceable', False): setattr(model, name, InSteps(tower))
+        if calls(name): raise ValueError(f"attention='math': the {name} tower, {type(tower).__name__}, attends in a way of its own")
 
 # %% ../../nbs/export/01a_variants.ipynb #6065710c
 def fold_normalization(
