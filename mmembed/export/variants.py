@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/export/variants.html.md"""
 # %% auto #0
 __all__ = ['PRECISIONS', 'OUTPUTS', 'ATTENTION', 'SAME', 'FULL', 'STORED', 'Variant', 'checked', 'bounds', 'HalfText',
            'HalfImage', 'evened', 'Int8Linear', 'SelfAttention', 'with_linear_attention', 'channel_peaks',
-           'int8_linear', 'InSteps', 'in_steps', 'fold_normalization', 'Prepared', 'prepared']
+           'int8_linear', 'Attending', 'in_steps', 'fold_normalization', 'Prepared', 'prepared']
 
 # %% ../../nbs/export/01a_variants.ipynb #43076c7c
 import copy
@@ -230,34 +230,34 @@ def int8_linear(
         setattr(owner, key, quietly(torch.jit.script, made) if script else made)
     return len(found)
 
-# %% ../../nbs/export/01a_variants.ipynb #d9cdc995
+# %% ../../nbs/export/01a_variants.ipynb #0df1245a
 class _Attention(TorchFunctionMode):
-    "Counts the calls that attend, and answers them in steps if asked to"
-    def __init__(self, steps: bool = False):
+    "Counts the calls that attend, and answers them with `f` if there is one"
+    def __init__(self, f: Callable | None = None):
         super().__init__()
-        self.steps, self.seen = steps, 0
+        self.f, self.seen = f, 0
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         attends = f is F.scaled_dot_product_attention
         self.seen += attends or f is F.multi_head_attention_forward
-        return _steps(*args, **kwargs or {}) if attends and self.steps else f(*args, **kwargs or {})
+        return self._answer(*args, **kwargs or {}) if attends and self.f else f(*args, **kwargs or {})
 
-def _steps(query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
-    if scale is not None: query = query * (scale * query.shape[-1] ** .5)
-    if enable_gqa: key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    if is_causal: attn_mask = torch.ones_like(query[0, 0] @ key[0, 0].T).tril() > 0
-    return attend(query, key, value, attn_mask, fused=False)
+    def _answer(self, query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
+        if scale is not None and abs(scale * query.shape[-1] ** .5 - 1) > 1e-6: query = query * (scale * query.shape[-1] ** .5)
+        if enable_gqa: key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        if is_causal: attn_mask = torch.ones_like(query[0, 0] @ key[0, 0].T).tril() > 0
+        return self.f(query, key, value, attn_mask)
 
-class InSteps(nn.Module):
-    "A tower that is traced, attending in steps"
+class Attending(nn.Module):
+    "A tower that is traced, whose attention `f` computes"
     traceable = True
-    def __init__(self, tower: nn.Module):
+    def __init__(self, tower: nn.Module, f: Callable):
         super().__init__()
-        self.tower, self.width = tower, tower.width
+        self.tower, self.width, self.f = tower, tower.width, f
     def forward(self, x):
-        with _Attention(steps=True): return self.tower(x)
+        with _Attention(self.f): return self.tower(x)
 
-# %% ../../nbs/export/01a_variants.ipynb #a4b8a082
+# %% ../../nbs/export/01a_variants.ipynb #8a663c05
 def in_steps(
     model: nn.Module, # a DualEncoder or PairClassifier, changed in place
     tp: nn.Module,    # its text pipeline
@@ -276,7 +276,7 @@ def in_steps(
             if hasattr(m, flag): setattr(m, flag, False)
     for name in some:
         tower = getattr(model, name)
-        if getattr(tower, 'traceable', False): setattr(model, name, InSteps(tower))
+        if getattr(tower, 'traceable', False): setattr(model, name, Attending(tower, partial(attend, fused=False)))
         if calls(name): raise ValueError(f"attention='math': the {name} tower, {type(tower).__name__}, attends in a way of its own")
 
 # %% ../../nbs/export/01a_variants.ipynb #6065710c
