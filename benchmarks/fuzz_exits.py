@@ -3,7 +3,12 @@
     python -m benchmarks.fuzz_exits --n 20000
 
 prints a line a family (what was exported, in how many seconds, to how many KiB) and a line a set of texts: texts compared, and the
-texts whose ids or mask differ, in the program and in onnxruntime. Exits 1 if any differ, or if an operator is not ONNX's own."""
+texts whose ids or mask differ, in the program and in onnxruntime. Exits 1 if any differ, or if an operator is not ONNX's own.
+
+    python -m benchmarks.fuzz_exits --whole
+
+exports a small model of each family with its ONNX files instead, for a DualEncoder with labels, a PairClassifier and `decode=False`, and prints what
+`verify` found in onnxruntime: built-in texts and pictures in batches of 0, 1, 3 and 64."""
 import argparse
 import functools
 import json
@@ -115,15 +120,44 @@ def differing(run, tokenize, texts, batch=256):
     return wrong
 
 
+def small_model(tp, pairs):
+    "Towers of random weights behind a tokenizer."
+    from mmembed.models.dual import DualEncoder
+    from mmembed.models.pair import PairClassifier
+    from mmembed.models.towers import ConvNet, TextTransformer
+    from mmembed.vision.pipeline import VisionPipeline
+    tp.max_length = 48
+    torch.manual_seed(0)
+    text, image = TextTransformer(tp, width=32, depth=1, heads=2), ConvNet(VisionPipeline(size=48), channels=(8, 16), width=32)
+    return (PairClassifier(text, image, ['mismatch', 'match'], dim=24) if pairs else DualEncoder(text, image, dim=24)).eval()
+
+
+def whole(families):
+    "The number of exports that fail."
+    from mmembed.export.verify import export
+    failed = 0
+    for i, (name, make) in enumerate(families.items()):
+        pairs, began = i % 2 > 0, time.process_time()
+        options = {} if pairs else dict(labels=['a cat', 'a dog', 'a red circle'], top_k=2, threshold=.2, decode=i % 3 > 0)
+        with tempfile.TemporaryDirectory() as d:
+            try: rows = [r for r in export(small_model(make().eval(), pairs), Path(d)/'m.pt', onnx=Path(d)/'g', fresh=False, cpp=False, **options).rows if r.stage == 'onnx']
+            except (RuntimeError, ValueError, TypeError) as e: rows, failed = [], failed + (print(f'{name}: {e}') or 1)
+        told = ', '.join(f'{r.what} {r.difference:.2g}' for r in rows if r.n > 1)
+        if rows: print(f'{name}, {"pairs" if pairs else "two towers"}{", ".join([""] + sorted(options))}: {time.process_time() - began:.0f} s of CPU, {told}', flush=True)
+    return failed
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--n', type=int, default=20_000, help='random strings a family')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--only', default='', help='families whose name contains this')
+    parser.add_argument('--whole', action='store_true', help='export small models instead')
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name in ('torch.__trace', 'onnx_ir'): logging.getLogger(name).setLevel(logging.ERROR)
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'
+    if args.whole: sys.exit(whole({k: v for k, v in {**FAMILIES, **lattices()}.items() if args.only in k}) > 0)
     root = data_root()/'text'
     sets = {'awkward': AWKWARD + LONG, 'random strings': bpe_texts(args.n, args.seed), 'broken UTF-8': random_bytes(args.n // 4, args.seed),
         'code points': code_points(), 'between letters': [f'a{c}b' for c in code_points(7)]}

@@ -79,6 +79,7 @@ def export(
     image: str = None,         # for a Hugging Face folder with a text encoder alone: the folder whose image tower it was trained to meet
     triton: str = None,        # write a Triton model repository to this folder, too
     onnx: str = None,          # write ONNX files to this folder, too, and ask onnxruntime; with --triton of an exported file: where they are
+    onnx_files: store_true = False, # with --onnx: files.onnx, too, which takes JPEG and PNG files and wants onnxruntime-extensions
     compiled: str = None,      # compile tokenizer and towers into this .pt2 file, too, and verify it
     no_decode: store_true = False, # leave the file decoders out, for hosts with libtorch alone
     precision: str = 'fp32',       # of the towers: fp32, bf16, fp16
@@ -110,6 +111,7 @@ def export(
     import mmembed as mm
     from mmembed.core import settings
     sizes = [int(x) if x.strip().isdigit() else x for x in cuda_graphs.split(',')] if cuda_graphs else ()
+    if onnx_files and not onnx: raise ValueError('--onnx-files wants --onnx FOLDER, where image.onnx lies')
     made = is_artifact(checkpoint) if (triton or onnx) and checkpoint else False
     if made and not triton: raise ValueError(f'--onnx wants the model that {checkpoint} was exported from: its checkpoint, its folder, or --open-clip MODEL')
     if compiled and (made or Path(compiled).suffix != '.pt2'): raise ValueError(f'--compiled wants a model, and a file that ends in .pt2: got {checkpoint if made else compiled}')
@@ -120,7 +122,7 @@ def export(
         with working('exporting, and asking every host the same'):
             options = dict(decode=not no_decode, training=training, cpp=cpp, precision=precision, quantize=quantize, fold=fold,
                 trim=trim, deterministic=deterministic, dim=dim, output=output, portable=portable, attention=attention, labels=names, top_k=top_k, threshold=threshold)
-            report = mm.export(model, out, onnx=onnx, device=device, graphs=sizes, **options)
+            report = mm.export(model, out, onnx=onnx, onnx_files=onnx_files, device=device, graphs=sizes, **options)
         print(report.to_json() if json else report)
         if not json: print(f'\n{near(out)} ({Path(out).stat().st_size / 1e6:.1f} MB)')
         if onnx and not json: print(f'ONNX: {", ".join(p.name for p in sorted(Path(onnx).glob("*.onnx")))} and embed.py, which runs them, in {near(onnx)}')

@@ -130,17 +130,21 @@ def _levels(g: Graph, parts: dict, images, sizes): # -> uint8 (B, 3, S, S)
     levels, = g.loop(g.op('Size', ends), body)
     return placed(levels, torch.uint8, 'B', *out.shape[1:])
 
-# %% ../../nbs/export/09_onnx.ipynb #e939699e
-def _whole(g: Graph, tower, given: dict) -> list: # the tower's outputs, at least one row of them
+# %% ../../nbs/export/09_onnx.ipynb #ac520d53
+def _lengthened(g: Graph, given: dict, least: int, pad_id: int) -> dict: # ids and mask of at least so many columns
+    def wider(x, filling):
+        missing = g.op('Max', g.op('Sub', g.ints(least), g.op('Shape', x, start=1)), g.ints(0))
+        return g.op('Pad', x, g.op('Concat', g.ints(0, 0, 0), missing, axis=0), g.number(filling))
+    return given | {k: wider(given[k], filling) for k, filling in (('ids', pad_id), ('mask', 0)) if k in given}
+
+def _whole(g: Graph, tower, given: dict, pad_id: int) -> list: # the tower's outputs, at least one row of them
+    if any(v.name == 'ids' and not isinstance(v.shape[1], int) for v in tower.graph.inputs): given = _lengthened(g, given, 2, pad_id)
     shapes = {k: g.ints(*v.shape[1:]) if k == 'levels' else g.op('Shape', v, start=1) for k, v in given.items()}
     zero = {k: torch.zeros(1, dtype=torch.uint8 if k == 'levels' else torch.int64) for k in given}
     return g.absorb(tower, 'tower', **{k: g.one_more(v, shapes[k], zero[k]) for k, v in given.items()})
 
 def _in_blocks(g: Graph, tower, given: dict, rows: int, length: int, pad_id: int) -> list: # the tower's outputs, a multiple of `rows` of them
-    many, filling = g.rows(next(iter(given.values()))), {'ids': pad_id, 'mask': 0}
-    for k in given.keys() & filling:
-        missing = g.op('Sub', g.ints(length), g.op('Shape', given[k], start=1))
-        given[k] = g.op('Pad', given[k], g.op('Concat', g.ints(0, 0, 0), missing, axis=0), g.number(filling[k]))
+    many, given = g.rows(next(iter(given.values()))), _lengthened(g, given, length, pad_id)
     body = Graph(value('i', torch.int64), value('go', torch.bool), name='block')
     at = body.op('Add', body.op('Mul', body.graph.inputs[0], body.number(rows)), body.ints(*range(rows)))
     at = body.op('Min', at, body.op('Sub', many, body.ints(1)))
@@ -152,15 +156,15 @@ def _in_blocks(g: Graph, tower, given: dict, rows: int, length: int, pad_id: int
     for a, b in zip(flat, outs): a.dtype = b.dtype
     return flat
 
-# %% ../../nbs/export/09_onnx.ipynb #64f903fd
+# %% ../../nbs/export/09_onnx.ipynb #f4483271
 def _answered(g: Graph, tower, outputs: dict, names: list[str], blocks: tuple, **given): # -> onnx_ir.Model
     "The model whose outputs are the tower's answers, what it was given, and the names of classes."
     import onnx_ir as ir
-    rows, shown = g.rows(next(iter(given.values()))), dict(given)
+    rows = g.rows(next(iter(given.values())))
     if 'ids' in given and 'levels' in given:
         same = g.op('Equal', rows, g.rows(given['levels']))
         rows = g.require(same, 'as many texts as images make pairs', rows)
-    found = _in_blocks(g, tower, given, *blocks) if blocks[0] else _whole(g, tower, given)
+    found = _in_blocks(g, tower, given, *blocks) if blocks[0] else _whole(g, tower, given, blocks[2])
     done = {}
     for (name, columns), x in zip(outputs.items(), found):
         cut = g.op('Slice', x, g.ints(0), rows)
@@ -169,7 +173,7 @@ def _answered(g: Graph, tower, outputs: dict, names: list[str], blocks: tuple, *
     if 'index' in done:  # -1 is the last of the names
         done['labels'] = g.op('Gather', g.op('Constant', value_strings=[*names, '']), done['index'], axis=0)
         done['labels'].dtype, done['labels'].shape, done['labels'].name = ir.DataType.STRING, done['index'].shape, 'labels'
-    for k, v in shown.items():
+    for k, v in given.items():
         v.name = k
         done[k] = placed(v, torch.uint8, 'B', *v.shape[1:]) if k == 'levels' else placed(v, torch.int64, 'B', 'L')
     g.graph.outputs.extend(done.values())

@@ -30,6 +30,7 @@ from .card import make_card, sha256
 from .compiled import program_hashes, save_package
 from .encoder import unstored
 from .onnx import export_onnx, settle
+from .onnxfiles import add_files
 from .onnxhost import rows as onnx_rows
 from .steps import Steps, read_classes, tried
 from .variants import SAME, Variant, bounds
@@ -300,6 +301,7 @@ def export(
     device: str = 'cpu',             # on which the file is verified beside the CPU
     samples: Sequence[tuple] = (),   # as in `verify`
     onnx: str | Path | None = None,  # a folder for the model as ONNX, as `export_onnx` writes it
+    onnx_files: bool = False,        # files.onnx there, too, as `add_files` writes it
     cpu: str = '',                   # for a `path` that ends in .pt2, as in `save_package`
     graphs: Sequence[int] = (),      # batch sizes that a host on a GPU captures as CUDA graphs, as in `Captured`
 ) -> Report:
@@ -309,6 +311,7 @@ def export(
     options that do not go with the model."""
     path, variant = Path(path), Variant(precision, quantize or '', fold, trim, deterministic, dim or 0, output, portable, attention)
     if path.is_dir(): raise ValueError(f'path must name a file, {path} is a folder')
+    if onnx_files and not onnx: raise ValueError('onnx_files: files.onnx stands beside image.onnx; name their folder with onnx=')
     steps = tried(Steps(before_text, before_image, after))
     own = getattr(model, 'labels', None)
     classes = read_classes(own if labels is None else labels, tuple(templates) if isinstance(templates, (list, tuple)) else templates, top_k, threshold)
@@ -325,6 +328,7 @@ def export(
     graphs = temporary.with_suffix('.onnx')
     try:
         if onnx: export_onnx(model, graphs, variant, steps, card, classes=classes)
+        if onnx_files: add_files(graphs)
         if package: save_package(artifact, temporary, card, cpu)
         else: save(quietly(torch.jit.script, artifact), temporary, artifact.identity)
         report = verify(temporary, model, texts, images, fresh, cpp, (0, 1, 3, 64), samples, steps, labels if own is None else None, templates, device,
