@@ -48,7 +48,7 @@ def text_lengths(
     while sizes[-1] < most: sizes.append(min(most, sizes[-1] + max(1, step // 2) if fine and sizes[-1] < 4 * step else 2 * sizes[-1]))
     return sizes
 
-# %% ../nbs/30_runtime.ipynb #eac1ea4a
+# %% ../nbs/30_runtime.ipynb #333f563a
 class Embedder:
     "An artifact, loaded: texts and images to embeddings, or pairs of them to scores, with a status for every item"
     def __init__(
@@ -255,6 +255,7 @@ class Embedder:
         top_k: int = 0,               # 0: as many as the artifact says
     ) -> list[list[tuple[str, float]]]: # for each pair its labels that reach their thresholds, and their probabilities, best first
         "The labels that fit each pair."
+        self._judges(), self._labelled(top_k)
         return self._picked('classify_scores', self.scores(texts, images), top_k)
 
     def classify_text(
@@ -263,6 +264,7 @@ class Embedder:
         top_k: int = 0,               # 0: as many as the artifact says
     ) -> list[list[tuple[str, float]]]: # as `classify`
         "The labels of texts; raises `TypeError` for an artifact that was exported without labels."
+        self._embeds(), self._labelled(top_k)
         return self._picked('classify_embedding', self._embedded(texts, 'texts', self.encode_text), top_k)
 
     def classify_image(
@@ -271,6 +273,7 @@ class Embedder:
         top_k: int = 0,   # 0: as many as the artifact says
     ) -> list[list[tuple[str, float]]]: # as `classify`
         "The labels of images; raises `TypeError` for an artifact that was exported without labels."
+        self._embeds(), self._labelled(top_k)
         return self._picked('classify_embedding', self._embedded(images, 'images', self.encode_image), top_k)
 
     def warmup(
@@ -349,9 +352,12 @@ class Embedder:
         return encode(x) if rows is None else rows.to(self.device)
 
     def _picked(self, method: str, rows: Tensor, top_k: int) -> list:
-        if not self.labels: raise TypeError(f'{self.path.name} has no labels: export it with labels=')
-        with torch.no_grad(): found = getattr(self.module, method)(rows, whole('top_k', top_k, 0))
+        with torch.no_grad(): found = getattr(self.module, method)(rows, top_k)
         return [list(zip(labels, p)) for labels, p in zip(found.labels, found.probability.tolist())]
+
+    def _labelled(self, top_k: int):
+        if not self.labels: raise TypeError(f'{self.path.name} has no labels: export it with labels=')
+        whole('top_k', top_k, 0)
 
     def _embeds(self):
         if self.pairs: raise TypeError(f'{self.path.name} scores pairs and has no embeddings: call scores(texts, images) or classify(texts, images)')
