@@ -135,7 +135,7 @@ class Base(Bert):
     def towers(self):
         from transformers import BertConfig
         from mmembed.models.towers import Bert as Net
-        return Net(mm.TextPipeline.from_tokenizer_file(str(self.folder/'tokenizer.json'), max_length=128), BertConfig().to_dict()), mm.image_tower('resnet50', weights=None)
+        return Net(mm.TextPipeline.from_tokenizer_file(str(self.folder/'tokenizer.json'), max_length=128, pad_to=8), BertConfig().to_dict()), mm.image_tower('resnet50', weights=None)
 
     def sentence(self):
         folder = tempfile.mkdtemp()
@@ -150,7 +150,7 @@ class Tiny(Bert):
     def __init__(self): super().__init__(64)
     def towers(self):
         from mmembed.models.towers import ConvNet, TextTransformer
-        tp = mm.TextPipeline.from_tokenizer_file(str(self.folder/'tokenizer.json'), max_length=128)
+        tp = mm.TextPipeline.from_tokenizer_file(str(self.folder/'tokenizer.json'), max_length=128, pad_to=8)
         return TextTransformer(tp, width=64, depth=1, heads=2), ConvNet(mm.VisionPipeline(size=64, mean=IMAGENET[0], std=IMAGENET[1]), channels=(16, 32), width=64)
 
 
