@@ -6,7 +6,7 @@ Docs: https://mmembed.github.io/mmembed/core.html.md"""
 
 # %% auto #0
 __all__ = ['Tokens', 'Encoding', 'ImageInfo', 'PairBatch', 'Embeddings', 'quietly', 'as_bytes', 'pack', 'pack_str', 'read_bytes',
-           'stack_levels', 'filled', 'lengthened', 'attend', 'Settings', 'settings']
+           'stack_levels', 'filled', 'lengthened', 'text_lengths', 'attend', 'Settings', 'settings']
 
 # %% ../nbs/00_core.ipynb #3e639866
 import configparser
@@ -154,6 +154,17 @@ def lengthened(
 ) -> Tensor: # int64 (B, length), or `x` if it is as long
     "`x` with `value` to its right."
     return torch.nn.functional.pad(x, [0, max(0, length - x.shape[1])], value=float(value))
+
+# %% ../nbs/00_core.ipynb #3fd01cdb
+def text_lengths(
+    step: int,         # the pipeline's `pad_to`; 0: texts have one length
+    most: int,         # its `max_length`
+    fine: bool = True, # more of them, each nearer to what a text needs
+) -> list[int]: # rising, the last one is `most`
+    "The lengths to which texts are filled."
+    sizes = [min(step or most, most)]
+    while sizes[-1] < most: sizes.append(min(most, sizes[-1] + max(1, step // 2) if fine and sizes[-1] < 4 * step else 2 * sizes[-1]))
+    return sizes
 
 # %% ../nbs/00_core.ipynb #9a0fe53c
 def attend(

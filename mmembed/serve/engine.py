@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/serve/engine.html.md"""
 # %% auto #0
 __all__ = ['TURN', 'Options', 'Busy', 'Unfit', 'Unsuited', 'Engine', 'out_of_memory', 'Item', 'Job']
 
-# %% ../../nbs/serve/02_engine.ipynb #01ed2f56
+# %% ../../nbs/serve/02_engine.ipynb #400e3af8
 import asyncio
 import math
 import threading
@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..core import Tokens, stack_levels
+from ..core import Tokens, stack_levels, text_lengths
 from ..inputs import decoders
-from ..runtime import Embedder, join_tokens, reason, text_lengths
+from ..runtime import Embedder, join_tokens, reason
 from .lane import PATIENCE, Item, Job, Lane, Turns
 
 # %% ../../nbs/serve/02_engine.ipynb #a2acb63c
