@@ -11,7 +11,7 @@ from mmembed.export.artifact import assemble
 from mmembed.export.card import read_card
 from mmembed.export.encoder import unstored
 from mmembed.export.steps import Steps, read_classes
-from mmembed.export.variants import Int8Linear, Variant, prepared
+from mmembed.export.variants import FULL, Int8Linear, Variant, channel_peaks, int8_linear, prepared
 from mmembed.export.verify import VerifyError, export
 
 from . import tiny
@@ -62,6 +62,55 @@ def test_an_int8_row_does_not_depend_on_its_neighbours():
     layer, x = Int8Linear(nn.Linear(32, 16)), torch.randn(9, 32) * torch.logspace(-3, 3, 9)[:, None]
     for i in range(9): assert layer(x[i:i+1]).equal(layer(x)[i:i+1])
     assert layer(x[:0]).shape == (0, 16) and layer(torch.zeros(1, 32)).equal(layer.bias[None])
+
+
+def loud(times=100.):
+    "The same function, but that two channels in each normalised state are loud, and read as much more quietly."
+    model = tiny.model()
+    for block in model.text.blocks:
+        for norm, reader in ((block.norm1, block.qkv), (block.norm2, block.up)):
+            for x in (norm.weight, norm.bias): x.data[[3, 9]] *= times
+            reader.weight.data[:, [3, 9]] /= times
+    return model
+
+
+@torch.no_grad()
+def test_int8_bears_loud_channels():
+    model, tokens = loud(), tiny.pipelines()[0](TEXTS)
+    want, plain, evened = tiny.model().encode_text(tokens), prepared(model).model, prepared(model, Variant(quantize='int8')).model
+    assert int8_linear(plain.text) == 8
+    assert torch.allclose(model.encode_text(tokens), want, atol=1e-5)
+    def off(net): return float(1 - F.cosine_similarity(want, net.encode_text(tokens)).min())
+    assert off(evened) < FULL['int8'] / 20 and off(plain) > FULL['int8']
+
+
+@torch.no_grad()
+def test_int8_weights_are_the_same_whenever_they_are_made():
+    threads, made = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 1):
+            torch.set_num_threads(n)
+            made.append(prepared(loud(), Variant(quantize='int8')).model.state_dict())
+            assert torch.get_num_threads() == n
+    finally: torch.set_num_threads(threads)
+    assert all(x.equal(other[k]) for other in made[1:] for k, x in made[0].items())
+
+
+@torch.no_grad()
+def test_peaks_are_of_every_input_of_a_linear_layer():
+    tower, x = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1)), torch.tensor([[1., -5., 0.], [2., 3., 0.]])
+    first, second = channel_peaks(tower, x[:1], x[1:]).values()
+    assert first.equal(torch.tensor([2., 5., 0.])) and torch.allclose(second, tower[:2](x).amax(0))
+    assert not any(m._forward_hooks for m in tower.modules())
+
+
+@torch.no_grad()
+def test_an_int8_layer_in_slabs_is_the_layer_at_once():
+    for gelu in (False, True):
+        layer = Int8Linear(nn.Linear(24, 40), torch.rand(24), gelu)
+        for n in (0, 1, 256, 257, 700):
+            x = torch.randn(n, 24)
+            assert torch.allclose(quietly(torch.jit.script, layer)(x), layer(x), atol=1e-6) and layer(x).shape == (n, 40)
 
 
 def test_variants_have_cards_and_hashes_of_their_own(tmp_path):
