@@ -278,7 +278,10 @@ class Worker:
         env = os.environ | ({'PYTHONPATH': os.pathsep.join(filter(None, [os.environ.get('PYTHONPATH'), args.openvino]))} if args.openvino else {})
         self.process = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'benchmarks.artifact', 'work', *given], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.DEVNULL, text=True, env=env)
-        self.why = self.answer().get('why')
+
+    @cached_property
+    def why(self): # it is not run; empty if it is
+        return self.answer().get('why', '')
 
     def answer(self):
         line = self.process.stdout.readline()
