@@ -88,7 +88,8 @@ class Vit:
         merges = Path(open_clip.__file__).parent/'bpe_simple_vocab_16e6.txt.gz'
         import gzip
         lines = gzip.open(merges).read().decode().split('\n')[1:48894 + 1]
-        vocab = {t: i for t, i in self.tokenizer.encoder.items()}
+        names = {'<start_of_text>': '<|startoftext|>', '<end_of_text>': '<|endoftext|>'}  # as transformers calls them
+        vocab = {names.get(t, t): i for t, i in self.tokenizer.encoder.items()}
         Path(folder, 'vocab.json').write_text(json.dumps(vocab))
         Path(folder, 'merges.txt').write_text('#version: 0.2\n' + '\n'.join(lines))
         CLIPTokenizerFast.from_pretrained(folder, model_max_length=77).save_pretrained(folder)
