@@ -178,7 +178,7 @@ class SelfAttention(nn.Module):
         none: Optional[Tensor] = None
         return y if self.batch_first else y.transpose(0, 1), none
 
-# %% ../../nbs/export/01a_variants.ipynb #780e547c
+# %% ../../nbs/export/01a_variants.ipynb #854619cc
 _BLOCKS = {'ResidualAttentionBlock': 'attn', 'EncoderBlock': 'self_attention'}  # open_clip's, torchvision's
 
 def with_linear_attention(
@@ -223,8 +223,9 @@ def int8_linear(
 ) -> int: # how many
     "Replaces every linear layer of `tower` by an `Int8Linear`."
     from mmembed.export.kernels import _gelus
+    peaks = channel_peaks(tower, *inputs)  # while the GELUs are still in their places
     _gelus(tower)
-    found, peaks = _linears(tower), channel_peaks(tower, *inputs)
+    found = _linears(tower)
     for owner, key, layer in found:
         made = Int8Linear(layer, peaks.get(layer), hasattr(layer, 'gelu')).eval()
         setattr(owner, key, quietly(torch.jit.script, made) if script else made)
