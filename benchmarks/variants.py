@@ -1,82 +1,162 @@
-"""What each variant of an export costs and brings: CPU time of the towers, size of the weights, cosine with fp32.
+"""What each variant of an export costs and brings: time, size, and accuracy against fp32 on real pairs.
 
-    python benchmarks/variants.py --open-clip ViT-B-32                      # random weights, built-in texts and pictures
-    python benchmarks/variants.py runs/quickstart/best.ckpt --data pairs.csv
+    python -m benchmarks.variants prepare --figures finetuned-0   # writes the files and asks them for all held-out pairs (minutes)
+    python -m benchmarks.variants time --figures finetuned-0 --json benchmarks/results/variants.json
+    python -m benchmarks.variants prepare --open-clip ViT-B-32    # random weights: no recall
+    python -m benchmarks.variants prepare runs/quickstart/best.ckpt --data pairs.csv
 
-One thread, CPU time of the fastest of several passes over one batch; the cosine is the worst and the mean of all items."""
+Files stay in runs/variants/NAME. `--figures` names a model that benchmarks/figures.py left (MiniLM-L6 and MobileNetV2, fine-tuned) and takes its 590 held-out
+pairs; their pictures serve `--open-clip` too. Recall is scored with the embeddings as they are stored: int8 by cosine, bits by Hamming distance, fewer numbers made
+unit length again. The cosine is with the fp32 file's embedding of the same item, the worst and the mean.
+
+`time`: CPU milliseconds an item, one thread, from texts and from uint8 pixels; the files take turns, and the fastest round of each counts. `--only` names some, so
+that it can be cut into pieces; the figures are merged into the file of `--json`."""
 import argparse
+import json
+import os
 import time
+from pathlib import Path
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 import torch
 import torch.nn.functional as F
 
-from mmembed.core import as_bytes
-from mmembed.export import cases
-from mmembed.export.encoder import Encoder, unstored
-from mmembed.export.steps import Same
-from mmembed.export.variants import Variant, prepared
+import mmembed as mm
+from mmembed.core import quietly
+from mmembed.export.artifact import assemble, save
+from mmembed.export.card import make_card
+from mmembed.export.encoder import stored, unstored
+from mmembed.export.variants import Variant
+from mmembed.export.verify import sha256, tensors
+from mmembed.train import judge
 
-VARIANTS = Variant(), Variant(precision='bf16'), Variant(precision='fp16'), Variant(quantize='int8'), Variant(fold=True), Variant(output='int8'), Variant(output='binary')
+VARIANTS = {'fp32': Variant(), 'bf16': Variant(precision='bf16'), 'int8': Variant(quantize='int8'), 'fold': Variant(fold=True),
+            'dim 128': Variant(dim=128), 'dim 64': Variant(dim=64),
+            'output int8': Variant(output='int8'), 'output binary': Variant(output='binary'), 'int8, output int8': Variant(quantize='int8', output='int8'),
+            'portable': Variant(portable=True), 'deterministic 8': Variant(deterministic=8), 'trim 8': Variant(trim=8), 'fp16': Variant(precision='fp16')}
+BATCHES = 1, 16
+COLUMNS = ['variant', *(f'ms a {x}, batch {b}' for x in ('text', 'image') for b in BATCHES), 'file, MB', 'bytes an embedding', 'cosine of texts, worst (mean)',
+           'cosine of images, worst (mean)', 'text to image @1 / 5 / 10', 'image to text @1 / 5 / 10']
 
 
-def items(data, n):
-    "n texts and image files, of a file of pairs or built in."
-    if not data: return [t.decode() for t in cases.texts()[4:12]], [as_bytes(b) for k, b in cases.images().items() if k.startswith(('quality', 'exif'))]
-    from mmembed.data.sources import PairsFile
-    pairs = PairsFile(data)
-    rows = range(0, len(pairs), max(1, len(pairs) // n))
-    return [pairs.text(i) for i in rows][:n], [pairs.image(i) for i in rows][:n]
+def chosen(args):
+    "The model, its pairs (captions and a part of a source), the folder."
+    from benchmarks import figures
+    if args.figures: return figures.saved(args.figures), figures.parts(figures.source())[1], args.figures
+    if args.checkpoint:
+        from mmembed.data.sources import PairsFile
+        from mmembed.train import load_checkpoint
+        return load_checkpoint(args.checkpoint).eval(), PairsFile(args.data).split(0.2)[1], Path(args.checkpoint).parent.name
+    from mmembed.models.dual import DualEncoder
+    torch.manual_seed(0)
+    return DualEncoder.from_open_clip(args.open_clip, args.weights).eval(), figures.parts(figures.source())[1], args.open_clip
 
 
-def fastest(f, *args, n=4):
-    "Milliseconds of CPU time."
-    seconds = []
-    for _ in range(n):
-        start = time.process_time()
-        f(*args)
-        seconds.append(time.process_time() - start)
-    return min(seconds) * 1e3
+def inputs(model, part, n):
+    "n captions, and the pictures as uint8 (n, 3, S, S)."
+    rows = range(0, len(part), max(1, len(part) // n))[:n]
+    return [part.text(i) for i in rows], model.vision_pipeline.preprocess_all([part.image(i) for i in rows], False)
+
+
+def written(model, v, path):
+    "The file of a variant as `export` writes it, without its verification."
+    artifact = assemble(model, variant=v)
+    card = make_card(model, artifact.dim, True, None, v.changes()) | {'tensors_sha256': sha256(tensors(artifact))}
+    artifact.identity = json.dumps(card, indent=1)
+    save(quietly(torch.jit.script, artifact), path, artifact.identity)
+
+
+def finished(x, v):
+    "Embeddings of the full towers in fewer numbers and fewer bits, as `Encoder.finish` does it."
+    return stored(F.normalize(x[:, :v.dim], dim=-1) if v.dim else x, v.output)
+
+
+def loaded(path): return mm.load(path, threads=1)
 
 
 @torch.no_grad()
+def prepare(args, model, part, folder):
+    n = len(part) if not args.open_clip else 64
+    texts, pixels = inputs(model, part, n)
+    torch.save((texts[:16], pixels[:16]), folder/'timed.pt')
+    known, full, answers = folder/'accuracy.json', None, {}
+    rows = json.loads(known.read_text()) if known.exists() else {}
+    for name, v in VARIANTS.items():
+        if name != 'fp32' and (name in rows or args.only and name not in args.only): continue
+        path = folder/f'{name}.pt'
+        try: written(model, v, path)
+        except ValueError as e:
+            rows[name] = {'refused': str(e)}
+            print(name, e, flush=True)
+            continue
+        module = loaded(path).module
+        def ask(n): return [torch.cat([module.encode_text(texts[i:i+16]) for i in range(0, n, 16)]), torch.cat([module.encode_pixels(p) for p in pixels[:n].split(16)])]
+        towers = v._replace(dim=0, output='float32')
+        if towers in answers:  # the same towers: what follows them is all that differs, and the file is asked for some
+            pair = [finished(x, v) for x in answers[towers]]
+            for x, y in zip(pair, ask(16)): assert (x[:16].float() - y.float()).abs().max() <= (1 if y.dtype == torch.int8 else 255 if y.dtype == torch.uint8 else 1e-4)
+        else: pair = answers[v] = ask(n)
+        text, pair = pair[0], [unstored(x, v.output) for x in pair]
+        if full is None: full = pair
+        c = ['' if v.dim else '{:.5f} ({:.5f})'.format(*(f(F.cosine_similarity(x.double(), y.double(), dim=1)) for f in (torch.min, torch.mean))) for x, y in zip(pair, full)]
+        recall = ['', ''] if args.open_clip and not args.weights else [' / '.join(f'{100 * r.at[k]:.1f}' for k in (1, 5, 10)) for r in judge(*pair, texts, [])['all'].values()]
+        rows[name] = {'cells': [f'{path.stat().st_size / 1e6:.1f}', text[0].numel() * text.element_size(), *c, *recall]}
+        print(name, rows[name]['cells'], flush=True)
+        known.write_text(json.dumps(rows, indent=1))
+
+
+def spent(f, x):
+    start = time.process_time()
+    f(x)
+    return time.process_time() - start
+
+
+@torch.no_grad()
+def timed(args, folder):
+    texts, pixels = torch.load(folder/'timed.pt')
+    accuracy = json.loads((folder/'accuracy.json').read_text())
+    names = [k for k in VARIANTS if 'cells' in accuracy.get(k, {}) and (not args.only or k in args.only)]
+    modules, best = {k: loaded(folder/f'{k}.pt').module for k in names}, {}
+    start, rounds = time.perf_counter(), 0
+    while time.perf_counter() - start < args.seconds or rounds < 3:
+        for name, m in modules.items():
+            for key, f, x in (('text', m.encode_text, texts), ('image', m.encode_pixels, pixels)):
+                took = {1: sum(spent(f, x[i:i+1]) for i in range(16)) / 16, 16: spent(f, x) / 16}
+                for b in BATCHES: best[name, key, b] = min(best.get((name, key, b), 1e9), took[b] * 1e3)
+        rounds += 1
+    print(rounds, 'rounds')
+    path = Path(args.json)
+    kept = {r[0]: r for r in json.loads(path.read_text())['records']['rows']} if path.exists() else {}
+    for name in names: kept[name] = [name, *(f'{best[name, key, b]:.2f}' for key in ('text', 'image') for b in BATCHES), *accuracy[name]['cells']]
+    rows = [kept[k] for k in VARIANTS if k in kept]
+    some = [i for i in range(len(COLUMNS)) if any(r[i] != '' for r in rows)] if args.open_clip else range(len(COLUMNS))
+    path.write_text(json.dumps({'kind': 'plain', 'command': f'python -m benchmarks.variants time {"--figures " + args.figures if args.figures else "--open-clip " + args.open_clip}',
+                                'records': {'columns': [COLUMNS[i] for i in range(len(COLUMNS))], 'rows': rows}}, indent=0) + '\n')
+    for r in [COLUMNS, *rows]: print('| ' + ' | '.join(str(r[i]) for i in some) + ' |')
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('what', choices=['prepare', 'time'])
     parser.add_argument('checkpoint', nargs='?', help='of `mmembed train`')
+    parser.add_argument('--figures', help='a model in runs/figures, e.g. finetuned-0')
     parser.add_argument('--open-clip', help='a model of open_clip, with --weights or random')
     parser.add_argument('--weights')
     parser.add_argument('--data', help='a .csv, .tsv, .jsonl or .parquet file of pairs')
-    parser.add_argument('-n', type=int, default=64, help='pairs of it')
-    parser.add_argument('--batch', type=int, default=4, help='rows that are timed')
+    parser.add_argument('--only', type=lambda x: x.split(';'), help='variants, semicolons between')
+    parser.add_argument('--seconds', type=float, default=100)
+    parser.add_argument('--json', default='runs/variants/table.json')
     args = parser.parse_args()
-    if bool(args.checkpoint) == bool(args.open_clip): parser.error('name either a checkpoint or --open-clip MODEL')
+    if sum(map(bool, (args.checkpoint, args.figures, args.open_clip))) != 1: parser.error('name one of a checkpoint, --figures and --open-clip')
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    if args.checkpoint:
-        from mmembed.train import load_checkpoint
-        model = load_checkpoint(args.checkpoint).eval()
-    else:
-        from mmembed.models.dual import DualEncoder
-        model = DualEncoder.from_open_clip(args.open_clip, args.weights).eval()
-    texts, files = items(args.data, args.n)
-    tokens, levels = model.text_pipeline(texts), model.vision_pipeline.preprocess_all(files, False)
-    print(f'{len(texts)} texts, {len(files)} images; timed in batches of {args.batch}, one thread\n'
-          '| variant | ms a text | ms an image | weights, MB | bytes an embedding | cosine text, worst (mean) | cosine image, worst (mean) |\n|---|---|---|---|---|---|---|')
-    first = None
-    for v in VARIANTS:
-        try: net = prepared(model, v, kernels=True)
-        except ValueError as e:
-            print(f'| {v.words()} | {e} | | | | | |')
-            continue
-        encoder = Encoder(net.model, Same(), v, model.text_pipeline.max_length, model.text_pipeline.pad_id)
-        pixels = levels.float() if v.fold else net.vision_pipeline.normalize(levels)
-        text = torch.cat([encoder.encode_text(type(tokens)(*(x[i:i+16] for x in tokens))) for i in range(0, len(texts), 16)])
-        image = torch.cat([encoder.encode_image(p) for p in pixels.split(16)])
-        first = first or (text, image)
-        cosines = [F.cosine_similarity(unstored(x, v.output), want, dim=1) for x, want in zip((text, image), first)]
-        n, some = args.batch, type(tokens)(*(x[:args.batch] for x in tokens))
-        size = sum(q.numel() * q.element_size() for q in [*net.model.parameters(), *net.model.buffers()]) / 1e6
-        print(f'| {v.words()} | {fastest(encoder.encode_text, some)/n:.1f} | {fastest(encoder.encode_image, pixels[:n])/n:.1f} | {size:.0f} | '
-              f'{text[0].numel() * text.element_size()} | ' + ' | '.join(f'{c.min():.5f} ({c.mean():.5f})' for c in cosines) + ' |', flush=True)
+    torch._C._jit_set_profiling_mode(False)
+    name = args.figures or args.open_clip or Path(args.checkpoint).parent.name
+    folder = Path('runs/variants')/name
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.what == 'time': return timed(args, folder)
+    model, part, _ = chosen(args)
+    prepare(args, model, part, folder)
 
 
 if __name__ == '__main__': main()

@@ -11,7 +11,7 @@ from mmembed.export.artifact import assemble
 from mmembed.export.card import read_card
 from mmembed.export.encoder import unstored
 from mmembed.export.steps import Steps, read_classes
-from mmembed.export.variants import FULL, Int8Linear, Variant, channel_peaks, int8_linear, prepared
+from mmembed.export.variants import FULL, Int8Linear, Variant, channel_peaks, evened, int8_linear, prepared
 from mmembed.export.verify import VerifyError, export
 
 from . import tiny
@@ -102,6 +102,15 @@ def test_peaks_are_of_every_input_of_a_linear_layer():
     first, second = channel_peaks(tower, x[:1], x[1:]).values()
     assert first.equal(torch.tensor([2., 5., 0.])) and torch.allclose(second, tower[:2](x).amax(0))
     assert not any(m._forward_hooks for m in tower.modules())
+
+
+@torch.no_grad()
+def test_peaks_are_those_behind_a_gelu():
+    tower, x = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 8)).eval(), torch.randn(50, 16)
+    want = evened(tower[2].weight, tower[:2](x).abs().amax(0))
+    answer = tower(x)
+    assert int8_linear(tower, x) == 2 and tower[0].gelu and tower[2].scale.equal(want)
+    assert torch.allclose(tower(x), answer, atol=.02)
 
 
 @torch.no_grad()
