@@ -4,21 +4,22 @@
     python -m benchmarks.gpu --checkpoint runs/quickstart/best.ckpt --data pairs.csv
     python -m benchmarks.gpu --device cpu --quick             # a small model and two sizes: that the program itself works
 
-Shapes: ids (B, 77) and pixels (B, 3, 224, 224), B from 1 to 16; the median of the rounds, the device synchronised before and after each. Rows:
+Shapes: ids (B, 77) and levels uint8 (B, 3, 224, 224), B from 1 to 16, normalisation included; the median of the rounds, the device synchronised before and after each. Rows:
 
-    plain fp32, bf16, fp16    the towers as Python runs them
-    artifact fp32, fp16       the exported file's scripted towers on this device
-    math, sdpa                attention in several kernels, or in one (flash; memory-efficient where CLIP's causal mask forbids it)
-    graphs                    CUDA graphs over the frozen towers
-    compile                   torch.compile
-    int8 graph                linear layers of the torch.export graph in int8
-    aotinductor               an exported package (mmembed export --out model.pt2)
-    tensorrt                  the ONNX export behind ONNX Runtime's TensorRT provider
+    eager fp32, bf16, fp16    the towers as Python runs them
+    eager fp16 compile        and through torch.compile
+    file fp32, bf16, fp16     what `mmembed export` writes, on this device
+    file fp16 math            --attention math; the others ask for one kernel (flash; memory-efficient where CLIP's causal mask forbids it)
+    file fp16 graphs          --cuda-graphs 1,2,4,8,16
+    file int8                 --quantize int8
+    package fp32, int8        --compiled model.pt2, by AOTInductor; int8: the linear layers of the exported graph
+    onnx, onnx-cuda, tensorrt --onnx folder, by that provider of ONNX Runtime; from bytes of text, tokenizer included, and from decoded pictures
 
 Accuracy is held to the fp32 towers on the CPU: the worst cosine, and, with --data, recall at 1 of the same pairs. Weights of ViT-B-32 are random where none are given,
 which changes no time. Nothing is written but the table, and JSON with --json.
 """
 import argparse
+import copy
 import json
 import statistics
 import tempfile
@@ -30,11 +31,13 @@ import torch.nn.functional as F
 
 import mmembed as mm
 from mmembed.core import Tokens
-from mmembed.export.accelerate import accelerated
+from mmembed.export.accelerate import eager_towers, why_not
+from mmembed.export.variants import Variant
 
-ROWS = {'plain fp32': ('plain', 'fp32'), 'plain bf16': ('plain', 'bf16'), 'plain fp16': ('plain', 'fp16'), 'artifact fp32': ('artifact', 'fp32'),
-        'artifact fp16': ('artifact', 'fp16'), 'math fp16': ('math', 'fp16'), 'sdpa fp16': ('sdpa', 'fp16'), 'graphs fp16': ('graphs', 'fp16'),
-        'compile fp16': ('compile', 'fp16'), 'int8 graph': ('int8', 'fp32'), 'aotinductor fp16': ('aotinductor', 'fp16'), 'tensorrt fp16': ('tensorrt', 'fp16')}
+ROWS = {'eager fp32': {}, 'eager bf16': dict(precision='bf16'), 'eager fp16': dict(precision='fp16'), 'eager fp16 compile': dict(precision='fp16', compile=True),
+        'file fp32': {}, 'file bf16': dict(precision='bf16'), 'file fp16': dict(precision='fp16'), 'file fp16 math': dict(precision='fp16', attention='math'),
+        'file fp16 graphs': dict(precision='fp16', graphs=True), 'file int8': dict(quantize='int8'), 'package fp32': {}, 'package int8': dict(quantize='int8'),
+        'onnx': {}, 'onnx-cuda': {}, 'tensorrt': {}}
 
 
 def clocked(f, device, rounds):
@@ -51,59 +54,49 @@ def clocked(f, device, rounds):
 
 
 def towers(row, model, device, sizes, folder):
-    "text(ids, mask) and image(pixels) of a row."
-    how, precision = ROWS[row]
-    if how == 'artifact':
-        path = folder/f'{precision}.pt'
-        mm.export(model, path, decode=False, fresh=False, cpp=False, precision=precision)
-        net = mm.load(path, device=str(device)).module.model
-        return lambda ids, mask: net.encode_text(Tokens(ids, mask)), lambda pixels: net.encode_image(pixels)
-    if how == 'aotinductor':
-        if device.type == 'cuda': raise RuntimeError('mmembed.export.compiled compiles for processors; a package for a GPU is not made')
-        path = folder/'model.pt2'
-        mm.export(model, path, decode=False, fresh=False, cpp=False)
-        net = mm.load(path).module.model
-        return lambda ids, mask: net.encode_text(Tokens(ids, mask)), lambda pixels: net.encode_image(pixels)
-    if how == 'tensorrt': return tensorrt(model, folder, device)
-    return accelerated(model, how, str(device), precision, sizes)
+    "text(texts, ids, mask) and image(levels) of a row."
+    kind, more = row.split()[0], dict(ROWS[row])
+    if kind in ('onnx', 'onnx-cuda', 'tensorrt'): return onnx(model, folder, kind.removeprefix('onnx-').replace('onnx', 'cpu'), device)
+    name = {'package': 'aotinductor'}.get(kind) or next((k for k in ('compile', 'graphs', 'quantize') if k in more), 'sdpa').replace('quantize', 'int8')
+    if why := why_not(name, device.type): raise RuntimeError(why)
+    if kind == 'eager':
+        compiled, vp = more.pop('compile', False), copy.deepcopy(model.vision_pipeline).to(device)
+        text, image = eager_towers(model, Variant(**more), str(device), compiled)
+        return lambda texts, ids, mask: text(ids, mask), lambda levels: image(vp.normalize(levels))
+    graphs, path = sizes if more.pop('graphs', False) else (), folder/('model.pt2' if kind == 'package' else 'model.pt')
+    mm.export(model, path, decode=False, fresh=False, cpp=False, graphs=graphs, **more)
+    module = mm.load(path, device=str(device)).module
+    return lambda texts, ids, mask: module.model.encode_text(Tokens(ids, mask)), module.encode_pixels
 
 
-def tensorrt(model, folder, device):
-    import onnxruntime as ort
-    if 'TensorrtExecutionProvider' not in ort.get_available_providers():
-        raise RuntimeError('this onnxruntime has no TensorRT provider: pip install onnxruntime-gpu tensorrt')
-    class Tower(torch.nn.Module):
-        def __init__(self, f): super().__init__(), setattr(self, 'f', f), setattr(self, 'net', model)
-        def forward(self, *x): return self.f(*x)
-    length, runs = model.text_pipeline.max_length, []
-    word, batch = torch.ones(2, length, dtype=torch.int64), torch.export.Dim('B', min=1, max=16)
-    for name, f, x in (('text', lambda i, m: model.encode_text(Tokens(i, m)), (word, word)), ('image', model.encode_image, (torch.zeros(2, 3, *model.vision_pipeline.size),))):
-        path = folder/f'{name}.onnx'
-        torch.onnx.export(Tower(f), x, str(path), dynamo=True, dynamic_shapes=(tuple({0: batch} for _ in x),), verbose=False)
-        given = ort.InferenceSession(str(path), providers=[('TensorrtExecutionProvider', {'trt_fp16_enable': True}), 'CUDAExecutionProvider'])
-        runs.append(lambda *x, s=given: torch.from_numpy(s.run(None, {i.name: v.cpu().numpy() for i, v in zip(s.get_inputs(), x)})[0]).to(device))
-    return runs
+def onnx(model, folder, provider, device):
+    from mmembed.export.onnx import OnnxModel, export_onnx, provider_of
+    if provider != 'cpu' and device.type == 'cpu': raise RuntimeError('this row wants --device cuda')
+    provider_of(provider)
+    export_onnx(model, folder)
+    run = OnnxModel(folder, torch.get_num_threads(), provider)
+    def image(levels): return torch.from_numpy(run.encode_image(list(levels.permute(0, 2, 3, 1).contiguous().cpu().numpy())))
+    return lambda texts, ids, mask: torch.from_numpy(run.encode_text(texts)), image
 
 
 def measured(row, model, device, sizes, rounds, samples, folder):
     "What one row says: milliseconds by shape, memory, cosine, recall."
-    tokens, pixels, want, pairs = samples
+    texts, tokens, levels, want, pairs = samples
     if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
     text, image = towers(row, model, device, sizes, folder)
-    words, pictures = [x.to(device) for x in tokens], pixels.to(device)
-    out = {'ms': {}}
+    words, pictures = [x.to(device) for x in tokens], levels.to(device)
+    out, most = {'ms': {}}, max(sizes)
     with torch.no_grad():
-        n = min(len(words[0]), max(sizes))
-        got = text(*(x[:n] for x in words)).float().cpu(), image(pictures[:n]).float().cpu()
-        out['cosine'] = min(float(F.cosine_similarity(g, w[:n]).min()) for g, w in zip(got, want))
+        got = text(texts[:most], *(x[:most] for x in words)).float().cpu(), image(pictures[:most]).float().cpu()
+        out['cosine'] = min(float(F.cosine_similarity(g, w[:most]).min()) for g, w in zip(got, want))
         for b in sizes:
-            ids, mask = (x[:1].expand(b, -1).contiguous() for x in words)
-            x = pictures[:1].expand(b, -1, -1, -1).contiguous()
-            out['ms'][b] = clocked(lambda: text(ids, mask), device, rounds), clocked(lambda: image(x), device, rounds)
+            ids, mask = (x[:b].contiguous() for x in words)
+            x = pictures[:b].contiguous()
+            out['ms'][b] = clocked(lambda: text(texts[:b], ids, mask), device, rounds), clocked(lambda: image(x), device, rounds)
         if pairs:
-            step, (ids, mask), found = max(sizes), [x.to(device) for x in pairs[0]], []
-            t = torch.cat([text(ids[i:i+step], mask[i:i+step]) for i in range(0, len(ids), step)])
-            v = torch.cat([image(pairs[1][i:i+step].to(device)) for i in range(0, len(ids), step)])
+            said, (ids, mask), shown = pairs[0], [x.to(device) for x in pairs[1]], pairs[2]
+            t = torch.cat([text(said[i:i+most], ids[i:i+most], mask[i:i+most]) for i in range(0, len(ids), most)])
+            v = torch.cat([image(shown[i:i+most].to(device)) for i in range(0, len(ids), most)])
             found = (t.float() @ v.float().T).argmax(1)
             out['recall'] = float((found == torch.arange(len(found), device=found.device)).float().mean())
     if device.type == 'cuda': out['MiB'] = torch.cuda.max_memory_allocated(device) / 2**20
@@ -133,6 +126,7 @@ def small():
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--device', default='cuda')
+    parser.add_argument('--threads', type=int, default=1, help='of the CPU')
     parser.add_argument('--sizes', default='1,2,4,8,16')
     parser.add_argument('--rounds', type=int, default=20)
     parser.add_argument('--rows', default=','.join(ROWS))
@@ -144,6 +138,7 @@ def main(argv=None):
     parser.add_argument('--json', help='where the figures go')
     args = parser.parse_args(argv)
     sizes, rounds = ([1, 2], 2) if args.quick else ([int(b) for b in args.sizes.split(',')], args.rounds)
+    torch.set_num_threads(args.threads)
     if unknown := set(args.rows.split(',')) - ROWS.keys(): raise SystemExit(f'no such rows: {", ".join(unknown)}; there are {", ".join(ROWS)}')
     device, found, pairs = torch.device(args.device), {}, None
     if device.type == 'cuda' and not torch.cuda.is_available(): found = dict.fromkeys(args.rows.split(','), 'torch sees no CUDA device here')
@@ -155,21 +150,18 @@ def main(argv=None):
             from mmembed.models.dual import DualEncoder
             model = small() if args.quick else DualEncoder.from_open_clip('ViT-B-32', args.weights)
         model, tp, g = model.eval(), model.text_pipeline, torch.Generator().manual_seed(0)
-        ids = torch.randint(1, tp.vocab_size, (16, tp.max_length), generator=g)
-        ids[:, -1] = tp.vocab_size - 1  # CLIP's end of text
-        tokens, pixels = (ids, torch.ones_like(ids)), torch.randn(16, 3, *model.vision_pipeline.size, generator=g)
-        with torch.no_grad(): want = model.encode_text(Tokens(*tokens)), model.encode_image(pixels)
+        texts = [f'{i} ' + 'a photo of a small red circle beside a large blue square ' * 9 for i in range(16)]
+        tokens, levels = tp(texts), torch.randint(0, 256, (16, 3, *model.vision_pipeline.size), dtype=torch.uint8, generator=g)
+        with torch.no_grad(): want = model.encode_text(tokens), model.encode_image(model.vision_pipeline.normalize(levels))
         if args.data:
             from mmembed.data.sources import PairsFile
             source = PairsFile(args.data, text_key=args.text_key)
             n = min(len(source), 1000)
-            words = tp([source.text(i) for i in range(n)])
-            wide = torch.nn.functional.pad
-            pairs = ([wide(words.ids, (0, tp.max_length - words.ids.shape[1]), value=tp.pad_id), wide(words.mask, (0, tp.max_length - words.ids.shape[1]))],
-                     torch.cat([model.vision_pipeline([source.image(i)]) for i in range(n)]))
+            said = [source.text(i) for i in range(n)]
+            pairs = said, tp(said), torch.stack([model.vision_pipeline.preprocess(model.vision_pipeline.decode(source.image(i))) for i in range(n)])
         for row in args.rows.split(','):
             with tempfile.TemporaryDirectory() as d:
-                try: found[row] = measured(row, model, device, sizes, rounds, (tokens, pixels, want, pairs), Path(d))
+                try: found[row] = measured(row, model, device, sizes, rounds, (texts, tokens, levels, want, pairs), Path(d))
                 except Exception as e: found[row] = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:120]}'.replace('|', '/')
             print(row, found[row] if isinstance(found[row], str) else 'done', flush=True)
     where = torch.cuda.get_device_name(device) if device.type == 'cuda' and torch.cuda.is_available() else args.device

@@ -18,7 +18,7 @@ from torch import Tensor
 from .core import quietly
 from .opening import reason
 
-# %% ../nbs/34_packaged.ipynb #5aa4abe0
+# %% ../nbs/34_packaged.ipynb #fcddf6f7
 class Packaged:
     "A package of `export(model, 'model.pt2')`, loaded: what a loaded artifact answers to, tokenizer and towers compiled"
     def __init__(
@@ -72,7 +72,7 @@ class Packaged:
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         "Unit-length float32 (B, D) of uint8 levels (B, 3, S, S)."
-        return self._run('image', self.normalized(pixels))[0] if len(pixels) else self.rest.encode_pixels(pixels)
+        return self.encode_image(self.normalized(pixels)) if len(pixels) else self.rest.encode_pixels(pixels)
 
     def normalized(self, pixels: Tensor) -> Tensor:
         "The levels as they are: the program normalises them. Raises `ValueError` for other pixels."
@@ -87,7 +87,7 @@ class Packaged:
 
     def encode_image(self, images: list[Tensor]) -> Tensor:
         "Unit-length float32 (B, D); each image a file as uint8 (N,), or decoded RGB uint8 (3, H, W); or of levels, as `normalized` gives them."
-        if isinstance(images, Tensor): return self._run('image', images)[0]
+        if isinstance(images, Tensor): return torch.cat([self._run('image', x)[0] for x in images.split(8)]) # what eight need stays in the cache
         return self.encode_pixels(self._levels(images))
 
     def _score_pairs(self, data: Tensor, offsets: Tensor, pixels: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.fuzz_exits import AWKWARD, FAMILIES
+from benchmarks.fuzz_text import random_texts
 from mmembed.core import Tokens, as_bytes, pack, quietly
 from mmembed.export.accelerate import ACCELERATIONS, eager_towers, left_behind, waits, why_not
 from mmembed.export.artifact import assemble
@@ -19,6 +20,8 @@ from mmembed.models.dual import DualEncoder
 from mmembed.models.pair import PairClassifier
 from mmembed.models.towers import Bert
 from mmembed.runtime import load
+from mmembed.vision.pipeline import VisionPipeline
+from tests.rehearsal import Away, Mixed, Rehearsal, here, moved, there
 
 from . import tiny
 
@@ -209,3 +212,50 @@ def test_a_device_in_a_trace_is_found():
         def forward(self, x): return x + torch.arange(x.shape[1], device=x.device)
     found = left_behind(quietly(torch.jit.trace, Forgets(), torch.zeros(2, 3)))
     assert found and all('on cpu' in f for f in found) and any('aten::arange' in f for f in found)
+
+
+def rehearsed(module, call):
+    "What `call` gives for the module as it is and for a copy whose tensors lie elsewhere, where none may meet a tensor that has stayed."
+    want = call(module)
+    with Rehearsal(): got = call(moved(module))
+    flat = lambda x: list(x) if isinstance(x, tuple) else [x]
+    return [(here(g), w, isinstance(g, Away)) for g, w in zip(flat(got), flat(want))]
+
+
+@pytest.mark.parametrize('family', ['WordPiece, cased, Chinese', 'GPT-2 style'])
+def test_tokenizers_on_another_device(family):
+    tp = FAMILIES[family]().eval()
+    for texts in AWKWARD[::9] + random_texts(20, seed=5), ['a small red circle']:
+        data, offsets = pack(texts)
+        for got, want, away in rehearsed(tp, lambda m: m.tokenize(*((data, offsets) if m is tp else (there(data), there(offsets))))): assert away and got.equal(want)
+
+
+VARIANTS = [(tiny.model, Variant()), (tiny.model, Variant(precision='bf16', attention='math')), (tiny.model, Variant(deterministic=4, dim=8, output='int8')),
+            (tiny.model, Variant(output='binary', trim=4)), (tiny.model, Variant(quantize='int8')), (traced, Variant(precision='fp16')), (tiny.pair_model, Variant()), (cross, Variant())]
+
+
+@pytest.mark.parametrize('make, variant', VARIANTS, ids=lambda x: x.words() if isinstance(x, Variant) else x.__name__)
+def test_an_artifact_on_another_device(make, variant):
+    "Bytes of text and levels come from the CPU, answers lie where the artifact does."
+    a, levels = assemble(make(), variant=variant, script=False), torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8)
+    packed, calls = pack(['a small red circle', 'Café 一个', '']), []
+    if hasattr(a, 'score_pairs'): calls += [lambda m: m.score_pairs(*packed, levels), lambda m: m.score_pairs(*pack([]), levels[:0])]
+    else: calls += [lambda m: m.encode_text_bytes(*packed), lambda m: m.encode_pixels(levels), lambda m: m.encode_pixels(levels[:0]),
+                    lambda m: m.score(m.encode_text_bytes(*packed), m.encode_pixels(levels))]
+    for call in calls:
+        for got, want, away in rehearsed(a, call): assert away and torch.allclose(got.float(), want.float(), atol=2e-2 if variant != Variant() else 1e-4)
+
+
+def test_pixels_on_another_device():
+    "resize='float' computes where the picture lies, the others on the CPU, and say so."
+    for resize_mode in ('shortest', 'squash'): # torch.tensor(device=...) makes a tensor that the rehearsal does not see
+        vp, rgb = VisionPipeline(size=32, resize='float', resize_mode=resize_mode), torch.randint(0, 256, (3, 61, 80), dtype=torch.uint8)
+        for got, want, away in rehearsed(vp, lambda m: m.preprocess(rgb if m is vp else there(rgb))): assert away and (got.int() - want.int()).abs().max() <= 1
+        for got, want, away in rehearsed(vp, lambda m: m.normalize(rgb[None] if m is vp else there(rgb[None]))): assert away and torch.allclose(got, want)
+    with pytest.raises(ValueError, match="resize='torch' runs on the CPU"), Rehearsal(): VisionPipeline(size=32).preprocess(there(rgb))
+
+
+def test_the_rehearsal_finds_what_stays():
+    class Forgets(nn.Module):
+        def forward(self, x): return x + torch.arange(x.shape[1])
+    with pytest.raises(Mixed, match='aten.add.Tensor got tensors of two devices'): rehearsed(Forgets(), lambda m: m(there(torch.zeros(2, 3))))
