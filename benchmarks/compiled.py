@@ -2,6 +2,7 @@
 
     python benchmarks/compiled.py model.pt model.pt2                 # what `mmembed export ... --out model.pt --compiled model.pt2` wrote
     python benchmarks/compiled.py --model small --record             # makes both first: small, clip (ViT-B-32) or bert (MiniLM and ResNet-18), random weights
+    python benchmarks/compiled.py --check                            # packages of a small model in fp32, bf16 and int8, and of pairs, verified
 """
 import argparse
 import json
@@ -78,6 +79,18 @@ def compare_cpp(plain: Path, package: Path, build: str | None, repeats: int = 20
     return rows
 
 
+def check():
+    "Packages of small models by every option that changes what is compiled, verified."
+    from mmembed.models.pair import PairClassifier
+    model = model_of('small')
+    pairs = PairClassifier(model.text, model.image, ['mismatch', 'match'], dim=64).eval()
+    with tempfile.TemporaryDirectory() as d:
+        for m, options in ((model, {}), (model, dict(precision='bf16')), (model, dict(quantize='int8')), (pairs, {})):
+            start, report = time.process_time(), mm.export(m, Path(d)/'model.pt2', fresh=False, cpp=False, **options)
+            worst = {r.what: f'{r.difference:.1e}' for r in report.rows if r.stage == 'compiled' and r.difference}
+            print(f"{type(m).__name__} {' '.join(options.values()) or 'fp32'}: {time.process_time() - start:.0f} s of CPU, {worst}", flush=True)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('files', nargs='*', help='an artifact, and its compiled package')
@@ -87,7 +100,9 @@ def main():
     p.add_argument('--cpp', action='store_true', help='ask the C++ host instead')
     p.add_argument('--build', help='where to build that host; build/cpp by default')
     p.add_argument('--seconds', type=float, default=.25, help='of a measurement')
+    p.add_argument('--check', action='store_true', help='verify packages of small models in every precision')
     a = p.parse_args()
+    if a.check: return check()
     if bool(a.model) == (len(a.files) == 2): p.error('name two files, or --model')
     with tempfile.TemporaryDirectory() as d:
         plain, package = map(Path, a.files) if a.files else (Path(a.folder or d)/f'{a.model}.pt', Path(a.folder or d)/f'{a.model}.pt2')
