@@ -1,6 +1,7 @@
 "AOTInductor packages: one tiny model compiled once, asked by everything that opens an artifact."
 import copy
 import functools
+import logging
 import os
 import shutil
 import zipfile
@@ -13,12 +14,14 @@ from mmembed.core import as_bytes
 from mmembed.export import compiled, host
 from mmembed.export.artifact import assemble
 from mmembed.export.card import make_card
+from mmembed.export.variants import Int8Linear, Variant
 from mmembed.export.verify import VerifyError, export, verify
 from mmembed.opening import read_card
 from mmembed.runtime import load
 
 from . import tiny
 
+logging.getLogger('torch.__trace').setLevel(logging.ERROR)  # or pytest keeps every size that the tracer thinks about
 pytestmark = pytest.mark.skipif(bool(compiled.missing()), reason=compiled.missing())
 
 
@@ -35,6 +38,14 @@ def test_every_host_answers_as_the_model():
     for stage in ('compiled', 'fresh process', *(() if host.missing() else ('c++',))):
         assert rows[stage, 'token ids'].n > 1000 and rows[stage, 'pixels'].n > 10000 and rows[stage, 'text embedding'].n > 1000
         assert rows[stage, 'token ids'].difference == rows[stage, 'pixels'].difference == rows[stage, 'image status'].difference == 0
+
+
+def test_int8_in_the_exported_graph():
+    "`quantize='int8'` of a package: the products of the torch.export graph are int8 by int8."
+    artifact = assemble(tiny.pair_model(), variant=Variant(quantize='int8'), script=False)
+    with patch.object(compiled, 'export_program', lambda tp: None), patch.object(compiled, '_unsized', lambda p: p): made = compiled.programs(artifact)
+    count = [str(n.target) for n in made['pair'].graph.nodes].count('aten._int_mm.default')
+    assert list(made) == ['tokenize', 'pair'] and count == sum(isinstance(m, Int8Linear) for m in artifact.modules()) > 8
 
 
 def altered(path, program, old, new):
