@@ -156,14 +156,13 @@ def _in_blocks(g: Graph, tower, given: dict, rows: int, length: int, pad_id: int
     for a, b in zip(flat, outs): a.dtype = b.dtype
     return flat
 
-# %% ../../nbs/export/09_onnx.ipynb #f4483271
+# %% ../../nbs/export/09_onnx.ipynb #fe9fc30e
 def _answered(g: Graph, tower, outputs: dict, names: list[str], blocks: tuple, **given): # -> onnx_ir.Model
     "The model whose outputs are the tower's answers, what it was given, and the names of classes."
     import onnx_ir as ir
     rows = g.rows(next(iter(given.values())))
     if 'ids' in given and 'levels' in given:
-        same = g.op('Equal', rows, g.rows(given['levels']))
-        rows = g.require(same, 'as many texts as images make pairs', rows)
+        given['ids'] = g.require(g.op('Equal', rows, g.rows(given['levels'])), 'as many texts as images make pairs', given['ids'])
     found = _in_blocks(g, tower, given, *blocks) if blocks[0] else _whole(g, tower, given, blocks[2])
     done = {}
     for (name, columns), x in zip(outputs.items(), found):

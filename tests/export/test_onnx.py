@@ -2,24 +2,45 @@
 import importlib.util
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from mmembed.core import pack
 from mmembed.export import cases
-from mmembed.export.onnx import export_onnx, intact, read_onnx_card
+from mmembed.export import onnx as graphs
+from mmembed.export.graph import written
+from mmembed.export.onnx import OnnxModel, export_onnx, intact, read_onnx_card
+from mmembed.export.onnxfiles import add_files
 from mmembed.export.steps import Steps
 from mmembed.export.variants import Variant
 from mmembed.export.verify import export, verify
+from mmembed.models.dual import DualEncoder
+from mmembed.models.towers import TextTransformer
 from mmembed.text.exits import operators
 
 from . import tiny
+from .test_variants import Inverted, NoDigits
 
 onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def traced_once(tmp_path_factory):
+    "Eight seconds for a tokenizer, once for all models that share it."
+    folder, real = tmp_path_factory.mktemp('tokenizers'), graphs.text_to_onnx
+    def remembered(tp, path):
+        kept = folder/f'{tp.pad_to}.onnx'
+        if not kept.exists(): real(tp, kept)
+        return Path(shutil.copy(kept, path))
+    graphs.text_to_onnx = remembered
+    yield
+    graphs.text_to_onnx = real
 
 
 @pytest.fixture(scope='module')
@@ -54,7 +75,7 @@ def test_every_case_in_every_batch(made):
 def test_pairs(pairs):
     _, folder, report = pairs
     rows = stage(report)
-    assert report.ok and set(rows) == {'identity card', 'tensors', 'token ids', 'pixels', 'pair scores', 'pair probability'}
+    assert report.ok and set(rows) == {'identity card', 'tensors', 'token ids', 'pixels', 'pair scores', 'class probability', 'labels', 'pair probability'}
     assert rows['pair scores'].n == 3 * 2 * len(cases.texts()) and rows['pair scores'].difference < 1e-4
     assert {p.name for p in folder.iterdir()} == {'pairs.onnx', 'embed.py'}
 
@@ -149,8 +170,7 @@ def test_files_of_another_model_and_no_files(made, pairs, tmp_path):
 def test_numbers_beside_the_file(made, tmp_path):
     "Weights above the limit of a protocol buffer: onnxruntime finds them, the hash covers them."
     import onnx_ir as ir
-    from mmembed.export.onnx import OnnxModel, _write
-    _write(ir.load(made[1]/'text.onnx'), tmp_path/'text.onnx', json.dumps(read_onnx_card(made[1]/'text.onnx')), 1000)
+    written(ir.load(made[1]/'text.onnx'), tmp_path/'text.onnx', json.dumps(read_onnx_card(made[1]/'text.onnx')), 1000)
     data = tmp_path/'text.onnx.data'
     assert data.stat().st_size > 10 * (tmp_path/'text.onnx').stat().st_size > 0 and intact(tmp_path/'text.onnx')
     assert np.array_equal(OnnxModel(tmp_path).encode_text(tiny.CAPTIONS), OnnxModel(made[1]).encode_text(tiny.CAPTIONS))
@@ -158,12 +178,111 @@ def test_numbers_beside_the_file(made, tmp_path):
     assert not intact(tmp_path/'text.onnx')
 
 
+class Last(nn.Module):
+    def forward(self, x): return nn.functional.normalize(x[:, 1:17] * 2 + .1, dim=-1)
+
+
+def test_half_precision_a_users_steps_labels_and_stored_numbers(tmp_path):
+    "Everything before and after the towers in one graph, held to the artifact in batches of every size."
+    options = dict(precision='fp16', before_text=NoDigits(), before_image=Inverted(), after=Last(), trim=4, output='int8',
+                   labels=['cat', 'dog', 'cow'], top_k=2, threshold={'cat': .5, 'dog': .1})
+    report = export(tiny.model(), tmp_path/'m.pt', onnx=tmp_path/'g', fresh=False, cpp=False, **options)
+    rows, run = stage(report), OnnxModel(tmp_path/'g')
+    assert {'token ids', 'pixels', 'text embedding', 'image embedding', 'class probability', 'labels', 'image cosine'} <= set(rows) and report.ok
+    text, labels, index = run.encode_text(['a red circle 77', 'a red circle '], ('embedding', 'labels', 'index'))
+    assert text.dtype == np.int8 and text.shape == (2, 16) and (text[0] == text[1]).all()
+    names = np.array(['cat', 'dog', 'cow', ''])
+    assert labels.shape == (2, 2) and (names[index] == labels).all() and run.encode_text([], ('labels',)).shape == (0, 2)
+    assert set(operators(tmp_path/'g'/'text.onnx')) == set(operators(tmp_path/'g'/'image.onnx')) == {''}
+
+
+class Patches(nn.Module):
+    "A tower whose first convolution does not pad."
+    def __init__(self, pipeline):
+        super().__init__()
+        object.__setattr__(self, 'pipeline', pipeline)
+        self.width, self.cut, self.mix = 32, nn.Conv2d(3, 32, 16, 16), nn.Linear(32, 32)
+    def forward(self, pixels): return self.mix(self.cut(pixels).flatten(2).mean(2))
+
+
+def test_int8_folded_bits_in_fixed_batches(tmp_path):
+    "An embedding is bit-equal in any company, and the rest within the bounds of verify."
+    torch.manual_seed(0)
+    tp, vp = tiny.pipelines()
+    model = DualEncoder(TextTransformer(tp, width=32, depth=2, heads=2), Patches(vp), dim=24).eval()
+    assert export(model, tmp_path/'m.pt', onnx=tmp_path/'b', fresh=False, cpp=False, quantize='int8', fold=True, dim=16, output='binary', deterministic=4).ok
+    assert OnnxModel(tmp_path/'b').encode_text(['x']).shape == (1, 2)
+    export_onnx(model, tmp_path/'g', Variant(deterministic=4))
+    run, texts, pictures = OnnxModel(tmp_path/'g', threads=2), cases.texts(), [x.permute(1, 2, 0).contiguous().numpy() for x in cases.arrays()]
+    for encode, items in (run.encode_text, texts), (run.encode_image, pictures):
+        whole = encode(items)
+        for n in 1, 3, 7: assert np.array_equal(np.concatenate([encode(items[i:i+n]) for i in range(0, len(items), n)]), whole)
+        assert encode([]).shape == (0, 24)
+
+
+def test_pairs_in_half_precision_fixed_batches(tmp_path):
+    report = export(tiny.pair_model(), tmp_path/'m.pt', onnx=tmp_path/'g', fresh=False, cpp=False, precision='fp16', deterministic=3, top_k=1, threshold=.6)
+    run, picture = OnnxModel(tmp_path/'g'), np.full((9, 5, 3), 77, np.uint8)
+    assert report.ok and 'labels' in stage(report)
+    p, labels = run.score_pairs(['a', 'b'], [picture] * 2, ('class_probability', 'labels'))
+    assert labels.tolist() == [[['mismatch', 'match'][r.argmax()] if r.max() >= .6 else ''] for r in p]
+
+
+def test_inputs_that_do_not_fit_are_errors(made, pairs):
+    "No answer for bytes that belong to no item, nor for an item without bytes; invalid UTF-8 is a text, as for the artifact."
+    run, both = OnnxModel(made[1]), OnnxModel(pairs[1])
+    def fails(model, name, message, **inputs):
+        with pytest.raises(Exception, match=message): model.run(name, ('levels' if name == 'image' else 'ids',), inputs)
+    good = {'data': np.frombuffer(b'ab cd', np.uint8), 'offsets': np.array([0, 2, 5]), 'images': np.zeros(12, np.uint8), 'sizes': np.array([[1, 2], [2, 1]])}
+    for offsets in [0, 2, 4], [0, 2, 6], [1, 5], [0, 4, 2, 5], [0, -1, 5], []:
+        fails(run, 'text', 'offsets must rise from 0 to the length of data', data=good['data'], offsets=np.array(offsets, np.int64))
+    for sizes in [[1, 2]], [[1, 2], [2, 2]], [[2, 2], [1, 0]], [[-1, -2], [1, 2]], []:
+        fails(run, 'image', 'sizes must be at least 1, 3 H W bytes of images for each', images=good['images'], sizes=np.array(sizes, np.int64).reshape(-1, 2))
+    fails(both, 'pairs', 'as many texts as images make pairs', **good | {'images': np.zeros(6, np.uint8), 'sizes': np.array([[1, 2]])})
+    assert run.run('text', ('ids',), {k: good[k] for k in ('data', 'offsets')}).shape[0] == both.run('pairs', ('scores',), good).shape[0] == 2
+    for t in cases.texts(): assert np.array_equal(*(run.encode_text([x], ('ids',)) for x in (t, t.decode(errors='replace'))))
+
+
+def test_labels_that_the_graph_lacks_or_confuses_are_found(tmp_path):
+    export(tiny.model(), tmp_path/'m.pt', onnx=tmp_path/'g', fresh=False, cpp=False, labels=['cat', 'dog', 'cow'])
+    def check(folder): return failing(verify(tmp_path/'m.pt', onnx=folder, fresh=False, cpp=False, sizes=(3,)))
+    assert check(tmp_path/'g') == []
+    model = onnx.load(tmp_path/'g'/'text.onnx')
+    for n in model.graph.node:
+        for a in n.attribute:
+            if a.name == 'value_strings': a.strings[0], a.strings[1] = a.strings[1], a.strings[0]
+    onnx.save(model, tmp_path/'g'/'text.onnx')
+    assert check(tmp_path/'g') == [('onnx', 'tensors'), ('onnx', 'labels')]
+    export_onnx(tiny.model(), tmp_path/'g', card=read_onnx_card(tmp_path/'g'/'image.onnx'))
+    assert check(tmp_path/'g') == [('onnx', 'labels')]
+
+
+def test_files_in_front(made, tmp_path):
+    "JPEG and PNG files by another decoder: equal pixels where its colours are, the orientation of the camera, no row for what it would not survive."
+    pytest.importorskip('onnxruntime_extensions')
+    shutil.copytree(made[1], tmp_path/'g')
+    assert set(operators(add_files(tmp_path/'g'))) == {'', 'com.microsoft.extensions'}
+    report = verify(made[0], onnx=tmp_path/'g', fresh=False, cpp=False, sizes=(3,))
+    rows, files, run = stage(report), cases.images(), OnnxModel(tmp_path/'g')
+    assert report.ok and rows['file pixels'].n > 0 and rows['file pixels, mean'].difference < 3 and rows['file status'].n == 6
+    upright, *turned = run.encode_files([files[f'exif {o}.jpg'] for o in range(1, 9)], ('levels',))
+    assert all(not np.array_equal(upright, x) for x in turned)
+    assert run.encode_files([]).shape == (0, 24)
+    with pytest.raises(ValueError, match=r'files\[1\] is no whole JPEG or PNG file'): run.encode_files([files['L.png'], files['still.gif']])
+    with pytest.raises(ValueError, match='no files.onnx here: mmembed export --onnx-files writes it'): OnnxModel(made[1]).encode_files([b''])
+
+
+class Halved(nn.Module):
+    def forward(self, rgb: torch.Tensor) -> torch.Tensor:
+        while int(rgb.sum()) > 255 * rgb.numel() // 2: rgb = rgb // 2
+        return rgb
+
+
 @pytest.mark.parametrize('options, message', [
-    (dict(variant=Variant(precision='bf16')), "precision='bf16' has no ONNX form"), (dict(variant=Variant(deterministic=4)), 'deterministic has no ONNX form'),
-    (dict(steps=Steps(before_image=torch.nn.Identity())), 'before_image has no ONNX form')])
+    (dict(variant=Variant(precision='bf16')), "precision='bf16' has no ONNX form"), (dict(steps=Steps(before_image=Halved())), 'before_image has no ONNX form')])
 def test_what_a_graph_cannot_hold(options, message, tmp_path):
     with pytest.raises(ValueError, match=message): export_onnx(tiny.model(), tmp_path/'g', **options)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.rglob('*.onnx'))
 
 
 def test_triton_serves_both(made, pairs, tmp_path, capsys):
