@@ -92,7 +92,7 @@ def test_other_files(tmp_path):
         with zipfile.ZipFile(tmp_path/'x.pt', 'w') as z: z.writestr('archive/extra/card.json', card)
         with pytest.raises(ValueError, match=match): read_card(tmp_path/'x.pt')
     with pytest.raises(FileNotFoundError, match='none.pt not found'): read_card(tmp_path/'none.pt')
-    with pytest.raises(FileNotFoundError): read_card(tmp_path)
+    with pytest.raises(ValueError, match='it is a folder'): read_card(tmp_path)
 
 
 def test_tensor_hash_sees_names_types_and_shapes():
