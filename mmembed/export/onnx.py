@@ -250,7 +250,7 @@ def _graphs(folder: Path, p, encoder: nn.Module, dim: int, tokens: Tokens, steps
 
 def _quietly(f, *args):
     "`f(*args)` without the remarks of the packages that make ONNX."
-    logs = [logging.getLogger(n) for n in ('onnx_ir', 'torch.onnx', 'onnxscript', 'torch.export')]
+    logs = [logging.getLogger(n) for n in ('onnx_ir', 'torch.onnx', 'onnxscript', 'torch.export', 'torch.fx.experimental.symbolic_shapes')]
     levels = [x.level for x in logs]
     for x in logs: x.setLevel(logging.ERROR)
     try: return f(*args)

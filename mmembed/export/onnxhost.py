@@ -29,8 +29,10 @@ from .steps import best_labels
 from .variants import Variant
 from ..opening import reason
 
-# %% ../../nbs/export/09a_onnxhost.ipynb #2dac12d5
+# %% ../../nbs/export/09a_onnxhost.ipynb #cb158d30
 def provider_of(device): # 'cpu', 'cuda' or 'tensorrt' -> what onnxruntime tries, in this order
+    "Names of onnxruntime's providers; raises `ValueError` for one that it lacks."
+    "What onnxruntime tries, in this order; raises ValueError for a device that it has no provider for."
     import onnxruntime
     names = {'cpu': 'CPUExecutionProvider', 'cuda': 'CUDAExecutionProvider', 'tensorrt': 'TensorrtExecutionProvider'}
     if device not in names: raise ValueError(f'device must be cpu, cuda or tensorrt, got {device!r}')

@@ -238,7 +238,7 @@ def test_inputs_that_do_not_fit_are_errors(made, pairs):
         fails(run, 'text', 'offsets must rise from 0 to the length of data', data=good['data'], offsets=np.array(offsets, np.int64))
     for sizes in [[1, 2]], [[1, 2], [2, 2]], [[2, 2], [1, 0]], [[-1, -2], [1, 2]], []:
         fails(run, 'image', 'sizes must be at least 1, 3 H W bytes of images for each', images=good['images'], sizes=np.array(sizes, np.int64).reshape(-1, 2))
-    fails(both, 'pairs', 'as many texts as images make pairs', **good | {'images': np.zeros(6, np.uint8), 'sizes': np.array([[1, 2]])})
+    fails(both, 'pairs', 'as many texts as images make pairs|Shape mismatch', **good | {'images': np.zeros(6, np.uint8), 'sizes': np.array([[1, 2]])})
     assert run.run('text', ('ids',), {k: good[k] for k in ('data', 'offsets')}).shape[0] == both.run('pairs', ('scores',), good).shape[0] == 2
     for t in cases.texts(): assert np.array_equal(*(run.encode_text([x], ('ids',)) for x in (t, t.decode(errors='replace'))))
 
