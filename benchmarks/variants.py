@@ -36,7 +36,7 @@ VARIANTS = {'fp32': Variant(), 'bf16': Variant(precision='bf16'), 'int8': Varian
             'output int8': Variant(output='int8'), 'output binary': Variant(output='binary'), 'int8, output int8': Variant(quantize='int8', output='int8'),
             'portable': Variant(portable=True), 'deterministic 8': Variant(deterministic=8), 'trim 8': Variant(trim=8), 'fp16': Variant(precision='fp16')}
 BATCHES = 1, 16
-COLUMNS = ['variant', *(f'ms a {x}, batch {b}' for x in ('text', 'image') for b in BATCHES), 'file, MB', 'bytes an embedding', 'cosine of texts, worst (mean)',
+COLUMNS = ['variant', *(f'ms {x}, batch {b}' for x in ('a text', 'an image') for b in BATCHES), 'file, MB', 'bytes an embedding', 'cosine of texts, worst (mean)',
            'cosine of images, worst (mean)', 'text to image @1 / 5 / 10', 'image to text @1 / 5 / 10']
 
 
@@ -99,8 +99,8 @@ def prepare(args, model, part, folder):
         else: pair = answers[v] = ask(n)
         text, pair = pair[0], [unstored(x, v.output) for x in pair]
         if full is None: full = pair
-        c = ['' if v.dim else '{:.5f} ({:.5f})'.format(*(f(F.cosine_similarity(x.double(), y.double(), dim=1)) for f in (torch.min, torch.mean))) for x, y in zip(pair, full)]
-        recall = ['', ''] if args.open_clip and not args.weights else [' / '.join(f'{100 * r.at[k]:.1f}' for k in (1, 5, 10)) for r in judge(*pair, texts, [])['all'].values()]
+        c = ['–' if v.dim else '{:.5f} ({:.5f})'.format(*(f(F.cosine_similarity(x.double(), y.double(), dim=1)) for f in (torch.min, torch.mean))) for x, y in zip(pair, full)]
+        recall = [None, None] if args.open_clip and not args.weights else [' / '.join(f'{100 * r.at[k]:.1f}' for k in (1, 5, 10)) for r in judge(*pair, texts, [])['all'].values()]
         rows[name] = {'cells': [f'{path.stat().st_size / 1e6:.1f}', text[0].numel() * text.element_size(), *c, *recall]}
         print(name, rows[name]['cells'], flush=True)
         known.write_text(json.dumps(rows, indent=1))
@@ -128,12 +128,12 @@ def timed(args, folder):
     print(rounds, 'rounds')
     path = Path(args.json)
     kept = {r[0]: r for r in json.loads(path.read_text())['records']['rows']} if path.exists() else {}
-    for name in names: kept[name] = [name, *(f'{best[name, key, b]:.2f}' for key in ('text', 'image') for b in BATCHES), *accuracy[name]['cells']]
+    for name in names: kept[name] = [name, *(f'{best[name, key, b]:.2f}' for key in ('text', 'image') for b in BATCHES), *(c for c in accuracy[name]['cells'] if c is not None)]
     rows = [kept[k] for k in VARIANTS if k in kept]
-    some = [i for i in range(len(COLUMNS)) if any(r[i] != '' for r in rows)] if args.open_clip else range(len(COLUMNS))
+    columns = COLUMNS[:len(rows[0])]
     path.write_text(json.dumps({'kind': 'plain', 'command': f'python -m benchmarks.variants time {"--figures " + args.figures if args.figures else "--open-clip " + args.open_clip}',
-                                'records': {'columns': [COLUMNS[i] for i in range(len(COLUMNS))], 'rows': rows}}, indent=0) + '\n')
-    for r in [COLUMNS, *rows]: print('| ' + ' | '.join(str(r[i]) for i in some) + ' |')
+                                'records': {'columns': columns, 'rows': rows}}, indent=0) + '\n')
+    for r in [columns, *rows]: print('| ' + ' | '.join(map(str, r)) + ' |')
 
 
 def main():
