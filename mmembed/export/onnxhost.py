@@ -31,7 +31,6 @@ from ..opening import reason
 
 # %% ../../nbs/export/09a_onnxhost.ipynb #cb158d30
 def provider_of(device): # 'cpu', 'cuda' or 'tensorrt' -> what onnxruntime tries, in this order
-    "Names of onnxruntime's providers; raises `ValueError` for one that it lacks."
     "What onnxruntime tries, in this order; raises ValueError for a device that it has no provider for."
     import onnxruntime
     names = {'cpu': 'CPUExecutionProvider', 'cuda': 'CUDAExecutionProvider', 'tensorrt': 'TensorrtExecutionProvider'}
