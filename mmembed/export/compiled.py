@@ -68,7 +68,7 @@ def missing() -> str:
     found = os.environ.get('CXX') or shutil.which('g++') or shutil.which('clang++')
     return '' if found else 'a compiled package needs a C++ compiler: apt install g++'
 
-# %% ../../nbs/export/10_compiled.ipynb #a42bf79a
+# %% ../../nbs/export/10_compiled.ipynb #b2b5c2f1
 @contextmanager
 def packed_convolutions():
     "The compiler brings weights of convolutions into oneDNN's order, however many rows come; by itself it leaves that to every call when their number is open."
@@ -77,7 +77,7 @@ def packed_convolutions():
     if not (free and hasattr(kind, 'pack_conv_weight')): return (yield)  # another torch: it does as it does
     packed = kind.pack_conv_weight
     def pack(self, graph, transposed, weight, args, size):
-        return packed(self, graph, transposed, weight, args, size if not free(size) else None)
+        return packed(self, graph, transposed, weight, args, [1 if free(n) else n for n in size])
     with patch.object(fusion, 'has_free_symbols', lambda x: not isinstance(x, torch.Size) and free(x)), patch.object(kind, 'pack_conv_weight', pack): yield
 
 # %% ../../nbs/export/10_compiled.ipynb #15b4270a

@@ -7,7 +7,9 @@ Docs: https://mmembed.github.io/mmembed/export/kernels.html.md"""
 # %% auto #0
 __all__ = ['supported', 'Linear', 'Conv', 'Patches', 'quick', 'folded']
 
-# %% ../../nbs/export/01d_kernels.ipynb #5305aa6c
+# %% ../../nbs/export/01d_kernels.ipynb #5aba1c68
+from typing import Optional
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,9 +52,11 @@ class Linear(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 64)
         self.weight = torch.empty(0)
 
-# %% ../../nbs/export/01d_kernels.ipynb #21e3767e
+# %% ../../nbs/export/01d_kernels.ipynb #d6ee8864
 class Conv(nn.Module):
     "`nn.Conv2d`, and a ReLU behind it if asked for, by oneDNN on a CPU, channels last"
+    size: list[int] # (1, in, H, W) of what it usually gets, upon which the order of weights depends; nothing if not known
+
     def __init__(self,
         layer: nn.Conv2d,   # padded with zeros by numbers; its weights are shared
         relu: bool = False,
@@ -61,6 +65,7 @@ class Conv(nn.Module):
         self.weight, self.bias, self.relu = layer.weight, layer.bias, relu
         self.stride, self.padding, self.dilation = (list(v) for v in (layer.stride, layer.padding, layer.dilation))
         self.groups, self.post, self.packed = layer.groups, 'relu' if relu else 'none', torch.empty(0)
+        self.size = getattr(layer, 'sees', [])
 
     def forward(self,
         x: Tensor, # (B, in, H, W)
@@ -76,7 +81,9 @@ class Conv(nn.Module):
     @torch.jit.export
     def pack(self):
         if not supported(self.weight): return
-        self.packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, self.padding, self.stride, self.dilation, self.groups)
+        size: Optional[list[int]] = None
+        if len(self.size) > 0: size = self.size
+        self.packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, self.padding, self.stride, self.dilation, self.groups, size)
         self.weight = torch.empty(0)
 
 # %% ../../nbs/export/01d_kernels.ipynb #2be55eaa
@@ -99,9 +106,10 @@ class Patches(nn.Module):
         y = self.linear(x.permute(0, 2, 4, 1, 3, 5).reshape(B, rows * columns, C * self.h * self.w))
         return y.view(B, rows, columns, y.shape[2]).permute(0, 3, 1, 2)
 
-# %% ../../nbs/export/01d_kernels.ipynb #a102bd25
+# %% ../../nbs/export/01d_kernels.ipynb #3bd66f64
 def quick(
     tower: nn.Module, # float32, in eval mode; changed in place
+    pixels: Tensor | None = None, # what an image tower takes, one row
 ) -> nn.Module:
     "`tower` with layers that oneDNN computes; as it is where torch has no oneDNN."
     if not torch.backends.mkldnn.is_available(): return tower
@@ -109,6 +117,7 @@ def quick(
     if isinstance(getattr(tower, 'net', None), nn.Module): tower.net = folded(tower.net)
     _gelus(tower)
     _together(tower)
+    if pixels is not None: _look(tower, pixels)
     for owner in list(tower.modules()):
         for name, layer in list(owner.named_children()):
             if (found := _kernel(owner, layer)) is not None: setattr(owner, name, quietly(torch.jit.script, found.eval()))
@@ -120,7 +129,7 @@ def _kernel(owner: nn.Module, layer: nn.Module) -> nn.Module | None:
     side_by_side = layer.stride == layer.kernel_size != (1, 1) and not any(layer.padding) and layer.groups == 1 and layer.dilation == (1, 1)
     return Patches(layer) if side_by_side and not hasattr(layer, 'relu') else Conv(layer, hasattr(layer, 'relu'))
 
-# %% ../../nbs/export/01d_kernels.ipynb #70452606
+# %% ../../nbs/export/01d_kernels.ipynb #ebada027
 def folded(
     net: nn.Module, # in eval mode
 ) -> nn.Module:
@@ -141,6 +150,12 @@ def folded(
     made.recompile()
     made.delete_all_unused_submodules()
     return made.eval()
+
+def _look(tower: nn.Module, pixels: Tensor):
+    "Tells every convolution the shape that it gets."
+    hooks = [m.register_forward_pre_hook(lambda m, x: setattr(m, 'sees', list(x[0].shape))) for m in tower.modules() if type(m) is nn.Conv2d]
+    with torch.no_grad(): tower(pixels)
+    for h in hooks: h.remove()
 
 def _gelus(tower: nn.Module):
     "Marks linear layers with a GELU right behind them, and takes it away: open_clip's and torchvision's `Sequential`, Hugging Face's BERT."

@@ -311,7 +311,7 @@ class Prepared(NamedTuple):
     vision_pipeline: nn.Module
     variant: Variant
 
-# %% ../../nbs/export/01a_variants.ipynb #997ab69f
+# %% ../../nbs/export/01a_variants.ipynb #4884570b
 def prepared(
     model: nn.Module,              # a DualEncoder or PairClassifier with its two pipelines; left as it is
     variant: Variant = Variant(),
@@ -330,7 +330,7 @@ def prepared(
             raise ValueError("quantize='int8': the towers have no linear layers")
     if kernels and not v.portable:
         from mmembed.export.kernels import quick
-        model.text, model.image = quick(model.text), quick(model.image)
+        model.text, model.image = quick(model.text), quick(model.image, torch.zeros(1, 3, *vp.size))
     if v.attention == 'math': in_steps(model, tp, vp.size)
     if v.precision != 'fp32':
         dtype = PRECISIONS[v.precision]
