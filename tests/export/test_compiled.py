@@ -17,6 +17,7 @@ from mmembed.export.card import make_card
 from mmembed.export.variants import Int8Linear, Variant
 from mmembed.export.verify import VerifyError, export, verify
 from mmembed.opening import read_card
+from mmembed.packaged import opened
 from mmembed.runtime import load
 
 from . import tiny
@@ -115,5 +116,5 @@ def test_what_cannot_be_compiled_or_loaded(tmp_path):
         with pytest.raises(RuntimeError, match=r'a compiled package needs a C\+\+ compiler: apt install g\+\+'): export(tiny.model(), tmp_path/'x.pt2')
     with pytest.raises(ValueError, match="cpu must be AVX2 or AVX512, got '486'"): export(tiny.model(), tmp_path/'x.pt2', cpu='486')
     with pytest.raises(ValueError, match='deterministic'): export(tiny.model(), tmp_path/'x.pt2', deterministic=4)
-    with pytest.raises(ValueError, match='compiled for the CPU, not for meta'): load(package(), device='meta')
+    with pytest.raises(ValueError, match='compiled for the CPU, not for cuda'): opened(package(), read_card(package()), torch.device('cuda'))
     assert not list(tmp_path.iterdir()) and read_card(package())['compiled']['system'] == 'linux'
