@@ -126,13 +126,14 @@ class Served(nn.Module):
         if top_k < 0: raise ValueError(f'top_k must not be negative, got {top_k}')
         return best_labels(self.names, probability, self.thresholds, top_k if top_k > 0 else self.top_k)
 
-# %% ../../nbs/export/01_artifact.ipynb #ad05c53b
+# %% ../../nbs/export/01_artifact.ipynb #a29afb3c
 class Artifact(Served):
     "Both pipelines and both towers of a DualEncoder in one module that scripts: raw bytes in, embeddings out"
     def __init__(self, model: nn.Module, text_pipeline: nn.Module, vision_pipeline: nn.Module, dim: int, steps: Steps, classes: Classes,
                  folded: bool = False):
         super().__init__(model, text_pipeline, vision_pipeline, dim, steps, classes, folded)
         self.kind = {'int8': torch.int8, 'binary': torch.uint8}.get(model.output, torch.float32)
+        self.slab = model.rows or model.slab  # rows that the image tower sees at once on a CPU
         self.register_buffer('classes', torch.zeros(0, 0))
 
     def forward(self, texts: list[str], images: list[Tensor]) -> Tensor:
@@ -160,6 +161,9 @@ class Artifact(Served):
     @torch.jit.export
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         "Unit-length float32 (B, D) of (B, 3, S, S): uint8 levels, or float32 that is normalised already."
+        if torch.jit.is_scripting():
+            if pixels.shape[0] > self.slab and self.logit_scale.device.type == 'cpu':  # so that the numbers stay in the cache
+                return torch.cat([self.model.encode_image(self.normalized(p)) for p in pixels.split(self.slab)])
         pixels = self.normalized(pixels)
         return self.model.encode_image(pixels) if pixels.shape[0] > 0 else self.none()
 
