@@ -14,7 +14,7 @@ torch._C._jit_set_profiling_mode(False)
 def pytest_runtest_setup(item):
     "Lightning's log handler keeps the stderr of the moment it was imported in, which a test that captures output has closed."
     for handler in logging.getLogger('lightning').handlers:
-        if type(handler) is logging.StreamHandler: handler.setStream(sys.stderr)
+        if type(handler) is logging.StreamHandler: handler.stream = sys.stderr  # setStream would flush the closed one
 
 
 def pytest_collection_modifyitems(items):
