@@ -7,26 +7,22 @@ Docs: https://mmembed.github.io/mmembed/export/onnxfiles.html.md"""
 # %% auto #0
 __all__ = ['JPEG', 'JPEG_END', 'PNG', 'PNG_END', 'FILE_MEAN', 'add_files', 'file_answers', 'file_rows']
 
-# %% ../../nbs/export/09b_onnxfiles.ipynb #7ebafee0
+# %% ../../nbs/export/09b_onnxfiles.ipynb #d070f92b
 from pathlib import Path
 
 import torch
 
 from ..core import as_bytes
 from . import cases
-from .graph import EXTENSIONS, Graph, placed, value, written
+from .graph import EXTENSIONS, Graph, placed, tensor, value, written
 from .onnxhost import LEVELS, elsewhere
 from ..opening import reason
 
-# %% ../../nbs/export/09b_onnxfiles.ipynb #2e84f548
+# %% ../../nbs/export/09b_onnxfiles.ipynb #640855cf
 JPEG, JPEG_END = (0xff, 0xd8, 0xff), (0xff, 0xd9)
 PNG, PNG_END = (137, 80, 78, 71, 13, 10, 26, 10), (0, 0, 0, 0, 73, 69, 78, 68, 174, 66, 96, 130)
 
-def _bytes(g: Graph, *values: int): return g.op('Constant', value=_uint8(values))
-
-def _uint8(values):
-    import onnx_ir as ir
-    return ir.tensor(torch.tensor(values, dtype=torch.uint8).numpy())
+def _bytes(g: Graph, *values: int): return g.op('Constant', value=tensor(torch.tensor(values, dtype=torch.uint8)))
 
 def _all(g: Graph, same): # bool () of bool (N,)
     return g.op('Equal', g.op('ReduceSum', g.op('Cast', g.op('Not', same), to=7), keepdims=0), g.number(0))
@@ -69,22 +65,18 @@ def _turned(g: Graph, x, orientation): # uint8 (H, W, 3) as it is to be seen
         x = g.op('Slice', x, *way[:2], g.ints(axis), way[2])
     return x
 
-# %% ../../nbs/export/09b_onnxfiles.ipynb #1a59705b
+# %% ../../nbs/export/09b_onnxfiles.ipynb #3d429483
 def _rgb(g: Graph, x): # uint8 (H, W, 1), (H, W, 3) or (H, W, 4) -> (H, W, 3)
     channels, four, three = g.op('Shape', x, start=2), Graph(name='four'), Graph(name='three')
     ink = [four.op('Cast', four.op('Gather', x, four.ints(*k), axis=2), to=6) for k in ((0, 1, 2), (3,))]
-    product = four.op('Add', four.op('Mul', *ink), four.op('Constant', value=_int32(128)))
-    rounded = four.op('Div', four.op('Add', product, four.op('Div', product, four.op('Constant', value=_int32(256)))), four.op('Constant', value=_int32(256)))
+    product = four.op('Add', four.op('Mul', *ink), four.op('Constant', value=tensor(torch.tensor(128, dtype=torch.int32))))
+    rounded = four.op('Div', four.op('Add', product, four.op('Div', product, four.op('Constant', value=tensor(torch.tensor(256, dtype=torch.int32))))), four.op('Constant', value=tensor(torch.tensor(256, dtype=torch.int32))))
     four.graph.outputs.append(placed(four.op('Cast', rounded, to=2), torch.uint8, -1, -1, 3))
     places = three.op('Where', three.op('Equal', channels, three.ints(1)), three.ints(0, 0, 0), three.ints(0, 1, 2))
     three.graph.outputs.append(placed(three.op('Gather', x, places, axis=2), torch.uint8, -1, -1, 3))
     return g.branch(g.op('Squeeze', g.op('Equal', channels, g.ints(4)), g.ints(0)), four, three)[0]
 
-def _int32(n: int):
-    import onnx_ir as ir
-    return ir.tensor(torch.tensor(n, dtype=torch.int32).numpy())
-
-# %% ../../nbs/export/09b_onnxfiles.ipynb #513b870f
+# %% ../../nbs/export/09b_onnxfiles.ipynb #2f13a024
 def _decoded(g: Graph, file) -> list: # -> images uint8 (M,), sizes int64 (1, 2); (0,) and (0, 2) for what is no whole JPEG or PNG
     jpeg = g.op('And', _begins(g, file, JPEG), _ends(g, file, JPEG_END))
     place = g.op('Slice', g.op('Concat', file, _bytes(g, *[0] * 29), axis=0), g.ints(28), g.ints(29))
@@ -95,13 +87,9 @@ def _decoded(g: Graph, file) -> list: # -> images uint8 (M,), sizes int64 (1, 2)
     x = _turned(good, x, good.op('Where', jpeg, _orientation(good, file), good.number(1)))
     size = good.op('Unsqueeze', good.op('Shape', x, start=0, end=2), good.ints(0))
     good.graph.outputs.extend([placed(good.op('Reshape', x, good.ints(-1)), torch.uint8, -1), placed(size, torch.int64, -1, 2)])
-    none = bad.op('ConstantOfShape', bad.ints(0), value=_uint8([0])), bad.op('ConstantOfShape', bad.ints(0, 2), value=_int64())
+    none = bad.op('ConstantOfShape', bad.ints(0), value=tensor(torch.zeros(1, dtype=torch.uint8))), bad.op('ConstantOfShape', bad.ints(0, 2), value=tensor(torch.zeros(1, dtype=torch.int64)))
     bad.graph.outputs.extend([placed(none[0], torch.uint8, -1), placed(none[1], torch.int64, -1, 2)])
     return g.branch(g.op('Or', jpeg, png), good, bad)
-
-def _int64():
-    import onnx_ir as ir
-    return ir.tensor(torch.zeros(1, dtype=torch.int64).numpy())
 
 # %% ../../nbs/export/09b_onnxfiles.ipynb #00374c23
 def add_files(

@@ -68,7 +68,7 @@ class Brief(nn.Module):
         fine = fine and torch.equal(self.keys.index_select(0, at), x)
         return self.tokens.index_select(0, at), torch.tensor(begins), fine
 
-# %% ../../nbs/text/08c_brief.ipynb #6ded109d
+# %% ../../nbs/text/08c_brief.ipynb #7956dbda
 _MARKS = '.,!?:;-()0123456789'
 
 def brief(
@@ -95,10 +95,9 @@ def brief(
     marks = {m: t[1] for m, t in zip(_MARKS, tokens([f'{word}{m}{word}' for m in _MARKS])) if len(t) == 3 and t[::2] == [first, first]}
     alone = dict(zip(marks, tokens(list(marks)))) if marks else {}
     marks = {m: t for m, t in marks.items() if alone[m] == [t]}
-    for m, token in marks.items():
-        beside = tokens([m + n for n in marks] + [n + m for n in marks])
-        apart = beside == [[token, marks[n]] for n in marks] + [[marks[n], token] for n in marks]
-        values[ord(m)] = 33 - apart
+    pairs = [(m, n) for m in marks for n in marks]
+    joined = {pair for pair, t in zip(pairs, tokens([m + n for m, n in pairs]) if pairs else []) if t != [marks[m] for m in pair]}
+    for m in marks: values[ord(m)] = 32 + any(m in pair for pair in joined)
     plain = {chr(b) for b, v in enumerate(values) if v != 31}
     if any(set(t) <= plain for t in added): return Brief()
     return Brief({_number(w): t for w, t in known.items()} | {-ord(m): t for m, t in marks.items()}, values)

@@ -104,7 +104,7 @@ class Explanation(NamedTuple):
         cells = ''.join(cell(k, *s) for k, s in enumerate(self.spans))
         return f'<div style="overflow-x:auto"><table><tr>{cells}</tr></table><small>text, token, id, bytes</small></div>'
 
-# %% ../../nbs/text/09_pipeline.ipynb #c426ecc7
+# %% ../../nbs/text/09_pipeline.ipynb #31da07cb
 class TextPipeline(nn.Module):
     """Texts -> `Tokens(ids, mask)`, exactly as the tokenizer it was made from: truncated to `max_length`, padded
     to the longest row, rounded up to a multiple of `pad_to` (0: always to `max_length`).
@@ -145,13 +145,16 @@ class TextPipeline(nn.Module):
             if data.numel() <= self.brief.most and data.device.type == 'cpu':
                 ids, begins, known = self.brief(data, at)
                 if known: return self.assemble(ids, begins)
-        p = self.pieces(data, offsets)
+        p = self._pieces(data, offsets)
         return self.assemble(p.ids, p.offsets)
 
     @torch.jit.export
     def pieces(self, data: Tensor, offsets: Tensor) -> Pieces:
         "Packed UTF-8 -> the pieces of each text, without special tokens, truncation or padding."
         if self.shortcuts: self._check(data, offsets)
+        return self._pieces(data, offsets)
+
+    def _pieces(self, data: Tensor, offsets: Tensor) -> Pieces:
         x = self.front(data, offsets, False)
         return self.model(Codes(x.codes, x.offsets))
 
