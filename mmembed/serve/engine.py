@@ -93,7 +93,7 @@ class Engine:
         items: list[Item],
         done: Callable,                # called once with the `Job`, from a worker thread
         timeout: float | None = None,  # seconds; the options' by default
-        force: bool = False,           # even when the queue is full (for the readiness probe)
+        force: bool = False,           # even when the queue is full, and before all others (for the canary)
     ) -> Job:
         "Admits all `items` or none; raises `Busy`, `Unfit` or `Unsuited`."
         if not items: raise ValueError('there are no items')
@@ -101,7 +101,7 @@ class Engine:
             raise Unsuited('this artifact scores pairs of a text and an image: ask for their labels' if self.emb.pairs else 'this artifact embeds, and scores no pairs')
         count = {k: sum(i.kind == k for i in items) for k in self.waiting}
         size = sum(i.size for i in items)
-        job = Job(items, self._finished, time.perf_counter() + (timeout or self.options.timeout))
+        job = Job(items, self._finished, time.perf_counter() + (timeout or self.options.timeout), urgent=force)
         job.answer = done
         with self._lock:
             if self.unfit or self.closing: raise Unfit(self.unfit or 'the engine is closed')
@@ -205,8 +205,7 @@ class Engine:
         return self.emb.decode(data)
 
     def _tokenize(self) -> bool:
-        lane = self.lanes['text']
-        lane.wait_for_room()
+        lane = self.lanes['text']  # as many as the queue holds: their tokens are small
         if not (items := self.first['text'].take()): return False
         begin = self._begin(items, 'tokenize')
         good = []
@@ -288,8 +287,9 @@ class Engine:
         for i in job.items: job.settle(i, 'unavailable', why)
 
     def _finished(self, job):
+        answer, job.answer = job.answer, None
         try: self._account(job)
-        finally: job.answer(job)
+        finally: answer(job)
 
     def _account(self, job):
         count, size = job.weight

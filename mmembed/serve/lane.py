@@ -13,6 +13,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
+from heapq import heapify, heapreplace, heappop
 from typing import Any
 
 # %% ../../nbs/serve/01_lane.ipynb #639860e7
@@ -40,8 +41,10 @@ class Job:
         items: list[Item],
         done: Callable,                 # called once with this job, from the thread that settles the last item
         deadline: float = math.inf,     # of `time.perf_counter`
+        urgent: bool = False,           # goes before every other request where a lane shares its places
     ):
-        self.items, self.done, self.deadline, self.cancelled = items, done, deadline, False
+        self.items, self.done, self.deadline, self.cancelled, self.urgent = items, done, deadline, False, urgent
+        self.had: dict[Lane, int] = {}  # places that it has been given so far
         self.arrival, self.wall = time.perf_counter(), time.time_ns()
         self._left, self._lock = len(items), threading.Lock()
         for i, item in enumerate(items): item.job, item.index = self, i
@@ -57,17 +60,52 @@ class Job:
             if item.status: return False
             item.status, item.error, item.value = status, error, value
             self._left -= 1
-            last = not self._left
-        if last: self.done(self)
+            done = None if self._left else self.done
+            if done: self.done = None  # what waits for the collector keeps no engine alive
+        if done: done(self)
         return True
 
     def over(self) -> str: # '', 'cancelled' or 'expired'
         "Why nobody waits for it any more."
         return 'cancelled' if self.cancelled else 'expired' if time.perf_counter() > self.deadline else ''
 
+# %% ../../nbs/serve/01_lane.ipynb #198ece7a
+class _Bucket: # items that may share a batch: a queue for each request, in the order in which the requests came
+    def __init__(self, lane): self.lane, self.queues, self.size, self.passed = lane, {}, 0, False
+
+    def add(self, item: Item):
+        self.queues.setdefault(item.job, deque()).append(item)
+        self.size += 1
+
+    def head(self, job: Job | None = None) -> Item: # of the oldest request by default
+        return self.queues[job or next(iter(self.queues))][0]
+
+    def pop(self, item: Item): # which is a head
+        queue = self.queues[item.job]
+        queue.popleft()
+        if not queue: del self.queues[item.job]
+        self.size -= 1
+
+    def rank(self, job: Job) -> tuple: # least: who has had the fewest places; of equals the smallest, then the oldest
+        return -1 if job.urgent else job.had.get(self.lane, 0), len(self.queues[job]), job.arrival
+
+# %% ../../nbs/serve/01_lane.ipynb #e66795e2
+class _Fewest: # the request of least rank in a bucket, again and again
+    def __init__(self, bucket):
+        self.bucket = bucket
+        self.heap = [(bucket.rank(job), k, job) for k, job in enumerate(bucket.queues)]
+        heapify(self.heap)
+
+    def next(self) -> Job:
+        while True:
+            rank, k, job = self.heap[0]
+            if job not in self.bucket.queues: heappop(self.heap)
+            elif (now := self.bucket.rank(job)) > rank: heapreplace(self.heap, (now, k, job))
+            else: return job
+
 # %% ../../nbs/serve/01_lane.ipynb #27a14670
 class Lane:
-    "Items that wait for a worker, in buckets that never share a batch"
+    "Items that wait for a worker, in buckets that never share a batch; each request has its share of the places"
     def __init__(self,
         largest: int,      # items in a batch
         wait: float = 0.,  # seconds after its arrival when an item is due
@@ -79,7 +117,8 @@ class Lane:
         self.patience = 0.  # seconds after it came here that an item which is due waits for those on their way
         self.alone, self.closed = True, False
         self.back, self.until = 0, 0.  # items that may come again, and the time until which it waits for them
-        self._buckets, lock = defaultdict(deque), threading.Lock()
+        self._fair = False  # whether the first place of the next batch goes by places had, not by age
+        self._buckets, lock = defaultdict(lambda: _Bucket(self)), threading.Lock()
         self._ready, self._space, self._alarm = threading.Condition(lock), threading.Condition(lock), math.inf
 
     def expect(self, n: int):
@@ -98,7 +137,7 @@ class Lane:
         with self._ready:
             for item, key in zip(items, keys or [0] * len(items)):
                 item.since = now
-                self._buckets[key].append(item)
+                self._buckets[key].add(item)
             self.size += len(items)
             self.coming -= len(items)
             self._wake(len(items))
@@ -120,8 +159,8 @@ class Lane:
         "The next batch; empty when the lane is closed and nothing is left, or when it should not wait and none is due."
         with self._ready:
             while not wait or self._due():
-                key, due = self._next()
-                if key is not None and due <= time.perf_counter() and (batch := self._pop(key)): return batch
+                key = self._leader()
+                if key is not None and (batch := self._pop(key)): return batch
                 if not wait: break
             return []
 
@@ -138,48 +177,63 @@ class Lane:
     def clear(self) -> list[Item]:
         "Takes everything out."
         with self._ready:
-            left = [item for b in self._buckets.values() for item in b]
+            left = [item for b in self._buckets.values() for queue in b.queues.values() for item in queue]
             self._buckets.clear()
             self.size = 0
             return left
 
     def _due(self):
         while True:
-            key, due = self._next()
+            due = self._earliest()
             now = time.perf_counter()
-            if key is not None and due <= now: return True
+            if due <= now: return True
             if self.closed and not self.size: return False
-            self._alarm = math.inf if key is None else due
-            self._ready.wait(None if key is None else due - now)
+            self._alarm = due
+            self._ready.wait(None if due == math.inf else due - now)
             self._alarm = math.inf
 
     def _wake(self, n=1): # whoever waits here, if there is a batch earlier than it thinks
-        if self.size and self._next()[1] < self._alarm: self._ready.notify(n)
+        if self._earliest() < self._alarm: self._ready.notify(n)
 
-    def _next(self):
-        hurry, now = self.closed or (self.alone and not self.coming), time.perf_counter()
-        best, first = None, (True, math.inf)
-        for key, bucket in self._buckets.items():  # of those that are due the one whose head is oldest: none starves
-            at, due = bucket[0].job.arrival, now
-            if not hurry and len(bucket) < self.largest:
-                due = at + self.wait
-                if self.coming: due = max(due, bucket[0].since + self.patience)
-                if self.coming or self.back > 0: due = max(due, self.until)
-            order = (due > now, due if due > now else at)
-            if order < first: best, first, when = key, order, due
-        return (best, when) if self._buckets else (None, 0.)
+    def _earliest(self) -> float: # when there is a batch
+        return min(map(self._when, self._buckets.values()), default=math.inf)
+
+    def _when(self, bucket) -> float: # when it is due
+        if self.closed or (self.alone and not self.coming) or bucket.size >= self.largest: return 0.
+        head = bucket.head()
+        due = head.job.arrival + self.wait
+        if bucket.passed: return due
+        if self.coming: due = max(due, head.since + self.patience)
+        if self.coming or self.back > 0: due = max(due, self.until)
+        return due
+
+    def _leader(self): # the key of the bucket whose turn it is; None where none is due
+        now = time.perf_counter()
+        due = [key for key, bucket in self._buckets.items() if self._when(bucket) <= now]
+        if len(due) < 2: return due[0] if due else None
+        def age(key): return self._buckets[key].head().job.arrival
+        def fewest(key): return min(map(self._buckets[key].rank, self._buckets[key].queues))
+        return min(due, key=fewest if self._fair else age)
 
     def _pop(self, key) -> list[Item]:
-        bucket, batch = self._buckets[key], []
-        while bucket and len(batch) < self.largest:
-            item = bucket.popleft()
+        bucket, batch, fewest = self._buckets[key], [], None
+        while bucket.size and len(batch) < self.largest:
+            crowded = bucket.size + len(batch) > self.largest  # else all go, in any order
+            fair = crowded and (len(batch) + self._fair) % 2
+            if fair: fewest = fewest or _Fewest(bucket)
+            item = bucket.head(fewest.next() if fair else None)
+            bucket.pop(item)
             self.size -= 1
-            if not item.status and not (why := item.job.over()): batch.append(item)
+            if not item.status and not (why := item.job.over()):
+                batch.append(item)
+                item.job.had[self] = item.job.had.get(self, 0) + 1
             else:
                 if self.then: self.then.expect(-1)
                 item.job.settle(item, item.status or why)
-        if not bucket: del self._buckets[key]
-        if batch: self.alone = len(batch) == 1
+        if not bucket.size: del self._buckets[key]
+        if batch:
+            self.alone, self._fair = len(batch) == 1, not self._fair
+            for other in self._buckets.values(): other.passed = other is not bucket
         if self.size < self.room: self._space.notify_all()
         return batch
 

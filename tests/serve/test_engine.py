@@ -13,7 +13,6 @@ import torch
 from mmembed.export import cases
 from mmembed.runtime import Embedder
 from mmembed.serve.engine import Busy, Engine, Item, Options, Unfit
-from mmembed.serve.lane import Job, Lane
 
 from ..export import tiny
 
@@ -224,28 +223,6 @@ def test_storm(engine):
         if item.status == 'ok': assert np.allclose(item.value, want[item.data], atol=1e-5)
     assert sum(i.status == 'ok' for j in jobs for i in j.items) > 50
     assert all(lane.size == 0 and lane.coming == 0 for lane in (*engine.first.values(), *engine.lanes.values()))
-
-
-def test_the_oldest_due_bucket_goes_first():
-    lane = Lane(largest=2, wait=.01)
-    jobs = []
-    for key, data in ((8, 'old'), (16, 'x'), (16, 'y'), (8, 'young')):
-        jobs.append(Job([Item('text', data)], lambda j: None))
-        lane.expect(1), lane.put(jobs[-1].items, [key])
-        time.sleep(.001)
-    assert [[i.data for i in lane.take()] for _ in range(2)] == [['old', 'young'], ['x', 'y']]
-
-
-def test_a_rare_length_does_not_starve():
-    "Under load one bucket is always full; the item that came first still goes first."
-    lane = Lane(largest=2, wait=.001)
-    def put(key, data):
-        job = Job([Item('text', data)], lambda j: None)
-        lane.expect(1), lane.put(job.items, [key])
-    put(64, 'rare')
-    for k in range(8): put(8, f'common {k}')
-    time.sleep(.005)
-    assert [i.data for i in lane.take()] == ['rare']
 
 
 def test_pairs_have_spans():
