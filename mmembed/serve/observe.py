@@ -8,13 +8,19 @@ Docs: https://mmembed.github.io/mmembed/serve/observe.html.md"""
 __all__ = ['STAGES', 'TIMES', 'SIZES', 'seconds', 'Metrics', 'JsonLines', 'open_log', 'request_id', 'Tracer']
 
 # %% ../../nbs/serve/03_observe.ipynb #e73b23e1
+import contextlib
 import json
 import logging
 import logging.handlers
+import os
 import queue
 import random
 import re
 import sys
+from collections import Counter
+
+import prometheus_client
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from .lane import Item, Job
 
@@ -41,7 +47,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 class Metrics:
     "Counters and histograms of one service"
     def __init__(self):
-        import prometheus_client as p
+        p = prometheus_client
         self.registry = p.CollectorRegistry()
         def new(kind, name, text, labels=(), **kw): return kind(f'mmembed_{name}', text, labels, registry=self.registry, **kw)
         summed = dict(multiprocess_mode='livesum')
@@ -53,8 +59,9 @@ class Metrics:
         self.queue_items = new(p.Gauge, 'queue_items', 'Items admitted and not yet settled', ['kind'], **summed)
         self.rejected = new(p.Counter, 'rejected_total', 'Requests turned away', ['reason'])
         self.reloads = new(p.Counter, 'reloads_total', 'Artifacts loaded while serving', ['status'])
-        self.artifact = new(p.Gauge, 'artifact_info', '1 for the artifact that answers', ['hash', 'kind', 'dim'], multiprocess_mode='max')
-        self.ready = new(p.Gauge, 'ready', '1 when the last canary came back right', multiprocess_mode='min')
+        self.artifact = new(p.Gauge, 'artifact_info', '1 for the artifact that answers', ['hash', 'kind', 'dim'], multiprocess_mode='livemax')
+        self.ready = new(p.Gauge, 'ready', '1 when the last canary came back right', multiprocess_mode='livemin')
+        self._served = None
 
     def job(self, job: Job):
         "Counts a finished job."
@@ -67,16 +74,31 @@ class Metrics:
         "Counts a batch of the engine."
         if stage == 'forward': self.batch_items.labels(kind).observe(len(items))
 
+    @contextlib.contextmanager
+    def admitted(self, items: list[Item]):
+        "Count `items` in `queue_items` while the block runs."
+        count = Counter(i.kind for i in items)
+        for kind, n in count.items(): self.queue_items.labels(kind).inc(n)
+        try: yield
+        finally:
+            for kind, n in count.items(): self.queue_items.labels(kind).dec(n)
+
+    def serves(self, card: dict):
+        "Name the artifact that answers from now on, in place of the one before."
+        if self._served: self._served.set(0)
+        self._served = self.artifact.labels(card['short_hash'], card['kind'], card['dim'])
+        self._served.set(1)
+
+    def collect(self):
+        "Yield the metrics of all processes, without the artifacts that none of them serves any more."
+        many = os.environ.get('PROMETHEUS_MULTIPROC_DIR')
+        for m in (MultiProcessCollector(None) if many else self.registry).collect():
+            if m.name == 'mmembed_artifact_info': m.samples = [s for s in m.samples if s.value]
+            yield m
+
     def page(self) -> bytes:
-        "What Prometheus scrapes."
-        import os
-        import prometheus_client as p
-        registry = self.registry
-        if os.environ.get('PROMETHEUS_MULTIPROC_DIR'):
-            from prometheus_client.multiprocess import MultiProcessCollector
-            registry = p.CollectorRegistry()
-            MultiProcessCollector(registry)
-        return p.generate_latest(registry)
+        "Return what Prometheus scrapes."
+        return prometheus_client.generate_latest(self)
 
 # %% ../../nbs/serve/03_observe.ipynb #f2837db8
 class JsonLines(logging.Formatter):

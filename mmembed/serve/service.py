@@ -99,6 +99,7 @@ class Service:
         self.draining, self.index, self.tell = False, None, None  # tell(path): the other replicas, of a new artifact
         self._ready, self._asked, self._checking, self._loading = '', 0., asyncio.Lock(), asyncio.Lock()
         self.engine, self.canary = self._start(config.artifact)
+        self.metrics.serves(self.card)
         if config.index: self.index = self._open_index(config.index)
 
     @property
@@ -111,11 +112,6 @@ class Service:
         emb = Embedder(path, c.device, c.threads, c.engine.batch, c.deterministic)
         canary = Canary(emb)  # also warms up
         engine = Engine(emb, c.engine, self.metrics.batch, lambda why: self._failed(engine, why))
-        for kind in engine.kinds:
-            self.metrics.queue_items.labels(kind).set_function(lambda k=kind: self.engine.waiting.get(k, 0)) \
-                if not _many() else None
-        self.metrics.artifact.clear()
-        self.metrics.artifact.labels(emb.card['short_hash'], emb.card['kind'], emb.dim).set(1)
         return engine, canary
 
     def _failed(self, engine, why):
@@ -131,7 +127,8 @@ class Service:
         timeout = min(timeout or 1e9, self.config.engine.timeout)
         for _ in range(3):
             engine = self.engine
-            try: job = await engine.run(items, timeout)
+            try:
+                with self.metrics.admitted(items): job = await engine.run(items, timeout)
             except Busy:
                 self.metrics.rejected.labels('queue full').inc()
                 raise
@@ -142,8 +139,6 @@ class Service:
             job.hash = engine.emb.card['short_hash']
             self.metrics.job(job)
             self.tracer.job(span, job)
-            if _many():
-                for k, n in engine.waiting.items(): self.metrics.queue_items.labels(k).set(n)
             return job
         raise Unfit('the engine is being replaced')
 
@@ -176,6 +171,7 @@ class Service:
                 raise
             self.config = self.config._replace(artifact=path or self.config.artifact)
             self.engine, self.canary, self._asked = engine, canary, 0.
+            self.metrics.serves(self.card)
             threading.Thread(target=old.close, args=(self.config.grace,), daemon=True).start()
             self.metrics.reloads.labels('ok').inc()
             out = dict(before=before, after=self.card['short_hash'])
@@ -222,8 +218,3 @@ class Service:
         self.engine.close(self.config.grace)
         self.tracer.close()
         self.log.close()
-
-# %% ../../nbs/serve/04_service.ipynb #80b69d5b
-def _many() -> bool: # whether several processes share their metrics
-    import os
-    return bool(os.environ.get('PROMETHEUS_MULTIPROC_DIR'))

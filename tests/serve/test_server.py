@@ -17,6 +17,7 @@ import httpx2
 import numpy as np
 import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from prometheus_client.multiprocess import mark_process_dead
 
 from mmembed.cli import main
 from mmembed.export import cases
@@ -129,8 +130,47 @@ def test_a_killed_replica_loses_nothing_and_is_replaced(tmp_path):
         assert [x['artifact'] for x in s.said if x['event'] == 'serving'][-1] == new
         wrong = [a for x in loads for a in x.end() if a != GOOD]
         assert not wrong, wrong[:3]
+        series = [line for line in httpx2.get(f'{s.url}/metrics').text.splitlines() if line.startswith(('mmembed_artifact_info', 'mmembed_queue_items'))]
+        assert [x for x in series if 'artifact' in x] == [f'mmembed_artifact_info{{dim="24",hash="{new}",kind="DualEncoder"}} 1.0']
+        assert {x.split()[-1] for x in series if 'queue' in x} == {'0.0'}, series  # also after two processes died with items in theirs
         assert httpx2.get(f'{s.url}/readyz').json()['ready']
     assert s.process.returncode == 0 and [x['event'] for x in s.said].count('replica died') == 2
+
+
+def test_gauges_speak_of_the_living(tmp_path):
+    "A replica that died while it was not ready, and served another artifact, leaves its counts and nothing else."
+    program = textwrap.dedent("""
+        import os, sys
+        from mmembed.serve.observe import Metrics
+        m = Metrics()
+        m.ready.set(sys.argv[1] == 'alive'), m.artifact.labels(sys.argv[1], 'dual', 24).set(1)
+        m.queue_items.labels('text').inc(), m.reloads.labels('ok').inc()
+        print(os.getpid() if sys.argv[1] == 'dead' else m.page().decode())""")
+    def one(state):
+        return subprocess.run([sys.executable, '-c', program, state], env=os.environ | dict(PROMETHEUS_MULTIPROC_DIR=str(tmp_path)), capture_output=True, text=True, check=True).stdout
+    mark_process_dead(int(one('dead')), str(tmp_path))
+    page = one('alive')
+    assert 'mmembed_ready 1.0' in page and 'hash="dead"' not in page and 'mmembed_queue_items{kind="text"} 1.0' in page, page
+    assert 'mmembed_reloads_total{status="ok"} 2.0' in page
+
+
+@pytest.mark.parametrize('replicas', [1, 2])
+def test_a_hangup_at_the_very_start_is_a_reload_later(replicas, tmp_path):
+    "Each process that serves gets SIGHUP from the first line that Python runs in it: it loads its artifact again once it can, and does not die."
+    (tmp_path/'sitecustomize.py').write_text("import os, signal, sys\nif len(sys.orig_argv) > 4 and '_child' in sys.orig_argv[4]: os.kill(os.getpid(), signal.SIGHUP)\n")
+    program = "import json, os, signal, sys\nfrom mmembed.serve import server\nif os.environ['REPLICAS'] == '1':\n" \
+        "    Service = server.Service\n    def early(*args):\n        os.kill(os.getpid(), signal.SIGHUP)\n        return Service(*args)\n    server.Service = early\nserver._alone()"
+    path = os.pathsep.join([str(tmp_path), *os.environ.get('PYTHONPATH', '').split(os.pathsep)])
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                         env=os.environ | dict(PYTHONPATH=path, REPLICAS=str(replicas)))
+    with p:
+        p.stdin.write(json.dumps(config(tmp_path/'log', replicas=replicas, threads=1), default=str).encode())
+        p.stdin.close()
+        said = []
+        while sum(x['event'] == 'serving' for x in said) < replicas and (line := p.stdout.readline()): said.append(json.loads(line))
+        if p.poll() is None: until(lambda: (tmp_path/'log').read_text().count('"event": "reload"') == replicas)
+        p.terminate()
+    assert p.returncode == 0 and [x['event'] for x in said].count('replica died') == 0, (p.returncode, said)
 
 
 @pytest.fixture(scope='module')
