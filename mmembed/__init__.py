@@ -3,6 +3,7 @@ __version__ = "0.1.0"
 # Public names are imported when first used, so that `import mmembed` is fast and needs no optional dependency.
 _WHERE = {
     'pack': 'core', 'as_bytes': 'core', 'read_bytes': 'core', 'settings': 'core', 'Tokens': 'core', 'Embeddings': 'core',
+    'Text': 'markers', 'Image': 'markers',
     'TextPipeline': 'text.pipeline', 'VisionPipeline': 'vision.pipeline',
     'PairData': 'data.module', 'PairsFile': 'data.sources', 'Scenes': 'data.scenes',
     'TextTransformer': 'models.towers', 'ConvNet': 'models.towers', 'bert': 'models.towers', 'image_tower': 'models.towers',

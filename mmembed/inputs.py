@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import markers
 from .core import Tokens, as_bytes, read_bytes
 
 # %% ../nbs/31_inputs.ipynb #089710ff
@@ -48,6 +49,7 @@ def as_image(
     alpha: str = 'white', # what shows through transparent pixels: 'white', 'black', or 'drop' for their hidden colours
 ) -> Tensor: # uint8 (N,), a file, or uint8 (3, H, W), decoded RGB
     "`item` as an artifact takes it; raises `TypeError`, `ValueError`, or `OSError` as `open` does."
+    if isinstance(item, markers.Image): item = item.item
     if isinstance(item, (bytes, bytearray, memoryview)): return as_bytes(item)
     if isinstance(item, (str, os.PathLike)): return read_bytes(item)
     if isinstance(item, Tensor): return _rgb(item.cpu(), alpha, False)
@@ -104,7 +106,8 @@ def text_error(
     text, # what the caller passed
 ) -> str: # empty for a text
     "Why this is no text."
-    return '' if isinstance(text, (str, bytes, bytearray, memoryview)) else f'{type(text).__name__} is no text: pass str or bytes'
+    if isinstance(text, str): return markers.doubt(text)
+    return '' if isinstance(text, (bytes, bytearray, memoryview)) else f'{type(text).__name__} is no text: pass str or bytes'
 
 # %% ../nbs/31_inputs.ipynb #25115fe2
 def name_of(

@@ -24,7 +24,7 @@ from .runtime import Embedder, read_card
 class Query:
     "A weighted sum of texts, pictures and vectors"
     def __init__(self,
-        item,               # str: a text; Path, bytes, PIL image, uint8 tensor or array: a picture; float (D,): a vector; a `Query`
+        item,               # str: a text; Path, `Image`, bytes, PIL image, uint8 tensor or array: an image; float (D,): a vector; a `Query`
         weight: float = 1., # of it in the sum
     ):
         self.terms: list = [(i, w*weight) for i, w in item.terms] if isinstance(item, Query) else [(item, float(weight))]

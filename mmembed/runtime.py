@@ -79,7 +79,7 @@ class Embedder:
         progress: bool | str = False,  # a bar on standard error
         numpy: bool = False,           # arrays for tensors
     ) -> Tensor | Encoded: # (B, D) for 'raise', else `Encoded`
-        "Embeddings of unit length. An item fails only when it is neither `str` nor `bytes`."
+        "Embeddings of unit length. An item fails when it is neither `str` nor `bytes`, or is a `str` that names an image and is not marked as `Text`."
         self._embeds(), policy(on_error)
         done, errors, rows = [], [], []
         def flush():

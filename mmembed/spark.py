@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .jobs import service_batch
+from .markers import Text
 from .runtime import Embedder
 
 # %% ../nbs/40e_spark.ipynb #6fb93d82
@@ -35,7 +36,7 @@ def predict_texts(
     "A maker of functions from texts (B,) to embeddings float32 (B, D)."
     def make_predict_fn():
         emb = Embedder(artifact, device, threads, service_batch(device), deterministic=True)
-        return lambda texts: _with_nan(emb.encode_text(list(texts), on_error='flag'))
+        return lambda texts: _with_nan(emb.encode_text([Text(t) if isinstance(t, str) else t for t in texts], on_error='flag'))
     return make_predict_fn
 
 def _bytes(f): return b'' if f is None else bytes(f)

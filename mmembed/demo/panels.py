@@ -23,6 +23,7 @@ from torch.nn.functional import normalize
 from .drawing import bars, data_url, heat_table, spectrum, thumb_map
 from .inside import heat, look_image, look_text, token_html
 from .pictures import Hit, Pictures
+from ..markers import Text
 from ..runtime import Embedder
 
 # %% ../../nbs/demo/03_panels.ipynb #bbdd6012
@@ -113,7 +114,7 @@ class Panels:
             except (ValueError, IndexError) as e: errors[i] = e
         said = [i for i in range(n) if (texts[i] or '').strip() and not errors[i]]
         if said:
-            for i, v in zip(said, self.emb.encode_text([texts[i] for i in said]).cpu()): vectors[i].append(v)
+            for i, v in zip(said, self.emb.encode_text([Text(texts[i]) for i in said]).cpu()): vectors[i].append(v)
             clock.lap('text')
         given = [i for i in range(n) if images[i] and not rows[i] and not errors[i]]
         if given:
@@ -161,7 +162,7 @@ class Panels:
 
     def _matched(self, images: list, texts: list[str], clock: Clock) -> Answer:
         if self.pairs: return self._paired(images, texts, clock)
-        t = self.emb.encode_text(texts)
+        t = self.emb.encode_text(map(Text, texts))
         clock.lap('text')
         done = self.emb.encode_image(images, on_error='flag')
         clock.lap('image')
@@ -178,7 +179,7 @@ class Panels:
 
     def _paired(self, images: list, texts: list[str], clock: Clock) -> Answer:
         pairs = [(t, i) for t in texts for i in images]
-        scores = self.emb.scores([t for t, _ in pairs], [i for _, i in pairs]).softmax(1).cpu()
+        scores = self.emb.scores([Text(t) for t, _ in pairs], [i for _, i in pairs]).softmax(1).cpu()
         clock.lap('pairs')
         labels = list(self.emb.card['labels'])
         rows = sorted((dict(label=t if len(images) == 1 else Path(i).name, probability=p[-1].item(), all=dict(zip(labels, p.tolist())))
@@ -197,7 +198,7 @@ class Panels:
             names = lines_of(re.sub('[,;，；]', '\n', classes or ''))
             forms = lines_of(templates or '{}', 32)
             if wrong := [f for f in forms if '{}' not in f]: raise ValueError(f'A template needs {{}} where the class goes: {wrong[0]!r}.')
-            t = self.emb.encode_text([f.replace('{}', n) for n in names for f in forms])
+            t = self.emb.encode_text([Text(f.replace('{}', n)) for n in names for f in forms])
             t = normalize(t.view(len(names), len(forms), -1).mean(1), dim=1)
             clock.lap(f'{len(names)*len(forms)} prompts')
             v = self.emb.encode_image([image])
@@ -240,7 +241,7 @@ class Panels:
         try:
             if bool((text or '').strip()) == bool(image): raise ValueError('Give either a text or an image.')
             if len(text or '') > MAX_CHARACTERS: raise ValueError(f'The text is longer than {MAX_CHARACTERS:,} characters.')
-            v = (self.emb.encode_image([image]) if image else self.emb.encode_text([text]))[0].cpu()
+            v = (self.emb.encode_image([image]) if image else self.emb.encode_text([Text(text)]))[0].cpu()
         except (ValueError, OSError) as e: return failed(_plain(e, image)), None
         clock.lap('image' if image else 'text')
         path = Path(self.out.name)/f'{secrets.token_hex(8)}'/'embedding.npy'

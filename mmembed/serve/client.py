@@ -65,6 +65,8 @@ class Client:
     ):
         if urlsplit(url).scheme not in ('http', 'https', 'grpc', 'grpcs'):
             raise ValueError(f'url must begin with http://, https://, grpc:// or grpcs://, got {url[:80]!r}')
+        if url.startswith('grpcs') and not verify:
+            raise ValueError('grpcs:// cannot leave TLS unverified: pass the certificates as verify=FILE, or use https://')
         if batch_size < 1 or prefetch < 1: raise ValueError('batch_size and prefetch must be at least 1')
         self.url, self.api_key, self.batch_size, self.prefetch = url.rstrip('/'), api_key, batch_size, prefetch
         self.retries, self.timeout, self.dimensions, self.verify, self.batch_bytes = retries, timeout, dimensions, verify, batch_bytes
@@ -108,7 +110,7 @@ class Client:
         top_k: int | None = None,
     ) -> list[Match]: # best first; those that failed last
         "Candidates by the model's own score for the query."
-        return self._submit(self._rank(query, _batch(candidates), top_k)).result()
+        return self._submit(self._rank(query, list(_batch(candidates)), top_k)).result()
 
     def search(self,
         query,                    # one item
@@ -136,7 +138,8 @@ class Client:
         n: int = 20,                   # requests
     ) -> dict[str, float]: # milliseconds, the median of each
         "Where the time of a request goes: `round_trip`, `network` and the server's stages."
-        items = list(items) if items is not None else ['a photograph of a clock']
+        items = list(_batch(items)) if items is not None else ['a photograph of a clock']
+        if not items or n < 1: raise ValueError(f'profile needs items and n of at least 1, got {len(items)} items and n={n}')
         rows = [self._submit(self._timed(items[k % len(items)])).result() for k in range(n + 2)][2:]
         keys = [k for k in ('round_trip', 'network', 'queue', 'decode', 'transform', 'tokenize', 'forward', 'total') if any(k in r for r in rows)]
         return {k: round(float(np.median([r.get(k, 0.) for r in rows])), 3) for k in keys}
@@ -163,7 +166,7 @@ class Client:
 
     async def arank(self, query, candidates, top_k: int | None = None) -> list[Match]:
         "`rank` for an event loop."
-        return await asyncio.wrap_future(self._submit(self._rank(query, _batch(candidates), top_k)))
+        return await asyncio.wrap_future(self._submit(self._rank(query, list(_batch(candidates)), top_k)))
 
     async def asearch(self, query, top_k: int = 10, where: str | None = None) -> list[dict]:
         "`search` for an event loop."
@@ -199,19 +202,19 @@ class Client:
         left = [(at, item) for at, (_, item, error) in enumerate(chunk) if not error]
         for attempt in range(self.retries + 1):
             if not left: break
-            rows = await self._halves(self._rows, [item for _, item in left], lambda e: (None, 'invalid', str(e)))
+            rows = await self._halves(self._rows, [item for _, item in left], (None, 'invalid'))
             for (at, _), row in zip(left, rows): out[at] = Result(chunk[at][0], *row)
             left = [(at, item) for at, item in left if out[at].status == 'unavailable']
         return out
 
     async def _rows(self, way, items): return (await way.encode(items, self.dimensions))[0]
 
-    async def _halves(self, ask, items, lost):
-        "What is too much at once for the server is sent in halves; what is too large alone fails alone."
+    async def _halves(self, ask, items, lost): # lost: what stands before the reason in the row of an item that is too large
+        "Rows of `items`; what is too much at once for the server is sent in halves, what is too large alone fails alone."
         try: return await self._again(lambda way: ask(way, items))
         except ServiceError as e:
             if not e.large: raise
-            if len(items) == 1: return [lost(e)]
+            if len(items) == 1: return [(*lost, str(e))]
             half = len(items) // 2
             return [*await self._halves(ask, items[:half], lost), *await self._halves(ask, items[half:], lost)]
 
@@ -222,12 +225,15 @@ class Client:
         return dict(round_trip=trip, network=trip - took.get('total', 0), **took)
 
     async def _rank(self, query, candidates, top_k):
-        q, wire, bad = content(query), [], []
-        for k, c in enumerate(candidates):
-            item, error = packed(c)
-            bad.append(Match(k, float('nan'), 0., error)) if error else wire.append((k, item))
-        rows = await self._again(lambda way: way.rank(q, [item for _, item in wire], top_k)) if wire else []
-        return [*[Match(wire[r[0]][0], *r[1:]) for r in rows], *bad][:top_k]
+        q, found = content(query), []
+        for chunk in self._chunks(candidates, most=len(candidates)):
+            wire = [item for _, item, error in chunk if not error]
+            rows = iter(await self._halves(lambda way, items: way.rank(q, items), wire, (float('nan'),)) if wire else ())
+            found += [(float('nan'), error) if error else next(rows) for _, _, error in chunk]
+        score = np.array([-np.inf if error else s for s, error in found])  # what failed comes last
+        share = np.exp(score - max((s for s, error in found if not error), default=0.))
+        share /= share.sum() or 1.
+        return [Match(int(k), found[k][0], float(share[k]), found[k][1]) for k in np.argsort(-score, kind='stable')][:top_k]
 
     async def _search(self, query, top_k, where):
         q = content(query)
@@ -235,13 +241,27 @@ class Client:
 
     async def _classify(self, chunk, labels, template, top_k):
         wire = [item for _, item, error in chunk if not error]
-        ask = lambda way, items: way.classify(items, labels, template, top_k)
-        rows = iter(await self._halves(ask, wire, lambda e: []) if wire else ())
-        return [[] if error else next(rows) for _, _, error in chunk]
+        rows = iter(await self._labelled(wire, labels, template, top_k) if wire else ())
+        return [[] if error else [(label, p) for label, p, _ in next(rows)] for _, _, error in chunk]
+
+    async def _labelled(self, items, labels, template, top_k):
+        "Of each item its (label, probability, score); what is too much at once is sent in halves of the items, then of the labels."
+        try: return await self._again(lambda way: way.classify(items, labels, template, top_k))
+        except ServiceError as e:
+            if not e.large: raise
+        if len(items) > 1:
+            half = len(items) // 2
+            return [row for part in (items[:half], items[half:]) for row in await self._labelled(part, labels, template, top_k)]
+        if not labels or len(labels) == 1 or not (await self._labelled(items, labels[:1], template, None))[0]: return [[]]
+        half = len(labels) // 2
+        found = [x for part in (labels[:half], labels[half:]) for x in (await self._labelled(items, part, template, None))[0]]
+        share = np.exp(np.array([score for *_, score in found]) - max(score for *_, score in found))
+        rows = [(label, float(p), score) for (label, _, score), p in zip(found, share / share.sum())]
+        return [sorted(rows, key=lambda x: -x[2])[:top_k]]
 
     # ---- items to requests -------------------------------------------------------------------------------------------
-    def _chunks(self, items, pairs=False):
-        make = Chunks(self.batch_size, self.batch_bytes, pairs)
+    def _chunks(self, items, pairs=False, most=None): # most: items of a request, batch_size by default
+        make = Chunks(most or self.batch_size, self.batch_bytes, pairs)
         for item in _batch(items):
             if (full := make.add(item)): yield full
         if make.rows: yield make.rows

@@ -48,7 +48,7 @@ class Refusal(Exception):
     def __init__(self, code, text: str, retry: float = 0.): super().__init__(text); self.code, self.retry = code, retry
 
 # %% ../../nbs/serve/09_rpc.ipynb #45167446
-CODES = {404: 'FAILED_PRECONDITION', 429: 'RESOURCE_EXHAUSTED', 500: 'INTERNAL', 503: 'UNAVAILABLE', 504: 'DEADLINE_EXCEEDED'} # of HTTP's; any other: INVALID_ARGUMENT
+CODES = {404: 'FAILED_PRECONDITION', 413: 'RESOURCE_EXHAUSTED', 429: 'RESOURCE_EXHAUSTED', 500: 'INTERNAL', 503: 'UNAVAILABLE', 504: 'DEADLINE_EXCEEDED'} # of HTTP's; any other: INVALID_ARGUMENT
 
 # %% ../../nbs/serve/09_rpc.ipynb #cfedfabe
 def refusal(e: Exception) -> Refusal:

@@ -17,12 +17,17 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from .. import markers
+
 # %% ../../nbs/serve/10a_ways.ipynb #5c32e7ac
 def content(
-    item, # str; or bytes, Path, a PIL image, an array uint8 (H, W), (H, W, 3) or (H, W, 4); or a tuple of both
+    item, # str, `Text`; or `Image`, bytes, Path, a PIL image, an array uint8 (H, W), (H, W, 3) or (H, W, 4); or a tuple of both
 ) -> tuple[str, bytes | tuple]: # 'text', 'image' or 'pair', and UTF-8, a file, or both
     "What goes over the wire; raises `TypeError`, `ValueError` or `OSError`."
-    if isinstance(item, str): return 'text', item.encode('utf-8', 'surrogatepass')
+    if isinstance(item, str):
+        if error := markers.doubt(item): raise ValueError(error)
+        return 'text', item.encode('utf-8', 'surrogatepass')
+    if isinstance(item, markers.Image): item = item.item
     if isinstance(item, (bytes, bytearray, memoryview)): return 'image', bytes(item)
     if isinstance(item, Path): return 'image', item.read_bytes()
     if isinstance(item, tuple):
@@ -125,7 +130,9 @@ class Http:
         return out, r.headers.get('server-timing', '')
 
     def entry(self, kind, data):
-        if kind == 'text': return data.decode('utf-8', 'replace')
+        if kind == 'text':
+            text = data.decode('utf-8', 'replace')
+            return dict(type='text', text=text) if markers.names_image(text, local=False) else text
         if kind == 'pair': return dict(type='pair', text=data[0].decode('utf-8', 'replace'), image=base64.b64encode(data[1]).decode())
         return dict(type='image', image=base64.b64encode(data).decode())
 
@@ -138,16 +145,17 @@ class Http:
                 for d in out['data']]
         return rows, {k: float(v) for k, v in (part.split(';dur=') for part in took.split(', ') if ';dur=' in part)}
 
-    async def rank(self, query, candidates, top_k=None):
-        "(index, score, probability, error) of each candidate, best first."
-        body = dict(query=self.entry(*query), candidates=[self.entry(*c) for c in candidates])
-        out, _ = await self.ask('/rank', body | (dict(top_k=top_k) if top_k else {}))
-        return [(r['index'], r.get('score', float('nan')), r.get('probability', 0.), r.get('error', '')) for r in out['results']]
+    async def rank(self, query, candidates):
+        "(score, error) of each candidate, in order; the score of one that failed is nan."
+        out, _ = await self.ask('/rank', dict(query=self.entry(*query), candidates=[self.entry(*c) for c in candidates]))
+        rows = sorted(out['results'], key=lambda r: r['index'])
+        return [(r.get('score', float('nan')), r.get('error', '')) for r in rows]
 
     async def classify(self, items, labels=None, template='{}', top_k=None):
-        "Of each item its (label, probability), best first; none where it failed."
+        "Of each item its (label, probability, score), best first; none where it failed. Only labels that were given have a score."
         body = dict(input=[self.entry(*i) for i in items], template=template) | {k: v for k, v in dict(labels=labels, top_k=top_k).items() if v}
-        return [[(x['label'], x['probability']) for x in r.get('labels', ())] for r in (await self.ask('/classify', body))[0]['results']]
+        out, _ = await self.ask('/classify', body)
+        return [[(x['label'], x['probability'], x.get('score')) for x in r.get('labels', ())] for r in out['results']]
 
     async def search(self, query, top_k=10, where=None):
         "Rows of the index as dicts, best first."
@@ -198,13 +206,14 @@ class Grpc:
         rows = [(np.frombuffer(r.embedding, '<f4') if r.status == 1 else None, self.names.get(r.status, 'failed'), r.error) for r in out.results]
         return rows, dict(out.timing_ms)
 
-    async def rank(self, query, candidates, top_k=None):
-        out = await self.ask('Rank', query=self.entry(*query), candidates=[self.entry(*c) for c in candidates], top_k=top_k or 0)
-        return [(r.index, r.score if r.status == 1 else float('nan'), r.probability, r.error) for r in out.results]
+    async def rank(self, query, candidates):
+        out = await self.ask('Rank', query=self.entry(*query), candidates=[self.entry(*c) for c in candidates])
+        rows = sorted(out.results, key=lambda r: r.index)
+        return [(r.score if r.status == 1 else float('nan'), r.error) for r in rows]
 
     async def classify(self, items, labels=None, template='{}', top_k=None):
         out = await self.ask('Classify', items=[self.entry(*i) for i in items], labels=labels, template=template, top_k=top_k or 0)
-        return [[(x.label, x.probability) for x in r.labels] for r in out.results]
+        return [[(x.label, x.probability, x.score if x.HasField('score') else None) for x in r.labels] for r in out.results]
 
     async def search(self, query, top_k=10, where=None):
         return [json.loads(r.row) for r in (await self.ask('Search', query=self.entry(*query), top_k=top_k, where=where or '')).results]

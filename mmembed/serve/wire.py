@@ -24,6 +24,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 
+from .. import markers
 from .engine import Busy, Item, Job, Unfit, Unsuited
 from .observe import seconds
 from .service import Service
@@ -164,7 +165,9 @@ async def to_item(
     config, # a `Config`
 ) -> Item:
     "The engine's item; one that is refused carries a `Refused`, for which `run` gives it a status."
-    if isinstance(entry, str): return Item('text', entry, len(entry))
+    if isinstance(entry, str):
+        why = markers.doubt(entry, False, 'an entry of type image or image_url for the image', 'one of type text for the words')
+        return Item('text', Refused(why) if why else entry, len(entry))
     if entry.type == 'text': return Item('text', entry.text, len(entry.text))
     pair, given = entry.type == 'pair', entry.image_url if entry.type == 'image_url' else entry.image
     text = given.url if isinstance(given, ImageURL) else given

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import mmembed as mm
 from mmembed.export import cases
 from mmembed.runtime import load
 from mmembed.serve.client import Client, ServiceError
@@ -65,7 +66,36 @@ def test_what_is_too_large_fails_alone(server, client, emb):
     client.batch_bytes = 16 << 20
     got = client.encode(['a', bytes(3 << 20), FILES['RGB.png']], errors='flag')
     assert got.ok.tolist() == [True, False, True] and 'larger' in got.errors[1] and np.allclose(got.embedding[2], emb.encode_image([FILES['RGB.png']])[0], atol=1e-5)
-    if server.url == client.url: assert Client(server.url, batch_size=100).encode(['a'] * 100).shape == (100, 24)
+
+
+def test_more_than_the_server_takes_goes_in_parts(client, emb):
+    "Items, candidates and labels beyond the 64 items of a request: the answers are those of one request."
+    client.batch_size = 200
+    texts = [f'text {k}' for k in range(150)]
+    assert np.allclose(client.encode(texts), emb.encode_text(texts), atol=1e-5)
+    score = emb.score(texts, [FILES['RGB.png']])[:, 0].double()
+    ranked = client.rank(FILES['RGB.png'], [*texts[:75], 7, *texts[75:]])
+    good = [m for m in ranked if not m.error]
+    assert len(good) == 150 and ranked[-1].index == 75 and ranked[-1].error and np.isnan(ranked[-1].score)
+    assert np.allclose([m.score for m in good], score.sort(descending=True).values, atol=1e-3)
+    assert np.allclose([m.probability for m in good], score.softmax(0).sort(descending=True).values, atol=1e-5)
+    assert [m.index for m in client.rank(FILES['RGB.png'], texts, top_k=3)] == [m.index - (m.index > 75) for m in good[:3]]
+    found = client.classify([FILES['RGB.png'], b'bad', FILES['quality 75.jpg']], texts, top_k=5)
+    assert [len(row) for row in found] == [5, 0, 5] and [texts.index(label) for label, _ in found[0]] == [m.index - (m.index > 75) for m in good[:5]]
+    assert np.allclose([p for _, p in found[0]], [m.probability for m in good[:5]], atol=1e-5)
+
+
+def test_a_str_that_names_an_image_is_not_embedded_as_words(client, emb, server, tmp_path):
+    (tmp_path/'x.png').write_bytes(FILES['RGB.png'])
+    path = str(tmp_path/'x.png')
+    got = client.encode(['a', path, mm.Text(path), mm.Image(path), 'https://example.org/x.png', mm.Image(FILES['RGB.png'])], errors='flag')
+    assert got.ok.tolist() == [True, False, True, True, False, True] and all('names an image' in e for e in np.array(got.errors)[~got.ok])
+    assert np.allclose(got.embedding[2], emb.encode_text([path.encode()])[0], atol=1e-5)
+    assert np.allclose(got.embedding[[3, 5]], emb.encode_image([tmp_path/'x.png']), atol=1e-5)
+    for ask in (lambda: client.rank('x.png', ['a']), lambda: client.search('x.png'), lambda: client.profile(['x.png'], n=1)):
+        with pytest.raises(ValueError, match='names an image'): ask()
+    assert client.rank(mm.Image(path), ['x.png', 'a'])[-1].error and client.classify(['x.png', 'a'], ['b'])[0] == []
+    assert client.rank(mm.Image(path), [mm.Text('x.png')])[0].error == ''
 
 
 def test_generators_are_read_no_further_than_needed(client):
@@ -106,6 +136,10 @@ def test_wrong_use():
         with pytest.raises(ValueError, match='url must begin with'): Client(url)
     for single in ('a', b'a', np.zeros((2, 2), np.uint8), Image.new('L', (2, 2)), None, {}):
         with pytest.raises(TypeError, match='items is a single'): Client('http://x').encode(single)
+    with pytest.raises(TypeError, match='items is a single str'): Client('http://x').profile('a')
+    for items, n in (([], 3), (['a'], 0)):
+        with pytest.raises(ValueError, match='profile needs items and n of at least 1'): Client('http://x').profile(items, n=n)
+    with pytest.raises(ValueError, match='grpcs:// cannot leave TLS unverified'): Client('grpcs://x', verify=False)
     with pytest.raises(ValueError, match="'raise', 'flag' or 'skip'"): Client('http://x').encode(['a'], errors='no')
     for url in ('http://127.0.0.1:9', 'grpc://127.0.0.1:9'):
         with pytest.raises(ServiceError): Client(url, retries=1).encode(['a'])
