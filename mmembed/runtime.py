@@ -9,6 +9,7 @@ __all__ = ['join_tokens', 'Embedder', 'load', 'FORMAT_VERSION', 'read_card', 're
            'Ranking', 'Similarity', 'Profile']
 
 # %% ../nbs/30_runtime.ipynb #4c5339de
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from functools import cached_property
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from .core import ImageInfo, Tokens, filled, lengthened, pack, stack_levels, text_lengths
 from .opening import FORMAT_VERSION, device_of, prepack, read_card, reason, register_image_ops
-from .inputs import DOT, ahead, as_image, decoders as threads_for, items_of, name_of, pixels_of, rows_of, text_error, tokens_of, watched, whole
+from .inputs import DOT, ahead, as_image, decoders as threads_for, enough, items_of, name_of, pixels_of, rows_of, text_error, tokens_of, watched, whole
 from .results import Encoded, Profile, Ranking, Scored, Similarity, check, plain, policy, ranking, settle, stages
 from .graphs import sizes_of
 from .packaged import opened
@@ -63,6 +64,8 @@ class Embedder:
         self.dim = self.module.dim
         self.pairs = 'labels' in self.card             # it scores pairs
         self.labels: list[str] = self.module.labels() if hasattr(self.module, 'labels') else []  # what it can say of an item or of a pair; empty without
+        self.glance = max(1024, 16 * self.card['max_length']) # bytes of a text that are tokenized without asking whether fewer would do
+        self._seams = re.compile(seams.encode()) if (seams := getattr(self.module, 'seams', '')) else None
         self.lengths = [self.card['max_length']] if own else text_lengths(self.module.text_pipeline.pad_to, self.card['max_length'])  # to which texts are filled
 
     def tokenize(
@@ -70,7 +73,14 @@ class Embedder:
         texts: Iterable[str | bytes],
     ) -> Tokens: # ids and mask int64 (B, L)
         "The token ids that the text tower sees."
-        with torch.no_grad(): return Tokens(*self.module.tokenize(*pack(list(items_of(texts, 'texts')))))
+        with torch.no_grad(): return Tokens(*self.module.tokenize(*self._packed(list(items_of(texts, 'texts')))))
+
+    def enough(
+        self,
+        text: str | bytes,
+    ) -> str | bytes: # `text` itself if all of it may matter
+        "Return the beginning of `text` that has all the tokens which the text tower sees."
+        return enough(text, self._seams, self._full, self.glance) if self._seams and len(text) > self.glance else text
 
     def encode_text(
         self,
@@ -316,14 +326,19 @@ class Embedder:
 
     def _texts(self, texts: list) -> Tensor:
         with torch.no_grad():
-            if self.fills: return self.encode_tokens(Tokens(*self.module.tokenize(*pack(texts))))
-            return self.module.encode_text_bytes(*pack(texts))
+            if self.fills: return self.encode_tokens(Tokens(*self.module.tokenize(*self._packed(texts))))
+            return self.module.encode_text_bytes(*self._packed(texts))
 
     def _pairs(self, texts: list, levels: Tensor) -> Tensor:
         with torch.no_grad():
-            if not self.fills: return self.module.score_pairs(*pack(texts), levels)
-            tokens = join_tokens([Tokens(*self.module.tokenize(*pack(texts)))], self.module.text_pipeline.pad_id, self.card['max_length'])
+            if not self.fills: return self.module.score_pairs(*self._packed(texts), levels)
+            tokens = join_tokens([Tokens(*self.module.tokenize(*self._packed(texts)))], self.module.text_pipeline.pad_id, self.card['max_length'])
             return self.module.model(Tokens(*map(self._filled, tokens)), self.module.normalized(self._filled(levels)))[:len(texts)].float()
+
+    def _packed(self, texts: list) -> tuple: return pack([self.enough(t) if hasattr(t, '__len__') else t for t in texts])
+
+    def _full(self, text: bytes) -> bool: # whether it has as many tokens as are kept
+        with torch.no_grad(): return int(self.module.tokenize(*pack([text]))[1].sum()) == self.card['max_length']
 
     def _lengths(self, tokens: Tokens) -> Tensor: # int64 (B,): the length to which a row is filled, which only its own tokens decide
         used = (tokens.mask * torch.arange(1, tokens.mask.shape[1] + 1, device=tokens.mask.device)).amax(1)

@@ -434,3 +434,32 @@ def test_reason():
     assert reason(RuntimeError('read_png, /__w/a/b.cpp:12, broken')) == 'broken'
     assert reason(RuntimeError('CUDA error: no device\nCompile with X\n')) == 'CUDA error: no device'
     assert reason(ValueError()) == 'ValueError'
+
+
+class Recorder:
+    "A loaded module that counts the bytes of text it is given."
+    def __init__(self, module): self.module, self.read = module, []
+    def __getattr__(self, name):
+        inner = getattr(self.module, name)
+        if name not in ('tokenize', 'encode_text_bytes', 'score_pairs'): return inner
+        def call(data, offsets, *rest):
+            self.read.append(len(data))
+            return inner(data, offsets, *rest)
+        return call
+
+
+@pytest.mark.parametrize('text', ['a small red circle ' * 50_000, '一个红色的圆，' * 50_000, b'a small red circle ' * 50_000], ids=['words', 'Chinese', 'bytes'])
+def test_of_a_long_text_no_more_is_tokenized_than_can_matter(text):
+    emb, judge = load(tiny.artifact()), load(tiny.pair_artifact())
+    short, image = text[:2000] if isinstance(text, str) else text[:2000].decode(), torch.zeros(3, 40, 40, dtype=torch.uint8)
+    want, scores = emb.encode_text([short, 'a']), judge.scores([short], [image])
+    emb.module, judge.module = Recorder(emb.module), Recorder(judge.module)
+    assert torch.equal(emb.encode_text([text, 'a']), want) and torch.equal(judge.scores([text], [image]), scores)
+    emb.tokenize([text])
+    assert emb.module.read and sum(emb.module.read) < 40_000 and sum(judge.module.read) < 20_000
+
+
+def test_what_cannot_be_cut_is_read_whole(emb):
+    for text in ['q' * 50_000, ' ' * 50_000 + 'a red circle', '\u0301' * 20_000]:
+        assert emb.enough(text) == text
+        assert torch.equal(emb.tokenize([text]).ids, emb.module.tokenize(*pack([text]))[0])

@@ -20,6 +20,8 @@ from ..core import ImageInfo, Tokens, pack_str, quietly, stack_levels
 from .encoder import Encoder, Scorer, unstored
 from .steps import Classes, Labelled, Same, SameTexts, Steps, best_labels, read_classes, tried
 from .variants import Prepared, Variant, prepared
+from ..text.pipeline import TextPipeline
+from ..text.seams import seams
 
 # %% ../../nbs/export/01_artifact.ipynb #c387c144
 class Served(nn.Module):
@@ -43,6 +45,7 @@ class Served(nn.Module):
         self.before_text, self.before_image = steps.before_text or SameTexts(), steps.before_image or Same()
         self.dim, self.folded, self.identity = dim, folded, '{}'
         self.names, self.top_k = list(classes.names), classes.top_k
+        self.seams = seams(text_pipeline) if isinstance(text_pipeline, TextPipeline) and steps.before_text is None else ''  # for hosts that cut long texts
         self.register_buffer('thresholds', torch.tensor(classes.thresholds))
         scale, bias = getattr(model.net, 'logit_scale', None), getattr(model.net, 'logit_bias', None)
         self.sigmoid = bias is not None
