@@ -18,6 +18,18 @@ apt_install() {
     return 1
 }
 
+# Its programs alone, beside Python's: the package itself would start a daemon that listens.
+unpack_prometheus() {
+    command -v apt-get >/dev/null && command -v dpkg >/dev/null || return 1
+    local folder; folder=$(mktemp -d)
+    echo "mmembed: fetching prometheus"
+    ( cd "$folder" && { apt-get download -q prometheus || { apt-get update -q && apt-get download -q prometheus; } } >/dev/null 2>&1 &&
+        dpkg -x prometheus_*.deb . ) && cp "$folder"/usr/bin/prom{etheus,tool} .venv/bin/
+    local done=$?
+    rm -rf "$folder"
+    return $done
+}
+
 suits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
 
 find_python() {
@@ -45,6 +57,8 @@ if [[ ",$extras," == *,dev,* ]]; then
         echo "mmembed: without libheif the tests of HEIC are skipped (apt-get install libheif1)"
     command -v chromium >/dev/null || apt_install chromium ||
         echo "mmembed: without Chromium the tests of the demo's page are skipped (apt-get install chromium)"
+    { command -v promtool || [ -x .venv/bin/promtool ]; } >/dev/null || unpack_prometheus ||
+        echo "mmembed: without Prometheus the tests of the alerts are skipped (apt-get install prometheus)"
 fi
 
 stamp=".venv/.mmembed-${extras:-base}"

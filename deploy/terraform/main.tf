@@ -1,4 +1,5 @@
-# An EKS cluster that runs deploy/kubernetes: terraform init && terraform apply, then kubectl apply -f deploy/kubernetes
+# An EKS cluster that runs deploy/kubernetes: terraform init && terraform apply, then
+# terraform output -raw storage_class | kubectl apply -f - && kubectl apply -f ../kubernetes
 terraform {
   required_version = ">= 1.3"
   required_providers {
@@ -159,16 +160,45 @@ resource "aws_eks_node_group" "serve" {
   depends_on = [aws_iam_role_policy_attachment.node]
 }
 
-# disks for the models' volume claim
-resource "aws_eks_addon" "disks" {
+# The artifact lies on EFS, which every node can read at once.
+resource "aws_efs_file_system" "models" {
+  encrypted = true
+  tags      = { Name = "${var.name}-models" }
+}
+
+resource "aws_efs_mount_target" "models" {
+  for_each        = aws_subnet.public
+  file_system_id  = aws_efs_file_system.models.id
+  subnet_id       = each.value.id
+  security_groups = [aws_eks_cluster.this.vpc_config[0].cluster_security_group_id]
+}
+
+resource "aws_eks_addon" "volumes" {
   cluster_name = aws_eks_cluster.this.name
-  addon_name   = "aws-ebs-csi-driver"
+  addon_name   = "aws-efs-csi-driver"
   depends_on   = [aws_eks_node_group.serve]
 }
 
-resource "aws_iam_role_policy_attachment" "disks" {
+resource "aws_iam_role_policy_attachment" "volumes" {
   role       = aws_iam_role.node.name
-  policy_arn = "arn:aws:iam::aws:policy/service-role/AmazonEBSCSIDriverPolicy"
+  policy_arn = "arn:aws:iam::aws:policy/service-role/AmazonEFSCSIDriverPolicy"
+}
+
+# terraform output -raw storage_class | kubectl apply -f -
+output "storage_class" {
+  value = <<-EOT
+    apiVersion: storage.k8s.io/v1
+    kind: StorageClass
+    metadata:
+      name: mmembed-models
+    provisioner: efs.csi.aws.com
+    parameters:
+      provisioningMode: efs-ap
+      fileSystemId: ${aws_efs_file_system.models.id}
+      directoryPerms: "0755"
+      uid: "1000"
+      gid: "1000"
+  EOT
 }
 
 output "configure_kubectl" {

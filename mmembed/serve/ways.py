@@ -179,7 +179,8 @@ class Grpc:
         from mmembed.serve.protos import message, methods
         self.timeout, self.g, self.m = timeout, grpc, lambda n: message(f'mmembed.v1.{n}')
         parts = urlsplit(url)
-        options = [('grpc.max_receive_message_length', -1), ('grpc.max_send_message_length', -1), ('grpc.enable_retries', 0)]
+        options = [('grpc.max_receive_message_length', -1), ('grpc.max_send_message_length', -1), ('grpc.enable_retries', 0),
+                   ('grpc.lb_policy_name', 'round_robin')]  # over all addresses of the name, as a headless Service has them
         if parts.scheme == 'grpcs':
             root = Path(verify).read_bytes() if isinstance(verify, (str, Path)) else None
             self.channel = grpc.aio.secure_channel(parts.netloc, grpc.ssl_channel_credentials(root), options)
