@@ -38,6 +38,7 @@ def serve(
     cors: str = '',             # origins that browsers may call from, separated by commas
     fetch_hosts: str = '',      # hosts that image URLs may name, separated by commas; no URL is fetched by default
     index: str = None,          # an index for /search
+    any_model: store_true = False, # answer whatever model a request names; else 404 for another name
     log: str = None,            # a file for the access log; standard error by default
     traces: str = None,         # OTLP endpoint: http://host:4318 or grpc://host:4317
     trace_ratio: float = 1.,    # share of requests that are traced
@@ -63,7 +64,7 @@ def serve(
     options = Options(batch=batch or (64 if device.startswith('cuda') else 16), wait=wait_ms / 1e3, queue=queue, decoders=decoders, timeout=timeout,
                       max_pixels=max_pixels)
     config = Config(artifact, host, port, grpc_port, name, device, threads, replicas, deterministic, options, max_body << 20, max_items,
-        api_keys=tuple(keys), tls_cert=tls_cert, tls_key=tls_key, cors=listed(cors), fetch_hosts=listed(fetch_hosts), index=index, log=log,
+        api_keys=tuple(keys), tls_cert=tls_cert, tls_key=tls_key, cors=listed(cors), fetch_hosts=listed(fetch_hosts), index=index, any_model=any_model, log=log,
         traces=traces, trace_ratio=trace_ratio, drain=drain, grace=grace)
     if ray:
         from mmembed.serve.ray import run

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import orjson
 from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect
-from fastapi.responses import PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -22,23 +22,24 @@ from starlette.requests import ClientDisconnect
 from .edge import Direct, Edge, Gone, attended
 from .engine import Busy, Item, Unfit, Unsuited
 from . import inference, scores
-from .openapi import (BINARY, FORM, RAW, Classification, Embeddings, Hits, Live, ModelList, ModelRow, Ranking, Ready, Reloaded,
-                                   asks, described, gives)
+from .openapi import (BINARY, FORM, PAGE_HEADERS, RAW, Classification, Embeddings, Hits, Live, ModelList, ModelRow, Ranking, Ready,
+                                   Reloaded, asks, described, gives, page)
 from .service import Service
-from .wire import (ClassifyRequest, EmbeddingRequest, RankRequest, ReloadRequest, SearchRequest, StreamRequest, answered,
-                                few, made_by, misfit, problem, reply, rows, run, timing, to_items, vector, verdict)
+from .wire import (ClassifyRequest, EmbeddingRequest, RankRequest, ReloadRequest, SearchRequest, StreamRequest, answered, check_model,
+                                error, few, made_by, misfit, plain_text, problem, read_json, reply, rows, run, timing, to_items, vector, verdict)
 
 # %% ../../nbs/serve/07_http.ipynb #09cf9413
 def app(service: Service) -> Edge:
     "The ASGI application of `service`."
-    api = FastAPI(title='mmembed', version='1', description='Embeddings of texts and images by an exported file, one status an item.')
+    api = FastAPI(title='mmembed', version='1', docs_url=None, redoc_url=None, description='Embeddings of texts and images by an exported file, one status an item.')
     config = service.config
 
     async def parsed(request: Request, model):
         kind = request.headers.get('content-type', 'application/json').partition(';')[0].strip().lower()
         if kind != 'application/json' and not kind.endswith('+json'): raise HTTPException(415, f'content type {kind[:60]!r} is not JSON')
-        try: return model.model_validate_json(await request.body())
-        except ValidationError as e: raise misfit(e) from None
+        asked = read_json(model, await request.body())
+        check_model(getattr(asked, 'model', None), service)
+        return asked
 
     async def embed(request: Request, items: list[Item]) -> list[Item]:
         request.state.seen['items'] = len(items)
@@ -46,9 +47,10 @@ def app(service: Service) -> Edge:
 
     async def entries(request: Request) -> tuple[list[Item], dict]:
         kind = request.headers.get('content-type', 'application/json').partition(';')[0].strip().lower()
-        query = {k: request.query_params[k] for k in ('dimensions', 'encoding_format') if k in request.query_params}
+        query = {k: request.query_params[k] for k in ('dimensions', 'encoding_format', 'model') if k in request.query_params}
         if kind == 'multipart/form-data': items = await _form(request, config)
-        elif kind == 'text/plain': items = [Item('text', data := await request.body(), len(data))]
+        elif kind == 'text/plain':
+            items = [Item('text', data := plain_text(await request.body(), request.headers['content-type']), len(data))]
         elif kind == 'application/octet-stream' or kind.startswith('image/'):
             items = [Item('image', data := await request.body(), len(data))]
         else:
@@ -58,6 +60,7 @@ def app(service: Service) -> Edge:
             return await to_items(listed, config), dict(dimensions=asked.dimensions, encoding=asked.encoding_format)
         try: asked = EmbeddingRequest(input='', **query)
         except ValidationError as e: raise misfit(e) from None
+        check_model(asked.model, service)
         return items, dict(dimensions=asked.dimensions, encoding=asked.encoding_format)
 
     @api.post('/v1/embeddings', responses=gives(Embeddings, partial=(422, 500, 503, 504), **BINARY),
@@ -80,7 +83,7 @@ def app(service: Service) -> Edge:
         status = answered(items)
         body = dict(object='list', model=service.name, artifact=made_by(items, service), data=rows(items, **how),
                     usage=dict(prompt_tokens=tokens, total_tokens=tokens))
-        if status != 200: body['error'] = dict(message=next(i.error or i.status for i in items), type='invalid_request_error', code=status)
+        if status != 200: body['error'] = error(status, next(i.error or i.status for i in items))
         return reply(body, status, **head)
 
     @api.get('/v1/models', responses=gives(ModelList, 401), tags=['embeddings'])
@@ -91,7 +94,7 @@ def app(service: Service) -> Edge:
     @api.get('/v1/models/{name:path}', responses=gives(ModelRow, 401, more={404: 'another model'}), tags=['embeddings'])
     async def one_model(name: str):
         "The model of that name."
-        if name != service.name: raise HTTPException(404, f'there is no model {name[:60]!r}; there is {service.name!r}')
+        check_model(name, service)
         return reply(_model(service))
 
     def scored(found: list[dict], items: list[Item], status: int = 200, **more):
@@ -113,7 +116,7 @@ def app(service: Service) -> Edge:
         listed = asked.input if isinstance(asked.input, list) else [asked.input]
         few(len(listed) + len(asked.labels or ()), config)
         items = await to_items(listed, config)
-        found, items = await scores.classify(service, partial(embed, request), items, asked.labels, asked.template, asked.top_k)
+        found, items = await scores.classify(service, partial(embed, request), items, asked.labels, asked.template or '{}', asked.top_k)
         return scored(found, items, answered(items))
 
     @api.post('/search', responses=gives(Hits, more={404: 'no index is loaded'}), openapi_extra=asks(SearchRequest), tags=['scores'])
@@ -121,7 +124,7 @@ def app(service: Service) -> Edge:
         "The nearest neighbours of the query in the index."
         asked = await parsed(request, SearchRequest)
         [query] = await to_items([asked.query], config)
-        return scored(*await scores.search(service, partial(embed, request), query, asked.top_k, asked.where))
+        return scored(*await scores.search(service, partial(embed, request), query, asked.top_k or 10, asked.where))
 
     @api.get('/info', responses=gives(None, 401), tags=['service'])
     async def info():
@@ -161,7 +164,7 @@ def app(service: Service) -> Edge:
     async def refused(request, e):
         code, message, retry = verdict(e)
         head = {k.replace('-', '_'): v for k, v in (getattr(e, 'headers', None) or {}).items()}
-        return problem(code, message, **head | ({} if retry is None else dict(Retry_After=f'{max(1, round(retry))}')))
+        return problem(code, message, getattr(e, 'code', None), **head | ({} if retry is None else dict(Retry_After=f'{max(1, round(retry))}')))
     for kind in (HTTPException, Busy, Unsuited, Unfit): api.add_exception_handler(kind, refused)
     @api.exception_handler(ClientDisconnect)
     @api.exception_handler(Gone)
@@ -169,12 +172,9 @@ def app(service: Service) -> Edge:
 
     inference.routes(api, service, embed)
     described(api, inference.InferenceRequest)
-    if config.cors:
-        from starlette.middleware.cors import CORSMiddleware
-        api.add_middleware(CORSMiddleware, allow_origins=list(config.cors), allow_methods=['*'], allow_headers=['*'],
-                           expose_headers=['x-request-id', 'server-timing'])
-        inner = api
-    else: inner = Direct(api, {'/v1/embeddings': embeddings, '/rank': rank, '/classify': classify, '/search': search})
+    @api.get('/docs', include_in_schema=False)
+    async def docs(): return HTMLResponse(page(api.openapi()), headers=PAGE_HEADERS)
+    inner = Direct(api, {'/v1/embeddings': embeddings, '/rank': rank, '/classify': classify, '/search': search})
     return Edge(inner, service, {r.path.replace('{name}', service.name) for r in api.routes if not set('{:') & set(r.path.replace('{name}', ''))})
 
 # %% ../../nbs/serve/07_http.ipynb #a5ea98a7
@@ -196,6 +196,7 @@ async def _form(request: Request, config) -> list[Item]:
         for name, value in form.multi_items():
             if name not in ('image', 'text'): raise HTTPException(422, f'parts are called image or text, not {name[:40]!r}')
             data = value if isinstance(value, str) else await value.read()
+            if name == 'text' and isinstance(data, bytes): data = plain_text(data, value.content_type or 'text/plain')
             if name == 'image' and isinstance(data, str): data = data.encode()
             out.append(Item(name, data, len(data)))
     if not out: raise HTTPException(422, 'the form has no parts')
@@ -203,7 +204,7 @@ async def _form(request: Request, config) -> list[Item]:
 
 # %% ../../nbs/serve/07_http.ipynb #fd1de10c
 async def _stream(service: Service, socket: WebSocket, window: int = 16):
-    await socket.accept()
+    await socket.accept('mmembed' if 'mmembed' in socket.scope['subprotocols'] else None)
     room, tasks, count = asyncio.Semaphore(window), set(), 0
 
     async def one(message, number):
@@ -212,8 +213,9 @@ async def _stream(service: Service, socket: WebSocket, window: int = 16):
             try:
                 if message.get('bytes') is not None: items, how = [Item('image', message['bytes'], len(message['bytes']))], {}
                 else:
-                    asked = StreamRequest.model_validate_json(message['text'])
-                    rid = number if asked.id is None else asked.id
+                    rid = _named(message['text'], number)
+                    asked = read_json(StreamRequest, message['text'])
+                    check_model(asked.model, service)
                     if (asked.dimensions or 0) > service.emb.dim: raise HTTPException(422, f'dimensions: the model has {service.emb.dim}')
                     listed = asked.input if isinstance(asked.input, list) else [asked.input]
                     items = await to_items(listed, service.config)
@@ -223,8 +225,7 @@ async def _stream(service: Service, socket: WebSocket, window: int = 16):
                 out = dict(id=rid, artifact=made_by(items, service), data=rows(items, **how))
             except Exception as e:
                 code, why, retry = verdict(e)
-                if isinstance(e, ValidationError): rid = _named(message['text'], number)
-                out = dict(id=rid, error=dict(code=code, message=why) | ({} if retry is None else dict(retry_after=round(retry, 1))))
+                out = dict(id=rid, error=error(code, why, getattr(e, 'code', None)) | ({} if retry is None else dict(retry_after=round(retry, 1))))
                 if code == 500: service.log.error('error', exc_info=e, extra=dict(fields=dict(id=socket.state.id, path='/v1/stream')))
             await socket.send_text(orjson.dumps(out, option=orjson.OPT_SERIALIZE_NUMPY).decode())
         except (WebSocketDisconnect, RuntimeError): pass  # it left before its answer

@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from .engine import Busy, Item, Unfit, Unsuited
 from .openapi import BINARY, ERRORS, asks
 from .service import Service
-from .wire import Refused, few, image_bytes, made_by, misfit, reply, verdict
+from .wire import Refused, few, image_bytes, made_by, read_json, reply, verdict
 
 # %% ../../nbs/serve/08a_inference.ipynb #6b79d427
 def signature(service: Service) -> tuple[list, list]: # inputs and outputs, each (name, datatype, shape)
@@ -128,7 +128,7 @@ def _told(work): # this protocol's errors are sentences
 
 # %% ../../nbs/serve/08a_inference.ipynb #5628c866
 def _read(body: bytes, head: int): # an InferenceRequest and the tensors of its inputs; head: bytes of JSON, 0 for all
-    asked, at = InferenceRequest.model_validate_json(body[:head] if head else body), head
+    asked, at = read_json(InferenceRequest, body[:head] if head else body), head
     found = []
     for t in asked.inputs:
         size = t.parameters.get('binary_data_size')
@@ -178,7 +178,8 @@ def routes(
     "Adds `/v2` to the app."
     def known(request, name):
         version = request.path_params.get('version', service.card['short_hash'])
-        if (name, version) != (service.name, service.card['short_hash']):
+        same = name == service.name or service.config.any_model
+        if not same or version != service.card['short_hash']:
             raise HTTPException(404, f'there is no model {name[:60]!r} of this version; there is {service.name!r}, {service.card["short_hash"]}')
     def error(*codes): return {c: dict(description=ERRORS.get(c, 'another model'), model=InferenceError) for c in codes}
     def at(method, path, *codes, **kw):
@@ -228,5 +229,5 @@ def routes(
         head = request.headers.get('inference-header-content-length', '0')
         if not head.isdecimal(): raise HTTPException(400, 'Inference-Header-Content-Length must be a number')
         try: asked, found = _read(await request.body(), int(head))
-        except ValidationError as e: raise HTTPException(400, misfit(e).detail) from None
+        except HTTPException as e: raise HTTPException(400, e.detail) from None
         return _written(service, asked, await embed(request, tensor_items(service, found)))

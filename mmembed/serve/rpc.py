@@ -139,7 +139,7 @@ class Methods:
         return embed
 
     def _known(self, name):
-        if name != self.service.name: raise Refusal(grpc.StatusCode.NOT_FOUND, f'there is no model {name[:60]!r}; there is {self.service.name!r}')
+        if name != self.service.name and not self.service.config.any_model: raise Refusal(grpc.StatusCode.NOT_FOUND, f'there is no model {name[:60]!r}; there is {self.service.name!r}')
 
 # %% ../../nbs/serve/09_rpc.ipynb #e776290c
 def _timing(items) -> dict:

@@ -84,5 +84,6 @@ async def search(
     if service.index is None: raise HTTPException(404, 'no index is loaded; start the server with --index')
     items = await embed([query])
     needed(query, 'query')
-    try: return await asyncio.to_thread(service.find, query.value, top_k, where), items
+    try: found = await asyncio.to_thread(service.find, query.value, top_k, where)
     except ValueError as e: raise HTTPException(422, f'where: {e}') from None
+    return [{k: v for k, v in row.items() if k != 'file'} for row in found], items  # `file`: where it lay on the machine that made the index

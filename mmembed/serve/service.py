@@ -47,6 +47,7 @@ class Config(NamedTuple):
     cors: tuple = ()                 # origins that browsers may call from; '*' for any
     fetch_hosts: tuple = ()          # hosts that image URLs may name; none: no URL is fetched
     index: str | None = None         # an index for /search
+    any_model: bool = False          # whether a request may name any model; else another's name is answered 404
     log: str | None = None           # a file for the access log; standard error by default
     traces: str | None = None        # OTLP endpoint: 'http://host:4318' or 'grpc://host:4317'
     trace_ratio: float = 1.

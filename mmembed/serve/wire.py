@@ -6,14 +6,16 @@ Docs: https://mmembed.github.io/mmembed/serve/wire.html.md"""
 
 # %% auto #0
 __all__ = ['Entry', 'ClassEntry', 'TextEntry', 'ImageEntry', 'ImageURL', 'ImageURLEntry', 'EmbeddingRequest', 'RankRequest',
-           'PairEntry', 'ClassifyRequest', 'SearchRequest', 'ReloadRequest', 'StreamRequest', 'misfit', 'few',
-           'Refused', 'image_bytes', 'fetch', 'to_item', 'to_items', 'run', 'vector', 'rows', 'timing', 'reply',
-           'problem', 'answered', 'made_by', 'verdict']
+           'PairEntry', 'ClassifyRequest', 'SearchRequest', 'ReloadRequest', 'StreamRequest', 'misfit', 'read_json',
+           'plain_text', 'UnknownModel', 'check_model', 'few', 'Refused', 'image_bytes', 'fetch', 'to_item', 'to_items',
+           'run', 'vector', 'rows', 'timing', 'reply', 'error', 'problem', 'answered', 'made_by', 'verdict']
 
 # %% ../../nbs/serve/05_wire.ipynb #2be68f7b
 import asyncio
 import binascii
+import json
 from binascii import b2a_base64
+from email.message import Message
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -58,16 +60,19 @@ class ImageURLEntry(_Model):
 # %% ../../nbs/serve/05_wire.ipynb #cd0b6657
 Entry = str | Annotated[TextEntry | ImageEntry | ImageURLEntry, Field(discriminator='type')]
 
+# %% ../../nbs/serve/05_wire.ipynb #f8d32f9a
+class _Request(_Model):
+    model: str | None = None # a name: this server's, or any where it is told so
+
 # %% ../../nbs/serve/05_wire.ipynb #7798dd6b
-class EmbeddingRequest(_Model):
+class EmbeddingRequest(_Request):
     "Texts and images to embed"
     input: Entry | Annotated[list[Entry], Field(min_length=1)]
-    model: str = ''
-    encoding_format: Literal['float', 'base64'] = 'float'
+    encoding_format: Literal['float', 'base64'] | None = None # float by default
     dimensions: int | None = Field(None, ge=1)
 
 # %% ../../nbs/serve/05_wire.ipynb #0f88e843
-class RankRequest(_Model):
+class RankRequest(_Request):
     "One item, and candidates of the other kind"
     query: Entry
     candidates: list[Entry] = Field(min_length=1)
@@ -84,18 +89,18 @@ class PairEntry(_Model):
 ClassEntry = str | Annotated[TextEntry | ImageEntry | ImageURLEntry | PairEntry, Field(discriminator='type')]
 
 # %% ../../nbs/serve/05_wire.ipynb #f245926f
-class ClassifyRequest(_Model):
+class ClassifyRequest(_Request):
     "Images, texts or pairs, and the labels that they may have; without labels the artifact's own"
     input: ClassEntry | Annotated[list[ClassEntry], Field(min_length=1)]
     labels: list[str] | None = Field(None, min_length=1)
-    template: str = '{}'
+    template: str | None = None # what a label is put into; '{}' by default
     top_k: int | None = Field(None, ge=1)
 
 # %% ../../nbs/serve/05_wire.ipynb #8bf93350
-class SearchRequest(_Model):
+class SearchRequest(_Request):
     "What to look for in the index that the server has loaded"
     query: Entry
-    top_k: int = Field(10, ge=1, le=1000)
+    top_k: int | None = Field(None, ge=1, le=1000) # 10 by default
     where: str | None = None # an SQL condition on the columns of the index
 
 # %% ../../nbs/serve/05_wire.ipynb #0c893a75
@@ -114,6 +119,58 @@ def misfit(e: ValidationError) -> HTTPException: # 400 for what is no JSON, else
     last = e.errors(include_url=False, include_input=False, include_context=False)[-1]  # of a union, the fullest form
     where = '.'.join(str(x) for x in last['loc'] if isinstance(x, int) or x.isidentifier() and x not in ('str', 'list'))
     return HTTPException(400 if last['type'] == 'json_invalid' else 422, f'{where}: {last["msg"]}' if where else last['msg'])
+
+# %% ../../nbs/serve/05_wire.ipynb #9c8aa60a
+def read_json(
+    model: type,        # a pydantic model
+    data: bytes | str,
+):
+    "Read `data` as a `model`; raises `HTTPException` 400 where it is not JSON, and 422 where it does not fit."
+    try:
+        if isinstance(data, str): data = data.removeprefix('\ufeff')
+        elif (coding := json.detect_encoding(data[:4])) != 'utf-8': data = data.decode(coding)
+        return model.model_validate_json(data)
+    except UnicodeDecodeError: raise HTTPException(400, f'the body is not {coding}') from None
+    except ValidationError as e: raise misfit(e) from None
+
+# %% ../../nbs/serve/05_wire.ipynb #2aca4d81
+def plain_text(
+    data: bytes,
+    kind: str = 'text/plain', # the content type, with its parameters
+) -> bytes: # UTF-8, broken where `data` is
+    "Return the text in `data`; raises `HTTPException` 415 for another charset and for JSON, 400 for what is not in its charset."
+    message = Message()
+    message['content-type'] = kind
+    charset = 'utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else (message.get_content_charset() or 'utf-8').replace('_', '-')
+    if charset not in ('utf-8', 'utf8', 'us-ascii', 'ascii', 'utf-16', 'utf-16le', 'utf-16be'):
+        raise HTTPException(415, f'charset {charset[:40]!r} is not known: send UTF-8')
+    if charset.startswith('utf-16'):
+        try: data = data.decode(charset).encode()
+        except UnicodeDecodeError: raise HTTPException(400, f'the text is not {charset}') from None
+    data = data.removeprefix(b'\xef\xbb\xbf')
+    if (ends := data.strip())[:1] + ends[-1:] in (b'{}', b'[]') and _is_json(ends):
+        raise HTTPException(415, 'the body is JSON: send it as application/json; a text that is JSON goes into {"input": [...]}')
+    return data
+
+# %% ../../nbs/serve/05_wire.ipynb #981c3c0b
+def _is_json(data: bytes) -> bool:
+    try: orjson.loads(data)
+    except ValueError: return False
+    return True
+
+# %% ../../nbs/serve/05_wire.ipynb #6c5b08fb
+class UnknownModel(HTTPException):
+    "A request names a model that this server does not have"
+    code = 'model_not_found' # as OpenAI has it
+
+# %% ../../nbs/serve/05_wire.ipynb #563268be
+def check_model(
+    name: str | None, # in a request; None or '': none
+    service,          # a `Service`
+):
+    "Raises `UnknownModel`, unless the server takes any name."
+    if name and name != service.name and not service.config.any_model:
+        raise UnknownModel(404, f'The model `{name[:60]}` does not exist; this server has `{service.name[:60]}`')
 
 # %% ../../nbs/serve/05_wire.ipynb #deb2055f
 def few(n: int, config):
@@ -218,7 +275,7 @@ def vector(
 def rows(
     items: list[Item],
     dimensions: int | None = None,
-    encoding: str = 'float', # or 'base64': little-endian float32
+    encoding: str | None = None, # 'float' by default, or 'base64': little-endian float32
 ) -> list[dict]:
     "One row an item, as `/v1/embeddings` answers."
     out = []
@@ -226,7 +283,7 @@ def rows(
         row = dict(object='embedding', index=i.index, kind=i.kind, status=i.status, embedding=None)
         if i.status == 'ok':
             v = vector(i.value, dimensions)
-            row['embedding'] = v if encoding == 'float' else b2a_base64(v.astype('<f4', copy=False), newline=False).decode()
+            row['embedding'] = v if encoding != 'base64' else b2a_base64(v.astype('<f4', copy=False), newline=False).decode()
         else: row['error'] = i.error
         out.append(row)
     return out
@@ -246,10 +303,20 @@ def reply(content, status: int = 200, **headers) -> Response:
                     {k.replace('_', '-'): v for k, v in headers.items()}, 'application/json')
 
 # %% ../../nbs/serve/05_wire.ipynb #b133bedd
-def problem(status: int, message: str, **headers) -> Response:
-    "An error, in OpenAI's shape."
-    kind = 'invalid_request_error' if status < 500 and status != 429 else 'rate_limit_error' if status == 429 else 'server_error'
-    return reply(dict(error=dict(message=message, type=kind, code=status)), status, **headers)
+def error(
+    status: int, # of HTTP
+    message: str,
+    code: str | None = None, # a name instead of the number
+) -> dict: # message, type, param and code
+    "An error in OpenAI's shape."
+    types = {401: 'authentication_error', 403: 'permission_error', 429: 'rate_limit_error'}
+    kind = types.get(status, 'invalid_request_error' if status < 500 else 'server_error')
+    return dict(message=message, type=kind, param='model' if code == UnknownModel.code else None, code=code or status)
+
+# %% ../../nbs/serve/05_wire.ipynb #87c210c8
+def problem(status: int, message: str, code: str | None = None, **headers) -> Response:
+    "The answer to a request that failed; `code` as for `error`."
+    return reply(dict(error=error(status, message, code)), status, **headers)
 
 # %% ../../nbs/serve/05_wire.ipynb #15ff89f5
 def answered(items: list[Item]) -> int:
@@ -268,7 +335,7 @@ def made_by(items: list[Item], service: Service) -> str: # the short hash
 def verdict(e: Exception) -> tuple[int, str, float | None]: # HTTP status, one sentence, seconds after which to ask again
     "What a client is told of `e`."
     if isinstance(e, ValidationError): e = misfit(e)
-    if isinstance(e, HTTPException): return e.status_code, str(e.detail), None
+    if isinstance(e, HTTPException): return e.status_code, str(e.detail), 2. if e.status_code == 503 else None
     if isinstance(e, Busy): return 429, str(e), e.retry
     if isinstance(e, Unfit): return 503, str(e), 2.
     if isinstance(e, Unsuited): return 422, str(e), None
