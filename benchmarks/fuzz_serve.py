@@ -94,6 +94,12 @@ def mutilated(data: bytes, rng: random.Random) -> bytes:
     return bytes(out)
 
 
+def _said(answer) -> str: # the status of a message of a stream
+    if hasattr(answer, 'error_message'): return answer.error_message.partition(':')[0] or 'OK'
+    code = answer.failure.code
+    return next(c.name for c in grpc.StatusCode if c.value[0] == code)
+
+
 def rpc(target: str, calls: int, seed: int = 0, at_once: int = 16, api_key: str = '') -> Counter:
     "(method, status) -> calls; of streams also the messages, each of which was answered. Raises for a status that is not stated."
     seen, left = Counter(), iter(range(calls))
@@ -110,7 +116,7 @@ def rpc(target: str, calls: int, seed: int = 0, at_once: int = 16, api_key: str 
                     sent = [make() for _ in range(rng.randint(0, 12))]
                     got = [answer.FromString(a) async for a in channel.stream_stream(f'/{service}/{name}')(iter(sent), timeout=60, metadata=meta)]
                     assert len(got) == len(sent), f'{name}: {len(sent)} messages, {len(got)} answers'
-                    for a in got: seen[f'{name}, messages', 'OK' if not a.failure.code else next(c.name for c in grpc.StatusCode if c.value[0] == a.failure.code)] += 1
+                    for a in got: seen[f'{name}, messages', _said(a)] += 1
                 else: answer.FromString(await channel.unary_unary(f'/{service}/{name}')(make(), timeout=60, metadata=meta))
                 seen[name, 'OK'] += 1
             except grpc.aio.AioRpcError as e: seen[name, e.code().name] += 1

@@ -61,10 +61,12 @@ class Metrics:
         self.reloads = new(p.Counter, 'reloads_total', 'Artifacts loaded while serving', ['status'])
         self.artifact = new(p.Gauge, 'artifact_info', '1 for the artifact that answers', ['hash', 'kind', 'dim'], multiprocess_mode='livemax')
         self.ready = new(p.Gauge, 'ready', '1 when the last canary came back right', multiprocess_mode='livemin')
+        self.last = new(p.Gauge, 'last_item_timestamp_seconds', 'When the last items were settled', multiprocess_mode='livemax')
         self._served = None
 
     def job(self, job: Job):
         "Counts a finished job."
+        self.last.set_to_current_time()
         for i in job.items:
             self.items.labels(i.kind, i.status).inc()
             if i.status == 'ok':

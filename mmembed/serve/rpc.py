@@ -108,7 +108,7 @@ class Methods:
         return self.v2('ModelReadyResponse')(ready=not await self.service.ready())
     async def ServerMetadata(self, q, seen):
         from mmembed import __version__
-        return self.v2('ServerMetadataResponse')(name='mmembed', version=__version__)
+        return self.v2('ServerMetadataResponse')(name='mmembed', version=__version__, extensions=inference.EXTENSIONS)
 
     async def ModelMetadata(self, q, seen):
         self._known(q.name)
@@ -117,6 +117,17 @@ class Methods:
         inputs, outputs = inference.signature(self.service)
         return kind(name=self.service.name, versions=[self.service.card['short_hash']], platform='mmembed',
                     inputs=map(tensor, inputs), outputs=map(tensor, outputs))
+
+    async def ModelConfig(self, q, seen):
+        self._known(q.name)
+        return self.v2('ModelConfigResponse')(config=inference.configuration(self.service))
+
+    async def ModelStatistics(self, q, seen):
+        if q.name: self._known(q.name)
+        return self.v2('ModelStatisticsResponse')(model_stats=[inference.statistics(self.service)])
+
+    async def RepositoryIndex(self, q, seen):
+        return self.v2('RepositoryIndexResponse')(models=await inference.index(self.service, q.ready))
 
     async def ModelInfer(self, q, seen):
         self._known(q.model_name)
@@ -153,6 +164,16 @@ def parsed(kind: type, data: bytes): # a message
     "The message in `data`; raises `Refusal`."
     try: return kind.FromString(data)
     except DecodeError: raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, f'the bytes are no {kind.DESCRIPTOR.full_name}') from None
+
+# %% ../../nbs/serve/09_rpc.ipynb #b4637445
+def _carried(answer: type): # functions from an answer, and from an id and a `Refusal`, to a message of the stream
+    if 'failure' in answer.DESCRIPTOR.fields_by_name:
+        Failure = message('mmembed.v1.Failure')
+        return lambda out: out, lambda rid, r: answer(id=rid, failure=Failure(code=r.code.value[0], message=str(r), retry_after=r.retry))
+    def whole(out):
+        out.parameters['triton_final_response'].bool_param = True
+        return answer(infer_response=out)
+    return whole, lambda rid, r: answer(error_message=f'{r.code.name}: {r}', infer_response=dict(id=rid))
 
 # %% ../../nbs/serve/09_rpc.ipynb #9d13b709
 class Calls:
@@ -199,30 +220,30 @@ class Calls:
         return method
 
     def streaming(self, name, kind, answer, window=16):
-        work, Failure = getattr(self.methods, name), message('mmembed.v1.Failure')
+        "The same over a stream. Triton's clients tell answers by their order, ours by their id: those go out as they are ready."
+        work, (whole, failed), ordered = getattr(self.methods, name), _carried(answer), name == 'ModelInfer'
         async def method(requests, context):
             seen = await self._seen(name, context)
             ready, room, tasks, code = asyncio.Queue(), asyncio.Semaphore(window), set(), 'CANCELLED'
             async def one(data):
                 q = None
-                try: out = await work(q := parsed(kind, data), seen)
+                try: return whole(await work(q := parsed(kind, data), seen))
                 except asyncio.CancelledError: raise
-                except Exception as e:
-                    r = self._explained(e, seen)
-                    out = answer(id=q.id if q else '', failure=Failure(code=r.code.value[0], message=str(r), retry_after=r.retry))
-                ready.put_nowait(out)
+                except Exception as e: return failed(q.id if q else '', self._explained(e, seen))
             async def read():
                 async for data in requests:
                     await room.acquire()
                     tasks.add(t := asyncio.ensure_future(one(data)))
                     t.add_done_callback(tasks.discard)
+                    if ordered: ready.put_nowait(t)
+                    else: t.add_done_callback(ready.put_nowait)
                 await asyncio.gather(*tasks)
                 ready.put_nowait(None)
             reader = asyncio.ensure_future(read())
             reader.add_done_callback(lambda t: t.cancelled() or (t.exception() and ready.put_nowait(None)))
             try:
-                while (out := await ready.get()) is not None:
-                    yield out
+                while (t := await ready.get()) is not None:
+                    yield await t
                     room.release()
                 code = 'OK'
             finally:
@@ -240,7 +261,7 @@ class Calls:
         "The generic handler of all methods of `service`."
         found = {}
         for name, (q, a, many, _) in methods(service).items():
-            single = name.removesuffix('Stream')
+            single = name.replace('Stream', '')
             codec = dict(response_serializer=a.SerializeToString)  # requests are parsed where a failure has its status
             found[name] = grpc.stream_stream_rpc_method_handler(self.streaming(single, q, a), **codec) if many else \
                 grpc.unary_unary_rpc_method_handler(self.unary(name, q), **codec)
