@@ -6,7 +6,7 @@ Docs: https://mmembed.github.io/mmembed/inputs.html.md"""
 
 # %% auto #0
 __all__ = ['DOT', 'opaque', 'as_image', 'text_error', 'enough', 'name_of', 'items_of', 'chunks', 'whole', 'tokens_of',
-           'pixels_of', 'rows_of', 'ahead', 'cores', 'decoders', 'watched']
+           'pixels_of', 'rows_of', 'ahead', 'cores', 'memory', 'decoders', 'watched']
 
 # %% ../nbs/31_inputs.ipynb #e217d0ab
 import os
@@ -240,6 +240,18 @@ def ahead(
 def cores() -> int:
     "How many processors this process may use, which a container or `taskset` may make fewer than there are."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+def memory() -> int:
+    "Return how many bytes of memory this process may use, which a container may make fewer than there are."
+    found = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')]
+    own = next((line[3:].strip() for line in _lines('/proc/self/cgroup') if line.startswith('0::')), '')
+    for path in (f'/sys/fs/cgroup{own}/memory.max', '/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_bytes'):
+        found += [int(line) for line in _lines(path) if line.strip().isdecimal()]
+    return min(found)
+
+def _lines(path: str) -> list[str]: # none where the file is not there
+    try: return Path(path).read_text().splitlines()
+    except OSError: return []
 
 def decoders(
     items,                  # the batch
