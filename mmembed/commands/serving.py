@@ -31,7 +31,8 @@ def serve(
     deterministic: store_true = False, # the same bits for an item in any company
     max_items: int = 256,       # of a request
     max_body: int = 64,         # megabytes of a request
-    max_pixels: int = 0,        # of an image; the artifact's own limit by default
+    max_pixels: int = 1 << 25,  # of an image, or the artifact's own limit where that is less
+    max_held: int = 0,          # megabytes of requests that are held at once, more are answered 429; by default a sixteenth of the memory
     api_keys: str = None,       # a file with one key a line; or the variable MMEMBED_API_KEYS, separated by commas
     tls_cert: str = None,       # PEM file
     tls_key: str = None,        # PEM file
@@ -65,7 +66,7 @@ def serve(
                       max_pixels=max_pixels)
     config = Config(artifact, host, port, grpc_port, name, device, threads, replicas, deterministic, options, max_body << 20, max_items,
         api_keys=tuple(keys), tls_cert=tls_cert, tls_key=tls_key, cors=listed(cors), fetch_hosts=listed(fetch_hosts), index=index, any_model=any_model, log=log,
-        traces=traces, trace_ratio=trace_ratio, drain=drain, grace=grace)
+        traces=traces, trace_ratio=trace_ratio, drain=drain, grace=grace, bodies=max_held << 20)
     if ray:
         from mmembed.serve.ray import run
         raise SystemExit(run(config, max_replicas=max_replicas, min_replicas=replicas if max_replicas else 0))

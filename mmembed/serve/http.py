@@ -50,9 +50,9 @@ def app(service: Service) -> Edge:
         query = {k: request.query_params[k] for k in ('dimensions', 'encoding_format', 'model') if k in request.query_params}
         if kind == 'multipart/form-data': items = await _form(request, config)
         elif kind == 'text/plain':
-            items = [Item('text', data := plain_text(await request.body(), request.headers['content-type']), len(data))]
+            items = [Item('text', plain_text(await request.body(), request.headers['content-type']))]
         elif kind == 'application/octet-stream' or kind.startswith('image/'):
-            items = [Item('image', data := await request.body(), len(data))]
+            items = [Item('image', await request.body())]
         else:
             asked = await parsed(request, EmbeddingRequest)
             listed = asked.input if isinstance(asked.input, list) else [asked.input]
@@ -198,7 +198,7 @@ async def _form(request: Request, config) -> list[Item]:
             data = value if isinstance(value, str) else await value.read()
             if name == 'text' and isinstance(data, bytes): data = plain_text(data, value.content_type or 'text/plain')
             if name == 'image' and isinstance(data, str): data = data.encode()
-            out.append(Item(name, data, len(data)))
+            out.append(Item(name, data))
     if not out: raise HTTPException(422, 'the form has no parts')
     return out
 
@@ -207,11 +207,12 @@ async def _stream(service: Service, socket: WebSocket, window: int = 16):
     await socket.accept('mmembed' if 'mmembed' in socket.scope['subprotocols'] else None)
     room, tasks, count = asyncio.Semaphore(window), set(), 0
 
-    async def one(message, number):
+    async def one(message, number, held):
         rid = number
         try:
             try:
-                if message.get('bytes') is not None: items, how = [Item('image', message['bytes'], len(message['bytes']))], {}
+                if not held: raise service.crowded()
+                if message.get('bytes') is not None: items, how = [Item('image', message['bytes'])], {}
                 else:
                     rid = _named(message['text'], number)
                     asked = read_json(StreamRequest, message['text'])
@@ -236,7 +237,10 @@ async def _stream(service: Service, socket: WebSocket, window: int = 16):
             await room.acquire()
             message = await socket.receive()
             if message['type'] == 'websocket.disconnect': break
-            tasks.add(task := asyncio.ensure_future(one(message, count)))
+            size = len(message.get('bytes') or message.get('text') or '-')
+            held = size if service.bodies.take(size) else 0
+            tasks.add(task := asyncio.ensure_future(one(message, count, held)))
+            task.add_done_callback(lambda _, held=held: service.bodies.give(held))
             task.add_done_callback(tasks.discard)
             count += 1
     except WebSocketDisconnect: pass

@@ -48,9 +48,9 @@ def tensor_items(
         found[name] = values
     if not any(found.values()): raise HTTPException(400, 'inputs: there are none')
     few(sum(map(len, found.values())), service.config)
-    if not service.emb.pairs: return [Item(k, v, len(v)) for k, values in found.items() for v in values]
+    if not service.emb.pairs: return [Item(k, v) for k, values in found.items() for v in values]
     if len(found) < 2 or len(found['text']) != len(found['image']): raise HTTPException(400, 'this model takes as many texts as images')
-    return [Item('pair', (t, v), len(t) + len(v)) for t, v in zip(found['text'], found['image'])]
+    return [Item('pair', (t, v)) for t, v in zip(found['text'], found['image'])]
 
 # %% ../../nbs/serve/08a_inference.ipynb #7487adec
 def tensors(

@@ -256,14 +256,14 @@ class Budget:
     "An amount of which no more is held than there is; what alone is more than that has room when nothing else is held"
     def __init__(self, room: int): self.room, self.held, self._queue, self._changed = room, 0, deque(), threading.Condition()
 
-    def fits(self, n: int) -> bool:
-        "Return whether there is room for `n` now."
-        return not self.held or self.held + n <= self.room
+    def fits(self, n: int, share: float = 1.) -> bool:
+        "Return whether there is room for `n` now, in so much of all the room."
+        return not self.held or self.held + n <= share * self.room
 
-    def take(self, n: int) -> bool: # False, and nothing is held, where there is no room
+    def take(self, n: int, share: float = 1.) -> bool: # False, and nothing more is held, where there is no room
         "Hold `n` without waiting."
         with self._changed:
-            if fits := self.fits(n): self.held += n
+            if fits := self.fits(n, share): self.held += n
             return fits
 
     def give(self, n: int):

@@ -35,11 +35,11 @@ def items_of(entries) -> list[Item]:
     out = []
     for e in entries:
         kind = e.WhichOneof('content')
-        if kind == 'image': out.append(Item('image', e.image, len(e.image)))
-        elif kind == 'pair': out.append(Item('pair', (e.pair.text_utf8, e.pair.image), len(e.pair.text_utf8) + len(e.pair.image)))
+        if kind == 'image': out.append(Item('image', e.image))
+        elif kind == 'pair': out.append(Item('pair', (e.pair.text_utf8, e.pair.image)))
         else:
             data = e.text if kind == 'text' else e.text_utf8 if kind else None
-            out.append(Item('text', data, len(data or '')))
+            out.append(Item('text', data))
     return out
 
 # %% ../../nbs/serve/09_rpc.ipynb #f042735d
@@ -206,7 +206,7 @@ class Calls:
             seen = await self._seen(name, context)
             code = 'CANCELLED'
             try:
-                out = await work(parsed(kind, data), seen)
+                with self.service.holding(len(data)): out = await work(parsed(kind, data), seen)
                 code = 'OK'
                 return out
             except asyncio.CancelledError: raise
@@ -227,7 +227,8 @@ class Calls:
             ready, room, tasks, code = asyncio.Queue(), asyncio.Semaphore(window), set(), 'CANCELLED'
             async def one(data):
                 q = None
-                try: return whole(await work(q := parsed(kind, data), seen))
+                try:
+                    with self.service.holding(len(data)): return whole(await work(q := parsed(kind, data), seen))
                 except asyncio.CancelledError: raise
                 except Exception as e: return failed(q.id if q else '', self._explained(e, seen))
             async def read():

@@ -57,7 +57,7 @@ async def classify(
 ) -> tuple[list[dict], list[Item]]: # rows (index, status, labels: label, probability and, for given ones, score); and the items
     "What `items` are, each with its labels, best first; raises as `embed`, and `HTTPException` without labels or for one that fails."
     if not labels and not service.emb.labels: raise HTTPException(422, 'labels: this artifact has none of its own; give some')
-    given = [Item('text', t := template.replace('{}', label), len(t)) for label in labels or ()]
+    given = [Item('text', template.replace('{}', label)) for label in labels or ()]
     await embed([*given, *items])
     for k, g in enumerate(given): needed(g, f'labels[{k}]')
     good = [i.value for i in items if i.status == 'ok']

@@ -14,14 +14,17 @@ import struct
 import threading
 import time
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from ..inputs import memory
 from ..runtime import Embedder, read_card
 from .engine import Busy, Engine, Item, Job, Options, Unfit
+from .lane import Budget
 from .observe import Metrics, Tracer, open_log
 
 # %% ../../nbs/serve/04_service.ipynb #32a6dddc
@@ -53,6 +56,7 @@ class Config(NamedTuple):
     trace_ratio: float = 1.
     drain: float = 0.                # seconds between "not ready" and closing the door, for balancers to notice
     grace: float = 30.               # seconds to answer what is running then
+    bodies: int = 0                  # bytes of requests that are held at once; 0: a sixteenth of the memory, at most 1 GB
 
 # %% ../../nbs/serve/04_service.ipynb #ac85a79a
 def canary_png() -> bytes:
@@ -97,6 +101,7 @@ class Service:
         self.name = config.name or Path(config.artifact).stem  # of the model, also after a reload
         self.log = open_log(config.log)
         self.metrics, self.tracer = Metrics(), tracer or Tracer(config.traces, config.trace_ratio)
+        self.bodies = Budget(config.bodies or max(config.max_body, min(memory() // 16, 1 << 30) // config.replicas))
         self.draining, self.index, self.tell = False, None, None  # tell(path): the other replicas, of a new artifact
         self._ready, self._asked, self._checking, self._loading = '', 0., asyncio.Lock(), asyncio.Lock()
         self.engine, self.canary = self._start(config.artifact)
@@ -112,7 +117,8 @@ class Service:
         c = self.config
         emb = Embedder(path, c.device, c.threads, c.engine.batch, c.deterministic)
         canary = Canary(emb)  # also warms up
-        engine = Engine(emb, c.engine, self.metrics.batch, lambda why: self._failed(engine, why))
+        options = c.engine._replace(pixels=c.engine.pixels or memory() // 32 // c.replicas)
+        engine = Engine(emb, options, self.metrics.batch, lambda why: self._failed(engine, why))
         return engine, canary
 
     def _failed(self, engine, why):
@@ -206,6 +212,18 @@ class Service:
         "Whether an API key, or none, opens this service."
         if not self.config.api_keys: return True
         return any([hmac.compare_digest((key or '').encode(), k.encode()) for k in self.config.api_keys])
+
+    def crowded(self) -> Busy:
+        "Return the error of a request whose bytes do not fit beside those that are held."
+        self.metrics.rejected.labels('bytes').inc()
+        return Busy(self.engine.retry(), 'the requests in hand hold as many bytes as they may')
+
+    @contextmanager
+    def holding(self, size: int):
+        "Hold so many bytes of a request; raises `Busy` where they do not fit."
+        if not self.bodies.take(size): raise self.crowded()
+        try: yield
+        finally: self.bodies.give(size)
 
     def _open_index(self, path):
         from mmembed.index import Index

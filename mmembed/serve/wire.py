@@ -224,14 +224,14 @@ async def to_item(
     "The engine's item; one that is refused carries a `Refused`, for which `run` gives it a status."
     if isinstance(entry, str):
         why = markers.doubt(entry, False, 'an entry of type image or image_url for the image', 'one of type text for the words')
-        return Item('text', Refused(why) if why else entry, len(entry))
-    if entry.type == 'text': return Item('text', entry.text, len(entry.text))
+        return Item('text', Refused(why) if why else entry)
+    if entry.type == 'text': return Item('text', entry.text)
     pair, given = entry.type == 'pair', entry.image_url if entry.type == 'image_url' else entry.image
     text = given.url if isinstance(given, ImageURL) else given
     url = text if text is not given or entry.type == 'image_url' else ''
     try: data = await fetch(url, config.fetch_hosts, config.max_body) if url and url[:5].lower() != 'data:' else image_bytes(text)
     except Refused as e: return Item('pair' if pair else 'image', e)
-    return Item('pair', (entry.text, data), len(entry.text) + len(data)) if pair else Item('image', data, len(data))
+    return Item('pair', (entry.text, data)) if pair else Item('image', data)
 
 # %% ../../nbs/serve/05_wire.ipynb #f10d93e1
 async def to_items(

@@ -1,0 +1,200 @@
+"""Bytes and pixels have an end: long texts hold nobody up, and neither bodies nor pictures fill the memory."""
+import functools
+import io
+import json
+import re
+import socket
+import threading
+import time
+from concurrent.futures import Future
+
+import grpc
+import httpx2
+import pytest
+import torch
+from PIL import Image
+from websockets.sync.client import connect
+
+from mmembed.export import cases
+from mmembed.runtime import Embedder
+from mmembed.serve.engine import Engine, Item, Options
+from mmembed.serve.protos import message, methods
+from mmembed.serve.server import running
+
+from ..export import tiny
+from .conftest import config
+
+FILES = cases.images()
+WORD = 'q' * 200_000  # which has no place where it may be cut
+
+
+def embedder(make=tiny.artifact):
+    "One of the test's own, whose methods may be replaced."
+    return Embedder(make())
+
+
+def submit(engine, *items):
+    done = Future()
+    engine.submit([Item(*i) for i in items], done.set_result)
+    return done
+
+
+def settled(done): return done.result(120).items
+
+
+@functools.cache
+def flat_gif(width, height):
+    out = io.BytesIO()
+    Image.new('P', (width, height)).save(out, 'GIF')
+    return out.getvalue()
+
+
+def test_a_long_text_holds_up_no_short_one():
+    emb = embedder()
+    engine, go, began, tokenize = Engine(emb), threading.Event(), threading.Event(), emb.tokenize
+    def slow(texts):
+        if any(len(t) > 100_000 for t in texts):
+            began.set()
+            go.wait(120)
+        return tokenize(texts)
+    emb.tokenize = slow
+    long = [submit(engine, ('text', WORD)) for _ in range(3)]
+    assert began.wait(60)
+    for _ in range(20): assert settled(submit(engine, ('text', 'a red circle')))[0].status == 'ok'  # while the long one is under way
+    assert not any(d.done() for d in long)
+    go.set()
+    assert [settled(d)[0].status for d in long] == ['ok'] * 3 and engine.close()
+
+
+def test_a_turn_of_the_tokenizer_has_an_end_in_bytes():
+    emb = embedder()
+    engine, turns, tokenize, go = Engine(emb, Options(batch=16)), [], emb.tokenize, threading.Event()
+    def counted(texts):
+        go.wait(60)
+        turns.append([len(t) for t in texts])
+        return tokenize(texts)
+    emb.tokenize = counted
+    done = submit(engine, *[('text', 'x' * 900)] * 100, *[('text', 'x' * 20_000)] * 20, ('text', WORD))
+    go.set()
+    assert {i.status for i in settled(done)} == {'ok'} and engine.close()
+    assert sum(map(len, turns)) == 121 and all(len(t) == 1 or sum(t) <= 1 << 16 for t in turns) and max(map(len, turns)) > 10
+
+
+@pytest.mark.parametrize('form', [str, str.encode])
+def test_the_bytes_of_a_text_are_those_of_its_utf8(form):
+    engine = Engine(embedder(), Options(max_text=12))
+    items = settled(submit(engine, *[('text', form(t)) for t in ('圆' * 4, '圆' * 5, 'a' * 12, 'a' * 13, '\U0001f534' * 3, '\U0001f534' * 4)]))
+    assert [i.size for i in items] == [12, 15, 12, 13, 12, 16]
+    assert [i.status for i in items] == ['ok', 'invalid'] * 3 and items[1].error == '15 bytes of text; this server takes up to 12'
+    assert engine.close()
+
+
+def test_the_text_of_a_pair_is_shortened_or_goes_alone():
+    emb = embedder(tiny.pair_artifact)
+    engine, batches, pairs, go = Engine(emb, Options(batch=8)), [], emb._pairs, threading.Event()
+    def counted(texts, levels):
+        go.wait(60)
+        batches.append([len(t) for t in texts])
+        return pairs(texts, levels)
+    emb._pairs = counted
+    image = FILES['RGB.png']
+    done = submit(engine, *[('pair', (t, image)) for t in ('a', 'a red circle ' * 9000, WORD, 'b', WORD)], ('pair', ('圆' * 400_000, image)))
+    go.set()
+    assert [i.status for i in settled(done)] == ['ok'] * 5 + ['invalid'] and engine.close()
+    assert sorted(n for b in batches for n in b if n < 10) == [1, 1] and sum(len(b) for b in batches) == 5
+    assert all(len(b) == 1 for b in batches if max(b) > 2000) and sum(max(b) > 2000 for b in batches) == 2
+
+
+def test_pixels_that_are_being_decoded_have_a_budget():
+    emb = embedder()
+    picture, threads = flat_gif(100, 80), 4
+    engine, decode, go, inside = Engine(emb, Options(decoders=threads, pixels=2 * 100 * 80)), emb.decode, threading.Event(), []
+    def held(image):
+        inside.append(engine.pixels.held)
+        go.wait(120)
+        return decode(image)
+    emb.decode = held
+    done = submit(engine, *[('image', picture)] * 6)
+    end = time.monotonic() + 60
+    while len(inside) + len(engine.pixels._queue) < threads and time.monotonic() < end: time.sleep(.01)
+    assert len(inside) == 2 and not engine.health()  # the others wait, and are not stuck
+    go.set()
+    assert {i.status for i in settled(done)} == {'ok'} and max(inside) <= 2 * 100 * 80 and not engine.pixels.held and engine.close()
+
+
+def test_a_small_file_of_many_pixels_is_refused_unread():
+    emb = embedder()
+    emb.decode, engine = None, Engine(emb)
+    [item] = settled(submit(engine, ('image', flat_gif(7072, 7072))))
+    assert item.status == 'invalid' and item.error == '7072 x 7072 pixels; this server takes up to 33,554,432' and engine.close()
+
+
+# ---- the server process
+
+@pytest.fixture(scope='module')
+def narrow(tmp_path_factory):
+    with running(config(tmp_path_factory.mktemp('narrow')/'log', bodies=300_000, max_body=400_000)) as s: yield s
+
+
+def upload(server, size, part):
+    "A connection on which `part` of `size` bytes of an image have been sent."
+    s = socket.create_connection(('127.0.0.1', int(server.url.rsplit(':', 1)[1])), timeout=60)
+    s.sendall(f'POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ncontent-length: {size}\r\n\r\n'.encode() + bytes(part))
+    return s
+
+
+def until(f, found, seconds=60):
+    "What `f` returns once `found` is true of it."
+    end = time.monotonic() + seconds
+    while not found(x := f()) and time.monotonic() < end: time.sleep(.01)
+    return x
+
+
+def test_bodies_in_hand_have_a_budget(narrow):
+    "While one request holds its bytes another that does not fit is told to come again, by every way in; then it is answered."
+    Encode, OneItem = message('mmembed.v1.EncodeRequest'), message('mmembed.v1.Item')
+    q, a, _, _ = methods('mmembed.v1.Embedding')['Encode']
+    with httpx2.Client(base_url=narrow.url, timeout=60) as http, grpc.insecure_channel(narrow.grpc.removeprefix('grpc://')) as channel, \
+            connect(narrow.url.replace('http', 'ws') + '/v1/stream') as ws:
+        encode = channel.unary_unary('/mmembed.v1.Embedding/Encode', q.SerializeToString, a.FromString)
+        def post(): return http.post('/v1/embeddings', content=bytes(200_000), headers={'content-type': 'image/png'})
+        def by_rpc():
+            try: return encode(Encode(items=[OneItem(image=bytes(200_000))])).results[0].status
+            except grpc.RpcError as e: return e.code().name
+        def by_socket():
+            ws.send(bytes(200_000))
+            return json.loads(ws.recv(60))
+        assert post().status_code == 422 and by_rpc() == 2 and 'error' not in by_socket()
+        with upload(narrow, 200_000, 150_000) as first:
+            r = until(post, lambda r: r.status_code != 422)
+            assert r.status_code == 429 and int(r.headers['retry-after']) >= 1 and 'as many bytes as they may' in r.json()['error']['message']
+            assert by_rpc() == 'RESOURCE_EXHAUSTED' and by_socket()['error']['code'] == 429
+            assert http.post('/v1/embeddings', json=dict(input='a red circle')).status_code == 200  # what is small fits
+            first.sendall(bytes(50_000))
+            assert b' 422 ' in first.recv(65536).split(b'\r\n')[0]  # zeros are no image
+        with upload(narrow, 200_000, 150_000): until(post, lambda r: r.status_code == 429)  # and one that goes away gives them back
+        assert until(post, lambda r: r.status_code == 422).status_code == 422
+        assert until(by_rpc, lambda r: r == 2) == 2 and 'error' not in by_socket()
+
+
+def test_a_body_that_grows_beyond_the_budget_is_refused_while_it_comes(narrow):
+    def chunk(n): return b'%x\r\n%s\r\n' % (n, bytes(n))
+    with upload(narrow, 200_000, 150_000), socket.create_connection(('127.0.0.1', int(narrow.url.rsplit(':', 1)[1])), timeout=60) as s:
+        until(lambda: httpx2.post(narrow.url + '/v1/embeddings', content=bytes(200_000), headers={'content-type': 'image/png'}).status_code, lambda c: c == 429)
+        s.sendall(b'POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ntransfer-encoding: chunked\r\n\r\n')
+        for _ in range(3): s.sendall(chunk(60_000))
+        s.sendall(b'0\r\n\r\n')
+        assert re.match(rb'HTTP/1.1 429 ', s.recv(65536))
+
+
+def test_many_large_uploads_leave_the_server_alive(narrow):
+    "Each is answered or told to come again; afterwards nothing is held."
+    results = []
+    def send():
+        try: results.append(httpx2.post(narrow.url + '/v1/embeddings', content=flat_gif(3000, 3000) + bytes(150_000), headers={'content-type': 'image/gif'}, timeout=120).status_code)
+        except httpx2.HTTPError as e: results.append(type(e).__name__)
+    threads = [threading.Thread(target=send) for _ in range(12)]
+    for t in threads: t.start()
+    for t in threads: t.join(180)
+    assert len(results) == 12 and set(results) <= {200, 429}, results
+    assert until(lambda: httpx2.post(narrow.url + '/v1/embeddings', content=flat_gif(300, 300), headers={'content-type': 'image/gif'}).status_code, lambda c: c == 200) == 200
