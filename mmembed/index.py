@@ -126,17 +126,17 @@ class Index(Approximate, Grouping, Store):
         rows = asked((ask.where(where, prefilter=True) if where else ask).to_list, where)
         return [{'id': row.pop('id'), 'score': row.pop('_score')} | row for row in rows]
 
-    def _select(self, columns: list[str], where: str | None) -> pa.Table:
-        ask = self._table.search().select(columns)
-        return asked((ask.where(where) if where else ask).to_arrow, where)
+    def _select(self, columns: list[str], where: str | None = None, ids: list[str] | None = None) -> pa.Table:
+        ask, condition = self._table.search().select(columns), where if ids is None else among(ids)
+        return asked((ask.where(condition) if condition else ask).to_arrow, where)
 
     def thumbnails(self, ids: list[str]) -> dict[str, bytes]:
         if not ids or 'thumbnail' not in self._table.schema.names: return {}
-        rows = self._select(['id', 'thumbnail'], among(ids)).to_pylist()
+        rows = self._select(['id', 'thumbnail'], ids=ids).to_pylist()
         return {row['id']: row['thumbnail'] for row in rows if row['thumbnail']}
 
     def vector_of(self, id: str) -> np.ndarray:
-        found = self._select(['vector'], among([id]))
+        found = self._select(['vector'], ids=[id])
         if not len(found): raise KeyError(f'{self.folder} has no row {id!r}')
         return found['vector'].combine_chunks().flatten().to_numpy()
 
@@ -237,7 +237,7 @@ def bad(self: Index) -> list[dict]: # `id` and `error`
 def _list_bad(self: Index, new: list, fresh: bool = False):
     listed = {} if fresh else {row['id']: row['error'] for row in self.bad()}
     if not fresh and listed:
-        there = set(self.ids(among(list(listed))))
+        there = set(self._select(['id'], ids=list(listed))['id'].to_pylist())
         listed = {i: e for i, e in listed.items() if i not in there}
     listed.update(new)
     if not listed and not has_table(self.folder, 'bad'): return

@@ -22,6 +22,7 @@ from .items import About, card_of, checked, opened, stream
 from .jobs import service_batch
 from .queries import Store
 from .runtime import Embedder
+from .transactions import checked_condition
 
 # %% ../nbs/43_stores.ipynb #d37a3d99
 def to_faiss(
@@ -212,7 +213,9 @@ def columns(self: PostgresIndex) -> dict[str, str]: # name: type
     return dict(rows.fetchall())
 
 @patch
-def _where(self: PostgresIndex, where: str | None): return self._sql.SQL('(' + where.replace('%', '%%') + '\n)') if where else self._sql.SQL('true')
+def _where(self: PostgresIndex, where: str | None):
+    if not where: return self._sql.SQL('true')
+    return self._sql.SQL('(' + checked_condition(where, functions=None).replace('%', '%%') + '\n)')
 
 @patch
 def _asked(self: PostgresIndex, query, values: list, where: str | None = None, count: bool = False, settings: dict | None = None):

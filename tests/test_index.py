@@ -399,6 +399,70 @@ def test_commands(model, scenes, tmp_path, monkeypatch, capsys):
     assert 'opened file://' in run('search', 'my.idx', 'a red circle', '--open')
 
 
+HOSTILE_CONDITIONS = {  # each ends a process in which the engine gets it, or takes it seconds
+    ' OR '.join(["id = 'x'"] * 50_000): 'up to 262,144 characters',
+    "id = 'x'" + ' IS TRUE' * 1000: 'up to 256 words and signs',
+    '||'.join(['id'] * 4000) + " = 'x'": 'up to 256 words and signs',
+    'id IN (' + ', '.join(map(str, range(20_000))) + ')': 'lists up to 10,000 values',
+    "repeat(id, 100000000) = 'x'": 'cannot call repeat',
+    "id = 'x' OR \"lpad\" (id, 2000000000) = 'x'": 'cannot call "lpad"',
+    "id = 'x' --'": 'has no comments'}
+
+DOORS = '''
+import json, sys
+from pathlib import Path
+import numpy as np
+from mmembed.cli import main
+from mmembed.index import Index
+from mmembed.stores import to_faiss
+folder = sys.argv[1]
+index, x = Index(folder), np.ones(12, 'f')
+doors = dict(search=lambda w: index.search(x, where=w), find=lambda w: index.find(x, where=w),
+             words=lambda w: index.search(words='circle', where=w), like=lambda w: index.like(index.ids()[0], where=w),
+             ids=index.ids, vectors=index.vectors, duplicates=lambda w: index.duplicates(where=w),
+             clusters=lambda w: index.clusters(2, w), delete=lambda w: index.delete(where=w),
+             faiss=lambda w: to_faiss(index, Path(folder)/'x.faiss', where=w))
+for where, error in json.load(sys.stdin).items():
+    for name, door in doors.items():
+        try: door(where)
+        except ValueError as e: assert error in str(e) and len(str(e)) < 1500, (name, str(e)[:2000])
+        else: raise AssertionError((name, where[:100]))
+    assert main(['search', folder, 'x', '--filter', where]) == 1
+    assert main(['index', 'delete', folder, '--filter', where]) == 1
+print(len(index))'''
+
+CHAINS = '''
+import json, sys
+from mmembed.index import Index
+index, n = Index(sys.argv[1]), 0
+for where in json.load(sys.stdin):
+    n += 1
+    try: index.ids(where)
+    except ValueError: pass
+print(n)'''
+
+
+def alone(program, index, given):
+    "What `program` prints, run on the folder of `index` in a process of its own."
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', program, index.folder], input=json.dumps(given),
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return int(done.stdout)
+
+
+def test_no_condition_ends_the_process(index):
+    "By every door that takes one; and what is just short enough is answered or refused by the engine."
+    assert alone(DOORS, index, HOSTILE_CONDITIONS) == len(index)
+    after = ((' IS TRUE', 126), (' IS NULL', 126), ('::int', 84), ('[1]', 84), (" OR id = 'y'", 63), (' || id', 126),
+             (' NOT', 253), ('.n', 126))
+    before = (('NOT ', '', 253), ('(', ')', 126), ('CASE WHEN ', '', 84), ('lower(', ')', 84), ('- ', '', 253))
+    chains = ["id = 'x'" + x*n for x, n in after] + [a*n + "id = 'x'" + b*n for a, b, n in before]
+    assert alone(CHAINS, index, chains) == len(chains)
+    many = ', '.join(f"'{i}'" for i in [*index.ids(), *range(9_000)])
+    assert index.ids(f'id IN ({many})') == index.ids()
+    assert index.ids("starts_with(lower(id), 'scene') AND text IS NOT NULL AND length(text) > 0") == index.ids()
+
+
 def test_found_is_a_list_that_shows_itself():
     found = Found([dict(id=f'i{k}', score=.5) for k in range(30)], '<x>')
     assert '<x>' not in found._repr_html_() and '6 more' in found._repr_html_() and '10 more' in repr(found) and found.page().startswith('<!doctype html>')

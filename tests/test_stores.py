@@ -12,7 +12,7 @@ from mmembed.data.scenes import Scenes
 from mmembed.index import Index
 from mmembed.stores import PostgresIndex, to_faiss
 
-from .test_index import HOSTILE, D, N, artifact, matrix, points, table
+from .test_index import HOSTILE, HOSTILE_CONDITIONS, D, N, artifact, matrix, points, table
 
 
 class Worn(Scenes):
@@ -89,6 +89,11 @@ def test_hostile_ids_and_filters(model, url):
     for where in ('true); DROP TABLE mmembed_about; --', 'true; DROP TABLE mmembed_about', "id IN (SELECT name FROM mmembed_about) OR pg_sleep(0) IS NULL --", '%s', 'nothing > 3'):
         try: index.search(x[0], where=where)
         except ValueError: pass
+    for where, error in HOSTILE_CONDITIONS.items():
+        if 'cannot call' in error: continue  # of an engine in this process
+        for door in (lambda: index.search(x[0], where=where), lambda: index.ids(where),
+                     lambda: index.delete(where=where), lambda: index.like('plain', where=where)):
+            with pytest.raises(ValueError, match=error): door()
     with pytest.raises(ValueError, match='read-only'): index.search(x[0], where='(SELECT lo_create(0)) > 0')
     assert index.ids() == ['plain'] and index.search(x[0], 3).ids == ['plain']
     index.close()

@@ -8,9 +8,6 @@ Docs: https://mmembed.github.io/mmembed/commands/serving.html.md"""
 __all__ = ['serve']
 
 # %% ../../nbs/commands/03_serving.ipynb #dd6426b6
-import os
-from pathlib import Path
-
 from fastcore.script import store_true
 
 # %% ../../nbs/commands/03_serving.ipynb #bd29415e
@@ -56,8 +53,9 @@ def serve(
     try: from mmembed.serve.server import Config, Options, serve as run
     except ImportError as e: raise ImportError(f'the server needs more packages ({e}): pip install "mmembed[serve]"') from None
     from mmembed.runtime import read_card
+    from mmembed.serve.service import read_keys
     listed = lambda text: tuple(x.strip() for x in text.split(',') if x.strip())
-    keys = Path(api_keys).read_text().split() if api_keys else listed(os.environ.get('MMEMBED_API_KEYS', ''))
+    keys = read_keys(api_keys)
     if bool(tls_cert) != bool(tls_key): raise ValueError('tls_cert and tls_key go together')
     for key, value in dict(replicas=replicas, queue=queue, max_items=max_items, max_body=max_body, timeout=timeout).items():
         if value <= 0: raise ValueError(f'{key} must be more than 0, got {value}')
@@ -65,8 +63,9 @@ def serve(
     options = Options(batch=batch or (64 if device.startswith('cuda') else 16), wait=wait_ms / 1e3, queue=queue, decoders=decoders, timeout=timeout,
                       max_pixels=max_pixels)
     config = Config(artifact, host, port, grpc_port, name, device, threads, replicas, deterministic, options, max_body << 20, max_items,
-        api_keys=tuple(keys), tls_cert=tls_cert, tls_key=tls_key, cors=listed(cors), fetch_hosts=listed(fetch_hosts), index=index, any_model=any_model, log=log,
-        traces=traces, trace_ratio=trace_ratio, drain=drain, grace=grace, bodies=max_held << 20)
+        api_keys=keys, tls_cert=tls_cert, tls_key=tls_key, cors=listed(cors), fetch_hosts=listed(fetch_hosts),
+        index=index, any_model=any_model, log=log, traces=traces, trace_ratio=trace_ratio, drain=drain, grace=grace,
+        bodies=max_held << 20)
     if ray:
         from mmembed.serve.ray import run
         raise SystemExit(run(config, max_replicas=max_replicas, min_replicas=replicas if max_replicas else 0))

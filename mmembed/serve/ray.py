@@ -15,7 +15,7 @@ import threading
 
 from .engine import Options
 from .http import app as asgi
-from .service import Config, Service
+from .service import Config, Service, checked_keys, needed_keys, read_keys
 
 # %% ../../nbs/serve/12_ray.ipynb #cf75811d
 def _serve():
@@ -70,7 +70,7 @@ def options(
     """What Ray and what a replica is told.
 
     With `max_replicas` their number follows the load: so many that `target` requests are under way in each. Raises `ValueError`
-    for a name that is not known, and without an artifact."""
+    for a name that is not known, without an artifact, and for `api_keys` or MMEMBED_API_KEYS without a key."""
     args = dict(args)
     if not args.get('artifact'): raise ValueError('artifact: name an exported file, which every node can read under this path')
     known = {k: type(v) for k, v in CLUSTER.items()}
@@ -79,6 +79,8 @@ def options(
     fields = {k: _typed(v, Config._field_defaults.get(k, '')) for k, v in args.items() if k in Config._fields and k != 'engine'}
     if unknown := set(args) - set(engine) - set(fields): raise ValueError(f'unknown options: {", ".join(sorted(unknown))}')
     fields = {k: v for k, v in fields.items() if k != 'artifact'} | dict(engine=engine)
+    keys = needed_keys(checked_keys(fields['api_keys']), 'api_keys') if 'api_keys' in fields else read_keys()
+    if keys: fields['api_keys'] = keys
     if 'threads' in fields: fields['threads'] = int(fields['threads'])
     elif made['num_cpus'] >= 1: fields['threads'] = int(made['num_cpus'])
     out = dict(name='mmembed', ray_actor_options=dict(num_cpus=made['num_cpus'], num_gpus=made['num_gpus']), health_check_period_s=5,

@@ -1,8 +1,11 @@
 """gRPC through real sockets: streams, statuses, health, reflection, the Open Inference Protocol, and bytes that are no messages."""
+import signal
 import struct
+import threading
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -11,8 +14,10 @@ from mmembed.export import cases
 from mmembed.runtime import load
 from mmembed.serve import protos
 from mmembed.serve.protos import message, methods
+from mmembed.serve.server import running
 
 from ..export import tiny
+from .conftest import config
 
 FILES = cases.images()
 OURS, V2 = 'mmembed.v1.Embedding', 'inference.GRPCInferenceService'
@@ -98,6 +103,48 @@ def test_health_and_reflection(channel):
     assert {OURS, V2, 'grpc.health.v1.Health'} <= {s.name for s in answer.list_services_response.service}
     [answer] = ask(iter([reflection_pb2.ServerReflectionRequest(file_containing_symbol=OURS)]))
     assert b'EncodeStream' in answer.file_descriptor_response.file_descriptor_proto[0]
+
+
+def test_health_keeps_nothing_that_a_client_names(server, channel):
+    "Large names of services that are not here, before any key: not found, not echoed, and not in memory afterwards."
+    def memory(): return psutil.Process(server.process.pid).memory_info().rss / 2**20
+    stub, names = health_pb2_grpc.HealthStub(channel), [f'{k}' * 633_000 for k in range(100, 160)]
+    ask = lambda name: health_pb2.HealthCheckRequest(service=name)
+    for name in names[:6]: assert code(stub.Check, ask(name)) == 'NOT_FOUND'
+    before = memory()
+    for k, name in enumerate(names):
+        with pytest.raises(grpc.RpcError) as e: stub.Check(ask(name))
+        assert e.value.code().name == 'NOT_FOUND' and len(e.value.details()) < 200
+    seen = []
+    with pytest.raises(grpc.RpcError) as e:
+        for answer in stub.Watch(ask('nobody'), timeout=60): seen.append(answer.status)
+    assert e.value.code().name == 'NOT_FOUND' and seen == [health_pb2.HealthCheckResponse.SERVICE_UNKNOWN]
+    assert memory() - before < 57  # half of the names
+    serving = health_pb2.HealthCheckResponse(status='SERVING')
+    assert dict(stub.List(health_pb2.HealthListRequest()).statuses) == dict.fromkeys(('', OURS, V2), serving)
+
+
+def test_nothing_idle_holds_up_the_end(tmp_path):
+    "A watch and streams with nothing to do: the watch hears of the end, and the process ends long before its grace."
+    patient = config(tmp_path/'log', grace=3600.)
+    with running(patient) as s, grpc.insecure_channel(s.grpc.removeprefix('grpc://')) as channel:
+        closing = threading.Event()
+        def idle(*first):
+            yield from first
+            closing.wait(300)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=OURS))
+        reflect = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+        streams = [call(channel, 'EncodeStream')(idle(Encode(id='1', items=[Item(text='a')]))),
+                   call(channel, 'RankStream')(idle(Rank(id='1'))),
+                   reflect(idle(reflection_pb2.ServerReflectionRequest(list_services='')))]
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING and all(next(x) for x in streams)
+        streams.append(call(channel, 'EncodeStream')(idle()))
+        s.process.send_signal(signal.SIGTERM)
+        assert [x.status for x in watch] == [health_pb2.HealthCheckResponse.NOT_SERVING]
+        codes = [code(next, x) for x in streams]
+        assert codes.pop(2) in ('UNAVAILABLE', 'CANCELLED') and set(codes) == {'UNAVAILABLE'}
+        assert s.process.wait(120) == 0
+        closing.set()
 
 
 def test_open_inference_protocol(channel, emb):

@@ -11,6 +11,7 @@ from mmembed.serve.client import Client, ServiceError
 from mmembed.serve.server import running
 
 from ..export import tiny
+from ..test_index import HOSTILE_CONDITIONS
 from .conftest import config
 
 FILES = cases.images()
@@ -56,6 +57,18 @@ def test_answers_hold_no_path_of_the_server(searching, index):
     rows = httpx2.post(f'{searching.url}/search', json=dict(query='a small red circle', top_k=5), headers={'x-api-key': 'k'}, timeout=60).json()['results']
     with Client(searching.grpc, api_key='k') as c: rows += c.search('a small red circle', 5)
     assert len(rows) == 10 and str(index[1]) not in str(rows) and not [v for r in rows for v in r.values() if str(v).startswith('/')]
+
+
+@pytest.mark.parametrize('way', ['url', 'grpc'])
+def test_no_condition_ends_the_server(searching, way):
+    "Chains that overflow the stack of the SQL engine, functions that take all memory: a sentence instead."
+    with Client(getattr(searching, way), api_key='k') as c:
+        one = c.search('x', 1)
+        for where, error in HOSTILE_CONDITIONS.items():
+            refused = rf'(422|INVALID_ARGUMENT): where.*{error}'
+            with pytest.raises(ServiceError, match=refused) as e: c.search('x', 1, where)
+            assert len(str(e.value)) < 1500 and c.search('x', 1) == one
+    assert searching.process.poll() is None
 
 
 def test_an_artifact_that_cannot_ask_the_index_is_not_taken(searching):
