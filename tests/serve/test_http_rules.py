@@ -8,7 +8,6 @@ import signal
 import socket
 import zlib
 
-import brotli
 import grpc
 import httpx2
 import numpy as np
@@ -68,7 +67,7 @@ def test_a_compressed_body_is_its_content(http, emb, coding, pack):
     assert np.allclose(vector(post(http, (pack(b'{"input": "a red circle"}')[k:k+1] for k in range(len(pack(b'{"input": "a red circle"}')))), content_encoding=coding)), text, atol=1e-5)
 
 
-@pytest.mark.parametrize('coding,pack', [('br', brotli.compress), ('zstd', bytes), ('gzip, gzip', lambda x: gzip.compress(gzip.compress(x))), ('compress', bytes)])
+@pytest.mark.parametrize('coding,pack', [('br', bytes), ('zstd', bytes), ('gzip, gzip', lambda x: gzip.compress(gzip.compress(x))), ('compress', bytes)])
 def test_a_coding_that_is_not_known_is_named(http, coding, pack):
     r = post(http, pack(b'{"input": "a"}'), content_encoding=coding)
     assert r.status_code == 415 and r.headers['accept-encoding'] == 'gzip, deflate' and coding in r.json()['error']['message']
