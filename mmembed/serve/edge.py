@@ -98,6 +98,7 @@ class Edge:
             return problem(429, str(busy), Retry_After=f'{max(1, round(busy.retry))}', Connection='close')
         if (coding := headers.get('transfer-encoding', 'chunked').strip().lower()) != 'chunked':
             return problem(501, f'transfer encoding {coding[:40]!r} is not known, only chunked', Connection='close')
+        if _loses_body(headers): return problem(400, 'this server changes to no other protocol: send a body without Upgrade', Connection='close')
         if _codings(headers) not in ([], ['gzip'], ['deflate']):
             return problem(415, f'content encoding {headers["content-encoding"][:40]!r} is not known, only gzip and deflate', Accept_Encoding='gzip, deflate')
 
@@ -205,6 +206,12 @@ def _may_call(headers: dict, cors: tuple) -> bool:
     "Whether a WebSocket may be opened: by a program, a page of this host, or one of an origin that `cors` names."
     origin = headers.get('origin')
     return origin is None or origin in cors or '*' in cors or origin.partition('://')[2] == headers.get('host', '-')
+
+# %% ../../nbs/serve/06_edge.ipynb #fd8a3cfe
+def _loses_body(headers: dict) -> bool:
+    "Whether the body of a request stood behind an offer to upgrade that nobody has declined."
+    offered = 'upgrade' in headers.get('connection', '').lower() and headers.get('upgrade')
+    return bool(offered) and (_length(headers) > 0 or 'transfer-encoding' in headers)
 
 # %% ../../nbs/serve/06_edge.ipynb #191af15a
 class Gone(Exception):

@@ -214,8 +214,8 @@ async def _stream(service: Service, socket: WebSocket, window: int = 16):
                 if not held: raise service.crowded()
                 if message.get('bytes') is not None: items, how = [Item('image', message['bytes'])], {}
                 else:
-                    rid = _named(message['text'], number)
                     asked = read_json(StreamRequest, message['text'])
+                    rid = number if asked.id is None else asked.id
                     check_model(asked.model, service)
                     if (asked.dimensions or 0) > service.emb.dim: raise HTTPException(422, f'dimensions: the model has {service.emb.dim}')
                     listed = asked.input if isinstance(asked.input, list) else [asked.input]
@@ -226,6 +226,7 @@ async def _stream(service: Service, socket: WebSocket, window: int = 16):
                 out = dict(id=rid, artifact=made_by(items, service), data=rows(items, **how))
             except Exception as e:
                 code, why, retry = verdict(e)
+                if rid == number and message.get('text'): rid = _named(message['text'], number)
                 out = dict(id=rid, error=error(code, why, getattr(e, 'code', None)) | ({} if retry is None else dict(retry_after=round(retry, 1))))
                 if code == 500: service.log.error('error', exc_info=e, extra=dict(fields=dict(id=socket.state.id, path='/v1/stream')))
             await socket.send_text(orjson.dumps(out, option=orjson.OPT_SERIALIZE_NUMPY).decode())
@@ -249,6 +250,6 @@ async def _stream(service: Service, socket: WebSocket, window: int = 16):
 
 # %% ../../nbs/serve/07_http.ipynb #3aa70886
 def _named(text: str, number: int) -> int | str: # the id in a message that does not fit, or its number
-    try: rid = orjson.loads(text)['id']
+    try: rid = orjson.loads(text.removeprefix('\ufeff'))['id']
     except (ValueError, TypeError, LookupError): return number
     return rid if isinstance(rid, (str, int)) else number

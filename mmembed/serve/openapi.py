@@ -223,7 +223,7 @@ summary { cursor: pointer; margin: .3em 0 } summary b { display: inline-block; m
 pre, output { font: 13px/1.4 monospace; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 30em; overflow: auto; display: block }
 details details { margin-left: 1em } td { vertical-align: top; padding-right: 1em }
 """
-PAGE_HEADERS = {'content-security-policy': "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
+PAGE_HEADERS = {'content-security-policy': "default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
     f"frame-ancestors 'none'; script-src 'sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}'"}
 
 # %% ../../nbs/serve/06a_openapi.ipynb #e5b78840

@@ -10,6 +10,7 @@ import pytest
 from mmembed.runtime import load
 
 from ..export import tiny
+from .test_server import serve_with
 
 HIDDEN = 'GET /info HTTP/1.1\r\nx-request-id: hidden\r\n\r\n'  # the body of the first request; an answer to it is a request smuggled in
 
@@ -18,7 +19,7 @@ HIDDEN = 'GET /info HTTP/1.1\r\nx-request-id: hidden\r\n\r\n'  # the body of the
 def emb(): return load(tiny.artifact())
 
 
-def address(server): return '127.0.0.1', int(server.url.rsplit(':', 1)[1])
+def address(server): return '127.0.0.1', int(getattr(server, 'url', server).rsplit(':', 1)[1])
 
 
 def answers(server, *writes):
@@ -218,3 +219,18 @@ def test_javas_client_as_it_comes(server, emb, tmp_path):
     assert [status for status, _ in rows] == ['200'] * 16
     want = emb.encode_text([f'a red circle {i}' for i in range(8)] * 2).numpy()
     assert np.allclose([json.loads(body)['data'][0]['embedding'] for _, body in rows], want, atol=1e-5)
+
+
+def test_behind_a_proxy_that_loses_bodies_nothing_is_smuggled_in(tmp_path):
+    "uvicorn's own protocol, as in Ray's proxy: the request is refused, the connection ends, and what was its body is not answered."
+    p, url = serve_with('''
+        import mmembed.serve.server as s
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+        s.Protocol = HttpToolsProtocol''', tmp_path)
+    try:
+        for case in ('java', 'upgrade and chunks', 'two connections'):
+            for writes in parts(READ[case] + LAST): assert [status for status, _, _ in answers(url, *writes)] == [400]
+        assert [status for status, _, _ in answers(url, READ['plain'] + LAST)] == [200] * 3
+    finally:
+        p.terminate()
+        p.wait(60)
