@@ -49,6 +49,7 @@ class Edge:
 
         async def answer(message):
             if message['type'].endswith('http.response.start'):
+                service.unpin()  # the client may take long to read it
                 seen['status'], seen['began'] = message['status'], True
                 more, given = [(b'x-request-id', rid.encode())], {k.lower() for k, _ in message['headers']}
                 if message['status'] == 503 and b'retry-after' not in given: more.append((b'retry-after', b'2'))
@@ -75,12 +76,13 @@ class Edge:
         try:
             if refusal := self._refusal(scope, headers):
                 await refusal(scope, receive, draining(receive, send, self.service.config.body_timeout) if refusal.status_code in (413, 429) else send)
-            elif scope['type'] == 'websocket': await self.inner(scope, receive, send)
+            elif scope['type'] == 'websocket': await self.inner(scope, receive, send)  # each message has its own engine
             else:
                 if scope['method'] == 'HEAD': scope = scope | {'method': 'GET'}  # the server below sends no body to one
                 last = draining(receive, send, self.service.config.body_timeout)
                 async def answer(message): await (last if state['seen']['refused'] else send)(message)
-                await self.inner(scope, self._body(state['seen'], receive, _codings(headers), _share(_length(headers))), answer)
+                body = self._body(state['seen'], receive, _codings(headers), _share(_length(headers)))
+                await self.service.pinned(self.inner(scope, body, answer))
         except Exception as e:
             state['seen']['status'] = 500
             self.service.log.error('error', exc_info=e, extra=dict(fields=dict(id=state['id'], path=scope['path'])))

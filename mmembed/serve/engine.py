@@ -88,6 +88,7 @@ class Engine:
         self._short = places < len(self.kinds) and not emb.deterministic
         self.bytes, self.unfit, self.closing = 0, '', False
         self._lock, self._jobs, self._busy = threading.Lock(), set(), {}
+        self._holders, self._retired, self._left = 0, False, threading.Condition(self._lock)
         self._threads = [threading.Thread(target=self._work, args=(name, step, *args), name=name, daemon=True)
                          for name, step, *args in [*[(f'tokenize {k}', self._tokenize, k) for k in self.first if k in ('text', 'long')],
                              *[(k, self._forward, k) for k in self.kinds],
@@ -157,6 +158,28 @@ class Engine:
             if not t.is_alive() and not self.closing: self._fail(f'worker {t.name} is dead')
             elif since and now - since > self.options.stall: self._fail(f'worker {t.name} is stuck for {now - since:.0f} s')
         return self.unfit
+
+    def enter(self) -> bool: # False when it is out of force
+        "Counts one more who may still ask this engine; ends with `leave`."
+        with self._lock:
+            self._holders += not self._retired
+            return not self._retired
+
+    def leave(self):
+        "Counts one less."
+        with self._left:
+            self._holders -= 1
+            self._left.notify_all()
+
+    def retire(self,
+        grace: float, # seconds, at most, to wait for those who have entered
+    ):
+        "Lets nobody enter, waits until all have left, and closes."
+        with self._left:
+            self._retired = True
+            self._left.wait_for(lambda: not self._holders, grace)
+        self.close(grace)
+        for t in self._threads: t.join(1)
 
     def close(self,
         timeout: float = 30., # seconds to answer what has been admitted

@@ -229,6 +229,7 @@ async def _stream(service: Service, socket: WebSocket, window: int = 16):
                 if rid == number and message.get('text'): rid = _named(message['text'], number)
                 out = dict(id=rid, error=error(code, why, getattr(e, 'code', None)) | ({} if retry is None else dict(retry_after=round(retry, 1))))
                 if code == 500: service.log.error('error', exc_info=e, extra=dict(fields=dict(id=socket.state.id, path='/v1/stream')))
+            service.unpin()
             await socket.send_text(orjson.dumps(out, option=orjson.OPT_SERIALIZE_NUMPY).decode())
         except (WebSocketDisconnect, RuntimeError): pass  # it left before its answer
         finally: room.release()
@@ -240,7 +241,7 @@ async def _stream(service: Service, socket: WebSocket, window: int = 16):
             if message['type'] == 'websocket.disconnect': break
             size = len(message.get('bytes') or message.get('text') or '-')
             held = size if service.bodies.take(size) else 0
-            tasks.add(task := asyncio.ensure_future(one(message, count, held)))
+            tasks.add(task := asyncio.ensure_future(service.pinned(one(message, count, held))))
             task.add_done_callback(lambda _, held=held: service.bodies.give(held))
             task.add_done_callback(tasks.discard)
             count += 1

@@ -39,7 +39,7 @@ class Replica:
 
     async def check_health(self):
         "Raises `RuntimeError` when this replica does not answer rightly."
-        if why := await self.service.canary.sing(self.service.engine): raise RuntimeError(why)
+        if why := await self.service.ready(): raise RuntimeError(why)
 
     async def where(self) -> dict:
         "The process and node that this replica runs on, and its artifact."

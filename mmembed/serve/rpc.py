@@ -214,7 +214,8 @@ class Calls:
             seen = await self._seen(name, context)
             code = 'CANCELLED'
             try:
-                with self.service.holding(len(data)): out = await work(parsed(kind, data), seen)
+                with self.service.holding(len(data)):
+                    out = await self.service.pinned(work(parsed(kind, data), seen))
                 code = 'OK'
                 return out
             except asyncio.CancelledError: raise
@@ -236,7 +237,8 @@ class Calls:
             async def one(data):
                 q = None
                 try:
-                    with self.service.holding(len(data)): return whole(await work(q := parsed(kind, data), seen))
+                    with self.service.holding(len(data)):
+                        return whole(await self.service.pinned(work(q := parsed(kind, data), seen)))
                 except asyncio.CancelledError: raise
                 except Exception as e: return failed(q.id if q else '', self._explained(e, seen))
             async def read():

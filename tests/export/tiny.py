@@ -23,11 +23,11 @@ CAPTIONS = ['a small red circle', 'a large blue square', 'a green triangle above
 def pipelines(): return TextPipeline.learn(CAPTIONS, vocab_size=200, max_length=16), VisionPipeline(size=48)
 
 
-def model(seed=0):
+def model(seed=0, dim=24):
     tp, vp = pipelines()
     torch.manual_seed(seed)
     text, image = TextTransformer(tp, width=32, depth=2, heads=2), ConvNet(vp, channels=(8, 16), width=32)
-    return DualEncoder(text, image, dim=24).eval()
+    return DualEncoder(text, image, dim=dim).eval()
 
 
 @functools.cache
