@@ -26,7 +26,7 @@ def serve(
     decoders: int = 0,          # threads that decode images; one a core by default
     timeout: float = 30.,       # seconds a request may take
     deterministic: store_true = False, # the same bits for an item in any company
-    max_items: int = 256,       # of a request
+    max_items: int = 2048,      # of a request
     max_body: int = 64,         # megabytes of a request
     max_pixels: int = 1 << 25,  # of an image, or the artifact's own limit where that is less
     max_held: int = 0,          # megabytes of requests that are held at once, more are answered 429; by default a sixteenth of the memory
@@ -36,6 +36,7 @@ def serve(
     cors: str = '',             # origins that browsers may call from, separated by commas
     fetch_hosts: str = '',      # hosts that image URLs may name, separated by commas; no URL is fetched by default
     index: str = None,          # an index for /search
+    token_ids: str = None,      # the table of the token ids that clients send for texts: a file of tiktoken or a tokenizer.json
     any_model: store_true = False, # answer whatever model a request names; else 404 for another name
     log: str = None,            # a file for the access log; standard error by default
     traces: str = None,         # OTLP endpoint: http://host:4318 or grpc://host:4317
@@ -53,6 +54,7 @@ def serve(
     try: from mmembed.serve.server import Config, Options, serve as run
     except ImportError as e: raise ImportError(f'the server needs more packages ({e}): pip install "mmembed[serve]"') from None
     from mmembed.runtime import read_card
+    from mmembed.serve.token_ids import token_table
     from mmembed.serve.service import read_keys
     listed = lambda text: tuple(x.strip() for x in text.split(',') if x.strip())
     keys = read_keys(api_keys)
@@ -60,11 +62,13 @@ def serve(
     for key, value in dict(replicas=replicas, queue=queue, max_items=max_items, max_body=max_body, timeout=timeout).items():
         if value <= 0: raise ValueError(f'{key} must be more than 0, got {value}')
     read_card(artifact)  # what is no artifact ends here, with one sentence
+    if token_ids: token_table(token_ids)  # and so does what is no table
     options = Options(batch=batch or (64 if device.startswith('cuda') else 16), wait=wait_ms / 1e3, queue=queue, decoders=decoders, timeout=timeout,
                       max_pixels=max_pixels)
     config = Config(artifact, host, port, grpc_port, name, device, threads, replicas, deterministic, options, max_body << 20, max_items,
         api_keys=keys, tls_cert=tls_cert, tls_key=tls_key, cors=listed(cors), fetch_hosts=listed(fetch_hosts),
-        index=index, any_model=any_model, log=log, traces=traces, trace_ratio=trace_ratio, drain=drain, grace=grace,
+        index=index,
+        token_ids=token_ids, any_model=any_model, log=log, traces=traces, trace_ratio=trace_ratio, drain=drain, grace=grace,
         bodies=max_held << 20)
     if ray:
         from mmembed.serve.ray import run

@@ -45,7 +45,7 @@ class Config(NamedTuple):
     deterministic: bool = False      # one shape for the towers: the same bits in any company
     engine: Options = Options()
     max_body: int = 64 << 20         # bytes of a request
-    max_items: int = 256             # items of a request
+    max_items: int = 2048            # items of a request, as many as OpenAI takes; they go through the queue in parts
     body_timeout: float = 30.        # seconds a client may take to send a request
     max_connections: int = 20_000    # more are answered 503
     api_keys: tuple = ()             # any of these opens; none: open to all
@@ -54,6 +54,7 @@ class Config(NamedTuple):
     cors: tuple = ()                 # origins that browsers may call from; '*' for any
     fetch_hosts: tuple = ()          # hosts that image URLs may name; none: no URL is fetched
     index: str | None = None         # an index for /search
+    token_ids: str | None = None     # the table of the token ids that clients send for texts; none: ids are refused
     any_model: bool = False          # whether a request may name any model; else another's name is answered 404
     log: str | None = None           # a file for the access log; standard error by default
     traces: str | None = None        # OTLP endpoint: 'http://host:4318' or 'grpc://host:4317'
