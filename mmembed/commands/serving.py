@@ -67,8 +67,7 @@ def serve(
                       max_pixels=max_pixels)
     config = Config(artifact, host, port, grpc_port, name, device, threads, replicas, deterministic, options, max_body << 20, max_items,
         api_keys=keys, tls_cert=tls_cert, tls_key=tls_key, cors=listed(cors), fetch_hosts=listed(fetch_hosts),
-        index=index,
-        token_ids=token_ids, any_model=any_model, log=log, traces=traces, trace_ratio=trace_ratio, drain=drain, grace=grace,
+        index=index, token_ids=token_ids, any_model=any_model, log=log, traces=traces, trace_ratio=trace_ratio, drain=drain, grace=grace,
         bodies=max_held << 20)
     if ray:
         from mmembed.serve.ray import run
