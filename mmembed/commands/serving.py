@@ -54,21 +54,21 @@ def serve(
     try: from mmembed.serve.server import Config, Options, serve as run
     except ImportError as e: raise ImportError(f'the server needs more packages ({e}): pip install "mmembed[serve]"') from None
     from mmembed.runtime import read_card
+    from mmembed.serve.checks import checked
     from mmembed.serve.token_ids import token_table
     from mmembed.serve.service import read_keys
     listed = lambda text: tuple(x.strip() for x in text.split(',') if x.strip())
     keys = read_keys(api_keys)
-    if bool(tls_cert) != bool(tls_key): raise ValueError('tls_cert and tls_key go together')
-    for key, value in dict(replicas=replicas, queue=queue, max_items=max_items, max_body=max_body, timeout=timeout).items():
-        if value <= 0: raise ValueError(f'{key} must be more than 0, got {value}')
-    read_card(artifact)  # what is no artifact ends here, with one sentence
-    if token_ids: token_table(token_ids)  # and so does what is no table
+    if max_replicas and not ray: raise ValueError('max_replicas goes with ray: without it the number of replicas is fixed')
     options = Options(batch=batch or (64 if device.startswith('cuda') else 16), wait=wait_ms / 1e3, queue=queue, decoders=decoders, timeout=timeout,
                       max_pixels=max_pixels)
     config = Config(artifact, host, port, grpc_port, name, device, threads, replicas, deterministic, options, max_body << 20, max_items,
         api_keys=keys, tls_cert=tls_cert, tls_key=tls_key, cors=listed(cors), fetch_hosts=listed(fetch_hosts),
         index=index, token_ids=token_ids, any_model=any_model, log=log, traces=traces, trace_ratio=trace_ratio, drain=drain, grace=grace,
         bodies=max_held << 20)
+    checked(config, here=False)
+    read_card(artifact)  # what is no artifact ends here, with one sentence
+    if token_ids: token_table(token_ids)  # and so does what is no table
     if ray:
         from mmembed.serve.ray import run
         raise SystemExit(run(config, max_replicas=max_replicas, min_replicas=replicas if max_replicas else 0))

@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 
+from .checks import checked
 from .engine import Options
 from .http import app as asgi
 from .service import Config, Service, checked_keys, needed_keys, read_keys
@@ -70,7 +71,7 @@ def options(
     """What Ray and what a replica is told.
 
     With `max_replicas` their number follows the load: so many that `target` requests are under way in each. Raises `ValueError`
-    for a name that is not known, without an artifact, and for `api_keys` or MMEMBED_API_KEYS without a key."""
+    for a name that is not known, for what cannot be, without an artifact, and for `api_keys` or MMEMBED_API_KEYS without a key."""
     args = dict(args)
     if not args.get('artifact'): raise ValueError('artifact: name an exported file, which every node can read under this path')
     known = {k: type(v) for k, v in CLUSTER.items()}
@@ -78,11 +79,16 @@ def options(
     engine = {k: _typed(v, Options._field_defaults[k]) for k, v in args.items() if k in Options._fields}
     fields = {k: _typed(v, Config._field_defaults.get(k, '')) for k, v in args.items() if k in Config._fields and k != 'engine'}
     if unknown := set(args) - set(engine) - set(fields): raise ValueError(f'unknown options: {", ".join(sorted(unknown))}')
-    fields = {k: v for k, v in fields.items() if k != 'artifact'} | dict(engine=engine)
     keys = needed_keys(checked_keys(fields['api_keys']), 'api_keys') if 'api_keys' in fields else read_keys()
     if keys: fields['api_keys'] = keys
     if 'threads' in fields: fields['threads'] = int(fields['threads'])
     elif made['num_cpus'] >= 1: fields['threads'] = int(made['num_cpus'])
+    for k, least in dict(replicas=1, min_replicas=0, max_replicas=0, target=1, num_cpus=0, num_gpus=0, per_node=0).items():
+        if not made[k] >= least: raise ValueError(f'{k} must be {least} or more, got {made[k]}')
+    if made['max_replicas'] and max(made['replicas'], made['min_replicas']) > made['max_replicas']:
+        raise ValueError(f"max_replicas ({made['max_replicas']}) is less than replicas ({made['replicas']}) or min_replicas ({made['min_replicas']})")
+    checked(Config(**fields | dict(engine=Options(**engine))), here=False)  # the nodes have the files
+    fields = {k: v for k, v in fields.items() if k != 'artifact'} | dict(engine=engine)
     out = dict(name='mmembed', ray_actor_options=dict(num_cpus=made['num_cpus'], num_gpus=made['num_gpus']), health_check_period_s=5,
                max_ongoing_requests=engine.get('queue', Options().queue),
                user_config=dict(artifact=os.path.abspath(args['artifact'])))
@@ -117,17 +123,19 @@ def run(
     """Starts the application on the cluster that `RAY_ADDRESS` names, or on one of this machine's own, and waits for a signal.
 
     gRPC, TLS and draining are the proxy's matter there; raises `ValueError` when they are asked for."""
-    serve = _serve()
+    serve, _ = _serve(), checked(config, here=False)
     if config.grpc_port is not None or config.tls_cert: raise ValueError('under Ray the service speaks HTTP and WebSocket: leave out grpc_port and tls_cert')
     import ray
     fields = {k: v for k, v in config._asdict().items() if k not in ('engine', 'host', 'port', 'grpc_port', 'replicas') and v != Config._field_defaults.get(k)}
     engine = {k: v for k, v in config.engine._asdict().items() if v != Options._field_defaults[k]}
+    args = fields | engine | dict(replicas=config.replicas) | cluster
+    options(args)  # what cannot be ends here, before a cluster is asked
     ray.init(address=os.environ.get('RAY_ADDRESS', 'local'), ignore_reinit_error=True, log_to_driver=False, logging_level='error',
              **({} if 'RAY_ADDRESS' in os.environ else dict(include_dashboard=False)))
     serve.start(http_options=dict(host=config.host, port=config.port), logging_config=dict(log_level='WARNING'))
     stop = threading.Event()
     for sig in (signal.SIGTERM, signal.SIGINT): signal.signal(sig, lambda *_: stop.set())
-    serve.run(app(fields | engine | dict(replicas=config.replicas) | cluster), name='mmembed', route_prefix='/')
+    serve.run(app(args), name='mmembed', route_prefix='/')
     print(json.dumps(dict(event='serving', host=config.host, http=config.port, pid=os.getpid(), nodes=len(ray.nodes()))), flush=True)
     while not stop.wait(1): pass
     serve.delete('mmembed')

@@ -27,6 +27,7 @@ import torch
 
 from ..inputs import memory
 from ..runtime import Embedder, read_card, reason
+from .checks import checked
 from .engine import Busy, Engine, Item, Job, Options, Unfit, Unsuited
 from .lane import Budget
 from .observe import Metrics, Tracer, open_log
@@ -170,7 +171,7 @@ class Service:
         tracer: Tracer | None = None,
     ):
         checked_keys(config.api_keys)
-        self.config, self.on_unfit = config, on_unfit
+        self.config, self.on_unfit = checked(config), on_unfit
         self.name = config.name or Path(config.artifact).stem  # of the model, also after a reload
         self.log = open_log(config.log)
         self.metrics, self.tracer = Metrics(), tracer or Tracer(config.traces, config.trace_ratio)

@@ -24,7 +24,9 @@ from mmembed.export import cases
 from mmembed.export.verify import export
 from mmembed.runtime import Embedder, read_card
 from mmembed.serve.client import Client, ServiceError
-from mmembed.serve.server import UNFIT, listen, running
+from mmembed.serve.engine import Options
+from mmembed.serve.server import UNFIT, listen, running, serve
+from mmembed.serve.service import Config, Service
 
 from ..export import tiny
 from .conftest import config
@@ -192,7 +194,7 @@ def collector():
 @pytest.fixture(scope='module')
 def small(tmp_path_factory, collector):
     "A server with a short queue and little patience, that sends its traces to the collector."
-    with running(config(tmp_path_factory.mktemp('small')/'log', queue=12, batch=2, body_timeout=1., traces=f'grpc://127.0.0.1:{collector[0]}'),
+    with running(config(tmp_path_factory.mktemp('small')/'log', queue=12, max_items=12, batch=2, body_timeout=1., traces=f'grpc://127.0.0.1:{collector[0]}'),
                  env=dict(OTEL_BSP_SCHEDULE_DELAY='100')) as s: yield s
 
 
@@ -276,8 +278,48 @@ def test_a_start_that_fails_says_why(tmp_path, capsys):
     taken = listen('127.0.0.1', 0)
     (tmp_path/'no.pt').write_text('x')
     for argv, what in (((str(tiny.artifact()), '--port', str(taken.getsockname()[1])), 'cannot listen on 127.0.0.1'), ((str(tmp_path/'no.pt'),), 'is not an mmembed artifact'),
-                       ((str(tiny.artifact()), '--replicas', '0'), 'replicas must be more than 0'), ((str(tiny.artifact()), '--tls-key', 'x'), 'go together')):
+                       ((str(tiny.artifact()), '--replicas', '0'), 'replicas must be a whole number from 1'), ((str(tiny.artifact()), '--tls-key', 'x'), 'go together')):
         assert main(['serve', *argv]) == 1
         said = capsys.readouterr().err
         assert what in said and said.count('\n') == 1 and said.startswith('mmembed: error: '), said
     taken.close()
+
+
+WRONG = dict(  # option of `Config` or `Options`: a value that cannot be, and what is said
+    port=99_999, grpc_port=-1, threads=0, replicas=0, max_body=0, max_items=0, max_connections=0, body_timeout=0, drain=-1., grace=float('nan'), trace_ratio=1.5,
+    host='', device='tpu', name=3, deterministic='yes', tls_cert='none.pem', tls_key='none.pem', cors=('app.example',), fetch_hosts=('http://a/',), index='none', log='none/log',
+    traces='collector:4317', api_keys='secret', artifact='none.pt', token_ids='none.json', engine=(1, 2), any_model='no',
+    batch=0, wait=-.001, queue=0, queue_bytes=0, decoders=-1, timeout=-1., stall=0., max_pixels=-1, pixels=-1, bodies=-1, max_text='all')
+
+
+def options():
+    given = {**Config._field_defaults, **Options._field_defaults, 'artifact': None}
+    return [k for k in given if k not in MORE]
+
+
+MORE: set = set()  # options that another test holds
+
+
+@pytest.mark.parametrize('name', options())
+def test_no_option_takes_what_cannot_be(name, tmp_path):
+    "Every one of them, also those of tomorrow; with one line, before a process is started or a socket is opened."
+    value = WRONG[name]
+    c = config(tmp_path/'log', tls_key=str(tiny.artifact())) if name == 'tls_cert' else config(tmp_path/'log', tls_cert=str(tiny.artifact())) if name == 'tls_key' else config(tmp_path/'log')
+    c = c._replace(engine=c.engine._replace(**{name: value})) if name in Options._fields else c._replace(**{name: value})
+    for start in (Service, serve, running, lambda c: serve(c._replace(replicas=2)) if name != 'replicas' else serve(c)):
+        with pytest.raises(ValueError, match=name) as e: start(c)
+        assert '\n' not in str(e.value)
+
+
+def test_options_that_do_not_go_together_are_refused(tmp_path, capsys):
+    "By the command (one line, exit status 1, nothing said to be serving), by Ray and in Python."
+    (tmp_path/'no.pem').write_text('x')
+    pem = str(tmp_path/'no.pem')
+    for argv, what in (('--max-items 100 --queue 99', 'max_items (100) is more than the queue holds (99)'), ('--port 8001 --grpc-port 8001', 'port and grpc_port are both 8001'),
+                       (f'--tls-cert {pem}', 'go together'), (f'--tls-cert {pem} --tls-key {pem}', 'not a certificate and its key'), ('--tls-cert a --tls-key b', "tls_cert: there is no file 'a'"),
+                       ('--max-replicas 3', 'max_replicas goes with ray'), ('--decoders -1', 'decoders'), ('--wait-ms -1', 'wait'), ('--port 99999', 'port'), ('--max-body 4096', 'max_body'),
+                       ('--batch -1', 'batch'), ('--drain -1', 'drain'), ('--traces nowhere', 'traces'), ('--timeout nan', 'timeout'), ('--replicas 2 --tls-cert a --tls-key b', "tls_cert: there is no file 'a'"),
+                       ('--ray --replicas 3 --max-replicas 2', 'max_replicas (2) is less than'), ('--ray --cors nowhere', 'cors'), ('--ray --max-replicas -1', 'max_replicas')):
+        assert main(['serve', str(tiny.artifact()), *argv.split()]) == 1, argv
+        said = capsys.readouterr()
+        assert what in said.err and said.err.count('\n') == 1 and said.err.startswith('mmembed: error: ') and not said.out, (argv, said)
