@@ -34,7 +34,7 @@ def serve(
     tls_cert: str = None,       # PEM file
     tls_key: str = None,        # PEM file
     cors: str = '',             # origins that browsers may call from, separated by commas
-    fetch_hosts: str = '',      # hosts that image URLs may name, separated by commas; no URL is fetched by default
+    fetch_hosts: str = '',      # that image URLs may name, separated by commas: host (ports 80, 443), host:port, host:*
     index: str = None,          # an index for /search
     token_ids: str = None,      # the table of the token ids that clients send for texts: a file of tiktoken or a tokenizer.json
     any_model: store_true = False, # answer whatever model a request names; else 404 for another name

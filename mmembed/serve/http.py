@@ -45,6 +45,10 @@ def app(service: Service) -> Edge:
         request.state.seen['items'] = len(items)
         return await attended(request, run(service, items, _timeout(request), request.state.span))
 
+    async def fetched(request: Request, listed: list) -> list[Item]:
+        work = to_items(listed, service, _timeout(request))
+        return await (attended(request, work) if config.fetch_hosts else work)
+
     async def entries(request: Request) -> tuple[list[Item], dict]:
         kind = request.headers.get('content-type', 'application/json').partition(';')[0].strip().lower()
         query = {k: request.query_params[k] for k in ('dimensions', 'encoding_format', 'model') if k in request.query_params}
@@ -57,7 +61,7 @@ def app(service: Service) -> Edge:
             asked = await parsed(request, EmbeddingRequest)
             listed = asked.input if isinstance(asked.input, list) else [asked.input]
             few(len(listed), config)
-            return await to_items(listed, config), dict(dimensions=asked.dimensions, encoding=asked.encoding_format)
+            return await fetched(request, listed), dict(dimensions=asked.dimensions, encoding=asked.encoding_format)
         try: asked = EmbeddingRequest(input='', **query)
         except ValidationError as e: raise misfit(e) from None
         check_model(asked.model, service)
@@ -105,7 +109,7 @@ def app(service: Service) -> Edge:
         "Candidates by the model's own score for the query, best first; those that failed come last, with their status."
         asked = await parsed(request, RankRequest)
         few(len(asked.candidates) + 1, config)
-        query, *candidates = await to_items([asked.query, *asked.candidates], config)
+        query, *candidates = await fetched(request, [asked.query, *asked.candidates])
         found, items = await scores.rank(service, partial(embed, request), query, candidates, asked.top_k)
         return scored(found, items, kind=query.kind)
 
@@ -115,7 +119,7 @@ def app(service: Service) -> Edge:
         asked = await parsed(request, ClassifyRequest)
         listed = asked.input if isinstance(asked.input, list) else [asked.input]
         few(len(listed) + len(asked.labels or ()), config)
-        items = await to_items(listed, config)
+        items = await fetched(request, listed)
         found, items = await scores.classify(service, partial(embed, request), items, asked.labels, asked.template or '{}', asked.top_k)
         return scored(found, items, answered(items))
 
@@ -123,7 +127,7 @@ def app(service: Service) -> Edge:
     async def search(request: Request):
         "The nearest neighbours of the query in the index."
         asked = await parsed(request, SearchRequest)
-        [query] = await to_items([asked.query], config)
+        [query] = await fetched(request, [asked.query])
         return scored(*await scores.search(service, partial(embed, request), query, asked.top_k or 10, asked.where))
 
     @api.get('/info', responses=gives(None, 401), tags=['service'])
@@ -219,7 +223,7 @@ async def _stream(service: Service, socket: WebSocket, window: int = 16):
                     check_model(asked.model, service)
                     if (asked.dimensions or 0) > service.emb.dim: raise HTTPException(422, f'dimensions: the model has {service.emb.dim}')
                     listed = asked.input if isinstance(asked.input, list) else [asked.input]
-                    items = await to_items(listed, service.config)
+                    items = await to_items(listed, service)
                     how = dict(dimensions=asked.dimensions, encoding=asked.encoding_format)
                 items = await run(service, items, span=socket.state.span)
                 socket.state.seen['items'] += len(items)

@@ -53,7 +53,7 @@ class Config(NamedTuple):
     tls_cert: str | None = None      # PEM files
     tls_key: str | None = None
     cors: tuple = ()                 # origins that browsers may call from; '*' for any
-    fetch_hosts: tuple = ()          # hosts that image URLs may name; none: no URL is fetched
+    fetch_hosts: tuple = ()          # that image URLs may name: 'host' (80 and 443), 'host:port', 'host:*'
     index: str | None = None         # an index for /search
     token_ids: str | None = None     # the table of the token ids that clients send for texts; none: ids are refused
     any_model: bool = False          # whether a request may name any model; else another's name is answered 404
@@ -176,6 +176,7 @@ class Service:
         self.log = open_log(config.log)
         self.metrics, self.tracer = Metrics(), tracer or Tracer(config.traces, config.trace_ratio)
         self.bodies = Budget(config.bodies or max(config.max_body, min(memory() // 16, 1 << 30) // config.replicas))
+        self.web = None  # the HTTP client that fetches images, once one is wanted
         self.draining, self.index, self.tell = False, None, None  # tell(path): the other replicas, of a new artifact
         self._loading, self._closed, self._verdict = asyncio.Lock(), threading.Event(), ''
         self.engine = self.canary = None

@@ -8,8 +8,8 @@ Docs: https://mmembed.github.io/mmembed/serve/wire.html.md"""
 __all__ = ['Entry', 'ClassEntry', 'PART', 'TextEntry', 'ImageEntry', 'ImageURL', 'ImageURLEntry', 'TokensEntry',
            'EmbeddingRequest', 'RankRequest', 'PairEntry', 'ClassifyRequest', 'SearchRequest', 'ReloadRequest',
            'StreamRequest', 'misfit', 'read_json', 'plain_text', 'UnknownModel', 'check_model', 'few', 'Refused',
-           'image_bytes', 'fetch', 'to_item', 'to_items', 'run', 'vector', 'rows', 'timing', 'reply', 'error',
-           'problem', 'answered', 'made_by', 'verdict']
+           'image_bytes', 'permitted', 'Downloads', 'to_item', 'to_items', 'run', 'vector', 'rows', 'timing', 'reply',
+           'error', 'problem', 'answered', 'made_by', 'verdict']
 
 # %% ../../nbs/serve/05_wire.ipynb #2be68f7b
 import asyncio
@@ -17,9 +17,9 @@ import binascii
 import json
 import time
 from binascii import b2a_base64
+from http.cookiejar import DefaultCookiePolicy
 from email.message import Message
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 import numpy as np
 import orjson
@@ -195,6 +195,7 @@ def few(n: int, config):
 # %% ../../nbs/serve/05_wire.ipynb #3a0fb97a
 class Refused(ValueError):
     "An entry that cannot become an item"
+    def __init__(self, text: str, status: str = 'invalid'): super().__init__(text); self.status = status
 
 # %% ../../nbs/serve/05_wire.ipynb #61179045
 def image_bytes(
@@ -208,28 +209,71 @@ def image_bytes(
     except (binascii.Error, ValueError): raise Refused('the image is not valid base64') from None
 
 # %% ../../nbs/serve/05_wire.ipynb #64ece417
-async def fetch(
+def permitted(
     url: str,
-    hosts: tuple, # that may be named
-    limit: int,   # bytes
-) -> bytes:
-    "The file at `url`; raises `Refused`. Follows no redirect."
+    hosts: tuple, # 'host': its ports 80 and 443, 'host:port', or 'host:*'
+) -> str: # the same
+    "Return `url`; raises `Refused` where it is none of http, or of a host or port that is not in `hosts`."
     import httpx2
-    try:
-        parts = urlsplit(url)
-        host = parts.netloc.rpartition('@')[2]
-    except ValueError: raise Refused('not a URL') from None
+    try: parts = httpx2.URL(url)
+    except (httpx2.InvalidURL, ValueError): raise Refused('not a URL') from None
     if parts.scheme not in ('http', 'https'): raise Refused('an image URL must be data:, http: or https:')
-    if host not in hosts and parts.hostname not in hosts: raise Refused('this server does not fetch from that host')
-    try:
-        async with httpx2.AsyncClient(timeout=10) as client, client.stream('GET', url, follow_redirects=False) as r:
-            if r.status_code != 200: raise Refused(f'the image URL answered {r.status_code}')
-            data = b''
-            async for piece in r.aiter_bytes():
-                data += piece
-                if len(data) > limit: raise Refused(f'the image is larger than {limit:,} bytes')
-            return data
-    except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as e: raise Refused(f'the image URL cannot be fetched: {type(e).__name__}') from None
+    host = f'[{parts.host}]' if ':' in parts.host else parts.host
+    port = parts.port or dict(http=80, https=443)[parts.scheme]
+    forms = {f'{host}:{port}', f'{host}:*', host if parts.port is None else ''}
+    if not forms & {h.lower() for h in hosts}: raise Refused('this server does not fetch from that host')
+    return url
+
+# %% ../../nbs/serve/05_wire.ipynb #52ccc3f0
+class Downloads:
+    "The images that one request names by URL: a budget of bytes and a deadline for all of them together"
+    def __init__(self,
+        service: Service,
+        seconds: float | None = None, # at most those of the configuration
+        places: int = 8,              # at once
+    ):
+        "To be made in the task of the request: at its end the bytes are given back."
+        self.service, self.config, self.room = service, service.config, service.config.max_body
+        self.end = asyncio.get_running_loop().time() + min(seconds or 1e9, service.config.engine.timeout)
+        self.places = asyncio.Semaphore(places)
+        asyncio.current_task().add_done_callback(lambda _: service.bodies.give(self.config.max_body - self.room))
+
+    async def file(self, url: str) -> bytes:
+        "Download `url`; raises `Refused`."
+        import httpx2
+        url, data = permitted(url, self.config.fetch_hosts), bytearray()
+        how = dict(headers={'accept-encoding': 'identity'}, follow_redirects=False)
+        try:
+            async with asyncio.timeout_at(self.end), self.places, self._client().stream('GET', url, **how) as r:
+                if r.status_code != 200: raise Refused(f'the image URL answered {r.status_code}')
+                packed = r.headers.get('content-encoding', 'identity') != 'identity'
+                if packed: raise Refused('the image URL answered packed')
+                self._fits(_length(r.headers.get('content-length', '')))
+                async for piece in r.aiter_raw():
+                    self._take(len(piece))
+                    data += piece
+            return bytes(data)
+        except TimeoutError: raise Refused('the image did not arrive in time', 'expired') from None
+        except (httpx2.HTTPError, OSError) as e:
+            raise Refused(f'the image URL cannot be fetched: {type(e).__name__}') from None
+
+    def _fits(self, n: int):
+        if n > self.room: raise Refused(f'the images of the request are larger than {self.config.max_body:,} bytes')
+
+    def _take(self, n: int):
+        self._fits(n)
+        if not self.service.bodies.take(n): raise Refused(str(self.service.crowded()), 'unavailable')
+        self.room -= n
+
+    def _client(self): # one for the server: it keeps connections, and no cookies
+        import httpx2
+        if self.service.web is None:
+            limits = httpx2.Limits(max_connections=64, max_keepalive_connections=16)
+            self.service.web = httpx2.AsyncClient(timeout=httpx2.Timeout(10, pool=None), limits=limits)
+            self.service.web.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        return self.service.web
+
+def _length(text: str) -> int: return int(text) if text.isdecimal() and len(text) < 19 else 0
 
 # %% ../../nbs/serve/05_wire.ipynb #28ee091c
 def _from_ids(ids, path):
@@ -241,8 +285,8 @@ def _from_ids(ids, path):
 
 # %% ../../nbs/serve/05_wire.ipynb #893f0a2a
 async def to_item(
-    entry,  # an `Entry`
-    config, # a `Config`
+    entry,                # an `Entry`
+    downloads: Downloads, # of the request
 ) -> Item:
     "The engine's item; one that is refused carries a `Refused`, for which `run` gives it a status."
     if isinstance(entry, str):
@@ -253,18 +297,20 @@ async def to_item(
     pair, given = entry.type == 'pair', entry.image_url if entry.type == 'image_url' else entry.image
     text = given.url if isinstance(given, ImageURL) else given
     url = text if text is not given or entry.type == 'image_url' else ''
-    try: data = await fetch(url, config.fetch_hosts, config.max_body) if url and url[:5].lower() != 'data:' else image_bytes(text)
+    try: data = await downloads.file(url) if url and url[:5].lower() != 'data:' else image_bytes(text)
     except Refused as e: return Item('pair' if pair else 'image', e)
     return Item('pair', (entry.text, data)) if pair else Item('image', data)
 
 # %% ../../nbs/serve/05_wire.ipynb #f10d93e1
 async def to_items(
-    entries: list, # of `Entry`
-    config,        # a `Config`
+    entries: list,                # of `Entry`
+    service: Service,
+    seconds: float | None = None, # for what has to be fetched
 ) -> list[Item]:
-    "`to_item` of each; what has to be fetched is fetched at once."
-    if not config.fetch_hosts: return [await to_item(e, config) for e in entries]
-    return await asyncio.gather(*[to_item(e, config) for e in entries])
+    "`to_item` of each; what has to be fetched is fetched together, by tasks that end when this one is cancelled."
+    downloads = Downloads(service, seconds)
+    if not service.config.fetch_hosts: return [await to_item(e, downloads) for e in entries]
+    return await asyncio.gather(*[to_item(e, downloads) for e in entries])
 
 # %% ../../nbs/serve/05_wire.ipynb #9abf1a65
 PART = 256 # items of a request that are in the queue at once
@@ -296,7 +342,7 @@ async def run(
     await _in_parts(service, [i for i in items if not isinstance(i.data, Refused)], timeout, span)
     if bad:
         lost = Job(bad, lambda job: None)
-        for i in bad: lost.settle(i, 'invalid', str(i.data))
+        for i in bad: lost.settle(i, i.data.status, str(i.data))
         service.metrics.job(lost)
     for at, i in enumerate(items): i.index = at
     return items

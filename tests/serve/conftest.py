@@ -33,7 +33,7 @@ def log(tmp_path_factory): return tmp_path_factory.mktemp('serve')/'access.jsonl
 @pytest.fixture(scope='session')
 def server(log):
     "One server for all tests that leave it as it is."
-    with running(config(log, fetch_hosts=('127.0.0.1',), max_items=64, max_body=2 << 20)) as s:
+    with running(config(log, fetch_hosts=('127.0.0.1:*',), max_items=64, max_body=2 << 20)) as s:
         yield s
         if s.process.poll() is not None: pytest.fail('the server has died')
     assert s.process.returncode == 0
