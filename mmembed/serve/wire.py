@@ -293,7 +293,7 @@ async def to_item(
         why = markers.doubt(entry, False, 'an entry of type image or image_url for the image', 'one of type text for the words')
         return Item('text', Refused(why) if why else entry)
     if entry.type == 'text': return Item('text', entry.text)
-    if entry.type == 'tokens': return _from_ids(entry.ids, config.token_ids)
+    if entry.type == 'tokens': return _from_ids(entry.ids, downloads.config.token_ids)
     pair, given = entry.type == 'pair', entry.image_url if entry.type == 'image_url' else entry.image
     text = given.url if isinstance(given, ImageURL) else given
     url = text if text is not given or entry.type == 'image_url' else ''
