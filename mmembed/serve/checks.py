@@ -61,11 +61,6 @@ def _port(parts) -> bool: # whether the port of a URL can be
     try: return parts.port != 0
     except ValueError: return False
 
-# %% ../../nbs/serve/03a_checks.ipynb #e0495854
-def _limits(o: dict):
-    if o['max_items'] > o['queue']:
-        raise ValueError(f'max_items ({o["max_items"]}) is more than the queue holds ({o["queue"]}): such a request could never be taken')
-
 # %% ../../nbs/serve/03a_checks.ipynb #e6731cd5
 def _files(o: dict):
     if not Path(o['artifact']).is_file(): raise ValueError(f'artifact: there is no file {str(o["artifact"])!r}')
@@ -95,6 +90,5 @@ def checked(
         if wanted := _typed(name, value, usual.get(name)): raise ValueError(f'{name} must be {wanted}, got {value!r}')
     if bool(o.get('tls_cert')) != bool(o.get('tls_key')): raise ValueError('tls_cert and tls_key go together')
     _addresses(o)
-    _limits(o)
     if here: _files(o)
     return config
