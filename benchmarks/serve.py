@@ -4,6 +4,7 @@
     python -m benchmarks.serve artifacts/quickstart.pt --load --record serve.json      # also latency against offered load
     python -m benchmarks.serve --record serve.json --plot serve.png                    # that as a picture
     python -m benchmarks.serve artifacts/quickstart.pt --soak 3600        # memory over an hour of mixed load with broken items
+    python -m benchmarks.serve artifacts/quickstart.pt --reloads 200      # memory of so many reloads, beside that after the third
     python -m benchmarks.serve --clip --peers litserve=env1/bin/python,ray=.venv/bin/python,clip=env2/bin/python,infinity=env3/bin/python
 
 `--clip`: a ViT-B-32 with random weights; peers (their programs and what they need: benchmarks/peers/serve_*.py) answer beside it on the
@@ -18,6 +19,7 @@ import io
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import tempfile
@@ -245,6 +247,22 @@ def soak(config, files, seconds):
             print(f'{(k + 1) * seconds / 10:7.0f} s  {psutil.Process(pid).memory_info().rss / 2**20:7.1f} MiB  {states}', flush=True)
 
 
+def reloads(config, count):
+    "Memory and threads over `count` reloads of the same artifact, each after a request."
+    from mmembed.serve.server import running
+    with running(config) as s:
+        port, process, rss = int(s.url.rsplit(':', 1)[1]), psutil.Process(s.process.pid), []
+        for k in range(1, count + 1):
+            asyncio.run(Connection(port).ask(requests('text', [])[0]))
+            process.send_signal(signal.SIGHUP)
+            done = f'mmembed_reloads_total{{status="ok"}} {k}.0'
+            while done not in urlopen(f'{s.url}/metrics').read().decode(): time.sleep(.01)
+            rss.append(process.memory_info().rss / 2**20)
+            if k <= 3 or k % max(count // 10, 1) == 0:
+                print(f'{k:5} reloads  {rss[-1]:7.1f} MiB  {process.num_threads()} threads', flush=True)
+        print(f'largest after the third: {max(rss[3:], default=rss[-1]) / rss[min(2, count - 1)]:.3f} of it')
+
+
 def main():
     from mmembed.serve.engine import Options
     from mmembed.serve.server import running
@@ -263,11 +281,13 @@ def main():
     a.add_argument('--load', action='store_true', help='also latency against offered load')
     a.add_argument('--plot', help='draw the recorded load (of the first kind of items in the file) as this picture, and nothing else')
     a.add_argument('--soak', type=float)
+    a.add_argument('--reloads', type=int, help='measure the memory of so many reloads, and nothing else')
     args = a.parse_args()
     gc.freeze(), gc.disable()  # a pause of the load generator would look like one of the server
     if args.plot: return draw(json.loads(Path(args.record).read_text()), Path(args.plot))
     path, files = clip() if args.clip else args.artifact, pictures()
     config = Config(path, port=0, threads=args.threads, log=os.devnull, engine=Options(batch=16, timeout=120))
+    if args.reloads: return reloads(config, args.reloads)
     if args.soak: return soak(config, files, args.soak)
 
     cores = sorted(os.sched_getaffinity(0))
