@@ -76,7 +76,8 @@ class Protocol(HttpToolsProtocol):
         self._late.cancel()
         due = cycle is not None and not cycle.response_complete
         if self._in_body and not due: self.transport.close()  # the broken request has its answer
-        elif self._in_body and self.pipeline and self.pipeline[0][0] is cycle: self.pipeline.popleft()  # 400 in its place
+        elif self._in_body and self.pipeline and self.pipeline[0][0] is cycle:
+            self.pipeline.popleft()  # 400 comes in its place
         elif self._in_body and cycle.response_started: self.transport.close()
         elif self._in_body or not due: self.send_400_response(self.malformed)
 
@@ -94,8 +95,8 @@ class Protocol(HttpToolsProtocol):
         self._late.cancel()
         self._quiet = 0
         if self.parser.should_upgrade():
-            free = self.cycle is None or self.cycle.response_complete
-            self._websocket = free and opens_websocket(self.parser.get_method(), self.parser.get_http_version(), self.headers)
+            free, asked = self.cycle is None or self.cycle.response_complete, self.parser
+            self._websocket = free and opens_websocket(asked.get_method(), asked.get_http_version(), self.headers)
         else:
             super().on_headers_complete()
             self._in_body = True

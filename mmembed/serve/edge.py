@@ -27,7 +27,8 @@ from .wire import problem
 OPEN = ('/livez', '/readyz', '/metrics', '/v2/health/live', '/v2/health/ready')
 
 # %% ../../nbs/serve/06_edge.ipynb #4de1cc3b
-EXPOSED = ('x-request-id', 'x-artifact', 'x-shape', 'x-status', 'inference-header-content-length', 'server-timing', 'retry-after') # to pages of other origins
+EXPOSED = ('x-request-id', 'x-artifact', 'x-shape', 'x-status', 'inference-header-content-length', 'server-timing',
+           'retry-after') # to pages of other origins
 
 # %% ../../nbs/serve/06_edge.ipynb #4bcfce81
 class Edge:
@@ -36,7 +37,8 @@ class Edge:
         self.inner, self.service, self.routes = inner, service, routes
         self.checked = self._checked
         if service.config.cors:  # outside the checks, so that a page can read why it was refused
-            self.checked = CORSMiddleware(self._checked, service.config.cors, allow_methods=['*'], allow_headers=['*'], expose_headers=EXPOSED)
+            self.checked = CORSMiddleware(self._checked, service.config.cors, allow_methods=['*'], allow_headers=['*'],
+                                          expose_headers=EXPOSED)
 
     async def __call__(self, scope, receive, send):
         if scope['type'] not in ('http', 'websocket'): return await self.inner(scope, receive, send)
@@ -53,7 +55,8 @@ class Edge:
                 seen['status'], seen['began'] = message['status'], True
                 more, given = [(b'x-request-id', rid.encode())], {k.lower() for k, _ in message['headers']}
                 if message['status'] == 503 and b'retry-after' not in given: more.append((b'retry-after', b'2'))
-                if 'expect' in headers and not seen['asked'] and b'connection' not in given: more.append((b'connection', b'close'))  # its body may come or not
+                untold = 'expect' in headers and not seen['asked']  # to go on: its body may come or not
+                if untold and b'connection' not in given: more.append((b'connection', b'close'))
                 message['headers'] = [*message['headers'], *more]
             elif message['type'] == 'websocket.accept': seen['status'], seen['began'] = 101, True
             elif message['type'] == 'websocket.close' and not seen['began']: seen['status'] = 403
@@ -68,8 +71,9 @@ class Edge:
             service.metrics.request_seconds.labels(kind, route).observe(took)
             service.tracer.end(span, seen['status'], request_id=rid)
             if path not in OPEN:
-                service.log.info('request', extra=dict(fields=dict(id=rid, protocol=kind, method=scope.get('method', ''), path=path, status=seen['status'],
-                    items=seen['items'], bytes=seen['bytes'], seconds=round(took, 5), client=(scope.get('client') or ('',))[0])))
+                service.log.info('request', extra=dict(fields=dict(id=rid, protocol=kind, method=scope.get('method', ''),
+                    path=path, status=seen['status'], items=seen['items'], bytes=seen['bytes'], seconds=round(took, 5),
+                    client=(scope.get('client') or ('',))[0])))
 
     async def _checked(self, scope, receive, send):
         state, headers = scope['state'], _headers(scope)
@@ -90,21 +94,27 @@ class Edge:
 
     def _refusal(self, scope, headers) -> Response | None: # the answer to a request that goes no further
         config, guarded = self.service.config, scope['path'] not in OPEN
-        if guarded and 'full' in scope['state']: return problem(503, f'{config.max_connections} connections are open; try again later', Connection='close')
+        if guarded and 'full' in scope['state']:
+            return problem(503, f'{config.max_connections} connections are open; try again later', Connection='close')
         if guarded and scope.get('method') != 'OPTIONS' and not self.service.allows(_key(headers)):
             return problem(401, 'a valid API key is needed', WWW_Authenticate='Bearer')
-        if scope['type'] == 'websocket': return None if _may_call(headers, config.cors) else problem(403, 'pages of this origin may not call this server')
-        if _length(headers) > config.max_body: return problem(413, f'the request is larger than {config.max_body:,} bytes', Connection='close')
+        if scope['type'] == 'websocket':
+            return None if _may_call(headers, config.cors) else problem(403, 'this origin may not call this server')
+        if _length(headers) > config.max_body:
+            return problem(413, f'the request is larger than {config.max_body:,} bytes', Connection='close')
         if not self.service.bodies.fits(length := _length(headers), _share(length)):
             busy = self.service.crowded()
             return problem(429, str(busy), Retry_After=f'{max(1, round(busy.retry))}', Connection='close')
         if (coding := headers.get('transfer-encoding', 'chunked').strip().lower()) != 'chunked':
             return problem(501, f'transfer encoding {coding[:40]!r} is not known, only chunked', Connection='close')
-        if _loses_body(headers): return problem(400, 'this server changes to no other protocol: send a body without Upgrade', Connection='close')
+        if _loses_body(headers):
+            return problem(400, 'no other protocol is spoken here: send the body without Upgrade', Connection='close')
         if _codings(headers) not in ([], ['gzip'], ['deflate']):
-            return problem(415, f'content encoding {headers["content-encoding"][:40]!r} is not known, only gzip and deflate', Accept_Encoding='gzip, deflate')
+            given = headers['content-encoding'][:40]
+            return problem(415, f'content encoding {given!r} is not known, only gzip and deflate',
+                           Accept_Encoding='gzip, deflate')
 
-    def _body(self, seen: dict, receive, codings: list, share: float): # an ASGI receive: in time, not too large, and without its coding
+    def _body(self, seen: dict, receive, codings: list, share: float): # an ASGI receive: in time, bounded, without its coding
         config, whole = self.service.config, False
         if codings: receive = inflated(receive, codings[0], config.max_body)
         async def body():
@@ -112,13 +122,16 @@ class Edge:
             seen['asked'] = True
             if whole: return await receive()
             try:
-                async with asyncio.timeout(max(seen['start'] + config.body_timeout - time.perf_counter(), .001)): message = await receive()
-            except TimeoutError: raise HTTPException(408, f'the request did not arrive within {config.body_timeout:g} s') from None
+                left = seen['start'] + config.body_timeout - time.perf_counter()
+                async with asyncio.timeout(max(left, .001)): message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f'the request did not arrive within {config.body_timeout:g} s') from None
             if message['type'] == 'http.request':
                 size = len(message.get('body', b''))
                 seen['bytes'] += size
                 seen['refused'] = True  # unless it goes on
-                if seen['bytes'] > config.max_body: raise HTTPException(413, f'the request is larger than {config.max_body:,} bytes')
+                if seen['bytes'] > config.max_body:
+                    raise HTTPException(413, f'the request is larger than {config.max_body:,} bytes')
                 if not self.service.bodies.take(size, share): raise self.service.crowded()
                 seen['held'] += size
                 seen['refused'] = False
@@ -159,7 +172,8 @@ def inflated(
         packed, full, gave = unpack.unconsumed_tail, len(out) == piece, gave + len(out)
         if max(came, gave) > limit: raise HTTPException(413, f'the request is larger than {limit:,} bytes')
         ended = over and not packed and not full
-        if unpack.unused_data or ended and not unpack.eof: raise HTTPException(400, f'the body is not one whole {coding} stream')
+        if unpack.unused_data or ended and not unpack.eof:
+            raise HTTPException(400, f'the body is not one whole {coding} stream')
         return {'type': 'http.request', 'body': out, 'more_body': not ended}
     return body
 

@@ -25,13 +25,15 @@ from . import inference, scores
 from .openapi import (BINARY, FORM, PAGE_HEADERS, RAW, Classification, Embeddings, Hits, Live, ModelList, ModelRow, Ranking, Ready,
                                    Reloaded, asks, described, gives, page)
 from .service import Service
-from .wire import (ClassifyRequest, EmbeddingRequest, RankRequest, ReloadRequest, SearchRequest, StreamRequest, answered, check_model,
-                                error, few, made_by, misfit, plain_text, problem, read_json, reply, rows, run, timing, to_items, vector, verdict)
+from .wire import (ClassifyRequest, EmbeddingRequest, RankRequest, ReloadRequest, SearchRequest, StreamRequest,
+                                answered, check_model, error, few, made_by, misfit, plain_text, problem, read_json, reply,
+                                rows, run, timing, to_items, vector, verdict)
 
 # %% ../../nbs/serve/07_http.ipynb #09cf9413
 def app(service: Service) -> Edge:
     "The ASGI application of `service`."
-    api = FastAPI(title='mmembed', version='1', docs_url=None, redoc_url=None, description='Embeddings of texts and images by an exported file, one status an item.')
+    api = FastAPI(title='mmembed', version='1', docs_url=None, redoc_url=None,
+                  description='Embeddings of texts and images by an exported file, one status an item.')
     config = service.config
 
     async def parsed(request: Request, model):
@@ -168,7 +170,8 @@ def app(service: Service) -> Edge:
     async def refused(request, e):
         code, message, retry = verdict(e)
         head = {k.replace('-', '_'): v for k, v in (getattr(e, 'headers', None) or {}).items()}
-        return problem(code, message, getattr(e, 'code', None), **head | ({} if retry is None else dict(Retry_After=f'{max(1, round(retry))}')))
+        if retry is not None: head['Retry_After'] = f'{max(1, round(retry))}'
+        return problem(code, message, getattr(e, 'code', None), **head)
     for kind in (HTTPException, Busy, Unsuited, Unfit): api.add_exception_handler(kind, refused)
     @api.exception_handler(ClientDisconnect)
     @api.exception_handler(Gone)

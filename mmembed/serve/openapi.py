@@ -218,39 +218,49 @@ for (const form of document.querySelectorAll('form')) form.onsubmit = async even
 }
 """
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color-scheme: light dark }
-summary { cursor: pointer; margin: .3em 0 } summary b { display: inline-block; min-width: 4em } textarea, [name=path] { width: 100%; font: 13px monospace }
-pre, output { font: 13px/1.4 monospace; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 30em; overflow: auto; display: block }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
+summary { cursor: pointer; margin: .3em 0 } summary b { display: inline-block; min-width: 4em }
+textarea, [name=path] { width: 100%; font: 13px monospace }
+pre, output { font: 13px/1.4 monospace; white-space: pre-wrap; overflow-wrap: anywhere; overflow: auto; display: block }
+:root { color-scheme: light dark } pre, output { max-height: 30em }
 details details { margin-left: 1em } td { vertical-align: top; padding-right: 1em }
 """
-PAGE_HEADERS = {'content-security-policy': "default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
-    f"frame-ancestors 'none'; script-src 'sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}'"}
+PAGE_HEADERS = {'content-security-policy': "default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    f"script-src 'sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}'"}
 
 # %% ../../nbs/serve/06a_openapi.ipynb #e5b78840
 def page(
     found: dict, # an OpenAPI description
 ) -> str: # HTML
     "Render a description as a page that loads nothing from elsewhere."
-    calls = ''.join(_call(path, method, about) for path, ways in found['paths'].items() for method, about in ways.items())
+    calls = ''.join(_call(path, method, about) for path, methods in found['paths'].items()
+                    for method, about in methods.items())
     kinds = ''.join(_folded(name, schema) for name, schema in found['components']['schemas'].items())
     info = {k: escape(v) for k, v in found['info'].items()}
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
-<title>{info['title']}</title><style>{STYLE}</style><h1>{info['title']}</h1><p>{info['description']} <a href="openapi.json">openapi.json</a></p>
-<p><label>API key <input id="key" type="password" autocomplete="off"></label></p>{calls}<h2>Schemas</h2>{kinds}<script>{SCRIPT}</script></html>"""
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<link rel="icon" href="data:,"><title>{info['title']}</title><style>{STYLE}</style>
+<h1>{info['title']}</h1><p>{info['description']} <a href="openapi.json">openapi.json</a></p>
+<p><label>API key <input id="key" type="password" autocomplete="off"></label></p>
+{calls}<h2>Schemas</h2>{kinds}<script>{SCRIPT}</script></html>"""
 
 # %% ../../nbs/serve/06a_openapi.ipynb #e7a712b0
 def _folded(title: str, value) -> str:
-    return f'<details><summary>{escape(title)}</summary><pre>{escape(json.dumps(value, indent=1, ensure_ascii=False))}</pre></details>'
+    text = escape(json.dumps(value, indent=1, ensure_ascii=False))
+    return f'<details><summary>{escape(title)}</summary><pre>{text}</pre></details>'
 
 def _call(path: str, method: str, about: dict) -> str: # one endpoint: what it takes and gives, and a form to try it
     content = about.get('requestBody', {}).get('content', {})
     schema = content.get('application/json', {}).get('schema')
     asked = ''.join(_folded(f'request: {kind}', x.get('schema')) for kind, x in content.items())
     gives = ''.join(f'<tr><td>{code}<td>{escape(x["description"])}' for code, x in about['responses'].items())
-    body = f'<textarea name="body" rows="5">{escape(json.dumps({k: _example(schema["properties"][k]) for k in schema.get("required", ())}))}</textarea>' if schema else ''
-    text = escape(about.get('description', ''))
-    return (f'<details><summary><b>{method.upper()}</b> {escape(path)}</summary><p>{text}</p>{asked}<table>{gives}</table>'
-            f'<form data-method="{method.upper()}"><input name="path" value="{escape(path)}">{body}<button>Send</button><output></output></form></details>')
+    text, method, path, body = escape(about.get('description', '')), method.upper(), escape(path), ''
+    if schema:
+        example = {k: _example(schema['properties'][k]) for k in schema.get('required', ())}
+        body = f'<textarea name="body" rows="5">{escape(json.dumps(example))}</textarea>'
+    return (f'<details><summary><b>{method}</b> {path}</summary><p>{text}</p>{asked}<table>{gives}</table>'
+            f'<form data-method="{method}"><input name="path" value="{path}">{body}<button>Send</button>'
+            '<output></output></form></details>')
 
 def _example(schema: dict):
     if 'anyOf' in schema: return _example(schema['anyOf'][0])

@@ -153,10 +153,11 @@ def plain_text(
     data: bytes,
     kind: str = 'text/plain', # the content type, with its parameters
 ) -> bytes: # UTF-8, broken where `data` is
-    "Return the text in `data`; raises `HTTPException` 415 for another charset and for JSON, 400 for what is not in its charset."
+    "Return the text in `data`; raises `HTTPException`: 415 for JSON and other charsets, 400 for broken UTF-16."
     message = Message()
     message['content-type'] = kind
-    charset = 'utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else (message.get_content_charset() or 'utf-8').replace('_', '-')
+    charset = (message.get_content_charset() or 'utf-8').replace('_', '-')
+    if data[:2] in (b'\xff\xfe', b'\xfe\xff'): charset = 'utf-16'
     if charset not in ('utf-8', 'utf8', 'us-ascii', 'ascii', 'utf-16', 'utf-16le', 'utf-16be'):
         raise HTTPException(415, f'charset {charset[:40]!r} is not known: send UTF-8')
     if charset.startswith('utf-16'):
@@ -164,7 +165,8 @@ def plain_text(
         except UnicodeDecodeError: raise HTTPException(400, f'the text is not {charset}') from None
     data = data.removeprefix(b'\xef\xbb\xbf')
     if (ends := data.strip())[:1] + ends[-1:] in (b'{}', b'[]') and _is_json(ends):
-        raise HTTPException(415, 'the body is JSON: send it as application/json; a text that is JSON goes into {"input": [...]}')
+        raise HTTPException(415, 'the body is JSON: send it as application/json; '
+                                 'a text that is JSON goes into {"input": [...]}')
     return data
 
 # %% ../../nbs/serve/05_wire.ipynb #981c3c0b
