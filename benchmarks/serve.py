@@ -5,6 +5,7 @@
     python -m benchmarks.serve --record serve.json --plot serve.png                    # that as a picture
     python -m benchmarks.serve artifacts/quickstart.pt --soak 3600        # memory over an hour of mixed load with broken items
     python -m benchmarks.serve artifacts/quickstart.pt --reloads 200      # memory of so many reloads, beside that after the third
+    python -m benchmarks.serve artifacts/quickstart.pt --soak 1200 --attacks --json soak.json   # hostile requests among them
     python -m benchmarks.serve --clip --peers litserve=env1/bin/python,ray=.venv/bin/python,clip=env2/bin/python,infinity=env3/bin/python
 
 `--clip`: a ViT-B-32 with random weights; peers (their programs and what they need: benchmarks/peers/serve_*.py) answer beside it on the
@@ -234,17 +235,35 @@ def row(record, name, what, concurrency, out, elapsed, used, ran=None):
     return len(good) / elapsed
 
 
-def soak(config, files, seconds):
-    "Memory over `seconds` of mixed load with broken items, in ten parts."
+def soak(config, files, seconds, attacks=False):
+    "Memory over `seconds` of mixed load with broken items, in ten parts; with `attacks` those of benchmarks/attacks.py are mixed in."
     from mmembed.serve.server import running
+    todo = requests('mix', files, broken=True)
+    if attacks:
+        from mmembed.runtime import Embedder
+        from . import attacks as hostile
+        host = hostile.dripping()
+        config = config._replace(grpc_port=0, api_keys=('soak',), index=str(hostile.index(config.artifact)),
+                                 fetch_hosts=(f'127.0.0.1:{host.server_port}',))
+        todo = [t.replace(b'host: x\r\n', b'host: x\r\nx-api-key: soak\r\n', 1) for t in todo]
+        want = Embedder(config.artifact).encode_text(CAPTIONS[:1])[0].numpy()
     with running(config) as s:
-        port, pid = int(s.url.rsplit(':', 1)[1]), s.process.pid
-        todo = requests('mix', files, broken=True)
+        port, pid, memory, total = int(s.url.rsplit(':', 1)[1]), s.process.pid, [], {}
+        attack = hostile.Attacks(s, host, want, CAPTIONS[0]) if attacks else None
         asyncio.run(closed(port, todo, 8, min(20, seconds / 5)))
         for k in range(10):
             out, _ = asyncio.run(closed(port, todo, 8, seconds / 10))
             states = {c: sum(x == c for _, x in out) for c in sorted({x for _, x in out})}
-            print(f'{(k + 1) * seconds / 10:7.0f} s  {psutil.Process(pid).memory_info().rss / 2**20:7.1f} MiB  {states}', flush=True)
+            for c, n in states.items(): total[c] = total.get(c, 0) + n
+            memory.append(psutil.Process(pid).memory_info().rss / 2**20)
+            print(f'{(k + 1) * seconds / 10:7.0f} s  {memory[-1]:7.1f} MiB  {states}', flush=True)
+        if attack: attack.stop()
+        alive = s.process.poll() is None and sum(x['event'] == 'serving' for x in s.said) == 1
+    found = dict(seconds=seconds, same_process=alive, memory_mib=memory, flat=max(memory[5:]) <= 1.2 * max(memory[1:5]), load=total)
+    if attack: found |= dict(attacks=dict(attack.counts), wrong=attack.wrong)
+    found['sound'] = found['flat'] and alive and set(total) <= {200, 422, 429, 503, 504} and not found.get('wrong')
+    print(json.dumps(found, indent=1))
+    return found
 
 
 def reloads(config, count):
@@ -282,13 +301,18 @@ def main():
     a.add_argument('--plot', help='draw the recorded load (of the first kind of items in the file) as this picture, and nothing else')
     a.add_argument('--soak', type=float)
     a.add_argument('--reloads', type=int, help='measure the memory of so many reloads, and nothing else')
+    a.add_argument('--attacks', action='store_true', help='mix hostile requests into the soak, and say what was answered')
+    a.add_argument('--json', help='a file for the result of the soak')
     args = a.parse_args()
     gc.freeze(), gc.disable()  # a pause of the load generator would look like one of the server
     if args.plot: return draw(json.loads(Path(args.record).read_text()), Path(args.plot))
     path, files = clip() if args.clip else args.artifact, pictures()
     config = Config(path, port=0, threads=args.threads, log=os.devnull, engine=Options(batch=16, timeout=120))
     if args.reloads: return reloads(config, args.reloads)
-    if args.soak: return soak(config, files, args.soak)
+    if args.soak:
+        found = soak(config, files, args.soak, args.attacks)
+        if args.json: Path(args.json).write_text(json.dumps(found, indent=1))
+        raise SystemExit(not found['sound'])
 
     cores = sorted(os.sched_getaffinity(0))
     ours, theirs = (cores[:-1], cores[-1:]) if args.pin else ([], [])
