@@ -1,5 +1,7 @@
 "Requests that once ended, confused or filled the service, mixed into its load: `python -m benchmarks.serve ARTIFACT --soak 1200 --attacks`."
+import atexit
 import re
+import shutil
 import socket
 import tempfile
 import threading
@@ -46,6 +48,7 @@ def index(artifact) -> Path:
     "The folder of a small index, so that conditions have something to be asked of."
     from mmembed.index import Index
     folder = Path(tempfile.mkdtemp(prefix='mmembed-soak-'))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     (folder/'images').mkdir()
     for color in ('red', 'green', 'blue'): Image.new('RGB', (48, 48), color).save(folder/'images'/f'{color}.png')
     Index.build(artifact, folder/'images', folder/'index')
