@@ -6,6 +6,7 @@
     python -m benchmarks.serve artifacts/quickstart.pt --soak 3600        # memory over an hour of mixed load with broken items
     python -m benchmarks.serve artifacts/quickstart.pt --reloads 200      # memory of so many reloads, beside that after the third
     python -m benchmarks.serve artifacts/quickstart.pt --soak 1200 --attacks --json soak.json   # hostile requests among them
+    python -m benchmarks.serve artifacts/quickstart.pt --heavy            # short texts beside what is large, and the memory that this takes
     python -m benchmarks.serve --clip --peers litserve=env1/bin/python,ray=.venv/bin/python,clip=env2/bin/python,infinity=env3/bin/python
 
 `--clip`: a ViT-B-32 with random weights; peers (their programs and what they need: benchmarks/peers/serve_*.py) answer beside it on the
@@ -282,6 +283,61 @@ def reloads(config, count):
         print(f'largest after the third: {max(rss[3:], default=rss[-1]) / rss[min(2, count - 1)]:.3f} of it')
 
 
+def heavy():
+    "What may arrive beside short texts: name -> (requests, how many are sent at once, again and again)."
+    from PIL import Image
+    def post(data, kind='application/json'): return b'POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: %s\r\ncontent-length: %d\r\n\r\n' % (kind.encode(), len(data)) + data
+    def flat(side):
+        out = io.BytesIO()
+        Image.new('P', (side, side)).save(out, 'GIF')
+        return out.getvalue()
+    chinese = '一个红色的小圆在蓝色方块左边'
+    sixty = json.dumps(dict(input=[chinese * 23_000] * 60), ensure_ascii=False).encode()  # 60 texts of 966 kB
+    mega = {'1 MB of words': 'a red circle ' * 75_000, '1 MB of Chinese': chinese * 23_000, '1 MB of blanks, then words': ' ' * 900_000 + 'a red circle ' * 5_000, '1 MB of one word': 'q' * 1_000_000}
+    return {name: ([post(t.encode(), 'text/plain')], 1) for name, t in mega.items()} | {'3 x 60 MB of Chinese': ([post(sixty)], 3),
+        '3 x 60 MB of one word': ([post(json.dumps(dict(input=['q' * 1_000_000] * 60)).encode())], 3), '40 uploads of 60 MB': ([post(bytes(60 << 20), 'image/png')], 40),
+        '16 GIFs of 33 megapixels': ([post(flat(5792), 'image/gif')], 16), '16 GIFs of 50 megapixels': ([post(flat(7072), 'image/gif')], 16)}
+
+
+def beside(config, seconds):
+    "Short texts alone and beside each of `heavy`: their latency, what the large ones were answered, the largest resident memory."
+    from mmembed.serve.server import running
+    context, short = get_context('spawn'), requests('text', [])
+    with running(config) as s:
+        port, process = int(s.url.rsplit(':', 1)[1]), psutil.Process(s.process.pid)
+        print(f'{"beside":28} {"p50 ms":>8} {"p99 ms":>8} {"max ms":>8} {"failed":>6} {"MiB":>6}  answers')
+        asyncio.run(closed(port, short, 2, 3))
+        for name, (large, n) in ({'nothing': ([], 0)} | heavy()).items():
+            with ProcessPoolExecutor(1, context) as pool:
+                done = pool.submit(_send, port, large, n, seconds) if large else None
+                peak, out = [], []
+                async def watched():
+                    task = asyncio.ensure_future(closed(port, short, 2, seconds))
+                    while not task.done():
+                        peak.append(process.memory_info().rss)
+                        await asyncio.sleep(.01)
+                    return await task
+                out, _ = asyncio.run(watched())
+                answers = done.result() if done else {}
+            times = np.array([t for t, _ in out]) * 1e3
+            print(f'{name:28} {np.percentile(times, 50):8.1f} {np.percentile(times, 99):8.1f} {times.max():8.1f} {sum(c != 200 for _, c in out):6} {max(peak) / 2**20:6.0f}  {answers}', flush=True)
+        print('the same process lives' if s.process.poll() is None else f'THE SERVER DIED: {s.process.poll()}')
+
+
+def _send(port, large, n, seconds): # in a process of its own
+    answers, end = {}, time.perf_counter() + seconds
+    async def client():
+        while time.perf_counter() < end:
+            c = Connection(port)  # a new one each time: what is turned away is closed
+            try: _, status = await c.ask(large[0])
+            except (OSError, asyncio.IncompleteReadError) as e: status = type(e).__name__
+            if c.pair: c.pair[1].close()
+            answers[status] = answers.get(status, 0) + 1
+    async def clients(): await asyncio.gather(*[client() for _ in range(n)])
+    asyncio.run(clients())
+    return answers
+
+
 def main():
     from mmembed.serve.engine import Options
     from mmembed.serve.server import running
@@ -303,6 +359,7 @@ def main():
     a.add_argument('--reloads', type=int, help='measure the memory of so many reloads, and nothing else')
     a.add_argument('--attacks', action='store_true', help='mix hostile requests into the soak, and say what was answered')
     a.add_argument('--json', help='a file for the result of the soak')
+    a.add_argument('--heavy', action='store_true', help='only short texts beside large ones, large bodies and large images, with the budgets of a machine of 2 GB')
     args = a.parse_args()
     gc.freeze(), gc.disable()  # a pause of the load generator would look like one of the server
     if args.plot: return draw(json.loads(Path(args.record).read_text()), Path(args.plot))
@@ -313,6 +370,7 @@ def main():
         found = soak(config, files, args.soak, args.attacks)
         if args.json: Path(args.json).write_text(json.dumps(found, indent=1))
         raise SystemExit(not found['sound'])
+    if args.heavy: return beside(config._replace(bodies=128 << 20, engine=config.engine._replace(pixels=64 << 20, timeout=30)), args.seconds)
 
     cores = sorted(os.sched_getaffinity(0))
     ours, theirs = (cores[:-1], cores[-1:]) if args.pin else ([], [])

@@ -132,7 +132,10 @@ class Edge:
                 seen['refused'] = True  # unless it goes on
                 if seen['bytes'] > config.max_body:
                     raise HTTPException(413, f'the request is larger than {config.max_body:,} bytes')
-                if not self.service.bodies.take(size, share): raise self.service.crowded()
+                if not self.service.bodies.take(size, share):
+                    self.service.bodies.give(seen['held'])  # at once: the others that are coming in have room then
+                    seen['held'] = 0
+                    raise self.service.crowded()
                 seen['held'] += size
                 seen['refused'] = False
                 whole = not message.get('more_body')
