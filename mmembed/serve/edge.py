@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from .observe import request_id
+from .observe import http_span, request_id
 from .service import Service
 from .wire import problem
 
@@ -46,7 +46,8 @@ class Edge:
         headers, path, state = _headers(scope), scope['path'], scope.setdefault('state', {})
         route = path if path in self.routes else 'other'
         state['id'] = rid = request_id(headers.get('x-request-id'))
-        state['span'] = span = service.tracer.begin(route, headers, path=path) if route not in OPEN else None
+        named, attributes = http_span(scope, headers, route if route != 'other' else '')
+        state['span'] = span = service.tracer.begin(named, headers, **attributes) if route not in OPEN else None
         state['seen'] = seen = dict(status=499, items=0, bytes=0, held=0, refused=False, began=False, asked=False, start=start)
 
         async def answer(message):

@@ -181,6 +181,7 @@ class Calls:
     "Wraps a method of `Methods` for grpc.aio"
     def __init__(self, service: Service):
         self.service, self.methods, self.running = service, Methods(service), 0
+        self.of: dict = {}  # the service of each method
         self.stopping, self.idle = asyncio.Event(), asyncio.Event() # `idle`: no call is running
         self.idle.set()
 
@@ -189,7 +190,9 @@ class Calls:
         key = meta.get('x-api-key') or meta.get('authorization', '').removeprefix('Bearer ')
         rid, left = request_id(meta.get('x-request-id')), context.time_remaining()
         seen = dict(id=rid, items=0, start=time.perf_counter(), timeout=None if left is None else max(left, .001), code='OK', name=name,
-                    client=context.peer(), span=self.service.tracer.begin(name, meta))
+                    client=context.peer())
+        method = f'{self.of[name]}/{name}'
+        seen['span'] = self.service.tracer.begin(method, meta, **{'rpc.system.name': 'grpc', 'rpc.method': method, 'client.address': context.peer()})
         self.running += 1
         self.idle.clear()
         context.set_trailing_metadata([('x-request-id', rid)])
@@ -280,6 +283,7 @@ class Calls:
         found = {}
         for name, (q, a, many, _) in methods(service).items():
             single = name.replace('Stream', '')
+            self.of[single] = service
             codec = dict(response_serializer=a.SerializeToString)  # requests are parsed where a failure has its status
             found[name] = grpc.stream_stream_rpc_method_handler(self.streaming(single, q, a), **codec) if many else \
                 grpc.unary_unary_rpc_method_handler(self.unary(name, q), **codec)

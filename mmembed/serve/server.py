@@ -29,6 +29,7 @@ from .checks import checked
 from .connection import Protocol
 from .engine import Options
 from .http import app
+from .observe import take_over
 from .service import Config, Service
 
 # %% ../../nbs/serve/10_server.ipynb #5966ad87
@@ -93,6 +94,7 @@ async def _serve(config: Config, sock: socket.socket) -> int:
         timer.daemon = True
         timer.start()
         loop.call_soon_threadsafe(stop.set)
+    take_over()
     service = Service(config, unfit)
     gc.collect()
     gc.freeze()  # what is loaded stays: collecting it again and again would hold up requests
@@ -177,6 +179,7 @@ class Supervisor:
 
     def run(self) -> int: # exit status
         "Until a signal comes, or no process stays alive."
+        take_over()
         self._say('supervising', pid=os.getpid(), http=self.config.port, grpc=self.config.grpc_port, replicas=self.config.replicas)
         for sig in (signal.SIGTERM, signal.SIGINT): signal.signal(sig, self._stop)
         signal.signal(signal.SIGHUP, lambda *_: self._send(signal.SIGHUP))

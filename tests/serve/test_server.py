@@ -17,6 +17,7 @@ import httpx2
 import numpy as np
 import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client.multiprocess import mark_process_dead
 
 from mmembed.cli import main
@@ -25,6 +26,7 @@ from mmembed.export.verify import export
 from mmembed.runtime import Embedder, read_card
 from mmembed.serve.client import Client, ServiceError
 from mmembed.serve.engine import Options
+from mmembed.serve.observe import Tracer
 from mmembed.serve.server import UNFIT, listen, running, serve
 from mmembed.serve.service import Config, Service
 
@@ -254,13 +256,67 @@ def test_traces_reach_a_collector(small, collector):
     assert Client(small.grpc).encode(['a']).shape == (1, 24)
     r = httpx2.post(f'{small.url}/v1/embeddings', files=[('image', FILES['RGB.png']), ('text', (None, 'a'))], headers={'traceparent': f'00-{trace}-{"cd" * 8}-01'})
     assert r.status_code == 200
-    until(lambda: any(x.trace_id.hex() == trace and x.name == '/v1/embeddings' for x in spans))
+    until(lambda: any(x.trace_id.hex() == trace and x.name == 'POST /v1/embeddings' for x in spans))
     mine = [x for x in spans if x.trace_id.hex() == trace]
-    root = next(x for x in mine if x.name == '/v1/embeddings')
-    assert {x.name for x in mine} == {'/v1/embeddings', 'queue', 'decode', 'transform', 'tokenize', 'forward'} and root.parent_span_id.hex() == 'cd' * 8
-    assert all(x.parent_span_id == root.span_id for x in mine if x is not root) and 'Encode' in {x.name for x in spans}
+    root = next(x for x in mine if x.name == 'POST /v1/embeddings')
+    assert {x.name for x in mine} == {'POST /v1/embeddings', 'queue', 'decode', 'transform', 'tokenize', 'forward'} and root.parent_span_id.hex() == 'cd' * 8
+    assert all(x.parent_span_id == root.span_id for x in mine if x is not root) and 'mmembed.v1.Embedding/Encode' in {x.name for x in spans}
     batches = {x.span_id for x in spans if x.name == 'batch'}
     assert all(x.links[0].span_id in batches for x in mine if x.name == 'forward')
+    plain = lambda x: {a.key: a.value.string_value or a.value.int_value for a in x.attributes}
+    assert {'http.request.method': 'POST', 'http.route': '/v1/embeddings', 'url.path': '/v1/embeddings', 'http.response.status_code': 200}.items() <= plain(root).items()
+    rpc = next(x for x in spans if x.name == 'mmembed.v1.Embedding/Encode')
+    assert {'rpc.system.name': 'grpc', 'rpc.method': rpc.name, 'rpc.response.status_code': 'OK'}.items() <= plain(rpc).items() and not root.status.code and not rpc.status.code
+    path = small.config.log
+    until(lambda: any(trace == json.loads(line).get('trace_id') for line in open(path)))
+
+
+def test_spans_have_a_status_and_the_name_of_the_service(monkeypatch):
+    spans = InMemorySpanExporter()
+    monkeypatch.setenv('OTEL_SERVICE_NAME', 'shop-search')
+    tracer = Tracer(exporter=spans)
+    for status in (200, 404, 503, 'OK', 'INVALID_ARGUMENT', 'INTERNAL'): tracer.end(tracer.begin('x', {}), status)
+    found = spans.get_finished_spans()
+    assert [s.status.status_code.name for s in found] == ['UNSET', 'UNSET', 'ERROR'] * 2 and found[2].attributes['error.type'] == '503'
+    assert {s.resource.attributes['service.name'] for s in found} == {'shop-search'}
+    monkeypatch.delenv('OTEL_SERVICE_NAME')
+    spans = InMemorySpanExporter()
+    tracer = Tracer(exporter=spans)
+    tracer.end(tracer.begin('x', {}), 200)
+    assert spans.get_finished_spans()[0].resource.attributes['service.name'] == 'mmembed'
+
+
+def test_every_line_is_json_and_the_file_is_opened_anew(tmp_path):
+    "Lines of other loggers, warnings and exceptions that nobody caught, in a thread, in the event loop and at the end; after the file was moved away, in a new one."
+    program = """
+        import asyncio, logging, os, sys, threading, warnings
+        from mmembed.serve.observe import Tracer, open_log, take_over
+        take_over()
+        logging.getLogger('uvicorn.error').error('before the log is open')
+        log = open_log(sys.argv[1])
+        Tracer().begin('x', {'traceparent': '00-' + 'ab' * 16 + '-' + 'cd' * 8 + '-01'})
+        logging.getLogger('uvicorn.error').error('line one\\nline two')
+        logging.getLogger('grpc._cython').warning('from gRPC')
+        warnings.warn('deprecated')
+        threading.Thread(target=lambda: 1 / 0).start()
+        async def fails(): asyncio.get_running_loop().call_soon(lambda: [][0])
+        asyncio.run(fails())
+        log.close()
+        os.rename(sys.argv[1], sys.argv[1] + '.1')
+        log = open_log(sys.argv[1])
+        log.info('second')
+        while not os.path.getsize(sys.argv[1]): pass
+        os.rename(sys.argv[1], sys.argv[1] + '.2')
+        log.info('third')
+        raise RuntimeError('the end')"""
+    done = subprocess.run([sys.executable, '-c', textwrap.dedent(program), tmp_path/'log'], capture_output=True, text=True)
+    read = lambda name: [json.loads(line) for line in (tmp_path/name).read_text().splitlines()]
+    assert done.returncode == 1 and [json.loads(line)['event'] for line in done.stderr.splitlines()] == ['before the log is open'], done.stderr
+    first = read('log.1')
+    assert {x.get('logger') for x in first} == {'uvicorn.error', 'grpc._cython', 'py.warnings', 'asyncio', None}
+    assert {x['trace_id'] for x in first if x.get('logger') in ('uvicorn.error', 'py.warnings')} == {'ab' * 16}
+    assert any('ZeroDivisionError' in x.get('error', '') for x in first) and any('IndexError' in x.get('error', '') for x in first)
+    assert [x['event'] for x in read('log.2')] == ['second'] and [x['event'] for x in read('log')] == ['third', 'uncaught exception']
 
 
 def test_memory_stays_flat(server):
