@@ -1,14 +1,18 @@
-"""What every room's tests share: one body run in every form of a module, and the optional real data."""
+"""What every room's tests share: one body run in every form of a module, what is built once a run, and the optional real data."""
 import io
 import os
+import platform
 from pathlib import Path
 
 import pytest
 import torch
 from torch._jit_internal import FunctionModifiers
 
+from filelock import FileLock
+
 from mmembed.core import quietly
 
+SHARED = 'MMEMBED_TESTS_SHARED'  # a folder of the run, for all its processes
 FORMS = ['eager', 'scripted', 'frozen', 'loaded']
 
 
@@ -33,3 +37,22 @@ def data_path(*parts):
     path = root.joinpath(*parts)
     if not path.exists(): pytest.skip(f'{path.relative_to(root)} not found in {root}: set MMEMBED_DATA to run this test')
     return path
+
+
+def built_once(name, build):
+    "The path of `name` in the folder of the run, made by `build(path)` in the first process that asks: tests and workers share it."
+    path = Path(os.environ[SHARED])/name
+    with FileLock(f'{path}.lock'):
+        if not (done := Path(f'{path}.done')).exists():
+            build(path)
+            done.touch()
+    return path
+
+
+def instruction_sets() -> str:
+    "What this processor can do that decides speed and rounding, and what the environment holds it to."
+    try: flags = set(next(line for line in Path('/proc/cpuinfo').read_text().splitlines() if line.startswith(('flags', 'Features'))).split())
+    except (OSError, StopIteration): flags = set()
+    known = [f for f in ('avx2', 'avx_vnni', 'avx512f', 'avx512_vnni', 'avx512_bf16', 'avx512_fp16', 'amx_bf16', 'amx_int8', 'asimd', 'bf16', 'i8mm') if f in flags]
+    held = [f'{k}={os.environ[k]}' for k in ('ATEN_CPU_CAPABILITY', 'ONEDNN_MAX_CPU_ISA', 'MKL_ENABLE_INSTRUCTIONS') if k in os.environ]
+    return ', '.join([f'{platform.machine()}, torch uses {torch.backends.cpu.get_cpu_capability()}', *([' '.join(known)] if known else []), *held])
