@@ -2,6 +2,7 @@
 import io
 import os
 import platform
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from filelock import FileLock
 from mmembed.core import quietly
 
 SHARED = 'MMEMBED_TESTS_SHARED'  # a folder of the run, for all its processes
+HANG = 300  # seconds: no test decides by a clock; what takes so long hangs
 FORMS = ['eager', 'scripted', 'frozen', 'loaded']
 
 
@@ -47,6 +49,15 @@ def built_once(name, build):
             build(path)
             done.touch()
     return path
+
+
+def until(happened):
+    "Waits for an event, asked for again and again; what it returned."
+    began = time.monotonic()
+    while not (found := happened()):
+        assert time.monotonic() - began < HANG, 'what was waited for has not happened'
+        time.sleep(.02)
+    return found
 
 
 def instruction_sets() -> str:

@@ -24,6 +24,8 @@ from mmembed.runtime import Embedder
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 
+from .helpers import HANG
+
 N, D = 60, 12
 
 
@@ -347,7 +349,7 @@ print('sound')
 
 def test_killed_writers_and_full_disks_lose_nothing(model, tmp_path):
     code = KILLER.format(root=str(Path(__file__).parents[1]))
-    run = subprocess.run([sys.executable, '-c', code, str(tmp_path/'a'), str(model)], capture_output=True, text=True, timeout=300)
+    run = subprocess.run([sys.executable, '-c', code, str(tmp_path/'a'), str(model)], capture_output=True, text=True, timeout=HANG)
     assert run.returncode == 0 and run.stdout.endswith('sound\n'), (run.stdout + run.stderr)[-2000:]
     assert 'refused: nothing was changed' in run.stdout
     index = Index(tmp_path/'a')

@@ -34,6 +34,8 @@ from mmembed.tables import PRECISIONS, from_precision, load_vectors, read_job, t
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 
+from .helpers import HANG
+
 ROOT = Path(__file__).parents[1]
 N = 150
 
@@ -132,7 +134,7 @@ print(kills, partial)
 
 
 def test_killed_again_and_again(model, source, whole, tmp_path):
-    run = subprocess.run([sys.executable, '-c', KILLED, str(model), str(tmp_path/'out')], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    run = subprocess.run([sys.executable, '-c', KILLED, str(model), str(tmp_path/'out')], cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert run.returncode == 0, run.stderr[-2000:]
     kills, partial = map(int, run.stdout.split())
     assert kills >= 2, run.stdout
@@ -271,7 +273,7 @@ print(ended)
 def test_ended_while_the_parts_are_put_together(model, source, whole, tmp_path, form):
     "Ended before step after step of the last phase, and started again each time: the file is whole, and no other is left."
     out = tmp_path/f'x{form}'
-    run = subprocess.run([sys.executable, '-c', ENDED, str(model), str(out)], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    run = subprocess.run([sys.executable, '-c', ENDED, str(model), str(out)], cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert run.returncode == 0 and int(run.stdout) >= 3, run.stdout + run.stderr[-2000:]
     assert embed_to(model, source, out, **KW).failed == 6
     want = load_vectors(whole, 'text').vectors
@@ -418,8 +420,8 @@ def test_rows_are_the_services(model, source, whole):
     answered, stored = threading.Event(), {side: load_vectors(whole, side) for side in ('image', 'text')}
     rows = [i for i in reversed(range(40)) if stored['image'].ok[i]]
     items = [(kind, i, Item(kind, source.image(i) if kind == 'image' else source.text(i).encode())) for i in rows for kind in stored]
-    engine.submit([item for *_, item in items], lambda job: answered.set(), timeout=300)
-    assert answered.wait(300) and engine.close()
+    engine.submit([item for *_, item in items], lambda job: answered.set(), timeout=HANG)
+    assert answered.wait(HANG) and engine.close()
     for kind, i, item in items: assert torch.from_numpy(item.value).equal(stored[kind].vectors[i]), (kind, i)
 
 
@@ -455,7 +457,7 @@ def test_no_space_left(model, tmp_path):
     assert main([*argv[:-3], str(tmp_path/'again'), *argv[-2:]]) == 0
     sizes = [p.stat().st_size for p in sorted((tmp_path/'again').glob('part-*'))]
     assert len(sizes) == 3 and sizes[2] > max(sizes[:2]) + 200
-    run = subprocess.run([sys.executable, '-c', LIMITED, str((sizes[2] + max(sizes[:2])) // 2), *argv], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    run = subprocess.run([sys.executable, '-c', LIMITED, str((sizes[2] + max(sizes[:2])) // 2), *argv], cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert run.returncode == 1 and 'File too large; what was written before is kept' in run.stderr and 'Traceback' not in run.stderr, run.stderr[-2000:]
     assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['.lock', 'manifest.json', 'part-000000.parquet', 'part-000001.parquet']
     assert main(argv) == 0

@@ -1,4 +1,5 @@
-"""Notebooks, library and README in step; notebooks clean; every notebook runs."""
+"""Notebooks, library and README in step; notebooks clean; every notebook runs; no test decides by a clock."""
+import ast
 import filecmp
 import os
 import shutil
@@ -83,3 +84,26 @@ def test_no_machine_paths():
     for name in set(tracked) - {'tests/test_project.py'}:
         text = (ROOT/name).read_bytes()
         for folder in folders: assert folder.encode() not in text, f'{name} contains {folder}'
+
+
+CLOCKS = {'monotonic', 'perf_counter', 'time', 'process_time'}
+
+
+def clocks(path):
+    "Where a test reads a clock, or ends after a second or more instead of with the event that it waits for."
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, (ast.Attribute, ast.Name)): continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+        owner = getattr(getattr(node.func, 'value', None), 'id', '')
+        if owner == 'time' and name in CLOCKS: yield node.lineno, f'time.{name}()'
+        limits = [k.value for k in node.keywords if k.arg in ('timeout', 'timeout_s')] + (node.args[:1] if name in ('wait', 'result', 'join') else [])
+        for limit in limits:  # under a second it is there to run out
+            if isinstance(limit, ast.Constant) and isinstance(limit.value, (int, float)) and limit.value >= 1: yield node.lineno, f'{name}({limit.value})'
+
+
+def test_no_test_decides_by_a_clock(tmp_path):
+    "A machine may be slow or busy: waits end with the event (`until` and `HANG` in tests/helpers.py)."
+    (tmp_path/'t.py').write_text('import time\nend = time.monotonic() + 40\np.wait(30)\nget(url, timeout=30)\nget(url, timeout=.01)\np.wait(HANG)\n')
+    assert sorted(line for line, _ in clocks(tmp_path/'t.py')) == [2, 3, 4]
+    found = {(str(p.relative_to(ROOT)), *c) for p in (ROOT/'tests').rglob('*.py') if p.name != 'helpers.py' for c in clocks(p)}
+    assert not found

@@ -16,6 +16,8 @@ from mmembed.train import evaluate, judge, load_checkpoint, new_folder, prepare,
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 
+from .helpers import HANG, until
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = """
 name: tiny
@@ -128,23 +130,20 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(fixed, work):
     "SIGKILL from outside in the middle of an epoch, with crops and two workers; the same losses and the same weights in the end."
     import os
     import signal
-    import time
     text = (work/'tiny.yaml').read_text().replace('flip: 0', 'flip: 0.5, scale: [0.5, 1.0]').replace('train: 96', 'train: 320')
     (work/'tiny.yaml').write_text(text)
     argv = [*fixed, '--data.workers', '2', '--save_every', '3', '--trainer.max_epochs', '2']
     whole = run([*argv, '--name', 'whole'])
-    slow = [*argv, '--name', 'killed', '--trainer.callbacks+=tests.test_train.Slow']
+    slow = [*argv, '--name', 'killed', '--trainer.callbacks+=tests.test_train.Waits']
     threads = torch.get_num_threads()  # sums depend on it, and another test may have changed it here
     program = f'import sys, torch; sys.path.insert(0, {str(ROOT)!r}); torch.set_num_threads({threads})\nfrom mmembed.train import run\nrun({slow!r})'
     process = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', program], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
-    last, deadline = work/'out'/'killed'/'last.ckpt', time.time() + 100
-    try:
-        while True:
-            try: step = torch.load(last, weights_only=True)['global_step']
-            except (OSError, RuntimeError, EOFError): step = 0
-            if step in (13, 14, 15, 16): break  # the second epoch has begun: ten steps each
-            assert process.poll() is None and time.time() < deadline, process.stderr.read()[-2000:] if process.poll() is not None else 'too slow'
-            time.sleep(0.05)
+    last = work/'out'/'killed'/'last.ckpt'
+    def in_the_second_epoch():  # ten steps each, saved after every third
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        try: return torch.load(last, weights_only=True)['global_step'] == 15
+        except (OSError, RuntimeError, EOFError): return False
+    try: until(in_the_second_epoch)
     finally: os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     saved = torch.load(last, weights_only=True)['global_step']
@@ -396,7 +395,7 @@ def test_two_processes_keep_half_of_the_weights_each(work):
     options = ['--trainer.max_steps', '2', '--model.freeze_norms', 'true', '--model.warmup', '0', '--trainer.limit_val_batches', '0']
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(Path(sys.executable).with_name('mmembed')), 'train', *SMALL,
                            '--config', 'sharded.yaml', '--name', 'sharded', '--data.batch_size', '16', *options],
-                          env=os.environ | {'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': 'lo'}, capture_output=True, text=True, timeout=300)
+                          env=os.environ | {'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': 'lo'}, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr[-1500:]
     assert [p.name for p in (work/'out').iterdir()] == ['sharded']
     whole = run([*SMALL, '--name', 'whole', *options]).model.state_dict()
@@ -420,8 +419,8 @@ class StopAfterTwo(Callback):
     def on_train_epoch_end(self, trainer, _): trainer.should_stop = trainer.current_epoch == 1
 
 
-class Slow(Callback):
-    "Leaves time to be killed in"
-    def on_train_batch_end(self, *_):
-        import time
-        time.sleep(0.3)
+class Waits(Callback):
+    "Stops in the middle of the second epoch, until it is killed"
+    def on_train_batch_end(self, trainer, *_):
+        import signal
+        if trainer.global_step == 16: signal.pause()

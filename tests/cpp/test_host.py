@@ -16,6 +16,7 @@ from mmembed.export.verify import export, verify
 from mmembed.runtime import load
 
 from ..export import tiny
+from ..helpers import HANG
 
 pytestmark = pytest.mark.skipif(bool(host.missing()), reason=host.missing())
 
@@ -149,7 +150,7 @@ def test_server_over_tcp(server, picture):
         emb, file = load(tiny.artifact()), base64.b64encode(picture.read_bytes()).decode()
 
         def ask(name):
-            with socket.create_connection(('127.0.0.1', port), timeout=60) as s:
+            with socket.create_connection(('127.0.0.1', port), timeout=HANG) as s:
                 rows = [{'id': f'{name}{i}', 'text': f'{name} {i}'} for i in range(20)] + [{'id': 'i', 'image_base64': file}, {'id': 'p', 'image': str(picture)}]
                 s.sendall(''.join(json.dumps(r) + '\n' for r in rows).encode())
                 s.shutdown(socket.SHUT_WR)

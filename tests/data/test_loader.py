@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmembed.data.loader import Loader, Share, Shuffle, even_batches, thread_pool
 
+from ..helpers import until
+
 
 class Keys(Dataset):
     "Row i of epoch e is (e, i), after a while that differs from row to row"
@@ -112,7 +114,8 @@ def test_threads_run_ahead_but_not_far():
     loader = Loader(Counting(400), 4, threads=2, ahead=3, sampler=Shuffle(400, 0))
     batches = iter(loader)
     next(batches)
-    time.sleep(0.2)
+    until(lambda: len(asked) == 4*(1 + 2*3))
+    time.sleep(0.2)  # time for those that must not come
     assert len(asked) == 4*(1 + 2*3)
     batches.close()
 

@@ -18,6 +18,8 @@ from mmembed.demo.app import serve
 from mmembed.demo.panels import Panels
 from mmembed.demo.pictures import embed_folder, embed_scenes
 
+from tests.helpers import HANG
+
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
@@ -74,7 +76,7 @@ def test_visitors_are_answered_in_one_batch(page, client):
     scenes = next(iter(panels.sets))
     alone = client.predict('a blue ring', None, '', 4, scenes, api_name='/search')[1]
     jobs = [client.submit(t, None, '', 4, scenes, api_name='/search') for t in ['a blue ring', '', 'a blue ring', 'a red circle']*3]
-    found = [j.result(timeout=30)[1] for j in jobs]
+    found = [j.result(timeout=HANG)[1] for j in jobs]
     assert all([r['row'] for r in found[i]] == [r['row'] for r in alone] for i in range(0, 12, 2)) and all('error' in found[i] for i in (1, 5, 9))
 
 
@@ -133,7 +135,7 @@ def test_the_artifact_alone_answers(folder):
     program = ("import sys, mmembed as mm; from mmembed.demo.app import build; from mmembed.demo.panels import Panels; from mmembed.demo.pictures import embed_scenes\n"
                f"emb = mm.load({str(folder/'tiny.pt')!r}); build(Panels(emb, [embed_scenes(emb, 4)]))\n"
                "import json; print(json.dumps([m for m in ('lightning', 'transformers', 'open_clip', 'torchvision', 'matplotlib', 'mmembed.train', 'mmembed.models.dual', 'mmembed.data.module') if m in sys.modules]))")
-    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1]) == [], done.stderr[-2000:] + done.stdout
 
 

@@ -16,6 +16,7 @@ from mmembed.serve.server import running
 from mmembed.serve.service import Config
 
 from ..export import tiny
+from ..helpers import HANG
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # for the servers: tests share few cores
 
@@ -41,7 +42,7 @@ def server(log):
 
 @pytest.fixture(scope='session')
 def http(server):
-    with httpx2.Client(base_url=server.url, timeout=30) as c: yield c
+    with httpx2.Client(base_url=server.url, timeout=HANG) as c: yield c
 
 
 @pytest.fixture(scope='session')

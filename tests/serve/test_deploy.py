@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +23,7 @@ from mmembed.serve.edge import OPEN
 from mmembed.serve.observe import STAGES, Metrics
 
 from ..export import tiny
+from ..helpers import HANG, until
 
 DEPLOY = Path(__file__).resolve().parents[2]/'deploy'
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get('PATH', '')])  # tools/setup.sh lays Prometheus beside Python
@@ -124,7 +124,7 @@ def test_the_pods_probes_and_options_exist():
 
 
 def run(*command, **kw):
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300, **kw)
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=HANG, **kw)
     assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
     return done.stdout
 
@@ -322,13 +322,12 @@ def test_a_real_prometheus_takes_the_configuration_and_answers_every_panel(serve
         at = f'127.0.0.1:{s.getsockname()[1]}'
     p = subprocess.Popen([prometheus, f'--config.file={tmp_path}/prometheus.yml', f'--storage.tsdb.path={tmp_path}/data', f'--web.listen-address={at}', '--log.level=error'], stderr=subprocess.DEVNULL)
     try:
-        with httpx2.Client(base_url=f'http://{at}', timeout=30) as h:
+        with httpx2.Client(base_url=f'http://{at}', timeout=HANG) as h:
             def ask(expr):
                 try: return h.get('/api/v1/query', params=dict(query=expr)).json()
                 except (httpx2.TransportError, ValueError): return {}
-            end = time.monotonic() + 60
-            httpx2.post(f'{server.url}/v1/embeddings', json=dict(input=['a']), timeout=30)
-            while not ask('mmembed_items_total').get('data', {}).get('result'): assert time.monotonic() < end and not time.sleep(.2)
+            httpx2.post(f'{server.url}/v1/embeddings', json=dict(input=['a']), timeout=HANG)
+            until(lambda: ask('mmembed_items_total').get('data', {}).get('result'))
             assert ask('mmembed_ready')['data']['result'] and ask('mmembed:queue_seconds:p99')['status'] == 'success' and ask('up')['data']['result'][0]['value'][1] == '1'
             for panel in json.loads((DEPLOY/'dashboard.json').read_text())['panels']:
                 for t in panel['targets']: assert ask(t['expr'].replace('$__rate_interval', '1m').replace('$__interval', '1m'))['status'] == 'success', t['expr']

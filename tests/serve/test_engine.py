@@ -15,6 +15,7 @@ from mmembed.runtime import Embedder
 from mmembed.serve.engine import Busy, Engine, Item, Options, Unfit
 
 from ..export import tiny
+from ..helpers import HANG, until
 
 FILES = cases.images()
 
@@ -34,7 +35,7 @@ def ask(engine, items, **kw):
     "The settled items of one request, synchronously."
     done = Future()
     engine.submit(items, done.set_result, **kw)
-    return done.result(30).items
+    return done.result(HANG).items
 
 
 def test_every_case_has_the_embedders_answer(engine):
@@ -63,7 +64,7 @@ def test_deterministic_is_the_embedder_bit_by_bit():
         jobs.append((picked, done))
         time.sleep(rng.random() * .004)
     for picked, done in jobs:
-        for item, (_, _, want) in zip(done.result(30).items, picked):
+        for item, (_, _, want) in zip(done.result(HANG).items, picked):
             if want is None: assert item.status == 'invalid' and item.value is None
             else: assert item.status == 'ok' and np.array_equal(item.value, want)
     assert engine.close()
@@ -76,7 +77,7 @@ def test_requests_share_batches(engine):
     engine.lanes['text'].alone = False
     jobs = [Future() for _ in range(40)]
     for f in jobs: engine.submit([Item('text', 'a')], f.set_result)
-    assert all(f.result(30).items[0].status == 'ok' for f in jobs)
+    assert all(f.result(HANG).items[0].status == 'ok' for f in jobs)
     assert sum(sizes) == 40 and len(sizes) <= 20 and max(sizes) <= 8, sizes
 
 
@@ -107,10 +108,12 @@ def test_pixels_are_limited_by_the_header():
 
 
 def hold(engine, kind='text'):
-    "Keeps the tower of `kind` busy until the event it returns is set."
+    "Keeps the tower of `kind` busy until the event it returns is set; its `entered` is set when the tower has something."
     go, tower = threading.Event(), engine._tower
+    go.entered = threading.Event()
     def held(items):
-        go.wait(20)
+        go.entered.set()
+        go.wait(HANG)
         return tower(items)
     engine._tower = held
     return go
@@ -125,7 +128,7 @@ def test_queue_is_bounded_and_whole_requests_are_admitted():
     with pytest.raises(Busy): engine.submit([Item('image', b'', 601)], None)  # too many bytes
     engine.submit([Item('image', b'', 600)], done[1].set_result)  # the other lane has room
     go.set()
-    assert done[0].result(30) and done[1].result(30) and engine.close() and not engine.bytes
+    assert done[0].result(HANG) and done[1].result(HANG) and engine.close() and not engine.bytes
 
 
 def test_expired_and_cancelled_items_never_reach_the_tower(engine):
@@ -133,7 +136,7 @@ def test_expired_and_cancelled_items_never_reach_the_tower(engine):
     engine.on_batch = lambda kind, stage, items, took: seen.extend(i.data for i in items) if stage == 'forward' else None
     async def main():
         first = asyncio.ensure_future(engine.run([Item('text', 'first')]))
-        await asyncio.sleep(.1)
+        await asyncio.to_thread(go.entered.wait, HANG)
         gone = asyncio.ensure_future(engine.run([Item('text', 'gone'), Item('text', 'gone')]))
         late = asyncio.ensure_future(engine.run([Item('text', 'late')], timeout=.1))
         last = asyncio.ensure_future(engine.run([Item('text', 'last')]))
@@ -183,9 +186,7 @@ def test_a_stuck_worker_is_seen():
     hold(engine)
     job = engine.submit([Item('text', 'a')], lambda job: None)
     assert not engine.health()
-    end = time.monotonic() + 20
-    while not engine.health() and time.monotonic() < end: time.sleep(.05)
-    assert 'stuck' in engine.health() and job.items[0].status == 'unavailable'
+    assert 'stuck' in until(engine.health) and job.items[0].status == 'unavailable'
 
 
 def test_closing_answers_what_was_admitted(engine):
@@ -215,8 +216,7 @@ def test_storm(engine):
     threads = [threading.Thread(target=one, args=(k,)) for k in range(6)]
     for t in threads: t.start()
     for t in threads: t.join()
-    end = time.monotonic() + 30
-    while engine._jobs and time.monotonic() < end: time.sleep(.01)
+    until(lambda: not engine._jobs)
     assert len(counts) == len(jobs) == 150 and set(counts.values()) == {1}
     for item in (i for j in jobs for i in j.items):
         assert item.status in ('ok', 'invalid', 'expired', 'cancelled'), (item.status, item.error)
@@ -232,6 +232,6 @@ def test_pairs_have_spans():
     engine, tracer, done = Engine(Embedder(tiny.pair_artifact())), Tracer(exporter=spans), Future()
     engine.submit([Item('pair', ('a', FILES['RGB.png']))], done.set_result)
     span = tracer.begin('/v1/scores', {})
-    tracer.job(span, done.result(30))
+    tracer.job(span, done.result(HANG))
     tracer.end(span, 200)
     assert {s.name for s in spans.get_finished_spans() if s.parent} >= {'decode', 'transform', 'forward', 'queue'} and engine.close()

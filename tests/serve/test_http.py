@@ -7,7 +7,6 @@ import re
 import socket
 import string
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx2
@@ -21,6 +20,7 @@ from mmembed.export import cases
 from mmembed.runtime import load
 
 from ..export import tiny
+from ..helpers import HANG, until
 
 FILES = cases.images()
 
@@ -130,8 +130,7 @@ def test_request_ids_and_timing_and_log(http, log):
     r = http.post('/v1/embeddings', json=dict(input=[image(FILES['RGB.png']), 'a']), headers={'x-request-id': 'order-17'})
     assert r.headers['x-request-id'] == 'order-17' and len(http.get('/info', headers={'x-request-id': 'a b'}).headers['x-request-id']) == 32
     assert set(re.findall(r'(\w+);dur=', r.headers['server-timing'])) == {'queue', 'decode', 'transform', 'tokenize', 'forward', 'total'}
-    end = time.monotonic() + 5
-    while time.monotonic() < end and 'order-17' not in log.read_text(): time.sleep(.02)
+    until(lambda: 'order-17' in log.read_text())
     row = next(json.loads(line) for line in log.read_text().splitlines() if 'order-17' in line)
     assert (row['path'], row['status'], row['items'], row['protocol']) == ('/v1/embeddings', 200, 2, 'http') and row['seconds'] > 0
 
@@ -223,8 +222,7 @@ def test_clients_that_vanish_take_their_items_with_them(server, http):
         s = socket.create_connection((host, int(port)))
         s.sendall(head + body[:len(body) if k % 3 else 1000])  # some in mid-body
         s.close()
-    end = time.monotonic() + 20
-    while time.monotonic() < end and gone() < before + 12: time.sleep(.1)
+    until(lambda: gone() >= before + 12)
     assert gone() == before + 12 and re.search(r'mmembed_queue_items{kind="image"} 0\.0', http.get('/metrics').text)
     assert http.get('/readyz').status_code == 200 and 'status="500"' not in http.get('/metrics').text
 
@@ -245,14 +243,13 @@ def test_ten_thousand_connections(server, http):
         held = []
         for k in range(0, n, 500):
             held += await asyncio.gather(*[one() for _ in range(min(500, n - k))])
-        start = time.monotonic()
-        async with httpx2.AsyncClient(timeout=30) as c: r = await c.post(f'{server.url}/v1/embeddings', json=dict(input='a'))
-        took, grown = time.monotonic() - start, memory() - before
+        async with httpx2.AsyncClient(timeout=HANG) as c: r = await c.post(f'{server.url}/v1/embeddings', json=dict(input='a'))
+        grown = memory() - before
         for pair in held:
             if pair: pair[1].close()
-        return r.status_code, took, grown, sum(p is not None for p in held)
-    status, took, grown, opened = asyncio.run(many())
-    assert status == 200 and took < 10 and grown < 400 and opened >= .99 * n, (status, took, grown, opened)
+        return r.status_code, grown, sum(p is not None for p in held)
+    status, grown, opened = asyncio.run(many())
+    assert status == 200 and grown < 400 and opened >= .99 * n, (status, grown, opened)
     assert http.get('/readyz').json()['ready']
 
 

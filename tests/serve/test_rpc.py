@@ -17,6 +17,7 @@ from mmembed.serve.protos import message, methods
 from mmembed.serve.server import running
 
 from ..export import tiny
+from ..helpers import HANG
 from .conftest import config
 
 FILES = cases.images()
@@ -54,7 +55,7 @@ def test_every_text_and_file(channel, emb):
     def requests():
         for k in range(0, len(mixed), 20): yield Encode(id=str(k), items=[m[0] for m in mixed[k:k+20]])
     count = 0
-    for answer in call(channel, 'EncodeStream')(requests(), timeout=60):
+    for answer in call(channel, 'EncodeStream')(requests(), timeout=HANG):
         for r, (_, v, e) in zip(answer.results, mixed[int(answer.id):], strict=False):
             assert (r.error, r.status) == (e, 2 if e else 1)
             if not e: assert np.allclose(np.frombuffer(r.embedding, '<f4'), v, atol=1e-5)

@@ -10,6 +10,7 @@ from mmembed.runtime import Embedder
 from mmembed.serve.client import Client, ServiceError
 from mmembed.serve.server import running
 
+from ..helpers import HANG
 from ..export import tiny
 from ..test_index import HOSTILE_CONDITIONS
 from .conftest import config
@@ -73,7 +74,7 @@ def test_no_condition_ends_the_server(searching, way):
 
 def test_an_artifact_that_cannot_ask_the_index_is_not_taken(searching):
     other = tiny.pair_artifact()
-    r = httpx2.post(f'{searching.url}/admin/reload', json=dict(artifact=str(other)), headers={'x-api-key': 'k'}, timeout=60)
+    r = httpx2.post(f'{searching.url}/admin/reload', json=dict(artifact=str(other)), headers={'x-api-key': 'k'}, timeout=HANG)
     assert r.status_code == 422 and 'cannot ask an index' in r.json()['error']['message']
 
 
@@ -87,7 +88,7 @@ def test_pairs_are_scored_and_bad_ones_fail_alone(tmp_path):
     texts, files = ['a small red circle', 'a large blue square', '', '一个红色的圆'], [FILES[k] for k in GOOD] * 2
     want = emb.classify(texts, files)
     with running(config(tmp_path/'log')._replace(artifact=tiny.pair_artifact())) as s:
-        assert httpx2.get(f'{s.url}/readyz', timeout=30).json()['ready']
+        assert httpx2.get(f'{s.url}/readyz', timeout=HANG).json()['ready']
         for c in (Client(s.url, batch_size=3), Client(s.grpc, batch_size=3)):
             got = c.classify([*zip(texts, files), ('a', files[0][:50]), ('a', 'b'), ('a', tmp_path/'none.jpg')])
             assert got[4:] == [[], [], []] and [[x for x, _ in row] for row in got[:4]] == [[x for x, _ in row] for row in want]

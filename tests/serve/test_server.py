@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -30,6 +29,7 @@ from mmembed.serve.observe import Tracer
 from mmembed.serve.server import UNFIT, listen, running, serve
 from mmembed.serve.service import Config, Service
 
+from ..helpers import HANG, until
 from ..export import tiny
 from .conftest import config
 
@@ -51,15 +51,8 @@ class Load:
 
     def end(self):
         self.stop.set()
-        for t in self.threads: t.join(60)
+        for t in self.threads: t.join(HANG)
         return self.answers
-
-
-def until(what, seconds=60):
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, 'waited too long'
-        time.sleep(.05)
 
 
 GOOD = [True, True, False]
@@ -97,7 +90,7 @@ def test_deterministic_with_key_and_tls_reloaded_under_load_and_drained(tmp_path
             before, after = read_card(path)['short_hash'], read_card(tmp_path/'new.pt')['short_hash']
             assert h.post('/admin/reload', json=dict(artifact=str(tmp_path/'none.pt')), headers={'x-api-key': 'k1'}).status_code == 422
             os.replace(tmp_path/'new.pt', path)
-            assert h.post('/admin/reload', json={}, headers={'x-api-key': 'k1'}, timeout=60).json() == dict(before=before, after=after)
+            assert h.post('/admin/reload', json={}, headers={'x-api-key': 'k1'}, timeout=HANG).json() == dict(before=before, after=after)
             seen = len(load.answers)
             until(lambda: len(load.answers) > seen + 10)
             os.kill(s.process.pid, signal.SIGHUP)
@@ -106,9 +99,8 @@ def test_deterministic_with_key_and_tls_reloaded_under_load_and_drained(tmp_path
             last = Load(s.url, **ways | dict(retries=0))
             until(lambda: len(last.answers) > 5)
             s.process.send_signal(signal.SIGTERM)
-            time.sleep(.1)
-            assert h.get('/readyz').status_code == 503
-            assert s.process.wait(60) == 0
+            until(lambda: h.get('/readyz').status_code == 503)
+            assert s.process.wait(HANG) == 0
             left = [a for a in last.end() if a != GOOD]  # what was asked before the door closed is answered; then nobody is there
             assert all('Connect' in a or 'Protocol' in a or 'Read' in a for a in left), left[:3]
 
@@ -127,7 +119,7 @@ def test_a_killed_replica_loses_nothing_and_is_replaced(tmp_path):
         assert 'mmembed_items_total{kind="text",status="ok"}' in text
         export(tiny.model(seed=1), tmp_path/'new.pt', fresh=False, cpp=False)
         head, new = {'x-api-key': 'k', 'connection': 'close'}, read_card(tmp_path/'new.pt')['short_hash']
-        assert httpx2.post(f'{s.url}/admin/reload', json=dict(artifact=str(tmp_path/'new.pt')), headers=head, timeout=60).json()['after'] == new
+        assert httpx2.post(f'{s.url}/admin/reload', json=dict(artifact=str(tmp_path/'new.pt')), headers=head, timeout=HANG).json()['after'] == new
         until(lambda: {httpx2.get(f'{s.url}/info', headers=head).json()['short_hash'] for _ in range(12)} == {new})
         os.kill([x['pid'] for x in s.said if x['event'] == 'serving'][-1], signal.SIGKILL)
         until(lambda: sum(x['event'] == 'serving' for x in s.said) == 4)
@@ -203,7 +195,7 @@ def small(tmp_path_factory, collector):
 def test_overload_is_turned_away_with_a_hint(small):
     "A queue of 12 items and eighty clients that do not wait: 429 with Retry-After, good answers for the rest, all of them for a patient client."
     async def many():
-        async with httpx2.AsyncClient(base_url=small.url, timeout=60) as h:
+        async with httpx2.AsyncClient(base_url=small.url, timeout=HANG) as h:
             return await asyncio.gather(*[h.post('/v1/embeddings', json=dict(input=['a red circle'] * 4)) for _ in range(80)])
     answers = asyncio.run(many())
     turned = [r for r in answers if r.status_code == 429]
@@ -235,16 +227,16 @@ def test_no_memory_or_a_stuck_worker_ends_the_process(what, tmp_path):
             if len(tokens.ids) == 4: {what}
             return good(self, tokens)
         r.Embedder.encode_tokens = bad''', tmp_path)
-    assert httpx2.post(f'{url}/v1/embeddings', json=dict(input='a'), timeout=30).status_code == 200
-    try: assert httpx2.post(f'{url}/v1/embeddings', json=dict(input=['a'] * 4), timeout=30).status_code == 503
+    assert httpx2.post(f'{url}/v1/embeddings', json=dict(input='a'), timeout=HANG).status_code == 200
+    try: assert httpx2.post(f'{url}/v1/embeddings', json=dict(input=['a'] * 4), timeout=HANG).status_code == 503
     except httpx2.TransportError: pass
-    assert p.wait(30) == UNFIT
+    assert p.wait(HANG) == UNFIT
     assert '"event": "unfit"' in (tmp_path/'log').read_text()
 
 
 def test_slow_clients_are_cut_off_and_hold_up_nobody(small):
     port = int(small.url.rsplit(':', 1)[1])
-    slow = [socket.create_connection(('127.0.0.1', port), timeout=20) for _ in range(20)]
+    slow = [socket.create_connection(('127.0.0.1', port), timeout=HANG) for _ in range(20)]
     for x in slow: x.sendall(b'POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"in')
     assert httpx2.post(f'{small.url}/v1/embeddings', json=dict(input='a')).status_code == 200
     assert all(b' 408 ' in x.recv(4096) for x in slow)

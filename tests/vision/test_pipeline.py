@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmembed.core import as_bytes, quietly, read_bytes
 from mmembed.vision.pipeline import VisionPipeline, as_image
 
-from ..helpers import FORMS, data_path, in_form
+from ..helpers import FORMS, HANG, data_path, in_form
 from .conftest import FILES, opened, picture, saved
 
 PIPELINES = {
@@ -111,7 +111,7 @@ def test_workers_give_the_same_bits(context):
     scripted = quietly(torch.jit.script, vp)
     scripted.preprocess_all(data.files, True)  # the parent has used its threads before it forks
     here = [data[i] for i in range(len(data))]
-    loader = DataLoader(data, batch_size=5, num_workers=2, multiprocessing_context=context, timeout=120)
+    loader = DataLoader(data, batch_size=5, num_workers=2, multiprocessing_context=context, timeout=HANG)
     batches = list(loader)
     assert torch.equal(torch.cat([b[0] for b in batches]), torch.stack([h[0] for h in here]))
     assert torch.equal(torch.cat([b[1] for b in batches]), torch.stack([h[1] for h in here]))
