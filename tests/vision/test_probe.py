@@ -2,13 +2,13 @@
 import io
 import json
 import struct
-import time
 import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmembed.core import as_bytes, quietly, read_bytes
 from mmembed.vision.probe import probe, scan
@@ -17,6 +17,19 @@ from ..helpers import data_path
 from .conftest import FILES, opened, picture, saved
 
 scripted = quietly(torch.jit.script, probe)
+
+
+class Work(TorchDispatchMode):
+    "Counts the operators that run, and the values that those which are no views make"
+    def __init__(self):
+        super().__init__()
+        self.steps = self.values = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        self.steps += 1
+        if isinstance(out, torch.Tensor) and not f.is_view: self.values += out.numel()
+        return out
 
 
 def test_generated_files_as_pillow_reads_them(file):
@@ -142,18 +155,17 @@ def test_orientation_that_torchcodec_would_miss():
     ('avif self', b'\0\0\0\x0cftypavif' + b'\0\0\0\x08meta' * 1_000_000),
     ('jpeg scans', saved(picture(64, 64), 'JPEG', progressive=True).numpy().tobytes()[:-2] + b'\xff\xda\0\x02' * 2_000_000),
 ])
-def test_hostile_headers_take_bounded_time(name, data):
+def test_hostile_headers_take_bounded_work(name, data):
     data = as_bytes(data)
-    for f in (probe, scripted):
-        start = time.process_time()
-        info = f(data)
-        assert time.process_time() - start < 1.0, name
+    with Work() as work: info = probe(data)
+    assert work.steps <= 25_000 and work.values <= 4 * len(data), name  # a few passes over the file
+    assert scripted(data) == info
     if not name.startswith(('png', 'webp')): assert info.error  # there the decoder has the last word
 
 
 def test_a_long_file_costs_no_more():
     short = FILES['jpeg']
     long = torch.cat([short, torch.zeros(50_000_000, dtype=torch.uint8)])
-    start = time.process_time()
-    for _ in range(20): assert probe(long) == probe(short)
-    assert time.process_time() - start < 0.2
+    with Work() as a: found = probe(long)
+    with Work() as b: assert probe(short) == found
+    assert (a.steps, a.values) == (b.steps, b.values)
