@@ -7,9 +7,10 @@ Docs: https://mmembed.github.io/mmembed/text/unicode.html.md"""
 # %% auto #0
 __all__ = ['N_CODES', 'CLASS_SHIFT', 'ADDED', 'MAX_ADDED', 'WORD', 'SPACE', 'ALONE', 'WHITE_SPACE', 'Codes', 'Located', 'Utf8',
            'probe_normalizer', 'probed', 'probe_splitter', 'word_characters', 'combining_ranks', 'CanonicalOrder',
-           'CharRules', 'bert_rules', 'CharTables']
+           'CharRules', 'bert_rules', 'CharTables', 'char_tables']
 
 # %% ../../nbs/text/02_unicode.ipynb #7604a9d3
+import copy
 import functools
 import os
 import zipfile
@@ -223,6 +224,9 @@ class CharRules(NamedTuple):
     decomposed: tuple[np.ndarray, np.ndarray] | None  # counts and images before marks are stripped; None: no sorting ever
     finished: tuple[np.ndarray, np.ndarray] | None    # and what then becomes of each
 
+    def __hash__(self): return id(self)  # a million entries: the same rules are the same object
+    def __eq__(self, other): return self is other
+
 # %% ../../nbs/text/02_unicode.ipynb #a9333d05
 @functools.cache
 def bert_rules(clean_text: bool, handle_chinese_chars: bool, strip_accents: bool | None, lowercase: bool) -> CharRules:
@@ -317,3 +321,13 @@ class CharTables(nn.Module):
         counts, images = rules.decomposed
         survives = (combining_ranks() > 0) & (rules.finished[0] > 0)
         return np.bincount(np.repeat(np.arange(N_CODES), counts), survives[images], N_CODES) > 0
+
+# %% ../../nbs/text/02_unicode.ipynb #b075f683
+@functools.lru_cache(4)
+def _tables_of(rules: CharRules) -> CharTables: return CharTables(rules)
+
+def char_tables(
+    rules: CharRules,
+) -> CharTables: # a copy that the caller may move and change
+    "Builds the tables of `rules`, or copies those that were built for the same object before."
+    return copy.deepcopy(_tables_of(rules))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .split import AddedTokens, Words, split_words
 from .tables import SubstringHash, VocabTable, ended
-from .unicode import ADDED, ALONE, CLASS_SHIFT, N_CODES, CharRules, CharTables, Codes, Located, Utf8, bert_rules
+from .unicode import ADDED, ALONE, CLASS_SHIFT, N_CODES, CharRules, CharTables, Codes, Located, Utf8, bert_rules, char_tables
 
 # %% ../../nbs/text/04_wordpiece.ipynb #452e84eb
 class Lexicon(nn.Module):
@@ -229,7 +229,7 @@ class BertFront(nn.Module):
         super().__init__()
         self.utf8 = Utf8()
         self.classes = rules.classes  # Python only, as are `numbers`
-        self.tables = CharTables(rules)
+        self.tables = char_tables(rules)
         raw, late = [t for t in added if not t.get('normalized')], [t for t in added if t.get('normalized')]
         self.numbers = {ADDED + n | ALONE << CLASS_SHIFT: t['id'] for n, t in enumerate(raw + late)}  # value of each token -> its id
         self.added, self.late = [AddedTokens(t) if t else NoTokens() for t in (raw, self._normalised(late))]
