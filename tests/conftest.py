@@ -8,6 +8,8 @@ from pathlib import Path
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # tests never reach for a hub
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch: threads that wait must not spin
+workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
+os.environ.setdefault('OMP_NUM_THREADS', str(max(1, len(os.sched_getaffinity(0)) // workers)))  # workers share the cores
 
 import pytest
 import torch

@@ -69,7 +69,7 @@ ROOMS = ['', *sorted(p.name for p in (ROOT/'nbs').iterdir() if any(p.glob('*.ipy
 
 @pytest.mark.parametrize('room', ROOMS, ids=[r or 'top' for r in ROOMS])
 def test_notebooks_run(room):
-    run(BIN/'nbdev-test', ROOT/'nbs'/room, '--skip-folder-re', '.', '--n-workers', '0', OMP_NUM_THREADS='2')
+    run(BIN/'nbdev-test', ROOT/'nbs'/room, '--skip-folder-re', '.', '--n-workers', '0')
 
 
 def test_settings_keys_are_known():

@@ -8,6 +8,7 @@ Docs: https://mmembed.github.io/mmembed/text/exits.html.md"""
 __all__ = ['exported', 'export_program', 'translations', 'text_to_onnx', 'operators']
 
 # %% ../../nbs/text/11_exits.ipynb #dc1ca6cc
+import hashlib
 import logging
 import operator
 from pathlib import Path
@@ -75,6 +76,17 @@ def _unsized(program: torch.export.ExportedProgram) -> torch.export.ExportedProg
     program.graph_module.recompile()
     return program
 
+# %% ../../nbs/text/11_exits.ipynb #620a88c7
+_files: dict[str, bytes] = {}  # content of a pipeline -> the ONNX file
+
+def _content(tp: TextPipeline) -> str:
+    "A hash of the modules of `tp`, their plain attributes and their tensors."
+    plain, h = (bool, int, float, str, list, tuple, type(None)), hashlib.sha256()
+    for name, m in tp.named_modules():
+        h.update(repr((name, type(m).__qualname__, sorted((k, v) for k, v in vars(m).items() if isinstance(v, plain)))).encode())
+    for name, t in tp.state_dict().items(): h.update(repr((name, t.shape, t.dtype)).encode() + t.cpu().numpy().tobytes())
+    return h.hexdigest()
+
 # %% ../../nbs/text/11_exits.ipynb #5f3967fe
 def text_to_onnx(
     tp: TextPipeline | torch.export.ExportedProgram, # or what `export_program` made of it, which is used up
@@ -84,9 +96,17 @@ def text_to_onnx(
     -> `ids`, `mask`, int64 (B, L). At most 2**26 characters a batch; an empty one is as wide as one of empty texts.
 
     Needs `pip install mmembed[onnx]`. Raises `ValueError` for a family that has no exported form."""
+    if not isinstance(tp, TextPipeline): return _translated(tp, path)
+    if (key := _content(tp)) not in _files:
+        _files[key] = _translated(export_program(tp), path).read_bytes()
+        while len(_files) > 4: del _files[next(iter(_files))]
+    Path(path).write_bytes(_files[key])
+    return Path(path)
+
+def _translated(program: torch.export.ExportedProgram, path: str | Path) -> Path:
     from onnx_ir.passes import common
     from onnxscript import optimizer
-    program, log = _unsized(export_program(tp) if isinstance(tp, TextPipeline) else tp), logging.getLogger('onnx_ir')
+    program, log = _unsized(program), logging.getLogger('onnx_ir')
     level = log.level
     log.setLevel(logging.ERROR)
     try:  # `optimize` would take as long again, to look for patterns that neural networks have

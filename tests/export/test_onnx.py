@@ -30,19 +30,6 @@ pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
 
 
-@pytest.fixture(scope='module', autouse=True)
-def traced_once(tmp_path_factory):
-    "Eight seconds for a tokenizer, once for all models that share it."
-    folder, real = tmp_path_factory.mktemp('tokenizers'), graphs.text_to_onnx
-    def remembered(tp, path):
-        kept = folder/f'{tp.pad_to}.onnx'
-        if not kept.exists(): real(tp, kept)
-        return Path(shutil.copy(kept, path))
-    graphs.text_to_onnx = remembered
-    yield
-    graphs.text_to_onnx = real
-
-
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
     "An artifact, its ONNX files and the report of both."

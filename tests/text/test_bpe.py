@@ -1,4 +1,5 @@
 """Byte-level BPE against open_clip's tokenizer and Hugging Face `tokenizers`, in every form."""
+import copy
 import functools
 import json
 import pickle
@@ -39,7 +40,19 @@ MAKERS = [clip, clip_hub, gpt2, gpt2_prefix]
 
 
 @functools.lru_cache(8)
-def pipeline(tokenizer, form, max_length): return in_form(TextPipeline(json.loads(tokenizer), max_length=max_length), form)
+def built(tokenizer): return TextPipeline(json.loads(tokenizer))
+
+
+@functools.lru_cache(8)
+def pipeline(tokenizer, form, max_length):
+    "Built once a tokenizer, whatever its length; in one of its forms."
+    tp = copy.deepcopy(built(tokenizer))
+    tp.max_length = max_length
+    return in_form(tp, form)
+
+
+@functools.lru_cache(5)
+def open_clips(form, cleaned=False): return in_form(TextPipeline.from_open_clip('ViT-B-32', cleaned=cleaned), form)
 
 
 def agree(tok, texts, form='scripted', batch=1000, max_length=128):
@@ -55,13 +68,13 @@ def test_random_strings(make, form): agree(make(), fuzz_bpe.bpe_texts(1500, seed
 @pytest.mark.parametrize('form', FORMS)
 def test_open_clip(form):
     texts = fuzz_bpe.in_graph(fuzz_bpe.bpe_texts(1500, seed=2))
-    tp = in_form(TextPipeline.from_open_clip('ViT-B-32'), form)
+    tp = open_clips(form)
     assert len(texts) > 1000 and fuzz_bpe.open_clip_differences(tp.tokenize, texts)[:5] == []
 
 
 def test_open_clip_after_its_own_cleaning():
     texts = fuzz_bpe.bpe_texts(1500, seed=3) + ['R&amp;B', 'schÃ¶n', '&amp;lt;', '<b>&rdquo;', '\x1b[1mx']
-    tp = in_form(TextPipeline.from_open_clip('ViT-B-32', cleaned=True), 'scripted')
+    tp = open_clips('scripted', cleaned=True)
     assert fuzz_bpe.cleaned_differences(tp.tokenize, texts)[:5] == []
     assert needs_cleaning('R&amp;B') and not needs_cleaning('AT&T “ﬁne”') and open_clip_clean('R&amp;B') == 'R&B'
 
@@ -90,7 +103,7 @@ def test_code_points_alone_and_between_letters(make):
 
 def test_code_points_as_open_clip():
     some = fuzz_text.code_points(step=97)
-    tp = in_form(TextPipeline.from_open_clip('ViT-B-32'), 'scripted')
+    tp = open_clips('scripted')
     assert fuzz_bpe.open_clip_differences(tp.tokenize, fuzz_bpe.in_graph(some + [f'a{c}b' for c in some]), 20_000)[:5] == []
 
 
@@ -104,7 +117,7 @@ def test_real_corpora(make): agree(make(), fuzz_text.corpus(data_path('text'))[:
 
 def test_real_corpora_as_open_clip():
     texts = fuzz_text.corpus(data_path('text'))[::8]
-    tp = in_form(TextPipeline.from_open_clip('ViT-B-32'), 'scripted')
+    tp = open_clips('scripted')
     kept = fuzz_bpe.in_graph(texts)
     assert len(kept) > .99 * len(texts) and fuzz_bpe.open_clip_differences(tp.tokenize, kept)[:5] == []
 
@@ -125,7 +138,7 @@ def test_long_words(make):
 def test_awkward_batches(form):
     for make in (clip, gpt2_prefix):
         tok = make()
-        tp = in_form(TextPipeline(json.loads(tok.to_str()), max_length=16), form)
+        tp = pipeline(tok.to_str(), form, 16)
         for texts in [[''], ['', ''], ['\x00'], [' \n'], ['a' * 300_000], ['a ' * 50_000], ['<|endoftext|>' * 3000], ['\u0301' * 1000], ['\ud800x'], ['<mask> ' * 99, ' <s>', 'a  <mask>']]:
             ids, mask = tp.tokenize(*pack(texts))
             assert ids.shape == mask.shape == (len(texts), ids.shape[1]) and ids.dtype == torch.int64
@@ -174,9 +187,8 @@ def test_ignore_merges():
 
 
 def test_spans_are_the_bytes_of_each_token():
-    tp = TextPipeline.from_open_clip('ViT-B-32')
     text = 'Ein Straßenbahn-Ｔicket: e\u0301 <end_of_text> 猫'
-    enc = in_form(tp, 'scripted').encode([text])
+    enc = open_clips('scripted').encode([text])
     spans = enc.spans[0][enc.mask[0] > 0][1:-1].tolist()
     pieces = [text.encode()[a:b].decode(errors='replace') for a, b in spans]
     covered = {i for a, b in spans for i in range(a, b)}  # tokens within one character share its bytes
@@ -206,7 +218,7 @@ def test_spec_pickle_and_file_rebuild_it(tmp_path):
 
 
 def test_decode():
-    assert TextPipeline.from_open_clip('ViT-B-32').decode([320, 1125, 539, 320, 2368]) == 'a photo of a cat '
+    assert open_clips('eager').decode([320, 1125, 539, 320, 2368]) == 'a photo of a cat '
     tp = TextPipeline(json.loads(gpt2().to_str()))
     assert tp.decode(tp(['a small red circle']).ids[0]) == 'a small red circle'
 

@@ -2,35 +2,48 @@
 import json
 import logging
 import random
+import re
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks.fuzz_bpe import bpe_texts, clip_tokenizer
-from benchmarks.fuzz_exits import AWKWARD, FAMILIES, LONG, differing, exits, learnt, uncased, words
+from benchmarks.fuzz_exits import AWKWARD, FAMILIES, LONG, differing, learnt, onnx_runner, uncased, words
 from benchmarks.fuzz_text import bert_tokenizer, code_points, corpus, random_bytes, random_texts
 from mmembed.core import pack
+from mmembed.text import exits
 from mmembed.text.bpe import BytePairs, byte_letters
-from mmembed.text.exits import export_program, exported_form, operators
+from mmembed.text.exits import export_program, exported_form, operators, text_to_onnx
 from mmembed.text.looped import LoopedBytePairs, LoopedNfc
 from mmembed.text.nfc import Nfc, nfc_rules
 from mmembed.text.pipeline import TextPipeline
 from mmembed.text.tables import VocabTable
 from mmembed.text.unicode import Codes, Utf8
-from tests.helpers import data_path
+from tests.helpers import built_once, data_path
 
 pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
 logging.getLogger('torch.__trace').setLevel(logging.ERROR)  # or pytest keeps every size that the tracer thinks about
 
 
+def exits_once(name, tp):
+    "The ONNX file of `tp`, and both exits as functions; traced, saved and translated once a run."
+    def build(folder):
+        folder.mkdir()
+        program = export_program(tp)
+        torch.export.save(program, folder/'text.pt2')
+        text_to_onnx(program, folder/'text.onnx')
+    folder = built_once(re.sub(r'\W+', '-', f'exits {name}'), build)
+    program = torch.export.load(folder/'text.pt2').module()
+    return folder/'text.onnx', program, onnx_runner(folder/'text.onnx')
+
+
 @pytest.fixture(scope='module', params=FAMILIES)
-def exported(request, tmp_path_factory):
+def exported(request):
     "A pipeline, the ONNX file, and its two exits as functions."
     tp = FAMILIES[request.param]().eval()
-    path = tmp_path_factory.mktemp('onnx')/'text.onnx'
-    return tp, path, *exits(tp, path)
+    return tp, *exits_once(request.param, tp)
 
 
 def test_standard_operators_only(exported):
@@ -161,3 +174,19 @@ def test_a_family_without_a_form_is_refused():
     class Mine(nn.Module): pass
     tp.model = Mine()
     with pytest.raises(ValueError, match='Mine has no exported form'): export_program(tp)
+
+
+def test_a_pipeline_is_translated_once(tmp_path, monkeypatch):
+    "The second file of the same content is the first; any number or table that differs makes another."
+    made = []
+    def translated(program, path):
+        made.append(path)
+        path.write_bytes(b'%d' % len(made))
+        return path
+    monkeypatch.setattr(exits, 'export_program', lambda tp: tp)
+    monkeypatch.setattr(exits, '_translated', translated)
+    monkeypatch.setattr(exits, '_files', {})
+    tp, same, longer, other = (TextPipeline(words(), max_length=n).eval() for n in (16, 16, 17, 16))
+    other.model.lexicon.table.ids += 1
+    files = [text_to_onnx(p, tmp_path/f'{i}').read_bytes() for i, p in enumerate((tp, same, longer, other, tp))]
+    assert files == [b'1', b'1', b'2', b'3', b'1'] and len(made) == 3

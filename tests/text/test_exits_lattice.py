@@ -11,11 +11,12 @@ pytest.importorskip('onnxscript')
 pytest.importorskip('sentencepiece')
 jieba = pytest.importorskip('jieba')
 from benchmarks import fuzz_segment, fuzz_text, fuzz_unigram  # noqa: E402
-from benchmarks.fuzz_exits import differing, exits  # noqa: E402
+from benchmarks.fuzz_exits import differing  # noqa: E402
 from mmembed.core import pack  # noqa: E402
 from mmembed.text.exits import export_program, operators  # noqa: E402
 from mmembed.text.pipeline import TextPipeline  # noqa: E402
 from tests.helpers import data_path, in_form  # noqa: E402
+from tests.text.test_exits import exits_once  # noqa: E402
 from tests.text.test_segment import DICTIONARY  # noqa: E402
 
 logging.getLogger('torch.__trace').setLevel(logging.ERROR)  # or pytest keeps every size that the tracer thinks about
@@ -41,11 +42,10 @@ FAMILIES = {'sentencepiece': lambda: TextPipeline.from_sentencepiece(model(user_
 
 
 @pytest.fixture(scope='module', params=FAMILIES)
-def exported(request, tmp_path_factory):
+def exported(request):
     "The scripted pipeline, the ONNX file, and its two exits as functions."
     tp = FAMILIES[request.param]().eval()
-    path = tmp_path_factory.mktemp('onnx')/'text.onnx'
-    return in_form(tp, 'scripted'), path, *exits(tp, path)
+    return in_form(tp, 'scripted'), *exits_once(request.param, tp)
 
 
 def some_texts(n, seed): return [*fuzz_text.random_texts(n, seed), *fuzz_text.random_bytes(n // 2, seed), *fuzz_segment.random_texts(n, seed), *fuzz_unigram.marked(n, seed)]
