@@ -67,3 +67,9 @@ def instruction_sets() -> str:
     known = [f for f in ('avx2', 'avx_vnni', 'avx512f', 'avx512_vnni', 'avx512_bf16', 'avx512_fp16', 'amx_bf16', 'amx_int8', 'asimd', 'bf16', 'i8mm') if f in flags]
     held = [f'{k}={os.environ[k]}' for k in ('ATEN_CPU_CAPABILITY', 'ONEDNN_MAX_CPU_ISA', 'MKL_ENABLE_INSTRUCTIONS') if k in os.environ]
     return ', '.join([f'{platform.machine()}, torch uses {torch.backends.cpu.get_cpu_capability()}', *([' '.join(known)] if known else []), *held])
+
+
+def needs_exact_int8():
+    "Skips where oneDNN is held to less than the processor has, and then saturates sums of int8 products."
+    from mmembed.export.variants import exact_products
+    if not exact_products(): pytest.skip(f'products of int8 saturate here: {instruction_sets()}')

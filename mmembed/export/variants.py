@@ -6,11 +6,12 @@ Docs: https://mmembed.github.io/mmembed/export/variants.html.md"""
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'OUTPUTS', 'ATTENTION', 'SAME', 'FULL', 'STORED', 'Variant', 'checked', 'bounds', 'HalfText',
-           'HalfImage', 'evened', 'Int8Linear', 'SelfAttention', 'with_linear_attention', 'channel_peaks',
-           'int8_linear', 'Attending', 'in_steps', 'fold_normalization', 'Prepared', 'prepared']
+           'HalfImage', 'evened', 'exact_products', 'Int8Linear', 'SelfAttention', 'with_linear_attention',
+           'channel_peaks', 'int8_linear', 'Attending', 'in_steps', 'fold_normalization', 'Prepared', 'prepared']
 
 # %% ../../nbs/export/01a_variants.ipynb #43076c7c
 import copy
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Optional
@@ -109,6 +110,13 @@ def evened(
     columns = weight.detach().abs().amax(0)
     columns, peak = columns.clamp(min=1e-3 * float(columns.max()) + 1e-12), peak.clamp(min=1e-3 * top)
     return torch.exp2(((columns / peak).log2() * 2).round() / 4)
+
+# %% ../../nbs/export/01a_variants.ipynb #9a216698
+@functools.cache
+def exact_products() -> bool:
+    "Whether torch multiplies int8 matrices exactly in this process, tried on the largest numbers."
+    x = torch.full((64, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(x, x) == 64 * 127 * 127).all())
 
 # %% ../../nbs/export/01a_variants.ipynb #8663f050
 class Int8Linear(nn.Module):
@@ -317,7 +325,7 @@ def prepared(
     variant: Variant = Variant(),
     kernels: bool = False,         # its towers' layers computed by oneDNN, as a TorchScript file has them
 ) -> Prepared:
-    "`model` as `variant` has it. Raises `ValueError` for an option that this model does not allow."
+    "`model` as `variant` has it. Raises `ValueError` for an option that this model does not allow, `RuntimeError` for int8 where `exact_products` says no."
     v, tp, vp = checked(variant), copy.deepcopy(model.text_pipeline).cpu(), copy.deepcopy(model.vision_pipeline).cpu()
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     for tower in (model.text, model.image, getattr(model.text, 'tower', None), *getattr(model, 'towers', ())):
@@ -325,6 +333,7 @@ def prepared(
     if v.trim: _trim(model, tp, v.trim)
     if v.fold: fold_normalization(model.image, vp)
     if v.quantize:
+        if not exact_products(): raise RuntimeError("quantize='int8': this process adds int8 products with saturation; is ONEDNN_MAX_CPU_ISA set?")
         texts, pixels = _examples(tp, vp, v.fold)
         if not int8_linear(model.text, texts, script=kernels) + int8_linear(model.image, pixels, script=kernels):
             raise ValueError("quantize='int8': the towers have no linear layers")

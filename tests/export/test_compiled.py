@@ -20,6 +20,7 @@ from mmembed.opening import read_card
 from mmembed.packaged import opened
 from mmembed.runtime import load
 
+from ..helpers import needs_exact_int8
 from . import tiny
 
 logging.getLogger('torch.__trace').setLevel(logging.ERROR)  # or pytest keeps every size that the tracer thinks about
@@ -43,6 +44,7 @@ def test_every_host_answers_as_the_model():
 
 def test_int8_in_the_exported_graph():
     "`quantize='int8'` of a package: the products of the torch.export graph are int8 by int8."
+    needs_exact_int8()
     artifact = assemble(tiny.pair_model(), variant=Variant(quantize='int8'), script=False)
     with patch.object(compiled, 'export_program', lambda tp: None), patch.object(compiled, '_unsized', lambda p: p): made = compiled.programs(artifact)
     count = [str(n.target) for n in made['pair'].graph.nodes].count('aten._int_mm.default')

@@ -22,6 +22,7 @@ from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import TextTransformer
 from mmembed.text.exits import operators
 
+from ..helpers import needs_exact_int8
 from . import tiny
 from .test_variants import Inverted, NoDigits
 
@@ -194,6 +195,7 @@ class Patches(nn.Module):
 
 def test_int8_folded_bits_in_fixed_batches(tmp_path):
     "An embedding is bit-equal in any company, and the rest within the bounds of verify."
+    needs_exact_int8()
     torch.manual_seed(0)
     tp, vp = tiny.pipelines()
     model = DualEncoder(TextTransformer(tp, width=32, depth=2, heads=2), Patches(vp), dim=24).eval()
