@@ -447,7 +447,7 @@ print(n)'''
 def alone(program, index, given):
     "What `program` prints, run on the folder of `index` in a process of its own."
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', program, index.folder], input=json.dumps(given),
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr[-2000:]
     return int(done.stdout)
 

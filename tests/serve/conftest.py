@@ -71,7 +71,7 @@ def _installed(name, wanted, *commands):
 
 def _answers(program, folder, *args):
     "The JSON on the last line that an interpreter prints, which reads `program` from standard input in `folder`."
-    done = subprocess.run([*map(str, args)], input=program, cwd=folder, capture_output=True, text=True, timeout=300,
+    done = subprocess.run([*map(str, args)], input=program, cwd=folder, capture_output=True, text=True, timeout=HANG,
                           env=os.environ | dict(PYTHONPATH=''))
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -5,7 +5,6 @@ import json
 import re
 import socket
 import threading
-import time
 from concurrent.futures import Future
 
 import grpc
@@ -23,6 +22,7 @@ from mmembed.serve.server import running
 
 from ..export import tiny
 from .conftest import config
+from ..helpers import HANG, until
 
 FILES = cases.images()
 WORD = 'q' * 200_000  # which has no place where it may be cut
@@ -39,7 +39,7 @@ def submit(engine, *items):
     return done
 
 
-def settled(done): return done.result(120).items
+def settled(done): return done.result(HANG).items
 
 
 @functools.cache
@@ -55,11 +55,11 @@ def test_a_long_text_holds_up_no_short_one():
     def slow(texts):
         if any(len(t) > 100_000 for t in texts):
             began.set()
-            go.wait(120)
+            go.wait(HANG)
         return tokenize(texts)
     emb.tokenize = slow
     long = [submit(engine, ('text', WORD)) for _ in range(3)]
-    assert began.wait(60)
+    assert began.wait(HANG)
     for _ in range(20): assert settled(submit(engine, ('text', 'a red circle')))[0].status == 'ok'  # while the long one is under way
     assert not any(d.done() for d in long)
     go.set()
@@ -70,7 +70,7 @@ def test_a_turn_of_the_tokenizer_has_an_end_in_bytes():
     emb = embedder()
     engine, turns, tokenize, go = Engine(emb, Options(batch=16)), [], emb.tokenize, threading.Event()
     def counted(texts):
-        go.wait(60)
+        go.wait(HANG)
         turns.append([len(t) for t in texts])
         return tokenize(texts)
     emb.tokenize = counted
@@ -93,7 +93,7 @@ def test_the_text_of_a_pair_is_shortened_or_goes_alone():
     emb = embedder(tiny.pair_artifact)
     engine, batches, pairs, go = Engine(emb, Options(batch=8)), [], emb._pairs, threading.Event()
     def counted(texts, levels):
-        go.wait(60)
+        go.wait(HANG)
         batches.append([len(t) for t in texts])
         return pairs(texts, levels)
     emb._pairs = counted
@@ -111,12 +111,11 @@ def test_pixels_that_are_being_decoded_have_a_budget():
     engine, decode, go, inside = Engine(emb, Options(decoders=threads, pixels=2 * 100 * 80)), emb.decode, threading.Event(), []
     def held(image):
         inside.append(engine.pixels.held)
-        go.wait(120)
+        go.wait(HANG)
         return decode(image)
     emb.decode = held
     done = submit(engine, *[('image', picture)] * 6)
-    end = time.monotonic() + 60
-    while len(inside) + len(engine.pixels._queue) < threads and time.monotonic() < end: time.sleep(.01)
+    until(lambda: len(inside) + len(engine.pixels._queue) >= threads)
     assert len(inside) == 2 and not engine.health()  # the others wait, and are not stuck
     go.set()
     assert {i.status for i in settled(done)} == {'ok'} and max(inside) <= 2 * 100 * 80 and not engine.pixels.held and engine.close()
@@ -138,30 +137,28 @@ def narrow(tmp_path_factory):
 
 def upload(server, size, part):
     "A connection on which `part` of `size` bytes of an image have been sent."
-    s = socket.create_connection(('127.0.0.1', int(server.url.rsplit(':', 1)[1])), timeout=60)
+    s = socket.create_connection(('127.0.0.1', int(server.url.rsplit(':', 1)[1])), timeout=HANG)
     s.sendall(f'POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ncontent-length: {size}\r\n\r\n'.encode() + bytes(part))
     return s
 
 
 def asked(server):
     "The status of a request that announces 200,000 bytes and sends none: 429 while they do not fit, else 100."
-    with socket.create_connection(('127.0.0.1', int(server.url.rsplit(':', 1)[1])), timeout=60) as s:
+    with socket.create_connection(('127.0.0.1', int(server.url.rsplit(':', 1)[1])), timeout=HANG) as s:
         s.sendall(b'POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\nexpect: 100-continue\r\ncontent-length: 200000\r\n\r\n')
         return int(s.recv(65536).split()[1])
 
 
-def until(f, found, seconds=60):
+def reached(f, found):
     "What `f` returns once `found` is true of it."
-    end = time.monotonic() + seconds
-    while not found(x := f()) and time.monotonic() < end: time.sleep(.01)
-    return x
+    return until(lambda: [x] if found(x := f()) else None)[0]
 
 
 def test_bodies_in_hand_have_a_budget(narrow):
     "While one request holds its bytes another that does not fit is told to come again, by every way in; then it is answered."
     Encode, OneItem = message('mmembed.v1.EncodeRequest'), message('mmembed.v1.Item')
     q, a, _, _ = methods('mmembed.v1.Embedding')['Encode']
-    with httpx2.Client(base_url=narrow.url, timeout=60) as http, grpc.insecure_channel(narrow.grpc.removeprefix('grpc://')) as channel, \
+    with httpx2.Client(base_url=narrow.url, timeout=HANG) as http, grpc.insecure_channel(narrow.grpc.removeprefix('grpc://')) as channel, \
             connect(narrow.url.replace('http', 'ws') + '/v1/stream') as ws:
         encode = channel.unary_unary('/mmembed.v1.Embedding/Encode', q.SerializeToString, a.FromString)
         def post(): return http.post('/v1/embeddings', content=bytes(200_000), headers={'content-type': 'image/png'})
@@ -173,22 +170,22 @@ def test_bodies_in_hand_have_a_budget(narrow):
             return json.loads(ws.recv(60))
         assert post().status_code == 422 and by_rpc() == 2 and 'error' not in by_socket()
         with upload(narrow, 200_000, 150_000) as first:
-            assert until(lambda: asked(narrow), lambda status: status == 429) == 429  # all its bytes are in
+            assert reached(lambda: asked(narrow), lambda status: status == 429) == 429  # all its bytes are in
             r = post()
             assert r.status_code == 429 and int(r.headers['retry-after']) >= 1 and 'as many bytes as they may' in r.json()['error']['message']
             assert by_rpc() == 'RESOURCE_EXHAUSTED' and by_socket()['error']['code'] == 429
             assert http.post('/v1/embeddings', json=dict(input='a red circle')).status_code == 200  # what is small fits
             first.sendall(bytes(50_000))
             assert b' 422 ' in first.recv(65536).split(b'\r\n')[0]  # zeros are no image
-        with upload(narrow, 200_000, 150_000): until(lambda: asked(narrow), lambda status: status == 429)  # and one that goes away gives them back
-        assert until(post, lambda r: r.status_code == 422).status_code == 422
-        assert until(by_rpc, lambda r: r == 2) == 2 and 'error' not in by_socket()
+        with upload(narrow, 200_000, 150_000): reached(lambda: asked(narrow), lambda status: status == 429)  # and one that goes away gives them back
+        assert reached(post, lambda r: r.status_code == 422).status_code == 422
+        assert reached(by_rpc, lambda r: r == 2) == 2 and 'error' not in by_socket()
 
 
 def test_a_body_that_grows_beyond_the_budget_is_refused_while_it_comes(narrow):
     def chunk(n): return b'%x\r\n%s\r\n' % (n, bytes(n))
-    with upload(narrow, 200_000, 150_000), socket.create_connection(('127.0.0.1', int(narrow.url.rsplit(':', 1)[1])), timeout=60) as s:
-        until(lambda: asked(narrow), lambda status: status == 429)
+    with upload(narrow, 200_000, 150_000), socket.create_connection(('127.0.0.1', int(narrow.url.rsplit(':', 1)[1])), timeout=HANG) as s:
+        reached(lambda: asked(narrow), lambda status: status == 429)
         s.sendall(b'POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ntransfer-encoding: chunked\r\n\r\n')
         for _ in range(3): s.sendall(chunk(60_000))
         s.sendall(b'0\r\n\r\n')
@@ -199,10 +196,10 @@ def test_many_large_uploads_leave_the_server_alive(narrow):
     "Each is answered or told to come again; afterwards nothing is held."
     results = []
     def send():
-        try: results.append(httpx2.post(narrow.url + '/v1/embeddings', content=flat_gif(3000, 3000) + bytes(150_000), headers={'content-type': 'image/gif'}, timeout=120).status_code)
+        try: results.append(httpx2.post(narrow.url + '/v1/embeddings', content=flat_gif(3000, 3000) + bytes(150_000), headers={'content-type': 'image/gif'}, timeout=HANG).status_code)
         except httpx2.HTTPError as e: results.append(type(e).__name__)
     threads = [threading.Thread(target=send) for _ in range(12)]
     for t in threads: t.start()
-    for t in threads: t.join(180)
+    for t in threads: t.join(HANG)
     assert len(results) == 12 and 200 in results and set(results) <= {200, 429}, results
-    assert until(lambda: httpx2.post(narrow.url + '/v1/embeddings', content=flat_gif(300, 300), headers={'content-type': 'image/gif'}).status_code, lambda c: c == 200) == 200
+    assert reached(lambda: httpx2.post(narrow.url + '/v1/embeddings', content=flat_gif(300, 300), headers={'content-type': 'image/gif'}).status_code, lambda c: c == 200) == 200

@@ -18,6 +18,7 @@ from mmembed.serve.wire import _in_parts
 
 from ..export import tiny
 from .conftest import config
+from ..helpers import HANG
 
 FILES = cases.images()
 
@@ -72,7 +73,7 @@ for name, m, at in (('http', tritonclient.http, host), ('grpc', tritonclient.grp
             asked = [['x' * 400] * 60, ['a'], [''] * 3]  # the first takes longest
             for k, texts in enumerate(asked): c.async_stream_infer(model, [inputs(*texts)], request_id=str(k))
             c.async_stream_infer('other', [inputs('a')])
-            got = [answers.get(timeout=120) for _ in range(4)]
+            got = [answers.get(timeout=HANG) for _ in range(4)]
             c.stop_stream()
             said['stream'] = [[r.get_response().id, len(rows(r))] for r, e in got[:3]]
             said['refused'] = got[3][1].message()
@@ -169,7 +170,7 @@ def tiktoken(tmp_path_factory):
 @pytest.fixture(scope='module')
 def roomy(log, tiktoken):
     "A server that is told the table of its clients' token ids, with the items of a request that are taken by default."
-    with running(config(log, token_ids=str(tiktoken), name='tiny', queue=300, timeout=120.)) as s: yield s
+    with running(config(log, token_ids=str(tiktoken), name='tiny', queue=300, timeout=HANG)) as s: yield s
 
 
 @pytest.mark.parametrize('language', ['python', 'node'])
@@ -195,7 +196,7 @@ def test_langchain(roomy, server, python, tiktoken, emb):
 
 def test_token_ids(roomy, server, emb, tmp_path):
     "One text or several; an id that is not in the table fails alone; a text cut inside a character is a text."
-    with httpx2.Client(base_url=roomy.url, timeout=60) as http:
+    with httpx2.Client(base_url=roomy.url, timeout=HANG) as http:
         def ask(ids): return http.post('/v1/embeddings', json=dict(input=ids)).json()['data']
         red = [97, 258, 32, 259, *b'rcle']
         assert np.allclose([ask(red)[0]['embedding'], ask([red, [1]])[0]['embedding']], emb.encode_text(['a red circle'])[[0, 0]], atol=1e-5)

@@ -11,6 +11,7 @@ from mmembed.runtime import load
 
 from ..export import tiny
 from .test_server import serve_with
+from ..helpers import HANG
 
 HIDDEN = 'GET /info HTTP/1.1\r\nx-request-id: hidden\r\n\r\n'  # the body of the first request; an answer to it is a request smuggled in
 
@@ -24,7 +25,7 @@ def address(server): return '127.0.0.1', int(getattr(server, 'url', server).rspl
 
 def answers(server, *writes):
     "The answers (status, headers, body) to bytes, until the server closes."
-    with socket.create_connection(address(server), timeout=60) as s:
+    with socket.create_connection(address(server), timeout=HANG) as s:
         data = b''
         try:
             for w in writes: s.sendall(w)
@@ -158,7 +159,7 @@ HANDSHAKE = ('connection: Upgrade', 'upgrade: websocket', 'sec-websocket-version
 def test_a_websocket_begins_where_nothing_else_is_under_way(server, emb):
     ask = lambda *more, target='GET /v1/stream HTTP/1.1': '\r\n'.join([target, 'host: x', 'x-request-id: socket', *HANDSHAKE, *more, '', '']).encode()
     def opened(data, n=4096):
-        with socket.create_connection(address(server), timeout=60) as s:
+        with socket.create_connection(address(server), timeout=HANG) as s:
             s.sendall(data)
             return s.recv(n)
     assert opened(ask()).startswith(b'HTTP/1.1 101 ')
@@ -176,7 +177,7 @@ def test_who_was_not_told_to_continue_is_not_waited_for(server, emb):
 
 @pytest.mark.parametrize('data', [b'GET / HTTP/1.1\r\nx: ', post('', 'first', TE, body=b'3;'), post('', 'first', TE, body=b'0\r\nx: ')], ids=['head', 'extension', 'trailer'])
 def test_what_never_ends_is_cut_off(server, data):
-    with socket.create_connection(address(server), timeout=60) as s:
+    with socket.create_connection(address(server), timeout=HANG) as s:
         s.sendall(data)
         with pytest.raises(ConnectionError):
             for _ in range(10_000): s.sendall(b'y' * 65536)
@@ -186,7 +187,7 @@ def test_curl_offers_http2(server, emb):
     curl = shutil.which('curl')
     if not curl or 'HTTP2' not in subprocess.run([curl, '--version'], capture_output=True, text=True).stdout: pytest.skip('needs a curl with HTTP/2')
     said = subprocess.run([curl, '-sv', '--http2', f'{server.url}/v1/embeddings', '-H', 'content-type: text/plain', '-d', 'a red circle', '--next', '-s', '--http2',
-                           f'{server.url}/v1/embeddings', '-H', 'content-type: text/plain', '-d', 'a blue square'], capture_output=True, text=True, timeout=60)
+                           f'{server.url}/v1/embeddings', '-H', 'content-type: text/plain', '-d', 'a blue square'], capture_output=True, text=True, timeout=HANG)
     assert 'Upgrade: h2c' in said.stderr
     got = [json.loads(x)['data'][0]['embedding'] for x in said.stdout.replace('}{', '}\n{').splitlines()]
     assert np.allclose(got, emb.encode_text(['a red circle', 'a blue square']).numpy(), atol=1e-5)
@@ -213,7 +214,7 @@ def test_javas_client_as_it_comes(server, emb, tmp_path):
     java = shutil.which('java')
     if not java or 'jdk.compiler' not in subprocess.run([java, '--list-modules'], capture_output=True, text=True).stdout: pytest.skip('needs a JDK')
     (tmp_path/'Ask.java').write_text(JAVA)
-    said = subprocess.run([java, '-XX:TieredStopAtLevel=1', str(tmp_path/'Ask.java'), server.url], capture_output=True, text=True, timeout=300)
+    said = subprocess.run([java, '-XX:TieredStopAtLevel=1', str(tmp_path/'Ask.java'), server.url], capture_output=True, text=True, timeout=HANG)
     assert said.returncode == 0, said.stderr[-2000:]
     rows = [line.split(' ', 1) for line in said.stdout.splitlines()]
     assert [status for status, _ in rows] == ['200'] * 16
@@ -233,4 +234,4 @@ def test_behind_a_proxy_that_loses_bodies_nothing_is_smuggled_in(tmp_path):
         assert [status for status, _, _ in answers(url, READ['plain'] + LAST)] == [200] * 3
     finally:
         p.terminate()
-        p.wait(60)
+        p.wait(HANG)

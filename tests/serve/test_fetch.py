@@ -13,8 +13,9 @@ from mmembed.serve.server import running
 from mmembed.serve.wire import Refused, permitted
 
 from .conftest import config
+from ..helpers import HANG, until
 
-PNG, LIMIT, PATIENCE = cases.images()['RGB.png'], 2 << 20, 120
+PNG, LIMIT = cases.images()['RGB.png'], 2 << 20
 
 
 class Host(ThreadingHTTPServer):
@@ -57,9 +58,9 @@ class Handler(BaseHTTPRequestHandler):
 def fetching(tmp_path_factory):
     "A server that may fetch from one port, with room for the bytes of one request."
     host = Host()
-    limits = dict(max_body=LIMIT, bodies=3 << 20, max_items=64)
+    limits = dict(max_body=LIMIT, bodies=3 << 20, max_items=64, timeout=2. * HANG)
     c = config(tmp_path_factory.mktemp('fetch')/'log', fetch_hosts=(f'127.0.0.1:{host.server_port}',), **limits)
-    with running(c) as s, httpx2.Client(base_url=s.url, timeout=PATIENCE) as client: yield s, client, host
+    with running(c) as s, httpx2.Client(base_url=s.url, timeout=HANG) as client: yield s, client, host
     host.shutdown()
 
 
@@ -89,19 +90,19 @@ def test_what_is_fetched_counts_among_the_bytes_in_hand(fetching):
     server, client, host = fetching
     waiting = [_post(server, [f'{host.url}/half?{k}', f'{host.url}/drip']) for k in range(4)]
     try:
-        _until(lambda: host.sent['/half'] >= 3 * (LIMIT // 2 - 1) and host.asked['/drip'] >= 4)
+        until(lambda: host.sent['/half'] >= 3 * (LIMIT // 2 - 1) and host.asked['/drip'] >= 4)
         status, rows = ask(client, f'{host.url}/half')
         assert (status, rows[0][0]) == (503, 'unavailable') and 'hold as many bytes' in rows[0][1]
     finally:
         for s in waiting: s.close()
-    _until(lambda: ask(client, f'{host.url}/half')[1][0][0] == 'invalid')  # it came whole, and is not an image
+    until(lambda: ask(client, f'{host.url}/half')[1][0][0] == 'invalid')  # it came whole, and is not an image
 
 
 def test_a_dripping_host_has_the_time_of_the_request(fetching):
     _, client, host = fetching
     host.left.clear()
     status, rows = ask(client, f'{host.url}/good', f'{host.url}/drip', x_timeout='1')
-    assert rows[0][0] == 'ok' and rows[1] == ('expired', 'the image did not arrive in time') and host.left.wait(PATIENCE)
+    assert rows[0][0] == 'ok' and rows[1] == ('expired', 'the image did not arrive in time') and host.left.wait(HANG)
     assert ask(client, f'{host.url}/drip', x_timeout='1')[0] == 504
 
 
@@ -110,10 +111,10 @@ def test_downloads_end_with_their_client(fetching, path):
     server, _, host = fetching
     host.began.clear(), host.left.clear()
     s = _post(server, [f'{host.url}/drip'], path)
-    assert host.began.wait(PATIENCE)
+    assert host.began.wait(HANG)
     host.left.clear()
     s.close()
-    assert host.left.wait(25)  # the server's own deadline would come after 30 s
+    assert host.left.wait(HANG)  # the server's own deadline would come later
 
 
 NAMED = {'h.org': (['http://h.org/', 'https://H.org/', 'http://h.org:80/'], ['http://h.org:6379/', 'http://h.org:443/', 'http://x.h.org/']),
@@ -127,13 +128,6 @@ def test_ports_are_named():
         for url in good: assert permitted(url, hosts) == url
         for url in bad:
             with pytest.raises(Refused): permitted(url, hosts)
-
-
-def _until(what):
-    for _ in range(PATIENCE * 10):
-        if what(): return
-        threading.Event().wait(.1)
-    raise AssertionError('waited too long')
 
 
 def _post(server, urls, path='/v1/embeddings'):

@@ -24,6 +24,7 @@ from mmembed.serve.server import running
 
 from ..export import tiny
 from .conftest import config
+from ..helpers import HANG
 
 PNG = cases.images()['RGB.png']
 APP, KEY = 'https://app.example', 's3cret-/+?~>'
@@ -42,7 +43,7 @@ def browsers(tmp_path_factory):
 @pytest.fixture(scope='module')
 def page(browsers):
     "A client as a page of the other origin is."
-    with httpx2.Client(base_url=browsers.url, timeout=60, headers={'origin': APP}) as c: yield c
+    with httpx2.Client(base_url=browsers.url, timeout=HANG, headers={'origin': APP}) as c: yield c
 
 
 def post(http, content, kind='application/json', path='/v1/embeddings', **headers):
@@ -102,10 +103,10 @@ def test_bombs_by_the_other_protocols(server):
         encode = channel.unary_unary('/mmembed.v1.Embedding/Encode', request_serializer=lambda m: m.SerializeToString(), response_deserializer=message('mmembed.v1.EncodeResponse').FromString)
         q = message('mmembed.v1.EncodeRequest')()
         q.items.add(image=bytes(50 << 20))
-        with pytest.raises(grpc.RpcError) as e: encode(q, timeout=60)
+        with pytest.raises(grpc.RpcError) as e: encode(q, timeout=HANG)
         assert e.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         q.items[0].image = PNG
-        assert encode(q, timeout=60).results[0].status == 1
+        assert encode(q, timeout=HANG).results[0].status == 1
 
 
 # ---- what a body is
@@ -159,7 +160,7 @@ def test_another_model_is_not_this_one(http, server, page):
         assert json.loads(ws.recv(60)) == dict(id='q', error=unknown)
     with grpc.insecure_channel(server.grpc.removeprefix('grpc://')) as channel:
         ready = channel.unary_unary('/inference.GRPCInferenceService/ModelReady', request_serializer=lambda m: m.SerializeToString(), response_deserializer=bytes)
-        with pytest.raises(grpc.RpcError) as e: ready(message('inference.ModelReadyRequest')(name='gpt-9'), timeout=60)
+        with pytest.raises(grpc.RpcError) as e: ready(message('inference.ModelReadyRequest')(name='gpt-9'), timeout=HANG)
         assert e.value.code() is grpc.StatusCode.NOT_FOUND
     page.headers['x-api-key'] = KEY
     assert ask(page, model='gpt-9').json()['model'] == 'mine' and page.get('/v2/models/gpt-9/ready').status_code == 200
@@ -230,7 +231,7 @@ def test_head_is_get_without_the_body(http):
 
 def test_every_answer_has_its_date(http, server):
     for r in (http.get('/livez'), http.head('/livez'), http.get('/nothing'), post(http, b'{'), post(http, bytes(3 << 20))): assert re.fullmatch(r'\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT', r.headers['date'])
-    with socket.create_connection(('127.0.0.1', int(server.url.rsplit(':', 1)[1])), timeout=60) as s:
+    with socket.create_connection(('127.0.0.1', int(server.url.rsplit(':', 1)[1])), timeout=HANG) as s:
         s.sendall(b'RUBBISH\r\n\r\n')
         assert b'\r\ndate: ' in s.recv(4096)
 
@@ -246,14 +247,14 @@ def test_the_docs_come_from_this_server_alone(http):
 def test_every_503_says_when_to_come_back(browsers, page):
     "Too many connections; then a server that drains."
     port = int(browsers.url.rsplit(':', 1)[1])
-    held = [socket.create_connection(('127.0.0.1', port), timeout=60) for _ in range(16)]
-    with httpx2.Client(base_url=browsers.url, timeout=60, headers={'origin': APP}) as h:
+    held = [socket.create_connection(('127.0.0.1', port), timeout=HANG) for _ in range(16)]
+    with httpx2.Client(base_url=browsers.url, timeout=HANG, headers={'origin': APP}) as h:
         r = ask(h)
         assert why(r) == (503, '16 connections are open; try again later') and int(r.headers['retry-after']) > 0 and r.headers['access-control-allow-origin'] == APP
-    with httpx2.Client(base_url=browsers.url, timeout=60) as h: assert h.get('/livez').status_code == 200  # a busy server is alive
+    with httpx2.Client(base_url=browsers.url, timeout=HANG) as h: assert h.get('/livez').status_code == 200  # a busy server is alive
     for s in held: s.close()
     browsers.process.send_signal(signal.SIGTERM)
-    with httpx2.Client(base_url=browsers.url, timeout=60) as h:
+    with httpx2.Client(base_url=browsers.url, timeout=HANG) as h:
         while (r := h.get('/readyz')).status_code == 200: pass
         for path in ('/readyz', '/v2/health/ready'):
             r = h.get(path)

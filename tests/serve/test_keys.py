@@ -22,6 +22,7 @@ from mmembed.serve.service import Config, Service
 
 from ..export import tiny
 from .conftest import config
+from ..helpers import HANG
 
 API = app(SimpleNamespace(config=Config('m.pt'), name='m')).inner.api
 ROUTES = sorted({(method, re.sub(r'{name(:path)?}', 'm', route.path))
@@ -46,7 +47,7 @@ def test_every_route_needs_a_key(locked, method, path):
     def status(head):
         if method != 'WEBSOCKET':
             body = {} if method == 'POST' else None
-            return httpx2.request(method, locked.url + path, headers=head, json=body, timeout=60).status_code
+            return httpx2.request(method, locked.url + path, headers=head, json=body, timeout=HANG).status_code
         try:
             with connect(locked.url.replace('http', 'ws') + path, additional_headers=head) as ws:
                 ws.send('{"input": "a"}')
@@ -64,7 +65,7 @@ def test_every_call_needs_a_key(locked, service, name):
         kind = channel.stream_stream if many else channel.unary_unary
         call = kind(f'/{service}/{name}', q.SerializeToString, a.FromString)
         def code(head):
-            how = dict(metadata=tuple(head.items()), timeout=60)
+            how = dict(metadata=tuple(head.items()), timeout=HANG)
             try: list(call(iter([q()]), **how)) if many else call(q(), **how)
             except grpc.RpcError as e: return e.code().name
         assert {code(head) for head in WRONG} == {'UNAUTHENTICATED'} != {code({'x-api-key': 's3cret'})}
@@ -107,6 +108,6 @@ def test_a_blank_key_opens_nothing(keys, tmp_path):
     with pytest.raises(ValueError, match='api_keys must be'): Service(wrong)
     if isinstance(keys, tuple) and '' in keys:  # neither does the process
         program = f"import mmembed.serve.server as s\ns.serve(s.Config('{tiny.artifact()}', port=0, api_keys={keys}))"
-        run = dict(capture_output=True, text=True, timeout=120)
+        run = dict(capture_output=True, text=True, timeout=HANG)
         done = subprocess.run([sys.executable, '-W', 'ignore', '-c', program], **run)
         assert done.returncode == 1 and 'serving' not in done.stdout and 'api_keys must be' in done.stderr

@@ -1,6 +1,5 @@
 """Who goes in which batch: lengths, shares of requests, bounds on waiting; towers wait for the test."""
 import threading
-import time
 
 import pytest
 
@@ -10,6 +9,7 @@ from mmembed.serve.engine import Engine, Item, Options
 from mmembed.serve.lane import Job, Lane
 
 from ..export import tiny
+from ..helpers import HANG, until
 
 
 def offer(lane, data, count=1, key=0, **kw):
@@ -106,20 +106,13 @@ class Stepped:
     def __call__(self, items):
         self.batches.append([i.data for i in items])
         self.came.release()
-        assert self.open or self.go.acquire(timeout=120)
+        assert self.open or self.go.acquire(timeout=HANG)
         return self.tower(items)
 
     def next(self):
         "Lets the batch in the tower go, and waits for the next."
         self.go.release()
-        assert self.came.acquire(timeout=120)
-
-
-def until(what):
-    end = time.monotonic() + 120
-    while not what():
-        assert time.monotonic() < end, 'waited too long'
-        time.sleep(.001)
+        assert self.came.acquire(timeout=HANG)
 
 
 @pytest.mark.parametrize('kind', ['text', 'image'])
@@ -132,7 +125,7 @@ def test_a_single_item_passes_by_the_whole_engine(kind):
     def settled(): return not first.size if kind == 'text' else lane.size >= lane.room  # the stage before rests
     def ask(data, count): return engine.submit([Item(kind, data) for _ in range(count)], lambda job: None)
     for _ in range(3): ask(many, 64)
-    assert tower.came.acquire(timeout=120)  # the first batch is in the tower
+    assert tower.came.acquire(timeout=HANG)  # the first batch is in the tower
     until(settled)
     ask(single, 1)
     until(settled)

@@ -2,7 +2,6 @@
 import asyncio
 import os
 import threading
-import time
 
 import pytest
 
@@ -13,13 +12,7 @@ from mmembed.serve.service import Canary, Config, Service
 
 from ..export import tiny
 from .test_lane import Stepped
-
-
-def until(what):
-    end = time.monotonic() + 120
-    while not what():
-        assert time.monotonic() < end, 'waited too long'
-        time.sleep(.005)
+from ..helpers import HANG, until
 
 
 @pytest.fixture
@@ -42,7 +35,7 @@ def test_readiness_waits_for_nothing(service):
     "A batch is in the tower and hundreds of items wait for it: the answer is there without one turn of an event loop."
     tower = Stepped(service.engine)
     for _ in range(3): service.engine.submit([Item('text', 'a') for _ in range(256)], lambda job: None)
-    assert tower.came.acquire(timeout=120)
+    assert tower.came.acquire(timeout=HANG)
     assert at_once(service.ready()) == ''
     service.draining = True
     assert at_once(service.ready()) == 'shutting down'
@@ -56,7 +49,7 @@ def test_the_canary_does_not_wait_behind_the_load():
     canary = Canary(engine.emb)
     tower = Stepped(engine)
     for k in range(300): engine.submit([Item('text', f'a red circle {k}')], lambda job: None)
-    assert tower.came.acquire(timeout=120)  # the first batch is in the tower
+    assert tower.came.acquire(timeout=HANG)  # the first batch is in the tower
     until(lambda: not engine.first['text'].size)
     said = []
     thread = threading.Thread(target=lambda: said.append(canary.sing(engine, 120)))
@@ -67,7 +60,7 @@ def test_the_canary_does_not_wait_behind_the_load():
     assert any(texts[1:3]), texts
     tower.open = True
     for _ in range(2): tower.go.release()
-    thread.join(120)
+    thread.join(HANG)
     assert said == [''] and engine.close(120)
 
 
@@ -92,7 +85,7 @@ def test_the_service_asks_by_itself(service):
     def watching(): return [t for t in threading.enumerate() if t.name == 'canary']
     assert (mine := watching()[-1]).is_alive()
     service.close()
-    mine.join(120)
+    mine.join(HANG)
     assert not mine.is_alive()
 
 

@@ -9,7 +9,6 @@ import re
 import signal
 import socket
 import threading
-import time
 import weakref
 
 import grpc
@@ -29,6 +28,7 @@ from mmembed.serve.protos import message, methods
 from mmembed.serve.service import Config, Service
 
 from ..export import tiny
+from ..helpers import HANG, until
 
 PNG, JPEG = (cases.images()[name] for name in ('RGB.png', 'quality 75.jpg'))
 TEXTS = ['a red circle', 'a blue square', 'x']
@@ -68,7 +68,7 @@ def call(channel, name, service='mmembed.v1.Embedding'):
 
 
 async def stream(channel, name, request):
-    return [answer async for answer in call(channel, name)(iter([request]), timeout=120)][0]
+    return [answer async for answer in call(channel, name)(iter([request]), timeout=HANG)][0]
 
 
 class Asked:
@@ -141,7 +141,7 @@ def answers(artifacts):
             return job
         service.run = run
         async with (served(service) as (port, grpc_port), connect(f'ws://127.0.0.1:{port}/v1/stream') as ws,
-                    httpx2.AsyncClient(base_url=f'http://127.0.0.1:{port}', timeout=120) as http,
+                    httpx2.AsyncClient(base_url=f'http://127.0.0.1:{port}', timeout=HANG) as http,
                     grpc.aio.insecure_channel(f'127.0.0.1:{grpc_port}') as channel):
             asked = Asked(http, ws, channel, service.name)
             for way in WAYS:
@@ -198,7 +198,7 @@ def workers(): return sorted(t.name for t in threading.enumerate() if not t.name
 def retired():
     "Waits until no engine is on its way out."
     for t in threading.enumerate():
-        if t.name == 'retire': t.join(120)
+        if t.name == 'retire': t.join(HANG)
 
 
 def test_an_engine_ends_with_the_last_request_that_holds_it(artifacts):
@@ -262,14 +262,12 @@ def test_reloads_leave_no_memory(server, http):
     def reloads():
         found = re.search(r'reloads_total{status="ok"} (\S+)', http.get('/metrics').text)
         return float(found[1]) if found else 0
-    end, before = time.monotonic() + 300, reloads()
+    before = reloads()
     for k in range(1, 7):
         assert http.post('/v1/embeddings', json=dict(input=[image(PNG), 'a'])).status_code == 200
         os.kill(server.process.pid, signal.SIGHUP)
-        while reloads() < before + k:
-            assert time.monotonic() < end
-            time.sleep(.02)
+        until(lambda: reloads() >= before + k)
         if k == 2: second = figures()
-    while figures()['Threads'] > second['Threads'] and time.monotonic() < end: time.sleep(.02)
+    until(lambda: figures()['Threads'] <= second['Threads'])
     last = figures()
     assert last['Threads'] <= second['Threads'] and last['VmRSS'] < 1.1 * second['VmRSS'], (second, last)

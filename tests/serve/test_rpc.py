@@ -118,7 +118,7 @@ def test_health_keeps_nothing_that_a_client_names(server, channel):
         assert e.value.code().name == 'NOT_FOUND' and len(e.value.details()) < 200
     seen = []
     with pytest.raises(grpc.RpcError) as e:
-        for answer in stub.Watch(ask('nobody'), timeout=60): seen.append(answer.status)
+        for answer in stub.Watch(ask('nobody'), timeout=HANG): seen.append(answer.status)
     assert e.value.code().name == 'NOT_FOUND' and seen == [health_pb2.HealthCheckResponse.SERVICE_UNKNOWN]
     assert memory() - before < 57  # half of the names
     serving = health_pb2.HealthCheckResponse(status='SERVING')
@@ -132,7 +132,7 @@ def test_nothing_idle_holds_up_the_end(tmp_path):
         closing = threading.Event()
         def idle(*first):
             yield from first
-            closing.wait(300)
+            closing.wait(HANG)
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=OURS))
         reflect = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
         streams = [call(channel, 'EncodeStream')(idle(Encode(id='1', items=[Item(text='a')]))),
@@ -144,7 +144,7 @@ def test_nothing_idle_holds_up_the_end(tmp_path):
         assert [x.status for x in watch] == [health_pb2.HealthCheckResponse.NOT_SERVING]
         codes = [code(next, x) for x in streams]
         assert codes.pop(2) in ('UNAVAILABLE', 'CANCELLED') and set(codes) == {'UNAVAILABLE'}
-        assert s.process.wait(120) == 0
+        assert s.process.wait(HANG) == 0
         closing.set()
 
 

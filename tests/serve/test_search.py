@@ -55,7 +55,7 @@ def test_search_answers_as_the_index(searching, index, way):
 
 
 def test_answers_hold_no_path_of_the_server(searching, index):
-    rows = httpx2.post(f'{searching.url}/search', json=dict(query='a small red circle', top_k=5), headers={'x-api-key': 'k'}, timeout=60).json()['results']
+    rows = httpx2.post(f'{searching.url}/search', json=dict(query='a small red circle', top_k=5), headers={'x-api-key': 'k'}, timeout=HANG).json()['results']
     with Client(searching.grpc, api_key='k') as c: rows += c.search('a small red circle', 5)
     assert len(rows) == 10 and str(index[1]) not in str(rows) and not [v for r in rows for v in r.values() if str(v).startswith('/')]
 
