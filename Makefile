@@ -1,11 +1,15 @@
 # Two commands: `make quickstart` runs the main job, `make test` passes every test. Both set up .venv themselves.
-.PHONY: quickstart test env dev export sanitize clean
+.PHONY: quickstart test weekly env dev export sanitize clean
 
 quickstart: env
 	@.venv/bin/mmembed quickstart
 
 test: dev
 	@.venv/bin/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
+
+# rare and long tests, which `make test` leaves out; recorded in benchmarks/results/weekly.json
+weekly: dev
+	@.venv/bin/python -m pytest -q --weekly
 
 env:
 	@bash tools/setup.sh

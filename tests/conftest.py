@@ -1,15 +1,19 @@
+import json
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections import Counter
+from datetime import date
 from pathlib import Path
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # tests never reach for a hub
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch: threads that wait must not spin
+cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
-os.environ.setdefault('OMP_NUM_THREADS', str(max(1, len(os.sched_getaffinity(0)) // workers)))  # workers share the cores
+os.environ.setdefault('OMP_NUM_THREADS', str(max(1, cores // workers)))  # workers share the cores
 
 import pytest
 import torch
@@ -18,7 +22,12 @@ from .helpers import SHARED, instruction_sets
 
 # As the runtimes have it. Both executors have quirks of their own: the notebooks run the profiling one.
 torch._C._jit_set_profiling_mode(False)
-FOLDER, CLOCK = pytest.StashKey(), pytest.StashKey()
+FOLDER = pytest.StashKey()
+WEEKLY = Path(__file__).resolve().parents[1]/'benchmarks'/'results'/'weekly.json'
+
+
+def pytest_addoption(parser):
+    parser.addoption('--weekly', action='store_true', help=f'run the weekly set instead of the others, and record it in {WEEKLY.name}')
 
 
 def pytest_configure(config):
@@ -63,11 +72,35 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section(f'by folder ({instruction_sets()})')
     for folder, s in seconds.most_common():
         terminalreporter.line(f'{folder:16}{tests[folder]:6} tests {s:8.0f} s {spent[folder]:8.0f} s of CPU')
+    if config.getoption('weekly'): record(terminalreporter.stats)
+    terminalreporter.line(last_weekly())
 
 
-def pytest_collection_modifyitems(items):
-    "The longest first: notebooks, a folder at a time."
+def pytest_collection_modifyitems(config, items):
+    "The weekly set or the others; the longest first: notebooks, a folder at a time."
+    weekly = config.getoption('weekly')
+    left_out = [item for item in items if (item.get_closest_marker('weekly') is not None) != weekly]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     items.sort(key=lambda item: 'notebooks_run' not in item.name)
+
+
+def record(stats):
+    "Writes what the weekly set gave."
+    rows = {r.nodeid: dict(outcome=kind, seconds=round(r.duration, 1)) for kind in ('passed', 'failed', 'error', 'skipped') for r in stats.get(kind, [])
+            if r.when == 'call' or kind != 'passed'}
+    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=WEEKLY.parent, capture_output=True, text=True).stdout.strip()
+    WEEKLY.write_text(json.dumps(dict(date=date.today().isoformat(), commit=commit, processor=instruction_sets(), torch=torch.__version__, tests=rows), indent=1) + '\n')
+
+
+def last_weekly() -> str:
+    "When the weekly set last ran, and how it went."
+    if not WEEKLY.exists(): return 'weekly set: never run (make weekly)'
+    last = json.loads(WEEKLY.read_text())
+    outcomes = Counter(row['outcome'] for row in last['tests'].values())
+    days = (date.today() - date.fromisoformat(last['date'])).days
+    return f"weekly set: {', '.join(f'{n} {kind}' for kind, n in outcomes.items())}, {days} days ago at {last['commit']} (make weekly)"
 
 
 class Spent:

@@ -22,6 +22,7 @@ class Slow(Worn):
         return super().image(i)
 
 
+@pytest.mark.weekly
 def test_a_node_dies_in_the_middle(tmp_path):
     from ray.cluster_utils import Cluster
     model, source = artifact(tmp_path/'model.pt'), Slow(train=150, valid=0)

@@ -388,6 +388,7 @@ trainer:
 """
 
 
+@pytest.mark.weekly
 def test_two_processes_keep_half_of_the_weights_each(work):
     "torchrun, weights sharded: one folder, and the weights of one process that has the joined batches."
     import os

@@ -173,6 +173,7 @@ def test_server_of_pairs(server, picture):
     assert got[1]['error'] == 'this model scores pairs: send text and image' and got[2]['error'] == '/no: No such file or directory'
 
 
+@pytest.mark.weekly
 def test_other_projects_find_the_package(tmp_path):
     "Installed to a folder of its own, moved, found by a small project that knows nothing of this checkout, compiled and run."
     cmake, root = host._cmake(), host._root()

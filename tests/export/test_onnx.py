@@ -274,6 +274,7 @@ def test_what_a_graph_cannot_hold(options, message, tmp_path):
     assert not list(tmp_path.rglob('*.onnx'))
 
 
+@pytest.mark.weekly
 def test_triton_serves_both(made, pairs, tmp_path, capsys):
     import onnxruntime
     from mmembed.cli import main

@@ -23,6 +23,7 @@ def repository(tmp_path_factory):
 def model(repository, name): return quietly(torch.jit.load, str(repository/name/'1'/'model.pt'))
 
 
+@pytest.mark.weekly
 def test_texts_of_many_requests(repository):
     "Every built-in text, as the server hands them over: bytes one after the other, int32 offsets."
     data, offsets = pack(cases.texts())

@@ -73,7 +73,7 @@ for name, m, at in (('http', tritonclient.http, host), ('grpc', tritonclient.grp
             asked = [['x' * 400] * 60, ['a'], [''] * 3]  # the first takes longest
             for k, texts in enumerate(asked): c.async_stream_infer(model, [inputs(*texts)], request_id=str(k))
             c.async_stream_infer('other', [inputs('a')])
-            got = [answers.get(timeout=HANG) for _ in range(4)]
+            got = [answers.get(timeout=300) for _ in range(4)]
             c.stop_stream()
             said['stream'] = [[r.get_response().id, len(rows(r))] for r, e in got[:3]]
             said['refused'] = got[3][1].message()
@@ -82,6 +82,7 @@ print(json.dumps(out))
 """
 
 
+@pytest.mark.weekly
 def test_tritonclient(server, python, emb, http):
     "Configuration, statistics, index, compressed requests, and a stream whose answers come in the order of the requests."
     file = FILES['RGB.png']

@@ -57,6 +57,7 @@ def places():
     return {w['pid']: w for w in (f.result(timeout_s=HANG) for f in found)}
 
 
+@pytest.mark.weekly
 def test_two_nodes_answer_survive_a_kill_and_change_the_artifact(url, tmp_path):
     emb, files, texts = Embedder(tiny.artifact()), list(cases.images().values()), tiny.CAPTIONS * 3
     want = emb.encode_text(texts).numpy()

@@ -41,7 +41,10 @@ FAMILIES = {'sentencepiece': lambda: TextPipeline.from_sentencepiece(model(user_
     'tokenizer.json': lambda: file('converted, bytes'), 'jieba': lambda: chinese(True)}
 
 
-@pytest.fixture(scope='module', params=FAMILIES)
+WEEKLY = {'tokenizer.json'}  # the lattice is sentencepiece's
+
+
+@pytest.fixture(scope='module', params=[pytest.param(k, marks=[pytest.mark.weekly] * (k in WEEKLY)) for k in FAMILIES])
 def exported(request):
     "The scripted pipeline, the ONNX file, and its two exits as functions."
     tp = FAMILIES[request.param]().eval()
