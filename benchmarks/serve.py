@@ -18,7 +18,9 @@ import asyncio
 import base64
 import gc
 import io
+import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -294,33 +296,42 @@ def heavy():
     chinese = '一个红色的小圆在蓝色方块左边'
     sixty = json.dumps(dict(input=[chinese * 23_000] * 60), ensure_ascii=False).encode()  # 60 texts of 966 kB
     mega = {'1 MB of words': 'a red circle ' * 75_000, '1 MB of Chinese': chinese * 23_000, '1 MB of blanks, then words': ' ' * 900_000 + 'a red circle ' * 5_000, '1 MB of one word': 'q' * 1_000_000}
-    return {name: ([post(t.encode(), 'text/plain')], 1) for name, t in mega.items()} | {'3 x 60 MB of Chinese': ([post(sixty)], 3),
+    many = post(json.dumps(dict(input=['a small red circle'] * 256)).encode())
+    return {name: ([post(t.encode(), 'text/plain')], 1) for name, t in mega.items()} | {'24 clients of 256 texts': ([many], 24), '3 x 60 MB of Chinese': ([post(sixty)], 3),
         '3 x 60 MB of one word': ([post(json.dumps(dict(input=['q' * 1_000_000] * 60)).encode())], 3), '40 uploads of 60 MB': ([post(bytes(60 << 20), 'image/png')], 40),
         '16 GIFs of 33 megapixels': ([post(flat(5792), 'image/gif')], 16), '16 GIFs of 50 megapixels': ([post(flat(7072), 'image/gif')], 16)}
 
 
 def beside(config, seconds):
-    "Short texts alone and beside each of `heavy`: their latency, what the large ones were answered, the largest resident memory."
+    "Short texts alone and beside each of `heavy`: their latency, that of the probes, what the large ones were answered, the largest resident memory."
     from mmembed.serve.server import running
     context, short = get_context('spawn'), requests('text', [])
     with running(config) as s:
         port, process = int(s.url.rsplit(':', 1)[1]), psutil.Process(s.process.pid)
-        print(f'{"beside":28} {"p50 ms":>8} {"p99 ms":>8} {"max ms":>8} {"failed":>6} {"MiB":>6}  answers')
+        print(f'{"beside":28} {"p50 ms":>8} {"p99 ms":>8} {"max ms":>8} {"failed":>6} {"probe p99":>9} {"max ms":>8} {"MiB":>6}  answers')
         asyncio.run(closed(port, short, 2, 3))
         for name, (large, n) in ({'nothing': ([], 0)} | heavy()).items():
             with ProcessPoolExecutor(1, context) as pool:
                 done = pool.submit(_send, port, large, n, seconds) if large else None
-                peak, out = [], []
+                peak, probes = [], []
+                async def probed():  # as an orchestrator does, on a connection of its own
+                    for k in itertools.count():
+                        c, began = Connection(port), time.perf_counter()
+                        _, status = await c.ask(b'GET %s HTTP/1.1\r\nhost: x\r\n\r\n' % (b'/livez', b'/readyz')[k % 2])
+                        c.pair[1].close()
+                        probes.append(time.perf_counter() - began if status == 200 else math.inf)
+                        await asyncio.sleep(.05)
                 async def watched():
-                    task = asyncio.ensure_future(closed(port, short, 2, seconds))
+                    task, probe = asyncio.ensure_future(closed(port, short, 2, seconds)), asyncio.ensure_future(probed())
                     while not task.done():
                         peak.append(process.memory_info().rss)
                         await asyncio.sleep(.01)
+                    probe.cancel()
                     return await task
                 out, _ = asyncio.run(watched())
                 answers = done.result() if done else {}
-            times = np.array([t for t, _ in out]) * 1e3
-            print(f'{name:28} {np.percentile(times, 50):8.1f} {np.percentile(times, 99):8.1f} {times.max():8.1f} {sum(c != 200 for _, c in out):6} {max(peak) / 2**20:6.0f}  {answers}', flush=True)
+            times, probes = np.array([t for t, _ in out]) * 1e3, np.array(probes) * 1e3
+            print(f'{name:28} {np.percentile(times, 50):8.1f} {np.percentile(times, 99):8.1f} {times.max():8.1f} {sum(c != 200 for _, c in out):6} {np.percentile(probes, 99):9.1f} {probes.max():8.1f} {max(peak) / 2**20:6.0f}  {answers}', flush=True)
         print('the same process lives' if s.process.poll() is None else f'THE SERVER DIED: {s.process.poll()}')
 
 
