@@ -10,6 +10,7 @@ __all__ = ['STAGES', 'TIMES', 'SIZES', 'TRACE', 'FAULTS', 'seconds', 'Metrics', 
 
 # %% ../../nbs/serve/03_observe.ipynb #e73b23e1
 import contextlib
+import functools
 import json
 import logging
 import logging.handlers
@@ -52,7 +53,10 @@ class Metrics:
     def __init__(self):
         p = prometheus_client
         self.registry = p.CollectorRegistry()
-        def new(kind, name, text, labels=(), **kw): return kind(f'mmembed_{name}', text, labels, registry=self.registry, **kw)
+        def new(kind, name, text, labels=(), **kw):
+            made = kind(f'mmembed_{name}', text, labels, registry=self.registry, **kw)
+            made.labels = functools.cache(made.labels)  # few values, asked for some ten times an item
+            return made
         summed = dict(multiprocess_mode='livesum')
         self.requests = new(p.Counter, 'requests_total', 'Requests', ['protocol', 'route', 'status'])
         self.request_seconds = new(p.Histogram, 'request_seconds', 'Time to answer a request', ['protocol', 'route'], buckets=TIMES)
