@@ -255,7 +255,7 @@ def test_a_client_that_does_not_read_its_answer_holds_no_engine(artifacts):
 
 
 def test_reloads_leave_no_memory(server, http):
-    "A real process, its first engine frozen for the collector: after six it is as large as after the second."
+    "A real process, its first engine frozen for the collector: after six it is within a fifth of what it was after the second (70 MB a reload were kept once)."
     def figures():
         rows = (line.split(':') for line in open(f'/proc/{server.process.pid}/status'))
         return {k: int(v.split()[0]) for k, v in rows if k in ('VmRSS', 'Threads')}
@@ -270,4 +270,4 @@ def test_reloads_leave_no_memory(server, http):
         if k == 2: second = figures()
     until(lambda: figures()['Threads'] <= second['Threads'])
     last = figures()
-    assert last['Threads'] <= second['Threads'] and last['VmRSS'] < 1.1 * second['VmRSS'], (second, last)
+    assert last['Threads'] <= second['Threads'] and last['VmRSS'] < 1.2 * second['VmRSS'], (second, last)
