@@ -323,7 +323,7 @@ class CharTables(nn.Module):
         return np.bincount(np.repeat(np.arange(N_CODES), counts), survives[images], N_CODES) > 0
 
 # %% ../../nbs/text/02_unicode.ipynb #b075f683
-@functools.lru_cache(4)
+@functools.lru_cache(2)
 def _tables_of(rules: CharRules) -> CharTables: return CharTables(rules)
 
 def char_tables(
