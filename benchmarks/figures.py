@@ -62,7 +62,7 @@ def minilm(max_length=64):
 
 
 def source(text_key='alt'):
-    return PairsFile(DATA/'figures'/'pairs.jsonl', text_key=text_key, split_key='section')
+    return PairsFile(DATA/'figures'/'pairs.jsonl', text_key=text_key, group_key='section')
 
 
 def parts(pairs):
@@ -85,7 +85,7 @@ def split(near='0.97'):
     captions = {valid.text(i) for i in range(len(valid))}
     twins = (a @ b.T).max(1).values > float(near)
     out = [train.name(i) for i in range(len(train)) if twins[i] or train.text(i) in captions]
-    rule = f'PairsFile(split_key=section).split(0.2); left out: training rows with a held-out caption, or a picture of cosine > {near} to a held-out one'
+    rule = f'PairsFile(group_key=section).split(0.2); left out: training rows with a held-out caption, or a picture of cosine > {near} to a held-out one'
     SPLIT.write_text(json.dumps({'rule': rule, 'held_out': [valid.name(i) for i in range(len(valid))], 'left_out': out}, indent=0))
     print(len(pairs), 'pairs,', len(valid), 'held out,', len(out), 'left out')
 
@@ -397,7 +397,7 @@ def compare(*names):
 
 def errors(*names):
     "Of saved models (probe-0, finetuned-0): recall on as many training pairs, and where the picture that wrongly stands first comes from."
-    pairs = PairsFile(DATA/'figures'/'pairs.jsonl', text_key='alt', split_key='section', near_key='book')
+    pairs = PairsFile(DATA/'figures'/'pairs.jsonl', text_key='alt', group_key='section', near_key='book')
     train, valid = parts(pairs)
     some = Part(pairs, train.rows[:len(valid)])
     sets = {'training': (some, lower(train, 'train')[0][:len(valid)]), 'held out': (valid, lower(valid, 'valid')[0])}

@@ -30,7 +30,7 @@ from mmembed.vision.pipeline import VisionPipeline
 def source():
     "The data folder's figures where there are some, generated scenes otherwise."
     path = Path(os.environ.get('MMEMBED_DATA') or Path(__file__).resolve().parents[2]/'shared'/'data')/'figures'/'pairs.jsonl'
-    return (PairsFile(path, text_key='alt', split_key='section'), 'figures') if path.exists() else (Scenes(train=2000, valid=10), 'scenes')
+    return (PairsFile(path, text_key='alt', group_key='section'), 'figures') if path.exists() else (Scenes(train=2000, valid=10), 'scenes')
 
 
 class Step:

@@ -55,7 +55,7 @@ def show(name, score, label, threshold):
 
 def match(epochs='3', lr='2e-4'):
     """Half the pairs are right: guessing gives 50 % and 0.5. A cosine is called a match above the median of all. `epochs` are those of the upper layers; 0: frozen towers alone; cosine: no classifier that begins from nothing."""
-    pairs = PairsFile(f.DATA/'figures'/'pairs.jsonl', text_key='alt', split_key='section', near_key='book')
+    pairs = PairsFile(f.DATA/'figures'/'pairs.jsonl', text_key='alt', group_key='section', near_key='book')
     train, valid = f.parts(pairs)
     tests, start = pairs_of(valid, 0, seed=1), time.process_time()
     label = torch.tensor([y for *_, y in tests])
@@ -276,7 +276,7 @@ def emoji(epochs='25', lr='1e-3', batch='256'):
     from mmembed.core import Embeddings
     from mmembed.models.towers import TextTransformer
     from mmembed.text.pipeline import TextPipeline
-    pairs = PairsFile(f.DATA/'emoji'/'pairs.jsonl', text_key=f"name.{','.join(LANGUAGES)}", split_key='emoji')
+    pairs = PairsFile(f.DATA/'emoji'/'pairs.jsonl', text_key=f"name.{','.join(LANGUAGES)}", group_key='emoji')
     train, valid = pairs.split(0.2)
     once, start = {}, time.process_time()
     for part in (train, valid):

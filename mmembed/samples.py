@@ -38,7 +38,7 @@ class ShardRows(Shards):
             except pa.ArrowException: self.kept[k] = pa.array([None if v is None else str(v) for v in values], pa.large_string())
         self.stamps = {url: self._stamp(url) for url in self.urls}
 
-    def _add(self, n: int, s, text_key, label_key, split_key):
+    def _add(self, n: int, s, text_key, *_):
         place = f'{self.urls[n]}: {s.key}'
         text = _part(s, text_key, place)
         if (self.what != 'text' and not s.image) or (self.what != 'image' and text is None):

@@ -337,7 +337,7 @@ def show_figures(
 # %% ../nbs/20_train.ipynb #d3c61694
 def evaluate(
     checkpoint: str | Path,  # a .ckpt or .safetensors of a run
-    argv: list[str] = [],    # options of the data: ['--data.path', 'other.csv', '--data.split_key', 'section']
+    argv: list[str] = [],    # options of the data: ['--data.path', 'other.csv', '--data.group_key', 'section']
 ) -> dict: # 'recall' and 'map', or 'figures'; plain data
     """The figures of a checkpoint on the validation part (or the third part of a split file).
 

@@ -226,7 +226,7 @@ def test_the_vocabulary_is_learnt_from_training_captions_alone(work):
     rows = [('x.jpg', f'word{"abcdefghij"[i % 10]} only{i}') for i in range(200)]
     (work/'x.jpg').write_bytes(bytes(Scenes(1, 0).image(0).tolist()))
     (work/'pairs.csv').write_text('image,text\n' + ''.join(f'{a},{b}\n' for a, b in rows))
-    cli = prepare([*SMALL, '--data.source', 'null', '--data.path', 'pairs.csv', '--data.split_key', 'text', '--vocab_size', '5000'])
+    cli = prepare([*SMALL, '--data.source', 'null', '--data.path', 'pairs.csv', '--data.group_key', 'text', '--vocab_size', '5000'])
     tp = cli.model.model.text_pipeline
     train = {w for t in cli.datamodule.captions() for w in t.split()}
     valid = {w for i in range(len(cli.datamodule.valid)) for w in cli.datamodule.valid.text(i).split()} - train
@@ -308,7 +308,7 @@ STAND_INS = {'clip_vitb32': CLIP, 'clip_lora': CLIP, 'bert_resnet': BERT, 'bert_
 def test_configs_are_short_and_run(work, networks, path):
     assert 8 <= len(path.read_text().splitlines()) <= 40
     table(Scenes(train=24, valid=0), work, 24)
-    data = ['--data.path', 'pairs.csv', '--data.text_key', 'text', '--data.split_key', 'null', '--data.valid_share', '0.3'] \
+    data = ['--data.path', 'pairs.csv', '--data.text_key', 'text', '--data.group_key', 'null', '--data.valid_share', '0.3'] \
         if '\n  path:' in path.read_text() else ['--data.source.train', '24', '--data.source.valid', '8']
     result = run(['--config', str(path), *data, *STAND_INS.get(path.stem, []), '--data.batch_size', '8', '--data.workers', '0', '--trainer.limit_train_batches', '2',
                   '--trainer.max_epochs', '1', '--trainer.accelerator', 'cpu', '--trainer.enable_progress_bar', 'false', '--trainer.logger', 'false',

@@ -9,13 +9,16 @@ __all__ = ['load_hub', 'HubData']
 
 # %% ../../nbs/data/02d_hub.ipynb #c616ebed
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..core import as_bytes, read_bytes, settings
-from .sources import Part, Source, _no_column, from_template
+from .folders import of_system
+from .sources import (
+    PART_NAMES, Source, _no_column, as_text, check_groups, column_parts, from_template, part_in, part_meaning, part_named)
 
 # %% ../../nbs/data/02d_hub.ipynb #60b94072
 def _datasets():
@@ -35,9 +38,10 @@ def load_hub(
         if (path/'dataset_info.json').is_file() or (path/'dataset_dict.json').is_file():
             found = datasets.load_from_disk(str(path))
             return found if isinstance(found, datasets.DatasetDict) else datasets.DatasetDict(train=found)
-        files = [path] if path.is_file() and path.suffix == '.parquet' else sorted(path.glob('**/*.parquet'))
+        files = [path] if path.is_file() and path.suffix == '.parquet' else \
+            sorted(f for f in path.glob('**/*.parquet') if not any(map(of_system, f.relative_to(path).parts)))
         if files: return datasets.DatasetDict({
-            part: datasets.Dataset.from_parquet([str(f) for f in members]) for part, members in _parts(files).items()})
+            part: datasets.Dataset.from_parquet([str(f) for f in members]) for part, members in _parts(files, path).items()})
         if path.exists(): raise ValueError(f'{path} is neither a folder of `save_to_disk` nor of Parquet files')
     try: found = datasets.load_dataset(str(name), config, revision=revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
@@ -48,40 +52,64 @@ def load_hub(
     return found
 
 # %% ../../nbs/data/02d_hub.ipynb #f3c23c8d
-def _parts(files: list[Path]) -> dict[str, list[Path]]:
-    "Files by the part their name begins with, as the hub has them: `train-00000-of-00003.parquet`."
-    found: dict[str, list] = {'train': [], 'validation': [], 'test': []}
-    for f in files: found[next((p for p in found if f.name.startswith(p[:5])), 'train')].append(f)
-    return {part: members for part, members in found.items() if members}
+def _parts(files: list[Path], folder: Path) -> dict[str, list[Path]]:
+    "Files by part: all before the number in `train-00000-of-00003.parquet`, else the word that names one, else the name."
+    found: dict[str, list] = {}
+    for f in files:
+        numbered = re.match(r'(.+)-\d{5}-of-\d{5}', f.name)
+        inside = f.relative_to(folder).as_posix() if f != folder else f.name
+        found.setdefault(numbered[1] if numbered else part_in(inside) or re.sub(r'[-._ 0-9]+$', '', f.stem), []).append(f)
+    if not any(map(part_in, found)): return {'train': files}
+    order = [*PART_NAMES, '']
+    return dict(sorted(found.items(), key=lambda item: order.index(part_named(item[0]))))
 
 # %% ../../nbs/data/02d_hub.ipynb #087896c5
 class HubData(Source):
     "A data set of `datasets`, undecoded"
     def __init__(self,
-        name: str | Path | Any,               # a folder, a Parquet file, a name on the hub, or a `Dataset`
+        name: str | Path | Any,               # a folder, a Parquet file, a name on the hub, a `Dataset` or a `DatasetDict`
         image_key: str = 'image',             # column of images: files, bytes or paths
         text_key: str | None = 'text',        # column of captions, or of lists whose first is taken; None: from labels
-        split_key: str | None = None,         # column whose equal values stay on one side of a split
+        split_key: str | None = None,         # column of parts, instead of the data set's own; see `PairsFile`
         label_key: str | None = None,         # column of classes
         templates: list[str] | tuple = ('a photo of a {}',), # captions for `text_key=None`
         config: str | None = None,            # of a data set that has several
         revision: str | None = None,          # of a data set on the hub
+        group_key: str | None = None,         # column whose equal values stay on one side of a split
+        parts: dict | None = None,            # names of parts that are not known: 'train', 'valid', 'test', None: left out
     ):
         """Raises `FileNotFoundError` for a data set that is neither here nor reachable, `ValueError` for a missing
         column, listing those there are, and for an empty data set."""
         datasets = _datasets()
-        parts = {'train': name} if isinstance(name, datasets.Dataset) else load_hub(name, config, revision)
+        own = {'train': name} if isinstance(name, datasets.Dataset) else name if isinstance(name, datasets.DatasetDict) \
+            else load_hub(name, config, revision)
         if not (text_key or label_key): raise ValueError('HubData wants text_key or label_key')
         self.title = str(name) if isinstance(name, (str, Path)) else 'a data set'
         self.templates = tuple(templates)
-        wanted = {'image': image_key, 'text': text_key, 'group': split_key, 'label': label_key}
-        self.parts = {part: self._columns(d, wanted) for part, d in parts.items() if len(d)}
+        wanted = {'image': image_key, 'text': text_key, 'group': group_key, 'label': label_key, 'split': split_key}
+        self.parts = {part: self._columns(d, wanted) for part, d in own.items() if len(d)}
         self.rows = [(part, i) for part, d in self.parts.items() for i in range(len(d['image'][1]))]
         if not self.rows: raise ValueError(f'{self.title} holds no rows')
+        if group_key: check_groups(group_key, map(as_text, self._different('group')), self.title)
+        if split_key: self.meaning = column_parts(split_key, map(as_text, self._different('split')), parts, self.title)
+        else: self.meaning = part_meaning(parts, self.parts, self.title)
+
+    def _different(self, role: str) -> list:
+        "The values that a column has, each once."
+        return list(dict.fromkeys(v for part, d in self.parts.items() for v in self._names(part, role, d[role][1].unique(d[role][0]))))
+
+    def _names(self, part: str, role: str, values: list) -> list:
+        "Names for the numbers of a column of classes; -1 is none, as `datasets` has it."
+        key, d = self.parts[part][role]
+        names = getattr(d.features[key], 'names', None)
+        if names is None: return values
+        if wrong := [v for v in values if isinstance(v, int) and not -1 <= v < len(names)]:
+            raise ValueError(f'{self.title}: {key} is {wrong[0]}, and there are {len(names)} classes')
+        return [None if v == -1 else names[v] if isinstance(v, int) else v for v in values]
 
     def _columns(self, d: Any, wanted: dict[str, str | None]) -> dict[str, tuple[str, Any]]:
         "Each column as a data set of its own: asking for a caption then reads no image."
-        datasets = _datasets()
+        datasets, d = _datasets(), d.with_format(None)  # a tensor is not a caption, nor a class
         for key in wanted.values():
             if key and key not in d.column_names: raise _no_column(self.title, key, d.column_names)
         if isinstance(d.features[wanted['image']], datasets.Image):
@@ -114,18 +142,15 @@ class HubData(Source):
 
     def name(self, i: int) -> str: return '{} {}'.format(*self.rows[i])
 
-    def group(self, i: int) -> str:
-        return str(self._value('group', i)) if 'group' in self.parts[self.rows[i][0]] else self.name(i)
+    def _value_text(self, role: str, i: int) -> str:
+        "The value of a row as text; '' for none, or where there is no such column."
+        part = self.rows[i][0]
+        return as_text(self._names(part, role, [self._value(role, i)])[0]) if role in self.parts[part] else ''
 
-    def label(self, i: int) -> str:
-        if 'label' not in self.parts[self.rows[i][0]]: return ''
-        value = self._value('label', i)
-        return self.classes[value] if hasattr(self, 'classes') and isinstance(value, int) else str(value)
+    def group(self, i: int) -> str: return self._value_text('group', i) or self.name(i)
+    def label(self, i: int) -> str: return self._value_text('label', i)
 
-    def split(self, share: float = 0.1) -> tuple[Part, Part]:
-        "`train` and `validation`, or else `test`, where the data set has them; else by a hash of the group."
-        valid = next((p for p in ('validation', 'test') if p in self.parts), None)
-        if valid is None or 'train' not in self.parts: return super().split(share)
-        return tuple(Part(self, [i for i, (part, _) in enumerate(self.rows) if part == p]) for p in ('train', valid))
+    def part(self, i: int) -> str:
+        return self._value_text('split', i) if 'split' in self.parts[self.rows[i][0]] else self.rows[i][0]
 
     def __repr__(self): return f'{len(self)} rows of {self.title}'

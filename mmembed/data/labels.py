@@ -84,7 +84,7 @@ class MatchData(PairData):
 
     def __init__(self,
         mismatches: int = 1,  # for each matching pair
-        near: float = 1.0,    # share of the mismatches from rows alike: `near_key`, else `split_key`
+        near: float = 1.0,    # share of the mismatches from rows alike: `near_key`, else `group_key`
         **options,            # as `PairData` takes them
     ):
         "Raises `ValueError` for numbers that make no sense, and what `PairData` raises."

@@ -140,7 +140,9 @@ class PairData(LightningDataModule):
         label_key: str | None = None,                   # column of `path` that holds a class
         templates: list[str] | None = None,             # of captions for `text_key: null`, with {} for the class
         near_key: str | None = None,                    # column of `path`: `MatchData`'s wrong captions have it equal
-        split_key: str | None = None,                   # column of `path`: equal values stay on one side of the split
+        split_key: str | None = None,                   # column of `path` that holds parts: train, val, test; or `is_train`
+        parts: dict | None = None,                      # other values of it: 'train', 'valid', 'test', null: left out
+        group_key: str | None = None,                   # column of `path`: equal values stay on one side of the split
         image_root: str | None = None,                  # where image paths begin; the folder of `path` by default
         valid_share: float = 0.1,                       # share of the groups kept for validation
         split_file: str | None = None,                  # a .csv of which group is where: written once, then read
@@ -165,7 +167,8 @@ class PairData(LightningDataModule):
         if not 0 < valid_share < 1: raise ValueError(f'valid_share must be between 0 and 1, got {valid_share}')
         if path is not None:
             more = {'templates': templates} if templates else {}
-            source = PairsFile(path, image_key, text_key, split_key, image_root, label_key, near_key=near_key, **more)
+            source = PairsFile(path, image_key, text_key, split_key, image_root, label_key, near_key=near_key,
+                               group_key=group_key, parts=parts, **more)
         self.source = source
         self.batch_size, self.workers = batch_size, workers
         self.worker_type, self.start_method = worker_type, start_method
@@ -176,12 +179,12 @@ class PairData(LightningDataModule):
             raise ValueError(f"on_error must be 'skip', 'raise' or 'blank', got {on_error!r}")
         self.ledger = Ledger()
         if on_error == 'blank': self.ledger.done = 'replaced by the mean colour'
-        parts = dict(zip(('train', 'valid'), self.source.split(valid_share))) if split_file is None else \
+        parts = self.source.splits(valid_share) if split_file is None else \
             split_once(self.source, split_file, valid_share)
         self.train, self.valid, self.test = parts['train'], parts['valid'], parts.get('test')
         for name, part in [('training', self.train), ('validation', self.valid)]:
             if not len(part): raise ValueError(f'{self.source!r}: no rows for {name}; valid_share is {valid_share}'
-                                               + (f', split_key is {split_key!r}' if split_key else ''))
+                                               + (f', group_key is {group_key!r}' if group_key else ''))
         if shuffle_captions: self.train = Shuffled(self.train, self.seed)
 
     def captions(self) -> Iterator[str]:

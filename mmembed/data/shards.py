@@ -11,6 +11,7 @@ __all__ = ['shard_urls', 'Sample', 'samples', 'Shards']
 import hashlib
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..core import as_bytes
-from .folders import ENDINGS
-from .sources import Source, from_template
+from .folders import ENDINGS, of_system
+from .sources import Source, check_groups, column_parts, from_template, part_in, part_meaning
 
 # %% ../../nbs/data/02c_shards.ipynb #47b21ea0
 def shard_urls(
@@ -70,7 +71,7 @@ def samples(
                 end = member.offset_data + -(-member.size // 512) * 512
                 if not member.isfile(): continue
                 name, ending = _key(member.name)
-                if not name.rpartition('/')[2]: continue  # a hidden file
+                if any(map(of_system, member.name.removeprefix('./').split('/'))): continue
                 if name != key:
                     if key is not None: yield Sample(key, image, parts)
                     key, image, parts = name, (), {}
@@ -89,10 +90,12 @@ class Shards(Source):
         urls: str | list[str],               # shards: paths or URLs, with {000..031}, {a,b} or *
         text_key: str | None = 'txt',        # part that holds the caption, or 'json:field'; None: made from the label
         label_key: str | None = None,        # part that holds a class, as 'cls', or 'json:field'
-        split_key: str | None = None,        # 'json:field' whose equal values stay on one side, or 'shard'
+        split_key: str | None = None,        # 'json:field' of parts, instead of the shards' names; see `PairsFile`
         templates: list[str] | tuple = ('a photo of a {}',), # captions for `text_key=None`
         index: str | Path | None = None,     # folder that keeps what lies where; None: look through at each start
         options: dict | None = None,         # of the store, as `fsspec` takes them
+        group_key: str | None = None,        # 'json:field' whose equal values stay on one side of a split, or 'shard'
+        parts: dict | None = None,           # names of parts that are not known: 'train', 'valid', 'test', None: left out
     ):
         """Raises `FileNotFoundError` for a shard that is missing, `ValueError` for one that is no tar file or is
         truncated, for JSON that cannot be read, and if there is no sample with an image and a caption."""
@@ -102,15 +105,20 @@ class Shards(Source):
         self.texts: list[str] = []
         self.labels: list[str] = []
         self.groups: list[str] = []
+        self.sides: list[str] = []
         self.places: list[tuple[int, int, int]] = []  # shard, begin, bytes
         self.ignored: list[str] = []
         for n, url in enumerate(self.urls):
-            for s in _indexed(url, options, index): self._add(n, s, text_key, label_key, split_key)
+            for s in _indexed(url, options, index): self._add(n, s, text_key, label_key, split_key, group_key)
         if not self.keys:
             first = f'; the first of {len(self.ignored)}: {self.ignored[0]}' if self.ignored else ''
             raise ValueError(f'{urls}: no sample has an image and {text_key or label_key}{first}')
+        if group_key and group_key != 'shard': check_groups(group_key, dict.fromkeys(self.groups), str(urls))
+        self.named = _shard_parts(self.urls)
+        if split_key: self.meaning = column_parts(split_key, dict.fromkeys(self.sides), parts, str(urls))
+        else: self.meaning = part_meaning(parts, self.named, str(urls))
 
-    def _add(self, n: int, s: Sample, text_key, label_key, split_key):
+    def _add(self, n: int, s: Sample, text_key, label_key, split_key, group_key):
         place = f'{self.urls[n]}: {s.key}'
         label = _part(s, label_key, place) if label_key else ''
         text = _part(s, text_key, place) if text_key else from_template(label or '', self.templates, s.key)
@@ -121,13 +129,15 @@ class Shards(Source):
         self.texts.append(text)
         self.labels.append(label)
         self.places.append((n, *s.image))
-        if split_key: self.groups.append(self.urls[n] if split_key == 'shard' else _part(s, split_key, place) or s.key)
+        if split_key: self.sides.append(_part(s, split_key, place) or '')
+        if group_key: self.groups.append(self.urls[n] if group_key == 'shard' else _part(s, group_key, place) or s.key)
 
     def __len__(self) -> int: return len(self.keys)
     def text(self, i: int) -> str: return self.texts[i]
     def name(self, i: int) -> str: return f'{Path(self.urls[self.places[i][0]]).name}: {self.keys[i]}'
     def label(self, i: int) -> str: return self.labels[i]
     def group(self, i: int) -> str: return self.groups[i] if self.groups else self.name(i)
+    def part(self, i: int) -> str: return self.sides[i] if self.sides else self.named[self.places[i][0]]
 
     def image(self, i: int) -> Tensor:
         from fsspec.core import url_to_fs
@@ -139,6 +149,15 @@ class Shards(Source):
         return as_bytes(data)
 
     def __repr__(self): return f'{len(self)} samples of {len(self.urls)} shards'
+
+# %% ../../nbs/data/02c_shards.ipynb #72c70d3a
+def _shard_parts(urls: list[str]) -> list[str]:
+    "The part of each shard: the word of its name that names one, else of the folders that tell it from others; '' if none has one."
+    split = [url.split('/') for url in urls]
+    same = next((n for n, names in enumerate(zip(*split)) if len(set(names)) > 1), min(map(len, split)) - 1)
+    found = [part_in('/'.join(names[same:])) for names in split]
+    if not any(found): return found
+    return [part or re.sub(r'[-._ 0-9]+$', '', names[-1].partition('.')[0]) for part, names in zip(found, split)]
 
 # %% ../../nbs/data/02c_shards.ipynb #776b80fa
 def _part(s: Sample, key: str, place: str) -> str | None:

@@ -16,11 +16,11 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .sources import Part, Source, _reason
+from .sources import PART_NAMES, Part, Source, _reason
 from ..vision.pipeline import VisionPipeline
 
 # %% ../../nbs/data/02e_splits.ipynb #6bbacebd
-PARTS = ('train', 'valid', 'test')
+PARTS = tuple(PART_NAMES)
 
 def write_split(
     parts: dict[str, Part],  # some of 'train', 'valid', 'test': rows of one source
@@ -70,7 +70,7 @@ def split_once(
 ) -> dict[str, Part]: # 'train', 'valid' and perhaps 'test'
     "The split that `path` says; raises what `read_split` and `write_split` raise."
     if not Path(path).exists():
-        try: write_split(dict(zip(PARTS, source.split(share))), path)
+        try: write_split(source.splits(share), path)
         except FileExistsError: pass  # another process was faster and wrote the same
     return read_split(source, path)
 

@@ -52,7 +52,7 @@ def test_tables_of_labels(tmp_path):
     source = PairsFile(tmp_path/'labels.csv', text_key=None, label_key='class', templates=['one {}'])
     assert [source.label(i) for i in range(2)] == ['hat', '7'] and [source.text(i) for i in range(2)] == ['one hat', 'one 7']
     (tmp_path/'both.csv').write_text('image,class,title\n0.jpg,hat,Bowler\n')
-    both = PairsFile(tmp_path/'both.csv', text_key='title', label_key='class', split_key='class')
+    both = PairsFile(tmp_path/'both.csv', text_key='title', label_key='class', group_key='class')
     assert (both.text(0), both.label(0), both.group(0)) == ('Bowler', 'hat', 'hat')
     with pytest.raises(ValueError, match='want text_key or label_key'): PairsFile(tmp_path/'both.csv', text_key=None)
     with pytest.raises(ValueError, match="no column 'kind'; there are: image, class, title"):

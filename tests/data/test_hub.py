@@ -41,7 +41,7 @@ def test_rows_are_the_files_own(whole, scenes, tmp_path, form):
     if form == 'parquet folder':
         for part in whole: whole[part].to_parquet(tmp_path/'d'/'data'/f'{part}-00000-of-00001.parquet')
     where = {'parquet file': tmp_path/'d.parquet', 'memory': whole['train']}.get(form, tmp_path/'d')
-    source = HubData(where, split_key='album', label_key='shape', **more)
+    source = HubData(where, group_key='album', label_key='shape', **more)
     if form == 'memory': n = 16
     if form == 'pickled': source = pickle.loads(pickle.dumps(source))
     assert len(source) == n
@@ -65,7 +65,7 @@ def test_paths_and_templates(tmp_path):
 
 def test_in_workers(whole, scenes):
     tp = TextPipeline.learn([scenes.text(i) for i in range(16)], vocab_size=200, max_length=32)
-    data = PairData(source=HubData(whole['train'], split_key='album'), batch_size=4, valid_share=0.5, text_pipeline=tp,
+    data = PairData(source=HubData(whole['train'], group_key='album'), batch_size=4, valid_share=0.5, text_pipeline=tp,
                     vision_pipeline=VisionPipeline(size=32), on_error='raise')
     want = list(data.train_dataloader())
     for data.worker_type in ('processes', 'threads'):

@@ -108,7 +108,7 @@ def test_classes_of_a_table(tmp_path, pipelines):
     rows = ''.join(f'{i}.jpg,"{scenes.text(i)}",{scenes.scenes[i].relation},{i // 3}\n' for i in range(30))
     for i in range(30): (tmp_path/f'{i}.jpg').write_bytes(bytes(scenes.image(i).tolist()))
     (tmp_path/'t.csv').write_text('image,text,where,album\n' + rows)
-    data = LabelData(path=str(tmp_path/'t.csv'), label_key='where', split_key='album', valid_share=0.4, batch_size=4, **pipelines)
+    data = LabelData(path=str(tmp_path/'t.csv'), label_key='where', group_key='album', valid_share=0.4, batch_size=4, **pipelines)
     assert data.classes == sorted({s.relation for s in scenes.scenes})
     batch = next(iter(data.val_dataloader()))
     assert [data.classes[n] for n in batch.label] == [data.valid.label(i) for i in batch.index.tolist()]
@@ -128,7 +128,7 @@ def test_mistakes(scenes, tmp_path):
 
 @pytest.mark.parametrize('near_key', [None, 'book'])
 def test_figures_mismatch_within_their_section_or_book(near_key):
-    source = PairsFile(data_path('figures', 'pairs.jsonl'), text_key='alt', split_key='section', near_key=near_key)
+    source = PairsFile(data_path('figures', 'pairs.jsonl'), text_key='alt', group_key='section', near_key=near_key)
     _, valid = source.split(0.2)
     matches = Matches(valid)
     of = {}

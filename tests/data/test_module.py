@@ -188,7 +188,7 @@ def test_small_data_is_not_dropped(pipelines):
 def test_a_table_by_path(tmp_path, scenes, pipelines):
     for i in range(40): (tmp_path/f'{i}.jpg').write_bytes(bytes(scenes.image(i).tolist()))
     (tmp_path/'pairs.csv').write_text('file,alt,album\n' + ''.join(f'{i}.jpg,"{scenes.text(i)}",{i // 4}\n' for i in range(40)))
-    data = PairData(path=str(tmp_path/'pairs.csv'), image_key='file', text_key='alt', split_key='album', valid_share=0.3,
+    data = PairData(path=str(tmp_path/'pairs.csv'), image_key='file', text_key='alt', group_key='album', valid_share=0.3,
                     batch_size=4, **pipelines)
     assert len(data.train) + len(data.valid) == 40 and len(data.train) % 4 == 0
     assert sorted(data.captions()) == sorted(data.train.text(i) for i in range(len(data.train)))

@@ -52,7 +52,7 @@ def folder(scenes, tmp_path_factory):
 def test_rows_are_those_of_webdataset(folder, scenes):
     wds = pytest.importorskip('webdataset')
     theirs = list(wds.WebDataset(f'{folder}/s-{{00..03}}.tar', shardshuffle=False, empty_check=False))
-    ours = Shards(f'{folder}/s-{{00..03}}.tar', label_key='cls', split_key='json:album')
+    ours = Shards(f'{folder}/s-{{00..03}}.tar', label_key='cls', group_key='json:album')
     assert len(ours) == len(theirs) == N and not ours.ignored
     for i, sample in enumerate(theirs):
         assert ours.keys[i] == sample['__key__']
@@ -65,7 +65,7 @@ def test_parts_of_a_sample(folder, tmp_path, scenes):
     files = [('a/1.jpg', b'one'), ('a/1.txt', b'first'), ('a/1.json', b'{"album": 3, "caption": "other"}'), ('a/1.cls', b'7\n'),
              ('./b/2.PNG', b'two'), ('./b/2.txt', 'é'.encode()), ('./b/2.json', b'{}'), ('b/.hidden', b''), ('c.seg.png', b'three'), ('c.txt', b'third')]
     path = tarball(tmp_path/'x.tar', files)
-    source = Shards(path, split_key='json:album')
+    source = Shards(path, group_key='json:album')
     assert [source.text(i) for i in range(3)] == ['first', 'é', 'third'] and bytes(source.image(2).tolist()) == b'three'
     assert [source.group(i) for i in range(3)] == ['3', './b/2', 'c'] and source.name(1) == 'x.tar: ./b/2'
     fields = Shards(path, text_key='json:caption', label_key='cls')
@@ -76,7 +76,7 @@ def test_parts_of_a_sample(folder, tmp_path, scenes):
 
 
 def test_order_splits_and_pickling(folder, scenes):
-    source = Shards(f'{folder}/s-*.tar', split_key='shard')
+    source = Shards(f'{folder}/s-*.tar', group_key='shard')
     again = pickle.loads(pickle.dumps(source))
     for i in torch.randperm(N).tolist(): assert same(again[i], scenes[i]) and same(source[i], scenes[i])
     train, valid = source.split(0.5)

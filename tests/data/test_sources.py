@@ -30,7 +30,7 @@ def write(folder, ending, rows=ROWS):
 
 @pytest.mark.parametrize('ending', ['.jsonl', '.csv', '.tsv', '.parquet'])
 def test_every_form_reads_alike(tmp_path, ending):
-    source = PairsFile(write(tmp_path, ending), text_key='alt', split_key='section')
+    source = PairsFile(write(tmp_path, ending), text_key='alt', group_key='section')
     assert len(source) == len(ROWS)
     for i, r in enumerate(ROWS):
         text, image = source[i]
@@ -57,12 +57,12 @@ def test_image_root_and_data_path(tmp_path, monkeypatch):
 
 def test_split_keeps_groups_together_and_rows_in_place(tmp_path):
     rows = [dict(image='0.jpg', alt=str(i), section=f's{i // 5}') for i in range(500)]
-    source = PairsFile(write(tmp_path, '.jsonl', rows), text_key='alt', split_key='section')
+    source = PairsFile(write(tmp_path, '.jsonl', rows), text_key='alt', group_key='section')
     train, valid = source.split(0.2)
     assert sorted([*train.rows, *valid.rows]) == list(range(500))
     sides = [{part.group(i) for i in range(len(part))} for part in (train, valid)]
     assert not sides[0] & sides[1] and 10 <= len(sides[1]) <= 30
-    shorter = PairsFile(write(tmp_path, '.jsonl', rows[:300]), text_key='alt', split_key='section')
+    shorter = PairsFile(write(tmp_path, '.jsonl', rows[:300]), text_key='alt', group_key='section')
     assert shorter.split(0.2)[1].rows == [i for i in valid.rows if i < 300]
     assert [valid.text(i) for i in range(3)] == [source.text(i) for i in valid.rows[:3]]
 
@@ -141,7 +141,7 @@ def test_a_source_has_to_be_written():
 
 def test_figures():
     path = data_path('figures', 'pairs.jsonl')
-    source = PairsFile(path, text_key='alt', split_key='section')
+    source = PairsFile(path, text_key='alt', group_key='section')
     rows = [json.loads(line) for line in path.open(encoding='utf-8')]
     assert [source.text(i) for i in range(len(source))] == [r['alt'] for r in rows]
     assert (source.image(7) == read_bytes(path.parent/rows[7]['image'])).all()

@@ -74,7 +74,7 @@ def test_survey(threads):
 
 
 def test_figures(tmp_path):
-    source = PairsFile(data_path('figures', 'pairs.jsonl'), text_key='alt', split_key='section')
+    source = PairsFile(data_path('figures', 'pairs.jsonl'), text_key='alt', group_key='section')
     parts = split_once(source, tmp_path/'split.csv', 0.2)
     found = survey(parts, decode=False)
     assert found.rows == 2895 and not found.broken and not found.empty
