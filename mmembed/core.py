@@ -10,6 +10,7 @@ __all__ = ['Tokens', 'Encoding', 'ImageInfo', 'PairBatch', 'Embeddings', 'quietl
 
 # %% ../nbs/00_core.ipynb #3e639866
 import configparser
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -206,23 +207,27 @@ def settings(
     start: str | Path | None = None, # where the search begins; the current folder by default
     **overrides,                     # fields that win over the file
 ) -> Settings:
-    """The defaults in force below `start`: `overrides`, then the nearest settings.ini, then the built-in ones.
+    """Return the defaults in force below `start`: `overrides`, then the nearest settings.ini with a section `[mmembed]`, then the built-in ones.
 
     Relative paths in a settings.ini are relative to that file. Raises `ValueError` for a key or value that is not known."""
-    values: dict = {}
     here = Path(start or Path.cwd()).resolve()
-    for folder in [here, *here.parents]:
-        if (folder/'settings.ini').is_file():
-            values = _read_settings(folder/'settings.ini')
-            break
+    found = (_read_settings(folder/'settings.ini') for folder in [here, *here.parents])
+    values = next((v for v in found if v is not None), {})
     return Settings(**(values | {k: v for k, v in overrides.items() if v is not None}))
 
 # %% ../nbs/00_core.ipynb #665fbef3
-def _read_settings(path: Path) -> dict:
-    parser = configparser.ConfigParser(interpolation=None)
-    try: parser.read_string(path.read_text(encoding='utf-8'))
-    except (configparser.Error, UnicodeDecodeError) as e: raise ValueError(f'{path} cannot be read: {e}') from None
-    values = dict(parser.defaults())
+def _read_settings(path: Path) -> dict | None: # None: it is not there, or another program's
+    try: content = path.read_bytes()
+    except OSError: return None
+    ours = re.search(rb'^\s*\[mmembed\]', content, re.M)
+    parser = configparser.ConfigParser(interpolation=None, default_section='')
+    try: parser.read_string(content.decode('utf-8-sig'))
+    except (configparser.Error, UnicodeDecodeError) as e:
+        if not ours: return None
+        raise ValueError(f"{path} cannot be read: {' '.join(str(e).split())}") from None
+    if parser.has_section('mmembed'): values = dict(parser['mmembed'])
+    elif parser.has_section('DEFAULT') and parser['DEFAULT'] and set(parser['DEFAULT']) <= set(Settings._fields): values = dict(parser['DEFAULT'])  # as mmembed wrote it before
+    else: return None
     for k, v in values.items():
         if k not in Settings._fields: raise ValueError(f'{path}: unknown key {k!r}; known: {", ".join(Settings._fields)}')
         if k == 'seed':

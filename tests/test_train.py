@@ -42,7 +42,7 @@ SMALL = ['--config', 'tiny.yaml']
 @pytest.fixture
 def work(tmp_path, monkeypatch):
     "An empty working folder of its own, with the tiny configuration."
-    (tmp_path/'settings.ini').write_text('[DEFAULT]\nruns_path = out\nseed = 5\n')
+    (tmp_path/'settings.ini').write_text('[mmembed]\nruns_path = out\nseed = 5\n')
     (tmp_path/'tiny.yaml').write_text(TINY)
     monkeypatch.chdir(tmp_path)
     return tmp_path

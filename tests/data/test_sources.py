@@ -49,7 +49,7 @@ def test_image_root_and_data_path(tmp_path, monkeypatch):
     (tmp_path/'pictures').mkdir()
     write(tmp_path/'pictures', '.csv')
     (tmp_path/'x.csv').write_text('image,text\n0.jpg,a cat\n')
-    (tmp_path/'settings.ini').write_text('[DEFAULT]\ndata_path = .\n')
+    (tmp_path/'settings.ini').write_text('[mmembed]\ndata_path = .\n')
     (tmp_path/'work').mkdir()
     monkeypatch.chdir(tmp_path/'work')
     assert PairsFile('x.csv', image_root=tmp_path/'pictures').image(0).numel() > 0
