@@ -184,8 +184,8 @@ class LitDualEncoder(Shell):
             at = f'/{kind}' if kind != 'all' else ''
             for way, r in ways.items():
                 figures = {f'{way}@{k}{at}': v for k, v in r.at.items()}
+                figures |= {f'{way}_chance@{k}{at}': v for k, v in r.chance.items()}
                 self.log_dict(figures | {f'{way}_median_rank{at}': r.median_rank}, batch_size=1)
-            self.log_dict({f'chance@{k}{at}': v for k, v in ways['text_to_image'].chance.items()}, batch_size=1)
         self.log('recall@1', self.recall['all']['text_to_image'].at[1], prog_bar=True, batch_size=1)
         self._seen, self.gallery = [], (torch.stack(text), torch.stack(image), list(texts), list(index))
 
@@ -200,14 +200,15 @@ def judge(
     kinds: list[str],  # N labels to report apart; [] for none
     pictures: list | None = None, # N keys: equal for rows of one picture; by default each row has its own
 ) -> dict[str, dict[str, Recall]]: # kind, 'all' first: direction: figures
-    "Recall both ways over one gallery that holds every picture once, ties against the model."
+    "Recall both ways among every picture once and every caption once, ties against the model."
     right = answers(same, list(range(len(same))) if pictures is None else pictures)
-    image = image[right.first]
+    text, image = text[right.first_text], image[right.first_image]
     result = {'all': both_ways(text, image, right.relevant)}
     for kind in sorted(set(kinds)) if len(set(kinds)) > 1 else []:
         rows = torch.tensor([k == kind for k in kinds])
+        said = torch.zeros(len(text), dtype=torch.bool).index_fill(0, right.text[rows], True)
         shown = torch.zeros(len(image), dtype=torch.bool).index_fill(0, right.image[rows], True)
-        result[kind] = both_ways(text, image, right.relevant, rows=rows, columns=shown)
+        result[kind] = both_ways(text, image, right.relevant, rows=said, columns=shown)
     return result
 
 def plain_recall(

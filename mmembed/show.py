@@ -165,7 +165,7 @@ class Gallery(NamedTuple):
     def relevant(self) -> Tensor: # bool (N, N)
         "Captions that say the same are right for each other's images, and so are all captions of one image."
         right = answers([self.source.text(i) for i in self.index], [self.source.picture(i) for i in self.index])
-        return right.relevant[:, right.image]
+        return right.relevant[right.text][:, right.image]
 
 # %% ../nbs/40_show.ipynb #0edf7ce8
 @torch.no_grad()

@@ -323,7 +323,13 @@ def show_recall(
         for way, r in ways.items():
             table.add_row(way.replace('_', ' ') + (f', {kind}' if kind != 'all' else ''), f"{r['queries']:,}",
                           *(f'{v:.1%}' for v in r['at'].values()), f"{r['median_rank']:.0f}")
-    table.add_row('chance', '', *(f'{v:.1%}' for v in some['chance'].values()), '')
+    of: dict = {}  # what guessing gives: whose figures
+    for kind, ways in recall.items():
+        for way, r in ways.items():
+            row = tuple(f'{v:.1%}' for v in r['chance'].values())
+            of.setdefault(row, []).append(way.replace('_', ' ') + (f', {kind}' if kind != 'all' else ''))
+    for row, whose in of.items():
+        table.add_row('chance' + (f" ({'; '.join(whose)})" if len(of) > 1 else ''), '', *row, '')
     Console(width=100).print(table)
 
 # %% ../nbs/20_train.ipynb #916f8da0
@@ -361,6 +367,6 @@ def evaluate(
     if shell is LitPairClassifier: return {'figures': lit.figures}
     text, image, texts, index = lit.gallery
     right = answers(texts, [data.valid.picture(i) for i in index])
-    scores = text @ image[right.first].T
+    scores = text[right.first_text] @ image[right.first_image].T
     return {'recall': plain_recall(lit.recall), 'map': {'text_to_image': mean_average_precision(scores, right.relevant),
                                                         'image_to_text': mean_average_precision(scores.T, right.relevant.T)}}

@@ -1,6 +1,8 @@
 "Whole runs: from a configuration to a checkpoint that stands alone; resuming; what a user's mistakes say."
 import csv
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,8 @@ from mmembed.data.scenes import Scenes
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
 from mmembed.models.practice import parameter_groups
-from mmembed.train import evaluate, judge, load_checkpoint, new_folder, prepare, run, warm_cosine, write_weights
+from mmembed.shells import plain_recall
+from mmembed.train import evaluate, judge, load_checkpoint, new_folder, prepare, run, show_recall, warm_cosine, write_weights
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 
@@ -364,6 +367,23 @@ def test_several_captions_of_a_picture():
     assert [found['all'][w].gallery for w in ('text_to_image', 'image_to_text')] == [3, 4]
     assert (found['de']['text_to_image'].at[1], found['de']['image_to_text'].queries, found['de']['image_to_text'].gallery) == (1, 1, 4)
     assert found['en']['image_to_text'].queries == 3
+
+
+def test_a_folder_of_classes_is_judged_by_its_classes(capsys):
+    "200 images of 10 classes, each caption 20 times: one query and one item a class, and what guessing gives among those."
+    torch.manual_seed(0)
+    label, right = torch.arange(200) % 10, torch.rand(200) < 0.4
+    text = torch.eye(10)[label]
+    image = torch.nn.functional.normalize(torch.eye(10)[torch.where(right, label, (label + 1) % 10)] + 0.01*torch.rand(200, 10), dim=1)
+    found = judge(text, image, label.tolist(), [])
+    back, there = found['all']['image_to_text'], found['all']['text_to_image']
+    assert (back.queries, back.gallery, there.queries, there.gallery) == (200, 10, 10, 200)
+    assert back.at[1] == pytest.approx(float(right.float().mean())) and back.at[1] < back.at[5] < back.at[10] == 1
+    assert back.chance == pytest.approx({1: 0.1, 5: 0.5, 10: 1.}) and there.chance[1] == pytest.approx(20/200)
+    assert there.chance[5] == pytest.approx(1 - math.comb(180, 5)/math.comb(200, 5))
+    show_recall(plain_recall(found))
+    chances = [re.findall(r'[\d.]+%', line) for line in capsys.readouterr().out.splitlines() if 'chance' in line]
+    assert chances == [['10.0%', '41.3%', '66.0%'], ['10.0%', '50.0%', '100.0%']]
 
 
 def test_training_knows_which_rows_show_one_picture(work, monkeypatch):

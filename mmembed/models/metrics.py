@@ -91,27 +91,29 @@ def mean_average_precision(
 
 # %% ../../nbs/models/05_metrics.ipynb #1f00c214
 class Answers(NamedTuple):
-    "Which of I images, each once, are right for which of T captions"
-    relevant: Tensor # bool (T, I)
-    image: Tensor    # int64 (T,): the image of each row
-    first: Tensor    # int64 (I,): the first row of each image
+    "Which of I images are right for which of T captions, each once, though N rows may repeat them"
+    relevant: Tensor    # bool (T, I)
+    text: Tensor        # int64 (N,): the caption of each row
+    image: Tensor       # int64 (N,): the image of each row
+    first_text: Tensor  # int64 (T,): the first row of each caption
+    first_image: Tensor # int64 (I,): the first row of each image
 
-def _numbers(keys: list) -> Tensor:
+def _numbers(keys: list) -> tuple[Tensor, Tensor]:
+    "Which of the different keys each one is, and where each of these stands first."
     seen: dict = {}
-    return torch.tensor([seen.setdefault(k, len(seen)) for k in keys], dtype=torch.int64)
+    of = torch.tensor([seen.setdefault(k, len(seen)) for k in keys], dtype=torch.int64)
+    return of, torch.full((len(seen),), len(keys)).scatter_reduce(0, of, torch.arange(len(keys)), 'amin')
 
 def answers(
-    captions: list, # T keys: equal for captions that say the same
-    pictures: list, # T keys: equal for rows of one image
+    captions: list, # N keys: equal for captions that say the same
+    pictures: list, # N keys: equal for rows of one image
 ) -> Answers:
     "Right for a caption is every image that some row gives it to; raises `ValueError` for lists of two lengths."
     if len(captions) != len(pictures): raise ValueError(f'{len(captions)} captions and {len(pictures)} pictures')
-    text, image = _numbers(captions), _numbers(pictures)
-    T, I = (int(x.max()) + 1 if len(x) else 0 for x in (text, image))
-    given = torch.zeros(T, I, dtype=torch.bool)
-    given[text, image] = True
-    first = torch.full((I,), len(image)).scatter_reduce(0, image, torch.arange(len(image)), 'amin')
-    return Answers(given[text], image, first)
+    (text, first_text), (image, first_image) = _numbers(captions), _numbers(pictures)
+    relevant = torch.zeros(len(first_text), len(first_image), dtype=torch.bool)
+    relevant[text, image] = True
+    return Answers(relevant, text, image, first_text, first_image)
 
 # %% ../../nbs/models/05_metrics.ipynb #ba851dc8
 TEMPLATES = ('a photo of a {}.', 'a picture of a {}.', 'a close-up photo of a {}.')

@@ -91,11 +91,13 @@ def test_several_captions_by_hand(levels):
         captions, pictures = ([rng.randrange(n) for _ in range(rows)] for n in (rng.randint(1, 14), rng.randint(1, 8)))
         right = answers(captions, pictures)
         shown = list(dict.fromkeys(pictures))
-        assert right.first.tolist() == [pictures.index(p) for p in shown] and [shown[i] for i in right.image.tolist()] == pictures
+        said = list(dict.fromkeys(captions))
+        for keys, different, of, first in ((pictures, shown, right.image, right.first_image), (captions, said, right.text, right.first_text)):
+            assert first.tolist() == [keys.index(k) for k in different] and [different[i] for i in of.tolist()] == keys
         given = set(zip(captions, pictures))
-        by_text = [[(c, p) in given for p in shown] for c in captions]
+        by_text = [[(c, p) in given for p in shown] for c in said]
         assert right.relevant.tolist() == by_text
-        text, image = torch.eye(rows), torch.tensor([[float(rng.randrange(levels)) for _ in range(rows)] for _ in shown])
+        text, image = torch.eye(len(said)), torch.tensor([[float(rng.randrange(levels)) for _ in said] for _ in shown])
         scores, got = image.T.tolist(), both_ways(text, image, right.relevant, ks=(1, 3))
         by_image = [list(x) for x in zip(*by_text)]
         for way, s, r in (('text_to_image', scores, by_text), ('image_to_text', image.tolist(), by_image)):
