@@ -44,6 +44,8 @@ def image_files(
 # %% ../../nbs/data/02b_folders.ipynb #12927682
 class ClassFolder(Source):
     "The images of a folder that has a sub-folder for each class"
+    of_classes = True
+
     def __init__(self,
         path: str | Path,                                    # the folder; else in `settings().data_path`
         templates: list[str] | tuple = ('a photo of a {}',), # captions, with {} where the class goes

@@ -85,7 +85,7 @@ class HubData(Source):
             else load_hub(name, config, revision)
         if not (text_key or label_key): raise ValueError('HubData wants text_key or label_key')
         self.title = str(name) if isinstance(name, (str, Path)) else 'a data set'
-        self.templates = tuple(templates)
+        self.templates, self.of_classes = tuple(templates), not text_key
         wanted = {'image': image_key, 'text': text_key, 'group': group_key, 'label': label_key, 'split': split_key}
         self.parts = {part: self._columns(d, wanted) for part, d in own.items() if len(d)}
         self.rows = [(part, i) for part, d in self.parts.items() for i in range(len(d['image'][1]))]

@@ -107,6 +107,8 @@ class Classes(Part):
         super().__init__(source, range(len(source)))
         self.numbers, self.question = {c: n for n, c in enumerate(classes)}, question
 
+    @property
+    def of_classes(self) -> bool: return self.question is not None or self.source.of_classes
     def text(self, i: int) -> str: return super().text(i) if self.question is None else self.question
     def pair(self, epoch: int, i: int) -> tuple[str, int]: return self.text(i), self.numbers[self.label(i)]
 

@@ -39,10 +39,12 @@ class Rows(Dataset):
     def __init__(self,
         source: Source,           # raw pairs
         vision: VisionPipeline,   # decodes, and crops by `augment` or `preprocess`
-        augment: bool = False,    # random crops and flips
+        augment: bool = False,    # random crops; images of classes also mirrored, or as the pipeline says
         seed: int = 0,            # for these
         blank: bool = False,      # the mean colour stands in for an image that cannot be read
-    ): self.source, self.vision, self.augment, self.seed, self.blank = source, vision, augment, seed, blank
+    ):
+        self.source, self.vision, self.augment, self.seed, self.blank = source, vision, augment, seed, blank
+        self.flip = 0.5 if source.of_classes else 0.  # where the pipeline does not say
 
     def __len__(self) -> int: return len(self.source)
 
@@ -62,7 +64,7 @@ class Rows(Dataset):
     def _levels(self, file: Tensor, epoch: int, i: int) -> Tensor:
         if not self.augment: return self.vision.preprocess(file)
         generator = torch.Generator().manual_seed(hash((self.seed, epoch, i)))
-        return self.vision.augment(file, generator)
+        return self.vision.augment(file, generator, self.flip)
 
 # %% ../../nbs/data/03_module.ipynb #c6475dcc
 class Collate:
@@ -150,7 +152,7 @@ class PairData(LightningDataModule):
         workers: int = 0,                               # that prepare batches; 0: none but this process
         worker_type: Literal['processes', 'threads'] = 'processes', # of the workers; the batches are the same
         start_method: Literal['fork', 'spawn', 'forkserver'] | None = None, # of worker processes; None: the platform's
-        augment: bool = True,                           # random crops and flips in training, as the pipeline has them
+        augment: bool = True,                           # random crops in training, as the pipeline has them
         on_error: Literal['skip', 'raise', 'blank'] = 'skip', # an unreadable image: leave out, stop, or the mean colour
         shuffle_captions: bool = False,                 # a control: train on captions of other images
         seed: int | None = None,                        # of order and crops; `settings().seed` by default

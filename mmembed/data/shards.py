@@ -100,6 +100,7 @@ class Shards(Source):
         """Raises `FileNotFoundError` for a shard that is missing, `ValueError` for one that is no tar file or is
         truncated, for JSON that cannot be read, and if there is no sample with an image and a caption."""
         if not (text_key or label_key): raise ValueError('Shards want text_key or label_key')
+        self.of_classes = not text_key
         self.urls, self.options, self.templates = shard_urls(urls, options), options, tuple(templates)
         self.keys: list[str] = []
         self.texts: list[str] = []

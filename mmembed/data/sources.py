@@ -202,6 +202,7 @@ class Source(Dataset):
         divided, found = self._divided(), dict(zip(PART_NAMES, self.split(share)))
         return found | ({'test': Part(self, divided['test'])} if divided.get('valid') and divided.get('test') else {})
 
+    of_classes = False           # whether captions only name a class: training may then mirror the images
     meaning: dict | None = None  # parts that `PART_NAMES` does not have: name: 'train', 'valid', 'test', or None to leave out
 
     def _divided(self) -> dict[str, list[int]]:
@@ -246,6 +247,8 @@ class Part(Source):
 
     @property
     def meaning(self) -> dict | None: return self.source.meaning
+    @property
+    def of_classes(self) -> bool: return self.source.of_classes
 
 # %% ../../nbs/data/01_sources.ipynb #7f6e6341
 def from_template(
@@ -346,6 +349,7 @@ class PairsFile(Source):
         self.templates = templates
         self.images: list[str] = []
         self.texts: list[str] | None = [] if text_key else None
+        self.of_classes = not text_key
         self.groups: list[str] | None = [] if group_key else None
         self.sides: list[str] | None = [] if split_key else None
         self.labels: list[str] | None = [] if label_key else None

@@ -51,7 +51,7 @@ class VisionPipeline(nn.Module):
         dtype: str = 'float32',               # of the pixels: also 'float16', 'bfloat16', or 'uint8' for plain levels
         scale: Sequence[float] = (0.9, 1.0),  # training crop: share of the area (open_clip's default)
         ratio: Sequence[float] = (3/4, 4/3),  # training crop: width / height
-        flip: float = 0.5,                    # training: how often mirrored
+        flip: Optional[float] = None,         # training: how often mirrored; None: images of classes 0.5, of captions never
         color_jitter: Sequence[float] = (0., 0., 0., 0.),  # training: brightness, contrast, saturation, hue
         color_jitter_prob: float = 0.,        # training: how often
         gray_scale_prob: float = 0.,          # training: how often without colour
@@ -88,7 +88,8 @@ class VisionPipeline(nn.Module):
         self.register_buffer('std_row', torch.tensor(std).repeat(width))
         self.scale: Tuple[float, float] = numbers('scale', scale, 2, float)
         self.ratio: Tuple[float, float] = numbers('ratio', ratio, 2, float)
-        self.color_jitter, self.flip = numbers('color_jitter', color_jitter, 4, float), float(flip)
+        self.color_jitter = numbers('color_jitter', color_jitter, 4, float)
+        self.flip = None if flip is None else float(flip)
         self.color_jitter_prob, self.gray_scale_prob = float(color_jitter_prob), float(gray_scale_prob)
         self.re_prob, self.shortest = float(re_prob), int(shortest)
         self._mean_std = mean, std
@@ -175,13 +176,14 @@ class VisionPipeline(nn.Module):
     def augment(self,
         image: Any,                                   # as `forward` takes them
         generator: Optional[torch.Generator] = None,  # None: torch's global one
+        flip: float = 0.,                             # how often mirrored, where the pipeline itself does not say
     ): # uint8 (3, *size)
         "A random crop of `image`, perhaps mirrored and recoloured: what training sees instead of `preprocess`."
         x = as_image(image, self.alpha)
         rgb = self.decode(x) if x.ndim == 1 else x
         x = random_resized_crop(rgb, self.size, self.scale, self.ratio, self.interpolation, self.antialias,
                                 self.resize, generator)
-        x = random_flip(x, self.flip, generator)
+        x = random_flip(x, flip if self.flip is None else self.flip, generator)
         if self.color_jitter_prob > 0: x = color_jitter(x, self.color_jitter, self.color_jitter_prob, generator)
         if self.gray_scale_prob > 0: x = random_gray(x, self.gray_scale_prob, generator)
         if self.re_prob > 0:
@@ -268,7 +270,8 @@ def _repr_html_(self: VisionPipeline):
 def spec_in_words(self: VisionPipeline) -> dict:
     "The steps of the rule, by name."
     picture, resize, levels, limit = self.describe().split('; ')
-    train = f'area {self.scale[0]:g} to {self.scale[1]:g}, mirrored {self.flip:.0%}'
+    mirrored = 'mirrored 50% if captions are classes' if self.flip is None else f'mirrored {self.flip:.0%}'
+    train = f'area {self.scale[0]:g} to {self.scale[1]:g}, {mirrored}'
     return dict(picture=picture, resize=resize.removeprefix('resize '), pixels=levels, limit=limit, training=train)
 
 @patch

@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from mmembed.core import PairBatch, Tokens
+from mmembed.data.folders import ClassFolder
+from mmembed.data.labels import LabelData, MatchData
 from mmembed.data.module import Ledger, PairData, Shuffle, Shuffled
 from mmembed.data.scenes import Scenes
 from mmembed.data.sources import Source
@@ -66,6 +68,34 @@ def test_training_batches_are_augment_of_the_pipeline(scenes, pipelines):
         assert batch.tokens.ids.equal(tp([scenes.text(i) for i in rows]).ids)
     plain = PairData(source=scenes, batch_size=16, seed=5, augment=False, **pipelines)
     for batch in batches(plain): assert batch.pixels.equal(vp([scenes.image(i) for i in batch.index.tolist()]))
+
+
+def mirrored(data, part='train'):
+    "How many of 64 draws of the first row of a part are mirrored, of a pipeline that takes the whole image."
+    part, (tp, vp) = getattr(data, part), data.pipelines()
+    straight, rows = vp.preprocess(part.image(0)), data.rows(part, training=True)
+    seen = [rows[epoch, 0].levels for epoch in range(64)]
+    assert all(x.equal(straight) or x.equal(straight.flip(2)) for x in seen) and not straight.equal(straight.flip(2))
+    return sum(x.equal(straight.flip(2)) for x in seen)
+
+
+@pytest.mark.parametrize('flip, of_captions, of_classes', [(None, range(1), range(16, 49)), (0, range(1), range(1)), (1, range(64, 65), range(64, 65))])
+def test_captions_are_not_mirrored_but_classes_are(tmp_path, scenes, pipelines, flip, of_captions, of_classes):
+    import io
+    from PIL import Image
+    ramp = torch.arange(32, dtype=torch.uint8).mul(8).expand(32, 32)
+    file = io.BytesIO()
+    Image.fromarray(ramp.contiguous().numpy()).save(file, 'PNG')
+    for i in range(20):
+        path = tmp_path/('left', 'right')[i % 2]/f'{i}.png'
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(file.getvalue())
+    (tmp_path/'t.csv').write_text('image,text,side\n' + ''.join(f'{s}/{i}.png,the {s} one,{s}\n' for i in range(20) for s in [('left', 'right')[i % 2]]))
+    options = dict(text_pipeline=pipelines['text_pipeline'], vision_pipeline=VisionPipeline(size=32, scale=(1, 1), ratio=(1, 1), flip=flip), valid_share=0.5)
+    table = dict(path=str(tmp_path/'t.csv'), label_key='side', **options)
+    for data in (PairData(**table), MatchData(**table), LabelData(**table), PairData(shuffle_captions=True, **table)): assert mirrored(data) in of_captions
+    for data in (PairData(text_key=None, **table), LabelData(question='which?', **table), PairData(source=ClassFolder(tmp_path), **options)):
+        assert mirrored(data) in of_classes
 
 
 METHODS = [m for m in ('fork', 'spawn') if m in multiprocessing.get_all_start_methods()]
