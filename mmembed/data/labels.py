@@ -17,6 +17,7 @@ from torch import Tensor
 from ..core import Tokens
 from .module import Collate, PairData, Row
 from .sources import Part, Source
+from .splits import PARTS
 
 # %% ../../nbs/data/04_labels.ipynb #c1fbe985
 class LabelBatch(NamedTuple):
@@ -91,9 +92,11 @@ class MatchData(PairData):
         if mismatches < 1: raise ValueError(f'mismatches must be at least 1, got {mismatches}')
         if not 0 <= near <= 1: raise ValueError(f'near is a share between 0 and 1, got {near}')
         super().__init__(**options)
-        for part in ('train', 'valid', 'test'):
-            if rows := getattr(self, part): setattr(self, part, Matches(rows, mismatches, near, self.seed))
+        self.mismatches, self.near = mismatches, near
+        for part in PARTS:
+            if rows := getattr(self, part): setattr(self, part, self.prepared(rows))
 
+    def prepared(self, part: Source) -> Matches: return Matches(part, self.mismatches, self.near, self.seed)
     def collate(self) -> LabelCollate: return LabelCollate(*self.pipelines())
 
 # %% ../../nbs/data/04_labels.ipynb #2a0b3ea1
@@ -116,18 +119,25 @@ class Classes(Part):
 class LabelData(PairData):
     "Batches of texts and images with the class of each pair, for a `PairClassifier`"
     def __init__(self,
-        question: str | None = None, # the text of all rows; None: their captions
-        **options,                   # as `PairData` takes them, `label_key` for a table
+        question: str | None = None,      # the text of all rows; None: their captions
+        classes: list[str] | None = None, # names of the classes in the order of their numbers; by default those of the rows
+        **options,                        # as `PairData` takes them, `label_key` for a table
     ):
-        "Raises `ValueError` for rows without a label, naming one, for a single class, and what `PairData` raises."
+        "Raises `ValueError` for rows without a label or with another than `classes`, naming one, for a single class, and what `PairData` raises."
         super().__init__(**options)
-        labels = [self.source.label(i) for i in range(len(self.source))]
-        if '' in labels:
-            raise ValueError(f'{self.source!r}: {self.source.name(labels.index(""))} has no label'
-                             + ('; want label_key' if options.get('path') else ''))
-        self.classes = list(getattr(self.source, 'classes', None) or sorted(set(labels)))
+        found: dict[str, str] = {}  # class: its first row
+        for rows in (self.source, *self.held.values()):
+            for i in range(len(rows)):
+                if not (label := rows.label(i)):
+                    raise ValueError(f'{rows!r}: {rows.name(i)} has no label' + ('; want label_key' if options.get('path') else ''))
+                found.setdefault(label, f'{rows!r}: {rows.name(i)}')
+        self.classes, self.question = list(classes or getattr(self.source, 'classes', None) or sorted(found)), question
         if len(self.classes) < 2: raise ValueError(f'{self.source!r} has a single class, {self.classes[0]!r}')
-        for part in ('train', 'valid', 'test'):
-            if rows := getattr(self, part): setattr(self, part, Classes(rows, self.classes, question))
+        if unknown := [k for k in found if k not in self.classes]:
+            raise ValueError(f'{found[unknown[0]]} has the class {unknown[0]!r}, which is not one of {", ".join(self.classes)}')
+        for part in PARTS:
+            if rows := getattr(self, part): setattr(self, part, self.prepared(rows))
+
+    def prepared(self, part: Source) -> Classes: return Classes(part, self.classes, self.question)
 
     def collate(self) -> LabelCollate: return LabelCollate(*self.pipelines())

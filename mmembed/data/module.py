@@ -11,6 +11,7 @@ __all__ = ['Row', 'Rows', 'Collate', 'Ledger', 'PairLoader', 'Shuffled', 'PairDa
 from collections.abc import Iterator
 from contextlib import closing
 from html import escape
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch.utils.data import Dataset
 from ..core import PairBatch, Tokens, pack, settings, stack_levels
 from .loader import Loader, Share, Shuffle, even_batches
 from .sources import PairsFile, Part, Source, _reason
-from .splits import Survey, split_once, survey
+from .splits import PARTS, Survey, split_once, survey
 from ..text.pipeline import TextPipeline
 from ..vision.pipeline import VisionPipeline
 
@@ -146,8 +147,10 @@ class PairData(LightningDataModule):
         parts: dict | None = None,                      # other values of it: 'train', 'valid', 'test', null: left out
         group_key: str | None = None,                   # column of `path`: equal values stay on one side of the split
         image_root: str | None = None,                  # where image paths begin; the folder of `path` by default
-        valid_share: float = 0.1,                       # share of the groups kept for validation
+        valid_share: float = 0.1,                       # share of the groups kept for validation; 1: all rows, to judge a model by
         split_file: str | None = None,                  # a .csv of which group is where: written once, then read
+        valid_path: str | None = None,                  # a file as `path`, of rows to validate on: all rows of `path` are then trained on
+        test_path: str | None = None,                   # a file as `path`, of rows for a last test: `mmembed eval --part test`
         batch_size: int = 128,                          # pairs
         workers: int = 0,                               # that prepare batches; 0: none but this process
         worker_type: Literal['processes', 'threads'] = 'processes', # of the workers; the batches are the same
@@ -166,12 +169,20 @@ class PairData(LightningDataModule):
         if batch_size < 1: raise ValueError(f'batch_size must be at least 1, got {batch_size}')
         if worker_type not in ('processes', 'threads'):
             raise ValueError(f"worker_type must be 'processes' or 'threads', got {worker_type!r}")
-        if not 0 < valid_share < 1: raise ValueError(f'valid_share must be between 0 and 1, got {valid_share}')
+        if not 0 < valid_share <= 1: raise ValueError(f'valid_share must be between 0 and 1, got {valid_share}')
+        held = {k: v for k, v in (('valid', valid_path), ('test', test_path)) if v is not None}
+        for name, how in [('split_file', split_file), ('split_key', split_key)]:
+            if how and held: raise ValueError(f'{name} and {next(iter(held))}_path both say what is held out: give one of them')
+        if held and path is None: raise ValueError(f'{next(iter(held))}_path goes with path, not with source')
         if path is not None:
             more = {'templates': templates} if templates else {}
-            source = PairsFile(path, image_key, text_key, split_key, image_root, label_key, near_key=near_key,
-                               group_key=group_key, parts=parts, **more)
-        self.source = source
+            def opened(file): return PairsFile(file, image_key, text_key, split_key, image_root, label_key, near_key=near_key,
+                                               group_key=group_key, parts=parts, **more)
+            source = opened(path)
+            for k, v in held.items():
+                held[k] = opened(v)
+                if Path(held[k].path).samefile(source.path): raise ValueError(f'{k}_path is path itself, {v}: it would be trained on')
+        self.source, self.held = source, held
         self.batch_size, self.workers = batch_size, workers
         self.worker_type, self.start_method = worker_type, start_method
         self.augment, self.on_error = augment, on_error
@@ -181,13 +192,31 @@ class PairData(LightningDataModule):
             raise ValueError(f"on_error must be 'skip', 'raise' or 'blank', got {on_error!r}")
         self.ledger = Ledger()
         if on_error == 'blank': self.ledger.done = 'replaced by the mean colour'
-        parts = self.source.splits(valid_share) if split_file is None else \
-            split_once(self.source, split_file, valid_share)
+        whole = valid_share == 1 and split_file is None and 'valid' not in held
+        if split_file is not None: parts = split_once(self.source, split_file, valid_share)
+        elif 'valid' in held: parts = {'train': self.source} | held
+        elif whole: parts = {'train': Part(self.source, []), 'valid': self.source} | held
+        else: parts = self.source.splits(valid_share) | held
         self.train, self.valid, self.test = parts['train'], parts['valid'], parts.get('test')
-        for name, part in [('training', self.train), ('validation', self.valid)]:
+        for name, part in [] if whole else [('training', self.train), ('validation', self.valid)]:
             if not len(part): raise ValueError(f'{self.source!r}: no rows for {name}; valid_share is {valid_share}'
                                                + (f', group_key is {group_key!r}' if group_key else ''))
         if shuffle_captions: self.train = Shuffled(self.train, self.seed)
+
+    def part(self,
+        name: str, # 'train', 'valid', 'test', or 'all': every row of `path` or `source`
+    ) -> Source:
+        "The rows of a part; raises `ValueError` for one that there is not."
+        if name == 'all': return self.prepared(self.source)
+        if name not in PARTS: raise ValueError(f'a part is one of {", ".join(PARTS)}, all; got {name!r}')
+        if not (part := getattr(self, name)):
+            how = ': give test_path, a split_key of three parts, or a split_file that has a third' if name == 'test' else ''
+            raise ValueError(f'{self.source!r} has no rows for {name}{how}')
+        return part
+
+    def prepared(self, part: Source) -> Source:
+        "A part as batches are made of it."
+        return part
 
     def captions(self) -> Iterator[str]:
         "The captions of the training rows: what a vocabulary may be learnt from."
@@ -203,7 +232,7 @@ class PairData(LightningDataModule):
         return tuple(found)
 
     def rows(self,
-        part: Source,    # `train` or `valid`
+        part: Source,    # `train`, `valid` or `test`
         training: bool,  # with random crops, if the module has them
     ) -> Rows:
         "The data set behind a loader."
@@ -229,12 +258,12 @@ class PairData(LightningDataModule):
         ledger = None if self.on_error == 'raise' else self.ledger
         return PairLoader(self.rows(part, training), size, ledger, **options)
 
-    def train_dataloader(self) -> PairLoader: return self._loader(self.train, training=True)
+    def train_dataloader(self) -> PairLoader: return self._loader(self.part('train'), training=True)
     def val_dataloader(self) -> PairLoader: return self._loader(self.valid, training=False)
 
     def test_dataloader(self) -> PairLoader:
-        "The third part of a split file, or validation where there is none."
-        return self._loader(self.test or self.valid, training=False)
+        "Batches of `test_path`, or of the third part of a split; raises `ValueError` where there is none."
+        return self._loader(self.part('test'), training=False)
 
     def survey(self) -> Survey:
         "What is broken, twice there, or on both sides of the split; see `mmembed.data.splits`."

@@ -115,6 +115,16 @@ def test_classes_of_a_table(tmp_path, pipelines):
     assert batch.tokens.ids.equal(pipelines['text_pipeline']([data.valid.text(i) for i in batch.index.tolist()]).ids)
 
 
+def test_rows_of_some_classes_have_the_numbers_of_all(pipelines):
+    "Data that show only some classes of a model are numbered as the model numbers them; another class is refused by name."
+    class Kinds(Scenes):
+        def label(self, i): return 'dog' if i % 2 else 'emu'
+    data = LabelData(source=Kinds(train=4, valid=4), classes=['ant', 'dog', 'emu'], **pipelines)
+    assert [data.valid.pair(0, i)[1] for i in range(4)] == [2, 1, 2, 1] and data.classes == ['ant', 'dog', 'emu']
+    with pytest.raises(ValueError, match="scene train 1 has the class 'dog', which is not one of ant, emu"):
+        LabelData(source=Kinds(train=4, valid=4), classes=['ant', 'emu'], **pipelines)
+
+
 def test_mistakes(scenes, tmp_path):
     class One(Scenes):
         def label(self, i): return 'scene'

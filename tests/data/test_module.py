@@ -226,10 +226,50 @@ def test_a_table_by_path(tmp_path, scenes, pipelines):
     assert batch.pixels.equal(pipelines['vision_pipeline']([data.valid.image(i) for i in range(4)]))
 
 
+def test_files_of_their_own_for_each_part(tmp_path, scenes, pipelines):
+    "`path` is trained on as a whole, whatever its share would be; classes are those of all files."
+    for name, rows in (('train', range(12)), ('valid', range(12, 20)), ('test', range(20, 25))):
+        (tmp_path/name).mkdir()
+        for i in rows: (tmp_path/name/f'{i}.jpg').write_bytes(bytes(scenes.image(i).tolist()))
+        (tmp_path/f'{name}.csv').write_text('image,text,label\n' + ''.join(f'{name}/{i}.jpg,"{scenes.text(i)}",{"ab"[i > 20]}\n' for i in rows))
+    train, valid, test = (str(tmp_path/f'{k}.csv') for k in ('train', 'valid', 'test'))
+    data = PairData(path=train, valid_path=valid, test_path=test, batch_size=4, **pipelines)
+    for part, rows in (('train', range(12)), ('valid', range(12, 20)), ('test', range(20, 25)), ('all', range(12))):
+        assert [data.part(part).text(i) for i in range(len(data.part(part)))] == [scenes.text(i) for i in rows]
+    assert sorted(data.captions()) == sorted(scenes.text(i) for i in range(12))
+    seen = [b.pixels for b in data.test_dataloader()]
+    assert torch.cat(seen).equal(pipelines['vision_pipeline']([scenes.image(i) for i in range(20, 25)]))
+    assert len(PairData(path=train, test_path=test, valid_share=0.4).part('test')) == 5
+    labelled = LabelData(path=train, valid_path=valid, test_path=test, label_key='label', **pipelines)
+    assert labelled.classes == ['a', 'b'] and [labelled.part('test').pair(0, i)[1] for i in range(5)] == [0, 1, 1, 1, 1]
+    assert len(MatchData(path=train, test_path=test, mismatches=2, valid_share=0.4).part('test')) == 15
+    for kw, message in [(dict(split_file='x.csv', valid_path=valid), 'split_file and valid_path both say what is held out'),
+                        (dict(valid_path=train), 'valid_path is path itself'), (dict(test_path=str(tmp_path/'none.csv')), 'no such file')]:
+        with pytest.raises((ValueError, OSError), match=message): PairData(path=train, **kw)
+    with pytest.raises(ValueError, match='valid_path goes with path, not with source'): PairData(source=scenes, valid_path=valid)
+
+
+def test_a_part_that_is_not_there(scenes, pipelines):
+    "No figure of a test set is one of the validation rows."
+    data = PairData(source=scenes, **pipelines)
+    with pytest.raises(ValueError, match='has no rows for test: give test_path'): data.test_dataloader()
+    with pytest.raises(ValueError, match='a part is one of train, valid, test, all'): data.part('dev')
+
+
+def test_all_rows_to_judge_a_model_by(pipelines):
+    rows = Scenes(train=3, valid=0)
+    class Own(Scenes):
+        def split(self, share): return super(Scenes, self).split(share)
+    for source in (rows, Own(train=3, valid=0)):
+        data = PairData(source=source, valid_share=1, **pipelines)
+        assert len(data.valid) == 3 and not len(data.train)
+        with pytest.raises(ValueError, match='has no rows for train'): data.train_dataloader()
+
+
 def test_mistakes(scenes, pipelines):
     for kw, message in [({}, 'wants either path'), (dict(path='x.csv', source=scenes), 'wants either path'),
                         (dict(source=scenes, batch_size=0), 'batch_size must be at least 1, got 0'),
-                        (dict(source=scenes, valid_share=1.0), 'valid_share must be between 0 and 1'),
+                        (dict(source=scenes, valid_share=1.1), 'valid_share must be between 0 and 1'),
                         (dict(source=scenes, worker_type='fibres'), "worker_type must be 'processes' or 'threads', got 'fibres'"),
                         (dict(source=Scenes(train=0, valid=3)), 'no rows for training'),
                         (dict(source=Scenes(train=3, valid=0)), 'no rows for validation')]:
