@@ -19,7 +19,7 @@ from mmembed.index import Index
 from mmembed.jobs import embed
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
-from mmembed.queries import Found, Query
+from mmembed.queries import Found, Query, merged
 from mmembed.runtime import Embedder
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
@@ -236,6 +236,15 @@ def test_words(index, scenes):
     x = dict(zip(*index.vectors()))
     v = index.embedder().encode_text(['a red circle'])[0]
     np.testing.assert_allclose(both.scores, [float(x[i] @ v) for i in both.ids], atol=1e-5)
+
+
+def test_two_rankings_are_merged_by_reciprocal_ranks():
+    "As Cormack, Clarke and Buettcher (SIGIR 2009) have it: a row counts 1 / (60 + place) in each; equal sums in the order of the words."
+    near, said = [dict(id=i, score=s) for i, s in (('a', .9), ('b', .8), ('c', .7))], [dict(id=i, score=9.) for i in 'bdea']
+    found = merged(near, said, 10)
+    assert [r['id'] for r in found] == ['b', 'a', 'd', 'e', 'c']
+    np.testing.assert_allclose([r['relevance'] for r in found], [1/62 + 1/61, 1/61 + 1/64, 1/62, 1/63, 1/63], rtol=1e-12)
+    assert [r['score'] for r in found] == [.8, .9, None, None, .7] and [r['id'] for r in merged(near, said, 2)] == ['b', 'a']
 
 
 def test_approximate(model, tmp_path):

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,6 +159,41 @@ def test_a_half_written_file_is_no_file(model, source, whole, tmp_path, monkeypa
     monkeypatch.setattr(pq, 'write_table', real)
     assert embed(model, source, tmp_path, threads=3, **KW).written == N - 64
     assert files(tmp_path) == files(whole)
+
+
+def test_a_part_with_fewer_rows_is_made_again(model, source, whole, tmp_path):
+    "A sound file of the same job that lacks rows, as another program may leave it."
+    shutil.copytree(whole, tmp_path/'out')
+    for k, rows in ((1, 31), (4, 0)):
+        path = tmp_path/'out'/f'part-{k:06}.parquet'
+        pq.write_table(pq.read_table(path).slice(0, rows), path)
+    assert embed(model, source, tmp_path/'out', **KW).written == 32 + 22
+    assert files(tmp_path/'out') == files(whole)
+
+
+class Torn(Scenes):
+    "The first and the last picture cannot be read"
+    def image(self, i):
+        if i in (0, len(self) - 1): raise OSError('torn')
+        return super().image(i)
+
+
+def test_failures_of_every_part_are_listed(model, tmp_path):
+    for shard_rows in (2, 3, 5, 100):
+        done = embed(model, Torn(train=5, valid=0), tmp_path/str(shard_rows), shard_rows=shard_rows)
+        rows = [json.loads(line) for line in done.ledger.read_text().splitlines()]
+        assert done.failed == 2 and [(r['row'], r['error']) for r in rows] == [(0, 'torn'), (4, 'torn')]
+
+
+def test_a_file_is_on_the_disk_before_its_name_and_the_name_before_the_end(tmp_path, monkeypatch):
+    "What a power cut leaves is whole: the file is flushed, renamed, and its folder is flushed."
+    synced = []
+    def sync(handle, really=os.fsync):
+        synced.append((os.fstat(handle).st_ino, (tmp_path/'x').exists()))
+        really(handle)
+    monkeypatch.setattr(tables.os, 'fsync', sync)
+    tables.write_whole(tmp_path/'x', b'data')
+    assert synced == [((tmp_path/'x').stat().st_ino, False), (tmp_path.stat().st_ino, True)]
 
 
 def test_no_space_while_writing_leaves_no_draft(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Notebooks, library and README in step; notebooks clean; every notebook runs; no test decides by a clock."""
 import ast
 import filecmp
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -107,3 +108,36 @@ def test_no_test_decides_by_a_clock(tmp_path):
     assert sorted(line for line, _ in clocks(tmp_path/'t.py')) == [2, 3, 4]
     found = {(str(p.relative_to(ROOT)), *c) for p in (ROOT/'tests').rglob('*.py') if p.name != 'helpers.py' for c in clocks(p)}
     assert not found
+
+
+@pytest.fixture(scope='module')
+def mutants():
+    "tools/mutants.py as a module."
+    spec = importlib.util.spec_from_file_location('mutants', ROOT/'tools'/'mutants.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_mutants_fits_the_code(mutants):
+    "Every old text occurs once, and the tests that must notice its change exist; the whole is run by hand."
+    assert mutants.faults(mutants.TABLE) == []
+
+
+def test_a_mutant_that_no_test_notices_is_told(mutants, tmp_path, capsys):
+    for folder in ('mmembed', 'tests'): (tmp_path/folder).mkdir()
+    (tmp_path/'mmembed'/'sums.py').write_text('def add(a, b): return a + b\n\ndef less(a, b): return a - b\n')
+    (tmp_path/'tests'/'test_sums.py').write_text('import sys\nfrom mmembed.sums import add, less\n\ndef test_add(): assert add(2, 3) == 5\n\n'
+                                                 'def test_less(): assert less(2, 0) == 2\n\ndef test_broken(): assert add(1, 1) == 3\n')
+    def row(name, old, new, test): return mutants.Mutant(name, 'mmembed/sums.py', old, new, f'tests/test_sums.py::{test}')
+    good, idle = row('sums/product', 'a + b', 'a * b', 'test_add'), row('sums/sign', 'a - b', 'a + b', 'test_less')
+    assert mutants.main(['--only', 'sums/product'], [good, idle], tmp_path) == 0
+    assert mutants.main([], [good, idle, row('sums/other', 'a + b', 'b', 'test_broken')], tmp_path) == 1
+    said = capsys.readouterr().out
+    assert '1 of 3 changes were noticed' in said and 'sums/sign: survived' in said
+    assert 'sums/other: not judged: fails or is skipped without it: tests/test_sums.py::test_broken' in said
+    assert (tmp_path/'mmembed'/'sums.py').read_text().count('a + b') == 1 and mutants.main(['--only', 'none'], [good], tmp_path) == 2
+    for wrong, why in ((row('sums/gone', 'a ** b', 'a', 'test_add'), 'occurs 0 times'), (row('sums/both', '(a, b)', '(b, a)', 'test_add'), 'occurs 2 times'),
+                       (row('sums/same', 'a + b', 'a + b', 'test_add'), 'changes nothing'), (row('sums/odd', 'a + b', 'a +', 'test_add'), 'is no Python'),
+                       (row('sums/test', 'a + b', 'a', 'test_none'), 'no test tests/test_sums.py::test_none')):
+        assert mutants.main([], [wrong], tmp_path) == 2 and why in capsys.readouterr().err

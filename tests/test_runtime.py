@@ -12,6 +12,7 @@ from PIL import Image
 from mmembed.core import Tokens, as_bytes, pack, quietly
 from mmembed.export import cases
 from mmembed.export.verify import export
+from mmembed.results import ranking
 from mmembed.runtime import Embedder, Encoded, load, reason
 
 from .export import tiny
@@ -141,6 +142,13 @@ def test_scores_and_ranks(emb):
     assert torch.allclose(by_image.probability.sum(1), torch.ones(2)) and torch.all(by_image.score.diff(dim=1) <= 0)
     with pytest.raises(ValueError, match="by must be 'text' or 'image'"): emb.rank(texts, images, by='texts')
     with pytest.raises(ValueError, match=r'images: embeddings must have the shape \(B, 24\)'): emb.score(t, i[:, :3])
+
+
+@pytest.mark.parametrize('n', [3, 17, 300])  # a short row is sorted in another way
+def test_equal_scores_keep_the_order_of_the_candidates(n):
+    scores = (torch.arange(n) % 3).float().expand(2, n)
+    found = ranking(scores, n, sigmoid=False)
+    assert found.index[0].tolist() == [i for level in (2, 1, 0) for i in range(level, n, 3)] and found.index[1].equal(found.index[0])
 
 
 def test_probe(emb):

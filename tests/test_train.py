@@ -185,6 +185,35 @@ def test_averages_adapters_and_early_stops(fixed, work):
     assert torch.load(result.folder/'last.ckpt', weights_only=True)['epoch'] == 1
 
 
+def test_the_average_of_the_weights_has_its_decay(fixed):
+    "The first step's weights, then `ema` parts of the average and the rest of the newest weights, step by step."
+    cli, weights = prepare([*fixed, '--model.ema', '0.7', '--trainer.max_steps', '3', '--trainer.limit_val_batches', '0']), []
+    weight = cli.model.model.text_proj.weight
+    cli.model.on_train_batch_end = lambda *_: weights.append(weight.detach().clone())
+    cli.trainer.fit(cli.model, cli.datamodule)
+    want = weights[0]
+    for w in weights[1:]: want = 0.7 * want + 0.3 * w
+    kept = torch.load(cli.folder/'last.ckpt', weights_only=True)['state_dict']['model.text_proj.weight']
+    assert len(weights) == 3 and torch.allclose(kept, want, atol=1e-7) and (weights[2] - want).abs().max() > 1e-4
+
+
+def test_layers_learn_at_the_rates_of_the_configuration(fixed):
+    cli = prepare([*fixed, '--model.layer_decay', '0.5', '--model.lr', '0.004', '--trainer.max_steps', '1', '--trainer.limit_val_batches', '0'])
+    cli.trainer.fit(cli.model, cli.datamodule)
+    rate, model = {id(p): g['initial_lr'] for g in cli.trainer.optimizers[0].param_groups for p in g['params']}, cli.model.model
+    assert rate[id(model.logit_scale)] == rate[id(model.text_proj.weight)] == 0.004
+    block, bottom = rate[id(model.text.blocks[0].qkv.weight)], min(rate[id(p)] for p in model.text.parameters())
+    assert bottom == pytest.approx(block / 2) and block == pytest.approx(0.004 / 4)  # the norm above the block stands between
+
+
+def test_the_best_checkpoint_has_the_highest_figure(work):
+    "Right three times in four, then once in four: the first is the best, and patience runs out with the second."
+    (work/'tiny.yaml').write_text(TINY.replace('models.dual.DualEncoder\n    init_args:\n', 'models.pair.PairClassifier\n    init_args:\n      labels: [mismatch, match]\n'))
+    result = run([*SMALL, '--task', 'match', '--data.mismatches', '3', '--patience', '1', '--trainer.max_epochs', '4', '--trainer.callbacks+=tests.test_train.WorseAndWorse'])
+    assert result.checkpoint.name == 'best.ckpt' and result.figures['accuracy'] == 0.75
+    assert [torch.load(result.folder/f'{name}.ckpt', weights_only=True)['epoch'] for name in ('best', 'last')] == [0, 1]
+
+
 def test_a_learning_rate_is_found(fixed, capsys):
     result = run([*fixed, '--find_lr', 'true', '--trainer.max_epochs', '1', '--data.batch_size', '2'])
     assert 'learning rate ' in capsys.readouterr().out and result.checkpoint.is_file()
@@ -433,6 +462,14 @@ def test_new_folder(tmp_path):
 
 
 from lightning.pytorch.callbacks import Callback  # noqa: E402
+
+
+class WorseAndWorse(Callback):
+    "Every validation finds a classifier that gives one answer: no pair matches, later all do"
+    def on_validation_start(self, trainer, module):
+        with torch.no_grad():
+            module.model.fusion.out.weight.zero_()
+            module.model.fusion.out.bias.copy_(torch.tensor([9., -9.] if trainer.current_epoch == 0 else [-9., 9.]))
 
 
 class StopAfterTwo(Callback):

@@ -122,6 +122,19 @@ def test_a_host_that_does_not_answer_fails(monkeypatch):
     with pytest.raises(VerifyError, match=r'fresh process, pixels: no answer for batches of \[1\]'): report.check()
 
 
+def test_the_difference_is_the_largest_and_not_the_mean(monkeypatch):
+    "One value of one text among thousands of values is off."
+    answers = importlib.import_module('mmembed.export.answers').answers
+    def nearly(path, asked, decode):
+        got = answers(tiny.loaded(), **asked)
+        got['text embedding', 64][0][3, 5] += 0.01
+        return got
+    monkeypatch.setattr('mmembed.export.verify.fresh_answers', nearly)
+    report = verify(tiny.artifact(), cpp=False)
+    row, = report.failures
+    assert (row.stage, row.what, row.n) == ('fresh process', 'text embedding', 24 * 3 * len(cases.texts())) and row.difference == pytest.approx(0.01, abs=1e-6)
+
+
 def test_samples_of_ones_own_are_asked():
     files = [(t, cases.images()['gray.jpg']) for t in ('mine', b'\xffbytes')]
     plain, more = quick(tiny.artifact(), tiny.model()), quick(tiny.artifact(), tiny.model(), samples=files, sizes=(0, 5))

@@ -1,7 +1,9 @@
 """Bytes and pixels have an end: long texts hold nobody up, and neither bodies nor pictures fill the memory."""
+import asyncio
 import functools
 import io
 import json
+import os
 import re
 import socket
 import threading
@@ -17,8 +19,11 @@ from websockets.sync.client import connect
 from mmembed.export import cases
 from mmembed.runtime import Embedder
 from mmembed.serve.engine import Engine, Item, Options
+from mmembed.serve.lane import Job
 from mmembed.serve.protos import message, methods
 from mmembed.serve.server import running
+from mmembed.serve.service import Config, Service
+from mmembed.serve.wire import Downloads, run
 
 from ..export import tiny
 from .conftest import config
@@ -47,6 +52,25 @@ def flat_gif(width, height):
     out = io.BytesIO()
     Image.new('P', (width, height)).save(out, 'GIF')
     return out.getvalue()
+
+
+def test_a_client_gets_no_more_time_than_the_server_gives(monkeypatch):
+    "By the engine, for the parts of a long request, and for what is fetched."
+    service, given = Service(Config(tiny.artifact(), log=os.devnull, engine=Options(batch=4, decoders=2, timeout=HANG))), []
+    asked, most = (None, HANG / 2, 1e6), [HANG, HANG / 2, HANG]
+    async def told(items, timeout=None, *_):
+        given.append(timeout)
+        return Job(items, None)
+    async def left(seconds): return Downloads(service, seconds).end - asyncio.get_running_loop().time()
+    try:
+        monkeypatch.setattr(service.engine, 'run', told)
+        for seconds in asked: asyncio.run(service.run([Item('text', 'a')], seconds))
+        assert given == most
+        assert all(asyncio.run(left(s)) <= limit for s, limit in zip(asked, most))
+        monkeypatch.setattr(service, 'run', told)
+        for seconds in asked: asyncio.run(run(service, [Item('text', 'a')], seconds))
+        assert all(0 < t <= limit for t, limit in zip(given[3:], most, strict=True))
+    finally: service.close()
 
 
 def test_a_long_text_holds_up_no_short_one():

@@ -12,9 +12,10 @@ from mmembed.cli import main
 from mmembed.export import cases
 from mmembed.runtime import load
 from mmembed.serve.engine import Busy, Item
+from mmembed.serve.lane import Job
 from mmembed.serve.server import running
 from mmembed.serve.token_ids import text_of, token_table
-from mmembed.serve.wire import _in_parts
+from mmembed.serve.wire import _in_parts, run
 
 from ..export import tiny
 from .conftest import config
@@ -226,6 +227,14 @@ def test_tables_of_token_ids(tmp_path, tiktoken, capsys):
     (tmp_path/'noise').write_bytes(bytes(range(256)))
     for name, why in (('words.json', 'neither a table of tiktoken nor'), ('noise', 'neither a table of tiktoken nor'), ('none', 'No such file')):
         assert main(['serve', str(tiny.artifact()), '--token-ids', str(tmp_path/name)]) != 0 and why in capsys.readouterr().err
+
+
+def test_a_request_in_parts_is_numbered_as_a_whole():
+    class Service:
+        config = config('/dev/null', queue=2)
+        async def run(self, items, timeout, span): Job(items, lambda job: None)
+    items = [Item('text', 'a') for _ in range(5)]
+    assert [i.index for i in asyncio.run(run(Service(), items))] == [0, 1, 2, 3, 4]
 
 
 def test_parts_of_a_request_wait_for_the_queue_but_the_first_is_turned_away():

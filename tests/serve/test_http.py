@@ -18,6 +18,8 @@ from websockets.sync.client import connect
 
 from mmembed.export import cases
 from mmembed.runtime import load
+from mmembed.serve import scores
+from mmembed.serve.engine import Item
 
 from ..export import tiny
 from ..helpers import HANG, until
@@ -63,6 +65,13 @@ def test_a_bad_item_leaves_its_neighbours_alone(http):
     assert ask(http, [image(b'x')], 422)['data'][0]['status'] == 'invalid'
 
 
+def test_answers_are_numbered_by_their_places_in_the_request(http):
+    "Also where some items were refused before they reached the engine."
+    refused = dict(type='image', image='no base64!')
+    r = ask(http, [refused, 'a red circle', image(FILES['RGB.png']), refused, 'b'])['data']
+    assert [(d['index'], d['kind'], d['status']) for d in r] == [(0, 'image', 'invalid'), (1, 'text', 'ok'), (2, 'image', 'ok'), (3, 'image', 'invalid'), (4, 'text', 'ok')]
+
+
 def test_the_forms_of_openai(http, emb):
     want = emb.encode_text(['a red circle'])[0].numpy()
     assert np.allclose(vectors(ask(http, 'a red circle', model=None))[0], want, atol=1e-5)
@@ -102,6 +111,21 @@ def test_rank_and_classify_are_the_models_own_scores(http, emb):
     r = http.post('/classify', json=dict(input=[image(images[0]), image(b'bad')], labels=['red', 'blue'], template='a {} circle')).json()['results']
     want = emb.score(['a red circle', 'a blue circle'], images[:1]).softmax(0)[:, 0].tolist()
     assert np.allclose(sorted(x['probability'] for x in r[0]['labels']), sorted(want), atol=1e-4) and r[1]['status'] == 'invalid'
+
+
+def test_equal_scores_keep_the_order_of_the_request():
+    "Of candidates and of labels, more of them than a small sort keeps in order by itself."
+    score = np.repeat(np.float32([[1, 3, 2]]), 40, axis=0).ravel()  # 1, 3, 2, 1, 3, 2, ...
+    want = [*range(1, 120, 3), *range(2, 120, 3), *range(0, 120, 3)]
+    class Service:
+        def scores(self, query, values): return score, np.exp(score) / np.exp(score).sum()
+    async def embed(items):
+        for i in items: i.status = 'ok'
+        return items
+    rows, _ = asyncio.run(scores.rank(Service(), embed, Item('image', b''), [Item('text', 'a') for _ in score]))
+    assert [r['index'] for r in rows] == want
+    rows, _ = asyncio.run(scores.classify(Service(), embed, [Item('image', b'')], [str(k) for k in range(120)]))
+    assert [int(x['label']) for x in rows[0]['labels']] == want
 
 
 def test_mistakes_have_their_status(http):
