@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .data.folders import ENDINGS, Files
+from .data.folders import Files
+from .data.pairs import source_kind
 from .data.sources import Part, Source, _no_column
 from .samples import HubRows, ShardRows
 from .tabular import Table, plain
@@ -79,28 +80,17 @@ def open_source(
     if isinstance(where, (list, tuple)): return Files(Path.cwd(), [str(w) for w in where])
     name = str(where)
     if name == '-': return read_lines(stream or sys.stdin.buffer, what, null, **options)
-    if name.startswith('hf:'): return HubRows(name[3:], what, **_only(options, 'image_key', 'text_key', 'id_key', 'keep'))
-    path = Path(name).expanduser()
-    if '.tar' in name and not path.is_dir(): return ShardRows(name, what, **_only(options, 'text_key', 'id_key', 'keep'))
-    if path.is_file() and path.suffix.lower() in ENDINGS: return Files(Path.cwd(), [name])
-    if not path.is_dir(): return open_source(f'hf:{path}', what, **options) if _holds_images(path, options) else Table(path, what, **options)
-    if any((path/f).is_file() for f in ('dataset_info.json', 'dataset_dict.json')): return open_source(f'hf:{path}', what, **options)
+    path, kind = Path(name).expanduser(), source_kind(where, options.get('image_key'))
+    if kind == 'hub': return HubRows(name.removeprefix('hf:'), what, **_only(options, 'image_key', 'text_key', 'id_key', 'keep'))
+    if kind == 'shards': return ShardRows(name, what, **_only(options, 'text_key', 'id_key', 'keep'))
+    if kind == 'image': return Files(Path.cwd(), [name])
+    if kind == 'table': return Table(path, what, **options)
     if what != 'image': raise ValueError(f'{path} is a folder of pictures: there are no texts in it')
     return Files(path)
 
 def _only(options: dict, *known: str) -> dict:
     if more := [k for k in options if k not in known]: raise ValueError(f'{more[0]} is for tables; this source has no such option')
     return options
-
-def _holds_images(path: Path, options: dict) -> bool:
-    "Whether a Parquet file has the pictures themselves, not paths."
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    if path.suffix.lower() not in ('.parquet', '.pq') or not path.is_file(): return False
-    try: schema = pq.read_schema(path)
-    except pa.ArrowException as e: raise ValueError(f'{path}: {str(e).splitlines()[0]}') from None
-    key = options.get('image_key') or 'image'
-    return key in schema.names and not any(f(schema.field(key).type) for f in (pa.types.is_string, pa.types.is_large_string))
 
 # %% ../nbs/40a_intake.ipynb #6c5b39bf
 def column_types(
