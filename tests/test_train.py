@@ -275,7 +275,7 @@ MISTAKES = [
     ([*SMALL, '--data.bath_size', '3'], 'unrecognized arguments: --data.bath_size'),
     ([*SMALL, '--model.lr', 'fast'], 'Parser key "model.lr": Expected a float. Got value: fast'),
     ([*SMALL, '--data.source.lang', 'fr'], r"data.source \(Scenes\): .*Got value: fr"),
-    ([*SMALL, '--data.path', 'x.csv'], 'wants either path, a file of pairs, or source'),
+    ([*SMALL, '--data.path', 'x.csv'], 'wants either path, the name of the data, or source'),
     ([*SMALL, '--data.source', 'null', '--data.path', 'none.csv'], 'no such file: none.csv'),
     ([*SMALL, '--data.source', 'null', '--data.path', 'empty.csv'], 'empty.csv holds no pairs'),
     ([*SMALL, '--data.source', 'null', '--data.path', 'gone.csv'], 'gone.csv, line 2: no image file'),

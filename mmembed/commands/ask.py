@@ -17,7 +17,7 @@ from ..cli import working
 # %% ../../nbs/commands/02_ask.ipynb #09b6cb1a
 def verify(
     artifact: str,            # an exported file
-    data: str = None,         # pairs of your own to ask about, too: a .csv, .tsv, .jsonl or .parquet file as `mmembed train` takes it
+    data: str = None,         # pairs of your own to ask about, too, named as `mmembed train` takes them: a table, a folder of classes, shards, hf:NAME
     samples: int = 100,       # pairs of it, evenly spread
     cpp: store_true = False,  # compile the C++ host and ask it, too
     onnx: str = None,         # a folder with the same model's ONNX files: ask onnxruntime, too
@@ -30,8 +30,8 @@ def verify(
     from mmembed.export.verify import verify as compare
     own = []
     if data:
-        from mmembed.data.sources import PairsFile
-        pairs = PairsFile(data)
+        from mmembed.data.pairs import open_pairs
+        pairs = open_pairs(data)
         own = [pairs[i] for i in range(0, len(pairs), max(1, len(pairs) // max(1, samples)))]
     with working('asking every host the same'): report = compare(artifact, cpp=cpp, samples=own, onnx=onnx)
     print(report.to_json() if json else report)

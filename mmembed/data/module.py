@@ -11,7 +11,6 @@ __all__ = ['Row', 'Rows', 'Collate', 'Ledger', 'PairLoader', 'Shuffled', 'PairDa
 from collections.abc import Iterator
 from contextlib import closing
 from html import escape
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,7 +20,8 @@ from torch.utils.data import Dataset
 
 from ..core import PairBatch, Tokens, pack, settings, stack_levels
 from .loader import Loader, Share, Shuffle, even_batches
-from .sources import PairsFile, Part, Source, _reason
+from .pairs import is_dataset, open_pairs
+from .sources import Part, Source, _reason
 from .splits import PARTS, Survey, split_once, survey
 from ..text.pipeline import TextPipeline
 from ..vision.pipeline import VisionPipeline
@@ -136,7 +136,7 @@ class Shuffled(Part):
 class PairData(LightningDataModule):
     "Batches of matching texts and images from any source, through the model's own pipelines"
     def __init__(self,
-        path: str | None = None,                        # a .jsonl, .csv, .tsv or .parquet file of pairs
+        path: str | None = None,                        # a .jsonl, .csv, .tsv or .parquet file, a folder of classes, 'train-{000..031}.tar', or hf:NAME
         source: Source | None = None,                   # or any other source
         image_key: str = 'image',                       # column of `path` that holds paths of image files
         text_key: str | None = 'text',                  # column of `path` that holds captions; None: made from labels
@@ -162,10 +162,13 @@ class PairData(LightningDataModule):
         text_pipeline: TextPipeline | None = None,      # the model's by default
         vision_pipeline: VisionPipeline | None = None,  # the model's by default
     ):
-        "Raises `ValueError` unless one of `path` and `source` is given, and what `PairsFile` raises."
+        "Raises `ValueError` unless one of `path` and `source` is given, and what `open_pairs` raises."
         super().__init__()
         if (path is None) == (source is None):
-            raise ValueError('PairData wants either path, a file of pairs, or source')
+            raise ValueError('PairData wants either path, the name of the data, or source')
+        if is_dataset(source): path, source = source, None
+        if path is None and not isinstance(source, Source):
+            raise TypeError(f'source is {type(source).__name__}, not a Source: write it to a CSV or Parquet file and give its path')
         if batch_size < 1: raise ValueError(f'batch_size must be at least 1, got {batch_size}')
         if worker_type not in ('processes', 'threads'):
             raise ValueError(f"worker_type must be 'processes' or 'threads', got {worker_type!r}")
@@ -175,13 +178,13 @@ class PairData(LightningDataModule):
             if how and held: raise ValueError(f'{name} and {next(iter(held))}_path both say what is held out: give one of them')
         if held and path is None: raise ValueError(f'{next(iter(held))}_path goes with path, not with source')
         if path is not None:
-            more = {'templates': templates} if templates else {}
-            def opened(file): return PairsFile(file, image_key, text_key, split_key, image_root, label_key, near_key=near_key,
-                                               group_key=group_key, parts=parts, **more)
+            def opened(name): return open_pairs(name, image_key, text_key, split_key=split_key, image_root=image_root, label_key=label_key,
+                                                near_key=near_key, group_key=group_key, parts=parts, templates=templates)
             source = opened(path)
             for k, v in held.items():
                 held[k] = opened(v)
-                if Path(held[k].path).samefile(source.path): raise ValueError(f'{k}_path is path itself, {v}: it would be trained on')
+                files = [s.path for s in (held[k], source) if hasattr(s, 'path')]
+                if v == path or len(files) == 2 and files[0].samefile(files[1]): raise ValueError(f'{k}_path is path itself, {v}: it would be trained on')
         self.source, self.held = source, held
         self.batch_size, self.workers = batch_size, workers
         self.worker_type, self.start_method = worker_type, start_method
