@@ -60,8 +60,11 @@ class Approximate:
     ) -> Measured:
         """Makes an approximate index, and turns its knobs up until it finds that share of the nearest rows, or as far as they go.
 
-        Rows added later are compared one by one until `optimize` of an addition takes them in. Raises `ValueError` for fewer than 256 rows."""
+        Rows added later are compared one by one until `optimize` of an addition takes them in. Raises `ValueError` for fewer than 256 rows,
+        a share outside of 0 to 1 and no queries."""
         import lancedb.index as kinds
+        if not 0 < recall <= 1: raise ValueError(f'recall is a share of 0 to 1, got {recall}')
+        if queries is not None and not len(queries): raise ValueError('there are no queries to measure with')
         if kind not in KINDS: raise ValueError(f'kind must be one of {", ".join(KINDS)}, got {kind!r}')
         rows, graph = len(self), kind.startswith('hnsw')
         if rows < 256: raise ValueError(f'an approximate index needs at least 256 rows, there are {rows}: exact search is the right one')

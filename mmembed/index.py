@@ -114,8 +114,9 @@ class Index(Approximate, Grouping, Store):
         else:
             ask = ask.nprobes(knobs['nprobes'])
             if knobs['refine']: ask = ask.refine_factor(knobs['refine'])
-            if knobs['ef']: ask = ask.ef(max(knobs['ef'], k))
+            if knobs['ef']: ask = ask.ef(max(knobs['ef'], k * max(1, knobs['refine'])))  # a graph must keep what is compared again
         rows = asked(ask.to_list, where)
+        if len(rows) < k and knobs and not exact: return self._nearest(vector, k, where, True)  # what is left lies in other partitions
         return [{'id': row.pop('id'), 'score': 1 - row.pop('_distance')} | row for row in rows]
 
     def _by_words(self, words: str, k: int, where: str | None) -> list[dict]:

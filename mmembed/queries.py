@@ -236,9 +236,10 @@ class Store:
         ids: list[str] | None = None, # rows to delete; ids that are not there are passed over
         where: str | None = None,     # or an SQL condition
     ) -> int: # rows deleted
-        "One transaction. Raises `ValueError` for neither or both, and for a condition that is none."
+        "One transaction. Raises `ValueError` for neither or both, and for a condition that is empty or none."
         if (ids is None) == (where is None): raise ValueError('want either ids or where')
         if isinstance(ids, str): raise TypeError(f'ids is a single str; pass a list: [{ids!r}]')
+        if where is not None and not where.strip(): raise ValueError("where is empty: it says which rows to delete; 'true' stands for all of them")
         return self._delete(ids, where)
 
     def search(self,

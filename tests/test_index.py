@@ -15,7 +15,7 @@ pytest.importorskip('lancedb', reason='the extra "search" is not installed')
 from mmembed.cli import main
 from mmembed.data.scenes import Scenes
 from mmembed.export.verify import export
-from mmembed.index import Index
+from mmembed.index import KINDS, Index
 from mmembed.jobs import embed
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
@@ -263,6 +263,33 @@ def test_approximate(model, tmp_path):
     with pytest.raises(ValueError, match='kind must be'): index.approximate('tree')
 
 
+@pytest.mark.parametrize('kind', KINDS)
+def test_every_kind_answers_for_every_k(kind, model, tmp_path):
+    "A graph must keep k x refine candidates; partitions that are not looked at may hold what a condition asks for."
+    rows, more = points(600), dict(num_sub_vectors=4) if kind.endswith('pq') else {}
+    captions = pa.array([f'number {i % 3}' for i in range(600)])
+    index, x = Index.build(model, rows.append_column('text', captions), tmp_path/'a'), matrix(rows)
+    index.approximate(kind, recall=.01, partitions=None if kind.startswith('hnsw') else 30, **more)  # the knobs as low as they go
+    for k in (1, 10, 32, 33, 64, 65, 150, 599, 600, 601, 5000):
+        assert len(index.search(x[0], k)) == min(k, 600)
+        assert len(index.search(x[0], k, where="id LIKE 'p1_'")) == min(k, 10)
+        assert len(index.search(x[0], k, words='number')) == min(k, 600) and len(index.like('p0', k)) == min(k, 599)
+    for neighbours in (40, 599): assert index.duplicates(.999, "id LIKE 'p1_'", neighbours) == []
+
+
+def test_recall_of_text_queries(model, tmp_path, capsys, scenes):
+    index = Index.build(model, points(400), tmp_path/'a')
+    (tmp_path/'captions.csv').write_text('said\n' + '\n'.join(scenes.text(i) for i in range(N)))
+    assert main(['index', 'approximate', str(tmp_path/'a'), '--queries', str(tmp_path/'captions.csv'), '--text-key', 'said']) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert f'over {N} queries' in first and 'with rows as queries: hnsw_sq' in second and 'over 100 queries' in second
+    assert index.info()['approximate']['queries'] == N
+    x = index.embedder().encode_text([scenes.text(i) for i in range(N)])
+    assert index.measure(x)[0].recall == pytest.approx(index.info()['approximate']['recall'])
+    for wrong, error in ((dict(recall=1.5), 'a share of 0 to 1, got 1.5'), (dict(queries=x[:0]), 'no queries')):
+        with pytest.raises(ValueError, match=error): index.approximate(**wrong)
+
+
 def test_near_duplicates_and_clusters(model, tmp_path):
     x = matrix(points(300))
     x[200:220] = x[:20] + .01 * x[100:120]
@@ -424,7 +451,7 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from mmembed.cli import main
-from mmembed.index import Index
+from mmembed.index import KINDS, Index
 from mmembed.stores import to_faiss
 folder = sys.argv[1]
 index, x = Index(folder), np.ones(12, 'f')
@@ -444,7 +471,7 @@ print(len(index))'''
 
 CHAINS = '''
 import json, sys
-from mmembed.index import Index
+from mmembed.index import KINDS, Index
 index, n = Index(sys.argv[1]), 0
 for where in json.load(sys.stdin):
     n += 1

@@ -121,3 +121,56 @@ def test_faiss_file(model, tmp_path, kind):
     same = [[about['ids'][i] for i in r] == index.search(v, 5, exact=True).ids for r, v in zip(row, x)]
     assert np.mean(same) == 1 if kind == 'flat' else np.mean(same) > .8
     with pytest.raises(ValueError, match='kind must be'): to_faiss(index, tmp_path/'b', 'tree')
+
+
+def test_a_table_of_the_user_is_never_dropped(model, url):
+    "Whatever the name: only a table that says it is ours is replaced, and only when that is asked for."
+    import psycopg
+    with psycopg.connect(url, autocommit=True) as db:
+        for what in ('TABLE customers AS SELECT 1 AS a', 'VIEW seen AS SELECT 1 AS a'): db.execute(f'CREATE {what}')
+        for overwrite in (False, True):
+            for name in ('customers', 'seen'):
+                with pytest.raises(ValueError, match=f"has a table '{name}' that is not an index of mmembed"): PostgresIndex.build(model, points(3), url, name, overwrite=overwrite)
+            for name in ('mmembed_about', 'mmembed_failures', '', 'x' * 64):
+                with pytest.raises(ValueError, match='name'): PostgresIndex.build(model, points(3), url, name, overwrite=overwrite)
+        assert db.execute('SELECT a FROM customers').fetchall() == db.execute('SELECT a FROM seen').fetchall() == [(1,)]
+        bad = table(['n', 'good'], np.stack([np.full(D, np.nan), np.ones(D)]))
+        one = PostgresIndex.build(model, bad, url, 'one')
+        two = PostgresIndex.build(model, bad, url, 'one_bad')
+        assert [len(i) for i in (one, two)] == [1, 1] and one.bad() == two.bad() != []
+        assert len(PostgresIndex.build(model, points(3), url, 'one', overwrite=True)) == 3 and one.bad() == [] != two.bad()
+        db.execute('CREATE VIEW on_one AS SELECT id FROM one')
+        with pytest.raises(OSError, match='nothing was changed: cannot drop table one'): PostgresIndex.build(model, points(5), url, 'one', overwrite=True)
+        db.execute('DROP VIEW on_one')
+        db.execute('DROP TABLE one')
+        db.execute("CREATE TABLE one AS SELECT 'p0' AS id")
+        for act in (lambda: PostgresIndex(url, 'one'), lambda: one.delete(['p0'])):
+            with pytest.raises(FileNotFoundError, match='is not the one that was built'): act()
+        assert db.execute('SELECT id FROM one').fetchall() == [('p0',)]
+    one.close()
+    two.close()
+
+
+ESCAPES = ["false); CREATE TABLE pwned (a int); SELECT (true", "false); DROP TABLE escapes; --", 'false) OR (true', "false) UNION SELECT name, about::text FROM mmembed_about WHERE (true",
+           r"id = E'\'' ) OR (true) OR (id = E'\''", "id = $$'$$) OR (true) OR (id = $$'$$", "(SELECT lo_create(0)) > 0", "setval('counted', 999) > 0", 'true] || ARRAY[true', 'true /*']
+
+
+@pytest.mark.parametrize('where', ESCAPES)
+def test_a_condition_is_one_condition(model, url, where):
+    "It cannot end the statement that it is put into, nor its parentheses, nor change anything, by any door."
+    import psycopg
+    index = PostgresIndex.build(model, points(4), url, 'escapes', overwrite=True)
+    index._db.execute('CREATE SEQUENCE IF NOT EXISTS counted')
+    for door in (lambda: index.delete(where=where), lambda: index.ids(where), lambda: index.search(np.ones(D, 'f'), where=where)):
+        with pytest.raises(ValueError): door()
+    assert len(index) == 4
+    with psycopg.connect(url) as db: assert db.execute("SELECT to_regclass('pwned'), nextval('counted') < 999").fetchone() == (None, True)
+    index.close()
+
+
+def test_delete_wants_a_condition(model, url, tmp_path):
+    for index in (PostgresIndex.build(model, points(4), url, 'wanted'), Index.build(model, points(4), tmp_path/'a')):
+        for where in ('', ' ', '\n'):
+            with pytest.raises(ValueError, match="where is empty: it says which rows to delete; 'true' stands for all"): index.delete(where=where)
+        with pytest.raises(ValueError, match='where='): index.delete(where='false) OR (true')
+        assert len(index) == 4 and index.delete(where="id = 'p1' OR id = 'it''s (odd] %'") == 1 and index.delete(where='true') == 3

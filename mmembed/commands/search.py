@@ -119,13 +119,25 @@ def info(args):
         for k, v in index.info().items(): print(f'{k:12} {", ".join(f"{a}: {b}" for a, b in v.items()) if isinstance(v, dict) else v}')
 
 @_command('index approximate', index=_one('a folder that `index build` made'), kind=_text('ivf_flat, ivf_sq, ivf_pq, hnsw_flat, hnsw_sq or hnsw_pq', 'hnsw_sq'),
-    recall=_text('share of the 10 nearest rows to find', .95))
+    recall=_text('share of the 10 nearest rows to find', .95), queries=_text('a table of texts as people will ask them, which recall is then measured with'),
+    text_key=_text('its column that holds them'), model=_text('the artifact, where it has moved'))
 def approximate(args):
     """Make searches of many rows fast, and measure what they miss.
 
-    mmembed index approximate photos.idx --kind ivf_pq --recall 0.95"""
+    mmembed index approximate photos.idx --kind ivf_pq --recall 0.95
+    mmembed index approximate photos.idx --queries captions.csv"""
     from mmembed.index import Index
-    print(Index(args.index).approximate(args.kind, args.recall))
+    index, texts = Index(args.index, args.model), None
+    if args.queries: texts = _texts(index, args.queries, args.text_key)
+    print(index.approximate(args.kind, args.recall, queries=texts))
+    if args.queries: print(f'  with rows as queries: {index.measure()[0]}')
+
+def _texts(index, where: str, text_key: str | None):
+    "Up to 1,000 texts of a table, spread evenly over it, embedded."
+    from mmembed.intake import open_source
+    source = open_source(where, 'text', text_key=text_key)
+    n = min(1000, len(source))
+    return index.embedder().encode_text([source.text(i * len(source) // n) for i in range(n)])
 
 # %% ../../nbs/commands/05_search.ipynb #2839164c
 @_command('index duplicates', index=_one('a folder that `index build` made'), threshold=_text('cosine from which two rows are near', .95),
