@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .data.hub import HubData
-from .data.shards import Shards, _part
+from .data.shards import Shards, _part, _texts
 from .tabular import _hash_column, plain
 
 # %% ../nbs/39a_samples.ipynb #1db7ffa2
@@ -40,18 +40,23 @@ class ShardRows(Shards):
 
     def _add(self, n: int, s, text_key, *_):
         place = f'{self.urls[n]}: {s.key}'
-        text = _part(s, text_key, place)
-        if (self.what != 'text' and not s.image) or (self.what != 'image' and text is None):
+        texts = _texts(s, text_key, place)
+        if (self.what != 'text' and not s.image) or (self.what != 'image' and not texts):
             self.ignored.append(f'{place} has no {"image" if self.what != "text" and not s.image else text_key}')
             return
+        if self.what == 'image': texts = texts[:1] or ['']
+        for number, text in enumerate(texts, 1): self._keep_row(n, s, text, number if len(texts) > 1 else 0, place)
+
+    def _keep_row(self, n: int, s, text: str, number: int, place: str):
         self.keys.append(s.key)
-        self.texts.append(text or '')
+        self.texts.append(text)
+        self.numbers.append(number)
         self.places.append((n, *(s.image or (0, 0))))
         if self.id_key: self.ids.append(_part(s, self.id_key, place) or s.key)
         if not self.kept: return
         try: fields = json.loads(s.parts.get('json', '{}'))
         except json.JSONDecodeError as e: raise ValueError(f'{place}: json is not a JSON object ({e})') from None
-        for k, values in self.kept.items(): values.append(text if k == 'text' else fields.get(k))
+        for k, values in self.kept.items(): values.append((text or None) if k == 'text' else fields.get(k))
 
     def _stamp(self, url: str) -> tuple:
         from fsspec.core import url_to_fs
@@ -75,7 +80,7 @@ class ShardRows(Shards):
 
     def excerpt(self, rows: range) -> 'ShardRows':
         part = copy.copy(self)
-        for k in ('keys', 'texts', 'ids', 'places'): setattr(part, k, getattr(self, k)[rows.start:rows.stop])
+        for k in ('keys', 'texts', 'ids', 'places', 'numbers'): setattr(part, k, getattr(self, k)[rows.start:rows.stop])
         part.kept = {k: c.take(list(rows)) for k, c in self.kept.items()}
         return part
 
@@ -91,6 +96,7 @@ class HubRows(HubData):
         keep: list | tuple = (),    # further columns
         **options,                  # as `HubData` takes them
     ):
+        self.captioned = what != 'image'
         self.keep, self.id_key = {k: text_key if k == 'text' else k for k in keep}, id_key
         super().__init__(name, image_key if what != 'text' else text_key, text_key if what != 'image' else image_key, **options)
 

@@ -262,6 +262,7 @@ def run(
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='.*exists and is not empty')  # our configuration is in it
         warnings.filterwarnings('ignore', message='.*LeafSpec')
+        cli.datamodule.ledger.keep(cli.folder/'failures.jsonl', cli.trainer.is_global_zero)
         if cli.config.find_lr: find_lr(cli)
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.resume)
     if cli.trainer.is_global_zero and (started := os.environ.get('TORCHELASTIC_RUN_ID')): _note(cli.folder.parent, started).unlink(missing_ok=True)

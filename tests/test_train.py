@@ -249,6 +249,23 @@ def test_broken_images_in_a_run(work, capsys):
     with pytest.raises(ValueError, match=r'^(7|30)\.jpg: '): run([*argv, '--data.on_error', 'raise'])
 
 
+def test_what_a_run_leaves_out_is_listed_in_its_folder(work, capsys):
+    path = table(Scenes(train=60, valid=0), work)
+    (work/'7.jpg').write_bytes((work/'7.jpg').read_bytes()[:200])
+    (work/'30.jpg').unlink()
+    rows = list(csv.reader(path.open(newline='', encoding='utf-8')))
+    rows[5 + 1][1], rows[9 + 1][1] = '', str(['a red ring', 'a ring that is red'])
+    with path.open('w', newline='', encoding='utf-8') as f: csv.writer(f).writerows(rows)
+    result = run([*SMALL, '--data.source', 'null', '--data.path', 'pairs.csv', '--data.batch_size', '8', '--trainer.max_epochs', '1'])
+    listed = [json.loads(line) for line in (result.folder/'failures.jsonl').read_text().splitlines()]
+    assert {x['name'] for x in listed} == {'5.jpg', '7.jpg', '30.jpg'} and len(listed) == 3 and {x['name']: x['reason'] for x in listed} == dict(result.data.ledger)
+    assert len(result.data.train) + len(result.data.valid) == 61 - 2
+    said = capsys.readouterr().out
+    assert '1 row has no caption and was left out:\n  5.jpg: there is no caption' in said and '30.jpg: there is no file ' in said
+    clean = run([*SMALL, '--trainer.max_steps', '1'])
+    assert not (clean.folder/'failures.jsonl').exists()
+
+
 def test_shuffled_captions_by_option(work):
     cli = prepare([*SMALL, '--data.shuffle_captions', 'true'])
     assert type(cli.datamodule.train).__name__ == 'Shuffled'

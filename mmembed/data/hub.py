@@ -10,6 +10,7 @@ __all__ = ['load_hub', 'HubData']
 # %% ../../nbs/data/02d_hub.ipynb #c616ebed
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor
 from ..core import as_bytes, read_bytes, settings
 from .folders import of_system
 from .sources import (
-    PART_NAMES, Source, _no_column, as_text, check_groups, column_parts, from_template, part_in, part_meaning, part_named)
+    NO_CAPTION, NO_LABEL, PART_NAMES, Source, _no_column, as_text, captions_of, check_groups, column_parts,
+    from_template, part_in, part_meaning, part_named)
 
 # %% ../../nbs/data/02d_hub.ipynb #60b94072
 def _datasets():
@@ -66,10 +68,12 @@ def _parts(files: list[Path], folder: Path) -> dict[str, list[Path]]:
 # %% ../../nbs/data/02d_hub.ipynb #087896c5
 class HubData(Source):
     "A data set of `datasets`, undecoded"
+    captioned = True  # whether the captions are wanted
+
     def __init__(self,
         name: str | Path | Any,               # a folder, a Parquet file, a name on the hub, a `Dataset` or a `DatasetDict`
         image_key: str = 'image',             # column of images: files, bytes or paths
-        text_key: str | None = 'text',        # column of captions, or of lists whose first is taken; None: from labels
+        text_key: str | None = 'text',        # column of captions, or of lists, each of whose captions is a row; None: from labels
         split_key: str | None = None,         # column of parts, instead of the data set's own; see `PairsFile`
         label_key: str | None = None,         # column of classes
         templates: list[str] | tuple = ('a photo of a {}',), # captions for `text_key=None`
@@ -88,11 +92,29 @@ class HubData(Source):
         self.templates, self.of_classes = tuple(templates), not text_key
         wanted = {'image': image_key, 'text': text_key, 'group': group_key, 'label': label_key, 'split': split_key}
         self.parts = {part: self._columns(d, wanted) for part, d in own.items() if len(d)}
-        self.rows = [(part, i) for part, d in self.parts.items() for i in range(len(d['image'][1]))]
+        captions = {part: self._captions(part) for part in self.parts} if text_key and self.captioned else {}
+        self.rows, self.empty = [], []  # (part, row, caption in its cell, from 1, or 0 for the only one); rows without a caption
+        for part, d in self.parts.items():
+            for i, n in enumerate(captions.get(part) or [1] * len(d['image'][1])):
+                if n == 0: self.empty.append(len(self.rows))
+                self.rows += [(part, i, k) for k in range(1, n + 1)] if n > 1 else [(part, i, 0)]
         if not self.rows: raise ValueError(f'{self.title} holds no rows')
         if group_key: check_groups(group_key, map(as_text, self._different('group')), self.title)
         if split_key: self.meaning = column_parts(split_key, map(as_text, self._different('split')), parts, self.title)
         else: self.meaning = part_meaning(parts, self.parts, self.title)
+
+    def _cells(self, part: str, role: str) -> Iterator[Any]:
+        "The values of a column, some thousands at a time."
+        key, column = self.parts[part][role]
+        for start in range(0, len(column), 10_000): yield from column[start:start + 10_000][key]
+
+    def _captions(self, part: str) -> list[int]:
+        "How many captions each row has."
+        found, key = [], self.parts[part]['text'][0]
+        for i, value in enumerate(self._cells(part, 'text')):
+            try: found.append(len(captions_of(value)))
+            except ValueError as e: raise ValueError(f'{self.title}, row {i}: {key} is {e}') from None
+        return found
 
     def _different(self, role: str) -> list:
         "The values that a column has, each once."
@@ -120,7 +142,7 @@ class HubData(Source):
         return found
 
     def _value(self, role: str, i: int) -> Any:
-        part, row = self.rows[i]
+        part, row, _ = self.rows[i]
         key, column = self.parts[part][role]
         return column[row][key]
 
@@ -128,10 +150,13 @@ class HubData(Source):
 
     def text(self, i: int) -> str:
         if 'text' not in self.parts[self.rows[i][0]]: return from_template(self.label(i), self.templates, self.name(i))
-        value = self._value('text', i)
-        if isinstance(value, list) and value: value = value[0]
-        if not isinstance(value, str): raise ValueError(f'the caption is {type(value).__name__}, not text')
-        return value
+        return (captions_of(self._value('text', i)) or [''])[max(self.rows[i][2] - 1, 0)]
+
+    def missing(self, modality: str) -> dict[int, str]:
+        if modality == 'image': return {}
+        if 'text' in self.parts[self.rows[0][0]]: return dict.fromkeys(self.empty, NO_CAPTION)
+        labels = (v for part in self.parts for v in self._names(part, 'label', list(self._cells(part, 'label'))))
+        return {i: NO_LABEL for i, label in enumerate(labels) if not as_text(label)}
 
     def image(self, i: int) -> Tensor:
         value = self._value('image', i)
@@ -140,14 +165,15 @@ class HubData(Source):
         if value is None: raise ValueError('there is no image')
         return as_bytes(value)
 
-    def name(self, i: int) -> str: return '{} {}'.format(*self.rows[i])
+    def picture(self, i: int) -> str: return '{} {}'.format(*self.rows[i])
+    def name(self, i: int) -> str: return self.picture(i) + (f' ({self.rows[i][2]})' if self.rows[i][2] else '')
 
     def _value_text(self, role: str, i: int) -> str:
         "The value of a row as text; '' for none, or where there is no such column."
         part = self.rows[i][0]
         return as_text(self._names(part, role, [self._value(role, i)])[0]) if role in self.parts[part] else ''
 
-    def group(self, i: int) -> str: return self._value_text('group', i) or self.name(i)
+    def group(self, i: int) -> str: return self._value_text('group', i) or self.picture(i)
     def label(self, i: int) -> str: return self._value_text('label', i)
 
     def part(self, i: int) -> str:

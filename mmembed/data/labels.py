@@ -124,6 +124,7 @@ class LabelData(PairData):
         **options,                        # as `PairData` takes them, `label_key` for a table
     ):
         "Raises `ValueError` for rows without a label or with another than `classes`, naming one, for a single class, and what `PairData` raises."
+        self.captioned = question is None
         super().__init__(**options)
         found: dict[str, str] = {}  # class: its first row
         for rows in (self.source, *self.held.values()):

@@ -8,9 +8,11 @@ Docs: https://mmembed.github.io/mmembed/data/module.html.md"""
 __all__ = ['Row', 'Rows', 'Collate', 'Ledger', 'PairLoader', 'Shuffled', 'PairData']
 
 # %% ../../nbs/data/03_module.ipynb #e3293125
+import json
 from collections.abc import Iterator
 from contextlib import closing
 from html import escape
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,7 +23,7 @@ from torch.utils.data import Dataset
 from ..core import PairBatch, Tokens, pack, settings, stack_levels
 from .loader import Loader, Share, Shuffle, even_batches
 from .pairs import is_dataset, open_pairs
-from .sources import Part, Source, _reason
+from .sources import NO_CAPTION, NO_LABEL, Part, Source, _reason
 from .splits import PARTS, Survey, split_once, survey
 from ..text.pipeline import TextPipeline
 from ..vision.pipeline import VisionPipeline
@@ -56,6 +58,7 @@ class Rows(Dataset):
         text, label, known = '', -1, False
         try:
             text, label = self.source.pair(epoch, i)
+            if not text.strip(): raise ValueError(NO_CAPTION)
             known = True
             return Row(i, text, self._levels(self.source.image(i), epoch, i), '', label)
         except (RuntimeError, ValueError, OSError) as e:
@@ -87,13 +90,37 @@ class Collate:
 class Ledger(dict):
     "What was skipped, or replaced: {name: reason}"
     done = 'skipped'  # with an unreadable image
+    file: Path | None = None
+
+    def __setitem__(self, name: str, reason: str):
+        if self.file and name not in self: self._write([(name, reason)])
+        super().__setitem__(name, reason)
+
+    def keep(self,
+        file: str | Path,  # .jsonl, to which further failures are appended
+        main: bool = True, # of several processes the one that writes what all of them know by now
+    ):
+        "Write each failure to a file as it comes; there is none while nothing has failed."
+        self.file = Path(file)
+        if main and self: self._write(self.items())
+
+    def _write(self, items):
+        there = set()  # of other processes of the run
+        if self.file.exists():
+            with self.file.open(encoding='utf-8') as f: there = {json.loads(line)['name'] for line in f}
+        lines = [json.dumps({'name': name, 'reason': reason}, ensure_ascii=False) + '\n' for name, reason in items if name not in there]
+        with self.file.open('a', encoding='utf-8', errors='backslashreplace') as f: f.write(''.join(lines))
+
     def __str__(self):
         if not self: return f'nothing was {self.done}'
-        n = len(self)
-        what = f'{n} images could not be read and were' if n > 1 else '1 image could not be read and was'
-        lines = [f'{what} {self.done}:']
-        lines += [f'  {name}: {reason}' for name, reason in list(self.items())[:20]]
-        return '\n'.join(lines + ([f'  and {len(self) - 20} more'] if len(self) > 20 else []))
+        bare = {name: reason for name, reason in self.items() if reason.startswith((NO_CAPTION, NO_LABEL))}
+        unread, lines = {name: reason for name, reason in self.items() if name not in bare}, []
+        for found, one, several in [(unread, '1 image could not be read and was ' + self.done, f'{len(unread)} images could not be read and were {self.done}'),
+                                    (bare, '1 row has no caption and was left out', f'{len(bare)} rows have no caption and were left out')]:
+            if found: lines.append((one if len(found) == 1 else several) + ':')
+            lines += [f'  {name}: {reason}' for name, reason in list(found.items())[:20]]
+            if len(found) > 20: lines.append(f'  and {len(found) - 20} more')
+        return '\n'.join(lines)
 
 # %% ../../nbs/data/03_module.ipynb #24bf140c
 class PairLoader(Loader):
@@ -156,7 +183,7 @@ class PairData(LightningDataModule):
         worker_type: Literal['processes', 'threads'] = 'processes', # of the workers; the batches are the same
         start_method: Literal['fork', 'spawn', 'forkserver'] | None = None, # of worker processes; None: the platform's
         augment: bool = True,                           # random crops in training, as the pipeline has them
-        on_error: Literal['skip', 'raise', 'blank'] = 'skip', # an unreadable image: leave out, stop, or the mean colour
+        on_error: Literal['skip', 'raise', 'blank'] = 'skip', # a missing caption or image: leave out, stop, or mean colour
         shuffle_captions: bool = False,                 # a control: train on captions of other images
         seed: int | None = None,                        # of order and crops; `settings().seed` by default
         text_pipeline: TextPipeline | None = None,      # the model's by default
@@ -179,7 +206,8 @@ class PairData(LightningDataModule):
         if held and path is None: raise ValueError(f'{next(iter(held))}_path goes with path, not with source')
         if path is not None:
             def opened(name): return open_pairs(name, image_key, text_key, split_key=split_key, image_root=image_root, label_key=label_key,
-                                                near_key=near_key, group_key=group_key, parts=parts, templates=templates)
+                                                near_key=near_key, group_key=group_key, parts=parts, templates=templates,
+                                                on_error='raise' if on_error == 'raise' else 'skip')
             source = opened(path)
             for k, v in held.items():
                 held[k] = opened(v)
@@ -200,10 +228,13 @@ class PairData(LightningDataModule):
         elif 'valid' in held: parts = {'train': self.source} | held
         elif whole: parts = {'train': Part(self.source, []), 'valid': self.source} | held
         else: parts = self.source.splits(valid_share) | held
+        parts = {name: self._usable(part) for name, part in parts.items()}
         self.train, self.valid, self.test = parts['train'], parts['valid'], parts.get('test')
         for name, part in [] if whole else [('training', self.train), ('validation', self.valid)]:
             if not len(part): raise ValueError(f'{self.source!r}: no rows for {name}; valid_share is {valid_share}'
-                                               + (f', group_key is {group_key!r}' if group_key else ''))
+                                               + (f', group_key is {group_key!r}' if group_key else '')
+                                               + (f'; {len(self.ledger)} are left out, {next(iter(self.ledger))}: '
+                                                  f'{next(iter(self.ledger.values()))}' if self.ledger else ''))
         if shuffle_captions: self.train = Shuffled(self.train, self.seed)
 
     def part(self,
@@ -220,6 +251,22 @@ class PairData(LightningDataModule):
     def prepared(self, part: Source) -> Source:
         "A part as batches are made of it."
         return part
+
+    captioned = True  # whether a row without a caption is of no use
+
+    def _usable(self, part: Source) -> Source:
+        "The part without the rows that are known to lack a caption or an image; they are entered in the ledger, or an error."
+        found = part.missing('image') if self.on_error != 'blank' else {}
+        if self.captioned: found = part.missing('text') | found
+        failed = part.left_out() | {part.name(i): reason for i, reason in sorted(found.items())}
+        if failed and self.on_error == 'raise':
+            name, reason = next(iter(failed.items()))
+            more = f' (and {len(failed) - 1} more of {len(part)} rows)' if len(failed) > 1 else ''
+            raise ValueError(f'{name}: {reason}{more}; on_error: skip leaves such rows out')
+        for name, reason in failed.items(): self.ledger[name] = reason
+        if not found: return part
+        rows = [i for i in range(len(part)) if i not in found]
+        return Part(part.source, [part.rows[i] for i in rows]) if type(part) is Part else Part(part, rows)
 
     def captions(self) -> Iterator[str]:
         "The captions of the training rows: what a vocabulary may be learnt from."
@@ -273,6 +320,9 @@ class PairData(LightningDataModule):
         parts = {'train': self.train, 'valid': self.valid} | ({'test': self.test} if self.test else {})
         return survey(parts, self.vision_pipeline)
 
+    def setup(self, stage: str):
+        if stage == 'fit' and self.ledger and self.trainer.is_global_zero: print(self.ledger, flush=True)
+
     def teardown(self, stage: str):
         if stage == 'fit' and self.ledger: print(self.ledger, flush=True)
 
@@ -289,7 +339,7 @@ class PairData(LightningDataModule):
         rows = [('source', repr(self.source)), *((name, f'{len(part):,} rows') for name, part in parts if part),
                 ('batches', f'{self.batch_size} pairs, {self.workers or "no"} {self.worker_type} besides'),
                 ('training sees', 'random crops, as the vision pipeline says' if self.augment else 'no random crops')]
-        if self.ledger: rows.append(('skipped', f'{len(self.ledger):,} images'))
+        if self.ledger: rows.append(('skipped', f'{len(self.ledger):,} rows'))
         table = ''.join(f'<tr><th style="text-align:left">{k}</th><td style="text-align:left">{escape(v)}</td></tr>'
                         for k, v in rows)
         return f'<b>{type(self).__name__}</b><table>{table}</table>'

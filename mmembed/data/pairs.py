@@ -52,13 +52,14 @@ def open_pairs(
     path: str | Path | Any,        # a .jsonl, .csv, .tsv or .parquet file, a folder of classes, shards as 'train-{000..031}.tar', or 'hf:NAME'
     image_key: str = 'image',      # column of images, or of their paths
     text_key: str | None = 'text', # column of captions, in shards a part ('txt') or 'json:field'; None: made from labels
+    on_error: str = 'raise',       # of a table: a missing image stops here; 'skip': it is a row that `missing` names, as in other sources
     **options,                     # of `PairsFile`, `ClassFolder`, `Shards` or `HubData`: label_key, split_key, group_key, templates, ...
 ) -> Source:
     "Open the pairs that `path` names; raises `ValueError` for an option that this source has not, and what the source raises."
     options = {k: v for k, v in options.items() if v is not None and v != []}
     kind = source_kind(path, image_key)
     if kind == 'image': raise ValueError(f'{path} is a single image: want a table, a folder of classes, shards, or hf:NAME')
-    if kind == 'table': return PairsFile(path, image_key, text_key, **options)
+    if kind == 'table': return PairsFile(path, image_key, text_key, on_error=on_error, **options)
     if kind == 'folder' and _of_parquet(path): kind, path = 'hub', f'hf:{path}'
     if kind == 'hub':
         _check(type(path).__name__ if is_dataset(path) else path, 'a data set of Hugging Face', options, 'split_key', 'group_key', 'label_key', 'templates', 'parts', 'config', 'revision')

@@ -15,13 +15,14 @@ import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..core import as_bytes
 from .folders import ENDINGS, of_system
-from .sources import Source, check_groups, column_parts, from_template, part_in, part_meaning
+from .sources import (
+    NO_CAPTION, NO_LABEL, Source, as_text, captions_of, check_groups, column_parts, from_template, part_in, part_meaning)
 
 # %% ../../nbs/data/02c_shards.ipynb #47b21ea0
 def shard_urls(
@@ -109,6 +110,8 @@ class Shards(Source):
         self.sides: list[str] = []
         self.places: list[tuple[int, int, int]] = []  # shard, begin, bytes
         self.ignored: list[str] = []
+        self.numbers: list[int] = []  # of the caption among those of its sample, from 1; 0: it is the only one
+        self.unused: dict[str, str] = {}
         for n, url in enumerate(self.urls):
             for s in _indexed(url, options, index): self._add(n, s, text_key, label_key, split_key, group_key)
         if not self.keys:
@@ -122,10 +125,17 @@ class Shards(Source):
     def _add(self, n: int, s: Sample, text_key, label_key, split_key, group_key):
         place = f'{self.urls[n]}: {s.key}'
         label = _part(s, label_key, place) if label_key else ''
-        text = _part(s, text_key, place) if text_key else from_template(label or '', self.templates, s.key)
-        if not s.image or text is None or label is None:
-            self.ignored.append(f"{place} has no {'image' if not s.image else text_key if text is None else label_key}")
+        texts = _texts(s, text_key, place) if text_key else [from_template(label or '', self.templates, s.key)]
+        if not s.image or not texts or (label_key and not label):
+            self.ignored.append(f"{place} has no {'image' if not s.image else label_key if texts else text_key}")
+            self.unused[f'{Path(self.urls[n]).name}: {s.key}'] = \
+                'there is no image' if not s.image else f'{NO_LABEL if texts else NO_CAPTION} ({label_key if texts else text_key})'
             return
+        for number, text in enumerate(texts, 1):
+            self.numbers.append(number if len(texts) > 1 else 0)
+            self._keep(n, s, text, label, split_key, group_key, place)
+
+    def _keep(self, n: int, s: Sample, text: str, label: str, split_key, group_key, place: str):
         self.keys.append(s.key)
         self.texts.append(text)
         self.labels.append(label)
@@ -135,9 +145,11 @@ class Shards(Source):
 
     def __len__(self) -> int: return len(self.keys)
     def text(self, i: int) -> str: return self.texts[i]
-    def name(self, i: int) -> str: return f'{Path(self.urls[self.places[i][0]]).name}: {self.keys[i]}'
+    def picture(self, i: int) -> str: return f'{Path(self.urls[self.places[i][0]]).name}: {self.keys[i]}'
+    def name(self, i: int) -> str: return self.picture(i) + (f' ({self.numbers[i]})' if self.numbers and self.numbers[i] else '')
+    def left_out(self) -> dict[str, str]: return self.unused
     def label(self, i: int) -> str: return self.labels[i]
-    def group(self, i: int) -> str: return self.groups[i] if self.groups else self.name(i)
+    def group(self, i: int) -> str: return self.groups[i] if self.groups else self.picture(i)
     def part(self, i: int) -> str: return self.sides[i] if self.sides else self.named[self.places[i][0]]
 
     def image(self, i: int) -> Tensor:
@@ -161,15 +173,23 @@ def _shard_parts(urls: list[str]) -> list[str]:
     return [part or re.sub(r'[-._ 0-9]+$', '', names[-1].partition('.')[0]) for part, names in zip(found, split)]
 
 # %% ../../nbs/data/02c_shards.ipynb #776b80fa
-def _part(s: Sample, key: str, place: str) -> str | None:
-    "A small part of a sample, or a field of its JSON; None where it is absent."
+def _value(s: Sample, key: str, place: str) -> Any:
+    "A small part of a sample, or the value of a field of its JSON; None where it is absent."
     ending, _, field = key.partition(':')
     text = s.parts.get(ending)
     if text is None or not field: return text if text is None or ending not in ('cls',) else text.strip()
-    try: value = json.loads(text).get(field)
+    try: return json.loads(text).get(field)
     except (json.JSONDecodeError, AttributeError) as e:
         raise ValueError(f'{place}: {ending} is not a JSON object ({e})') from None
-    return None if value is None else str(value)
+
+def _part(s: Sample, key: str, place: str) -> str | None:
+    "A small part of a sample, or a field of its JSON, as text; None where it is absent."
+    return as_text(_value(s, key, place)) or None
+
+def _texts(s: Sample, key: str, place: str) -> list[str]:
+    "The captions of a sample."
+    try: return captions_of(_value(s, key, place))
+    except ValueError as e: raise ValueError(str(e) if place in str(e) else f'{place}: {key} is {e}') from None
 
 # %% ../../nbs/data/02c_shards.ipynb #c8dd2ebb
 def _indexed(url: str, options: dict | None, index: str | Path | None) -> list[Sample]:

@@ -35,7 +35,7 @@ def same(a, b): return a[0] == b[0] and a[1].equal(b[1])
 def test_rows_are_the_files_own(whole, scenes, tmp_path, form):
     n, more = 20, {}
     if form in ('saved', 'bytes', 'pickled'): whole.save_to_disk(tmp_path/'d')
-    if form == 'bytes': more = dict(image_key='raw', text_key='many')
+    if form == 'bytes': more = dict(image_key='raw')
     if form == 'saved one': n = len(whole['train'].save_to_disk(tmp_path/'d') or whole['train'])
     if form == 'parquet file': n = whole['train'].to_parquet(tmp_path/'d.parquet') and 16
     if form == 'parquet folder':
@@ -63,6 +63,13 @@ def test_paths_and_templates(tmp_path):
     assert bytes(HubData(image, text_key=None, label_key='kind').image(0).tolist()) == b'x'
 
 
+def test_several_captions_and_none(whole, scenes):
+    source = HubData(whole, text_key='many')
+    assert [source.text(i) for i in range(40)] == [t for i in range(20) for t in (scenes.text(i), 'x')] and source.name(33) == 'validation 0 (2)'
+    assert all(source.image(i).equal(scenes.image(i // 2)) for i in range(40)) and [len(p) for p in source.split()] == [32, 8]
+    assert HubData(whole['train'], text_key='empty').missing('text') == dict.fromkeys(range(16), 'there is no caption')
+
+
 def test_in_workers(whole, scenes):
     tp = TextPipeline.learn([scenes.text(i) for i in range(16)], vocab_size=200, max_length=32)
     data = PairData(source=HubData(whole['train'], group_key='album'), batch_size=4, valid_share=0.5, text_pipeline=tp,
@@ -75,7 +82,7 @@ def test_in_workers(whole, scenes):
 
 def test_mistakes(whole, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no column 'alt'; there are: image, text, many"): HubData(whole['train'], text_key='alt')
-    with pytest.raises(ValueError, match='the caption is NoneType, not text'): HubData(whole['train'], text_key='empty').text(0)
+    with pytest.raises(ValueError, match='row 0: album is int, not text: 0'): HubData(whole['train'], text_key='album')
     with pytest.raises(ValueError, match='want'): HubData(whole['train'], text_key=None)
     with pytest.raises(ValueError, match='neither a folder of `save_to_disk` nor of Parquet files'): HubData(tmp_path)
     with pytest.raises(ValueError, match='holds no rows'): HubData(whole['train'].select([]))
