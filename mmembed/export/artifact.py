@@ -10,6 +10,7 @@ __all__ = ['Served', 'Artifact', 'PairArtifact', 'TracedText', 'trace_text', 'tr
 # %% ../../nbs/export/01_artifact.ipynb #9ad8009f
 import copy
 import io
+import json
 import warnings
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ..core import ImageInfo, Tokens, pack_str, quietly, stack_levels
 from .encoder import Encoder, Scorer, unstored
 from .steps import Classes, Labelled, Same, SameTexts, Steps, best_labels, read_classes, tried
 from .variants import Prepared, Variant, prepared
+from ..opening import records_hash
 from ..text.pipeline import TextPipeline
 from ..text.seams import seams
 
@@ -380,8 +382,9 @@ def save(
     scripted: torch.jit.ScriptModule,
     path: str | Path, # the file to write
     card: str,        # identity card, JSON
+    own: bool = True, # the archive is the artifact itself, not a part of a package
 ):
-    "Writes `scripted` and its card to `path`, without source paths."
+    "Writes `scripted` and its card to `path`, without source paths; the card's `records_sha256`, where it has one, becomes that of the file."
     whole = io.BytesIO()
     quietly(torch.jit.save, scripted, whole, _extra_files={'card.json': card})
     whole.seek(0)
@@ -389,10 +392,13 @@ def save(
     writer = torch._C.PyTorchFileWriter(out)
     version = next(n for n in ('.data/version', 'version') if reader.has_record(n))
     writer.set_min_version(int(reader.get_record(version)))  # of the operators: an old one is read as they were then
-    for name in reader.get_all_records():
-        # the writer adds version, byteorder and .data/ itself
-        if name.endswith('.debug_pkl') or name in ('version', 'byteorder') or name.startswith('.data/'): continue
+    kept = [n for n in reader.get_all_records() if not n.endswith('.debug_pkl')]
+    old = json.loads(card).get('records_sha256', '').encode() if own else b''
+    new = records_hash((n, reader.get_record(n)) for n in kept).encode() if old else old
+    for name in kept:
+        if name in ('version', 'byteorder') or name.startswith('.data/'): continue  # the writer adds them itself
         record = reader.get_record(name)
+        if old and name in ('extra/card.json', 'data.pkl'): record = record.replace(old, new)
         writer.write_record(name, record, len(record))
     writer.write_end_of_file()
     Path(path).write_bytes(out.getbuffer())

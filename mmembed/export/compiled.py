@@ -27,6 +27,7 @@ from .artifact import save
 from .card import sha256
 from .encoder import ImageForm, PairForm, TextForm
 from .variants import with_linear_attention
+from ..opening import records_hash, records_of
 
 # %% ../../nbs/export/10_compiled.ipynb #00eab13f
 def programs(
@@ -142,7 +143,7 @@ def nameless(
 def save_package(
     artifact: nn.Module, # of `assemble(..., script=False)`, used up
     path: str | Path,    # the file to write
-    card: dict,          # the identity card, which gets the entries 'compiled' and 'tensors_sha256'
+    card: dict,          # the identity card, which gets the entries 'compiled', 'tensors_sha256' and 'records_sha256'
     cpu: str = '',       # as in `cpu_options`
     options: dict = {},  # further ones, of the compiler
 ) -> dict: # the card
@@ -161,15 +162,19 @@ def save_package(
         card = card | {'tensors_sha256': sha256(dict(rest.named_buffers(remove_duplicate=False))),
             'compiled': {'torch': torch.__version__, 'cpu': cpu or torch.backends.cpu.get_cpu_capability(), 'system': sys.platform,
                 'programs_sha256': {k: sha256(next(f for f in v if f.suffix == '.so').read_bytes()) for k, v in files.items()}}}
-        rest.identity = json.dumps(card, indent=1, allow_nan=False)
         inner = Path(path).with_name(Path(path).name + '.rest')
+        rest.identity = ''
+        rest = quietly(torch.jit.script, rest)
         try:
-            save(quietly(torch.jit.script, rest), inner, rest.identity)
-            with PT2ArchiveWriter(str(path)) as out:
-                for name, found in files.items():
-                    for f in found: out.write_bytes(f'data/aotinductor/{name}/{f.name}', f.read_bytes())
-                out.write_string('extra/card.json', rest.identity)
-                out.write_bytes('mmembed/rest.pt', inner.read_bytes())
+            for mark in ('0' * 64, ''): # the second time with the hash of what was written
+                card = card | {'records_sha256': mark or records_hash(records_of(path))}
+                rest.identity = json.dumps(card, indent=1, allow_nan=False)
+                save(rest, inner, rest.identity, own=False)
+                with PT2ArchiveWriter(str(path)) as out:
+                    for name, found in files.items():
+                        for f in found: out.write_bytes(f'data/aotinductor/{name}/{f.name}', f.read_bytes())
+                    out.write_string('extra/card.json', rest.identity)
+                    out.write_bytes('mmembed/rest.pt', inner.read_bytes())
         finally: inner.unlink(missing_ok=True)
     return card
 

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from ..core import pack
+from .card import content_hash
 from .encoder import unstored
 from .graph import intact, read_onnx_card
 from .host import _last
@@ -189,6 +190,10 @@ def _unlike(found, card: dict) -> str: # class_probability, index, probability, 
     if found[3].tolist() != [[([*classes['names'], ''])[i] for i in row] for row in index.tolist()]: return 'labels are not the names at index'
     return ''
 
+def _another(found: dict, card: dict, name: str) -> str: # what is wrong with the card in an ONNX file
+    if found.get('content_hash') != card['content_hash']: return f'{name} was exported from another model'
+    return '' if content_hash(found) == card['content_hash'] else f'the card in {name} is not as it was written'
+
 def rows(
     folder: str | Path, # with the files of `export_onnx`
     loaded,             # the artifact
@@ -202,7 +207,7 @@ def rows(
     files = [Path(folder)/f'{k}.onnx' for k in (['pairs'] if pairs else ['text', 'image', *(['files'] if (Path(folder)/'files.onnx').is_file() else [])])]
     def told(what, notes): return Row('onnx', what, 1, float('inf') if any(notes) else 0., 0., next(filter(None, notes), ''))
     try:
-        done = [told('identity card', [f'{f.name} was exported from another model' * (read_onnx_card(f).get('content_hash') != card['content_hash']) for f in files]),
+        done = [told('identity card', [_another(read_onnx_card(f), card, f.name) for f in files]),
                 told('tensors', [f'{f.name} is not as it was written' * (not intact(f)) for f in files])]
         good = [x for x, why in zip(asked['images'], known['image status', 1]) if not why]
         rgb = [loaded.vision_pipeline.decode(x) if x.dim() == 1 else x for x in good]

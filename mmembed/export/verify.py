@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import time
+import zipfile
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -26,7 +27,7 @@ from . import cases, host
 from .accelerate import waits
 from .answers import CPP_SKIPS, Eager, answers, cpp as cpp_answers, fresh as fresh_answers, loaded_rows
 from .artifact import assemble, save
-from .card import make_card, sha256
+from .card import content_hash, make_card, sha256
 from .compiled import program_hashes, save_package
 from .encoder import unstored
 from .onnx import export_onnx, settle
@@ -35,7 +36,7 @@ from .onnxhost import rows as onnx_rows
 from .steps import Steps, read_classes, tried
 from .variants import SAME, Variant, bounds
 from ..graphs import Captured, sizes_of
-from ..opening import read_card, reason, register_image_ops
+from ..opening import read_card, reason, records_hash, records_of, register_image_ops
 from ..packaged import opened
 
 # %% ../../nbs/export/05_verify.ipynb #285496c7
@@ -270,12 +271,22 @@ def tensors(
     return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
 
 # %% ../../nbs/export/05_verify.ipynb #23a0e4b8
+def _names(card: dict) -> list[str]: return card.get('labels') or card.get('classes', {}).get('names', [])
+
+def _altered(path: Path, card: dict) -> str: # what is not as it was written
+    try: found = records_hash(records_of(path))
+    except zipfile.BadZipFile as e: return f'a record is damaged: {e}'
+    return '' if found == card['records_sha256'] else 'a record of the archive, code or data, is not as it was written'
+
 def _integrity(loaded, card: dict, model, decode: bool, steps: Steps, path: Path) -> list[Row]:
     def row(what, note): return Row('card', what, 1, float('inf') if note else 0., 0., note)
     own = json.loads(loaded.card())
     whole = sha256(tensors(loaded)) == card['tensors_sha256']
     rows = [row('identity card', '' if own == card else 'the card in the module is not the card in the archive'),
+            row('content hash', '' if content_hash(card) == card['content_hash'] else "the card's entries are not those that its content hash was made of"),
+            row('records', _altered(path, card)),
             row('tensors', '' if whole else "a tensor differs from the card's hash")]
+    if hasattr(loaded, 'labels'): rows.append(row('names', '' if loaded.labels() == _names(card) else 'the names in the module are not those in the card'))
     if 'compiled' in card:
         same = program_hashes(path) == card['compiled']['programs_sha256']
         rows.append(row('programs', '' if same else "a compiled program differs from the card's hash"))
@@ -320,7 +331,7 @@ def export(
     if package and (graphs or device != 'cpu'): raise ValueError(f'{path.name} is compiled for the CPU: graphs and device go with a TorchScript file')
     artifact = assemble(model, decode, variant, steps, classes, script=not package)
     said = classes.words() if labels is not None or own is not None and (top_k, threshold) != (5, 0.) else None
-    card = make_card(model, artifact.dim, decode, training, variant.changes(), steps.words(), said) | {'tensors_sha256': sha256(tensors(artifact))} | ({'graphs': list(graphs)} if graphs else {})
+    card = make_card(model, artifact.dim, decode, training, variant.changes(), steps.words(), said) | {'tensors_sha256': sha256(tensors(artifact)), 'records_sha256': '0' * 64} | ({'graphs': list(graphs)} if graphs else {})
     if graphs and (why := waits(artifact)): raise ValueError(f'graphs: {why}')
     artifact.identity = json.dumps(card, indent=1, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)

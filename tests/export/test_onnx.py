@@ -310,3 +310,13 @@ def test_a_file_cannot_be_traced_again(made, tmp_path, capsys):
     from mmembed.cli import main
     assert main(['export', str(made[0]), '--onnx', str(tmp_path)]) == 1
     assert '--onnx wants the model that' in capsys.readouterr().err
+
+
+def test_a_changed_card_is_found(made, tmp_path):
+    "`OnnxModel.score` multiplies by what the card says."
+    def change(model):
+        card = json.loads(next(p.value for p in model.metadata_props if p.key == 'mmembed.card'))
+        marks = {p.key: p.value for p in model.metadata_props}
+        onnx.helper.set_model_props(model, marks | {'mmembed.card': json.dumps(card | {'logit_scale': 1.})})
+    report = altered(made, tmp_path, 'text.onnx', change)
+    assert [(r.stage, r.what, r.note) for r in report.failures] == [('onnx', 'identity card', 'the card in text.onnx is not as it was written')]

@@ -2,8 +2,10 @@ import copy
 import importlib
 import inspect
 import json
+import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -91,6 +93,63 @@ def test_another_card_is_found(tmp_path):
     card = json.loads(module.card()) | {'dim': 25}
     save(module, tmp_path/'card.pt', json.dumps(card))
     assert ('card', 'identity card') in failing(quick(tmp_path/'card.pt'))
+
+
+def rewritten(source, path, changes):
+    "A copy of the archive, its checksums in order, with (part of a record's name, old bytes, new bytes) changed in the records that hold them."
+    done = set()
+    with zipfile.ZipFile(source) as z, zipfile.ZipFile(path, 'w') as out:
+        for i in z.infolist():
+            data = z.read(i)
+            for name, old, new in changes:
+                if name in i.filename and old in data: data, _ = data.replace(old, new), done.add((name, old))
+            out.writestr(i.filename, data)
+    assert len(done) == len(changes)
+    return path
+
+
+def pickled(text): return b'X' + len(text).to_bytes(4, 'little') + text.encode()
+
+
+def test_changed_code_is_found(tmp_path):
+    "A sentence of an error, a number of the code, a record more: all answers are as they were, or nearly."
+    for old, new in ((b'must not be negative', b'should not be minus '), (b'def classify', b'def  classify')):
+        report = quick(rewritten(tiny.artifact(), tmp_path/'code.pt', [('/code/__torch__/mmembed/export/artifact.py', old, new)]))
+        assert failing(report) == {('card', 'records')}
+    with pytest.raises(VerifyError, match='code.pt fails verification: card, records: a record of the archive, code or data, is not as it was written'): report.check()
+    shutil.copy(tiny.artifact(), tmp_path/'more.pt')
+    with zipfile.ZipFile(tmp_path/'more.pt', 'a') as z: z.writestr('archive/code/more.py', 'x = 1')
+    assert failing(quick(tmp_path/'more.pt')) == {('card', 'records')}
+    assert quick(rewritten(tiny.artifact(), tmp_path/'same.pt', [])).ok
+
+
+def test_changed_labels_are_found(tmp_path):
+    export(tiny.model(), tmp_path/'m.pt', labels=['circle', 'square'], fresh=False, cpp=False)
+    swapped = [('data.pkl', pickled('circle'), pickled('zircle'))]
+    assert failing(quick(rewritten(tmp_path/'m.pt', tmp_path/'x.pt', swapped))) == {('card', 'records'), ('card', 'names')}
+    both = swapped + [(name, b'"circle"', b'"zircle"') for name in ('data.pkl', 'card.json')]
+    assert failing(quick(rewritten(tmp_path/'m.pt', tmp_path/'x.pt', both))) == {('card', 'records'), ('card', 'content hash')}
+    names = [(name, b'"match"', b'"patch"') for name in ('data.pkl', 'card.json')]
+    assert failing(quick(rewritten(tiny.pair_artifact(), tmp_path/'x.pt', names))) == {('card', 'records'), ('card', 'content hash'), ('card', 'names')}
+
+
+def test_every_entry_of_the_card_is_held(tmp_path):
+    "Entries that the content hash leaves out too, changed in both of the card's places."
+    for old, new in ((b'"max_pixels": 8', b'"max_pixels": 9'), (b'"torch": "', b'"torch": "9')):
+        changes = [(name, old, new) for name in ('data.pkl', 'card.json')]
+        if len(old) != len(new): changes = changes[1:]  # a string in a pickle keeps its length
+        assert ('card', 'records') in failing(quick(rewritten(tiny.artifact(), tmp_path/'x.pt', changes)))
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    whole = bytearray(tiny.artifact().read_bytes())
+    weight = tiny.model().image_proj.weight.detach().numpy().tobytes()
+    at = bytes(whole).index(weight)
+    whole[at + 2] ^= 64
+    (tmp_path/'x.pt').write_bytes(whole)
+    report = quick(tmp_path/'x.pt')
+    assert {('card', 'records'), ('card', 'tensors')} <= failing(report)
+    assert next(r.note for r in report.failures if r.what == 'records').startswith('a record is damaged: Bad CRC-32 for file')
 
 
 class TwoFaced(torch.nn.Linear):
