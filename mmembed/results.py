@@ -205,7 +205,7 @@ def stages(
         if images:
             rgb = clock('decode', lambda: [emb.decode(x) for x in images]) if any(x.ndim == 1 for x in images) else images
             levels = torch.stack(clock('transform', lambda: [emb.preprocess(x) for x in rgb]))
-            pixels = clock('normalize', m.normalized, levels)
+            pixels = clock('normalize', getattr(m, 'normalized', m.vision_pipeline.normalize), levels)  # older files have no method for it
             if not emb.pairs: clock('image_tower', m.model.encode_image, pixels)
             elif texts: clock('image_tower', m.model, tokens, pixels)
     return Profile(len(texts), len(images), **ms)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .core import ImageInfo, Tokens, filled, lengthened, pack, stack_levels, text_lengths
-from .opening import FORMAT_VERSION, device_of, prepack, read_card, reason, register_image_ops
+from .opening import FORMAT_VERSION, checked, device_of, prepack, read_card, reason, register_image_ops
 from .inputs import DOT, ahead, as_image, decoders as threads_for, enough, items_of, name_of, pixels_of, rows_of, text_error, tokens_of, watched, whole
 from .results import Encoded, Profile, Ranking, Scored, Similarity, check, plain, policy, ranking, settle, stages
 from .graphs import sizes_of
@@ -49,6 +49,7 @@ class Embedder:
         batch_size: int = 64,           # rows that the towers see at once
         deterministic: bool = False,    # every batch filled up to batch_size rows; texts to a length that is their own. A file exported so does it itself
         graphs: Sequence[int] | None = None, # batch sizes whose towers become CUDA graphs on a GPU; None: as the file was exported
+        check: bool | None = None,      # is the file as it was written? None: by the archive's CRCs, True: by the card's SHA-256, False: do not look
     ):
         self.card = read_card(path)
         own = self.card.get('variant', {}).get('deterministic', 0)  # rows to which the file fills its batches
@@ -58,7 +59,7 @@ class Embedder:
         if threads is not None: torch.set_num_threads(whole('threads', threads, 1))
         if self.card.get('decode', True): register_image_ops(self.card.get('pixels', {}).get('heic', False))
         torch._C._jit_set_profiling_mode(False)  # process-wide; its recompilations make the first calls slow
-        self.module = opened(path, self.card, self.device, graphs)
+        self.module = checked(path, self.card, check, lambda: opened(path, self.card, self.device, graphs))
         self.graphs: tuple = getattr(self.module, 'sizes', ())  # batch sizes that are captured; none on a CPU
         if self.device.type == 'cpu': prepack(self.module)
         self.dim = self.module.dim
@@ -388,10 +389,10 @@ def load(
     path: str | Path,                   # an artifact, as `export` writes it; it is code, so load only what you trust
     device: str | torch.device = 'cpu', # where the towers run
     threads: int | None = None,         # for one torch operation, process-wide; None leaves torch's own setting
-    **kwargs,                           # batch_size, deterministic, graphs
+    **kwargs,                           # batch_size, deterministic, graphs, check
 ) -> Embedder:
     """The artifact at `path`, ready to answer.
 
-    Raises `FileNotFoundError`, `ValueError` (no artifact, truncated, newer format, no such device) or `ImportError` (no torchcodec).
+    Raises `FileNotFoundError`, `ValueError` (no artifact, truncated, damaged, newer format, no such device) or `ImportError` (no torchcodec).
     Switches TorchScript's profiling executor off, process-wide: it would recompile in the first calls."""
     return Embedder(path, device, threads, **kwargs)

@@ -413,8 +413,29 @@ def test_files_that_do_not_load(tmp_path):
     hole = bytearray(whole)
     at = whole.index(b'archive/data.pkl')
     hole[at+40:at+400] = bytes(360)
-    refused(bytes(hole), 'm.pt cannot be loaded')
+    refused(bytes(hole), r'm.pt is damaged: \S+ is not as it was written')
     with pytest.raises(FileNotFoundError, match='none.pt not found'): load(tmp_path/'none.pt')
+
+
+def test_a_damaged_byte_is_found(tmp_path):
+    "One bit of a weight, of a table, of a text of the code; found by the CRCs that torch leaves alone, or by the card's hash, and only not looked at when asked."
+    whole = tiny.artifact().read_bytes()
+    table = tiny.pipelines()[0].model.ids.numpy().tobytes()
+    for what in (tiny.model().image_proj.weight.detach().numpy().tobytes(), table, b'top_k must not be negative'):
+        hurt = bytearray(whole)
+        hurt[whole.index(what) + 2] ^= 1
+        (tmp_path/'m.pt').write_bytes(hurt)
+        for check in (None, True):
+            with pytest.raises(ValueError, match=r'm.pt is damaged: (data|code)/\S+ is not as it was written'): load(tmp_path/'m.pt', check=check)
+        assert load(tmp_path/'m.pt', check=False).encode_text(['a']).shape == (1, 24)
+    for check in (None, True, False): assert load(tiny.artifact(), check=check).encode_text(['a']).shape == (1, 24)
+
+
+def test_changed_code_is_refused_when_asked(tmp_path):
+    from .export.test_verify import rewritten
+    rewritten(tiny.artifact(), tmp_path/'m.pt', [('/code/__torch__/mmembed/export/artifact.py', b'must not be negative', b'should not be minus ')])
+    with pytest.raises(ValueError, match='m.pt is damaged: a record, of code or data, is not as it was written'): load(tmp_path/'m.pt', check=True)
+    assert load(tmp_path/'m.pt').encode_text(['a']).shape == (1, 24)
 
 
 def test_missing_torchcodec_is_explained():

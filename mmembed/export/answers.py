@@ -38,6 +38,7 @@ def answers(
     def batches(items, size): return [items[i:i+size] for i in range(0, len(items), size)] if size else [items[:0]]
     def valid(t): return bytes(t.tolist()).decode(errors='replace').encode() == bytes(t.tolist())
     out, levels, status, good = {}, [], [], []
+    labels = module.labels() if hasattr(module, 'labels') else []  # older files know none
     with torch.no_grad():
         for x in images:
             try: levels.append(module.preprocess_image(x))
@@ -59,13 +60,13 @@ def answers(
             text, image = [module.encode_text_bytes(*p) for p in packed], [module.encode_pixels(x) for x in stacked]
             out['text embedding', size], out['image embedding', size] = text, image
             out['score', size] = [module.score(text[-1], x) for x in image[-1:]] if text else []
-            if module.labels(): out['class probability', size] = [module.class_probability(x) for x in text + image]
+            if labels: out['class probability', size] = [module.class_probability(x) for x in text + image]
         strings = [bytes(t.tolist()).decode() for t in texts if valid(t)]
         strings, files = (x[::max(1, len(x)//7)][:7] for x in (strings, good))
         n = min(len(strings), len(files))
         if pairs: out['raw batch', 7] = [module(texts=strings[:n], images=files[:n])]
         else: out['raw batch', 7] = [module.encode_text(texts=strings), module.encode_image(images=files)]
-    return out | {('image status', 1): status, ('pixels', 1): levels, ('labels', 1): module.labels()}
+    return out | {('image status', 1): status, ('pixels', 1): levels, ('labels', 1): labels}
 
 # %% ../../nbs/export/04a_answers.ipynb #c9a6b6a3
 class Eager:

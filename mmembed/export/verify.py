@@ -214,7 +214,7 @@ def verify(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the answers are many small operations, and every host is to work alike
     try:
-        rows = _integrity(loaded, card, model, decode, steps, path)
+        rows = _integrity(loaded, card, model, decode, steps, path, notes)
         got = answers(loaded, **asked)
         want = answers(Eager(model, variant, steps, classes), **asked) if model else got
         skips = () if not model or classes or pairs or 'classes' not in card else ('labels', 'class probability')
@@ -278,21 +278,22 @@ def _altered(path: Path, card: dict) -> str: # what is not as it was written
     except zipfile.BadZipFile as e: return f'a record is damaged: {e}'
     return '' if found == card['records_sha256'] else 'a record of the archive, code or data, is not as it was written'
 
-def _integrity(loaded, card: dict, model, decode: bool, steps: Steps, path: Path) -> list[Row]:
-    def row(what, note): return Row('card', what, 1, float('inf') if note else 0., 0., note)
-    own = json.loads(loaded.card())
-    whole = sha256(tensors(loaded)) == card['tensors_sha256']
-    rows = [row('identity card', '' if own == card else 'the card in the module is not the card in the archive'),
-            row('content hash', '' if content_hash(card) == card['content_hash'] else "the card's entries are not those that its content hash was made of"),
-            row('records', _altered(path, card)),
-            row('tensors', '' if whole else "a tensor differs from the card's hash")]
-    if hasattr(loaded, 'labels'): rows.append(row('names', '' if loaded.labels() == _names(card) else 'the names in the module are not those in the card'))
+def _integrity(loaded, card: dict, model, decode: bool, steps: Steps, path: Path, notes: list[str]) -> list[Row]:
+    rows = []
+    def row(what, good, note): rows.append(Row('card', what, 1, 0. if good else float('inf'), 0., '' if good else note))
+    row('identity card', json.loads(loaded.card()) == card, 'the card in the module is not the card in the archive')
+    if 'records_sha256' in card:
+        row('content hash', content_hash(card) == card['content_hash'], "the card's entries are not those that its content hash was made of")
+        row('records', not (why := _altered(path, card)), why)
+    else: notes.append('card: records, as this file is too old to have a hash of them')
+    if 'tensors_sha256' in card: row('tensors', sha256(tensors(loaded)) == card['tensors_sha256'], "a tensor differs from the card's hash")
+    if hasattr(loaded, 'labels'): row('names', loaded.labels() == _names(card), 'the names in the module are not those in the card')
+    else: notes.append('labels, which this file is too old to have')
     if 'compiled' in card:
-        same = program_hashes(path) == card['compiled']['programs_sha256']
-        rows.append(row('programs', '' if same else "a compiled program differs from the card's hash"))
+        row('programs', program_hashes(path) == card['compiled']['programs_sha256'], "a compiled program differs from the card's hash")
     if model:
         same = make_card(model, card['dim'], decode, None, card.get('variant'), steps.words(), card.get('classes'))['content_hash'] == card['content_hash']
-        rows.append(row('model', '' if same else 'the file was exported from other weights, another preprocessing or other steps'))
+        row('model', same, 'the file was exported from other weights, another preprocessing or other steps')
     return rows
 
 # %% ../../nbs/export/05_verify.ipynb #35288b8a

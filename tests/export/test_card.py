@@ -91,6 +91,13 @@ def test_other_files(tmp_path):
     for card, match in (('{"format_version": 99}', 'upgrade mmembed'), ('not json', 'not an mmembed artifact'), ('[]', 'no identity card')):
         with zipfile.ZipFile(tmp_path/'x.pt', 'w') as z: z.writestr('archive/extra/card.json', card)
         with pytest.raises(ValueError, match=match): read_card(tmp_path/'x.pt')
+    whole = read_card(tiny.artifact())
+    odd = [('{}', 'x.pt is not an mmembed artifact: its card is not an mmembed card'), ('{"format": 1}', 'not an mmembed card'), ('{"format": "mmembed"}', 'format_version is missing'),
+           (json.dumps(whole | {'dim': '24'}), "damaged: dim is '24'"), (json.dumps({k: v for k, v in whole.items() if k != 'decode'}), 'damaged: decode is missing'),
+           (json.dumps(whole | {'format_version': 'two'}), "format_version is 'two'"), ('[' * 100_000, 'not an mmembed artifact'), ('9' * 5000, 'not an mmembed artifact')]
+    for card, match in odd:
+        with zipfile.ZipFile(tmp_path/'x.pt', 'w') as z: z.writestr('archive/extra/card.json', card)
+        with pytest.raises(ValueError, match=match): read_card(tmp_path/'x.pt')
     with pytest.raises(FileNotFoundError, match='none.pt not found'): read_card(tmp_path/'none.pt')
     with pytest.raises(ValueError, match='it is a folder'): read_card(tmp_path)
 

@@ -248,3 +248,13 @@ def test_real_files_and_texts():
                     sizes=(0, 64)).check()
     status = next(r for r in report.rows if r.what == 'image status')
     assert status.n == len(files) + len(cases.images()) and len(files) > 300
+
+
+def test_an_older_file_is_checked_as_far_as_it_goes(tmp_path):
+    "As a file exported before labels were known and records hashed: neither method nor entry is there."
+    old = rewritten(tiny.artifact(), tmp_path/'old.pt', [('/code/__torch__/mmembed/export/artifact.py', b'def labels(', b'def labelz('),
+        *((name, b'"records_sha256"', b'"records_sha25_"') for name in ('data.pkl', 'card.json'))])
+    report = verify(old, tiny.model(), cpp=False).check()
+    assert {'artifact', 'fresh process'} <= {r.stage for r in report.rows} and 'records' not in {r.what for r in report.rows}
+    assert {'card: records, as this file is too old to have a hash of them', 'labels, which this file is too old to have'} <= set(report.notes)
+    assert 'not run: labels, which this file is too old to have' in str(report)
