@@ -6,13 +6,14 @@ Docs: https://mmembed.github.io/mmembed/core.html.md"""
 
 # %% auto #0
 __all__ = ['Tokens', 'Encoding', 'ImageInfo', 'PairBatch', 'Embeddings', 'quietly', 'as_bytes', 'pack', 'pack_str', 'read_bytes',
-           'stack_levels', 'filled', 'lengthened', 'text_lengths', 'attend', 'Settings', 'settings']
+           'meant', 'stack_levels', 'filled', 'lengthened', 'text_lengths', 'attend', 'Settings', 'settings']
 
 # %% ../nbs/00_core.ipynb #3e639866
 import configparser
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import List, NamedTuple, Optional
 
@@ -127,6 +128,17 @@ def read_bytes(
 ) -> Tensor: # uint8 (N,)
     "The content of the file at `path`; raises `OSError` as `open` does."
     return as_bytes(Path(path).read_bytes())
+
+# %% ../nbs/00_core.ipynb #fcfd0937
+def meant(
+    name: str,            # as it was written
+    known: Iterable[str], # names that would do
+) -> str: # "; is 'ViT-B-32' meant?"; '' if none is near
+    "The end of an error: the known name nearest to `name`, letters and digits deciding alone before all else."
+    def plain(s): return re.sub(r'[\W_]', '', s).casefold()
+    of = {plain(k): k for k in reversed(list(known))}
+    near = get_close_matches(plain(name), of, 1, 0.75)
+    return f'; is {of[near[0]]!r} meant?' if near else ''
 
 # %% ../nbs/00_core.ipynb #250a770c
 def stack_levels(

@@ -39,6 +39,7 @@ from .data.module import PairData
 from .models.metrics import answers, mean_average_precision
 from .models.practice import add_lora, merge_lora
 from .models.tower import from_spec
+from .models.weights import finite, read_saved
 from .shells import LitDualEncoder, LitPairClassifier, judge, plain_recall, warm_cosine
 from .text.pipeline import TextPipeline
 
@@ -58,7 +59,7 @@ def load_checkpoint(
         raise ValueError(f'{path} does not describe its model: pass model=, one of the same shape')
     model = model or from_spec(note['model'])
     if note.get('lora'): add_lora(model, **note['lora'])
-    try: model.load_state_dict(weights)
+    try: model.load_state_dict(finite(weights, path))
     except RuntimeError as e: raise ValueError(f'{path} does not fit the model: {_first(e, 1)}') from None
     return merge_lora(model).eval()
 
@@ -69,16 +70,11 @@ def read_checkpoint(
     "Both parts of a checkpoint; nothing in it is executed. Raises as `load_checkpoint` does."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'no checkpoint {path}')
-    try:
-        if path.suffix == '.safetensors':
-            with safe_open(path, 'pt') as f:
-                note, weights = (f.metadata() or {}).get('mmembed'), {k: f.get_tensor(k) for k in f.keys()}
-            if note is None: raise ValueError(f'{path} is not a checkpoint of mmembed')
-            return json.loads(note), weights
-        saved = torch.load(path, map_location='cpu', weights_only=True)
-    except ValueError: raise
-    except Exception as e:
-        raise ValueError(f'{path} is not a readable checkpoint: {_first(e).split(". ")[0]}') from None
+    saved = read_saved(path)
+    if path.suffix == '.safetensors':
+        with safe_open(path, 'pt') as f: note = (f.metadata() or {}).get('mmembed')
+        if note is None: raise ValueError(f'{path} is not a checkpoint of mmembed')
+        return json.loads(note), saved
     if not isinstance(saved, dict) or 'mmembed' not in saved or 'state_dict' not in saved:
         raise ValueError(f'{path} is not a checkpoint of mmembed')
     return saved['mmembed'], {k.removeprefix('model.'): v for k, v in saved['state_dict'].items() if k.startswith('model.')}

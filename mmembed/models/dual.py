@@ -103,12 +103,13 @@ class DualEncoder(nn.Module):
         pretrained: str | None = None,                 # a weights file or a tag of open_clip's; None: random weights
         text_pipeline: TextPipeline | None = None,     # the model's own by default; SigLIP's must be given
         vision_pipeline: VisionPipeline | None = None, # the model's own by default
+        state: str | None = None,                      # which of several states of a weights file, see `read_weights`
     ) -> 'DualEncoder':
         """An open_clip model (ViT, ResNet, CoCa, SigLIP, MobileCLIP) with its pipelines, logit scale and bias.
 
         Raises `ValueError` and `OSError` as `open_clip_towers` does."""
         from mmembed.models.pretrained import open_clip_towers
-        text, image, scale, bias = open_clip_towers(name, pretrained, text_pipeline, vision_pipeline)
+        text, image, scale, bias = open_clip_towers(name, pretrained, text_pipeline, vision_pipeline, state)
         return cls(text, image, None, scale, bias)
 
     @classmethod

@@ -10,6 +10,7 @@ __all__ = ['KINDS', 'FILES', 'TransformersText', 'ProjectedBert', 'TransformersI
 
 # %% ../../nbs/models/01b_huggingface.ipynb #823ad3c4
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from ..core import Tokens
 from .pretrained import Parts
-from .tower import Tower
-from .towers import Bert, _from_hub, _read_weights
+from .tower import Tower, enough_rows
+from .towers import Bert, _from_hub, longest
+from .weights import finite, read_weights
 from ..text.pipeline import TextPipeline
 from ..text.readers import read_any, stated
 from ..vision.pipeline import VisionPipeline
@@ -43,7 +45,7 @@ class TransformersText(Tower):
         net: nn.Module | None = None, # the tower itself, if it is there already
         head: nn.Module | None = None, # its projection; SigLIP has it inside
     ):
-        "Raises `ValueError` for a pipeline whose texts are longer than the model's context."
+        "Raises `ValueError` for a pipeline with longer texts or more ids than the model takes."
         super().__init__()
         self.carry(pipeline, name=name, config=config, dim=dim)
         net = net or _net(name, config)
@@ -51,6 +53,7 @@ class TransformersText(Tower):
         self.embeddings, self.encoder, self.norm = net.embeddings, net.encoder, net.final_layer_norm
         self.head = (head or nn.Linear(c.hidden_size, dim, bias=False)) if self.causal else net.head
         self.width, self.length, self.eos, self.pad_id = dim, c.max_position_embeddings, c.eos_token_id, pipeline.pad_id
+        enough_rows(pipeline, self.embeddings.token_embedding.num_embeddings)
         if pipeline.max_length > self.length:
             raise ValueError(f'the pipeline gives up to {pipeline.max_length} tokens, the model takes {self.length}')
         later = torch.full((self.length, self.length), float('-inf')).triu(1)
@@ -153,6 +156,14 @@ def _words(folder: Path, longest: int, whole: bool = False) -> TextPipeline:
     return TextPipeline(tok, int(min(most or longest, stated(tok).max_length, longest)), 0 if whole else None)
 
 # %% ../../nbs/models/01b_huggingface.ipynb #747cfdae
+def _of_open_clip(name: str) -> str:
+    "The end of an error: how open_clip's model of this name is made, if there is one."
+    import open_clip
+    if name.startswith(('hf-hub:', 'local-dir:')): return f'; is DualEncoder.from_open_clip({name!r}) meant?'
+    def plain(s): return re.sub(r'\W|_', '', s).casefold()
+    near = {plain(k): k for k in open_clip.list_models()}.get(plain(name))
+    return f'; is DualEncoder.from_open_clip({near!r}) meant?' if near else ''
+
 def _read(folder: Path):
     "The model in `folder`, every weight of it from the file."
     from transformers import AutoModel, logging
@@ -163,6 +174,7 @@ def _read(folder: Path):
         logging.set_verbosity(before)
         if bars: logging.enable_progress_bar()
     if missing := sorted(info['missing_keys']): raise ValueError(f'{folder}: the weights lack {missing[0]}' + f' and {len(missing) - 1} more' * (len(missing) > 1))
+    finite(model.state_dict(), folder)
     return model.eval()
 
 def _image(model: nn.Module, folder: Path) -> TransformersImage:
@@ -171,17 +183,17 @@ def _image(model: nn.Module, folder: Path) -> TransformersImage:
 
 def _text(model: nn.Module, folder: Path) -> Tower:
     net, kind = model.text_model, model.config.model_type
-    longest = getattr(net.config, 'max_position_embeddings', 512)
+    most = getattr(net.config, 'max_position_embeddings', 512)
     if kind != 'vision-text-dual-encoder':
         head = getattr(model, 'text_projection', None)
         dim = net.head.out_features if head is None else head.out_features
-        return TransformersText(_words(folder, longest, kind == 'siglip'), type(net).__name__, net.config.to_dict(), dim, net, head)
+        return TransformersText(_words(folder, most, kind == 'siglip'), type(net).__name__, net.config.to_dict(), dim, net, head)
     dense = getattr(getattr(net, 'pooler', None), 'dense', None)
     if not isinstance(dense, nn.Linear): raise ValueError(f'{folder}: the text encoder {type(net).__name__} has no pooler of one dense layer')
     layers = dense, model.text_projection
     shapes = [[x.in_features, x.out_features, x.bias is not None, act] for x, act in zip(layers, ('Tanh', ''))]
-    taken = net.config.pad_token_id + 1 if net.config.model_type in ('roberta', 'xlm-roberta', 'camembert') else 0
-    return ProjectedBert(_words(folder, longest - taken), net.config.to_dict(), 'cls', shapes).filled(net, [x.state_dict() for x in layers])
+    tower = ProjectedBert(_words(folder, min(most, longest(net))), net.config.to_dict(), 'cls', shapes)
+    return tower.filled(net, [x.state_dict() for x in layers])
 
 # %% ../../nbs/models/01b_huggingface.ipynb #465fda1b
 KINDS = 'clip', 'siglip', 'vision-text-dual-encoder'
@@ -193,7 +205,8 @@ def transformers_towers(
     """The towers of a saved model with their pipelines.
 
     Raises `ValueError` for a model that mmembed cannot run, `FileNotFoundError` for a file that is not there, `OSError` for a hub name that cannot be downloaded."""
-    folder = Path(folder) if Path(folder).is_dir() else Path(_from_hub(str(folder), FILES))
+    try: folder = Path(folder) if Path(folder).is_dir() else Path(_from_hub(str(folder), FILES))
+    except OSError as e: raise type(e)(f'{e}{_of_open_clip(str(folder))}') from None
     inside = sentence_modules(folder)
     body = folder/inside[0]['path'] if inside else folder
     if not (body/'config.json').is_file(): raise FileNotFoundError(f'no config.json in {body}: want the folder of a model that transformers saved')
@@ -233,7 +246,8 @@ def _beside(folder: Path, modules: list[dict], parts: Parts) -> Parts:
     said = json.loads((body/'sentence_bert_config.json').read_text()) if (body/'sentence_bert_config.json').is_file() else {}
     if said.get('do_lower_case'): raise ValueError(f'{folder}: do_lower_case=True is not supported; its tokenizer should do it')
     net = _read(body)
-    tower = ProjectedBert(_words(body, said.get('max_seq_length') or 128), net.config.to_dict(), pooling, shapes).filled(net, states)
+    words = _words(body, min(said.get('max_seq_length') or 128, longest(net)))
+    tower = ProjectedBert(words, net.config.to_dict(), pooling, shapes).filled(net, states)
     if tower.width != parts.image.width: raise ValueError(f'{folder} gives {tower.width} numbers, the image tower {parts.image.width}')
     return parts._replace(text=tower)
 
@@ -244,4 +258,4 @@ def _pooling(said: dict, folder: Path) -> str:
     return names[found[0]]
 
 def _weights(folder: Path) -> dict[str, Tensor]:
-    return _read_weights(folder/('model.safetensors' if (folder/'model.safetensors').is_file() else 'pytorch_model.bin'))
+    return read_weights(folder/('model.safetensors' if (folder/'model.safetensors').is_file() else 'pytorch_model.bin'))

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
-from ..core import Tokens
-from .tower import Tower
-from .towers import _loaded, _read_weights
+from ..core import Tokens, meant
+from .tower import Tower, enough_rows
+from .weights import fill, finite, read_weights
 from ..text.pipeline import TextPipeline
 from ..vision.pipeline import VisionPipeline
 
@@ -49,7 +49,7 @@ class OpenClipText(Tower):
         quick_gelu: bool = False,    # of the model's configuration
         net: nn.Module | None = None, # the tower itself, if it is there already
     ):
-        "Raises `ValueError` for a pipeline whose texts are longer than the model's context, or an encoder of Hugging Face's."
+        "Raises `ValueError` for a pipeline with more ids or longer texts than the model takes, or Hugging Face's encoder."
         super().__init__()
         from open_clip.model import CLIPTextCfg, _build_text_tower
         if config.get('hf_model_name'):
@@ -58,6 +58,7 @@ class OpenClipText(Tower):
         net = net or _build_text_tower(dim, CLIPTextCfg(**config), quick_gelu)
         net.output_tokens = False
         self.width, self.length, self.pad_id = dim, net.context_length, pipeline.pad_id
+        enough_rows(pipeline, net.token_embedding.num_embeddings)
         if pipeline.max_length > self.length:
             raise ValueError(f'the pipeline gives up to {pipeline.max_length} tokens, the model takes {self.length}')
         self.causal = net.attn_mask is not None
@@ -124,24 +125,30 @@ def open_clip_towers(
     pretrained: str | None = None,                 # a weights file or a tag of open_clip's; None: random weights
     text_pipeline: TextPipeline | None = None,     # the model's own by default
     vision_pipeline: VisionPipeline | None = None, # the model's own by default
+    state: str | None = None,                      # which of several states of a file, see `read_weights`
 ) -> Parts:
-    """The towers of an open_clip model with their pipelines.
+    """The towers of an open_clip model with their pipelines; warns which of several states of a file was taken.
 
-    Raises `ValueError` for a name, tag or file that does not fit, `OSError` for weights that cannot be downloaded."""
+    Raises `ValueError` for a name, tag or file that does not fit, or weights that hold NaN, `OSError` for a failed download."""
     import open_clip
-    known = ':' in name or name.replace('/', '-') in open_clip.list_models()
-    if not known: raise ValueError(f'open_clip knows no model {name!r}; open_clip.list_models() lists them')
-    if pretrained and not Path(pretrained).is_file():
+    name = _known(name)
+    file = pretrained if pretrained and Path(pretrained).is_file() else None
+    if pretrained and not file:
         tags = open_clip.list_pretrained_tags_by_model(name)
         if pretrained not in tags:
             raise ValueError(f'{pretrained!r} is no weights file, and open_clip knows no such weights of {name}; '
-                             f'it knows {", ".join(tags) or "none"}')
+                             f'it knows {", ".join(tags) or "none"}{meant(pretrained, tags)}')
+    ours = file if file and Path(file).suffix not in ('.npz', '.npy') else None  # open_clip reads big_vision's layout
     try:
-        with _quiet(): model = open_clip.create_model(name, pretrained, force_custom_text=True)
-        config = open_clip.get_model_config(name.replace('/', '-') if ':' not in name else name)
+        with _quiet():
+            model = open_clip.create_model(name, None if ours else pretrained, force_custom_text=True,
+                                           pretrained_text=not ours)
+            if ours: _fill(model, read_weights(ours, [k for k in model.state_dict() if k.startswith('visual.')], state))
+        config = open_clip.get_model_config(name)
     except FileNotFoundError as e: raise ValueError(f'{name}: {e}') from None
     except RuntimeError as e: raise _refused(name, pretrained, e) from None
-    tag = pretrained if pretrained and not Path(pretrained).is_file() else None
+    if not ours: finite(model.state_dict(), pretrained or name)
+    tag = None if file else pretrained
     vision = vision_pipeline or VisionPipeline.from_open_clip(model if ':' in name else name, *([tag] if tag else []))
     text = text_pipeline or _clip_pipeline(name, config['text_cfg'])
     dim, gelu, bias = config['embed_dim'], config.get('quick_gelu', False), model.logit_bias
@@ -150,6 +157,30 @@ def open_clip_towers(
                  float(model.logit_scale.detach().exp()), None if bias is None else float(bias.detach()))
 
 # %% ../../nbs/models/01a_pretrained.ipynb #91376dcd
+def _known(name: str) -> str:
+    "The name as open_clip has it; raises `ValueError` with the one that is probably meant."
+    import open_clip
+    plain, models = name.replace('/', '-'), open_clip.list_models()
+    if ':' in name or plain in models: return name if ':' in name else plain
+    hub = (f"; a model of the Hugging Face hub is from_transformers({name!r}), or 'hf-hub:{name}' where open_clip saved it"
+           if '/' in name else '')
+    raise ValueError(f'open_clip knows no model {name!r}; open_clip.list_models() lists them{meant(name, models) or hub}')
+
+def _fill(model: nn.Module, state: dict[str, Tensor]):
+    "Weights of either layout into open_clip's model of two towers, as its own `load_checkpoint` does it with a path."
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
+    state = convert_state_dict(model, state)
+    if 'positional_embedding' in state: state = convert_to_custom_text_state_dict(state)
+    if model.logit_bias is not None and 'logit_scale' in state:
+        state.setdefault('logit_bias', torch.zeros_like(state['logit_scale']))
+    for k in ('logit_scale', 'logit_bias'):
+        if k in state and getattr(model, k) is not None: state[k] = state[k].reshape(getattr(model, k).shape)
+    state.pop('text.transformer.embeddings.position_ids', None)  # of transformers before 4.31
+    resize_pos_embed(state, model)
+    resize_text_pos_embed(state, model)
+    model.load_state_dict(state)
+
 def _clip_pipeline(name: str, config: dict) -> TextPipeline:
     if ':' not in name: return TextPipeline.from_open_clip(name)
     folder, length = Path(name.partition(':')[2]), config.get('context_length', 77)
@@ -200,7 +231,8 @@ def _timm(name: str, pooling: str | None, pretrained: bool = False) -> nn.Module
     kinds = {'mean': 'avg', 'max': 'max', 'cls': 'token'}
     if pooling not in (None, *kinds): raise ValueError(f"pooling must be one of {', '.join(kinds)} or None, got {pooling!r}")
     more = {} if pooling is None else {'global_pool': kinds[pooling]}
-    if not timm.is_model(name): raise ValueError(f'timm knows no model {name!r}; see timm.list_models()')
+    if not timm.is_model(name):
+        raise ValueError(f'timm knows no model {name!r}; see timm.list_models(){meant(name, timm.list_models())}')
     try: return timm.create_model(name, pretrained=pretrained, num_classes=0, scriptable=True, **more)
     except (AssertionError, RuntimeError, TypeError) as e:
         raise ValueError(f'timm cannot make {name} with pooling={pooling!r}: {str(e) or type(e).__name__}') from None
@@ -223,8 +255,9 @@ def timm_tower(
     weights: str | None = None,             # a .pth, .bin or .safetensors file; 'DEFAULT' downloads timm's; None: random
     pipeline: VisionPipeline | None = None, # by default the one that the network was evaluated with
     pooling: str | None = None,             # 'mean', 'max', 'cls' (transformers); None: the network's own
+    state: str | None = None,               # which of several states of the file, see `read_weights`
 ) -> TimmTower:
-    "A timm network as a tower; raises `ValueError` for weights that do not fit, `OSError` for a failed download."
+    "A timm network as a tower; raises `ValueError` for weights that do not fit or hold NaN, `OSError` for no download."
     if weights == 'DEFAULT':
         try: return TimmTower(pipeline, name, pooling, _timm(name, pooling, pretrained=True))
         except (OSError, RuntimeError) as e:
@@ -232,5 +265,7 @@ def timm_tower(
     tower = TimmTower(pipeline, name, pooling)
     if weights is None: return tower
     mine = tower.net.state_dict()
-    state = {k: v for k, v in _read_weights(Path(weights)).items() if k in mine or not k.startswith(('head.', 'fc.', 'classifier.'))}
-    return _loaded(tower, state, weights)
+    found = read_weights(weights, mine, state)
+    found = {k: v for k, v in found.items() if k in mine or not k.startswith(('head.', 'fc.', 'classifier.'))}
+    fill(tower.net, found, weights, name)
+    return tower

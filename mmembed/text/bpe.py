@@ -14,6 +14,7 @@ import torch
 from tokenizers import normalizers
 from torch import Tensor, nn
 
+from ..core import meant
 from .bytelevel import ByteFront, open_clip_rules, pattern_classes
 from .nfc import nfc_rules
 from .tables import VocabTable, ended
@@ -327,7 +328,8 @@ def open_clip_text_config(
     "What open_clip's configuration says of the text tower. Raises `ValueError` for a name that open_clip does not know."
     import open_clip
     if name.replace('/', '-') not in open_clip.list_models():  # it would look for any other name on the hub
-        raise ValueError(f'open_clip knows no model {name!r}; open_clip.list_models() lists them')
+        raise ValueError(f'open_clip knows no model {name!r}; open_clip.list_models() lists them'
+                         f'{meant(name, open_clip.list_models())}')
     return open_clip.get_model_config(name.replace('/', '-'))['text_cfg']
 
 # %% ../../nbs/text/05_bpe.ipynb #5a10ef0a

@@ -12,6 +12,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..core import meant
+
 # %% ../../nbs/vision/06_presets.ipynb #b037d2dc
 def open_clip_preset(
     name,             # an open_clip model name, or a model of open_clip's
@@ -23,12 +25,15 @@ def open_clip_preset(
     import open_clip
     if not isinstance(name, str): config = open_clip.get_model_preprocess_cfg(name)
     else:
-        model, tags = open_clip.get_model_config(name), open_clip.list_pretrained_tags_by_model(name)
-        if model is None: raise ValueError(f'open_clip knows no model {name!r}; open_clip.list_models() lists them')
+        known = name.replace('/', '-')
+        model, tags = open_clip.get_model_config(known), open_clip.list_pretrained_tags_by_model(known)
+        if model is None:
+            raise ValueError(f'open_clip knows no model {name!r}; open_clip.list_models() lists them'
+                             f'{meant(name, open_clip.list_models())}')
         if pretrained is not None and pretrained not in tags:
             known = ', '.join(tags) or 'none'
             raise ValueError(f'open_clip knows no weights {pretrained!r} of {name}; it knows {known}')
-        rules = [open_clip.get_pretrained_cfg(name, t) for t in ([pretrained] if pretrained else tags)]
+        rules = [open_clip.get_pretrained_cfg(known, t) for t in ([pretrained] if pretrained else tags)]
         keys = ('size', 'mean', 'std', 'interpolation', 'resize_mode', 'fill_color')
         rules = [tuple((k, r[k]) for k in keys if r.get(k) is not None) for r in rules]
         most = dict(max(rules, key=lambda r: sum(o == r for o in rules))) if rules else {}

@@ -194,3 +194,28 @@ def test_a_download_that_fails_says_what_to_do(monkeypatch):
 
 def _config():
     return dict(model_type='bert', vocab_size=TP.vocab_size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+
+
+def test_a_pipeline_with_more_ids_than_the_model_has_rows():
+    "It would fail at the first text that has one of them; a model with more rows than ids, as many are padded, is taken."
+    from mmembed.models.huggingface import ProjectedBert, TransformersText
+    from mmembed.models.pretrained import OpenClipText
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32)
+    words = TextPipeline.learn([f'a photo of the {n}th cat' for n in range(300)], vocab_size=150, max_length=16)
+    towers = [lambda rows: OpenClipText(words, 16, dict(context_length=16, vocab_size=rows, width=32, heads=2, layers=1)),
+              lambda rows: TransformersText(words, 'CLIPTextModel', small | dict(vocab_size=rows), 16),
+              lambda rows: TransformersText(words, 'SiglipTextModel', small | dict(vocab_size=rows, projection_size=32), 32),
+              lambda rows: Bert(words, small | dict(model_type='bert', vocab_size=rows)),
+              lambda rows: ProjectedBert(words, small | dict(model_type='bert', vocab_size=rows), 'cls', [])]
+    for make in towers:
+        for rows in (words.vocab_size, words.vocab_size + 10): make(rows)
+        message = f'has {words.vocab_size} ids, the model only {words.vocab_size - 1} rows'
+        with pytest.raises(ValueError, match=message): make(words.vocab_size - 1)
+
+
+def test_a_pipeline_with_longer_texts_than_the_encoder_has_positions(bert_folder):
+    "The folder of a saved encoder gives texts that it can take, though `max_length` allows more."
+    with pytest.raises(ValueError, match='gives up to 48 tokens, the model takes 40'):
+        Bert(TextPipeline.learn(TEXTS * 9, vocab_size=150, max_length=48), bert(str(bert_folder)).made_with['config'])
+    tower = bert(str(bert_folder), max_length=128).eval()
+    assert tower.pipeline.max_length == 40 and tower(tower.pipeline(['a ' * 200])).isfinite().all()
