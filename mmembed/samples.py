@@ -64,7 +64,7 @@ class ShardRows(Shards):
         about = fs.info(path)
         return about.get('size'), str(about.get('mtime') or about.get('LastModified') or about.get('ETag') or '')
 
-    def name(self, i: int) -> str: return self.ids[i] if self.ids else super().name(i)
+    def picture(self, i: int) -> str: return self.ids[i] if self.ids else super().picture(i)
     def types(self) -> dict: return {k: c.type for k, c in self.kept.items()}
     def value(self, i: int, column: str) -> Any: return self.kept[column][i].as_py()
 
@@ -104,7 +104,7 @@ class HubRows(HubData):
         more = {f'keep {k}': c for k, c in self.keep.items()} | ({'id': self.id_key} if self.id_key else {})
         return super()._columns(d, wanted | more)
 
-    def name(self, i: int) -> str: return str(self._value('id', i)) if self.id_key else super().name(i)
+    def picture(self, i: int) -> str: return str(self._value('id', i)) if self.id_key else super().picture(i)
 
     def types(self) -> dict:
         columns = {k: next(iter(self.parts.values()))[f'keep {k}'] for k in self.keep}

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from .core import read_bytes
-from .data.sources import Source, _no_column
+from .data.sources import Source, _no_column, captions_of
 
 # %% ../nbs/39_tabular.ipynb #932ab880
 def plain(
@@ -36,6 +36,17 @@ def plain(
     return pa.array(text, pa.large_string())
 
 # %% ../nbs/39_tabular.ipynb #7b8e00c9
+def _read_json(path: Path, strings: dict):
+    "JSON lines whose columns `strings` hold texts, or lists of texts."
+    import pyarrow as pa
+    import pyarrow.json
+    def read(known): return pa.json.read_json(path, parse_options=pa.json.ParseOptions(explicit_schema=pa.schema(known)))
+    try: return read(strings)
+    except pa.ArrowInvalid as e:
+        lists = [k for k in strings if f'/{k})' in str(e)]  # "Column(/text) changed from string to array in row 0"
+        if not lists: raise
+        return read(strings | {k: pa.list_(pa.string()) for k in lists})
+
 def _read_table(path: Path, columns: list[str], texts: list[str]):
     "The columns of a file, `texts` of them as strings."
     import pyarrow as pa
@@ -48,7 +59,7 @@ def _read_table(path: Path, columns: list[str], texts: list[str]):
             names = pq.read_schema(path).names
             if missing := [k for k in columns if k not in names]: raise _no_column(path, missing[0], names)
             return pq.read_table(path, columns=columns)
-        if kind in ('.jsonl', '.ndjson'): found = pa.json.read_json(path, parse_options=pa.json.ParseOptions(explicit_schema=pa.schema(strings)))
+        if kind in ('.jsonl', '.ndjson'): found = _read_json(path, strings)
         elif kind in ('.csv', '.tsv'):
             parse = pa.csv.ParseOptions(delimiter=',' if kind == '.csv' else '\t', newlines_in_values=True)
             found = pa.csv.read_csv(path, parse_options=parse, convert_options=pa.csv.ConvertOptions(column_types=strings))
@@ -57,6 +68,21 @@ def _read_table(path: Path, columns: list[str], texts: list[str]):
     for k in columns:
         if k not in found.column_names or (k in texts and found[k].null_count == len(found) > 0): raise _no_column(path, k, found.column_names)
     return found.select(columns)
+
+# %% ../nbs/39_tabular.ipynb #2927a333
+def _one_text_a_row(table, key: str): # the table and, where cells had several texts, the number of each from 1, or 0
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    column, where = table[key], table.column_names.index(key)
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        short = pc.utf8_trim_whitespace(column)
+        if not pc.any(pc.match_substring_regex(short, r'^[\[(]')).as_py():
+            none = pc.is_in(short, value_set=pa.array(['', 'nan', 'NaN', '<NA>'], column.type))
+            return table.set_column(where, key, pc.if_else(none, pa.scalar(None, column.type), column)), None
+    cells = [captions_of(v) if v is None or isinstance(v, (str, list)) else [v] for v in column.to_pylist()]
+    numbers = [n if len(c) > 1 else 0 for c in cells for n in range(1, max(len(c), 1) + 1)]
+    rows = [i for i, c in enumerate(cells) for _ in c or [None]]
+    return table.take(rows).set_column(where, key, [pa.array([t for c in cells for t in c or [None]])]), numbers if any(numbers) else None
 
 # %% ../nbs/39_tabular.ipynb #820c1b5d
 class Table(Source):
@@ -83,6 +109,10 @@ class Table(Source):
             if not self.path.is_file(): raise FileNotFoundError(f'no such file: {self.path}')
             table = _read_table(self.path, list(dict.fromkeys([*texts, *self.keep.values()])), texts)
         if not len(table): raise ValueError(f'{self.path} holds no rows')
+        self.numbers: list[int] | None = None
+        try:
+            if 'text' in self.roles: table, self.numbers = _one_text_a_row(table, text_key)
+        except ValueError as e: raise ValueError(f'{self.path}: {text_key} holds {e}') from None
         columns = {k: table[k].combine_chunks() if table[k].num_chunks != 1 else table[k].chunk(0) for k in table.column_names}
         try: self.columns = {k: c.cast(pa.large_string()) if k in texts else plain(c) for k, c in columns.items()}
         except pa.ArrowException as e: raise ValueError(f'{self.path}: {str(e).splitlines()[0]}') from None
@@ -98,7 +128,9 @@ class Table(Source):
 
     def name(self, i: int) -> str:
         role = next((r for r in ('id', 'image') if r in self.roles), None)
-        return str(i) if role is None else self.columns[self.roles[role]][i].as_py() or f'row {i}'
+        if role is None: return str(i)
+        name = self.columns[self.roles[role]][i].as_py() or f'row {i}'
+        return name + (f' ({self.numbers[i]})' if self.numbers and self.numbers[i] else '')
 
     def types(self) -> dict: return {k: self.columns[c].type for k, c in self.keep.items()}
     def value(self, i: int, column: str) -> Any: return self.columns[self.keep[column]][i].as_py()
@@ -112,6 +144,7 @@ class Table(Source):
     def excerpt(self, rows: range) -> 'Table':
         part = copy.copy(self)
         part.columns = {k: c.take(list(rows)) for k, c in self.columns.items()}  # a slice would be sent with the whole column
+        if self.numbers: part.numbers = self.numbers[rows.start:rows.stop]
         return part
 
     def __repr__(self): return f'{len(self)} rows of {self.path.name}'

@@ -16,6 +16,7 @@ from mmembed.data.module import Ledger, PairData
 from mmembed.data.shards import Shards
 from mmembed.data.sources import PairsFile, captions_of
 from mmembed.samples import HubRows, ShardRows
+from mmembed.tabular import Table
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 from tests.data.test_shards import tarball
@@ -223,7 +224,32 @@ def test_rows_that_are_embedded_are_expanded_too(tmp_path):
     assert [(rows.name(i), rows.text(i)) for i in range(len(rows))] == [(source.name(i), source.text(i)) for i in range(len(source))]
     assert len(ShardRows(str(tmp_path/'s.tar'), 'image', text_key='json:text')) == len(CELLS)
     assert rows.excerpt(range(1, 3)).name(1) == rows.name(2)
+    assert ShardRows(str(tmp_path/'s.tar'), 'text', text_key='json:text', id_key='json:text').name(2)[-3:] == '(2)'
     datasets = pytest.importorskip('datasets')
     d = datasets.Dataset.from_list([dict(image=png(0), text=['a', 'b']), dict(image=png(1), text=['c'])])
     assert [HubRows(d, 'text').text(i) for i in range(3)] == ['a', 'b', 'c'] == [HubRows(d, 'both').text(i) for i in range(3)]
     assert len(HubRows(d, 'image')) == 2
+
+
+@pytest.mark.parametrize('form', ['.csv', '.tsv', '.jsonl', '.parquet'])
+def test_tables_that_are_embedded_read_cells_alike(tmp_path, form):
+    source = opened(tmp_path, form if form != '.jsonl' else '.csv')
+    path = tmp_path/f'pairs{form}'
+    if form == '.jsonl': path.write_text(''.join(json.dumps(dict(image=f'{i}.png', text=[c] if isinstance(c, str) else c)) + '\n' for i, c in enumerate(CELLS)))
+    found = Table(path, 'both', keep=['text'])
+    assert [found.name(i) for i in range(len(found))] == [source.name(i) for i in range(len(source))]
+    for i in range(len(found)):
+        assert found.value(i, 'text') == (source.text(i) or None)
+        if source.text(i): assert found.text(i) == source.text(i)
+        else:
+            with pytest.raises(ValueError, match='text is empty'): found.text(i)
+    assert [found.excerpt(range(3, 5)).name(i) for i in range(2)] == ['3.png (1)', '3.png (2)']
+    assert len(Table(path, 'image')) == len(CELLS)
+
+
+def test_plain_texts_of_a_table_stay(tmp_path):
+    (tmp_path/'a.jsonl').write_text(''.join(json.dumps(dict(text=t)) + '\n' for t in ['2020-01-01', '[photo]', 'nan', '7']))
+    found = Table(tmp_path/'a.jsonl', 'text')
+    assert [found.columns['text'][i].as_py() for i in range(4)] == ['2020-01-01', '[photo]', None, '7'] and found.numbers is None
+    (tmp_path/'b.csv').write_text('text,n\n7,1\n8,2\n')
+    assert Table(tmp_path/'b.csv', 'text').text(0) == '7'
