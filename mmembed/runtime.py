@@ -183,6 +183,16 @@ class Embedder:
         "What the header of the image says, without decoding it."
         return ImageInfo(*self.module.probe(self._as_image(image)))
 
+    def count_pixels(
+        self,
+        image, # one image, as in `encode_image`
+    ) -> int:
+        "Return width times height as the header says, without decoding; 0 where the header cannot be read."
+        data = self._as_image(image)
+        if hasattr(self.module, 'count_pixels'): return self.module.count_pixels(data)
+        info = self.module.probe(data)  # an artifact of before
+        return 0 if info.error else info.width * info.height
+
     def score(
         self,
         texts,  # texts, or their embeddings float32 (T, D)

@@ -92,6 +92,12 @@ class Served(nn.Module):
         return ImageInfo('rgb', w, h, 8, c, 1, 1, error)
 
     @torch.jit.export
+    def count_pixels(self, image: Tensor) -> int:
+        "Return width times height as the header says, 0 where it cannot be read: a number, which costs a host less than an `ImageInfo`."
+        info = self.probe(image)
+        return info.width * info.height if info.error == '' else 0
+
+    @torch.jit.export
     def preprocess_image(self, image: Tensor) -> Tensor:
         "One image, as `encode_image` takes it, to uint8 (3, S, S). For hosts that give every item its own status."
         rgb = self.vision_pipeline.decode(image) if image.dim() == 1 else image

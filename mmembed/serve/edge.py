@@ -44,9 +44,10 @@ class Edge:
         if scope['type'] not in ('http', 'websocket'): return await self.inner(scope, receive, send)
         service, start = self.service, time.perf_counter()
         headers, path, state = _headers(scope), scope['path'], scope.setdefault('state', {})
+        state['headers'] = headers
         route = path if path in self.routes else 'other'
         state['id'] = rid = request_id(headers.get('x-request-id'))
-        named, attributes = http_span(scope, headers, route if route != 'other' else '')
+        named, attributes = http_span(scope, headers, route if route != 'other' else '') if service.tracer.on else ('', {})
         state['span'] = span = service.tracer.begin(named, headers, **attributes) if route not in OPEN else None
         state['seen'] = seen = dict(status=499, items=0, bytes=0, held=0, refused=False, began=False, asked=False, start=start)
 
@@ -77,7 +78,8 @@ class Edge:
                     client=(scope.get('client') or ('',))[0])))
 
     async def _checked(self, scope, receive, send):
-        state, headers = scope['state'], _headers(scope)
+        state = scope['state']
+        headers = state['headers']
         try:
             if refusal := self._refusal(scope, headers):
                 await refusal(scope, receive, draining(receive, send, self.service.config.body_timeout) if refusal.status_code in (413, 429) else send)

@@ -234,10 +234,11 @@ class Engine:
 
     def _measured(self, image) -> tuple: # as the decoder takes it, copied once; and its pixels
         if isinstance(image, (bytes, bytearray, memoryview)): image = as_bytes(image)
-        info, limit = self.emb.probe(image), self.options.max_pixels
-        size = info.width * info.height
-        if not info.error and limit and size > limit: raise ValueError(f'{info.width} x {info.height} pixels; this server takes up to {limit:,}')
-        return image, 0 if info.error else size
+        size, limit = self.emb.count_pixels(image), self.options.max_pixels
+        if size > limit > 0:
+            info = self.emb.probe(image)
+            raise ValueError(f'{info.width} x {info.height} pixels; this server takes up to {limit:,}')
+        return image, size
 
     def _shortened(self, pair) -> int: # its bucket: a text that stays long shares no batch
         text, image = pair.data

@@ -81,7 +81,7 @@ class Job:
 
 # %% ../../nbs/serve/01_lane.ipynb #198ece7a
 class _Bucket: # items that may share a batch: a queue for each request, in the order in which the requests came
-    def __init__(self, lane): self.lane, self.queues, self.size, self.passed = lane, {}, 0, False
+    def __init__(self, lane): self.lane, self.queues, self.size, self.passed = lane, {}, 0, 0
 
     def add(self, item: Item):
         self.queues.setdefault(item.job, deque()).append(item)
@@ -214,7 +214,7 @@ class Lane:
         if self.closed or (self.alone and not self.coming) or bucket.size >= self.largest: return 0.
         head = bucket.head()
         due = head.job.arrival + self.wait
-        if bucket.passed: return due
+        if bucket.passed > 1: return due
         if self.coming: due = max(due, head.since + self.patience)
         if self.coming or self.back > 0: due = max(due, self.until)
         return due
@@ -247,7 +247,9 @@ class Lane:
         if not bucket.size: del self._buckets[key]
         if batch:
             self.alone, self._fair = len(batch) == 1, not self._fair
-            for other in self._buckets.values(): other.passed = other is not bucket
+            if bucket.size or len(batch) == self.largest:  # a full one
+                for other in self._buckets.values(): other.passed += other is not bucket
+            bucket.passed = 0
         if self.size < self.room: self._space.notify_all()
         return batch
 

@@ -73,6 +73,18 @@ def test_a_rare_length_goes_with_the_third_batch_at_the_latest():
     assert ['rare'] in seen[:3], seen[:3]
 
 
+def test_a_batch_that_is_not_full_waits_for_those_who_have_just_been_answered():
+    "Also when another length has just had its batch: else clients of two lengths fall apart into small batches for good."
+    lane = Lane(largest=8)
+    lane.alone = False
+    offer(lane, 'short', 3, key=8), offer(lane, 'long', 2, key=16)
+    assert batches(lane, 1) == [['short'] * 3]
+    lane.answered(3, seconds=480.)
+    assert batches(lane, 1) == [[]]
+    for k in range(3): offer(lane, 'again', key=16)
+    assert batches(lane, 1) == [['long'] * 2 + ['again'] * 3]
+
+
 def test_a_rare_length_does_not_starve_behind_older_requests():
     "Every length has its turn, as old as its items are."
     lane = Lane(largest=4)
