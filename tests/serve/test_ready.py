@@ -8,6 +8,7 @@ import pytest
 from mmembed.runtime import Embedder
 from mmembed.serve import service as module
 from mmembed.serve.engine import Engine, Item, Options
+from mmembed.serve.lane import Job
 from mmembed.serve.service import Canary, Config, Service
 
 from ..export import tiny
@@ -41,6 +42,36 @@ def test_readiness_waits_for_nothing(service):
     assert at_once(service.ready()) == 'shutting down'
     service.draining, tower.open = False, True
     tower.go.release()
+
+
+@pytest.mark.parametrize('count', [1, 256])
+def test_large_answers_are_written_one_at_a_time(service, monkeypatch, count):
+    "However many become ready at once: the loop looks at its sockets between two. Small ones do not wait for one another."
+    turns = 0
+
+    async def ticking():
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    async def settled(items, timeout):
+        job = Job(items, lambda job: None)
+        for i in items: job.settle(i, 'invalid', 'no text')
+        return job
+
+    async def ask():
+        await service.run([Item('text', '') for _ in range(count)])
+        return turns
+
+    async def main():
+        ticker = asyncio.ensure_future(ticking())
+        try: return await asyncio.gather(*[ask() for _ in range(24)])
+        finally: ticker.cancel()
+
+    monkeypatch.setattr(service.engine, 'run', settled)
+    at = asyncio.run(main())
+    assert len(set(at)) == (1 if count == 1 else 24), at
 
 
 def test_the_canary_does_not_wait_behind_the_load():
