@@ -3,6 +3,7 @@ import io
 import os
 import platform
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,14 @@ def until(happened):
         assert time.monotonic() - began < HANG, 'what was waited for has not happened'
         time.sleep(.02)
     return found
+
+
+@contextmanager
+def ended(process):
+    "`process`, killed if it is still there at the end of the block: one that is left over would be waited for, or go on for ever."
+    with process:
+        try: yield process
+        finally: process.kill()
 
 
 def instruction_sets() -> str:

@@ -62,7 +62,8 @@ _early: list[int] = []  # hangups that came to a thread which was there before t
 @contextlib.contextmanager
 def hangups_kept():
     "Block SIGHUP in the block and in processes started there; one that comes waits for `hangups_wanted`."
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL: signal.signal(signal.SIGHUP, lambda number, frame: _early.append(number))
+    if signal.getsignal(signal.SIGHUP) in (signal.SIG_DFL, signal.SIG_IGN):  # ignored: as `nohup` starts us
+        signal.signal(signal.SIGHUP, lambda number, frame: _early.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, HANGUP)
     try: yield
     finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -11,7 +11,7 @@ from mmembed.runtime import load
 
 from ..export import tiny
 from .test_server import serve_with
-from ..helpers import HANG
+from ..helpers import HANG, ended
 
 HIDDEN = 'GET /info HTTP/1.1\r\nx-request-id: hidden\r\n\r\n'  # the body of the first request; an answer to it is a request smuggled in
 
@@ -228,10 +228,7 @@ def test_behind_a_proxy_that_loses_bodies_nothing_is_smuggled_in(tmp_path):
         import mmembed.serve.server as s
         from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
         s.Protocol = HttpToolsProtocol''', tmp_path)
-    try:
+    with ended(p):
         for case in ('java', 'upgrade and chunks', 'two connections'):
             for writes in parts(READ[case] + LAST): assert [status for status, _, _ in answers(url, *writes)] == [400]
         assert [status for status, _, _ in answers(url, READ['plain'] + LAST)] == [200] * 3
-    finally:
-        p.terminate()
-        p.wait(HANG)

@@ -23,7 +23,7 @@ from mmembed.serve.edge import OPEN
 from mmembed.serve.observe import STAGES, Metrics
 
 from ..export import tiny
-from ..helpers import HANG, until
+from ..helpers import HANG, ended, until
 
 DEPLOY = Path(__file__).resolve().parents[2]/'deploy'
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get('PATH', '')])  # tools/setup.sh lays Prometheus beside Python
@@ -216,7 +216,7 @@ def test_the_healthcheck_knows_port_and_tls(server):
         assert check.target(words.split()) == url
     port = server.url.rsplit(':', 1)[1]
     for at, status in ((port, 0), ('1', 1)):
-        with subprocess.Popen([sys.executable, '-c', 'input()', 'serve', 'm.pt', '--port', at], stdin=subprocess.PIPE) as p:  # whose command line is that of a server
+        with ended(subprocess.Popen([sys.executable, '-c', 'input()', 'serve', 'm.pt', '--port', at], stdin=subprocess.PIPE)) as p:  # whose command line is that of a server
             done = subprocess.run([sys.executable, DEPLOY/'healthcheck.py', str(p.pid)], capture_output=True, text=True)
             p.communicate(b'\n')
         assert done.returncode == status and bool(done.stdout) == bool(status), done

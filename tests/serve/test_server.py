@@ -29,7 +29,7 @@ from mmembed.serve.observe import Tracer
 from mmembed.serve.server import UNFIT, listen, running, serve
 from mmembed.serve.service import Config, Service
 
-from ..helpers import HANG, until
+from ..helpers import HANG, ended, until
 from ..export import tiny
 from .conftest import config
 
@@ -150,8 +150,8 @@ def test_gauges_speak_of_the_living(tmp_path):
     assert 'mmembed_reloads_total{status="ok"} 2.0' in page
 
 
-@pytest.mark.parametrize('replicas', [1, 2])
-def test_a_hangup_at_the_very_start_is_a_reload_later(replicas, tmp_path):
+@pytest.mark.parametrize('replicas, ignored', [(1, False), (1, True), (2, False)], ids=['one', 'one under nohup', 'two'])
+def test_a_hangup_at_the_very_start_is_a_reload_later(replicas, ignored, tmp_path):
     "Each process that serves gets SIGHUP from the first line that Python runs in it: it loads its artifact again once it can, and does not die."
     (tmp_path/'sitecustomize.py').write_text("import os, signal, sys\nif len(sys.orig_argv) > 4 and '_child' in sys.orig_argv[4]: os.kill(os.getpid(), signal.SIGHUP)\n")
     program = "import json, os, signal, sys, threading\nfrom mmembed.serve import server\nif os.environ['REPLICAS'] == '1':\n" \
@@ -159,15 +159,16 @@ def test_a_hangup_at_the_very_start_is_a_reload_later(replicas, tmp_path):
         "    Service = server.Service\n    def early(*args):\n        signal.pthread_kill(old.ident, signal.SIGHUP)\n        return Service(*args)\n    server.Service = early\nserver._alone()"
     path = os.pathsep.join([str(tmp_path), *os.environ.get('PYTHONPATH', '').split(os.pathsep)])
     p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                         env=os.environ | dict(PYTHONPATH=path, REPLICAS=str(replicas)))
-    with p:
+                         env=os.environ | dict(PYTHONPATH=path, REPLICAS=str(replicas)),
+                         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL))
+    with ended(p):
         p.stdin.write(json.dumps(config(tmp_path/'log', replicas=replicas, threads=1), default=str).encode())
         p.stdin.close()
         said = []
         while sum(x['event'] == 'serving' for x in said) < replicas and (line := p.stdout.readline()): said.append(json.loads(line))
         if p.poll() is None: until(lambda: (tmp_path/'log').read_text().count('"event": "reload"') == replicas)
         p.terminate()
-    assert p.returncode == 0 and [x['event'] for x in said].count('replica died') == 0, (p.returncode, said)
+        assert p.wait(HANG) == 0 and [x['event'] for x in said].count('replica died') == 0, said
 
 
 @pytest.fixture(scope='module')
@@ -228,10 +229,11 @@ def test_no_memory_or_a_stuck_worker_ends_the_process(what, tmp_path):
             if len(tokens.ids) == 4: {what}
             return good(self, tokens)
         r.Embedder.encode_tokens = bad''', tmp_path)
-    assert httpx2.post(f'{url}/v1/embeddings', json=dict(input='a'), timeout=HANG).status_code == 200
-    try: assert httpx2.post(f'{url}/v1/embeddings', json=dict(input=['a'] * 4), timeout=HANG).status_code == 503
-    except httpx2.TransportError: pass
-    assert p.wait(HANG) == UNFIT
+    with ended(p):
+        assert httpx2.post(f'{url}/v1/embeddings', json=dict(input='a'), timeout=HANG).status_code == 200
+        try: assert httpx2.post(f'{url}/v1/embeddings', json=dict(input=['a'] * 4), timeout=HANG).status_code == 503
+        except httpx2.TransportError: pass
+        assert p.wait(HANG) == UNFIT
     assert '"event": "unfit"' in (tmp_path/'log').read_text()
 
 
