@@ -6,7 +6,8 @@ Docs: https://mmembed.github.io/mmembed/cli.html.md"""
 
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'command', 'usage', 'summary', 'Formatter', 'Parser', 'parser', 'takes_argv', 'split_doc',
-           'call', 'main', 'dispatch', 'unknown', 'sentence', 'quiet', 'near', 'working']
+           'call', 'main', 'dispatch', 'unknown', 'sentence', 'quiet', 'path', 'path_or_name', 'near', 'typed',
+           'working']
 
 # %% ../nbs/50_cli.ipynb #8962acfa
 import argparse
@@ -144,7 +145,7 @@ def main(
         return 1
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as e:
         if os.environ.get('MMEMBED_DEBUG'): raise
-        print(f'mmembed: error: {sentence(e)}', file=sys.stderr)
+        print(f'mmembed: error: {typed(sentence(e))}', file=sys.stderr)
         return 1
 
 def dispatch(
@@ -196,10 +197,22 @@ def quiet():
     for name in ('pytorch', 'fabric'): logging.getLogger(f'lightning.{name}.utilities.rank_zero').setLevel(logging.WARNING)
 
 # %% ../nbs/50_cli.ipynb #407653f7
+def path(name: str) -> str:
+    "An option that names a file or folder, as an absolute path: what works in a folder of its own, as another process does, finds it too."
+    return os.path.abspath(name) if name else name
+
+def path_or_name(name: str) -> str:
+    "An option that names a file or folder here, as `path` does, or else something that is no path."
+    return path(name) if name and os.path.exists(name) else name
+
 def near(path: str | Path) -> Path:
     "`path` as one would type it: relative where it lies below the current folder."
     path = Path(path).resolve()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+def typed(text: str) -> str:
+    "`text` with paths below the current folder as one would type them."
+    return text.replace(here, '') if (here := os.path.join(os.getcwd(), '')) != os.sep else text
 
 def working(what: str):
     "A context that says on a terminal's standard error what is going on, until it ends; nothing elsewhere."

@@ -12,15 +12,15 @@ import json
 
 from fastcore.script import store_true
 
-from ..cli import working
+from ..cli import path, path_or_name, working
 
 # %% ../../nbs/commands/02_ask.ipynb #09b6cb1a
 def verify(
-    artifact: str,            # an exported file
-    data: str = None,         # pairs of your own to ask about, too, named as `mmembed train` takes them: a table, a folder of classes, shards, hf:NAME
+    artifact: path,            # an exported file
+    data: path_or_name = None,         # pairs of your own to ask about, too, named as `mmembed train` takes them: a table, a folder of classes, shards, hf:NAME
     samples: int = 100,       # pairs of it, evenly spread
     cpp: store_true = False,  # compile the C++ host and ask it, too
-    onnx: str = None,         # a folder with the same model's ONNX files: ask onnxruntime, too
+    onnx: path = None,         # a folder with the same model's ONNX files: ask onnxruntime, too
     json: store_true = False, # print the report as JSON
 ):
     """Ask an exported file the same in several hosts and compare the answers.
@@ -39,7 +39,7 @@ def verify(
 
 # %% ../../nbs/commands/02_ask.ipynb #d7f0f434
 def info(
-    artifact: str, # an exported file
+    artifact: path, # an exported file
 ):
     """Print the identity card of an exported file, as JSON, without running the model.
 
@@ -49,8 +49,8 @@ def info(
 
 # %% ../../nbs/commands/02_ask.ipynb #e280f341
 def bench(
-    artifact: str,                # an exported file
-    data: str = None,             # a folder of images, and a captions.txt with one text a line; made-up ones by default
+    artifact: path,                # an exported file
+    data: path = None,             # a folder of images, and a captions.txt with one text a line; made-up ones by default
     batches: str = '1,2,4,8,16,32,64', # batch sizes
     threads: str = '1',           # of one torch operation, as 1,2
     rounds: int = 5,              # of which the median counts

@@ -13,13 +13,13 @@ from typing import Annotated
 
 from fastcore.script import store_true
 
-from ..cli import near
+from ..cli import near, path
 
 # %% ../../nbs/commands/07_demo.ipynb #1eca6b1f
 def demo(
-    artifact: Annotated[str, {'opt': False, 'nargs': '?'}] = None, # an exported file; by default quickstart.pt or demo.pt of the artifacts folder, trained for a moment where neither is there
-    images: str = None,        # a folder of pictures to search; by default generated scenes
-    index: str = None,         # an index to search, as `mmembed index build` makes it
+    artifact: Annotated[path, {'opt': False, 'nargs': '?'}] = None, # an exported file; by default quickstart.pt or demo.pt of the artifacts folder, trained for a moment where neither is there
+    images: path = None,        # a folder of pictures to search; by default generated scenes
+    index: path = None,         # an index to search, as `mmembed index build` makes it
     limit: int = 20000,        # pictures of the folder at most, spread evenly
     host: str = '127.0.0.1',   # the address to listen on; 0.0.0.0 for all
     port: int = None,          # the first free one from 7860 on by default

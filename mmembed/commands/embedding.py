@@ -16,11 +16,13 @@ from typing import Annotated
 
 from fastcore.script import store_true
 
+from ..cli import path, typed
+
 # %% ../../nbs/commands/04_embedding.ipynb #9e91ff36
 def embed(
-    artifact: str,              # an exported file
+    artifact: path,              # an exported file
     *source: str,               # image files; or one folder, table (.csv, .tsv, .jsonl, .parquet), 'shards-{000..099}.tar', hf:NAME, or - for standard input
-    Out: str = None,            # a folder for Parquet files, or a name that ends in .parquet, .npy, .safetensors or .lance; without it JSON lines are printed
+    Out: path = None,            # a folder for Parquet files, or a name that ends in .parquet, .npy, .safetensors or .lance; without it JSON lines are printed
     text: str = None,           # a text, to be printed
     stdin: store_true = False,  # read texts from standard input, one a line: as `- --what text`
     what: Annotated[str, {'choices': ['image', 'text', 'both']}] = None, # which vectors; image by default
@@ -29,7 +31,7 @@ def embed(
     id_key: str = None,         # column that names the rows
     image_key: str = None,      # column of images; image by default
     text_key: str = None,       # column of texts; text by default, txt in shards
-    image_root: str = None,     # where the paths of a table begin; its folder by default
+    image_root: path = None,     # where the paths of a table begin; its folder by default
     null: store_true = False,   # what comes on standard input ends with a zero byte, as from find -print0
     unique: store_true = False, # refuse a source in which an id occurs twice
     rows: int = 8192,           # of a part: what a killed run may lose
@@ -77,7 +79,7 @@ def embed(
     with progress_bar() as progress:
         done = embed_to(artifact, found, Out, run, device, batch, progress, what=what or 'image', keep=options['keep'], precision=precision,
                         shard_rows=rows, unique=unique, **more)
-    print(done)
+    print(typed(str(done)))
     if done.failed: raise SystemExit(1)
 
 def _is_image(name: str) -> bool:

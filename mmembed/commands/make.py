@@ -19,7 +19,7 @@ from typing import Annotated
 from fastcore.script import store_true
 
 import mmembed
-from ..cli import Formatter, near, split_doc, working
+from ..cli import Formatter, near, path, path_or_name, split_doc, working
 
 # %% ../../nbs/commands/01_make.ipynb #12296be0
 OFTEN = """  --config FILE               where to begin: configs/pairs.yaml, clip_vitb32.yaml, bert_resnet.yaml, ...; may be given twice
@@ -57,8 +57,8 @@ def evaluate(argv: list[str]):
     text, examples = split_doc(evaluate)
     parser = argparse.ArgumentParser(prog='mmembed eval', description=text, formatter_class=Formatter,
         epilog=f'Options that begin with --data. change the data, as in `mmembed train`.\n\n{examples}')
-    parser.add_argument('checkpoint', help='what `mmembed train` printed: a .ckpt or .safetensors file')
-    parser.add_argument('--out', help='where the figures go; by default <checkpoint>.json')
+    parser.add_argument('checkpoint', type=path, help='what `mmembed train` printed: a .ckpt or .safetensors file')
+    parser.add_argument('--out', type=path, help='where the figures go; by default <checkpoint>.json')
     parser.add_argument('--json', action='store_true', help='print the figures as JSON instead of tables')
     args, data = parser.parse_known_args(argv)
     found = judge(args.checkpoint, data)
@@ -72,15 +72,15 @@ def evaluate(argv: list[str]):
 
 # %% ../../nbs/commands/01_make.ipynb #7f4434d3
 def export(
-    checkpoint: Annotated[str, {'opt': False, 'nargs': '?'}] = None, # what `mmembed train` printed: a .ckpt file; or a Hugging Face folder or name; for --triton alone, a file exported before
-    out: str = None,           # the artifact; by default <artifacts_path>/<name of the run>.pt
+    checkpoint: Annotated[path_or_name, {'opt': False, 'nargs': '?'}] = None, # what `mmembed train` printed: a .ckpt file; or a Hugging Face folder or name; for --triton alone, a file exported before
+    out: path = None,           # the artifact; by default <artifacts_path>/<name of the run>.pt
     open_clip: str = None,     # instead of a checkpoint: ViT-B-32 or another model of open_clip's, local-dir:FOLDER, hf-hub:NAME
-    weights: str = None,       # of that model: a file, or a name of open_clip's such as laion2b_s34b_b79k
-    image: str = None,         # for a Hugging Face folder with a text encoder alone: the folder whose image tower it was trained to meet
-    triton: str = None,        # write a Triton model repository to this folder, too
-    onnx: str = None,          # write ONNX files to this folder, too, and ask onnxruntime; with --triton of an exported file: where they are
+    weights: path_or_name = None,       # of that model: a file, or a name of open_clip's such as laion2b_s34b_b79k
+    image: path_or_name = None,         # for a Hugging Face folder with a text encoder alone: the folder whose image tower it was trained to meet
+    triton: path = None,        # write a Triton model repository to this folder, too
+    onnx: path = None,          # write ONNX files to this folder, too, and ask onnxruntime; with --triton of an exported file: where they are
     onnx_files: store_true = False, # with --onnx: files.onnx, too, which takes JPEG and PNG files and wants onnxruntime-extensions
-    compiled: str = None,      # compile tokenizer and towers into this .pt2 file, too, and verify it
+    compiled: path = None,      # compile tokenizer and towers into this .pt2 file, too, and verify it
     no_decode: store_true = False, # leave the file decoders out, for hosts with libtorch alone
     precision: str = 'fp32',       # of the towers: fp32, bf16, fp16
     quantize: str = None,          # int8: linear layers multiply int8 by int8
@@ -180,7 +180,7 @@ def training_record(
 
 # %% ../../nbs/commands/01_make.ipynb #07d9bb79
 def quickstart(
-    out: str = None,     # the artifact; by default <artifacts_path>/quickstart.pt
+    out: path = None,     # the artifact; by default <artifacts_path>/quickstart.pt
     options: str = '',   # more options for training, as one string: "--trainer.max_epochs 1"
 ):
     """Train on generated scenes, export, verify, and search with the exported file: minutes on a laptop.

@@ -12,7 +12,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from ..cli import Formatter, Parser, split_doc
+from ..cli import Formatter, Parser, near, path, path_or_name, split_doc
 
 # %% ../../nbs/commands/05_search.ipynb #279780df
 def _command(name: str, **options):
@@ -31,9 +31,10 @@ def _command(name: str, **options):
         return run
     return decorate
 
-def _one(what: str): return 'positional', what, {}
+def _one(what: str): return 'positional', what, dict(type=path)
 def _many(what: str, least: str = '+'): return 'positional', what, dict(nargs=least)
 def _text(what: str, default=None, **more): return 'option', what, dict(default=default, type=type(default) if default is not None else str, **more)
+def _path(what: str, type=path, **more): return 'option', what, dict(type=type, **more)
 def _flag(what: str): return 'flag', what, {}
 
 SOURCE = dict(
@@ -44,7 +45,7 @@ SOURCE = dict(
     threads=_text('that decode; 0: one a core', 0),
     image_key=_text('column of a table that holds paths of pictures'),
     text_key=_text('column that holds captions'),
-    image_root=_text('where the paths of a table begin; its folder by default'),
+    image_root=_path('where the paths of a table begin; its folder by default'),
     id_key=_text('column that names the rows'))
 
 def _source(args) -> dict:
@@ -56,12 +57,12 @@ def _told(index, what: str, known: int = 0):
     print(what)
     bad = index.bad()
     for row in bad[:5]: print(f"  not indexed: {row['id']}: {row['error']}")
-    if len(bad) > 5: print(f'  and {len(bad) - 5} more, see `mmembed index info {index.folder} --bad`')
+    if len(bad) > 5: print(f'  and {len(bad) - 5} more, see `mmembed index info {near(index.folder)} --bad`')
     if len(bad) > known: raise SystemExit(1)
 
 # %% ../../nbs/commands/05_search.ipynb #c0a70772
 @_command('index build', artifact=_one('an exported file'), source=_many('a folder, table, tar shards, hf:NAME, image files, or what `mmembed embed` wrote'),
-    out=_text('the folder of the index', required=True), side=_text('what is indexed: image or text', 'image', choices=['image', 'text']),
+    out=_path('the folder of the index', required=True), side=_text('what is indexed: image or text', 'image', choices=['image', 'text']),
     overwrite=_flag('replace an index that is there, when the new one is ready'), **SOURCE)
 def build(args):
     """Embed a source and index it in a folder. Run again after a kill it goes on.
@@ -75,9 +76,9 @@ def build(args):
     with progress_bar() as progress:
         index = Index.build(args.artifact, _single(args.source), args.out, args.side, overwrite=args.overwrite, progress=progress, **_source(args))
     n = len(index)
-    _told(index, f"{n:,} {args.side}{'' if n == 1 else 's'} in {args.out}")
+    _told(index, f"{n:,} {args.side}{'' if n == 1 else 's'} in {near(args.out)}")
 
-@_command('index add', index=_one('a folder that `index build` made'), source=_many('as for build'), model=_text('the artifact, where it has moved'), **SOURCE)
+@_command('index add', index=_one('a folder that `index build` made'), source=_many('as for build'), model=_path('the artifact, where it has moved'), **SOURCE)
 def add(args):
     """Embed more and add it in one step; searches go on meanwhile.
 
@@ -88,7 +89,7 @@ def add(args):
     index = Index(args.index, args.model)
     known = len(index.bad())
     with progress_bar() as progress: n = index.add(_single(args.source), progress=progress, **_source(args))
-    _told(index, f'{n:,} added to {args.index}, {len(index):,} there now', known)
+    _told(index, f'{n:,} added to {near(args.index)}, {len(index):,} there now', known)
 
 def _single(source: list[str]): return source[0] if len(source) == 1 else source
 
@@ -103,7 +104,7 @@ def delete(args):
     if bool(args.ids) == bool(args.filter): raise ValueError('name either ids or --filter')
     index = Index(args.index)
     n = index.delete(None if args.filter else args.ids, args.filter)
-    print(f'{n:,} deleted from {args.index}, {len(index):,} left')
+    print(f'{n:,} deleted from {near(args.index)}, {len(index):,} left')
 
 @_command('index info', index=_one('a folder that `index build` made'), json=_flag('print it as JSON'), bad=_flag('list what could not be indexed, as JSON lines'))
 def info(args):
@@ -119,8 +120,8 @@ def info(args):
         for k, v in index.info().items(): print(f'{k:12} {", ".join(f"{a}: {b}" for a, b in v.items()) if isinstance(v, dict) else v}')
 
 @_command('index approximate', index=_one('a folder that `index build` made'), kind=_text('ivf_flat, ivf_sq, ivf_pq, hnsw_flat, hnsw_sq or hnsw_pq', 'hnsw_sq'),
-    recall=_text('share of the 10 nearest rows to find', .95), queries=_text('a table of texts as people will ask them, which recall is then measured with'),
-    text_key=_text('its column that holds them'), model=_text('the artifact, where it has moved'))
+    recall=_text('share of the 10 nearest rows to find', .95), queries=_path('a table of texts as people will ask them, which recall is then measured with', type=path_or_name),
+    text_key=_text('its column that holds them'), model=_path('the artifact, where it has moved'))
 def approximate(args):
     """Make searches of many rows fast, and measure what they miss.
 
@@ -157,15 +158,15 @@ def clusters(args):
     from mmembed.index import Index
     _shown(Index(args.index).clusters(args.n), args)
 
-@_command('index export', index=_one('a folder that `index build` made'), out=_text('the FAISS file', required=True), kind=_text('flat or hnsw', 'flat', choices=['flat', 'hnsw']))
+@_command('index export', index=_one('a folder that `index build` made'), out=_path('the FAISS file', required=True), kind=_text('flat or hnsw', 'flat', choices=['flat', 'hnsw']))
 def export(args):
     """Write the vectors as a FAISS file, with the ids in a JSON file beside it.
 
     mmembed index export photos.idx -o photos.faiss"""
     from mmembed.index import Index
     from mmembed.stores import to_faiss
-    path = to_faiss(Index(args.index), args.out, args.kind)
-    print(f'{path}, {path.with_suffix(".ids.json")}')
+    made = to_faiss(Index(args.index), args.out, args.kind)
+    print(f'{near(made)}, {near(made.with_suffix(".ids.json"))}')
 
 def _shown(found, args):
     if args.json: print(json.dumps([g.ids for g in found], ensure_ascii=False))
@@ -182,7 +183,7 @@ def _browser(page: str):
     minus=('option', 'a text or image file to take away; may come several times', dict(action='append', default=[])),
     weights=_text('of the queries, separated by commas: 1,0.5', ''), k=_text('rows to find', 10),
     filter=_text('an SQL condition on the columns: "year > 2020"'), words=_text('full-text on the captions, alone or besides a query'),
-    like=_text('the id of a row in the index, instead of a query'), exact=_flag('compare with every row'), model=_text('the artifact, where it has moved'),
+    like=_text('the id of a row in the index, instead of a query'), exact=_flag('compare with every row'), model=_path('the artifact, where it has moved'),
     json=_flag('print rows as JSON'), open=_flag('show thumbnails in a browser'))
 def search(args):
     """Find the nearest rows of texts, pictures and sums of them.

@@ -10,9 +10,11 @@ __all__ = ['serve']
 # %% ../../nbs/commands/03_serving.ipynb #dd6426b6
 from fastcore.script import store_true
 
+from ..cli import path
+
 # %% ../../nbs/commands/03_serving.ipynb #bd29415e
 def serve(
-    artifact: str,              # an exported file
+    artifact: path,              # an exported file
     host: str = '127.0.0.1',    # the address to listen on; 0.0.0.0 for all
     port: int = 8000,           # of HTTP and WebSocket
     grpc_port: int = None,      # of gRPC; none by default
@@ -30,15 +32,15 @@ def serve(
     max_body: int = 64,         # megabytes of a request
     max_pixels: int = 1 << 25,  # of an image, or the artifact's own limit where that is less
     max_held: int = 0,          # megabytes of requests that are held at once, more are answered 429; by default a sixteenth of the memory
-    api_keys: str = None,       # a file with one key a line; or the variable MMEMBED_API_KEYS, separated by commas
-    tls_cert: str = None,       # PEM file
-    tls_key: str = None,        # PEM file
+    api_keys: path = None,       # a file with one key a line; or the variable MMEMBED_API_KEYS, separated by commas
+    tls_cert: path = None,       # PEM file
+    tls_key: path = None,        # PEM file
     cors: str = '',             # origins that browsers may call from, separated by commas
     fetch_hosts: str = '',      # that image URLs may name, separated by commas: host (ports 80, 443), host:port, host:*
-    index: str = None,          # an index for /search
-    token_ids: str = None,      # the table of the token ids that clients send for texts: a file of tiktoken or a tokenizer.json
+    index: path = None,          # an index for /search
+    token_ids: path = None,      # the table of the token ids that clients send for texts: a file of tiktoken or a tokenizer.json
     any_model: store_true = False, # answer whatever model a request names; else 404 for another name
-    log: str = None,            # a file for the access log; standard error by default
+    log: path = None,            # a file for the access log; standard error by default
     traces: str = None,         # OTLP endpoint: http://host:4318 or grpc://host:4317
     trace_ratio: float = 1.,    # share of requests that are traced
     drain: float = 0.,          # seconds between "not ready" and closing the doors

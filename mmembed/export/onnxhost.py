@@ -164,7 +164,7 @@ Path(told).write_bytes(pickle.dumps({function.__name__}(OnnxModel(folder), *pick
     with tempfile.TemporaryDirectory() as d:
         asked, told = Path(d)/'asked', Path(d)/'told'
         asked.write_bytes(pickle.dumps(given))
-        done = subprocess.run([sys.executable, '-I', '-W', 'ignore', '-c', program, folder, asked, told], capture_output=True, text=True, errors='replace', cwd=d)
+        done = subprocess.run([sys.executable, '-I', '-W', 'ignore', '-c', program, Path(folder).absolute(), asked, told], capture_output=True, text=True, errors='replace', cwd=d)
         if done.returncode: raise RuntimeError(_last(done))
         return pickle.loads(told.read_bytes())
 
