@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core import Tokens
 from .module import Collate, PairData, Row
-from .sources import Part, Source
+from .sources import NO_LABEL, Part, Source
 from .splits import PARTS
 
 # %% ../../nbs/data/04_labels.ipynb #c1fbe985
@@ -123,15 +123,12 @@ class LabelData(PairData):
         classes: list[str] | None = None, # names of the classes in the order of their numbers; by default those of the rows
         **options,                        # as `PairData` takes them, `label_key` for a table
     ):
-        "Raises `ValueError` for rows without a label or with another than `classes`, naming one, for a single class, and what `PairData` raises."
+        "Raises `ValueError` if no row has a label, or one has another than `classes`, for a single class, and what `PairData` raises."
         self.captioned = question is None
         super().__init__(**options)
         found: dict[str, str] = {}  # class: its first row
-        for rows in (self.source, *self.held.values()):
-            for i in range(len(rows)):
-                if not (label := rows.label(i)):
-                    raise ValueError(f'{rows!r}: {rows.name(i)} has no label' + ('; want label_key' if options.get('path') else ''))
-                found.setdefault(label, f'{rows!r}: {rows.name(i)}')
+        for rows in filter(None, (getattr(self, part) for part in PARTS)):
+            for i in range(len(rows)): found.setdefault(rows.label(i), f'{rows!r}: {rows.name(i)}')
         self.classes, self.question = list(classes or getattr(self.source, 'classes', None) or sorted(found)), question
         if len(self.classes) < 2: raise ValueError(f'{self.source!r} has a single class, {self.classes[0]!r}')
         if unknown := [k for k in found if k not in self.classes]:
@@ -139,6 +136,11 @@ class LabelData(PairData):
         for part in PARTS:
             if rows := getattr(self, part): setattr(self, part, self.prepared(rows))
 
-    def prepared(self, part: Source) -> Classes: return Classes(part, self.classes, self.question)
+    def missing(self, part: Source) -> dict[int, str]:
+        if not any(self.source.label(i) for i in range(len(self.source))):
+            raise ValueError(f'{self.source!r}: {self.source.name(0)} has no label, nor has another row; want a column of classes, as label_key')
+        return {i: NO_LABEL for i in range(len(part)) if not part.label(i)} | super().missing(part)
+
+    def prepared(self, part: Source) -> Classes: return Classes(self.usable(part), self.classes, self.question)
 
     def collate(self) -> LabelCollate: return LabelCollate(*self.pipelines())

@@ -203,6 +203,8 @@ class PairData(LightningDataModule):
         held = {k: v for k, v in (('valid', valid_path), ('test', test_path)) if v is not None}
         for name, how in [('split_file', split_file), ('split_key', split_key)]:
             if how and held: raise ValueError(f'{name} and {next(iter(held))}_path both say what is held out: give one of them')
+        for name, given in [('split_key', split_key), ('group_key', group_key), ('parts', parts)]:
+            if given and path is None: raise ValueError(f'{name} goes with path, not with source: give it to the source')
         if held and path is None: raise ValueError(f'{next(iter(held))}_path goes with path, not with source')
         if path is not None:
             def opened(name): return open_pairs(name, image_key, text_key, split_key=split_key, image_root=image_root, label_key=label_key,
@@ -213,6 +215,9 @@ class PairData(LightningDataModule):
                 held[k] = opened(v)
                 files = [s.path for s in (held[k], source) if hasattr(s, 'path')]
                 if v == path or len(files) == 2 and files[0].samefile(files[1]): raise ValueError(f'{k}_path is path itself, {v}: it would be trained on')
+        if 'valid' in held and (own := source.divided()):
+            raise ValueError(f'{source!r}: the data are divided themselves ({", ".join(own)}), and valid_path says what is held out '
+                             'too: leave it out, or give their training part as path')
         self.source, self.held = source, held
         self.batch_size, self.workers = batch_size, workers
         self.worker_type, self.start_method = worker_type, start_method
@@ -228,7 +233,7 @@ class PairData(LightningDataModule):
         elif 'valid' in held: parts = {'train': self.source} | held
         elif whole: parts = {'train': Part(self.source, []), 'valid': self.source} | held
         else: parts = self.source.splits(valid_share) | held
-        parts = {name: self._usable(part) for name, part in parts.items()}
+        parts = {name: self.usable(part) for name, part in parts.items()}
         self.train, self.valid, self.test = parts['train'], parts['valid'], parts.get('test')
         for name, part in [] if whole else [('training', self.train), ('validation', self.valid)]:
             if not len(part): raise ValueError(f'{self.source!r}: no rows for {name}; valid_share is {valid_share}'
@@ -254,10 +259,14 @@ class PairData(LightningDataModule):
 
     captioned = True  # whether a row without a caption is of no use
 
-    def _usable(self, part: Source) -> Source:
-        "The part without the rows that are known to lack a caption or an image; they are entered in the ledger, or an error."
+    def missing(self, part: Source) -> dict[int, str]: # row: reason
+        "Name the rows of a part that are of no use, as far as that is known without opening the images."
         found = part.missing('image') if self.on_error != 'blank' else {}
-        if self.captioned: found = part.missing('text') | found
+        return part.missing('text') | found if self.captioned else found
+
+    def usable(self, part: Source) -> Source:
+        "Leave out the rows that `missing` names, and enter them in the ledger; raises `ValueError` for them with `on_error='raise'`."
+        found = self.missing(part)
         failed = part.left_out() | {part.name(i): reason for i, reason in sorted(found.items())}
         if failed and self.on_error == 'raise':
             name, reason = next(iter(failed.items()))

@@ -202,7 +202,7 @@ class Source(Dataset):
 
         Whole groups are on either side, chosen by a hash of the group's name: adding rows moves no other row.
         Raises `ValueError` for parts of which one is neither training, validation nor test."""
-        divided = self._divided()
+        divided = self.divided()
         if held_out := divided.get('valid') or divided.get('test'): return Part(self, divided['train']), Part(self, held_out)
         rows: tuple[list, list] = [], []
         for i in divided.get('train', range(len(self))): rows[_unit(self.group(i)) < share].append(i)
@@ -212,14 +212,14 @@ class Source(Dataset):
         share: float = 0.1, # as for `split`
     ) -> dict[str, 'Part']: # 'train', 'valid' and, if the data have all three, 'test'
         "Split as `split` does, and give the third part too."
-        divided, found = self._divided(), dict(zip(PART_NAMES, self.split(share)))
+        divided, found = self.divided(), dict(zip(PART_NAMES, self.split(share)))
         return found | ({'test': Part(self, divided['test'])} if divided.get('valid') and divided.get('test') else {})
 
     of_classes = False           # whether captions only name a class: training may then mirror the images
     meaning: dict | None = None  # parts that `PART_NAMES` does not have: name: 'train', 'valid', 'test', or None to leave out
 
-    def _divided(self) -> dict[str, list[int]]:
-        "Rows by part where the data name several; {} for one that is all there is."
+    def divided(self) -> dict[str, list[int]]: # 'train', 'valid', 'test': rows
+        "List the rows of each part where the data name several; {} where they name none, or one that is all there is."
         rows: dict[str, list[int]] = {}
         for i in range(len(self)): rows.setdefault(self.part(i), []).append(i)
         if len(rows) < 2: return {}

@@ -177,14 +177,18 @@ def test_rows_of_jsonl_without_the_key(tmp_path):
 @pytest.mark.parametrize('form', ['.csv', '.jsonl', '.parquet'])
 def test_a_missing_label_makes_no_caption(tmp_path, form, pipelines):
     for i in range(30): (tmp_path/f'{i}.png').write_bytes(png(i))
-    labels = ['', None, 'hat']*10 if form != '.csv' else ['', '', 'hat']*10
+    labels = ['', None, 'hat', 'shoe', 'hat']*6 if form != '.csv' else ['', '', 'hat', 'shoe', 'hat']*6
     path = tmp_path/f'a{form}'
     if form == '.csv': path.write_text('image,kind\n' + ''.join(f'{i}.png,{k}\n' for i, k in enumerate(labels)))
     if form == '.jsonl': path.write_text(''.join(json.dumps(dict(image=f'{i}.png', kind=k)) + '\n' for i, k in enumerate(labels)))
     if form == '.parquet': pq.write_table(pa.table({'image': [f'{i}.png' for i in range(30)], 'kind': labels}), path)
     data = PairData(path=str(path), text_key=None, label_key='kind', valid_share=0.4, **pipelines)
-    assert len(data.ledger) == 20 and set(data.ledger.values()) == {'there is no label'} and set(data.captions()) == {'a photo of a hat'}
-    with pytest.raises(ValueError, match='has no label'): LabelData(path=str(path), text_key=None, label_key='kind', **pipelines)
+    assert len(data.ledger) == 12 and set(data.ledger.values()) == {'there is no label'} and set(data.captions()) == {'a photo of a hat', 'a photo of a shoe'}
+    labelled = LabelData(path=str(path), text_key=None, label_key='kind', valid_share=0.4, **pipelines)
+    assert labelled.classes == ['hat', 'shoe'] and labelled.ledger == data.ledger and len(labelled.part('all')) == 18
+    assert LabelData(path=str(path), text_key=None, label_key='kind', valid_share=0.4, question='what?', **pipelines).ledger == data.ledger
+    with pytest.raises(ValueError, match=r'png: there is no label \(and \d+ more of'):
+        LabelData(path=str(path), text_key=None, label_key='kind', valid_share=0.4, on_error='raise', **pipelines)
 
 
 def test_a_question_needs_no_captions(tmp_path, pipelines):

@@ -236,3 +236,23 @@ def test_no_class_is_not_the_last_class(datasets):
     features = datasets.Features(image=datasets.Value('binary'), kind=datasets.ClassLabel(names=['disc', 'bar']))
     d = datasets.Dataset.from_list([dict(image=b'x', kind=k) for k in (0, -1, 1)], features=features)
     assert [HubData(d, text_key=None, label_key='kind').label(i) for i in range(3)] == ['disc', '', 'bar']
+
+
+def test_a_test_part_without_labels_is_left_out(datasets):
+    features = datasets.Features(image=datasets.Value('binary'), kind=datasets.ClassLabel(names=['disc', 'bar']))
+    whole = datasets.DatasetDict({part: datasets.Dataset.from_list([dict(image=b'x', kind=-1 if part == 'test' else i % 2) for i in range(4)], features=features)
+                                  for part in ('train', 'valid', 'test')})
+    data = LabelData(source=HubData(whole, text_key=None, label_key='kind'))
+    assert (len(data.train), len(data.valid)) == (4, 4) and not data.test and set(data.ledger) == {f'test {i}' for i in range(4)}
+
+
+def test_two_ways_to_say_what_is_held_out(tmp_path):
+    path = table(tmp_path, ['train', 'val', 'train', 'test'])
+    source = PairsFile(path, split_key='split')
+    for option in (dict(split_key='split'), dict(group_key='split'), dict(parts={'0': 'train'})):
+        with pytest.raises(ValueError, match=f'{next(iter(option))} goes with path, not with source'): PairData(source=source, **option)
+    make(tmp_path/'f', [f'{part}/{c}/1.jpg' for part in ('train', 'val') for c in ('cat', 'dog')])
+    make(tmp_path/'g', ['cat/1.jpg', 'dog/1.jpg'])
+    with pytest.raises(ValueError, match=r'the data are divided themselves \(train, valid\), and valid_path says what is held out too'):
+        PairData(path=str(tmp_path/'f'), valid_path=str(tmp_path/'g'))
+    assert len(PairData(path=str(tmp_path/'f'), test_path=str(tmp_path/'g')).train) == 2
