@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .core import Embeddings, PairBatch
 from .models.dual import DualEncoder
-from .models.losses import InfoNCE, distill
+from .models.losses import InfoNCE, batch_sizes, distill, weighted
 from .models.metrics import Recall, answers, both_ways, classification
 from .models.pair import PairClassifier
 from .models.practice import add_lora, checkpointed, embed_in_chunks, lock, parameter_groups, shard, still
@@ -93,6 +93,20 @@ class Shell(LightningModule):
         except (AttributeError, TypeError): spec = None
         return {'model': spec, 'lora': self.adapters() if self.hparams.lora_rank else None}
 
+    def outputs(self,
+        batch,          # of rows with an index, or a blank row without one
+        forward,        # what makes the outputs of a batch: a Tensor (B, ...), or a tuple of such and of numbers
+    ): # those of the rows with an index
+        "What `forward` gives; a blank row that stands in for unreadable ones moves no statistics and is cut off again."
+        n = len(batch.index)
+        if n == len(batch.pixels): return forward(batch)
+        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+        norms = [m for m in norms if not isinstance(m, nn.SyncBatchNorm)]  # which waits for the other processes
+        for m in norms: m.eval()
+        out = forward(batch)
+        for m in norms: m.train()
+        return out[:n] if isinstance(out, Tensor) else type(out)(*(x[:n] if x.dim() else x for x in out))
+
     def gathered(self, rows: list) -> list:
         "The rows of all processes."
         if self.trainer.world_size == 1: return rows
@@ -151,16 +165,18 @@ class LitDualEncoder(Shell):
         return torch.tensor(of, device=self.device) if len(numbers) < len(part) else None
 
     def training_step(self, batch: PairBatch, _: int) -> Tensor:
-        size = self.hparams.chunk
-        out = embed_in_chunks(self.model, batch.tokens, batch.pixels, size) if size else self(batch)
+        size, n = self.hparams.chunk, len(batch.index)
+        def embed(b): return embed_in_chunks(self.model, b.tokens, b.pixels, size) if size else self(b)
+        out = self.outputs(batch, embed)
         bias = getattr(self.model, 'logit_bias', None)
         loss = self.loss(out, batch.tokens, bias, None if self.picture_of is None else self.picture_of[batch.index])
         figures = {'train/loss': loss, 'train/logit_scale': out.logit_scale}
         if self.teacher is not None:
             with torch.no_grad(): t = self.teacher(batch.tokens, batch.pixels)
-            figures['train/distill'] = distill(out.logit_scale * out.text @ out.image.T, t.logit_scale * t.text @ t.image.T)
+            apart = distill(out.logit_scale * out.text @ out.image.T, t.logit_scale * t.text @ t.image.T)
+            figures['train/distill'] = weighted(apart, n, batch_sizes(n, self.device))
             figures['train/loss'] = loss = loss + self.hparams.distill_weight * figures['train/distill']
-        self.log_dict(figures, prog_bar=True, batch_size=len(batch.index), sync_dist=self.trainer.world_size > 1)
+        self.log_dict(figures, prog_bar=True, batch_size=max(1, n), sync_dist=self.trainer.world_size > 1)
         return loss
 
     def on_before_zero_grad(self, _):
@@ -250,11 +266,13 @@ class LitPairClassifier(Shell):
             raise ValueError(f"the model's labels are {self.model.labels}, the data has the classes {list(classes)}")
 
     def training_step(self, batch, _: int) -> Tensor:
-        scores = self(batch)
-        loss = nn.functional.cross_entropy(scores, batch.label, label_smoothing=self.hparams.smoothing)
-        figures = {'train/loss': loss, 'train/accuracy': (scores.argmax(1) == batch.label).float().mean()}
-        self.log_dict(figures, prog_bar=True, batch_size=len(batch.index), sync_dist=self.trainer.world_size > 1)
-        return loss
+        n, scores = len(batch.index), self.outputs(batch, self)
+        smooth = self.hparams.smoothing
+        loss = nn.functional.cross_entropy(scores, batch.label, label_smoothing=smooth) if n else scores.sum()
+        right, sizes = (scores.argmax(1) == batch.label).float().sum() / max(1, n), batch_sizes(n, self.device)
+        figures = {'train/loss': weighted(loss, n, sizes), 'train/accuracy': weighted(right, n, sizes)}
+        self.log_dict(figures, prog_bar=True, batch_size=max(1, n), sync_dist=self.trainer.world_size > 1)
+        return figures['train/loss']
 
     def on_validation_epoch_start(self): self._seen: list[tuple] = []
 

@@ -471,6 +471,60 @@ def test_two_processes_keep_half_of_the_weights_each(work):
     for k, x in whole.items(): assert (x.float() - parts[k].float()).abs().mean() < 2e-4, k  # a key's bias has no gradient, and Adam moves it by its rounding
 
 
+class Gone(Scenes):
+    "Scenes of which the images of the rows `gone` are cut off"
+    gone = ()
+    def image(self, i): return super().image(i)[:100] if i in self.gone else super().image(i)
+
+
+def trained(kind, gone, **options):
+    "Three steps in float64 on batches of 8 over all processes, some images of which cannot be read; the weights, and how many steps there were."
+    from lightning.pytorch import Trainer
+    from mmembed.data.labels import MatchData
+    from mmembed.data.module import PairData
+    from mmembed.models.pair import PairClassifier
+    from mmembed.shells import LitDualEncoder, LitPairClassifier
+    torch.manual_seed(0)
+    source = Gone(train=24, valid=4)
+    source.gone = gone
+    tp = TextPipeline.learn([source.text(i) for i in range(24)], vocab_size=150, max_length=40)
+    towers = TextTransformer(tp, width=16, depth=1, heads=2), ConvNet(VisionPipeline(size=32), channels=(8, 8), width=16)
+    world = options.get('devices', 1)
+    data = {'retrieval': PairData, 'match': MatchData}[kind](source=source, batch_size=8 // world, seed=0)
+    lit = LitDualEncoder(DualEncoder(*towers, dim=8), freeze_norms=True, warmup=0) if kind == 'retrieval' else \
+        LitPairClassifier(PairClassifier(*towers, MatchData.classes, dim=8, dropout=0.), freeze_norms=True, warmup=0)
+    trainer = Trainer(max_steps=3, accelerator='cpu', precision='64-true', logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                      enable_model_summary=False, **options)
+    trainer.fit(lit, data)
+    return lit.model.state_dict(), trainer.global_step
+
+
+def one_of_two(rank, folder, gone):
+    import os
+    import torch.distributed as dist
+    os.environ.update(GLOO_SOCKET_IFNAME='lo', LOCAL_RANK=str(rank))
+    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
+    torch.save({kind: trained(kind, rows, devices=2, strategy='ddp') for kind, rows in gone.items()}, f'{folder}/trained-{rank}.pt')
+    dist.destroy_process_group()
+
+
+def test_two_processes_and_broken_images(tmp_path):
+    "A whole batch of one process cannot be read, and one image of the other: they take equally many steps, and learn what one process learns."
+    import torch.multiprocessing as mp
+    from mmembed.data.loader import Shuffle
+    gone = {}
+    for kind, n, times in (('retrieval', 24, 1), ('match', 48, 2)):
+        mine, other = ([i // times for _, i in Shuffle(n, 0, rank, 2)] for rank in (0, 1))
+        gone[kind] = {*mine[4:8], other[1]}  # the second batch of the first process, which others take their norms from
+    mp.spawn(one_of_two, (str(tmp_path), gone), nprocs=2)
+    for kind in gone:
+        whole, steps = trained(kind, gone[kind])
+        for rank in (0, 1):
+            weights, count = torch.load(tmp_path/f'trained-{rank}.pt')[kind]
+            assert count == steps == 3
+            for k, x in whole.items(): assert torch.allclose(x.double(), weights[k].double(), atol=1e-7), (kind, k)
+
+
 def test_new_folder(tmp_path):
     for want in ('a', 'a-2', 'a-3'):
         folder = new_folder(tmp_path/'a')

@@ -86,6 +86,11 @@ class Collate:
         pixels = self.vision.normalize(stack_levels([r.levels for r in good]) if good else none)
         return PairBatch(tokens, pixels, torch.tensor([r.index for r in good], dtype=torch.int64)), failed
 
+    def blank(self) -> dict:
+        "Tokens and pixels of one row that is none: an empty text, the mean colour."
+        pixels = self.vision.normalize(self.vision.blank()[None])
+        return {'tokens': Tokens(*self.text.tokenize(*pack(['']))), 'pixels': pixels}
+
 # %% ../../nbs/data/03_module.ipynb #e9d65657
 class Ledger(dict):
     "What was skipped, or replaced: {name: reason}"
@@ -124,7 +129,10 @@ class Ledger(dict):
 
 # %% ../../nbs/data/03_module.ipynb #24bf140c
 class PairLoader(Loader):
-    "A `Loader` that yields batches of pairs and enters what failed in its `ledger`, or raises"
+    """A `Loader` that yields batches of pairs and enters what failed in its `ledger`, or raises
+
+    A batch of which nothing can be read is left out. Where several processes share the rows, each must take every step:
+    such a batch then holds one blank row without an index, which counts in no loss."""
     def __init__(self,
         dataset: Rows,                 # prepared pairs
         batch_size: int = 1,           # pairs
@@ -143,6 +151,7 @@ class PairLoader(Loader):
                     self.ledger[source.name(i)] = reasons[source.name(i)] = reason
                 some = some or len(batch.index) > (len(failed) if self.dataset.blank else 0)
                 if len(batch.index): yield batch
+                elif getattr(self.sampler, 'num_replicas', 1) > 1: yield batch._replace(**self.collate_fn.blank())
         if reasons and not some:
             name, reason = next(iter(reasons.items()))
             raise ValueError(f'none of {len(source)} images could be read; {name}: {reason}')

@@ -151,6 +151,41 @@ def test_a_data_set_without_one_readable_image(pipelines):
     with pytest.raises(ValueError, match='none of 4 images could be read; scene train'): list(data.train_dataloader())
 
 
+class Gone(Scenes):
+    "Scenes of which the images of the rows `gone` are cut off"
+    gone = ()
+    def image(self, i): return super().image(i)[:100] if i in self.gone else super().image(i)
+
+
+@pytest.mark.parametrize('make', [PairData, MatchData])
+@pytest.mark.parametrize('workers, kind', [(0, 'processes'), (2, 'threads')])
+def test_ranks_take_equally_many_steps_whatever_can_be_read(pipelines, make, workers, kind):
+    "A batch of which nothing can be read is a blank row without an index where other processes wait, and is left out where there are none."
+    def loaders(gone, part='train', world=2):
+        source = Gone(train=22, valid=20)
+        source.gone = gone
+        for rank in range(world):
+            data = make(source=source, batch_size=4, workers=workers, worker_type=kind, **pipelines)
+            data.trainer = SimpleNamespace(global_rank=rank, world_size=world)
+            yield data, data.train_dataloader() if part == 'train' else data.val_dataloader()
+    for part in ('train', 'valid'):
+        rows = [[b.index.tolist() for b in loader] for _, loader in loaders((), part)]
+        data, loader = next(loaders((), part))
+        times = 2 if make is MatchData else 1
+        gone = {i // times + (0 if part == 'train' else 22) for i in [*rows[1][1], rows[0][0][0]]}  # a whole batch of one process, a row of the other
+        got = [list(loader) for _, loader in loaders(gone, part)]
+        assert len(got[0]) == len(got[1]) == len(rows[0])
+        for rank in (0, 1):
+            for batch, whole in zip(got[rank], rows[rank]):
+                left = [i for i in whole if i // times + (0 if part == 'train' else 22) not in gone]
+                assert batch.index.tolist() == left and type(batch) is type(next(iter(loader)))
+                assert len(batch.tokens.ids) == len(batch.tokens.mask) == len(batch.pixels) == max(1, len(left))
+                assert make is PairData or len(batch.label) == len(left)
+        assert not got[1][1].index.numel() and got[1][1].pixels.abs().max() < 0.02  # the mean colour
+    alone = [list(loader) for _, loader in loaders(range(22, 26), 'valid', 1)]
+    assert all(len(b.index) == len(b.pixels) > 0 for b in alone[0])
+
+
 class Typo(Scenes):
     def text(self, i): return super().text(i) if i != 7 else {}['caption']
 

@@ -6,7 +6,7 @@ import torch
 
 from mmembed.core import Tokens
 from mmembed.core import Embeddings
-from mmembed.models.losses import InfoNCE, SigmoidLoss, distill, harden, info_nce, same_rows, same_text, sigmoid_loss
+from mmembed.models.losses import InfoNCE, SigmoidLoss, distill, gather, harden, info_nce, same_rows, same_text, sigmoid_loss
 
 
 def written_out(logits, share):
@@ -100,14 +100,16 @@ def shared_batch():
 
 
 LOSSES = {'infonce': lambda: InfoNCE(), 'hard': lambda: InfoNCE(hard=0.5), 'apart': lambda: InfoNCE(share_targets=False), 'sigmoid': lambda: SigmoidLoss()}
+SPLITS = [(6, 6), (7, 5), (1, 11), (12, 0), (0, 12)]  # rows of each process: what could be read
 
 
-def loss_and_gradients(name, rows):
-    from mmembed.core import Tokens
+def loss_and_gradients(name, rows, pictures=None):
+    "Of a process that has these rows of the batch, perhaps none."
     towers, texts, images, tokens = shared_batch()
     a, b = (torch.nn.functional.normalize(t(x[rows]), dim=1) for t, x in zip(towers, (texts, images)))
-    short = slice(None) if rows.start == 0 else slice(0, 3)
-    loss = LOSSES[name]()(Embeddings(a, b, torch.tensor(9.).double()), Tokens(tokens.ids[rows, short], tokens.mask[rows, short]), torch.tensor(-4.).double())
+    length = 0 if rows.start == rows.stop else None if rows.start == 0 else 3  # a batch is as wide as its longest text
+    ids, mask = (x[rows, :length] for x in tokens)
+    loss = LOSSES[name]()(Embeddings(a, b, torch.tensor(9.).double()), Tokens(ids, mask), torch.tensor(-4.).double(), pictures[rows] if pictures is not None else None)
     loss.backward()
     return [loss.detach(), *(p.grad for p in towers.parameters())]
 
@@ -118,22 +120,40 @@ def one_of_two(rank, folder):
     os.environ.update(MASTER_ADDR='127.0.0.1', GLOO_SOCKET_IFNAME='lo')
     dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
     result = {}
-    for name in LOSSES:
-        result[name] = loss_and_gradients(name, slice(6*rank, 6*rank + 6))
-        for x in result[name]:
-            dist.all_reduce(x)
-            x /= 2  # as DistributedDataParallel averages
-    if rank == 0: torch.save(result, f'{folder}/result.pt')
+    for split in SPLITS:
+        rows = slice(0, split[0]) if rank == 0 else slice(split[0], 12)
+        for name, pictures in [(name, None) for name in LOSSES] + [('infonce', PICTURES)]:
+            result[split, name, pictures is None] = loss_and_gradients(name, rows, pictures)
+            for x in result[split, name, pictures is None]:
+                dist.all_reduce(x)
+                x /= 2  # as DistributedDataParallel averages
+        x = torch.arange(24.).double().view(12, 2)[rows].requires_grad_()
+        everything = gather(x)
+        (everything * torch.arange(1., 13).double()[:, None] * (rank + 1)).sum().backward()
+        result[split, 'gather', rank] = [everything.detach(), x.grad]
+    x = torch.zeros(0, 2).double().requires_grad_()
+    result['none'] = [InfoNCE()(Embeddings(x, x, torch.tensor(9.).double()), Tokens(torch.zeros(0, 0).long(), torch.zeros(0, 0).long())).detach(), gather(x).detach()]
+    torch.save(result, f'{folder}/result-{rank}.pt')
     dist.destroy_process_group()
 
 
+PICTURES = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 1, 9, 10, 0])
+
+
 def test_two_processes_are_one(tmp_path):
+    "Value and gradient of the joined batch, though images could not be read and left the processes unequal batches, or one of them none."
     import torch.multiprocessing as mp
     mp.spawn(one_of_two, (str(tmp_path),), nprocs=2)
-    got = torch.load(tmp_path/'result.pt')
-    for name in LOSSES:
-        for a, b in zip(got[name], loss_and_gradients(name, slice(0, 12)), strict=True):
-            assert torch.allclose(a, b, atol=1e-12), name
+    got, other = (torch.load(tmp_path/f'result-{rank}.pt') for rank in (0, 1))
+    for split in SPLITS:
+        for name, pictures in [(name, None) for name in LOSSES] + [('infonce', PICTURES)]:
+            for a, b in zip(got[split, name, pictures is None], loss_and_gradients(name, slice(0, 12), pictures), strict=True):
+                assert torch.allclose(a, b, atol=1e-12), (split, name)
+        whole = torch.arange(24.).double().view(12, 2)
+        for rank, result in enumerate((got, other)):
+            rows, (everything, grad) = slice(0, split[0]) if rank == 0 else slice(split[0], 12), result[split, 'gather', rank]
+            assert everything.equal(whole) and grad.equal((torch.arange(1., 13).double()[:, None] * 3).expand(12, 2)[rows])  # what both want of them
+    assert got['none'][0] == 0 and got['none'][1].shape == (0, 2)
 
 
 def test_captions_of_one_picture_share_it():
