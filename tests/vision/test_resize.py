@@ -14,8 +14,10 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 from mmembed.core import quietly
-from mmembed.vision.resize import crop_or_pad, fit, pillow_resize, resize, resized
+from mmembed.vision.pipeline import VisionPipeline
+from mmembed.vision.resize import crop_or_pad, fit, pillow_resize, resize, resized, trimmed
 
+from ..helpers import data_path
 from .conftest import picture
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,3 +193,48 @@ def test_a_strip_takes_little_memory():
     strip = torch.zeros(3, 1, 20_000_000, dtype=torch.uint8)
     for how in ['torch', 'pillow']: fit(strip, (224, 224), 'shortest', 'bicubic', True, [0, 0, 0], how)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # kilobytes
+
+
+def open_clips(x, size):
+    image = TF.resize(Image.fromarray(x.permute(1, 2, 0).numpy()), size, interpolation=TF.InterpolationMode.BICUBIC)
+    return chw(TF.center_crop(image, [size, size]))
+
+
+STRIPS = [(n, m) for m in (1, 2, 3, 7) for n in (100 * m, 100 * m + 1, 201 * m, 400 * m + 3, 1001 * m)]
+
+
+@pytest.mark.parametrize('size', [32, 64, 224])
+@pytest.mark.parametrize('n, m', STRIPS)
+def test_a_long_strip_is_open_clips(n, m, size):
+    g = torch.Generator().manual_seed(n)
+    for h, w in [(n, m), (m, n)]:
+        x = torch.randint(0, 2, (3, h, w), dtype=torch.uint8, generator=g) * 255
+        theirs = open_clips(x, size).int()
+        for how, most in [('pillow', 0), ('torch', 2), ('float', 2)]:
+            ours = fit(x, (size, size), 'shortest', 'bicubic', True, [0, 0, 0], how)
+            assert (ours.int() - theirs).abs().max() <= most, (h, w, how)
+
+
+def test_strips_of_the_cases():
+    for name in ['1001x1', '2001x2', '500x3']:
+        x = chw(Image.open(data_path('cases', f'size_{name}.png')).convert('RGB'))
+        for how, most in [('pillow', 0), ('torch', 2), ('float', 2)]:
+            ours = VisionPipeline(resize=how).transform(x)
+            assert (ours.int() - open_clips(x, 224).int()).abs().max() <= most, (name, how)
+
+
+def test_what_stays_of_a_strip_does_not_move():
+    for side in (1, 3, 32, 224):
+        for m in (1, 2, 7, 300):
+            for n in [m, 150 * m + 1, *range(200 * m, 200 * m + 9), 89_478_485]:
+                new, most = side * n // m, 200 * side
+                kept, shorter = trimmed(n, new, most)
+                assert (n - kept) % 2 == (new - shorter) % 4 == 0 and 0 < kept <= n and shorter < most + 4
+                assert abs(kept * new - shorter * n) <= new  # the scale, to a pixel in all
+                assert (kept, shorter) == (n, new) or new > most
+
+
+def test_nearest_copies_every_pixel_of_a_strip():
+    x = chw(picture(1501, 1, 3))
+    theirs = TF.center_crop(Image.fromarray(x.permute(1, 2, 0).numpy()).resize((224 * 1501, 224), Image.NEAREST), [224, 224])
+    assert torch.equal(fit(x, (224, 224), 'shortest', 'nearest', True, [0, 0, 0], 'torch'), chw(theirs))
