@@ -147,7 +147,7 @@ class Index(Approximate, Grouping, Store):
 
 # %% ../nbs/42_index.ipynb #54665207
 def _key(about: About, source) -> str: # of the working folder: another source or artifact works elsewhere
-    rows = survey(source).hash if isinstance(source, Source) else ''
+    rows = survey(source, about.side).hash if isinstance(source, Source) else ''
     return hashlib.blake2b(f'{about.artifact} {about.side} {rows}'.encode(), digest_size=6).hexdigest()
 
 def _new(source, there: set, prefix: str, on_duplicate: str):

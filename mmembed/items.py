@@ -6,11 +6,12 @@ Docs: https://mmembed.github.io/mmembed/items.html.md"""
 
 # %% auto #0
 __all__ = ['FORMAT', 'RESERVED', 'About', 'card_of', 'checked', 'holds_vectors', 'ready_vectors', 'opened', 'Rest', 'embedded',
-           'whole', 'thumbnail', 'with_thumbnails', 'stream']
+           'thumbnail', 'with_thumbnails', 'stream']
 
 # %% ../nbs/41_items.ipynb #3f0a5c5a
 import io
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -24,6 +25,7 @@ from .data.loader import thread_pool
 from .data.sources import Part, Source
 from .inputs import cores
 from .intake import column_types, column_value, open_source
+from .jobs import embed, readable_id
 from .runtime import Embedder, read_card
 from .tables import Job, from_precision, read_job
 
@@ -203,7 +205,7 @@ def _has(source: Source, column: str) -> bool:
 class Rest(Part):
     "Some rows of a source, with the columns that it keeps"
     def __getattr__(self, name):
-        if name in ('keep', 'kept', 'types', 'digest') and 'source' in self.__dict__: return getattr(self.source, name)
+        if name in ('keep', 'kept', 'types', 'digest', 'version') and 'source' in self.__dict__: return getattr(self.source, name)
         raise AttributeError(name)
     def value(self, i: int, column: str): return self.source.value(self.rows[i], column)
 
@@ -218,27 +220,17 @@ def embedded(
     progress=None,      # as in `embed`
 ) -> Iterator[pa.RecordBatch]: # with `row`, `id`, `vector`, `error`, the kept columns, and `file` where rows are files
     "Embeds what is missing in `folder` and reads it; raises as `embed`."
-    from mmembed.jobs import embed
     embed(model, source, folder, what=side, keep=keep, threads=threads, progress=progress)
     place = _files(source)
     for b in ready_vectors(folder, model.card, side):
         yield b.append_column('file', pa.array([place(i) for i in b['row'].to_pylist()], pa.string())) if place else b
 
-def _files(source: Source) -> Callable[[int], str] | None: # the file of a row, where rows are files
-    source, row = whole(source)
-    names = getattr(source, 'images', None) or getattr(source, 'files', None)
-    root = getattr(source, 'root', None) or getattr(source, 'path', None)
-    if names is None and 'image' in getattr(source, 'roles', ()): names = source.columns[source.roles['image']].to_pylist()
-    if not isinstance(names, list) or not isinstance(root, Path) or not root.is_dir(): return None
-    return lambda i: str((root/names[row(i)]).resolve()).encode('utf-8', 'replace').decode() if names[row(i)] else None
-
-def whole(
-    source: Source, # a part, or not
-) -> tuple[Source, Callable[[int], int]]: # what it is a part of, and which row there is a row of it
-    "A source without the parts around it."
-    if not isinstance(source, Part): return source, lambda i: i
-    outer, row = whole(source.source)
-    return outer, lambda i: row(source.rows[i])
+def _files(source: Source) -> Callable[[int], str | None] | None: # the file of a row, where rows are files
+    if not any(source.file(i) for i in range(len(source))): return None
+    def place(i):
+        try: return readable_id(os.path.realpath(file)) if (file := source.file(i)) else None
+        except ValueError: return None  # a zero byte in the name
+    return place
 
 # %% ../nbs/41_items.ipynb #1c1099cf
 def thumbnail(

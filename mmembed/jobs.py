@@ -142,6 +142,7 @@ def plan(
     precision: str = 'float32',
     shard_rows: int = 8192,
     unique: bool = False,       # refuse a source in which an id occurs twice
+    content_hash: bool = False, # as in `embed`
 ) -> tuple[Job, Survey]:
     "The manifest of a job; raises `ValueError` for settings that make no sense and for a source without rows."
     if what not in ('image', 'text', 'both'): raise ValueError(f"what must be 'image', 'text' or 'both', got {what!r}")
@@ -150,7 +151,7 @@ def plan(
     types, taken = column_types(source, keep), {'row', 'id', 'error', 'image_vector', 'text_vector'}
     if clash := sorted(taken & set(types)): raise ValueError(f'a kept column cannot be called {clash[0]}: the job has a column of that name')
     if not len(source): raise ValueError(f'{source!r} holds no rows')
-    found = survey(source)
+    found = survey(source, what, content_hash)
     if unique and found.repeated: raise ValueError(f'{found.repeated:,} rows have the id of an earlier row, such as {found.example!r}')
     return Job(model.card['content_hash'], found.hash, len(source), what, types, precision, model.dim, shard_rows, model.batch_size,
                model.deterministic), found
@@ -220,15 +221,17 @@ def embed(
     device: str = 'cpu',           # for a `model` given by path
     unique: bool = False,          # refuse a source in which an id occurs twice
     progress=None,                 # called with (rows ready, rows) after each batch
+    content_hash: bool = False,    # tell changed images by their bytes, which reads them twice, and not by size and time of their files
 ) -> Done:
     """Embed a source into Parquet files, going on where an earlier run of the same job stopped.
 
+    An image that has changed since that run makes it another job: nothing old is kept, and nothing mixed.
     For a `model` given by path the vectors of a row do not depend on its neighbours; they are those of `mmembed serve --deterministic` with the
     same batch. Raises `ValueError` for settings that make no sense and for a folder of another job or in use, `OSError` where nothing can be
     written; what was written stays."""
     if threads < 0: raise ValueError(f'want 0 or more threads, got {threads}')
     if not isinstance(model, Embedder): model = Embedder(model, device, batch_size=batch_size or service_batch(device), deterministic=True)
-    job, found = plan(model, source, what, keep, precision, shard_rows, unique)
+    job, found = plan(model, source, what, keep, precision, shard_rows, unique, content_hash)
     start, folder, ready = time.perf_counter(), Path(out), 0
     with opened(folder, job) as todo:
         there = job.rows - sum(len(job.shard(k)) for k in todo)

@@ -142,7 +142,7 @@ def embed_to(
     if not isinstance(model, Embedder): model = Embedder(model, device if run is embed else 'cpu', batch_size=batch_size or service_batch(device), deterministic=True)
     if out.suffix not in FORMS: return run(model, source, out, progress=progress, device=device, **options)
     manifest, parts, ledger, start = out.with_suffix('.manifest.json'), out.with_name(out.name + '.parts'), out.with_suffix('.errors.jsonl'), time.perf_counter()
-    about = {k: options[k] for k in ('what', 'keep', 'precision', 'shard_rows', 'unique') if k in options}
+    about = {k: options[k] for k in ('what', 'keep', 'precision', 'shard_rows', 'unique', 'content_hash') if k in options}
     job, found = plan(model, source, **about)
     files, form = targets(out, job), FORMS[out.suffix]
     if manifest.exists(): same_job(manifest, job)

@@ -73,6 +73,10 @@ class ShardRows(Shards):
         used = sorted({self.places[i][0] for i in rows})
         return next((u for u in (self.urls[n] for n in used) if self._stamp(u) != self.stamps[u]), '')
 
+    def version(self) -> bytes:
+        "A hash of what tells that a shard has changed: size and time."
+        return hashlib.blake2b(json.dumps([self.stamps[u] for u in self.urls]).encode(), digest_size=16).digest()
+
     def digest(self) -> bytes:
         h = hashlib.blake2b(json.dumps([self.places, self.texts]).encode(), digest_size=16)
         for k, c in self.kept.items(): _hash_column(h, k, c)
@@ -113,6 +117,11 @@ class HubRows(HubData):
     def value(self, i: int, column: str) -> Any:
         value = self._value(f'keep {column}', i)
         return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else value
+
+    def digest(self) -> bytes:
+        "A hash of everything that a job takes from the data set itself: `datasets` has one for each column of a part."
+        found = [(part, role, key, d._fingerprint) for part, columns in self.parts.items() for role, (key, d) in columns.items()]
+        return hashlib.blake2b(json.dumps([found, self.rows]).encode(), digest_size=16).digest()
 
     def excerpt(self, rows: range) -> 'HubRows':
         part = copy.copy(self)

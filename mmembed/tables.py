@@ -77,9 +77,14 @@ def same_job(
     except ValueError: raise ValueError(f'{path} is not a manifest: choose another place') from None
     for k, v in job._asdict().items():
         if there.get(k) != v:
-            hint = {'artifact': 'another model made the vectors in it', 'source': 'the source has changed since'}.get(k)
+            hint = {'artifact': 'another model made the vectors in it', 'source': _source_hint(str(there.get(k)), str(v))}.get(k)
             raise ValueError(f'{path.parent if path.name == "manifest.json" else path} belongs to another job: {k} is {there.get(k)!r} there and {v!r} here'
                              + (f' ({hint})' if hint else '') + '; choose another place')
+
+def _source_hint(there: str, here: str) -> str: # of two hashes of `survey`
+    ways, (first, second) = ('size and time', 'content'), (h.startswith('content ') for h in (there, here))
+    if first == second: return f'the source has changed since: other rows, or an image of another {ways[first]}'
+    return f'images are told apart by {ways[first]} there and by {ways[second]} here: content_hash, --content-hash'
 
 # %% ../nbs/40b_tables.ipynb #1f2b10c1
 @contextmanager

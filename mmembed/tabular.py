@@ -124,6 +124,11 @@ class Table(Source):
 
     def __len__(self) -> int: return len(next(iter(self.columns.values())))
     def image(self, i: int) -> Tensor: return read_bytes(self.root/self._cell('image', i))
+
+    def file(self, i: int) -> Path | None:
+        value = self.columns[self.roles['image']][i].as_py() if 'image' in self.roles else None
+        return None if value is None else self.root/value
+
     def text(self, i: int) -> str: return self._cell('text', i)
 
     def name(self, i: int) -> str:

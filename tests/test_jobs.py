@@ -562,6 +562,60 @@ def test_a_source_that_changes(model, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='the source has changed since'): embed(model, open_source(f'{tmp_path}/s.tar'), tmp_path/'s', shard_rows=16)
 
 
+def test_images_that_change(model, tmp_path, capsys):
+    "Between two runs, finished or not, in a folder, a table, shards and a data set: nothing old is kept, nothing mixed."
+    from datasets import Dataset, Image
+    scenes, folder = Scenes(train=60, valid=0), tmp_path/'in'
+    folder.mkdir()
+    image = lambda i: bytes(scenes.image(i).tolist())
+    for i in range(40): (folder/f'{i:02}.jpg').write_bytes(image(i))
+    (tmp_path/'t.csv').write_text('image\n' + ''.join(f'in/{i:02}.jpg\n' for i in range(40)))
+    def parquet(): Dataset.from_dict(dict(image=[dict(bytes=(folder/f'{i:02}.jpg').read_bytes(), path=None) for i in range(40)])).cast_column('image', Image()).to_parquet(tmp_path/'t.parquet')
+    def shard(): tar(tmp_path/'s.tar', [(f'{i:02}.jpg', (folder/f'{i:02}.jpg').read_bytes().ljust(4000, b'\0')) for i in range(40)])
+    parquet(), shard()
+    where = dict(folder=folder, table=tmp_path/'t.csv', shard=f'{tmp_path}/s.tar', hub=tmp_path/'t.parquet')
+    def run(name, **kw): return embed(model, open_source(where[name]), tmp_path/f'{name}.out', shard_rows=16, **kw)
+    class Stopped(Exception): pass
+    def stop(ready, rows):
+        if ready > 32: raise Stopped
+    for name in ('folder', 'table'):
+        with pytest.raises(Stopped): run(name, progress=stop)
+    for name in ('shard', 'hub'): assert run(name).written == 40 and run(name).written == 0
+    before = {name: files(tmp_path/f'{name}.out') for name in where}
+    was = os.stat(folder/'03.jpg')
+    (folder/'03.jpg').write_bytes(image(50))
+    os.utime(folder/'03.jpg', ns=(was.st_atime_ns, was.st_mtime_ns + 1000))
+    stamp = os.stat(tmp_path/'s.tar')
+    parquet(), shard()
+    os.utime(tmp_path/'s.tar', ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1000))
+    for name in where:
+        with pytest.raises(ValueError, match='the source has changed since: other rows, or an image of another size and time'): run(name)
+    assert before == {name: files(tmp_path/f'{name}.out') for name in where}
+    argv = ['embed', str(model), str(folder), '-o', str(tmp_path/'c'), '--content-hash']
+    assert main(argv) == 0
+    for f in folder.iterdir(): os.utime(f)  # a copy of the same
+    assert main(argv) == 0 and ', 0 of them now' in capsys.readouterr().out
+    assert main(argv[:-1]) == 1 and 'told apart by content there and by size and time here' in capsys.readouterr().err
+    same = (folder/'03.jpg').stat()
+    (folder/'03.jpg').write_bytes((folder/'03.jpg').read_bytes()[:-1] + b'x')
+    os.utime(folder/'03.jpg', ns=(same.st_atime_ns, same.st_mtime_ns))
+    assert main(argv) == 1 and 'an image of another content' in capsys.readouterr().err
+
+
+def test_captions_that_change(model, tmp_path):
+    "Also those of a source that has no digest of its own."
+    class Told(Scenes):
+        said = 'a cat'
+        def text(self, i): return self.said if i == 7 else super().text(i)
+    source = Told(train=20, valid=0)
+    for what in ('text', 'both'): embed(model, source, tmp_path/what, what=what)
+    embed(model, source, tmp_path/'image')
+    source.said = 'a dog'
+    for what in ('text', 'both'):
+        with pytest.raises(ValueError, match='the source has changed since'): embed(model, source, tmp_path/what, what=what)
+    assert embed(model, source, tmp_path/'image').written == 0
+
+
 def test_the_command_prints_what_it_would_write(model, tmp_path, capsys, monkeypatch):
     scenes = Scenes(train=5, valid=0)
     for i in range(5): (tmp_path/f'{i}.jpg').write_bytes(bytes(scenes.image(i).tolist()))

@@ -34,6 +34,7 @@ def embed(
     image_root: path = None,     # where the paths of a table begin; its folder by default
     null: store_true = False,   # what comes on standard input ends with a zero byte, as from find -print0
     unique: store_true = False, # refuse a source in which an id occurs twice
+    content_hash: store_true = False, # tell changed images by their bytes (reads them twice), not by size and time of their files
     rows: int = 8192,           # of a part: what a killed run may lose
     batch: int = 0,             # items that a tower sees at once; as in `mmembed serve`: 16, or 64 on a GPU
     threads: int = 0,           # that read and decode; one a core by default
@@ -78,7 +79,7 @@ def embed(
         more |= dict(workers=(int(low), int(high or low)), address=address, gpus=gpus, cpus=cpus)
     with progress_bar() as progress:
         done = embed_to(artifact, found, Out, run, device, batch, progress, what=what or 'image', keep=options['keep'], precision=precision,
-                        shard_rows=rows, unique=unique, **more)
+                        shard_rows=rows, unique=unique, content_hash=content_hash, **more)
     print(typed(str(done)))
     if done.failed: raise SystemExit(1)
 

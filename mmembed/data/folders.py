@@ -31,14 +31,29 @@ def of_system(
 def image_files(
     folder: Path, # to be searched, with its sub-folders
 ) -> tuple[list[str], list[str]]: # image files and other files, relative to `folder`
-    "Find all files below `folder` by ending, sorted; leaves out what is hidden or `of_system`."
+    """Find all files below `folder` by ending, sorted; leaves out what is hidden or `of_system`.
+
+    Each folder is read once, however many links lead to it, by its own path rather than by that of a link. A folder below that cannot
+    be read stands among the other files, with the reason; `OSError` is raised where that is `folder` itself."""
     found: tuple[list, list] = [], []
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if not of_system(f))
-        for f in sorted(files):
-            if of_system(f): continue
-            path = (Path(place)/f).relative_to(folder).as_posix()
-            found[not f.lower().endswith(ENDINGS)].append(path)
+    starts, seen = [Path(folder)], set()
+    def unreadable(e: OSError):
+        if Path(e.filename) == starts[0]: raise e
+        found[1].append(f'{Path(e.filename).relative_to(folder).as_posix()}/ ({e.strerror})')
+    for start in starts:  # links are followed when everything that needs none is read
+        for place, folders, files in os.walk(start, onerror=unreadable):
+            here = os.stat(place)
+            here = (here.st_dev, here.st_ino) if here.st_ino else os.path.realpath(place)  # some network drives have no numbers
+            if here in seen:
+                folders.clear()
+                continue
+            seen.add(here)
+            folders[:] = sorted(f for f in folders if not of_system(f))
+            starts += [Path(place)/f for f in folders if os.path.islink(os.path.join(place, f))]
+            for f in sorted(files):
+                if of_system(f): continue
+                path = (Path(place)/f).relative_to(folder).as_posix()
+                found[not f.lower().endswith(ENDINGS)].append(path)
     return sorted(found[0]), sorted(found[1])
 
 # %% ../../nbs/data/02b_folders.ipynb #12927682
@@ -94,7 +109,8 @@ class ClassFolder(Source):
 
     def __len__(self) -> int: return len(self.files)
     def text(self, i: int) -> str: return from_template(self.labels[i], self.templates, self.files[i])
-    def image(self, i: int) -> Tensor: return read_bytes(self.path/self.files[i])
+    def file(self, i: int) -> Path: return self.path/self.files[i]
+    def image(self, i: int) -> Tensor: return read_bytes(self.file(i))
     def name(self, i: int) -> str: return self.files[i]
     def label(self, i: int) -> str: return self.labels[i]
 
@@ -120,6 +136,7 @@ class Files(Source):
 
     def __len__(self) -> int: return len(self.files)
     def text(self, i: int) -> str: return ''
-    def image(self, i: int) -> Tensor: return read_bytes(self.path/self.files[i])
+    def file(self, i: int) -> Path: return self.path/self.files[i]
+    def image(self, i: int) -> Tensor: return read_bytes(self.file(i))
     def name(self, i: int) -> str: return self.files[i]
     def __repr__(self): return f'{len(self)} image files in {self.path.name}'

@@ -140,6 +140,12 @@ class Source(Dataset):
         "What messages call row `i`."
         return f'row {i}'
 
+    def file(self,
+        i: int, # row
+    ) -> Path | None:
+        "The file on this machine that the image of row `i` is read from; None where it has none of its own."
+        return None
+
     def picture(self,
         i: int, # row
     ) -> str:
@@ -250,6 +256,7 @@ class Part(Source):
     def text(self, i: int) -> str: return self.source.text(self.rows[i])
     def image(self, i: int) -> Tensor: return self.source.image(self.rows[i])
     def name(self, i: int) -> str: return self.source.name(self.rows[i])
+    def file(self, i: int) -> Path | None: return self.source.file(self.rows[i])
     def picture(self, i: int) -> str: return self.source.picture(self.rows[i])
     def group(self, i: int) -> str: return self.source.group(self.rows[i])
     def near(self, i: int) -> str: return self.source.near(self.rows[i])
@@ -464,6 +471,7 @@ class PairsFile(Source):
             raise FileNotFoundError(f'{self.path}, {place}: no image file {image}{more}')
 
     def __len__(self) -> int: return len(self.images)
+    def file(self, i: int) -> Path | None: return self.root/self.images[i] if self.images[i] else None
 
     def image(self, i: int) -> Tensor:
         if not self.images[i]: raise ValueError('there is no image')

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..core import settings
 from ..data.folders import Files
 from ..data.sources import Source
+from ..intake import survey
 from ..jobs import embed, load_vectors
 from ..runtime import Embedder
 
@@ -131,10 +132,7 @@ def embed_folder(
     source = Files(Path(folder).expanduser().resolve())
     if limit and limit < len(source):
         source = Files(source.path, [source.files[i * len(source.files)//limit] for i in range(limit)])
-    h = hashlib.blake2b(emb.card['content_hash'].encode(), digest_size=8)
-    for f in source.files:
-        s = (source.path/f).stat()
-        h.update(f'{f}\0{s.st_size}\0{s.st_mtime_ns}\0'.encode('utf-8', 'surrogatepass'))
+    h = hashlib.blake2b(f"{emb.card['content_hash']} {survey(source).hash}".encode(), digest_size=8)
     kept = Path(settings().artifacts_path)/'demo'/h.hexdigest()
     return embed_source(emb, source, source.path.name, out=kept, threads=threads, progress=progress)
 

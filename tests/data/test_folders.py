@@ -1,8 +1,13 @@
 "Folders of classes: labels from folders, captions from templates, the split of `train` and `test`."
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
 import pytest
 
 from mmembed.core import read_bytes
-from mmembed.data.folders import ClassFolder
+from mmembed.data.folders import ClassFolder, Files, image_files
 from mmembed.data.sources import PairsFile, from_template
 from tests.helpers import data_path
 
@@ -44,6 +49,42 @@ def test_mistakes(tmp_path):
     with pytest.raises(ValueError, match='holds no folders of image files'): ClassFolder(tmp_path)
     with pytest.raises(FileNotFoundError, match='no such folder: nowhere'): ClassFolder('nowhere')
     with pytest.raises(ValueError, match=r"a template wants \{\} where the class goes, got 'a photo'"): from_template('x', ['a photo'], 'y')
+
+
+def test_links_that_loop(tmp_path):
+    "Each folder once, by its own path: links to itself, to each other, up, across and out of the folder."
+    make(tmp_path, ['in/z/1.jpg', 'in/z/deep/2.jpg', 'in/y/3.jpg', 'in/notes.txt', 'out/4.jpg', 'out/far/5.jpg'])
+    folder = tmp_path/'in'
+    for link, to in (('a', folder), ('z/up', folder), ('z/deep/self', folder/'z'/'deep'), ('b', folder/'z'), ('y/z', folder/'z'), ('z/y', folder/'y'),
+                     ('c', tmp_path/'out'), ('d', tmp_path/'out'), ('e', tmp_path/'out'/'far'), ('gone', tmp_path/'nowhere'), ('round', folder/'round')):
+        (folder/link).symlink_to(to)
+    (tmp_path/'out'/'back').symlink_to(folder)
+    assert image_files(folder) == (['c/4.jpg', 'c/far/5.jpg', 'y/3.jpg', 'z/1.jpg', 'z/deep/2.jpg'], ['gone', 'notes.txt', 'round'])
+    make(tmp_path, [f'in/{n}/{k}.jpg' for n in range(8) for k in range(2)])  # two links in each folder: 2 to the power of the depth
+    for n in range(8):
+        for m in 'lr': (folder/str(n)/m).symlink_to(folder/str((n + (m == 'r') + 1) % 8))
+    assert len(Files(folder)) == 5 + 16
+
+
+def test_folders_that_cannot_be_read(tmp_path):
+    folder = tempfile.mkdtemp()  # an own folder of the test's user is closed to others
+    try:
+        os.chmod(folder, 0o755)
+        for name in ('open', 'closed'):
+            os.mkdir(f'{folder}/{name}')
+            with open(f'{folder}/{name}/1.jpg', 'w'): pass
+        os.chmod(f'{folder}/closed', 0)
+        user = os.geteuid()
+        if not user: os.seteuid(65534)
+        try:
+            found = image_files(Path(folder))
+            with pytest.raises(PermissionError, match='closed'): image_files(Path(folder)/'closed')
+        finally:
+            if not user: os.seteuid(user)
+        assert found == (['open/1.jpg'], ['closed/ (Permission denied)'])
+    finally:
+        os.chmod(f'{folder}/closed', 0o755)
+        shutil.rmtree(folder)
 
 
 def test_tables_of_labels(tmp_path):
