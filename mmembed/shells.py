@@ -8,6 +8,7 @@ Docs: https://mmembed.github.io/mmembed/shells.html.md"""
 __all__ = ['warm_cosine', 'Shell', 'LitDualEncoder', 'judge', 'plain_recall', 'LitPairClassifier']
 
 # %% ../nbs/19_shells.ipynb #2e0dc9cd
+import hashlib
 import math
 from contextlib import ExitStack
 from typing import Any
@@ -39,6 +40,9 @@ def warm_cosine(
 # %% ../nbs/19_shells.ipynb #827999c6
 class Shell(LightningModule):
     "What to train and how fast; `model` has the towers `text` and `image`"
+    may_diverge = False             # True while a learning rate is looked for
+    measured_at: int | None = None  # the step of the latest validation
+
     def prepare(self,
         model: nn.Module, # as it will be trained
     ):
@@ -67,6 +71,17 @@ class Shell(LightningModule):
     def on_train_start(self):
         # `configure_optimizers` asked for the number of steps, which makes the loaders before their state is restored
         self.trainer.fit_loop._load_combined_loader_states()
+        if self.trainer.ckpt_path: self._as_configured()
+
+    def _as_configured(self):
+        "Rates and decays are those of the configuration: a checkpoint brings its own with the state of the optimizer."
+        for optimizer, config in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs):
+            schedule = config.scheduler
+            for group, wanted in zip(optimizer.param_groups, self._wanted):
+                lr = wanted['lr'] * schedule.lr_lambdas[0](schedule.last_epoch)
+                group |= wanted | {'initial_lr': wanted['lr'], 'lr': lr}
+            schedule.base_lrs = [wanted['lr'] for wanted in self._wanted]
+            schedule._last_lr = [group['lr'] for group in optimizer.param_groups]
 
     def on_train_epoch_start(self): self._still()
     def on_validation_end(self): self._still()  # which has put everything in train mode again
@@ -80,6 +95,7 @@ class Shell(LightningModule):
     def configure_optimizers(self):
         h, steps = self.hparams, self.trainer.estimated_stepping_batches
         groups = parameter_groups(self.model, h.lr, h.weight_decay, h.layer_decay)
+        self._wanted = [{'lr': h.lr, 'betas': tuple(h.betas)} | {k: v for k, v in g.items() if k != 'params'} for g in groups]
         # one kernel for all of a step; it takes no mixture of sharded and whole tensors, and in float16 it would undo the scale after the clipping
         fused = self.device_mesh is None and self.device.type in ('cpu', 'cuda') and self.trainer.precision != '16-mixed'
         optimizer = torch.optim.AdamW(groups, lr=h.lr, betas=tuple(h.betas), fused=fused)
@@ -87,11 +103,51 @@ class Shell(LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps, h.warmup))
         return [optimizer], [{'scheduler': schedule, 'interval': 'step'}]
 
+    def checked(self,
+        loss: Tensor, # float32 (): of this step
+    ) -> Tensor:
+        "Return `loss`; raises `ValueError` in all processes where it is NaN or infinite in one."
+        good = self.may_diverge or self.trainer.strategy.reduce_boolean_decision(bool(loss.isfinite()), all=True)
+        if not good: raise ValueError(f'the loss became {"infinite" if loss.isinf() else "NaN"} at step {self.trainer.global_step + 1}: {self.advice()}')
+        return loss
+
+    def advice(self) -> str:
+        "What to try where training diverges."
+        half = ', and --trainer.precision bf16-mixed instead of 16-mixed' if self.trainer.precision == '16-mixed' else ''
+        return f'try a lower --model.lr than {self.hparams.lr:g}, --trainer.gradient_clip_val 1, a longer --model.warmup{half}'
+
     def note(self) -> dict[str, Any]:
         "What a checkpoint says of the model beside its weights."
         try: spec = self.model.spec()
         except (AttributeError, TypeError): spec = None
-        return {'model': spec, 'lora': self.adapters() if self.hparams.lora_rank else None}
+        return {'model': spec, 'lora': self.adapters() if self.hparams.lora_rank else None, 'step': self.trainer.global_step,
+                'epochs': self.trainer.fit_loop.epoch_progress.current.started, 'measured_at': self.measured_at, 'held_out': self.held_out()}
+
+    def held_out(self) -> dict[str, Any] | None:
+        "How many rows are validated on, and a hash of their names; None without a data module that has them."
+        rows = getattr(getattr(self.trainer, 'datamodule', None), 'valid', None)
+        if rows is None: return None
+        names = '\0'.join(rows.name(i) for i in range(len(rows)))
+        return {'rows': len(rows), 'hash': hashlib.blake2b(names.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]):
+        "Raises `ValueError` where the optimizer's state in the checkpoint is of other weights than are trained now."
+        had, now = checkpoint.get('hyper_parameters') or {}, self.hparams
+        for k in ('lock', 'layer_decay', 'lora_rank', 'lora_alpha'):
+            if k in had and had[k] != now[k]: raise ValueError(f'{k} was {had[k]} in the run to resume and is {now[k]} now: its optimizer has the state of other weights')
+
+    def figures_of(self) -> dict[str, Any]:
+        "The figures of the latest validation, by name; {} before one."
+        raise NotImplementedError
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]):
+        "Note what the model is and how well it did, and at which step; raises `ValueError` for weights that are NaN or infinite."
+        local = ((k, v.to_local() if hasattr(v, 'to_local') else v) for k, v in checkpoint['state_dict'].items())
+        broken = [k for k, v in local if v.is_floating_point() and not v.isfinite().all()]
+        if not self.may_diverge and not self.trainer.strategy.reduce_boolean_decision(not broken, all=True):
+            raise ValueError(f'the weights became NaN or infinite by step {self.trainer.global_step}, '
+                             f'{(broken or ["some"])[0].removeprefix("model.")} first: {self.advice()}')
+        checkpoint['mmembed'] = self.note() | self.figures_of()
 
     def outputs(self,
         batch,          # of rows with an index, or a blank row without one
@@ -150,11 +206,21 @@ class LitDualEncoder(Shell):
     def on_fit_start(self):
         super().on_fit_start()
         self.picture_of = self.pictures() if self.hparams.share_targets else None
+        self.enough()
         if self.teacher is None: return
         for side in ('text_pipeline', 'vision_pipeline'):
             mine, theirs = getattr(self.model, side), getattr(self.teacher, side)
             if mine.spec() != theirs.spec(): raise ValueError(f"the teacher's {side} is not the student's: both see the same batch")
         self.teacher.to(self.device)
+
+    def enough(self):
+        "Raises `ValueError` for batches of one pair, of which a contrastive loss learns nothing."
+        data, reach = getattr(self.trainer, 'datamodule', None), getattr(self.loss, 'reach', None)
+        if reach is None or not hasattr(data, 'batch_size') or not hasattr(data, 'train'): return
+        world = self.trainer.world_size
+        pairs = min(data.batch_size, len(data.train) // world) * (world if reach == 'all' else 1)
+        if pairs < 2: raise ValueError(f'a contrastive loss compares the pairs of a batch and wants 2 at least: batch_size is {data.batch_size}, '
+                                       f'there are {len(data.train)} training pairs')
 
     def pictures(self) -> Tensor | None: # int64 (rows,): the picture of each training row
         "None where each row has its own, or nothing is known of the rows."
@@ -177,7 +243,7 @@ class LitDualEncoder(Shell):
             figures['train/distill'] = weighted(apart, n, batch_sizes(n, self.device))
             figures['train/loss'] = loss = loss + self.hparams.distill_weight * figures['train/distill']
         self.log_dict(figures, prog_bar=True, batch_size=max(1, n), sync_dist=self.trainer.world_size > 1)
-        return loss
+        return self.checked(loss)
 
     def on_before_zero_grad(self, _):
         with torch.no_grad(): self.model.logit_scale.clamp_(max=math.log(self.hparams.max_logit_scale))
@@ -196,6 +262,7 @@ class LitDualEncoder(Shell):
         kinds = [part.kind(i) for i in index] if part is not None else []
         pictures = [part.picture(i) for i in index] if part is not None else list(index)
         self.recall = judge(torch.stack(text), torch.stack(image), list(texts), kinds, pictures)
+        self.measured_at = self.trainer.global_step
         for kind, ways in self.recall.items():
             at = f'/{kind}' if kind != 'all' else ''
             for way, r in ways.items():
@@ -205,8 +272,7 @@ class LitDualEncoder(Shell):
         self.log('recall@1', self.recall['all']['text_to_image'].at[1], prog_bar=True, batch_size=1)
         self._seen, self.gallery = [], (torch.stack(text), torch.stack(image), list(texts), list(index))
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]):
-        checkpoint['mmembed'] = self.note() | {'recall': plain_recall(self.recall)}
+    def figures_of(self) -> dict[str, Any]: return {'recall': plain_recall(self.recall)}
 
 # %% ../nbs/19_shells.ipynb #df36fcdc
 def judge(
@@ -272,7 +338,7 @@ class LitPairClassifier(Shell):
         right, sizes = (scores.argmax(1) == batch.label).float().sum() / max(1, n), batch_sizes(n, self.device)
         figures = {'train/loss': weighted(loss, n, sizes), 'train/accuracy': weighted(right, n, sizes)}
         self.log_dict(figures, prog_bar=True, batch_size=max(1, n), sync_dist=self.trainer.world_size > 1)
-        return figures['train/loss']
+        return self.checked(figures['train/loss'])
 
     def on_validation_epoch_start(self): self._seen: list[tuple] = []
 
@@ -282,8 +348,8 @@ class LitPairClassifier(Shell):
     def on_validation_epoch_end(self):
         _, scores, label = zip(*sorted(self.gathered(self._seen), key=lambda r: r[0]))
         self.figures = classification(torch.stack(scores), torch.stack(label)) | {'queries': len(label)}
+        self.measured_at = self.trainer.global_step
         self.log_dict({k: v for k, v in self.figures.items() if k != 'queries'}, prog_bar=True, batch_size=1)
         self._seen = []
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]):
-        checkpoint['mmembed'] = self.note() | {'recall': {}, 'figures': dict(self.figures)}
+    def figures_of(self) -> dict[str, Any]: return {'recall': {}, 'figures': dict(self.figures)}

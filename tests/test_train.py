@@ -15,7 +15,10 @@ from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
 from mmembed.models.practice import parameter_groups
 from mmembed.shells import plain_recall
-from mmembed.train import evaluate, judge, load_checkpoint, new_folder, prepare, run, show_recall, warm_cosine, write_weights
+from mmembed.cli import main
+from mmembed.commands.make import training_record
+from mmembed.data.labels import LabelData
+from mmembed.train import evaluate, judge, judged_data, load_checkpoint, new_folder, prepare, run, show_recall, warm_cosine, write_weights
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 
@@ -170,6 +173,219 @@ def test_evaluation_of_a_checkpoint(work):
     (work/'alone').mkdir()
     (result.folder/'best.ckpt').rename(work/'alone'/'best.ckpt')
     with pytest.raises(FileNotFoundError, match='configuration that the run kept'): evaluate(work/'alone'/'best.ckpt')
+
+
+def saved(path): return torch.load(path, weights_only=True)
+
+
+def pairs_of(source, folder, name='pairs.csv', rows=range(60)):
+    "A table of these rows, its images in a folder of its own name."
+    (folder/name).with_suffix('').mkdir()
+    for i in rows: (folder/name).with_suffix('').joinpath(f'{i}.jpg').write_bytes(bytes(source.image(i).tolist()))
+    with (folder/name).open('w', newline='', encoding='utf-8') as f:
+        csv.writer(f).writerows([['image', 'text'], *([f'{Path(name).stem}/{i}.jpg', source.text(i)] for i in rows)])
+    return name
+
+
+def test_another_file_is_judged_whole_and_beside_its_own_name(work, capsys):
+    source = Scenes(train=120, valid=0)
+    pairs_of(source, work), pairs_of(source, work, 'other.csv', range(60, 100)), pairs_of(source, work, 'few.csv', range(100, 103))
+    result = run([*SMALL, '--data.source', 'null', '--data.path', 'pairs.csv', '--data.valid_share', '0.3', '--trainer.max_epochs', '1'])
+    ckpt = str(result.checkpoint)
+    def judged(*argv):
+        capsys.readouterr()
+        assert main(['eval', ckpt, *argv]) == 0
+        said = capsys.readouterr().out
+        out = work/said.rpartition('figures: ')[2].strip()
+        return out.name, json.loads(out.read_text()), said
+    own, figures, said = judged()
+    assert own == 'best.json' and figures['data']['rows'] == len(result.data.valid) < 40 and figures['data']['part'] == 'valid'
+    assert f'judged: {len(result.data.valid)} rows of pairs.csv, part valid' in said and figures['step'] == saved(ckpt)['global_step']
+    for name, rows in (('other', 40), ('few', 3)):  # of three rows a share would leave none
+        out, found, said = judged('--data.path', f'{name}.csv')
+        assert out == f'best.{name}.csv.json' and found['recall']['all']['text_to_image']['queries'] <= rows == found['data']['rows']
+        assert found['data']['part'] == 'all' and f'judged: {rows} rows of {name}.csv, part all' in said
+    assert json.loads((result.folder/'best.json').read_text()) == figures  # as it was
+    (work/'deep').mkdir()
+    (work/'other').rename(work/'deep'/'other')
+    (work/'other.csv').rename(work/'deep'/'other.csv')
+    assert judged('--data.path', 'deep/other.csv')[0] == 'best.other.csv.2.json'  # another file of that name
+    share, found, _ = judged('--data.path', 'deep/other.csv', '--part', 'valid')
+    assert share == 'best.other.csv.valid.json' and found['data']['rows'] < 40
+    for same in (str(work/'pairs.csv'), 'deep/../pairs.csv'): assert judged('--data.path', same)[0] == 'best.json'
+    assert judged('--part', 'train')[1]['data']['rows'] == len(result.data.train)
+    for k, v in (('valid_share', '0.9'), ('group_key', 'text'), ('split_file', 'split.csv')):
+        with pytest.raises(ValueError, match=f'--data.{k} would divide the data of the run anew'): evaluate(ckpt, [f'--data.{k}', v])
+    with pytest.raises(ValueError, match='has no rows for test: give test_path'): evaluate(ckpt, part='test')
+
+
+def test_the_third_part_is_judged(work, capsys):
+    source = Scenes(train=60, valid=0)
+    pairs_of(source, work)
+    groups = [f'pairs/{i}.jpg,{"train" if i < 30 else "valid" if i < 48 else "test"}\n' for i in range(60)]
+    (work/'split.csv').write_text('group,part\n' + ''.join(groups))
+    result = run([*SMALL, '--data.source', 'null', '--data.path', 'pairs.csv', '--data.split_file', 'split.csv', '--trainer.max_epochs', '1'])
+    assert main(['eval', str(result.checkpoint), '--part', 'test']) == 0
+    assert 'judged: 12 rows of pairs.csv, part test' in capsys.readouterr().out and (result.folder/'best.test.json').is_file()
+    assert len(evaluate(result.checkpoint)['recall']) and evaluate(result.checkpoint)['data']['rows'] == 18
+
+
+def test_files_of_their_own_for_validation_and_test(work):
+    source = Scenes(train=80, valid=0)
+    names = [pairs_of(source, work, f'{name}.csv', rows) for name, rows in (('train', range(40)), ('valid', range(40, 60)), ('test', range(60, 75)))]
+    files = [x for k, v in zip(('path', 'valid_path', 'test_path'), names) for x in (f'--data.{k}', v)]
+    result = run([*SMALL, '--data.source', 'null', *files, '--trainer.max_epochs', '1'])
+    assert (len(result.data.train), result.recall['all']['image_to_text']['gallery']) == (40, len({source.text(i) for i in range(40, 60)}))
+    found = evaluate(result.checkpoint, part='test')
+    assert found['data'] | {'options': 0} == {'path': str(work/'test.csv'), 'part': 'test', 'other': False, 'options': 0, 'rows': 15, 'skipped': 0}
+    pairs_of(source, work, 'late.csv', range(75, 80))
+    assert evaluate(result.checkpoint, ['--data.test_path', 'late.csv'])['data']['rows'] == 5
+    assert evaluate(result.checkpoint, ['--data.path', 'late.csv'])['data']['rows'] == 5
+
+
+def test_classes_are_numbered_as_the_model_numbers_them(work):
+    pairs_of(Scenes(train=8, valid=0), work, rows=range(8))
+    lines = (work/'pairs.csv').read_text().splitlines()
+    (work/'pairs.csv').write_text('\n'.join([lines[0] + ',label', *(f'{x},{"bc"[i % 2]}' for i, x in enumerate(lines[1:]))]))
+    data, _ = judged_data(LabelData, {'path': 'none.csv', 'label_key': 'label', 'classes': ['a', 'b', 'c']}, ['--data.path', 'pairs.csv'], None)
+    assert [data.valid.pair(0, i)[1] for i in range(4)] == [1, 2, 1, 2]
+
+
+def test_the_kept_configuration_is_right_in_every_folder(work, monkeypatch):
+    pairs_of(Scenes(train=60, valid=0), work)
+    result = run([*SMALL, '--data.source', 'null', '--data.path', 'pairs.csv', '--data.valid_share', '0.3', '--trainer.max_epochs', '1'])
+    want = evaluate(result.checkpoint)
+    (work/'elsewhere').mkdir()
+    monkeypatch.chdir(work/'elsewhere')
+    (work/'elsewhere'/'pairs.csv').write_text('image,text\n')  # what a relative path would find here
+    assert evaluate(result.checkpoint) == want
+    again = run(['--config', str(result.folder/'config.yaml'), '--name', 'again'])
+    assert all(x.equal(y) for x, y in zip(again.model.state_dict().values(), result.model.state_dict().values(), strict=True))
+
+
+def test_figures_say_which_step_they_were_measured_at(work, capsys):
+    "Ten steps an epoch, validated after the second: what is saved in between carries no figures of other weights."
+    argv = [*SMALL, '--data.source.train', '320', '--trainer.check_val_every_n_epoch', '2', '--save_every', '5', '--trainer.callbacks+=tests.test_train.Keeps']
+    result = run([*argv, '--trainer.max_epochs', '4'])
+    notes = {n: json.loads((result.folder/f'{n}.json').read_text()) for n in (5, 15, 25, 35)}
+    assert [note['measured_at'] for note in notes.values()] == [None, None, 20, 20] and [note['step'] for note in notes.values()] == [5, 15, 25, 35]
+    note = saved(result.folder/'last.ckpt')['mmembed']
+    assert note['measured_at'] == note['step'] == 40 and note['recall'] == saved(result.folder/'last.ckpt')['mmembed']['recall']
+    best = saved(result.checkpoint)
+    assert best['mmembed']['measured_at'] == best['mmembed']['step'] == best['global_step'] in (20, 40)
+    for ending in ('.ckpt', '.safetensors'):
+        record = training_record(result.checkpoint.with_suffix(ending))
+        assert record['metrics'] == result.recall and record['counts'] == {'epochs': best['global_step'] // 10, 'steps': best['global_step']}
+    stale = saved(result.folder/'last.ckpt')
+    stale['mmembed']['step'] = 45
+    torch.save(stale, result.folder/'last.ckpt')
+    assert training_record(result.folder/'last.ckpt')['metrics'] == {}
+
+
+@pytest.mark.parametrize('options, steps', [
+    (['--trainer.max_epochs', '1'], 3), (['--trainer.max_epochs', '3'], 9), (['--trainer.max_steps', '4', '--trainer.max_epochs', '-1'], 4),
+    (['--trainer.max_epochs', '1', '--trainer.limit_train_batches', '2'], 2), (['--trainer.max_epochs', '4', '--trainer.callbacks+=tests.test_train.StopAfterTwo'], 6)],
+    ids=lambda x: ' '.join(x)[10:40] if isinstance(x, list) else '')
+def test_every_run_ends_with_a_validation(work, options, steps):
+    result = run([*SMALL, '--trainer.check_val_every_n_epoch', '5', *options])
+    assert result.checkpoint.name == 'best.ckpt' and result.checkpoint.with_suffix('.safetensors').is_file()
+    note = saved(result.checkpoint)['mmembed']
+    assert note['measured_at'] == note['step'] == steps and result.recall['all']['text_to_image']['queries'] == note['recall']['all']['text_to_image']['queries'] > 0
+
+
+def test_a_resumed_run_remembers_the_best(fixed, work, capsys):
+    argv = [*fixed, '--trainer.max_epochs', '1']
+    first = run(argv)
+    best, last = first.folder/'best.ckpt', first.folder/'last.ckpt'
+    content = saved(best)
+    content['mmembed']['recall']['all']['text_to_image']['at']['1'] = 0.97  # no later epoch comes near
+    torch.save(content, best)
+    capsys.readouterr()
+    rest = run([*fixed, '--trainer.max_epochs', '3', '--resume', str(last)])
+    assert 'the best so far: recall@1 0.970 at step 3' in capsys.readouterr().out
+    assert rest.folder != first.folder and rest.checkpoint == rest.folder/'best.ckpt' and rest.recall['all']['text_to_image']['at']['1'] == 0.97
+    assert all(x.equal(y) for x, y in zip(rest.model.state_dict().values(), load_checkpoint(best).state_dict().values(), strict=True))
+    assert saved(rest.folder/'last.ckpt')['global_step'] == 9
+    more = run([*fixed, '--trainer.max_epochs', '4', '--resume', str(rest.folder/'last.ckpt')])  # and once more
+    assert more.recall['all']['text_to_image']['at']['1'] == 0.97
+    other = run([*fixed, '--trainer.max_epochs', '2', '--resume', str(last), '--data.source.valid', '44'])
+    assert 'is not taken over: other rows are validated on now' in capsys.readouterr().out and other.recall['all']['text_to_image']['at']['1'] < 0.97
+    best.unlink()
+    assert run([*fixed, '--trainer.max_epochs', '2', '--resume', str(last)]).checkpoint.is_file()
+    assert 'best.ckpt is gone' in capsys.readouterr().out
+
+
+def test_a_finished_run_says_so(fixed):
+    done = run([*fixed, '--trainer.max_epochs', '1'])
+    with pytest.raises(ValueError, match='has done its 1 epochs, nothing is left to train: --trainer.max_epochs 2'):
+        run([*fixed, '--trainer.max_epochs', '1', '--resume', str(done.folder/'last.ckpt')])
+    with pytest.raises(ValueError, match='has done its 3 steps, nothing is left to train: --trainer.max_steps 4'):
+        run([*fixed, '--trainer.max_epochs', '9', '--trainer.max_steps', '3', '--resume', str(done.folder/'last.ckpt')])
+
+
+def test_what_no_run_can_go_on_from(fixed):
+    done = run([*fixed, '--trainer.max_epochs', '1'])
+    with pytest.raises(ValueError, match='best.safetensors holds the weights alone: --resume wants the .ckpt beside it'):
+        run([*fixed, '--resume', str(done.folder/'best.safetensors')])
+    content = {k: v for k, v in saved(done.folder/'last.ckpt').items() if k != 'optimizer_states'}
+    torch.save(content, 'weights.ckpt')
+    with pytest.raises(ValueError, match='weights.ckpt does not hold the state of an optimizer'): run([*fixed, '--resume', 'weights.ckpt'])
+    for argv, message in [(['--model.model.text.max_length', '32'], r'model.text.pipeline.max_length was 40 in the run and is 32 now'),
+                          (['--model.model.image.pipeline.size', '48'], r'model.image.pipeline.size was \[32, 32\]'),
+                          (['--model.lock', '[image]'], r"lock was \[\] in the run to resume and is \['image'\] now")]:
+        with pytest.raises(ValueError, match=message): run([*fixed, *argv, '--resume', str(done.folder/'last.ckpt')])
+    run([*fixed, '--model.model.image.pipeline.flip', '0.5', '--resume', str(done.folder/'last.ckpt')])  # only training sees it
+
+
+def test_a_resumed_run_has_the_tokenizer_of_its_own(work):
+    "Ten more rows would give another vocabulary of the same size."
+    source = Scenes(train=90, valid=0)
+    pairs_of(source, work)
+    argv = [*SMALL, '--data.source', 'null', '--data.path', 'pairs.csv', '--data.valid_share', '0.3']
+    first = run([*argv, '--trainer.max_epochs', '1'])
+    with (work/'pairs.csv').open('a') as f: f.writelines(f'pairs/{i}.jpg,quick brown foxes jump over lazy dogs {i}\n' for i in range(40))
+    rest = run([*argv, '--resume', str(first.folder/'last.ckpt')])
+    assert rest.model.text_pipeline.spec() == first.model.text_pipeline.spec() and rest.folder != first.folder
+    a, b = (json.loads((r.folder/'tokenizer.json').read_text()) for r in (first, rest))
+    assert a | {'truncation': 0} == b | {'truncation': 0}  # this is the model's own in the second
+    fresh = run([*argv, '--trainer.max_epochs', '1'])
+    assert fresh.model.text_pipeline.spec() != first.model.text_pipeline.spec()
+    with pytest.raises(ValueError, match='model.text.pipeline.tokenizer is not the one that the run had'):
+        run([*argv, '--model.model.text.tokenizer', str(fresh.folder/'tokenizer.json'), '--resume', str(first.folder/'last.ckpt')])
+
+
+def test_the_rate_of_the_configuration_is_used_on_resume(fixed):
+    first = run([*fixed, '--trainer.max_epochs', '1', '--model.layer_decay', '0.9'])
+    rest = run([*fixed, '--trainer.max_epochs', '2', '--model.layer_decay', '0.9', '--model.lr', '0', '--model.weight_decay', '0.3', '--resume', str(first.folder/'last.ckpt')])
+    a, b = (saved(r.folder/'last.ckpt') for r in (first, rest))
+    assert b['global_step'] == 6 and all(a['state_dict'][k].equal(v) for k, v in b['state_dict'].items() if 'num_batches' not in k and 'running' not in k)
+    assert {g['weight_decay'] for g in b['optimizer_states'][0]['param_groups']} == {0, 0.3}
+    assert {g['weight_decay'] for g in a['optimizer_states'][0]['param_groups']} == {0, 0.05}
+    kept = (rest.folder/'config.yaml').read_text()
+    assert 'lr: 0.0' in kept or 'lr: 0\n' in kept
+
+
+@pytest.mark.parametrize('task', ['retrieval', 'match'])
+def test_a_loss_that_is_no_number_ends_the_run(work, capsys, task):
+    text = (work/'tiny.yaml').read_text()
+    if task == 'match':
+        text = text.replace('models.dual.DualEncoder', 'models.pair.PairClassifier').replace('dim: 16', 'labels: [mismatch, match]')
+    (work/'tiny.yaml').write_text(f'task: {task}\n{text}')
+    assert main(['train', *SMALL, '--model.lr', '1e30', '--model.warmup', '0', '--save_every', '1', '--trainer.max_epochs', '3']) == 1
+    said = capsys.readouterr().err
+    assert re.match(r'mmembed: error: the (loss|weights) became (NaN|infinite)', said) and 'try a lower --model.lr than 1e+30' in said and '\n' not in said.strip()
+    for file in (work/'out'/'tiny').glob('*.ckpt'): assert all(v.isfinite().all() for v in load_checkpoint(file).state_dict().values())
+
+
+def test_batches_of_one_pair_are_refused(work):
+    for argv in (['--data.batch_size', '1'], ['--data.source.train', '1'], ['--data.batch_size', '1', '--model.loss', 'mmembed.models.losses.SigmoidLoss', '--model.model.logit_bias', '-10']):
+        with pytest.raises(ValueError, match='a contrastive loss compares the pairs of a batch and wants 2 at least'): run([*SMALL, *argv, '--model.model.text.tokenizer', own(work)])
+
+
+def own(work):
+    "A tokenizer file of its own."
+    TextPipeline.learn([Scenes(96, 0).text(i) for i in range(96)], vocab_size=150).to_tokenizer_file(work/'tokenizer.json')
+    return 'tokenizer.json'
 
 
 def test_averages_adapters_and_early_stops(fixed, work):
@@ -553,3 +769,11 @@ class Waits(Callback):
     def on_train_batch_end(self, trainer, *_):
         import signal
         if trainer.global_step == 16: signal.pause()
+
+
+class Keeps(Callback):
+    "Writes down what last.ckpt says after every fifth step between two epochs"
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step % 10 != 6: return
+        folder = Path(trainer.default_root_dir)
+        (folder/f'{trainer.global_step - 1}.json').write_text(json.dumps(torch.load(folder/'last.ckpt', weights_only=True)['mmembed']))

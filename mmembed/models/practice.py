@@ -66,14 +66,15 @@ def parameter_groups(
         if tower is None or not any(p.requires_grad for p in tower.parameters()): continue
         height = depths(tower)
         top = max(height.values()) if height else 0
-        rate |= {id(p): lr * layer_decay ** (top + 1 - height[k]) for k, p in tower.named_parameters()}
+        rate |= {id(p): layer_decay ** (top + 1 - height[k]) for k, p in tower.named_parameters()}
     free = re.compile(r'(^|\.)(positional_embedding|pos_embed|cls_token|cls_emb)$')
     groups: dict = {}
     for name, p in model.named_parameters():
         if not p.requires_grad: continue
-        decay = 0. if p.ndim < 2 or free.search(name) else weight_decay
-        groups.setdefault((rate.get(id(p), lr), decay), []).append(p)
-    return [{'params': v, 'lr': r, 'weight_decay': d} for (r, d), v in sorted(groups.items(), key=lambda x: (-x[0][0], -x[0][1]))]
+        decays = p.ndim > 1 and not free.search(name)
+        groups.setdefault((rate.get(id(p), 1.), decays), []).append(p)
+    ordered = sorted(groups.items(), key=lambda x: (-x[0][0], -x[0][1]))  # the same for all rates and decays, as a resumed run may have others
+    return [{'params': v, 'lr': lr * r, 'weight_decay': weight_decay if d else 0.} for (r, d), v in ordered]
 
 # %% ../../nbs/models/06_practice.ipynb #4a35eafe
 def lock(
