@@ -164,7 +164,7 @@ def token_html(
     marks = ''
     for t in inside.tokens:
         word = escape(t.piece) if t.piece else '<i>special</i>'
-        tint = f'hsl({t.place*67 % 360} 65% {88 if t.known else 60}%)' if t.piece else '#ddd'
+        tint = f'hsl({t.place*67 % 360} 65% {88 if t.known else 76}%)' if t.piece else '#ddd'
         marks += (f'<span class="mm-token" style="background:{tint}" title="token {t.place}: id {t.id}, bytes {t.begin} to {t.end}">'
                   f'{word}<small>{t.id}</small></span>')
     return f'<div class="mm-tokens">{marks}<s>{escape(inside.rest)}</s></div>'

@@ -86,6 +86,9 @@ class Panels:
         if key in self.sets: return self.sets[key]
         raise ValueError(f'These pictures are no longer held: {key!r}. Choose others, or add yours again.')
 
+    def columns_of(self, key: str | None) -> str | None: # what a filter can name there; None where there is nothing to filter
+        return self.sets[key].columns if key in self.sets else None
+
     def add(self, pictures: Pictures) -> str:
         "Holds a visitor's pictures; their title cannot be guessed by others."
         pictures.title = f'upload {secrets.token_hex(3)}'
@@ -100,16 +103,19 @@ class Panels:
         rows: list[str],      # a row of the pictures instead, or ''
         tops: list[int],      # how many to find
         keys: list[str],      # where
+        filters: list[str] | None = None, # SQL conditions on the columns of an index, '' for none
+        words: list[str] | None = None,   # to be found in the captions of an index, '' for none
     ) -> list[Answer]:
         "The pictures nearest to each query: a text, an image, a picture found before, or text and image together (their sum)."
         clock, n = Clock(), len(texts)
+        filters, words = ([(x or '').strip() for x in given or ['']*n] for given in (filters, words))
         vectors: list[list[Tensor]] = [[] for _ in range(n)]
         errors: list[Any] = [None]*n
         for i in range(n):
             try:
                 pictures = self.of(keys[i])
                 if rows[i]: vectors[i].append(pictures.some([int(rows[i])])[0])
-                elif not (texts[i] or '').strip() and not images[i]: raise ValueError('Type a text or give an image to search for.')
+                elif not (texts[i] or '').strip() and not images[i] and not words[i]: raise ValueError('Type a text or give an image to search for.')
                 if len(texts[i] or '') > MAX_CHARACTERS: raise ValueError(f'The text is longer than {MAX_CHARACTERS:,} characters.')
             except (ValueError, IndexError) as e: errors[i] = e
         said = [i for i in range(n) if (texts[i] or '').strip() and not errors[i]]
@@ -123,7 +129,12 @@ class Panels:
                 vectors[i].append(v)
                 if not ok: errors[i] = _plain(e, images[i])
             clock.lap('image')
-        found = [self._found(normalize(sum(v), dim=0), keys[i], tops[i]) if v and not errors[i] else [] for i, v in enumerate(vectors)]
+        found: list[list[Hit]] = [[] for _ in range(n)]
+        for i, v in enumerate(vectors):
+            if errors[i]: continue
+            query = normalize(sum(v), dim=0) if v else None
+            try: found[i] = self.of(keys[i]).find(query, max(1, min(int(tops[i]), 60)), filters[i], words[i])
+            except (ValueError, KeyError, OSError) as e: errors[i] = e
         clock.lap('search')
         answers = []
         for i, hits in enumerate(found):
@@ -131,12 +142,25 @@ class Panels:
                 answers.append(failed(errors[i]))
                 continue
             pictures = self.of(keys[i])
-            show = [(str(pictures.thumb(self.emb, h.row)), f'{h.cosine:.3f} · {h.name}') for h in hits]
+            show = [(str(pictures.thumb(self.emb, h.row)), ' · '.join(self.told(h))) for h in hits]
             answers.append(Answer([h._asdict() for h in hits], clock.status(f'{len(hits)} of {len(pictures):,} pictures'), show))
         return answers
 
-    def _found(self, vector: Tensor, key: str, top: int) -> list[Hit]:
-        return self.of(key).nearest(vector[None], max(1, min(int(top), 60)))[0]
+    def told(self,
+        hit: Hit,
+    ) -> list[str]:
+        "What stands under a picture: cosine, caption, name."
+        cosine = '' if hit.cosine is None else f'{hit.cosine:.3f}'
+        return [part for part in (cosine, hit.text, hit.name) if part]
+
+    def large(self,
+        row: dict,       # of the rows of an answer of `search`
+        key: str,        # pictures
+        side: int = 1600 # pixels at most
+    ) -> tuple[str, str]: # a JPEG file, and what is said of it, as HTML
+        "A found picture as large as its file is; raises `ValueError` for pictures that are not held, or cannot be read any more."
+        file = self.of(key).thumb(self.emb, row['row'], side)
+        return str(file), '<br>'.join(f'<span>{escape(part)}</span>' for part in self.told(Hit(**row)))
 
     def match_texts(self,
         image,      # one file

@@ -14,9 +14,10 @@ import mmembed as mm
 pytest.importorskip('gradio', reason='gradio is not installed: pip install "mmembed[demo]"')
 from gradio_client import Client, handle_file
 
+from mmembed.demo import pictures
 from mmembed.demo.app import serve
 from mmembed.demo.panels import Panels
-from mmembed.demo.pictures import embed_folder, embed_scenes
+from mmembed.demo.pictures import Indexed, embed_files, embed_folder, embed_scenes
 
 from tests.helpers import HANG
 
@@ -140,6 +141,85 @@ def test_the_artifact_alone_answers(folder):
 
 
 @pytest.fixture(scope='module')
+def indexed(folder):
+    "The page of an index with captions and years; its pictures are larger than what is shown of them."
+    pytest.importorskip('lancedb', reason='an index needs LanceDB: pip install "mmembed[search]"')
+    from mmembed.index import Index
+    with (folder/'large.csv').open('w') as table:
+        table.write('image,text,year\n')
+        for i, colour in enumerate(['red', 'green', 'blue', 'white', 'black', 'pink']):
+            Image.new('RGB', (900 + i, 600), colour).save(folder/f'large-{i}.png')
+            table.write(f'large-{i}.png,a {colour} wall,{2000 + i}\n')
+    emb = mm.load(folder/'tiny.pt')
+    panels = Panels(emb, [Indexed(Index.build(emb, str(folder/'large.csv'), folder/'index', columns=['year'])), embed_scenes(emb, 12)])
+    blocks, address = serve(panels, block=False)
+    yield panels, address
+    blocks.close()
+
+
+def test_filter_and_words_of_an_index(indexed):
+    panels, address = indexed
+    index, scenes = panels.sets
+    assert panels.columns_of(index) == 'id, text, year' and panels.columns_of(scenes) is None
+    c = Client(address, verbose=False)
+    def ask(text, where, words, key=index):
+        found, rows, status = c.predict(text, None, '', 6, key, where, words, api_name='/search')
+        assert 'error' in rows or [f['caption'].endswith(r['name']) for f, r in zip(found, rows, strict=True)]
+        return rows, found
+    rows, found = ask('a red circle', 'year > 2003', '')
+    assert {r['text'] for r in rows} == {'a black wall', 'a pink wall'} and all(f"{r['cosine']:.3f} · {r['text']} · {r['name']}" == f['caption'] for r, f in zip(rows, found))
+    assert rows[0]['cosine'] >= rows[1]['cosine'] and len(ask('a red circle', '', '')[0]) == 6
+    rows, found = ask('', '', 'green')
+    assert [(r['text'], r['cosine']) for r in rows] == [('a green wall', None)] and found[0]['caption'] == 'a green wall · large-1.png'
+    rows, _ = ask('a red circle', 'year < 2002', 'wall')
+    assert {r['text'] for r in rows} == {'a red wall', 'a green wall'} and all(-1 <= r['cosine'] <= 1 for r in rows)
+    for where, why in (('year >', 'where'), ('nothing = 3', 'nothing')): assert why in ask('a', where, '')[0]['error']
+    for where, words in (('year > 1', ''), ('', 'circle')): assert '--index' in ask('a', where, words, scenes)[0]['error']
+    file, said = panels.large(ask('', '', 'pink')[0][0], index)
+    assert Image.open(file).size == (905, 600) and 'a pink wall' in said
+    (panels.emb.path.parent/'large-4.png').unlink()  # then what the index holds of it is shown
+    assert Image.open(panels.large(ask('', '', 'black')[0][0], index)[0]).size[0] == 112
+    c.close()
+
+
+def test_a_folder_embeds_only_what_is_new(folder, tmp_path, monkeypatch):
+    "What was added or changed since the last start; what is gone is forgotten; a start that was ended goes on."
+    monkeypatch.chdir(tmp_path)
+    emb, seen = mm.load(folder/'tiny.pt'), []
+    def preprocess(image, really=emb.preprocess):
+        seen.append(len(image))
+        return really(image)
+    emb.preprocess = preprocess
+    def start(how_many):
+        seen.clear()
+        found = embed_folder(emb, tmp_path/'p')
+        assert len(seen) == how_many
+        want = embed_files(emb, sorted((tmp_path/'p').glob('*.*')))
+        assert found.names == want.names and torch.allclose(found.vectors, want.vectors, atol=1e-5) and found.failed == want.failed
+        return found
+    shutil.copytree(folder/'photos', tmp_path/'p')
+    assert len(start(6)) == 5 and len(start(0)) == 5
+    Image.new('RGB', (50, 50), 'yellow').save(tmp_path/'p'/'yellow.png')
+    Image.new('RGB', (50, 99), 'purple').save(tmp_path/'p'/'red.png')
+    (tmp_path/'p'/'blue.png').unlink()
+    assert len(start(2)) == 5
+    (tmp_path/'p'/'broken.jpg').write_bytes((folder/'photos'/'blue.png').read_bytes())
+    assert not start(1).failed
+    for i in range(5): Image.new('RGB', (30 + i, 30), 'teal').save(tmp_path/'p'/f'new-{i}.png')
+    monkeypatch.setattr(pictures, 'CHUNK', 2)
+    written, keep = [], pictures._keep
+    def kept(*args):
+        keep(*args)
+        written.append(1)
+        if len(written) == 2: raise KeyboardInterrupt
+    monkeypatch.setattr(pictures, '_keep', kept)
+    with pytest.raises(KeyboardInterrupt): embed_folder(emb, tmp_path/'p')
+    start(1)
+    for path in (tmp_path/'artifacts').rglob('*.npz'): path.write_bytes(b'not what was written')
+    start(11)
+
+
+@pytest.fixture(scope='module')
 def browser():
     sync = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
     if not shutil.which('chromium'): pytest.skip('no chromium: apt-get install chromium')
@@ -149,28 +229,125 @@ def browser():
         b.close()
 
 
-@pytest.mark.parametrize('width', [1200, 390])
-def test_in_a_browser(browser, page, folder, width):
-    panels, address = page
-    tab = browser.new_page(viewport={'width': width, 'height': 850})
-    tab.set_default_timeout(20000)
-    errors, requests = [], []
+FAINT = """() => {  // visible texts that stand out from what is behind them by less than 4.5 to 1 (WCAG 2, level AA)
+  const parsed = c => { const [r, g, b, a] = c.match(/[\\d.]+/g).map(Number); return [r, g, b, a ?? 1] }
+  const over = (a, b) => [0, 1, 2].map(k => a[k]*a[3] + b[k]*(1 - a[3]))
+  const light = c => { const [r, g, b] = c.map(v => (v /= 255) <= .04045 ? v/12.92 : ((v + .055)/1.055)**2.4); return .2126*r + .7152*g + .0722*b }
+  const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + .05)/(y + .05) }
+  const chain = e => e ? [e, ...chain(e.parentElement)] : []
+  function behind(e) {
+    const layers = chain(e).map(p => parsed(getComputedStyle(p).backgroundColor))
+    const last = layers.findIndex(c => c[3] === 1)
+    return layers.slice(0, last < 0 ? undefined : last + 1).reverse().reduce((b, c) => over(c, b), [255, 255, 255])
+  }
+  const seen = []
+  function judge(e, colour, what) {
+    const [r, g, b, a] = parsed(colour), opacity = chain(e).reduce((o, p) => o*getComputedStyle(p).opacity, 1), back = behind(e)
+    seen.push([ratio(over([r, g, b, a*opacity], back), back), what])
+  }
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT)
+  for (let n; n = texts.nextNode();) {
+    const e = n.parentElement, text = n.textContent.trim()
+    if (!text || ['SCRIPT', 'STYLE', 'NOSCRIPT'].includes(e.tagName) || !e.checkVisibility({visibilityProperty: true, opacityProperty: true}) || e.closest('[disabled]')) continue
+    judge(e, e.closest('svg') ? getComputedStyle(e).fill : getComputedStyle(e).color, `${e.tagName} ${text.slice(0, 40)}`)
+  }
+  for (const e of document.querySelectorAll('input, textarea')) if (e.placeholder && e.checkVisibility()) judge(e, getComputedStyle(e, '::placeholder').color, e.placeholder)
+  if (seen.length < 20) throw Error(`only ${seen.length} texts are seen`)
+  return seen.filter(([r]) => r < 4.5).map(([r, what]) => `${r.toFixed(2)} ${what}`)
+}"""
+
+
+def stands_out(tab):
+    "Every text, once nothing fades in any more."
+    try: tab.wait_for_function(f'() => !({FAINT})().length')
+    except tab.Late: assert tab.evaluate(FAINT) == []
+
+
+def opened(browser, address, width, height=850, theme='light'):
+    "A tab with the page; what it logs as errors and what it asks for; visible elements."
+    from playwright.sync_api import TimeoutError
+    tab = browser.new_page(viewport={'width': width, 'height': height})
+    tab.set_default_timeout(HANG * 1000)
+    tab.Late, errors, requests = TimeoutError, [], []
     tab.on('console', lambda m: errors.append(m.text) if m.type == 'error' else None)
     tab.on('pageerror', lambda e: errors.append(str(e)))
     tab.on('request', lambda r: requests.append(r.url))
-    shown = lambda selector: tab.locator(selector).locator('visible=true')
-    def fits(): assert tab.evaluate('document.documentElement.scrollWidth') <= width
+    tab.goto(f'{address}?__theme={theme}')
+    def quiet():
+        others = [u for u in requests if u.startswith(('http', 'ws')) and u.split('/')[2] != address.split('/')[2]]
+        assert not others and not errors, (others, errors)
+        tab.close()
+    return tab, quiet, lambda selector: tab.locator(selector).locator('visible=true')
+
+
+@pytest.mark.parametrize(['width', 'theme'], [(1200, 'dark'), (390, 'light')])
+def test_an_index_in_a_browser(browser, indexed, width, theme):
+    "Captions, filter and words; a picture opens large, and Escape closes it."
+    tab, quiet, shown = opened(browser, indexed[1], width, theme=theme)
+    shown('textarea').first.fill('a red circle')
+    shown('textarea').first.press('Enter')
+    shown('.mm-found img').nth(5).wait_for()
+    assert 'wall' in shown('.mm-found .caption-label').first.inner_text()
+    if width < 640: tab.get_by_role('button', name='By an image, and more').click()
+    tab.get_by_label('Filter').fill("year > 2001 AND text <> 'a pink wall'")
+    tab.get_by_label('Words in the captions').fill('blue')
+    shown('textarea').first.fill('')
+    tab.get_by_label('Filter').press('Enter')
+    tab.wait_for_function('document.querySelectorAll(".mm-found img").length === 1')
+    assert shown('.mm-found .caption-label').inner_text().startswith('a blue wall')
+    stands_out(tab)
+    shown('.mm-found button').first.click()
+    shown('#mm-large-image img').wait_for()
+    tab.wait_for_function('document.querySelector("#mm-large-image img").naturalWidth === 902')
+    box = shown('#mm-large-image img').bounding_box()
+    assert box['width'] > .8 * width and box['y'] + box['height'] <= 850 and 'a blue wall' in shown('.mm-told').first.inner_text()
+    stands_out(tab)
+    tab.keyboard.press('Escape')
+    tab.locator('#mm-large').wait_for(state='hidden')
+    tab.get_by_label('Filter').fill('year >')
+    tab.get_by_label('Filter').press('Enter')
+    shown('.mm-bad').wait_for()
+    tab.get_by_label('Pictures').click()
+    tab.get_by_role('option', name='generated scenes').click()
+    tab.get_by_label('Filter').wait_for(state='hidden')
+    shown('textarea').first.fill('a red circle')
+    shown('textarea').first.press('Enter')
+    shown('.mm-found img').nth(11).wait_for()
+    quiet()
+
+
+@pytest.mark.parametrize(['width', 'theme'], [(1200, 'light'), (390, 'dark')])
+def test_in_a_browser(browser, page, folder, width, theme):
+    panels, address = page
+    tab, quiet, shown = opened(browser, address, width, theme=theme)
+    def fits():
+        assert tab.evaluate('document.documentElement.scrollWidth') <= width
+        stands_out(tab)
     red = str(folder/'photos'/'red.png')
 
-    tab.goto(address)
+    if width < 640: tab.set_viewport_size({'width': width, 'height': 664})  # what Safari leaves of an iPhone's screen
     shown('textarea').first.fill('a red circle')
-    tab.get_by_role('button', name='Search', exact=True).click()
+    fits()
+    shown('textarea').first.press('Enter')
     shown('.mm-found img').nth(11).wait_for()
     fits()
+    if width < 640:  # the first results, with nothing scrolled
+        box = shown('.mm-found img').nth(1).bounding_box()
+        assert tab.evaluate('scrollY') == 0 and box['x'] + box['width'] <= width and box['y'] + box['height'] <= 664
+    first = shown('.mm-found .caption-label').first.inner_text()
+    shown('textarea').first.fill('a blue ring')
+    tab.get_by_role('button', name='Search', exact=True).click()
+    tab.wait_for_function('text => document.querySelector(".mm-found .caption-label").innerText !== text', arg=first)
     second = shown('.mm-found .caption-label').nth(1).inner_text().split(' · ')[1]
     shown('.mm-found button').nth(1).click()
+    shown('#mm-large-image img').wait_for()
+    fits()
+    tab.get_by_role('button', name='More like this').click()
+    tab.locator('#mm-large').wait_for(state='hidden')
     tab.wait_for_function('name => document.querySelector(".mm-found .caption-label")?.textContent.trim().startsWith("1.000 · " + name)', arg=second[:20])
-    assert shown('#mm-search img').count() and shown('textarea').first.input_value() == ''
+    if width < 640: tab.get_by_role('button', name='By an image, and more').click()
+    shown('#mm-search img').wait_for()
+    assert shown('textarea').first.input_value() == ''
 
     tab.get_by_role('tab', name='Match').click()
     tab.locator('#mm-match input[type=file]').set_input_files(red)
@@ -201,6 +378,4 @@ def test_in_a_browser(browser, page, folder, width):
     shown('svg.mm-spectrum').wait_for()
     fits()
 
-    others = [u for u in requests if u.startswith(('http', 'ws')) and u.split('/')[2] != address.split('/')[2]]
-    assert not others and not errors, (others, errors)
-    tab.close()
+    quiet()
