@@ -7,6 +7,7 @@
     python -m benchmarks.serve artifacts/quickstart.pt --reloads 200      # memory of so many reloads, beside that after the third
     python -m benchmarks.serve artifacts/quickstart.pt --soak 1200 --attacks --json soak.json   # hostile requests among them
     python -m benchmarks.serve artifacts/quickstart.pt --heavy            # short texts beside what is large, and the memory that this takes
+    python -m benchmarks.serve artifacts/quickstart.pt --heavy --limit 2048   # the same, and the system gives the server 2 GB of data at most
     python -m benchmarks.serve --clip --peers litserve=env1/bin/python,ray=.venv/bin/python,clip=env2/bin/python,infinity=env3/bin/python
 
 `--clip`: a ViT-B-32 with random weights; peers (their programs and what they need: benchmarks/peers/serve_*.py) answer beside it on the
@@ -16,6 +17,7 @@ batched rate in the server's own conditions: files decoded one by one, towers in
 import argparse
 import asyncio
 import base64
+import contextlib
 import gc
 import io
 import itertools
@@ -23,6 +25,7 @@ import json
 import math
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -302,11 +305,21 @@ def heavy():
         '16 GIFs of 33 megapixels': ([post(flat(5792), 'image/gif')], 16), '16 GIFs of 50 megapixels': ([post(flat(7072), 'image/gif')], 16)}
 
 
-def beside(config, seconds):
+@contextlib.contextmanager
+def limited(mebibytes):
+    "Processes that are started in the block may have so much data; None: any amount."
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    if mebibytes: resource.setrlimit(resource.RLIMIT_DATA, (mebibytes << 20, before[1]))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def beside(config, seconds, limit=None):
     "Short texts alone and beside each of `heavy`: their latency, that of the probes, what the large ones were answered, the largest resident memory."
     from mmembed.serve.server import running
     context, short = get_context('spawn'), requests('text', [])
-    with running(config) as s:
+    with contextlib.ExitStack() as stack:
+        with limited(limit): s = stack.enter_context(running(config))
         port, process = int(s.url.rsplit(':', 1)[1]), psutil.Process(s.process.pid)
         print(f'{"beside":28} {"p50 ms":>8} {"p99 ms":>8} {"max ms":>8} {"failed":>6} {"probe p99":>9} {"max ms":>8} {"MiB":>6}  answers')
         asyncio.run(closed(port, short, 2, 3))
@@ -371,6 +384,7 @@ def main():
     a.add_argument('--attacks', action='store_true', help='mix hostile requests into the soak, and say what was answered')
     a.add_argument('--json', help='a file for the result of the soak')
     a.add_argument('--heavy', action='store_true', help='only short texts beside large ones, large bodies and large images, with the budgets of a machine of 2 GB')
+    a.add_argument('--limit', type=int, help="with --heavy: MiB of data that the system lets the server have (RLIMIT_DATA, as of `prlimit --data`); its budgets go by that")
     args = a.parse_args()
     gc.freeze(), gc.disable()  # a pause of the load generator would look like one of the server
     if args.plot: return draw(json.loads(Path(args.record).read_text()), Path(args.plot))
@@ -381,7 +395,10 @@ def main():
         found = soak(config, files, args.soak, args.attacks)
         if args.json: Path(args.json).write_text(json.dumps(found, indent=1))
         raise SystemExit(not found['sound'])
-    if args.heavy: return beside(config._replace(bodies=128 << 20, engine=config.engine._replace(pixels=64 << 20, timeout=30)), args.seconds)
+    if args.heavy:
+        short = config._replace(engine=config.engine._replace(timeout=30))
+        if not args.limit: short = short._replace(bodies=128 << 20, engine=short.engine._replace(pixels=64 << 20))
+        return beside(short, args.seconds, args.limit)
 
     cores = sorted(os.sched_getaffinity(0))
     ours, theirs = (cores[:-1], cores[-1:]) if args.pin else ([], [])

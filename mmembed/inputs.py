@@ -242,8 +242,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 def memory() -> int:
-    "Return how many bytes of memory this process may use, which a container may make fewer than there are."
-    found = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')]
+    "Return how many bytes of memory this process may use, which a container or `ulimit` may make fewer than there are."
+    import resource
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    found = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'), *(n for n in limits if n != resource.RLIM_INFINITY)]
     own = next((line[3:].strip() for line in _lines('/proc/self/cgroup') if line.startswith('0::')), '')
     for path in (f'/sys/fs/cgroup{own}/memory.max', '/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_bytes'):
         found += [int(line) for line in _lines(path) if line.strip().isdecimal()]

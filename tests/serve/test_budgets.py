@@ -6,6 +6,8 @@ import json
 import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 from concurrent.futures import Future
 
@@ -227,3 +229,11 @@ def test_many_large_uploads_leave_the_server_alive(narrow):
     for t in threads: t.join(HANG)
     assert len(results) == 12 and 200 in results and set(results) <= {200, 429}, results
     assert reached(lambda: httpx2.post(narrow.url + '/v1/embeddings', content=flat_gif(300, 300), headers={'content-type': 'image/gif'}).status_code, lambda c: c == 200) == 200
+
+
+@pytest.mark.parametrize('kind', ['RLIMIT_AS', 'RLIMIT_DATA'])
+def test_budgets_go_by_the_limit_that_ulimit_sets(kind):
+    "As by that of a container: budgets of a machine's whole memory would let a process run into its own limit."
+    program = f'import resource as r\nfrom mmembed.inputs import memory\nbefore = memory()\nr.setrlimit(r.{kind}, (10 ** 8, r.getrlimit(r.{kind})[1]))\nprint(before > 10 ** 8, memory())'
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', program], capture_output=True, text=True)
+    assert done.stdout.split() == ['True', str(10 ** 8)], done
