@@ -7,8 +7,9 @@ Docs: https://mmembed.github.io/mmembed/train.html.md"""
 # %% auto #0
 __all__ = ['TASKS', 'PATHS', 'FREE', 'DIVIDES', 'load_checkpoint', 'read_checkpoint', 'Checkpoint', 'write_weights', 'task_of',
            'TrainCLI', 'settle', 'new_folder', 'claim_folder', 'learn_tokenizer', 'Resumed', 'resumed_run',
-           'own_tokenizer', 'same_model', 'RunResult', 'run', 'find_lr', 'judge_the_last', 'prepare', 'show_recall',
-           'show_figures', 'evaluate', 'judged_data', 'LitDualEncoder', 'LitPairClassifier', 'judge', 'warm_cosine']
+           'own_tokenizer', 'same_model', 'RunResult', 'run', 'find_lr', 'judge_the_last', 'WrongCall', 'prepare',
+           'show_recall', 'show_figures', 'evaluate', 'judged_data', 'LitDualEncoder', 'LitPairClassifier', 'judge',
+           'warm_cosine']
 
 # %% ../nbs/20_train.ipynb #716c3ad2
 import json
@@ -436,6 +437,9 @@ def judge_the_last(
     if cli.trainer.is_global_zero: write_weights(cli.folder/'best.ckpt')
 
 # %% ../nbs/20_train.ipynb #998fe59f
+class WrongCall(ValueError):
+    "An option or a configuration that cannot be read: the command ends with exit status 2"
+
 def prepare(
     argv: list[str], # as for `run`
 ) -> TrainCLI:
@@ -445,7 +449,7 @@ def prepare(
         try: return TrainCLI(argv)
         except ArgumentError as e:
             files = ', '.join(v for k, v in zip(argv, argv[1:]) if k == '--config')
-            raise ValueError(_sentence(e).replace('parsing config', f'parsing {files or "the configuration"}')) from None
+            raise WrongCall(_sentence(e).replace('parsing config', f'parsing {files or "the configuration"}')) from None
 
 # %% ../nbs/20_train.ipynb #16ac93eb
 def _sentence(e: ArgumentError) -> str:
@@ -567,7 +571,7 @@ def _data_config(kind: type, data: dict, argv: list[str]) -> Namespace:
     with tempfile.TemporaryDirectory() as d:
         (Path(d)/'data.yaml').write_text(yaml.safe_dump({'data': data}))
         try: config = _parser(kind).parse_args(['--config', f'{d}/data.yaml', *argv])
-        except ArgumentError as e: raise ValueError(_sentence(e)) from None
+        except ArgumentError as e: raise WrongCall(_sentence(e)) from None
     settle(config)
     return config.data
 

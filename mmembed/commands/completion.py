@@ -1,4 +1,4 @@
-"""`mmembed completion bash | zsh`: a script that a shell reads once
+"""`mmembed completion bash | zsh | fish`: a script that a shell reads once
 
 Docs: https://mmembed.github.io/mmembed/commands/completion.html.md"""
 
@@ -11,7 +11,7 @@ __all__ = ['tree', 'completion']
 import argparse
 from typing import Annotated
 
-from ..cli import COMMANDS, GROUPS, Formatter, Parser, parser, summary
+from ..cli import COMMANDS, GROUPS, Formatter, Parser, parser, path, path_or_name, summary
 
 # %% ../../nbs/commands/08_completion.ipynb #50bd9889
 def tree() -> argparse.ArgumentParser:
@@ -26,19 +26,19 @@ def tree() -> argparse.ArgumentParser:
             places[group] = places[''].add_parser(group, help=GROUPS[group], add_help=False).add_subparsers(metavar='COMMAND')
         places[group].add_parser(last, help=summary(name), add_help=False)
         leaf = places[group]._name_parser_map[last] = parser(name)
-        if len(leaf._actions) == 1: leaf.add_argument('--config', help='a configuration file')  # what reads its words itself
         for a in leaf._actions:
-            if a.nargs != 0 and a.choices is None and a.type in (None, str): a.complete = shtab.FILE
+            if a.nargs != 0 and a.choices is None and a.type in (None, str, path, path_or_name) and a.metavar not in ('N', 'X'): a.complete = shtab.FILE
     return root
 
 # %% ../../nbs/commands/08_completion.ipynb #e13f9934
 def completion(
-    shell: Annotated[str, {'choices': ['bash', 'zsh', 'tcsh']}], # whose script to print
+    shell: Annotated[str, {'choices': ['bash', 'zsh', 'fish', 'tcsh']}], # whose script to print
 ):
     """Print a script that makes the Tab key complete commands, options and files.
 
     mmembed completion bash > ~/.local/share/bash-completion/completions/mmembed
     mmembed completion zsh > ~/.zfunc/_mmembed
+    mmembed completion fish > ~/.config/fish/completions/mmembed.fish
     eval "$(mmembed completion bash)"
     """
     import shtab
