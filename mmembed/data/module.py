@@ -96,6 +96,7 @@ class Ledger(dict):
     "What was skipped, or replaced: {name: reason}"
     done = 'skipped'  # with an unreadable image
     file: Path | None = None
+    _size, _there = 0, frozenset()  # of the file when this process wrote to it last: bytes, names
 
     def __setitem__(self, name: str, reason: str):
         if self.file and name not in self: self._write([(name, reason)])
@@ -110,11 +111,12 @@ class Ledger(dict):
         if main and self: self._write(self.items())
 
     def _write(self, items):
-        there = set()  # of other processes of the run
-        if self.file.exists():
-            with self.file.open(encoding='utf-8') as f: there = {json.loads(line)['name'] for line in f}
-        lines = [json.dumps({'name': name, 'reason': reason}, ensure_ascii=False) + '\n' for name, reason in items if name not in there]
+        if self.file.exists() and self.file.stat().st_size != self._size:  # another process of the run has written
+            with self.file.open(encoding='utf-8') as f: self._there = {json.loads(line)['name'] for line in f}
+        new = {name: reason for name, reason in items if name not in self._there}
+        lines = [json.dumps({'name': name, 'reason': reason}, ensure_ascii=False) + '\n' for name, reason in new.items()]
         with self.file.open('a', encoding='utf-8', errors='backslashreplace') as f: f.write(''.join(lines))
+        self._size, self._there = self.file.stat().st_size, self._there | set(new)
 
     def __str__(self):
         if not self: return f'nothing was {self.done}'

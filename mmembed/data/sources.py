@@ -493,7 +493,7 @@ class PairsFile(Source):
     def picture(self, i: int) -> str: return self.images[i] or self.places[i]
     def kind(self, i: int) -> str: return self.kinds[i]
     def group(self, i: int) -> str: return (self.groups[i] if self.groups else '') or self.picture(i)
-    def near(self, i: int) -> str: return self.alike[i] if self.alike is not None else self.group(i)
+    def near(self, i: int) -> str: return (self.alike[i] if self.alike else '') or self.group(i)
     def label(self, i: int) -> str: return self.labels[i] if self.labels is not None else ''
     def part(self, i: int) -> str: return self.sides[i] if self.sides is not None else ''
     def __repr__(self): return f'{len(self)} pairs of {self.path.name}'
