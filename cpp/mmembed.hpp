@@ -5,7 +5,7 @@
 //   torch::Tensor text = emb.encode_text({"a small red circle"});              // (1, D), unit length
 //   mmembed::Encoded image = emb.encode_image({mmembed::Image::file("cat.jpg")});
 //   if (!image.ok(0)) std::cerr << image.errors[0] << '\n';                    // one bad item harms no neighbour
-//   torch::Tensor scores = emb.score(text, image.embedding);                   // (1, 1)
+//   torch::Tensor scores = emb.score(text, image);                             // (1, 1), NaN for an image that failed
 //
 //   mmembed::Embedder fast("model.pt2");                                       // compiled: the same calls, the same answers
 //
@@ -16,12 +16,19 @@
 #pragma once
 
 #include <dlfcn.h>
+#if defined(__GLIBC__) && defined(__LP64__)
+#include <link.h>
+#include <sys/mman.h>
+#endif
+#include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cerrno>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -33,6 +40,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <system_error>
 #include <thread>
 #include <utility>
@@ -42,6 +50,9 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/Version.h>
+#include <ATen/autocast_mode.h>
+#include <caffe2/serialize/file_adapter.h>
+#include <caffe2/serialize/in_memory_adapter.h>
 #include <caffe2/serialize/inline_container.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
@@ -145,6 +156,8 @@ struct Options {
   std::string torchcodec;     // libtorchcodec_image.so; empty searches as register_image_ops says
   int64_t batch_size = 64;    // rows that the towers see at once
   int decoders = 1;           // threads that decode the images of one call
+  int64_t max_pixels = 0;     // of an image, from its header; the artifact's own limit where that is less, or for 0
+  bool check = false;         // hold every record of the file to its CRC-32 before it is loaded
 };
 
 inline bool image_ops_registered(bool heic = false) {
@@ -158,6 +171,48 @@ inline void load_beside(const char* library) {
   if (!dladdr(reinterpret_cast<void*>(&at::get_num_threads), &here) || !here.dli_fname) return;
   std::string folder(here.dli_fname);
   dlopen((folder.substr(0, folder.rfind('/') + 1) + library).c_str(), RTLD_NOW | RTLD_GLOBAL);
+}
+
+// libjpeg and libpng print on stderr what they think of a file, whoever sent it, and torchcodec does not stop them. In the
+// copies that torchcodec's wheel brings, and nowhere else, `stderr` becomes a stream that leads nowhere. Why a file cannot be
+// decoded stands in the error of its item.
+inline void silence_decoders() {
+#if defined(__GLIBC__) && defined(__LP64__)
+  static std::FILE** const nowhere = new std::FILE*(std::fopen("/dev/null", "w"));
+  if (!*nowhere) return;
+  dl_iterate_phdr([](dl_phdr_info* library, size_t, void*) {
+    if (!std::strstr(library->dlpi_name, "torchcodec.libs/")) return 0;
+    const char* base = reinterpret_cast<const char*>(library->dlpi_addr);
+    const ElfW(Dyn)* entry = nullptr;
+    const char *fixed = nullptr, *fixed_end = nullptr;  // what the loader made read-only
+    for (size_t i = 0; i < library->dlpi_phnum; ++i) {
+      const auto& part = library->dlpi_phdr[i];
+      if (part.p_type == PT_DYNAMIC) entry = reinterpret_cast<const ElfW(Dyn)*>(base + part.p_vaddr);
+      if (part.p_type == PT_GNU_RELRO) fixed = base + part.p_vaddr, fixed_end = fixed + part.p_memsz;
+    }
+    const ElfW(Rela)* places = nullptr;
+    const ElfW(Sym)* symbols = nullptr;
+    const char* names = nullptr;
+    size_t bytes = 0;
+    for (; entry && entry->d_tag != DT_NULL; ++entry) {
+      if (entry->d_tag == DT_RELA) places = reinterpret_cast<const ElfW(Rela)*>(entry->d_un.d_ptr);
+      else if (entry->d_tag == DT_RELASZ) bytes = entry->d_un.d_val;
+      else if (entry->d_tag == DT_SYMTAB) symbols = reinterpret_cast<const ElfW(Sym)*>(entry->d_un.d_ptr);
+      else if (entry->d_tag == DT_STRTAB) names = reinterpret_cast<const char*>(entry->d_un.d_ptr);
+    }
+    if (!places || !symbols || !names) return 0;
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    for (size_t i = 0; i < bytes / sizeof(ElfW(Rela)); ++i) {
+      if (std::strcmp(names + symbols[ELF64_R_SYM(places[i].r_info)].st_name, "stderr")) continue;
+      char* slot = const_cast<char*>(base) + places[i].r_offset;
+      char* start = slot - reinterpret_cast<uintptr_t>(slot) % page;
+      if (mprotect(start, page, PROT_READ | PROT_WRITE)) continue;
+      *reinterpret_cast<std::FILE***>(slot) = nowhere;
+      if (slot >= fixed && slot < fixed_end) mprotect(start, page, PROT_READ);
+    }
+    return 0;
+  }, nullptr);
+#endif
 }
 
 // Registers torchcodec's image operators. Tried in turn: `path`, $MMEMBED_TORCHCODEC, the file found when this program
@@ -182,7 +237,7 @@ inline void register_image_ops(const std::string& path = "", bool heic = false) 
   for (auto file : tries) {
     const size_t at = file.rfind("_image");
     if (heic && at != std::string::npos) file.replace(at, 6, "_heic");
-    if (dlopen(file.c_str(), RTLD_NOW | RTLD_GLOBAL) && image_ops_registered(heic)) return;
+    if (dlopen(file.c_str(), RTLD_NOW | RTLD_GLOBAL) && image_ops_registered(heic)) return silence_decoders();
     const char* message = dlerror();
     if (why.empty()) why = message ? message : file + " registers no image operators";
   }
@@ -191,21 +246,149 @@ inline void register_image_ops(const std::string& path = "", bool heic = false) 
               "libtorchcodec_image.so (in the Python package torchcodec), or export with decode=False (" + why + ")");
 }
 
-// The identity card (JSON) of an artifact, read without loading the model.
-inline std::string read_card(const std::string& path) {
-  if (std::filesystem::is_directory(path)) throw Error(path + " is not an mmembed artifact: it is a folder");
-  { std::ifstream in(path, std::ios::binary); if (!in) throw Error(path + ": " + std::strerror(errno)); }
-  try {
-    caffe2::serialize::PyTorchStreamReader archive(path);
-    if (archive.hasRecord("extra/card.json")) {
-      auto [data, size] = archive.getRecord("extra/card.json");
-      return std::string(static_cast<const char*>(data.get()), size);
+// CRC-32 as zip archives have it, eight bytes at a time.
+inline uint32_t crc32(const uint8_t* data, size_t size, uint32_t before = 0) {
+  static const auto table = [] {
+    std::array<std::array<uint32_t, 256>, 8> t{};
+    for (uint32_t i = 0; i < 256; ++i) {
+      uint32_t c = i;
+      for (int k = 0; k < 8; ++k) c = c & 1 ? 0xEDB88320u ^ (c >> 1) : c >> 1;
+      t[0][i] = c;
     }
-  } catch (const std::exception&) {
-    throw Error(path + " is not an mmembed artifact, or is truncated: it is no complete zip archive");
+    for (size_t k = 1; k < 8; ++k)
+      for (size_t i = 0; i < 256; ++i) t[k][i] = t[k - 1][i] >> 8 ^ t[0][t[k - 1][i] & 0xFF];
+    return t;
+  }();
+  uint32_t c = ~before;
+  for (; size >= 8; data += 8, size -= 8) {
+    c ^= static_cast<uint32_t>(data[0]) | static_cast<uint32_t>(data[1]) << 8 | static_cast<uint32_t>(data[2]) << 16 | static_cast<uint32_t>(data[3]) << 24;
+    c = table[7][c & 0xFF] ^ table[6][c >> 8 & 0xFF] ^ table[5][c >> 16 & 0xFF] ^ table[4][c >> 24] ^ table[3][data[4]] ^
+        table[2][data[5]] ^ table[1][data[6]] ^ table[0][data[7]];
   }
-  throw Error(path + " is not an mmembed artifact: it holds no identity card");
+  for (; size; ++data, --size) c = c >> 8 ^ table[0][(c ^ *data) & 0xFF];
+  return ~c;
 }
+
+// An artifact as a file, or as bytes in memory.
+class Archive {
+ public:
+  explicit Archive(const std::string& path) : name_(path), path_(path) {
+    if (std::filesystem::is_directory(path)) throw Error(path + " is not an mmembed artifact: it is a folder");
+    { std::ifstream in(path, std::ios::binary); if (!in) throw Error(path + ": " + std::strerror(errno)); }
+    in_ = std::make_shared<caffe2::serialize::FileAdapter>(path);
+  }
+  explicit Archive(std::string_view content)
+      : name_("the artifact in memory"), content_(content),
+        in_(std::make_shared<caffe2::serialize::MemoryReadAdapter>(content.data(), static_cast<off_t>(content.size()))) {}
+
+  const std::string& name() const { return name_; }
+  const std::shared_ptr<caffe2::serialize::ReadAdapterInterface>& in() const { return in_; }
+
+  // f(path): of the file itself, or of one that is written for the call.
+  template <class F>
+  auto with_path(F f) const {
+    if (!path_.empty()) return f(path_);
+    struct Temporary {
+      std::string path = (std::filesystem::temp_directory_path() / "mmembed-XXXXXX.pt2").string();
+      int file = mkstemps(path.data(), 4);
+      ~Temporary() { if (file >= 0) close(file), unlink(path.c_str()); }
+    } made;
+    for (size_t done = 0; done < content_.size() || made.file < 0;) {
+      const ssize_t n = made.file < 0 ? -1 : write(made.file, content_.data() + done, content_.size() - done);
+      if (n < 0) throw Error(made.path + ": " + std::strerror(errno));
+      done += static_cast<size_t>(n);
+    }
+    return f(made.path);
+  }
+
+  // The identity card, JSON.
+  std::string card() const {
+    std::string found;
+    try {
+      caffe2::serialize::PyTorchStreamReader archive(in_);
+      if (archive.hasRecord("extra/card.json")) {
+        auto [data, size] = archive.getRecord("extra/card.json");
+        found = std::string(static_cast<const char*>(data.get()), size);
+      }
+    } catch (const std::exception&) {
+      throw Error(name_ + " is not an mmembed artifact, or is truncated: it is no complete zip archive");
+    }
+    if (found.empty()) throw Error(name_ + " is not an mmembed artifact: it holds no identity card");
+    return found;
+  }
+
+  // The first record that is not what its CRC-32 says, "" for none; torch does not look at it.
+  std::string damaged() const {
+    const uint64_t size = in_->size();
+    std::string tail = bytes(size - std::min<uint64_t>(size, 65557), std::min<uint64_t>(size, 65557));
+    const size_t end = tail.rfind("PK\5\6");
+    if (end == std::string::npos || tail.size() - end < 22) return "the directory";
+    uint64_t count = number(tail, end + 10, 2), at = number(tail, end + 16, 4), length = number(tail, end + 12, 4);
+    if (count == 0xFFFF || at == 0xFFFFFFFF || length == 0xFFFFFFFF) {
+      if (end < 20 || tail.compare(end - 20, 4, "PK\6\7")) return "the directory";
+      const std::string wide = bytes(number(tail, end - 12, 8), 56);
+      if (wide.compare(0, 4, "PK\6\6")) return "the directory";
+      count = number(wide, 32, 8), length = number(wide, 40, 8), at = number(wide, 48, 8);
+    }
+    if (at > size || length > size - at) return "the directory";
+    const std::string all = bytes(at, length);
+    for (size_t i = 0; count; --count) {
+      if (all.size() < i + 46 || all.compare(i, 4, "PK\1\2")) return "the directory";
+      const uint64_t method = number(all, i + 10, 2), crc = number(all, i + 16, 4), named = number(all, i + 28, 2), extra = number(all, i + 30, 2);
+      uint64_t stored = number(all, i + 20, 4), whole = number(all, i + 24, 4), place = number(all, i + 42, 4);
+      if (all.size() < i + 46 + named + extra) return "the directory";
+      const std::string full = all.substr(i + 46, named), name = full.substr(full.find('/') + 1);
+      for (size_t x = i + 46 + named; x + 4 <= i + 46 + named + extra; x += 4 + number(all, x + 2, 2)) {
+        if (number(all, x, 2) != 1) continue;  // sizes of eight bytes
+        size_t y = x + 4;
+        for (uint64_t* value : {&whole, &stored, &place})
+          if (*value == 0xFFFFFFFF && y + 8 <= all.size()) *value = number(all, y, 8), y += 8;
+      }
+      const std::string head = bytes(place, 30);
+      if (head.compare(0, 4, "PK\3\4")) return name;
+      uint64_t from = place + 30 + number(head, 26, 2) + number(head, 28, 2);
+      uint32_t sum = 0;
+      if (method) {
+        caffe2::serialize::PyTorchStreamReader archive(in_);
+        try {
+          auto [data, n] = archive.getRecord(name);
+          sum = crc32(static_cast<const uint8_t*>(data.get()), n);
+        } catch (const std::exception&) {
+          return name;
+        }
+      } else {
+        for (uint64_t left = stored; left;) {
+          const std::string part = bytes(from, std::min<uint64_t>(left, 1 << 20));
+          sum = crc32(reinterpret_cast<const uint8_t*>(part.data()), part.size(), sum);
+          from += part.size(), left -= part.size();
+        }
+      }
+      if (sum != crc) return name;
+      i += 46 + named + extra + number(all, i + 32, 2);
+    }
+    return "";
+  }
+
+ private:
+  std::string bytes(uint64_t at, uint64_t n) const {
+    std::string out(n, '\0');
+    if (n && in_->read(at, out.data(), n, "archive") != n) throw Error(name_ + " is damaged: it ends within a record");
+    return out;
+  }
+
+  static uint64_t number(const std::string& x, size_t at, size_t width) {
+    uint64_t out = 0;
+    for (size_t i = width; i--;) out = out << 8 | static_cast<uint8_t>(x.at(at + i));
+    return out;
+  }
+
+  std::string name_, path_;
+  std::string_view content_;
+  std::shared_ptr<caffe2::serialize::ReadAdapterInterface> in_;
+};
+
+// The identity card (JSON) of an artifact, read without loading the model.
+inline std::string read_card(const std::string& path) { return Archive(path).card(); }
 
 // A string or literal field on the top level of the card, "" when absent. The card is flat where hosts need it.
 inline std::string card_field(const std::string& card, const std::string& key) {
@@ -245,26 +428,29 @@ class Package {
  public:
   static constexpr const char* kRest = "mmembed/rest.pt";
 
-  static bool is(const std::string& path) { return caffe2::serialize::PyTorchStreamReader(path).hasRecord(kRest); }
+  static bool is(const Archive& file) { return caffe2::serialize::PyTorchStreamReader(file.in()).hasRecord(kRest); }
 
-  Package(const std::string& path, const std::string& card, size_t runners = 2) {
+  Package(const Archive& file, const std::string& card, size_t runners = 2) {
     const std::string made = card_field(card.substr(card.find("\"compiled\"")), "cpu"), here = at::get_cpu_capability();
     const std::map<std::string, int> level = {{"DEFAULT", 0}, {"AVX2", 1}, {"AVX512", 2}};
     if (level.count(made) && (!level.count(here) || level.at(here) < level.at(made)))
-      throw Error(path + " was compiled for " + made + ", this processor has " + here + ": export it here, or with cpu='" + here + "'");
+      throw Error(file.name() + " was compiled for " + made + ", this processor has " + here + ": export it here, or with cpu='" + here + "'");
     load_beside("libtorch_cuda.so");  // the programs name libtorch.so as what they need
     load_beside("libtorch.so");
-    caffe2::serialize::PyTorchStreamReader archive(path);
+    caffe2::serialize::PyTorchStreamReader archive(file.in());
     auto [data, size] = archive.getRecord(kRest);
     std::istringstream in(std::string(static_cast<const char*>(data.get()), size));
     rest_ = torch::jit::load(in, torch::kCPU);
     plain_ = rest_.attr("before_text").toModule().type()->name()->name() == "SameTexts";  // no step of the user's before the tokenizer
-    for (const char* name : {"tokenize", "text", "image", "pair"}) {
-      const std::string folder = std::string("data/aotinductor/") + name + "/";
-      for (const auto& record : archive.getAllRecords())
-        if (record.rfind(folder, 0) == 0 && !programs_.count(name))
-          programs_[name] = std::make_unique<torch::inductor::AOTIModelPackageLoader>(path, name, false, runners);
-    }
+    file.with_path([&](const std::string& path) {
+      for (const char* name : {"tokenize", "text", "image", "pair"}) {
+        const std::string folder = std::string("data/aotinductor/") + name + "/";
+        for (const auto& record : archive.getAllRecords())
+          if (record.rfind(folder, 0) == 0 && !programs_.count(name))
+            programs_[name] = std::make_unique<torch::inductor::AOTIModelPackageLoader>(path, name, false, runners);
+      }
+      return true;
+    });
   }
 
   const torch::jit::Module& rest() const { return rest_; }
@@ -297,11 +483,31 @@ class Package {
   std::map<std::string, std::unique_ptr<torch::inductor::AOTIModelPackageLoader>> programs_;
 };
 
+// While it lives, a program's own autocast is off in this thread: an artifact computes in the types that it was exported with.
+struct AutocastOff {
+  const bool cpu = at::autocast::is_autocast_enabled(at::kCPU), cuda = at::autocast::is_autocast_enabled(at::kCUDA);
+  AutocastOff() { set(false, false); }
+  ~AutocastOff() { set(cpu, cuda); }
+  AutocastOff(const AutocastOff&) = delete;
+  AutocastOff& operator=(const AutocastOff&) = delete;
+
+ private:
+  void set(bool on_cpu, bool on_cuda) const {
+    if (cpu) at::autocast::set_autocast_enabled(at::kCPU, on_cpu);
+    if (cuda) at::autocast::set_autocast_enabled(at::kCUDA, on_cuda);
+  }
+};
+
 // A loaded artifact, scripted or compiled. Calls are const and may come from several threads; what they return lies on the CPU.
 class Embedder {
  public:
-  explicit Embedder(const std::string& path, Options options = {})
-      : options_(std::move(options)), card_(read_card(path)) {
+  explicit Embedder(const std::string& path, Options options = {}) : Embedder(Archive(path), std::move(options)) {}
+
+  // Of an artifact's content, which is not needed any more afterwards.
+  static Embedder from_memory(std::string_view content, Options options = {}) { return Embedder(Archive(content), std::move(options)); }
+
+  Embedder(const Archive& file, Options options) : options_(std::move(options)), card_(file.card()) {
+    const std::string& path = file.name();
     auto at_least = [](const char* name, int64_t value, int64_t least) {
       if (value >= least) return;
       throw Error(std::string(name) + " must be at least " + std::to_string(least) + ", got " + std::to_string(value));
@@ -309,6 +515,8 @@ class Embedder {
     at_least("batch_size", options_.batch_size, 1);
     at_least("decoders", options_.decoders, 1);
     at_least("threads", options_.threads, 0);
+    at_least("max_pixels", options_.max_pixels, 0);
+    if (card_field(card_, "format") != "mmembed") throw Error(path + " is not an mmembed artifact: its card is not an mmembed card");
     if (const std::string v = card_field(card_, "format_version"); std::atoll(v.c_str()) > kFormatVersion)
       throw Error(path + " has format " + v + "; this header reads up to " + std::to_string(kFormatVersion) + ": take a newer mmembed.hpp");
     if (card_field(card_, "decode") == "true") {
@@ -322,12 +530,15 @@ class Embedder {
     }
     if (options_.threads > 0) at::set_num_threads(options_.threads);
     torch::jit::getProfilingMode() = false;  // its recompilations make the first calls slow
-    const bool compiled = Package::is(path);
+    if (options_.check)
+      if (const std::string bad = file.damaged(); !bad.empty())
+        throw Error(path + " is damaged: " + bad + " is not as it was written; copy it anew, or export it again");
+    const bool compiled = Package::is(file);
     if (compiled && !options_.device.is_cpu())
       throw Error(path + " was compiled for the CPU, not for " + options_.device.str() + ": load the TorchScript artifact there");
     try {
-      if (compiled) package_ = std::make_shared<Package>(path, card_);
-      module_ = compiled ? package_->rest() : torch::jit::load(path, options_.device);
+      if (compiled) package_ = std::make_shared<Package>(file, card_);
+      module_ = compiled ? package_->rest() : torch::jit::load(file.in(), options_.device);
     } catch (const Error&) {
       throw;
     } catch (const std::exception& e) {
@@ -396,6 +607,7 @@ class Embedder {
   Pixels preprocess(const Image& image) const {
     torch::NoGradGuard no_grad;
     if (const std::string error = unusable(image); !error.empty()) return {torch::Tensor(), error};
+    if (const std::string error = too_large(image); !error.empty()) return {torch::Tensor(), error};
     try {
       return {call("preprocess_image", {here(image)}).toTensor(), ""};
     } catch (const Error& e) {
@@ -439,25 +651,35 @@ class Embedder {
   }
 
   // The labels of scores (B, C) of pairs, or of embeddings (B, D) for an artifact that was exported with labels;
-  // top_k at most, 0 for as many as the artifact says.
+  // top_k at most, 0 for as many as the artifact says. An item that failed, a row of zeros or NaN, has none.
   Labelled classify(const torch::Tensor& rows, int64_t top_k = 0) const {
     if (labels_.empty()) throw Error("this artifact has no labels: export it with labels=");
     torch::NoGradGuard no_grad;
     if (top_k < 0) throw Error("top_k must be 0 or more, got " + std::to_string(top_k));
     auto f = call(pairs_ ? "classify_scores" : "classify_embedding", {fitting(rows, "rows", "B"), top_k}).toTuple()->elements();
-    Labelled out{{}, f[1].toTensor().to(torch::kCPU), f[2].toTensor().to(torch::kCPU)};
+    const torch::Tensor bad = pairs_ ? rows.isnan().any(1).cpu() : failed(rows), without = bad.unsqueeze(1);
+    Labelled out{{}, f[1].toTensor().to(torch::kCPU).masked_fill(without, -1), f[2].toTensor().to(torch::kCPU).masked_fill(without, 0)};
     for (const auto& row : f[0].toListRef()) {
+      const bool skip = bad[static_cast<int64_t>(out.labels.size())].item<bool>();
       out.labels.emplace_back();
+      if (skip) continue;
       for (const auto& label : row.toListRef()) out.labels.back().push_back(label.toStringRef());
     }
     return out;
   }
 
-  // Scores float32 (T, I) of embeddings (T, D) and (I, D).
+  // Scores float32 (T, I) of embeddings (T, D) and (I, D). An item that failed, a row of zeros, scores NaN; an embedding of bits may be
+  // all zeros, so pass what encode_image gave there.
   torch::Tensor score(const torch::Tensor& text, const torch::Tensor& image) const {
     embeds("score");
     torch::NoGradGuard no_grad;
-    return call("score", {fitting(text, "text", "T"), fitting(image, "image", "I")}).toTensor().to(torch::kCPU);
+    torch::Tensor out = call("score", {fitting(text, "text", "T"), fitting(image, "image", "I")}).toTensor().to(torch::kCPU);
+    return out.masked_fill(failed(text).unsqueeze(1).logical_or(failed(image)), std::nan(""));
+  }
+
+  // The same of what encode_image gave: an image that failed scores NaN.
+  torch::Tensor score(const torch::Tensor& text, const Encoded& image) const {
+    return score(text, image.embedding).masked_fill(failed(image), std::nan(""));
   }
 
  private:
@@ -484,6 +706,24 @@ class Embedder {
     const bool file = image.data.dim() == 1, rgb = image.data.dim() == 3 && image.data.size(0) == 3 && image.data.numel() > 0;
     if (image.data.scalar_type() == torch::kUInt8 && (file || rgb)) return "";
     return "image must be uint8: a file (N,) or decoded RGB (3, H, W), got " + said(image.data);
+  }
+
+  // Why an image has more pixels than options().max_pixels; what else is wrong with it the artifact says.
+  std::string too_large(const Image& image) const {
+    if (!options_.max_pixels) return "";
+    const ImageInfo info = probe(image);
+    if (!info.error.empty() || info.width <= options_.max_pixels / std::max<int64_t>(info.height, 1)) return "";
+    return info.format + " of " + std::to_string(info.width) + " x " + std::to_string(info.height) + " pixels is more than max_pixels=" +
+           std::to_string(options_.max_pixels);
+  }
+
+  // Rows of zeros, bool (B,): an item that failed. Not told from an embedding of bits, which may be all zeros.
+  torch::Tensor failed(const torch::Tensor& rows) const { return type_ == torch::kUInt8 ? torch::zeros({rows.size(0)}, torch::kBool) : rows.eq(0).all(1).cpu(); }
+
+  static torch::Tensor failed(const Encoded& image) {
+    torch::Tensor out = torch::zeros({static_cast<int64_t>(image.errors.size())}, torch::kBool);
+    for (size_t i = 0; i < image.errors.size(); ++i) out[static_cast<int64_t>(i)] = !image.ok(i);
+    return out;
   }
 
   static torch::Tensor here(const Image& image) {
@@ -531,6 +771,7 @@ class Embedder {
   }
 
   c10::IValue call(const char* method, std::vector<c10::IValue> inputs) const {
+    const AutocastOff steady;
     try {
       return package_ ? package_->call(method, std::move(inputs)) : module_.get_method(method)(std::move(inputs));
     } catch (const std::exception& e) {

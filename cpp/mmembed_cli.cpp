@@ -3,10 +3,9 @@
 
 #include <sys/resource.h>
 
-#include <array>
 #include <chrono>
 
-using mmembed::numbers, mmembed::quote;
+using mmembed::crc32, mmembed::numbers, mmembed::quote;
 
 namespace {
 
@@ -21,6 +20,9 @@ const char* kUsage =
     "  --decoders N     threads that decode images (1)\n"
     "  --threads N      threads for one operation\n"
     "  --device D       cpu, cuda, cuda:1, ...\n"
+    "  --max-pixels N   of an image; the artifact's own limit where that is less\n"
+    "  --check          hold every record of the file to its CRC-32 before it is loaded\n"
+    "  --memory         read the file and load it from memory\n"
     "  --dump DIR       write each image's pixels, uint8 (3, S, S), to DIR/<index>.bin\n"
     "  --torchcodec F   libtorchcodec_image.so\n"
     "  --card           print the identity card and stop\n"
@@ -29,21 +31,6 @@ const char* kUsage =
     "\"embedding\"} or {\"kind\": \"image\", \"index\", \"error\"}. An artifact that scores pairs has no embeddings; with as many texts as\n"
     "images it prints {\"kind\": \"pair\", \"index\", \"scores\"} for text i with image i, too.\n"
     "Exit status: 0, 1 when an item failed, 2 when nothing ran.\n";
-
-uint32_t crc32(const uint8_t* data, size_t size) {
-  static const auto table = [] {
-    std::array<uint32_t, 256> t{};
-    for (uint32_t i = 0; i < 256; ++i) {
-      uint32_t c = i;
-      for (int k = 0; k < 8; ++k) c = c & 1 ? 0xEDB88320u ^ (c >> 1) : c >> 1;
-      t[i] = c;
-    }
-    return t;
-  }();
-  uint32_t c = 0xFFFFFFFFu;
-  for (size_t i = 0; i < size; ++i) c = table[(c ^ data[i]) & 0xFF] ^ (c >> 8);
-  return c ^ 0xFFFFFFFFu;
-}
 
 torch::Device device(const std::string& name) {
   try {
@@ -113,7 +100,7 @@ int run(int argc, char** argv) {
   std::vector<std::string> texts;
   std::vector<mmembed::Image> images;
   mmembed::Options options;
-  bool card = false;
+  bool card = false, memory = false;
   int64_t timed = 0;
   for (int i = 1; i < argc; ++i) {
     std::string a = argv[i];
@@ -136,6 +123,9 @@ int run(int argc, char** argv) {
     else if (a == "--time") timed = number(a, value());
     else if (a == "--threads") options.threads = static_cast<int>(number(a, value()));
     else if (a == "--device") options.device = device(value());
+    else if (a == "--max-pixels") options.max_pixels = number(a, value());
+    else if (a == "--check") options.check = true;
+    else if (a == "--memory") memory = true;
     else if (a == "--dump") dump = value();
     else if (a == "--torchcodec") options.torchcodec = value();
     else if (a.rfind("--", 0) == 0) throw mmembed::Error("unknown option " + a + "; see --help");
@@ -145,7 +135,7 @@ int run(int argc, char** argv) {
   if (model.empty()) { std::fputs(kUsage, stderr); return 2; }
   if (card) { std::puts(mmembed::read_card(model).c_str()); return 0; }
 
-  mmembed::Embedder emb(model, options);
+  const mmembed::Embedder emb = memory ? mmembed::Embedder::from_memory(mmembed::read_file(model), options) : mmembed::Embedder(model, options);
   if (timed) return clock_it(emb, texts, images, timed), 0;
   const size_t step = static_cast<size_t>(options.batch_size);
   for (size_t i = 0; i < texts.size(); i += step) {

@@ -174,6 +174,7 @@ def open_streams():
         except OSError: os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
     for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
         if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, mode, encoding='utf-8'))
+    if getattr(sys.stdout, 'errors', '') == 'strict': sys.stdout.reconfigure(errors='surrogateescape')  # file names that are not UTF-8
 
 def output_fails() -> bool:
     "Tell whether standard output can no longer be written to; what is left of it is then dropped."

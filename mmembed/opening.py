@@ -6,7 +6,7 @@ Docs: https://mmembed.github.io/mmembed/opening.html.md"""
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'NEEDED', 'Card', 'read_card', 'records_of', 'records_hash', 'damaged', 'checked',
-           'register_image_ops', 'reason', 'device_of', 'prepack']
+           'register_image_ops', 'reason', 'device_of', 'prepack', 'steady', 'named']
 
 # %% ../nbs/33_opening.ipynb #7991f72f
 import hashlib
@@ -15,10 +15,12 @@ import io
 import json
 import os
 import re
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import BinaryIO
@@ -170,3 +172,26 @@ def prepack(
     layers = [m for m in module.modules() if hasattr(m, 'pack')] if torch.backends.mkldnn.is_available() else []
     for m in layers: m.pack()
     return len(layers)
+
+# %% ../nbs/33_opening.ipynb #4b4367ce
+@contextmanager
+def steady():
+    "No gradients, and no autocast of the caller's."
+    with torch.no_grad():
+        if not torch.is_autocast_enabled('cpu') and not torch.is_autocast_enabled('cuda'): yield
+        else:
+            with torch.autocast('cpu', enabled=False), torch.autocast('cuda', enabled=False): yield
+
+# %% ../nbs/33_opening.ipynb #b96b4ff4
+@contextmanager
+def named(
+    path: str | Path,
+) -> Iterator[str | Path]:
+    "Yield `path`, or where its name is not UTF-8 that of a link to it, which is there as long as the context is."
+    try: str(path).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory(prefix='mmembed-') as d:
+            link = Path(d)/('model' + Path(path).suffix.encode('utf-8', 'ignore').decode())
+            link.symlink_to(Path(path).absolute())
+            yield link
+    else: yield path

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .core import quietly
-from .opening import reason
+from .opening import named, reason
 
 # %% ../nbs/34_packaged.ipynb #fcddf6f7
 class Packaged:
@@ -109,7 +109,7 @@ class Packaged:
         return torch.stack(levels) if levels else torch.empty(0, 3, *self.size, dtype=torch.uint8)
 
     def _packed(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        rows = [t.encode() for t in texts]
+        rows = [t.encode('utf-8', 'surrogatepass') for t in texts]
         data = b''.join(rows)
         return torch.frombuffer(bytearray(data or b'-'), dtype=torch.uint8)[:len(data)], torch.tensor([0, *map(len, rows)]).cumsum(0)
 
@@ -122,7 +122,8 @@ def opened(
 ):
     "The module in the file: TorchScript's, or a `Packaged`. Raises `ValueError` where it cannot be loaded."
     if 'compiled' not in card:
-        try: found = quietly(torch.jit.load, str(path), map_location=device).eval()
+        try:
+            with named(path) as plain: found = quietly(torch.jit.load, str(plain), map_location=device).eval()
         except RuntimeError as e:
             why = 'its towers call oneDNN, which this torch lacks; export it with portable=True' if 'builtin op: mkldnn' in str(e) else reason(e)
             raise ValueError(f'{path} cannot be loaded: {why}') from None
@@ -131,4 +132,4 @@ def opened(
         from mmembed.graphs import Captured
         return Captured(found, card, sizes)
     if torch.device(device).type != 'cpu': raise ValueError(f'{path} was compiled for the CPU, not for {device}: load the TorchScript artifact there')
-    return Packaged(path, card)
+    with named(path) as plain: return Packaged(plain, card)

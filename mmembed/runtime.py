@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from .core import ImageInfo, Tokens, filled, lengthened, pack, stack_levels, text_lengths
-from .opening import FORMAT_VERSION, checked, device_of, prepack, read_card, reason, register_image_ops
+from .opening import FORMAT_VERSION, checked, device_of, prepack, read_card, reason, register_image_ops, steady
 from .inputs import DOT, ahead, as_image, decoders as threads_for, enough, items_of, name_of, pixels_of, rows_of, text_error, tokens_of, watched, whole
-from .results import Encoded, Profile, Ranking, Scored, Similarity, check, plain, policy, ranking, settle, stages
+from .results import Encoded, Profile, Ranking, Scored, Similarity, check, failed, plain, policy, ranking, settle, stages
 from .graphs import sizes_of
 from .packaged import opened
 
@@ -51,6 +51,7 @@ class Embedder:
         graphs: Sequence[int] | None = None, # batch sizes whose towers become CUDA graphs on a GPU; None: as the file was exported
         check: bool | None = None,      # is the file as it was written? None: by the archive's CRCs, True: by the card's SHA-256, False: do not look
     ):
+        self.given = dict(device=str(device), threads=threads, batch_size=batch_size, deterministic=deterministic, graphs=graphs, check=check)
         self.card = read_card(path)
         own = self.card.get('variant', {}).get('deterministic', 0)  # rows to which the file fills its batches
         self.deterministic, self.fills = bool(deterministic or own), bool(deterministic and not own)
@@ -74,7 +75,7 @@ class Embedder:
         texts: Iterable[str | bytes],
     ) -> Tokens: # ids and mask int64 (B, L)
         "The token ids that the text tower sees."
-        with torch.no_grad(): return Tokens(*self.module.tokenize(*self._packed(list(items_of(texts, 'texts')))))
+        with steady(): return Tokens(*self.module.tokenize(*self._packed(list(items_of(texts, 'texts')))))
 
     def enough(
         self,
@@ -135,12 +136,12 @@ class Embedder:
         rows = len(tokens.ids)
         if not rows: return self._nothing
         if not self.fills and rows <= self.batch_size:
-            with torch.no_grad(): return self.module.model.encode_text(tokens)
+            with steady(): return self.module.model.encode_text(tokens)
         lengths, parts, places = self._lengths(tokens), [], []
         for n in lengths.unique().tolist():
             for at in (lengths == n).nonzero().flatten().split(self.batch_size):
                 part = join_tokens([Tokens(*(x[at, :n] for x in tokens))], self.module.text_pipeline.pad_id, n)
-                with torch.no_grad(): parts.append(self.module.model.encode_text(Tokens(*map(self._filled, part)))[:len(at)])
+                with steady(): parts.append(self.module.model.encode_text(Tokens(*map(self._filled, part)))[:len(at)])
                 places.append(at)
         return torch.cat(parts)[torch.cat(places).argsort()]
 
@@ -152,7 +153,7 @@ class Embedder:
         self._embeds()
         parts = pixels_of(pixels, self.card['image_size'], 'compiled' not in self.card).split(self.batch_size)
         if not len(pixels): return self._nothing
-        with torch.no_grad(): done = [self.module.encode_pixels(self._filled(x))[:len(x)] for x in parts]
+        with steady(): done = [self.module.encode_pixels(self._filled(x))[:len(x)] for x in parts]
         return torch.cat(done) if len(done) > 1 else done[0]
 
     def preprocess(
@@ -162,7 +163,7 @@ class Embedder:
         "The pixels that the image tower sees, before normalisation. Raises `ValueError`, `TypeError` or `OSError`."
         data = self._as_image(image)
         try:
-            with torch.no_grad(): return self.module.preprocess_image(data)
+            with steady(): return self.module.preprocess_image(data)
         except (RuntimeError, torch.jit.Error) as e: raise ValueError(reason(e)) from None
 
     def decode(
@@ -173,7 +174,7 @@ class Embedder:
         data = self._as_image(image)
         if data.ndim == 3: return data
         try:
-            with torch.no_grad(): return self.module.vision_pipeline.decode(data)
+            with steady(): return self.module.vision_pipeline.decode(data)
         except (RuntimeError, torch.jit.Error) as e: raise ValueError(reason(e)) from None
 
     def probe(
@@ -199,9 +200,10 @@ class Embedder:
         images, # images, or their embeddings float32 (I, D)
         numpy: bool = False, # an array for the tensor
     ) -> Tensor: # float32 (T, I)
-        "`logit_scale * cosine + logit_bias` of every text with every image."
+        "`logit_scale * cosine + logit_bias` of every text with every image; NaN where an embedding is zeros, as `encode_image` gives one for an item that failed."
         text, image = self._embedded(texts, 'texts', self.encode_text), self._embedded(images, 'images', self.encode_image)
-        with torch.no_grad(): return plain(self.module.score(text, image), numpy)
+        with steady(): scores = self.module.score(text, image)
+        return plain(scores.masked_fill(failed(text)[:, None] | failed(image), torch.nan), numpy)
 
     def rank(
         self,
@@ -336,12 +338,12 @@ class Embedder:
         except (TypeError, ValueError) as e: return None, reason(e)
 
     def _texts(self, texts: list) -> Tensor:
-        with torch.no_grad():
+        with steady():
             if self.fills: return self.encode_tokens(Tokens(*self.module.tokenize(*self._packed(texts))))
             return self.module.encode_text_bytes(*self._packed(texts))
 
     def _pairs(self, texts: list, levels: Tensor) -> Tensor:
-        with torch.no_grad():
+        with steady():
             if not self.fills: return self.module.score_pairs(*self._packed(texts), levels)
             tokens = join_tokens([Tokens(*self.module.tokenize(*self._packed(texts)))], self.module.text_pipeline.pad_id, self.card['max_length'])
             return self.module.model(Tokens(*map(self._filled, tokens)), self.module.normalized(self._filled(levels)))[:len(texts)].float()
@@ -349,7 +351,7 @@ class Embedder:
     def _packed(self, texts: list) -> tuple: return pack([self.enough(t) if hasattr(t, '__len__') else t for t in texts])
 
     def _full(self, text: bytes) -> bool: # whether it has as many tokens as are kept
-        with torch.no_grad(): return int(self.module.tokenize(*pack([text]))[1].sum()) == self.card['max_length']
+        with steady(): return int(self.module.tokenize(*pack([text]))[1].sum()) == self.card['max_length']
 
     def _lengths(self, tokens: Tokens) -> Tensor: # int64 (B,): the length to which a row is filled, which only its own tokens decide
         used = (tokens.mask * torch.arange(1, tokens.mask.shape[1] + 1, device=tokens.mask.device)).amax(1)
@@ -367,8 +369,9 @@ class Embedder:
         return encode(x) if rows is None else rows.to(self.device)
 
     def _picked(self, method: str, rows: Tensor, top_k: int) -> list:
-        with torch.no_grad(): found = getattr(self.module, method)(rows, top_k)
-        return [list(zip(labels, p)) for labels, p in zip(found.labels, found.probability.tolist())]
+        with steady(): found = getattr(self.module, method)(rows, top_k)
+        bad = (failed(rows) if method == 'classify_embedding' else rows.isnan().any(1)).tolist()
+        return [[] if b else list(zip(labels, p)) for labels, p, b in zip(found.labels, found.probability.tolist(), bad)]
 
     def _labelled(self, top_k: int):
         if not self.labels: raise TypeError(f'{self.path.name} has no labels: export it with labels=')
@@ -382,7 +385,7 @@ class Embedder:
 
     @cached_property
     def _nothing(self) -> Tensor: # (0, D), as it answers
-        with torch.no_grad():
+        with steady():
             if self.pairs: return torch.zeros(0, self.dim, device=self.device)
             return self.module.encode_text_bytes(*pack([]))
 
@@ -393,6 +396,13 @@ class Embedder:
         return f"Embedder({self.path.name!r}, {c['short_hash']}: {c['parameters']:,} parameters, {what}, device={str(self.device)!r}{more})"
 
     def _repr_html_(self): return self.card._repr_html_()
+
+    def __reduce__(self): return _again, (type(self), str(self.path.absolute()), self.card['content_hash'], self.given)
+
+def _again(kind: type, path: str, content_hash: str, given: dict) -> Embedder: # unpickled, where the file is there too
+    if (found := read_card(path)['content_hash']) != content_hash:
+        raise ValueError(f'{path} is another artifact than the one that was pickled: {found[:12]}, not {content_hash[:12]}')
+    return kind(path, **given)
 
 # %% ../nbs/30_runtime.ipynb #aaed0704
 def load(

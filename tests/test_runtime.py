@@ -1,4 +1,6 @@
 import io
+import os
+import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +13,7 @@ from PIL import Image
 
 from mmembed.core import Tokens, as_bytes, pack, quietly
 from mmembed.export import cases
-from mmembed.export.verify import export
+from mmembed.export.verify import export, verify
 from mmembed.results import ranking
 from mmembed.runtime import Embedder, Encoded, load, reason
 
@@ -492,3 +494,58 @@ def test_what_cannot_be_cut_is_read_whole(emb):
     for text in ['q' * 50_000, ' ' * 50_000 + 'a red circle', '\u0301' * 20_000]:
         assert emb.enough(text) == text
         assert torch.equal(emb.tokenize([text]).ids, emb.module.tokenize(*pack([text]))[0])
+
+
+def test_an_item_that_failed_is_never_first(emb, judge, tmp_path):
+    "A row of zeros would beat every image that is unlike the text."
+    done = emb.encode_image([b'broken', FILES['quality 75.jpg'], FILES['RGBA.png']], on_error='flag')
+    scores = emb.score(['a', 'b'], done.embedding)
+    assert scores[:, 0].isnan().all() and torch.equal(scores[:, 1:], emb.score(['a', 'b'], done.embedding[1:]))
+    r, want = emb.rank(['a', 'b'], done.embedding), emb.rank(['a', 'b'], done.embedding[1:])
+    assert torch.equal(r.index[:, :2], want.index + 1) and r.index[:, 2].eq(0).all() and torch.allclose(r.probability[:, :2], want.probability)
+    assert r.score[:, 2].isnan().all() and r.probability[:, 2].eq(0).all() and 'nan' in r._repr_html_()
+    assert emb.rank(['a'], torch.zeros(2, 24)).probability.eq(0).all() and emb.rank(['a'], done.embedding, by='image').index.shape == (3, 1)
+    assert 'nan' in emb.similarity(['a'], done.embedding)._repr_html_()
+    export(tiny.model(), tmp_path/'m.pt', fresh=False, cpp=False, output='int8', labels=['x', 'y'])
+    named = load(tmp_path/'m.pt')
+    rows = named.encode_image([b'broken', FILES['RGBA.png']], on_error='flag').embedding
+    assert named.score(['a'], rows)[0].isnan().tolist() == [True, False] and [len(x) for x in named.classify_image(rows)] == [0, 2]
+
+
+def test_the_callers_autocast_changes_nothing(emb, judge, tmp_path):
+    "Where texts failed, and a file of torch's own layers was off by 0.002; the first call of a fresh file too."
+    export(tiny.model(), tmp_path/'p.pt', fresh=False, cpp=False, portable=True)
+    images = [FILES['RGBA.png'], FILES['quality 75.jpg']]
+    for path in (tiny.artifact(), tmp_path/'p.pt'):
+        cold, want = load(path), load(path)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            got = cold.encode_text(tiny.CAPTIONS), cold.encode_image(images), cold.score(['a'], images), cold.encode_tokens(cold.tokenize(['a']))
+            assert torch.is_autocast_enabled('cpu') and (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+        assert torch.equal(got[0], want.encode_text(tiny.CAPTIONS)) and torch.equal(got[1], want.encode_image(images))
+        assert torch.equal(got[2], want.score(['a'], images)) and torch.equal(got[3], want.encode_text(['a'])) and torch.equal(cold.encode_text(tiny.CAPTIONS), got[0])
+    with torch.autocast('cpu'): scores = load(tiny.pair_artifact()).scores(['a'], images[:1])
+    assert torch.equal(scores, judge.scores(['a'], images[:1]))
+
+
+def test_an_embedder_pickles_by_its_path(emb, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny.artifact().parent)
+    mine = Embedder(tiny.artifact().name, batch_size=3, deterministic=True)
+    data = pickle.dumps(mine)
+    monkeypatch.chdir(tmp_path)
+    again = pickle.loads(data)
+    assert len(data) < 1000 and (again.batch_size, again.deterministic) == (3, True) and torch.equal(again.encode_text(['a']), mine.encode_text(['a']))
+    export(tiny.model(), tmp_path/'m.pt', fresh=False, cpp=False)
+    data = pickle.dumps(load(tmp_path/'m.pt'))
+    export(tiny.model(seed=1), tmp_path/'m.pt', fresh=False, cpp=False)
+    with pytest.raises(ValueError, match='m.pt is another artifact than the one that was pickled'): pickle.loads(data)
+
+
+def test_a_path_that_is_not_utf8(emb, tmp_path):
+    path = tmp_path/os.fsdecode(b'caf\xe9')/os.fsdecode(b'm\xff.pt')
+    path.parent.mkdir()
+    path.write_bytes(tiny.artifact().read_bytes())
+    assert torch.equal(load(path).encode_text(['a']), emb.encode_text(['a'])) and repr(load(path)).startswith('Embedder(')
+    assert verify(path, cpp=False).ok
+    program = 'import sys; from mmembed.cli import main; sys.exit(main(sys.argv[1:]))'
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', program, 'verify', path], capture_output=True)
+    assert done.returncode == 0 and done.stdout.startswith(b'm\xff.pt '), done

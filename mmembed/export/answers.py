@@ -24,7 +24,7 @@ from . import host
 from .encoder import Encoder, Scorer, unstored
 from .steps import Classes, Same, SameTexts, Steps
 from .variants import Variant, prepared
-from ..opening import read_card, reason, register_image_ops
+from ..opening import named, read_card, reason, register_image_ops
 from ..packaged import Packaged, opened
 
 # %% ../../nbs/export/04a_answers.ipynb #ef797f09
@@ -120,9 +120,9 @@ class Eager:
 # %% ../../nbs/export/04a_answers.ipynb #bca58534
 def program() -> str:
     "What the fresh process runs."
-    head = ("import sys\nsys.modules['mmembed'] = None  # any import of it fails\nimport importlib.util, io, json, re, warnings, zipfile\n"
-            "from pathlib import Path\nimport torch\nfrom torch import Tensor\n")
-    return head + '\n'.join(inspect.getsource(f) for f in (register_image_ops, reason, quietly, Packaged, opened, answers)) + '''
+    head = ("import sys\nsys.modules['mmembed'] = None  # any import of it fails\nimport importlib.util, io, json, re, tempfile, warnings, zipfile\n"
+            "from collections.abc import Iterator\nfrom contextlib import contextmanager\nfrom pathlib import Path\nimport torch\nfrom torch import Tensor\n")
+    return head + '\n'.join(inspect.getsource(f) for f in (register_image_ops, reason, named, quietly, Packaged, opened, answers)) + '''
 path, card, asked, told, decode, threads, device = sys.argv[1:]
 torch.set_num_threads(int(threads))
 if decode == 'True': register_image_ops()

@@ -153,6 +153,7 @@ def save_package(
     from torch._inductor.utils import fresh_cache
     from torch.export.pt2_archive._package import PT2ArchiveWriter
     if why := missing(): raise RuntimeError(why)
+    if str(path).encode('utf-8', 'ignore').decode() != str(path): raise ValueError(f'{str(path)!r}: torch writes a package only where the path is UTF-8')
     cpu_options(cpu)
     made, mark = programs(artifact), {'mmembed': card['short_hash']}
     with fresh_cache():

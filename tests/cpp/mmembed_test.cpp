@@ -130,6 +130,47 @@ int main(int argc, char** argv) {
   CHECK(emb.score(text, alone).sizes() == torch::IntArrayRef({4, 1}));
   CHECK(error_of([&] { emb.score(torch::zeros({1, D}), torch::zeros({1, D + 1})); }).rfind("image must have the shape", 0) == 0);
 
+  // an item that failed is never ahead of one that did not
+  const torch::Tensor ranked = emb.score(text, mixed);
+  CHECK(ranked.sizes() == torch::IntArrayRef({4, 6}) && torch::allclose(ranked.select(1, 1), emb.score(text, alone).select(1, 0), 1e-5, 1e-5));
+  for (int64_t i : {0, 2, 3, 4, 5}) CHECK(ranked.select(1, i).isnan().all().item<bool>());
+  CHECK(torch::allclose(emb.score(text, mixed.embedding), ranked, 0, 0, true));
+  CHECK(emb.score(torch::zeros({1, D}), alone).isnan().all().item<bool>());
+
+  // a limit on pixels below the artifact's own
+  mmembed::Options few;
+  few.max_pixels = 99;
+  const Embedder careful(path, few);
+  auto limited = careful.encode_image({good, Image::rgb(torch::zeros({3, 9, 11}, torch::kUInt8)), Image::rgb(torch::zeros({3, 10, 10}, torch::kUInt8)), Image::bytes("x")});
+  const auto header = emb.probe(good);
+  CHECK(limited.errors[0] == header.format + " of " + std::to_string(header.width) + " x " + std::to_string(header.height) + " pixels is more than max_pixels=99");
+  CHECK(limited.ok(1) && limited.errors[2] == "rgb of 10 x 10 pixels is more than max_pixels=99" && limited.errors[3] == emb.preprocess(Image::bytes("x")).error);
+  CHECK(error_of([&] { mmembed::Options o; o.max_pixels = -1; Embedder e(path, o); }) == "max_pixels must be at least 0, got -1");
+
+  // from memory, which is given up afterwards; damage is found where it is looked for
+  mmembed::Options sure;
+  sure.check = true;
+  auto content = std::make_unique<std::string>(mmembed::read_file(path));
+  const Embedder held = Embedder::from_memory(*content, sure);
+  const Embedder looked(path, sure);
+  CHECK(held.card() == emb.card() && looked.card() == emb.card());
+  for (const auto& [mark, at] : std::vector<std::pair<std::string, size_t>>{{"top_k must not be negative", 3}, {"data.pkl", 4000}, {"PK\1\2", 17}}) {
+    std::string hurt = *content;
+    hurt[hurt.find(mark) + at] ^= 1;
+    CHECK(error_of([&] { Embedder::from_memory(hurt, sure); }).rfind("the artifact in memory is damaged: ", 0) == 0);
+  }
+  CHECK(error_of([&] { Embedder::from_memory(content->substr(0, content->size() / 2)); }).rfind("the artifact in memory is not an mmembed artifact, or is truncated", 0) == 0);
+  CHECK(error_of([&] { Embedder::from_memory(""); }).find("is not an mmembed artifact") != std::string::npos);
+  content.reset();
+  CHECK(torch::equal(held.encode_text({"a"}), emb.encode_text({"a"})) && torch::equal(held.encode_image({good}).embedding, alone));
+
+  // a program's own autocast is its own
+  at::autocast::set_autocast_enabled(at::kCPU, true);
+  const torch::Tensor inside = Embedder(path).encode_text({"a"});
+  CHECK(at::autocast::is_autocast_enabled(at::kCPU));
+  at::autocast::set_autocast_enabled(at::kCPU, false);
+  CHECK(torch::equal(inside, emb.encode_text({"a"})));
+
   // small batches give what large ones give
   mmembed::Options two;
   two.batch_size = 2;
@@ -149,7 +190,7 @@ int main(int argc, char** argv) {
         const torch::Tensor t = emb.encode_text(texts);
         const mmembed::Encoded e = emb.encode_image(pictures);
         const bool apart = !error_of([&] { emb.score(t, torch::zeros({1, 1})); }).empty();
-        same += apart && torch::equal(t, want) && torch::equal(e.embedding, seen) && !e.ok(1) && torch::equal(emb.score(t, e.embedding), scored) &&
+        same += apart && torch::equal(t, want) && torch::equal(e.embedding, seen) && !e.ok(1) && torch::allclose(emb.score(t, e.embedding), scored, 0, 0, true) &&
                 torch::equal(emb.preprocess(good).levels, emb.preprocess(pictures[2]).levels);
       }
     });

@@ -5,6 +5,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -236,6 +238,40 @@ def test_what_is_no_artifact(cli, tmp_path, content, message):
 def test_wrong_options(cli, args, message):
     done = call(cli, tiny.artifact(), *args)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count('\n') == 1, done.stderr
+
+
+def test_a_damaged_byte_is_found_when_asked(cli, tmp_path):
+    whole = bytearray(tiny.artifact().read_bytes())
+    whole[bytes(whole).index(tiny.model().image_proj.weight.detach().numpy().tobytes()) + 2] ^= 1
+    (tmp_path/'m.pt').write_bytes(whole)
+    for more in ((), ('--memory',)):
+        done = call(cli, tmp_path/'m.pt', '--text', 'a', '--check', *more)
+        assert done.returncode == 2 and ' is damaged: data/' in done.stderr and done.stderr.count('\n') == 1, done.stderr
+    assert call(cli, tmp_path/'m.pt', '--text', 'a').returncode == 0
+    assert call(cli, tiny.artifact(), '--text', 'a', '--check').stdout == call(cli, tiny.artifact(), '--text', 'a', '--check', '--memory').stdout != ''
+    with zipfile.ZipFile(tmp_path/'z.pt', 'w', zipfile.ZIP_DEFLATED) as out, zipfile.ZipFile(tiny.artifact()) as z:
+        for n in z.namelist(): out.writestr(n, z.read(n))
+    assert call(cli, tmp_path/'z.pt', '--text', 'a', '--check').returncode == 0
+
+
+def test_a_card_that_is_none(cli, tmp_path):
+    with zipfile.ZipFile(tmp_path/'m.pt', 'w') as out, zipfile.ZipFile(tiny.artifact()) as z:
+        for n in z.namelist(): out.writestr(n, b'{}' if n.endswith('card.json') else z.read(n))
+    done = call(cli, tmp_path/'m.pt', '--text', 'a')
+    assert done.returncode == 2 and done.stderr.endswith('m.pt is not an mmembed artifact: its card is not an mmembed card\n')
+
+
+def test_decoders_are_silent(cli, tmp_path):
+    "What libjpeg and libpng think of a file is not the log of whoever runs the host: a JPEG with bytes too many decodes, a PNG with a bad chunk fails alone."
+    jpeg, png = cases.images()['quality 75.jpg'], cases.images()['RGB.png']
+    at = jpeg.index(b'\xff\xdb')
+    (tmp_path/'more.jpg').write_bytes(jpeg[:at] + bytes(5) + jpeg[at:])
+    chunk = b'cHRM' + bytes(3)
+    (tmp_path/'odd.png').write_bytes(png[:33] + (3).to_bytes(4, 'big') + chunk + zlib.crc32(chunk).to_bytes(4, 'big') + png[33:])
+    (tmp_path/'bits.png').write_bytes(png[:24] + b'\x05' + png[25:29] + zlib.crc32(png[12:24] + b'\x05' + png[25:29]).to_bytes(4, 'big') + png[33:])
+    done = call(cli, tiny.artifact(), tmp_path/'more.jpg', tmp_path/'odd.png', tmp_path/'bits.png')
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert ['error' in r for r in rows] == [False, False, True] and done.stderr == '', done
 
 
 def test_no_arguments_prints_usage(cli):

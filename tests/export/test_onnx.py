@@ -1,6 +1,8 @@
 "The model as ONNX: held to the artifact by `verify`, run by numpy and onnxruntime alone, refused when one number is altered."
 import importlib.util
 import json
+import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import mmembed as mm
 from mmembed.core import pack
 from mmembed.export import cases
 from mmembed.export import onnx as graphs
@@ -320,3 +323,30 @@ def test_a_changed_card_is_found(made, tmp_path):
         onnx.helper.set_model_props(model, marks | {'mmembed.card': json.dumps(card | {'logit_scale': 1.})})
     report = altered(made, tmp_path, 'text.onnx', change)
     assert [(r.stage, r.what, r.note) for r in report.failures] == [('onnx', 'identity card', 'the card in text.onnx is not as it was written')]
+
+
+def test_embed_py_takes_lists_of_texts(made):
+    "A bare string is no list of characters, a number no row of zero bytes, and half of a pair of surrogates is read as `Embedder` reads it."
+    run, emb = loaded(made[1]), mm.load(made[0])
+    for single in ('a cat', b'a cat', bytearray(b'a')):
+        with pytest.raises(TypeError, match='texts is a single (str|bytes|bytearray); pass a list'): run.encode_text(single)
+    with pytest.raises(TypeError, match=r'texts\[1\] is no text: pass str or bytes, got int'): run.encode_text(['a', 5])
+    for call, item, name in ((run.encode_files, b'x', 'files'), (run.encode_image, 'x.jpg', 'images')):
+        with pytest.raises((TypeError, ValueError), match=f'{name} is a single|no files.onnx'): call(item)
+    with pytest.raises(TypeError, match=r'images\[0\] must be an array'): run.encode_image(['x.jpg'])
+    odd = ['\ud83d', 'a\udce9b', 'red \ud83d circle']
+    assert np.abs(run.encode_text(odd) - emb.encode_text(odd).numpy()).max() < 1e-5
+
+
+def test_an_onnx_model_pickles_by_its_folder(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(made[1].parent)
+    data = pickle.dumps(OnnxModel(made[1].name))
+    monkeypatch.chdir(tmp_path)
+    assert len(data) < 500 and np.array_equal(pickle.loads(data).encode_text(['a']), OnnxModel(made[1]).encode_text(['a']))
+
+
+def test_a_folder_that_is_not_utf8(made, tmp_path):
+    folder = tmp_path/os.fsdecode(b'caf\xe9')
+    shutil.copytree(made[1], folder)
+    assert np.array_equal(loaded(folder).encode_text(['a']), OnnxModel(made[1]).encode_text(['a']))
+    assert verify(made[0], onnx=folder, fresh=False, cpp=False, sizes=(3,)).ok
