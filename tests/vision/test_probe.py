@@ -14,7 +14,7 @@ from mmembed.core import as_bytes, quietly, read_bytes
 from mmembed.vision.probe import probe, scan
 
 from ..helpers import data_path
-from .conftest import FILES, opened, picture, saved
+from .conftest import FILES, opened, picture, saved, upright
 
 scripted = quietly(torch.jit.script, probe)
 
@@ -59,9 +59,7 @@ def test_bits_and_channels():
     assert probe(saved(rgb.convert('RGBA'), 'WEBP', lossless=True, exact=True))[3] == 8
 
 
-# Pillow takes an orientation from XMP where there is no EXIF, counts an MPO's second picture as a frame, and counts
-# the frames of a damaged APNG by its parts, where we believe its header.
-XMP = {'pillow/xmp_tags_orientation_exiftool.png', 'pillow/xmp_tags_orientation.png'}
+# Pillow counts an MPO's second picture as a frame, and the frames of a damaged APNG by its parts, where we believe its header.
 FRAMES = {'pillow/frame_size.mpo', 'pillow/ignore_frame_size.mpo', 'pillow/apng__split_fdat_zero_chunk.png'}
 
 
@@ -78,7 +76,7 @@ def test_real_files_as_pillow_reads_them():
         except (SyntaxError, OSError): continue  # a damaged end, which a header's reader does not see
         assert info.error == '', r['file']
         assert (info.width, info.height) == image.size, r['file']
-        if r['file'] not in XMP: assert info.orientation == image.getexif().get(0x0112, 1), r['file']
+        assert info.orientation == image.getexif().get(0x0112, 1), r['file']
         if r['file'] in FRAMES: continue
         assert (info.frames > 1) == (getattr(image, 'n_frames', 1) > 1), r['file']
     assert seen > 450
@@ -158,9 +156,116 @@ def test_orientation_that_torchcodec_would_miss():
 def test_hostile_headers_take_bounded_work(name, data):
     data = as_bytes(data)
     with Work() as work: info = probe(data)
-    assert work.steps <= 25_000 and work.values <= 4 * len(data), name  # a few passes over the file
+    most = {'png chunks': 24, 'webp chunks': 16}.get(name, 4)  # a few passes over the file; a chain is followed in some more
+    assert work.steps <= 25_000 and work.values <= most * len(data), name
     assert scripted(data) == info
     if not name.startswith(('png', 'webp')): assert info.error  # there the decoder has the last word
+
+
+PACKETS = [b'<x tiff:Orientation="6"/>', b'<tiff:Orientation>8</tiff:Orientation>', b"tiff:Orientation='6' tiff:Orientation=\"3\"",
+           b'tiff:Orientation="9" tiff:Orientation="2"', b'tiff:Orientation>', b'tiff:Orientation="', b't' * 60_000, b'tiff:Orientation' * 2000 + b'>5', b'']
+
+
+def with_xmp(format, packet, exif=b''):
+    image = picture(9, 5)
+    if format == 'JPEG': return saved(image, 'JPEG', xmp=packet or b' ', exif=exif)
+    if format == 'WEBP': return saved(image, 'WEBP', xmp=packet, exif=exif)
+    from PIL.PngImagePlugin import PngInfo
+    info = PngInfo()
+    if format == 'tEXt': info.add_text('XML:com.adobe.xmp', packet.decode())
+    else: info.add_itxt('XML:com.adobe.xmp', packet.decode(), 'en', 'name')
+    return saved(image, 'PNG', pnginfo=info, exif=exif)
+
+
+@pytest.mark.parametrize('format', ['JPEG', 'WEBP', 'PNG', 'tEXt'])
+@pytest.mark.parametrize('packet', PACKETS, ids=range(len(PACKETS)))
+def test_orientation_of_xmp_where_exif_has_none(format, packet):
+    sideways, empty, odd = Image.Exif(), Image.Exif(), Image.Exif()
+    sideways[0x0112], empty[0x010F], odd[0x0112] = 4, 'maker', 9
+    for exif in [b'', sideways, empty, odd]:
+        file = with_xmp(format, packet, exif)
+        image = opened(file)
+        image.load()
+        wanted = image.getexif().get(0x0112, 1)
+        info = probe(file)
+        assert info.orientation == (wanted if 1 <= wanted <= 8 else 1) and tuple(scripted(file)) == tuple(info)
+
+
+def test_the_last_xmp_of_a_jpeg_and_text_behind_the_pixels_count():
+    file = with_xmp('JPEG', b'tiff:Orientation="6"').numpy().tobytes()
+    payload = b'http://ns.adobe.com/xap/1.0/\0tiff:Orientation="3"'
+    twice = as_bytes(file[:2] + b'\xff\xe1' + struct.pack('>H', len(payload) + 2) + payload + file[2:])
+    assert probe(twice).orientation == opened(twice).getexif()[0x0112] == 6
+    plain = FILES['png'].numpy().tobytes()
+    late = as_bytes(plain[:-12] + chunk(b'iTXt', b'XML:com.adobe.xmp\0\0\0\0\0tiff:Orientation="8"') + plain[-12:])
+    (image := opened(late)).load()
+    assert probe(late).orientation == image.getexif()[0x0112] == 8
+
+
+def test_xmp_of_the_case_turns_the_image():
+    from mmembed.vision.decode import decode_image
+    data = read_bytes(data_path('cases', 'xmp_orientation_only.jpg'))
+    assert probe(data).orientation == 6 and tuple(decode_image(data).shape) == (3, 97, 61)
+    assert np.abs(decode_image(data).permute(1, 2, 0).numpy().astype(int) - upright(opened(data)).astype(int)).max() == 0
+
+
+def texts(n): return b''.join(chunk(b'tEXt', b'Comment\0text number %d' % i) for i in range(n))
+
+
+def test_thousands_of_text_chunks_hide_nothing_and_cost_little():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    clear = picture(9, 5).quantize(16)
+    clear.info['transparency'] = 3
+    file = saved(clear, 'PNG', exif=exif).numpy().tobytes()
+    want = scan(as_bytes(file), 1000)
+    frames = chunk(b'acTL', struct.pack('>II', 7, 0))
+    assert want.alpha and want.info.orientation == 6
+    for n in [30, 60, 61, 62, 63, 64, 65, 5000]:
+        many = as_bytes(file[:33] + texts(n) + frames + texts(n) + file[33:-12] + texts(n) + file[-12:] + texts(n))
+        with Work() as work: found = scan(many, 1000)
+        assert found._replace(info=want.info) == want and found.info == want.info._replace(frames=7), n
+        assert tuple(scripted(many)) == tuple(found.info)
+        assert work.steps <= 1500 and work.values <= 12 * len(many) + 60_000
+    late = as_bytes(file[:33] + texts(5000) + chunk(b'iTXt', b'XML:com.adobe.xmp\0\0\0\0\0tiff:Orientation="8"') + FILES['png'].numpy().tobytes()[33:])
+    assert probe(late).orientation == 8
+    false = as_bytes(file[:33] + chunk(b'tEXt', frames * 3) * 70 + file[33:])  # what looks like a chunk inside another
+    assert scan(false, 1000) == want
+
+
+def test_a_webp_of_many_chunks():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for file in [saved(picture(9, 5), 'WEBP', exif=exif), saved(picture(9, 5), 'WEBP', save_all=True, append_images=[picture(9, 5, s) for s in range(90)])]:
+        want, file = scan(file, 1000), file.numpy().tobytes()
+        for n in [60, 64, 5000]:
+            odd = as_bytes(file[:30] + b'ABCD\3\0\0\0xyz\0' * n + file[30:])
+            found = scan(odd, 1000)
+            assert found.info == want.info and found.applied == want.applied and tuple(scripted(odd)) == tuple(found.info)
+            assert found.cut == [c + 12 * n for c in want.cut]
+    assert want.info.frames == 90
+
+
+TGA = struct.pack('<3B2HB4H2B', 0, 0, 2, 0, 0, 0, 0, 0, 8, 8, 24, 0)
+
+
+@pytest.mark.parametrize('name, data', [
+    ('JPEG XL', b'\xff\x0a\x1f\0'), ('JPEG XL', b'\0\0\0\x0cJXL \r\n\x87\n'), ('QOI', b'qoif\0\0\0\1'), ('PSD', b'8BPS\0\1'), ('OpenEXR', b'v/1\1'),
+    *(('PNM', b'P%d%c3 3 255 ' % (k, c)) for k in range(1, 8) for c in b'\n #'), ('PFM', b'PF\n3 3\n'), ('TGA', TGA + b'\0' * 192),
+    ('TGA', b'\7' * 60 + b'TRUEVISION-XFILE.\0'), ('ICO', b'\0\0\1\0\1\0'), ('TIFF', b'II+\0'), ('DDS', b'DDS |'), ('ZIP', b'PK\3\4'), ('DICOM', b'\0' * 128 + b'DICM'),
+    ('SVG', b'<svg xmlns="x"/>'), ('SVG', b'\xef\xbb\xbf \n<?xml version="1.0"?>\n<!-- a > b ? --><SVG>'), ('SVG', b'<!-- ' + b'licence ' * 4000 + b'--><svg/>'),
+    ('SVG', b'<!DOCTYPE svg PUBLIC "x">'), ('SVG', '<?xml version="1.0"?> <svg/>'.encode('utf-16')), ('SVG', b'\xfe\xff' + '<svg/>'.encode('utf-16-be')),
+    ('HTML', b'\r\n\t <html>'), ('HTML', b'<!-- saved page --><!doctype HTML>'), ('HTML', b'<head><title>404'), ('HTML', b'<!DOCTYPE\n html>'),
+    ('XML', b'<Error><Code>AccessDenied'), ('XML', b'<?xml version="1.0"?><note/>'), ('XML', b'<!-- never ends'),
+])
+def test_what_is_not_decoded_is_named(name, data):
+    info = probe(as_bytes(data))
+    assert info.error.startswith(f'{name} is not decoded here') and tuple(scripted(as_bytes(data))) == tuple(info)
+
+
+@pytest.mark.parametrize('data', [b'   \n', b'<', b'<3 and a heart', b'P6', b'P8\n', b'MZ\x90', b'{"error": 1}', TGA[:17], b'\0' * 500, b'\xef\xbb\xbf'])
+def test_what_is_nothing_is_not_named(data):
+    assert probe(as_bytes(data)).error == scripted(as_bytes(data)).error == 'not an image file that is known here'
 
 
 def test_a_long_file_costs_no_more():
