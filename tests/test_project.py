@@ -122,6 +122,8 @@ def mutants():
 def test_the_table_of_mutants_fits_the_code(mutants):
     "Every old text occurs once, and the tests that must notice its change exist; the whole is run by hand."
     assert mutants.faults(mutants.TABLE) == []
+    rooms = {p.name for p in (ROOT/'mmembed').iterdir() if (p/'__init__.py').is_file()}
+    assert len(mutants.TABLE) >= 60 and rooms <= {m.file.split('/')[1] for m in mutants.TABLE}
 
 
 def test_a_mutant_that_no_test_notices_is_told(mutants, tmp_path, capsys):

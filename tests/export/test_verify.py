@@ -194,6 +194,17 @@ def test_the_difference_is_the_largest_and_not_the_mean(monkeypatch):
     assert (row.stage, row.what, row.n) == ('fresh process', 'text embedding', 24 * 3 * len(cases.texts())) and row.difference == pytest.approx(0.01, abs=1e-6)
 
 
+def test_a_value_that_is_not_a_number_is_a_difference(monkeypatch):
+    answers = importlib.import_module('mmembed.export.answers').answers
+    def broken(path, asked, decode):
+        got = answers(tiny.loaded(), **asked)
+        got['image embedding', 3][1][0, 7] = float('nan')
+        return got
+    monkeypatch.setattr('mmembed.export.verify.fresh_answers', broken)
+    row, = verify(tiny.artifact(), cpp=False).failures
+    assert (row.stage, row.what, row.difference) == ('fresh process', 'image embedding', float('inf'))
+
+
 def test_samples_of_ones_own_are_asked():
     files = [(t, cases.images()['gray.jpg']) for t in ('mine', b'\xffbytes')]
     plain, more = quick(tiny.artifact(), tiny.model()), quick(tiny.artifact(), tiny.model(), samples=files, sizes=(0, 5))

@@ -101,6 +101,16 @@ def test_an_urgent_request_goes_before_all_singles():
     assert 'canary' in batches(lane, 1)[0]
 
 
+def test_an_item_is_settled_once():
+    "Whoever comes second changes nothing, and the request ends with its last item."
+    done, items = [], [Item('text', 'a'), Item('text', 'b')]
+    job = Job(items, done.append)
+    assert job.settle(items[0], 'ok', value=1) and not job.settle(items[0], 'expired', 'too late')
+    assert (items[0].status, items[0].error, items[0].value) == ('ok', '', 1) and not done
+    assert job.settle(items[1], 'failed', 'no luck') and done == [job]
+    assert not job.settle(items[1], 'ok') and not job.settle(items[0], 'ok') and done == [job]
+
+
 def test_a_settled_job_leads_to_nobody():
     "What waits for the garbage collector does not keep an engine alive."
     seen = []

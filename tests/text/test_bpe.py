@@ -177,6 +177,7 @@ def test_made_up_merges(seed, learnt):
     words = [''.join(rng.choices('abc', k=rng.randrange(1, 60))) for _ in range(400)] + ['a' * n for n in range(1, 40)]
     words += [''.join(rng.choice('abc') * rng.randrange(1, 12) for _ in range(9)) for _ in range(200)]
     assert merged(ours, words) == [hf.encode(w).ids for w in words]
+    for w in (w for w in words if len(w) < 9): assert merged(ours, [w]) == [hf.encode(w).ids]  # without long words, which take another way
     assert learnt or not ours.orderly
 
 
