@@ -214,7 +214,7 @@ TABLE = [Mutant(*row) for row in (
      'torch.cat(parts)[torch.cat(places).argsort()]', 'torch.cat(parts)',
      'tests/test_runtime.py::test_batches_of_any_size_agree'),
     ('runtime/sigmoid or softmax', 'mmembed/results.py',
-     '(scores.sigmoid() if sigmoid else scores.softmax(-1))', 'scores.softmax(-1)',
+     '(known.sigmoid() if sigmoid else', '(known.softmax(-1) if sigmoid else',
      'tests/test_runtime.py::test_probabilities_follow_the_kind_of_model'),
     ('runtime/beginning of a long text', 'mmembed/inputs.py',
      'if ends and fills(head[:ends[-1]]): return', 'if ends: return',
