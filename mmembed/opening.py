@@ -6,7 +6,7 @@ Docs: https://mmembed.github.io/mmembed/opening.html.md"""
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'NEEDED', 'Card', 'read_card', 'records_of', 'records_hash', 'damaged', 'checked',
-           'register_image_ops', 'reason', 'device_of', 'prepack', 'steady', 'named']
+           'register_image_ops', 'silence_decoders', 'reason', 'device_of', 'prepack', 'steady', 'named']
 
 # %% ../nbs/33_opening.ipynb #7991f72f
 import hashlib
@@ -15,14 +15,17 @@ import io
 import json
 import os
 import re
+import sys
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from html import escape
 from pathlib import Path
+from struct import unpack_from
 from typing import BinaryIO
 
 import torch
@@ -142,6 +145,39 @@ def register_image_ops(
         else: import torchcodec  # where the library has another name
     except OSError as e:
         raise ImportError(f"torchcodec's image operators do not load beside torch {torch.__version__}: {e}") from None
+
+# %% ../nbs/33_opening.ipynb #3202edcc
+@cache
+def silence_decoders():
+    "Have libjpeg and libpng of torchcodec's wheel print nowhere, once they are loaded; on Linux with 64 bits alone, elsewhere they go on printing."
+    import ctypes
+    if sys.platform != 'linux' or ctypes.sizeof(ctypes.c_void_p) != 8: return
+    libc, page = ctypes.CDLL(None), os.sysconf('SC_PAGE_SIZE')
+    libc.fopen.restype = ctypes.c_void_p
+    nowhere = ctypes.c_void_p(libc.fopen(b'/dev/null', b'w'))
+    def protect(slot: int, how: int): return libc.mprotect(ctypes.c_void_p(slot - slot % page), ctypes.c_size_t(page), how)
+    maps = [line.split(maxsplit=5) for line in Path('/proc/self/maps').read_text(errors='surrogateescape').splitlines()]
+    loaded = {m[5]: int(m[0].split('-')[0], 16) for m in maps if len(m) == 6 and '/torchcodec.libs/' in m[5] and int(m[2], 16) == 0}
+    for path, base in loaded.items():
+        for place, fixed in _stderr_of(Path(path).read_bytes()):
+            if protect(base + place, 3): continue  # to read and to write
+            ctypes.c_void_p.from_address(base + place).value = ctypes.addressof(nowhere)
+            if fixed: protect(base + place, 1)
+    return nowhere  # kept as long as the cache is
+
+def _stderr_of(elf: bytes) -> list[tuple[int, bool]]: # where a library keeps the address of `stderr`, and whether the loader makes that read-only
+    at, size, count = *unpack_from('<Q', elf, 32), *unpack_from('<HH', elf, 54)
+    parts = [unpack_from('<IIQQQQQ', elf, at + i * size) for i in range(count)]  # type, flags, offset, address, -, bytes in the file, in memory
+    def offset(address): return next(address - p[3] + p[2] for p in parts if p[0] == 1 and p[3] <= address < p[3] + p[5])
+    start, length = next((p[2], p[5]) for p in parts if p[0] == 2)
+    table = dict(unpack_from('<qQ', elf, start + i) for i in range(0, length, 16))
+    names, symbols, moves = (offset(table[k]) for k in (5, 6, 7))
+    found = []
+    for i in range(moves, moves + table[8], 24):
+        place, info = unpack_from('<QQ', elf, i)
+        name = names + unpack_from('<I', elf, symbols + 24 * (info >> 32))[0]
+        if elf[name:name + 7] == b'stderr\0': found.append((place, any(p[0] == 0x6474e552 and p[3] <= place < p[3] + p[6] for p in parts)))
+    return found
 
 # %% ../nbs/33_opening.ipynb #6b5cfb22
 def reason(

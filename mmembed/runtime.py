@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .core import ImageInfo, Tokens, filled, lengthened, pack, stack_levels, text_lengths
-from .opening import FORMAT_VERSION, checked, device_of, prepack, read_card, reason, register_image_ops, steady
+from .opening import FORMAT_VERSION, checked, device_of, prepack, read_card, reason, register_image_ops, silence_decoders, steady
 from .inputs import DOT, ahead, as_image, decoders as threads_for, enough, items_of, name_of, pixels_of, rows_of, text_error, tokens_of, watched, whole
 from .results import Encoded, Profile, Ranking, Scored, Similarity, check, failed, plain, policy, ranking, settle, stages
 from .graphs import sizes_of
@@ -58,7 +58,9 @@ class Embedder:
         self.path, self.device, self.batch_size = Path(path), device_of(device), whole('batch_size', batch_size, 1)
         if graphs and sizes_of(graphs) and self.device.type != 'cuda': raise ValueError(f"graphs want device='cuda', got {str(self.device)!r}")
         if threads is not None: torch.set_num_threads(whole('threads', threads, 1))
-        if self.card.get('decode', True): register_image_ops(self.card.get('pixels', {}).get('heic', False))
+        if self.card.get('decode', True):
+            register_image_ops(self.card.get('pixels', {}).get('heic', False))
+            silence_decoders()
         torch._C._jit_set_profiling_mode(False)  # process-wide; its recompilations make the first calls slow
         self.module = checked(path, self.card, check, lambda: opened(path, self.card, self.device, graphs))
         self.graphs: tuple = getattr(self.module, 'sizes', ())  # batch sizes that are captured; none on a CPU

@@ -1,8 +1,10 @@
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,6 +35,7 @@ def plain(): return load(tiny.artifact(False))
 def test_it_imports_no_training_code():
     program = '''
 import sys
+import zlib
 from mmembed.runtime import load
 emb = load(sys.argv[1])
 assert emb.encode_text(['a']).shape == emb.encode_image([open(sys.argv[2], 'rb').read()]).shape == (1, 24)
@@ -549,3 +552,24 @@ def test_a_path_that_is_not_utf8(emb, tmp_path):
     program = 'import sys; from mmembed.cli import main; sys.exit(main(sys.argv[1:]))'
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', program, 'verify', path], capture_output=True)
     assert done.returncode == 0 and done.stdout.startswith(b'm\xff.pt '), done
+
+
+def test_decoders_are_silent(tmp_path):
+    "libjpeg and libpng say nothing about anybody's file; what others print on standard error stays."
+    jpeg, png = FILES['quality 75.jpg'], FILES['RGB.png']
+    at, chunk, wrong = jpeg.index(b'\xff\xdb'), b'cHRM' + bytes(3), png[12:24] + b'\x05' + png[25:29]
+    for name, data in (('more.jpg', jpeg[:at] + bytes(5) + jpeg[at:]), ('odd.png', png[:33] + (3).to_bytes(4, 'big') + chunk + zlib.crc32(chunk).to_bytes(4, 'big') + png[33:]),
+                       ('bits.png', png[:12] + wrong + zlib.crc32(wrong).to_bytes(4, 'big') + png[33:])): (tmp_path/name).write_bytes(data)
+    program = '''
+import ctypes, sys
+from mmembed.runtime import load
+emb = load(sys.argv[1])
+for _ in range(2): done = emb.encode_image(sys.argv[2:], on_error='flag')
+print(done.ok.tolist())
+libc = ctypes.CDLL(None)
+libc.perror(b'still here')
+load(sys.argv[1]).encode_image(sys.argv[2:4])
+'''
+    files = [tmp_path/n for n in ('more.jpg', 'odd.png', 'bits.png')]
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', program, tiny.artifact(), *files], capture_output=True, text=True)
+    assert done.stdout == '[True, True, False]\n' and re.fullmatch(r'still here: \w.*\n', done.stderr), done
