@@ -163,7 +163,7 @@ def _buried(engines: list[Engine], grace: float): # the last reference to each i
     except AttributeError: pass
 
 # %% ../../nbs/serve/04_service.ipynb #718b18dd
-MANY = 32 # items of a request whose answer waits for its turn in the event loop; more do
+MANY = 32 # items of a request; those with more are read and answered in turns
 
 # %% ../../nbs/serve/04_service.ipynb #dc986829
 class Service:
@@ -243,13 +243,17 @@ class Service:
         except (Busy, Unfit) as e:
             self.metrics.rejected.labels('queue full' if isinstance(e, Busy) else 'unfit').inc()
             raise
-        if len(items) > MANY: await self._turn()
+        await self.turn(len(items))
         job.hash = engine.emb.card['short_hash']
         self.metrics.job(job)
         self.tracer.job(span, job)
         return job
 
-    async def _turn(self): # one large answer is written, then the loop looks at its sockets, then the next
+    async def turn(self,
+        n: int, # items that are about to be read or answered
+    ):
+        "Wait, if they are many, until the event loop has looked at its sockets since the last who had many."
+        if n <= MANY: return
         async with self._gate: await asyncio.sleep(0)
 
     async def ready(self) -> str: # '' or why not

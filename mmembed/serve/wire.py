@@ -310,6 +310,7 @@ async def to_items(
     seconds: float | None = None, # for what has to be fetched
 ) -> list[Item]:
     "`to_item` of each; what has to be fetched is fetched together, by tasks that end when this one is cancelled."
+    await service.turn(len(entries))
     downloads = Downloads(service, seconds)
     if not service.config.fetch_hosts: return [await to_item(e, downloads) for e in entries]
     return await asyncio.gather(*[to_item(e, downloads) for e in entries])

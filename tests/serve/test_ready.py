@@ -10,6 +10,7 @@ from mmembed.serve import service as module
 from mmembed.serve.engine import Engine, Item, Options
 from mmembed.serve.lane import Job
 from mmembed.serve.service import Canary, Config, Service
+from mmembed.serve.wire import to_items
 
 from ..export import tiny
 from .test_lane import Stepped
@@ -44,9 +45,10 @@ def test_readiness_waits_for_nothing(service):
     tower.go.release()
 
 
+@pytest.mark.parametrize('what', ['reads', 'answers'])
 @pytest.mark.parametrize('count', [1, 256])
-def test_large_answers_are_written_one_at_a_time(service, monkeypatch, count):
-    "However many become ready at once: the loop looks at its sockets between two. Small ones do not wait for one another."
+def test_large_requests_are_read_and_answered_one_at_a_time(service, monkeypatch, count, what):
+    "However many are there at once: the loop looks at its sockets between two. Small ones do not wait for one another."
     turns = 0
 
     async def ticking():
@@ -61,7 +63,8 @@ def test_large_answers_are_written_one_at_a_time(service, monkeypatch, count):
         return job
 
     async def ask():
-        await service.run([Item('text', '') for _ in range(count)])
+        if what == 'reads': await to_items(['a'] * count, service)
+        else: await service.run([Item('text', '') for _ in range(count)])
         return turns
 
     async def main():
