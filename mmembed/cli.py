@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/cli.html.md"""
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'FULL', 'EXPECTED', 'command', 'usage', 'summary', 'Formatter', 'Parser', 'meant', 'parser',
            'takes_argv', 'split_doc', 'call', 'main', 'open_streams', 'output_fails', 'drop_output', 'dispatch',
-           'unknown', 'sentence', 'quiet', 'path', 'path_or_name', 'near', 'typed', 'working']
+           'unknown', 'sentence', 'quiet', 'path', 'path_or_name', 'near', 'typed', 'resumable', 'working']
 
 # %% ../nbs/50_cli.ipynb #8962acfa
 import argparse
@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 import warnings
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -154,7 +155,7 @@ def main(
         sys.stdout.flush()
         return status
     except KeyboardInterrupt as e:
-        if str(e): print(f'mmembed: {e}', file=sys.stderr)
+        if str(e): print(f'mmembed: {typed(str(e))}', file=sys.stderr)
         return 130
     except BrokenPipeError:
         drop_output()  # whoever read it has gone
@@ -244,7 +245,7 @@ def quiet():
 # %% ../nbs/50_cli.ipynb #407653f7
 def path(name: str) -> str:
     "An option that names a file or folder, as an absolute path: what works in a folder of its own, as another process does, finds it too."
-    return os.path.abspath(name) if name else name
+    return os.path.abspath(name) + '/' * name.endswith('/') if name else name  # the stroke says that it is a folder
 
 def path_or_name(name: str) -> str:
     "An option that names a file or folder here, as `path` does, or else something that is no path."
@@ -258,6 +259,12 @@ def near(path: str | Path) -> Path:
 def typed(text: str) -> str:
     "`text` with paths below the current folder as one would type them."
     return text.replace(here, '') if (here := os.path.join(os.getcwd(), '')) != os.sep else text
+
+@contextmanager
+def resumable(kept: str):
+    "Says after Ctrl-C what is kept and how to go on."
+    try: yield
+    except KeyboardInterrupt: raise KeyboardInterrupt(f'stopped; {kept}, and the same command goes on from there') from None
 
 def working(what: str):
     "A context that says on a terminal's standard error what is going on, until it ends; nothing elsewhere."

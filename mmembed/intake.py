@@ -22,7 +22,7 @@ from .data.folders import Files
 from .data.pairs import source_kind
 from .data.sources import Part, Source, _no_column
 from .samples import HubRows, ShardRows
-from .tabular import Table, plain
+from .tabular import WHY, Table, plain, read_json
 
 # %% ../nbs/40a_intake.ipynb #ec0db6fd
 _all_ = ['plain', 'Table', 'ShardRows', 'HubRows'] # found here too
@@ -59,11 +59,11 @@ def read_lines(
     if what == 'image' and not lines[0].startswith(b'{"'): return Files(Path.cwd(), [os.fsdecode(line) for line in lines])
     import io
     import pyarrow as pa
-    import pyarrow.json
-    try: table = pa.json.read_json(io.BytesIO(b'\n'.join(lines)))
-    except pa.ArrowException as e: raise ValueError(f'standard input: {str(e).splitlines()[0]}') from None
-    wanted = [options.get(f'{k}_key') or k for k in ('image', 'text') if what in (k, 'both')]
-    if missing := [k for k in wanted if k not in table.column_names]: raise _no_column('standard input', missing[0], table.column_names)
+    wanted, id_key = [options.get(f'{k}_key') or k for k in ('image', 'text') if what in (k, 'both')], options.get('id_key')
+    texts = list(dict.fromkeys([*wanted, *([id_key] if id_key else [])]))
+    try: table = read_json(io.BytesIO(b'\n'.join(lines)), texts, None if id_key in wanted else id_key)
+    except (ValueError, pa.ArrowException) as e: raise ValueError(f'standard input: {str(e).splitlines()[0]}') from None
+    if missing := [k for k in texts if table[k].null_count == len(table) and WHY not in table.column_names]: raise _no_column('standard input', missing[0], table.column_names)
     return Table('standard input', what, image_root=options.pop('image_root', None) or Path.cwd(), table=table, **options)
 
 # %% ../nbs/40a_intake.ipynb #0de092b4

@@ -27,7 +27,7 @@ from .inputs import cores
 from .intake import column_types, column_value, open_source
 from .jobs import embed, readable_id
 from .runtime import Embedder, read_card
-from .tables import Job, from_precision, read_job
+from .tables import MANIFEST, Job, from_precision, read_job
 
 # %% ../nbs/41_items.ipynb #b9de9484
 FORMAT = 1 # of an index
@@ -125,7 +125,7 @@ def holds_vectors(
     if isinstance(source, (pa.Table, pa.RecordBatch, pa.RecordBatchReader, dict)): return True
     if not isinstance(source, (str, Path)) or str(source) == '-': return False
     path = Path(source)
-    if (path/'manifest.json').is_file() or path.suffix == '.lance' and path.is_dir(): return True
+    if (path/MANIFEST).is_file() or path.suffix == '.lance' and path.is_dir(): return True
     if path.suffix.lower() not in ('.parquet', '.pq') or not path.is_file(): return False
     import pyarrow.parquet as pq
     try: names = set(pq.read_schema(path).names)
@@ -145,7 +145,7 @@ def ready_vectors(
     if isinstance(source, pa.Table): return iter(source.to_batches(max_chunksize=8192))
     if isinstance(source, pa.RecordBatchReader): return iter(source)
     path = Path(source)
-    if (path/'manifest.json').is_file():
+    if (path/MANIFEST).is_file():
         job = read_job(path)
         return (b for k in range(job.shards()) for b in _of_job(pq.ParquetFile(path/job.file(k)).iter_batches(8192), job, card, side, path))
     if path.suffix == '.lance':

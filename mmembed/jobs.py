@@ -27,7 +27,7 @@ from .data.sources import Source, _reason
 from .inputs import cores
 from .intake import Survey, changed, column_types, column_value, open_source, survey
 from .runtime import Embedder
-from .tables import (PRECISIONS, Job, Vectors, alone, check_part, each_shard, from_precision, load_vectors, part_table, read_job, same_job,
+from .tables import (ERRORS, MANIFEST, PRECISIONS, Job, Vectors, alone, check_part, each_shard, from_precision, load_vectors, part_table, read_job, same_job,
                             save_part, to_precision, write_ledger, write_whole)
 
 # %% ../nbs/40_jobs.ipynb #61f1eb5a
@@ -165,10 +165,10 @@ def opened(
     "A folder for this job alone: new, or of an earlier run of the same job; raises `ValueError` for anything else."
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):
-        if (folder/'manifest.json').exists(): same_job(folder/'manifest.json', job)
+        if (folder/MANIFEST).exists(): same_job(folder/MANIFEST, job)
         elif left := sorted(p.name for p in folder.glob('part-*.parquet')):
             raise ValueError(f'{folder} holds {left[0]} and no manifest: choose an empty folder')
-        else: write_whole(folder/'manifest.json', job.to_json().encode())
+        else: write_whole(folder/MANIFEST, job.to_json().encode())
         for draft in folder.glob('.*.draft'): draft.unlink()
         yield [k for k in range(job.shards()) if not check_part(folder, job, k)]
 
@@ -241,7 +241,7 @@ def embed(
             if progress: progress(there + ready, job.rows)
         embed_parts(model, source, job, folder, todo, threads or cores(), tick)
         failed = write_ledger(folder, job)
-    return Done(folder, job.rows, job.rows - there, failed, found.repeated, found.example, folder/'errors.jsonl', time.perf_counter() - start)
+    return Done(folder, job.rows, job.rows - there, failed, found.repeated, found.example, folder/ERRORS, time.perf_counter() - start)
 
 def service_batch(
     device: str, # where the towers run

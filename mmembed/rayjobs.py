@@ -18,7 +18,7 @@ from .data.sources import Source
 from .intake import excerpt
 from .jobs import Done, embed_parts, opened, plan, service_batch
 from .runtime import Embedder
-from .tables import Job, check_part, write_ledger
+from .tables import ERRORS, Job, check_part, write_ledger
 
 # %% ../nbs/40d_rayjobs.ipynb #4f82241d
 class PartWorker:
@@ -80,7 +80,7 @@ def embed_ray(
         finally:
             if mine: ray.shutdown()
         failed = write_ledger(folder, job)
-    return Done(folder, job.rows, job.rows - there, failed, found.repeated, found.example, folder/'errors.jsonl', time.perf_counter() - start)
+    return Done(folder, job.rows, job.rows - there, failed, found.repeated, found.example, folder/ERRORS, time.perf_counter() - start)
 
 def _connect(ray, address: str | None, workers: int, cpus: float, gpus: float):
     small = {} if address else dict(num_cpus=max(1, round(workers * cpus + .5)), object_store_memory=200 << 20)

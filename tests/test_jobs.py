@@ -35,7 +35,7 @@ from mmembed.tables import PRECISIONS, from_precision, load_vectors, read_job, t
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 
-from .helpers import HANG
+from .helpers import HANG, until
 
 ROOT = Path(__file__).parents[1]
 N = 150
@@ -100,7 +100,7 @@ def test_rows_are_the_embedders(model, source, whole):
 
 
 def test_the_ledger(whole, source):
-    ledger = [json.loads(line) for line in (whole/'errors.jsonl').read_text().splitlines()]
+    ledger = [json.loads(line) for line in (whole/'_errors.jsonl').read_text().splitlines()]
     assert [(r['row'], r['id']) for r in ledger] == [(i, source.name(i)) for i in (7, 47, 77, 87, 90, 127)]
     assert ledger[2]['error'] == 'no such picture' and ledger[4]['error'] == 'no caption' and '.cpp' not in str(ledger)
 
@@ -152,7 +152,7 @@ def test_a_half_written_file_is_no_file(model, source, whole, tmp_path, monkeypa
         raise OSError(errno.ENOSPC, 'No space left on device')
     monkeypatch.setattr(pq, 'write_table', full)
     with pytest.raises(OSError, match='No space left on device; what was written before is kept, and the same command goes on'): embed(model, source, tmp_path, **KW)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['.lock', 'manifest.json', 'part-000000.parquet', 'part-000001.parquet']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['.lock', '_manifest.json', 'part-000000.parquet', 'part-000001.parquet']
     with pytest.raises(ValueError, match='is not finished: 3 of 5 files are missing; run it again'): read_job(tmp_path)
     (tmp_path/'.part-000002.parquet.1a2b.draft').write_bytes(b'half')
     (tmp_path/'part-000003.parquet').write_bytes((whole/'part-000003.parquet').read_bytes()[:-100])  # a copy that was cut off
@@ -215,7 +215,7 @@ def test_another_job_in_the_folder(model, source, whole, tmp_path):
     assert files(whole) == before
     (tmp_path/'part-000000.parquet').write_bytes(b'')
     with pytest.raises(ValueError, match='holds part-000000.parquet and no manifest'): embed(model, source, tmp_path, **KW)
-    (tmp_path/'manifest.json').write_text('{')
+    (tmp_path/'_manifest.json').write_text('{')
     with pytest.raises(ValueError, match='is not a manifest'): embed(model, source, tmp_path, **KW)
 
 
@@ -265,10 +265,10 @@ def test_one_file(model, source, whole, tmp_path, form, precision):
             found[side] = torch.from_numpy(np.stack(column.drop_null().to_numpy(zero_copy_only=False)))
     for side, v in want.items(): assert (found[side][ok] if len(found[side]) == N else found[side]).equal(v[ok])
     if FORMS[form].ids:
-        rows = [json.loads(line) for line in (tmp_path/'all.ids.jsonl').read_text().splitlines()]
+        rows = [json.loads(line) for line in (tmp_path/f'all{form}.ids.jsonl').read_text().splitlines()]
         assert [r['id'] for r in rows] == [source.name(i) for i in range(N)] and [not r['error'] for r in rows] == ok.tolist()
         assert not found['image'][~ok].any() or precision == 'binary'
-    assert len((tmp_path/'all.errors.jsonl').read_text().splitlines()) == 6 and not list(tmp_path.glob('*.parts'))
+    assert len((tmp_path/f'all{form}.errors.jsonl').read_text().splitlines()) == 6 and not list(tmp_path.glob('*.parts'))
     assert embed_to(model, source, out, **KW, precision=precision)[1:4] == (N, 0, 6)
 
 
@@ -318,6 +318,52 @@ def test_ended_while_the_parts_are_put_together(model, source, whole, tmp_path, 
         import lancedb
         assert lancedb.connect(tmp_path).open_table('x').to_arrow()['row'].to_pylist() == list(range(N))
     assert sorted(p.suffix for p in tmp_path.iterdir()) == (['.json', '.jsonl', '.jsonl', '.npy', '.npy'] if form == '.npy' else ['.json', '.jsonl', '.lance'])
+
+
+def test_the_folder_is_a_data_set(whole):
+    "Programs that read a folder of Parquet files take every part and nothing else."
+    import pandas as pd
+    import pyarrow.dataset as ds
+    frame = pd.read_parquet(whole)
+    assert frame['row'].tolist() == list(range(N)) and ds.dataset(whole).count_rows() == N
+    assert all(p.name.startswith(('.', '_')) for p in whole.iterdir() if p.suffix != '.parquet')
+
+
+def test_files_of_one_name_and_several_endings(model, tmp_path):
+    "Each has a manifest, failures and ids of its own, and none takes the other for its own."
+    source = Worn(train=20, valid=0)
+    for form, what in (('.npy', 'image'), ('.parquet', 'text'), ('.safetensors', 'both'), ('.lance', 'image')): assert embed_to(model, source, tmp_path/f'x{form}', what=what).written == 20
+    for form, what in (('.npy', 'image'), ('.parquet', 'text'), ('.safetensors', 'both'), ('.lance', 'image')):
+        assert embed_to(model, source, tmp_path/f'x{form}', what=what).written == 0
+        assert json.loads((tmp_path/f'x{form}.manifest.json').read_text())['what'] == what
+    with pytest.raises(ValueError, match="x.npy.manifest.json belongs to another job: what is 'image' there and 'text' here"): embed_to(model, source, tmp_path/'x.npy', what='text')
+
+
+def test_unknown_endings(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(2): (tmp_path/f'{i}.jpg').write_bytes(bytes(Scenes(train=2, valid=0).image(i).tolist()))
+    for name in ('x.np', 'x.csv', 'x.NPY', 'vectors.v2'):
+        assert main(['embed', str(model), '0.jpg', '1.jpg', '-o', name]) == 1
+        assert f'{name}: {Path(name).suffix} is not a form that vectors are written in: want .npy, .safetensors, .parquet, .lance, or a folder' in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['0.jpg', '1.jpg']
+    for name in ('run-1.5', 'vectors.v2/', 'vectors.v2'):  # the last is there by then
+        assert main(['embed', str(model), '0.jpg', '1.jpg', '-o', name]) == 0 and len(load_vectors(tmp_path/name).ids) == 2
+
+
+def test_control_c_says_how_to_go_on(model, tmp_path):
+    "A real interrupt in the middle: exit status 130, a sentence, whole parts; the same command goes on."
+    for i in range(4): (tmp_path/f'{i}.jpg').write_bytes(bytes(Scenes(train=4, valid=0).image(i).tolist()))
+    (tmp_path/'t.csv').write_text('image\n' + ''.join(f'{i % 4}.jpg\n' for i in range(3000)))
+    argv = [sys.executable, '-c', 'import sys; from mmembed.cli import main; sys.exit(main())', 'embed', str(model), 't.csv', '-o', 'out', '--rows', '1']
+    env = os.environ | dict(PYTHONPATH=str(ROOT))
+    run = subprocess.Popen(argv, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until(lambda: len(list((tmp_path/'out').glob('part-*'))) > 2)
+    run.send_signal(signal.SIGINT)
+    said = run.communicate(timeout=HANG)[1]
+    assert run.returncode == 130 and 'mmembed: stopped; the parts that are whole stay in out, and the same command goes on from there' in said and 'Traceback' not in said, said
+    there = len(list((tmp_path/'out').glob('part-*')))
+    assert there < 3000
+    assert f'{3000 - there:,} of them now' in subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=HANG).stdout
 
 
 class Odd(Source):
@@ -495,7 +541,7 @@ def test_no_space_left(model, tmp_path):
     assert len(sizes) == 3 and sizes[2] > max(sizes[:2]) + 200
     run = subprocess.run([sys.executable, '-c', LIMITED, str((sizes[2] + max(sizes[:2])) // 2), *argv], cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert run.returncode == 1 and 'File too large; what was written before is kept' in run.stderr and 'Traceback' not in run.stderr, run.stderr[-2000:]
-    assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['.lock', 'manifest.json', 'part-000000.parquet', 'part-000001.parquet']
+    assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['.lock', '_manifest.json', 'part-000000.parquet', 'part-000001.parquet']
     assert main(argv) == 0
     assert files(tmp_path/'out') == files(tmp_path/'again')
 
@@ -513,7 +559,7 @@ def test_unreadable_files_fail_alone(model, tmp_path, capsys):
     (tmp_path/'t.tsv').write_text('image\n' + ''.join(f'{i}.jpg\n' for i in range(8)))
     assert main(['embed', str(model), str(tmp_path/'t.tsv'), '-o', str(tmp_path/'out')]) == 1
     assert '5 could not be embedded' in capsys.readouterr().out
-    ledger = [json.loads(line) for line in (tmp_path/'out'/'errors.jsonl').read_text().splitlines()]
+    ledger = [json.loads(line) for line in (tmp_path/'out'/'_errors.jsonl').read_text().splitlines()]
     assert [r['id'] for r in ledger] == [f'{i}.jpg' for i in range(1, 6)]
     for r, says in zip(ledger, ['empty', 'not an image', 'No such file', 'Is a directory', 'Too many levels']): assert says in r['error'], r
     assert load_vectors(tmp_path/'out').ok.tolist() == [True] + [False]*5 + [True]*2
@@ -526,7 +572,7 @@ def test_not_finite_is_no_vector(model, tmp_path):
             out[1] = float('nan')
             return out
     assert embed(Sick(model, batch_size=4, deterministic=True), Scenes(train=8, valid=0), tmp_path).failed == 2
-    assert [json.loads(line)['error'] for line in (tmp_path/'errors.jsonl').read_text().splitlines()] == ['the model gave no finite embedding']*2
+    assert [json.loads(line)['error'] for line in (tmp_path/'_errors.jsonl').read_text().splitlines()] == ['the model gave no finite embedding']*2
 
 
 def test_parts_of_another_artifact_are_found_out(model, source, whole, tmp_path):
@@ -560,6 +606,37 @@ def test_a_source_that_changes(model, tmp_path, monkeypatch):
         if ready == 32: tar(tmp_path/'s.tar', samples[::-1])
     with pytest.raises(ValueError, match='s.tar has changed while the job was running'): embed(model, shards, tmp_path/'s', shard_rows=16, progress=rewrite)
     with pytest.raises(ValueError, match='the source has changed since'): embed(model, open_source(f'{tmp_path}/s.tar'), tmp_path/'s', shard_rows=16)
+
+
+ODD = [b'{"id": 7, "text": "a boat", "n": 1, "when": "2020-01-02"}', b'{"id": "b", "text": 3, "n": 2.5}', b'{"id": 1.5, "text": "\\ud800", "n": "x"}', b'', b'{"id": null, "text": null, "n": [1]}',
+       b'{"id": "\\udcff", "text": ["a cat", "a dog"], "n": "\\ud800"}', b'{"id": true, "text": {"en": "x"}, "n": 36893488147419103232}', b'{"id": "caf\xe9", "text": "caf\xe9", "n": NaN}',
+       b'{"id": "last", "text": "' + b'x'*3_000_000 + b'"}']
+
+
+def test_odd_values_in_lines_of_json(model, tmp_path, monkeypatch):
+    "A row fails, not the file; a number is a name as well; from a file and from standard input."
+    (tmp_path/'t.jsonl').write_bytes(b'\n'.join(ODD))
+    keep = ['n', 'when']
+    for source in (open_source(tmp_path/'t.jsonl', 'text', id_key='id', keep=keep), read_lines(io.BytesIO(b'\n'.join(ODD)), 'both', image_key='id', id_key='id', keep=keep)):
+        if source.path.name == 't.jsonl':
+            assert [source.name(i) for i in range(len(source))] == ['7', 'b', '1.5', 'row 3', '\\udcff (1)', '\\udcff (2)', 'true', 'caf\\udce9', 'last']
+            said = []
+            for i in range(9):
+                try: said.append(source.text(i)[:9])
+                except ValueError as e: said.append(str(e))
+            half = 'text holds half a character: no UTF-8 has it'
+            assert said == ['a boat', 'text is 3, not a text', half, 'text is empty', 'a cat', 'a dog', 'text is {"en": "x"}, not a text', half, 'xxxxxxxxx']
+        assert [source.value(i, 'n') for i in range(9)] == ['1', '2.5', 'x', '[1]', '\ufffd', '\ufffd', '36893488147419103232', None, None]
+        assert str(source.value(0, 'when'))[:10] == '2020-01-02' and source.value(1, 'when') is None
+    done = embed(model, open_source(tmp_path/'t.jsonl', 'text', id_key='id', keep=keep), tmp_path/'out', what='text', keep=keep)
+    assert (done.rows, done.failed) == (9, 5)
+    for lines, error in ((b'{"text": "a"}\n{"text": 3}\n{"text": ', r't.jsonl, line 3: not JSON'), (b'{"text": "a"}\n[3]', 'line 2: want an object like'), (b'{"x": 1}\n', "no column 'text'")):
+        (tmp_path/'t.jsonl').write_bytes(lines)
+        with pytest.raises(ValueError, match=error): open_source(tmp_path/'t.jsonl', 'text')
+        with pytest.raises(ValueError, match='standard input'): read_lines(io.BytesIO(lines), 'both')
+    numbers = b'\n'.join(b'{"id": %d, "text": "number %d"}' % (i, i) for i in range(5))
+    (tmp_path/'n.jsonl').write_bytes(numbers)
+    assert [open_source(tmp_path/'n.jsonl', 'text', id_key='id').name(i) for i in range(5)] == list('01234')
 
 
 def test_images_that_change(model, tmp_path, capsys):

@@ -16,7 +16,7 @@ from typing import Annotated
 
 from fastcore.script import store_true
 
-from ..cli import path, typed
+from ..cli import path, resumable, typed
 
 # %% ../../nbs/commands/04_embedding.ipynb #9e91ff36
 def embed(
@@ -27,7 +27,7 @@ def embed(
     stdin: store_true = False,  # read texts from standard input, one a line: as `- --what text`
     what: Annotated[str, {'choices': ['image', 'text', 'both']}] = None, # which vectors; image by default
     keep: str = '',             # columns of the source to keep, separated by commas
-    precision: Annotated[str, {'choices': ['float32', 'float16', 'int8', 'binary']}] = 'float32', # of the vectors
+    precision: Annotated[str, {'choices': ['float32', 'float16', 'int8', 'binary']}] = 'float32', # of the vectors; Spark cannot read float16
     id_key: str = None,         # column that names the rows
     image_key: str = None,      # column of images; image by default
     text_key: str = None,       # column of texts; text by default, txt in shards
@@ -77,7 +77,7 @@ def embed(
         low, _, high = workers.partition('-')
         if not (low.isdigit() and (high or low).isdigit() and 0 < int(low) <= int(high or low)): raise ValueError(f'--workers must be a number or a range such as 2-16, got {workers!r}')
         more |= dict(workers=(int(low), int(high or low)), address=address, gpus=gpus, cpus=cpus)
-    with progress_bar() as progress:
+    with resumable(f'the parts that are whole stay in {Out}' + ('' if Path(Out).suffix == '' else '.parts')), progress_bar() as progress:
         done = embed_to(artifact, found, Out, run, device, batch, progress, what=what or 'image', keep=options['keep'], precision=precision,
                         shard_rows=rows, unique=unique, content_hash=content_hash, **more)
     print(typed(str(done)))

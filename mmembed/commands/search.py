@@ -12,7 +12,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from ..cli import Formatter, Parser, near, path, path_or_name, split_doc
+from ..cli import Formatter, Parser, near, path, path_or_name, resumable, split_doc
 
 # %% ../../nbs/commands/05_search.ipynb #279780df
 def _command(name: str, **options):
@@ -73,7 +73,7 @@ def build(args):
     from mmembed.index import Index
     from mmembed.jobs import progress_bar
     if args.on_duplicate == 'replace': raise ValueError('there is nothing to replace in a new index: raise or skip')
-    with progress_bar() as progress:
+    with resumable('what is embedded is kept'), progress_bar() as progress:
         index = Index.build(args.artifact, _single(args.source), args.out, args.side, overwrite=args.overwrite, progress=progress, **_source(args))
     n = len(index)
     _told(index, f"{n:,} {args.side}{'' if n == 1 else 's'} in {near(args.out)}")
@@ -88,7 +88,8 @@ def add(args):
     from mmembed.jobs import progress_bar
     index = Index(args.index, args.model)
     known = len(index.bad())
-    with progress_bar() as progress: n = index.add(_single(args.source), progress=progress, **_source(args))
+    with resumable('the index is as it was, what is embedded is kept'), progress_bar() as progress:
+        n = index.add(_single(args.source), progress=progress, **_source(args))
     _told(index, f'{n:,} added to {near(args.index)}, {len(index):,} there now', known)
 
 def _single(source: list[str]): return source[0] if len(source) == 1 else source
