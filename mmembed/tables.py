@@ -78,7 +78,7 @@ def same_job(
     "Raises `ValueError` where the manifest is of another job, with the first difference."
     try: there = json.loads(path.read_text(encoding='utf-8'))
     except ValueError: raise ValueError(f'{path} is not a manifest: choose another place') from None
-    for k, v in job._asdict().items():
+    for k, v in sorted(job._asdict().items(), key=lambda kv: kv[0] in ('source', 'rows')):  # last: another `what` looks at other things of it
         if there.get(k) != v:
             hint = {'artifact': 'another model made the vectors in it', 'source': _source_hint(str(there.get(k)), str(v))}.get(k)
             raise ValueError(f'{path.parent if path.name == MANIFEST else path} belongs to another job: {k} is {there.get(k)!r} there and {v!r} here'
