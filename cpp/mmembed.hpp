@@ -166,11 +166,11 @@ inline bool image_ops_registered(bool heic = false) {
 }
 
 // Loads a library that lies beside libtorch_cpu.so, if there is one: programs link no more of libtorch than they must.
-inline void load_beside(const char* library) {
+inline bool load_beside(const char* library) {
   Dl_info here;
-  if (!dladdr(reinterpret_cast<void*>(&at::get_num_threads), &here) || !here.dli_fname) return;
+  if (!dladdr(reinterpret_cast<void*>(&at::get_num_threads), &here) || !here.dli_fname) return false;
   std::string folder(here.dli_fname);
-  dlopen((folder.substr(0, folder.rfind('/') + 1) + library).c_str(), RTLD_NOW | RTLD_GLOBAL);
+  return dlopen((folder.substr(0, folder.rfind('/') + 1) + library).c_str(), RTLD_NOW | RTLD_GLOBAL) != nullptr;
 }
 
 // libjpeg and libpng print on stderr what they think of a file, whoever sent it, and torchcodec does not stop them. In the
@@ -215,11 +215,25 @@ inline void silence_decoders() {
 #endif
 }
 
+// Beside a libtorch without CUDA, what torchcodec's wheel of PyPI links and never calls on the CPU: libraries of the same names in
+// $MMEMBED_CUDA_STAND_INS, or where the build made them (cmake/mmembedLibtorch.cmake).
+inline void load_cuda_stand_ins() {
+  std::string folder;
+#ifdef MMEMBED_CUDA_STAND_INS
+  folder = MMEMBED_CUDA_STAND_INS;
+#endif
+  if (const char* env = std::getenv("MMEMBED_CUDA_STAND_INS"); env && *env) folder = env;
+  std::error_code none;
+  if (folder.empty()) return;
+  for (const auto& file : std::filesystem::directory_iterator(folder, none))
+    if (file.is_regular_file(none)) dlopen(file.path().c_str(), RTLD_NOW | RTLD_GLOBAL);
+}
+
 // Registers torchcodec's image operators. Tried in turn: `path`, $MMEMBED_TORCHCODEC, the file found when this program
 // was built, the loader's own search path. The operator for HEIC lies in a library beside it, which wants libheif.
 inline void register_image_ops(const std::string& path = "", bool heic = false) {
   if (image_ops_registered(heic)) return;
-  load_beside("libtorch_cuda.so");  // the library of the CUDA wheels wants both
+  if (!load_beside("libtorch_cuda.so")) load_cuda_stand_ins();  // the library of the CUDA wheels wants both
   load_beside("libtorch.so");
   std::vector<std::string> tries;
   const char* env = std::getenv("MMEMBED_TORCHCODEC");
@@ -242,6 +256,10 @@ inline void register_image_ops(const std::string& path = "", bool heic = false) 
     if (why.empty()) why = message ? message : file + " registers no image operators";
   }
   if (heic) throw Error("this artifact decodes HEIC and needs libheif: apt install libheif1 (" + why + ")");
+  if (std::regex_search(why, std::regex("lib(nvrtc|cudart|c10_cuda|torch_cuda)\\.so")))
+    throw Error("this artifact decodes image files, and this torchcodec links CUDA, which this libtorch is without: build with "
+                "mmembed's CMake files, which make stand-ins, and give them TORCHCODEC_IMAGE; or take a torchcodec without CUDA, "
+                "or export with decode=False (" + why + ")");
   throw Error("this artifact decodes image files and needs torchcodec's image operators: set MMEMBED_TORCHCODEC to "
               "libtorchcodec_image.so (in the Python package torchcodec), or export with decode=False (" + why + ")");
 }

@@ -41,6 +41,40 @@ function(mmembed_find_libtorch found why)
   set(${found} TRUE PARENT_SCOPE)
 endfunction()
 
+# torchcodec's wheel of PyPI links CUDA's libraries, though nothing of them is called for an image that is decoded on the CPU. Beside
+# a libtorch without CUDA the loader is content with stand-ins of the same names, whose three functions fail: made here, in `folder`.
+function(mmembed_cuda_stand_ins folder)
+  set(${folder} "" PARENT_SCOPE)
+  if(NOT TORCHCODEC_IMAGE OR NOT EXISTS "${TORCHCODEC_IMAGE}" OR EXISTS "${TORCH_DIR}/lib/libtorch_cuda.so" OR NOT CMAKE_READELF)
+    return()
+  endif()
+  execute_process(COMMAND ${CMAKE_READELF} -d ${TORCHCODEC_IMAGE} OUTPUT_VARIABLE needed)
+  string(REGEX MATCHALL "lib(nvrtc|cudart|c10_cuda|torch_cuda)\\.so[.0-9]*" names "${needed}")
+  if(NOT names)
+    return()
+  endif()
+  set(made "${CMAKE_BINARY_DIR}/mmembed_cuda_stand_ins")
+  file(WRITE ${made}/source/failing.cpp "extern \"C\" {
+int cudaGetDevice(int*) { return 100; }          // cudaErrorNoDevice
+int cudaStreamSynchronize(void*) { return 100; }
+int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }
+}
+")
+  foreach(name ${names})
+    file(WRITE ${made}/source/${name}.map "${name} { global: *; };\n")  # the version that the wheel's symbols ask for
+    execute_process(
+      COMMAND ${CMAKE_CXX_COMPILER} -shared -fPIC -nostdlib -Wl,-soname,${name} -Wl,--version-script=${made}/source/${name}.map
+              -o ${made}/${name} ${made}/source/failing.cpp
+      RESULT_VARIABLE status ERROR_VARIABLE error)
+    if(status)
+      message(WARNING "no stand-in for ${name}: ${error}")
+      return()
+    endif()
+  endforeach()
+  message(STATUS "libtorch without CUDA: stand-ins for torchcodec's ${names}")
+  set(${folder} "${made}" PARENT_SCOPE)
+endfunction()
+
 # What a program that includes mmembed.hpp compiles and links with.
 function(mmembed_use_libtorch target)
   target_include_directories(${target} SYSTEM INTERFACE ${TORCH_DIR}/include ${TORCH_DIR}/include/torch/csrc/api/include)
@@ -51,5 +85,9 @@ function(mmembed_use_libtorch target)
   target_compile_features(${target} INTERFACE cxx_std_20)
   if(TORCHCODEC_IMAGE)
     target_compile_definitions(${target} INTERFACE MMEMBED_TORCHCODEC_IMAGE="${TORCHCODEC_IMAGE}")
+    mmembed_cuda_stand_ins(stand_ins)
+    if(stand_ins)
+      target_compile_definitions(${target} INTERFACE MMEMBED_CUDA_STAND_INS="${stand_ins}")
+    endif()
   endif()
 endfunction()
