@@ -26,18 +26,20 @@ from ..vision.pipeline import VisionPipeline
 
 # %% ../../nbs/models/01a_pretrained.ipynb #47dde8e4
 class _Layers(nn.Module):
-    "The layers of open_clip's text transformer under their names, without its `forward`, which TorchScript refuses unmasked"
+    "The layers of open_clip's text transformer under their names, without its `forward`, which TorchScript refuses"
     def __init__(self, net: nn.Module):
         super().__init__()
         self.token_embedding, self.transformer, self.ln_final = net.token_embedding, net.transformer, net.ln_final
         self.positional_embedding, self.text_projection = net.positional_embedding, net.text_projection
+        self.cls_emb = net.cls_emb  # CoCa's token behind the text, or None
         self.register_buffer('attn_mask', net.attn_mask, persistent=False)
 
 # %% ../../nbs/models/01a_pretrained.ipynb #7a277a88
 class OpenClipText(Tower):
     "open_clip's text tower, projection included"
     rule = TextPipeline
-    whole: torch.jit.Final[bool]
+    padded: torch.jit.Final[bool]
+    appended: torch.jit.Final[bool]
     causal: torch.jit.Final[bool]
     linear: torch.jit.Final[bool]
     matrix: torch.jit.Final[bool]
@@ -62,24 +64,42 @@ class OpenClipText(Tower):
         if pipeline.max_length > self.length:
             raise ValueError(f'the pipeline gives up to {pipeline.max_length} tokens, the model takes {self.length}')
         self.causal = net.attn_mask is not None
-        self.whole = net.cls_emb is not None or net.use_pad_mask
-        self.fixed = self.whole or not self.causal or net.pool_type not in ('argmax', 'eos')
+        self.appended, self.padded = net.cls_emb is not None, net.cls_emb is not None or net.use_pad_mask
+        self.empty, self.behind, self.heads = net.pad_id, net.correct_cls_mask, net.heads
+        self.fixed = self.padded or not self.causal or net.pool_type not in ('argmax', 'eos')
         last = net.text_projection
         self.linear, self.matrix = isinstance(last, nn.Linear), isinstance(last, nn.Parameter)
         self.pool, self.eos = net.pool_type, net.eos_id
-        self.net = net if self.whole else _Layers(net)
+        self.net = _Layers(net)
+
+    def hidden(self,
+        ids: Tensor, # int64 (B, L)
+        n: int,      # L, and one more for a token behind the text
+    ) -> Tensor: # float32 (B * heads, n, n), to be added to the scores
+        "Zero where a position may look at another, -inf where that is padding; CoCa's published weights have it one place off."
+        seen = ids != self.empty
+        if self.appended:
+            own = seen.new_ones([ids.shape[0], 1])
+            seen = torch.cat([seen, own] if self.behind else [own, seen], 1)
+        seen = seen[:, None, :].expand(-1, n, -1)
+        mask = torch.zeros_like(seen, dtype=self.net.positional_embedding.dtype).masked_fill(~seen, float('-inf'))
+        return mask.repeat_interleave(self.heads, 0)
 
     def forward(self,
         tokens: Tokens, # ids and mask, int64 (B, L)
     ) -> Tensor: # float32 (B, dim)
         ids = tokens.ids
         if self.fixed: ids = F.pad(ids, [0, self.length - ids.shape[1]], value=float(self.pad_id))
-        if self.whole: return self.net(ids)
-        L = ids.shape[1]
-        x = self.net.token_embedding(ids) + self.net.positional_embedding[:L]
-        if self.causal: x = self.net.transformer(x, attn_mask=self.net.attn_mask[:L, :L])
+        L, x = ids.shape[1], self.net.token_embedding(ids)
+        if self.appended:
+            L, x = L + 1, torch.cat([x, self.net.cls_emb.expand(ids.shape[0], 1, -1)], 1)
+        x = x + self.net.positional_embedding[:L]
+        if self.causal and self.padded: x = self.net.transformer(x, attn_mask=self.net.attn_mask[:L, :L] + self.hidden(ids, L))
+        elif self.causal: x = self.net.transformer(x, attn_mask=self.net.attn_mask[:L, :L])
+        elif self.padded: x = self.net.transformer(x, attn_mask=self.hidden(ids, L))
         else: x = self.net.transformer(x, attn_mask=None)
-        x = text_global_pool(self.net.ln_final(x), ids, self.pool, self.eos)
+        if self.appended: x = self.net.ln_final(x[:, -1])
+        else: x = text_global_pool(self.net.ln_final(x), ids, self.pool, self.eos)
         if self.linear: return self.net.text_projection(x)
         elif self.matrix: return x @ self.net.text_projection
         else: return x

@@ -65,6 +65,10 @@ def transformers_preset(
     resample = {0: 'nearest', 2: 'bilinear', 3: 'bicubic'}.get(c.get('resample', 3))
     if resample is None: refuse('resample', 'is none of 0 (nearest), 2 (bilinear), 3 (bicubic)')
     def pair(v): return [v, v] if isinstance(v, int) else [v['height'], v['width']] if 'height' in v else None
+    if c.get('use_square_size'):  # of KOSMOS-2: transformers resizes to a square of the default, whatever `size` says
+        if c['size'] not in (224, {'shortest_edge': 224}, {'height': 224, 'width': 224}):
+            refuse('size', 'with use_square_size: versions of transformers differ for any but 224')
+        c['size'] = {'height': 224, 'width': 224}
     size, crop = c['size'], pair(c['crop_size']) if c.get('do_center_crop') and 'crop_size' in c else None
     preset = dict(interpolation=resample, crop='floor', mean=list(c['image_mean']), std=list(c['image_std']))
     if isinstance(size, Mapping) and size.get('longest_edge'): refuse('size', 'has an unsupported longest_edge')

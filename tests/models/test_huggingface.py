@@ -20,6 +20,7 @@ from mmembed.models.huggingface import TransformersText, transformers_towers
 from mmembed.models.tower import from_spec
 from mmembed.runtime import load
 from mmembed.text.pipeline import TextPipeline
+from tests.alone import alone
 
 TEXTS = ['a photo of a cat', '', 'Zwei Hunde auf dem Sofa, ' * 30, "!!! it's a CAT <|endoftext|> é 一只猫", '  two   spaces\n', '123 456']
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
@@ -90,7 +91,15 @@ def theirs(folder, tokenizer, pictures, fixed):
     return words.input_ids, pixels, F.normalize(text, dim=-1), F.normalize(image, dim=-1), model
 
 
+def begin():
+    "What the fixtures above do, in a process of its own."
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+
+
 @pytest.mark.parametrize('make', [clip, siglip, bert])
+@alone(begin)
 def test_one_artifact_with_their_numbers(make, tmp_path):
     (tmp_path/'m').mkdir()
     ids, pixels, text, image, reference = theirs(tmp_path/'m', *make(tmp_path/'m'), make is siglip)

@@ -15,6 +15,7 @@ from mmembed.models.towers import Bert, ConvNet, TextTransformer, image_tower
 from mmembed.runtime import read_card
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
+from tests.alone import alone
 from tests.helpers import FORMS, in_form
 
 SCENES = Scenes(train=16, valid=0)
@@ -73,6 +74,7 @@ def test_made_again(fusion):
 
 
 @pytest.mark.parametrize('fusion', ['late', 'cosine', 'cross'])
+@alone()
 def test_the_file_scores_as_the_model(fusion, tmp_path):
     model = made(fusion, bert() if fusion == 'cross' else None)
     report = mm.export(model, tmp_path/'pairs.pt', decode=False, fresh=False, cpp=False)

@@ -14,6 +14,7 @@ from mmembed.models.tower import from_spec
 from mmembed.runtime import load
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
+from tests.alone import alone
 from tests.helpers import FORMS, in_form
 
 TEXTS = ['a photo of a cat', '', 'two dogs on a sofa, and more of them ' * 3, '!!! a cat!']
@@ -71,7 +72,8 @@ def test_open_clip_numbers_in_every_form(name, tmp_path):
         for a, b in zip(model(tokens, pixels), again(tokens, pixels), strict=True): assert a.equal(b)
 
 
-@pytest.mark.parametrize('name', ['tiny-coca', 'tiny-mobileclip', 'tiny-siglip'])
+@pytest.mark.parametrize('name', ['tiny-vit', 'tiny-resnet', 'tiny-coca', 'tiny-mobileclip', 'tiny-siglip'])
+@alone(lambda: factory._MODEL_CONFIGS.update(FAMILIES))
 def test_exported_and_verified(name, tmp_path):
     model = made(name)
     if name == 'tiny-siglip':

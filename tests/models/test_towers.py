@@ -7,9 +7,13 @@ import torch
 import torchvision
 
 from mmembed.core import Tokens
+from mmembed.export.verify import export
+from mmembed.models.dual import DualEncoder
+from mmembed.models.pretrained import timm_tower
 from mmembed.models.towers import Bert, ConvNet, TextTransformer, bert, from_spec, image_tower
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
+from tests.alone import alone
 from tests.helpers import FORMS, in_form
 
 TEXTS = ['a red circle', 'a blue square left of a red ring', '一个红色圆形', '', 'a ' * 60]
@@ -219,3 +223,15 @@ def test_a_pipeline_with_longer_texts_than_the_encoder_has_positions(bert_folder
         Bert(TextPipeline.learn(TEXTS * 9, vocab_size=150, max_length=48), bert(str(bert_folder)).made_with['config'])
     tower = bert(str(bert_folder), max_length=128).eval()
     assert tower.pipeline.max_length == 40 and tower(tower.pipeline(['a ' * 200])).isfinite().all()
+
+
+IMAGE_TOWERS = {'ConvNet': lambda: ConvNet(VP), 'torchvision': lambda: image_tower('shufflenet_v2_x0_5', pipeline=VisionPipeline(size=64)),
+                'timm': lambda: timm_tower('test_vit'), 'timm convolutions': lambda: timm_tower('test_resnet')}
+
+
+@pytest.mark.parametrize('name', IMAGE_TOWERS)
+@alone(lambda: torch.set_grad_enabled(False))
+def test_exported_and_verified(name, tmp_path):
+    "Each in a process where nothing was scripted before."
+    model = DualEncoder(text_tower(), IMAGE_TOWERS[name](), dim=16).eval()
+    assert export(model, tmp_path/'m.pt', decode=False, fresh=False, cpp=False).ok

@@ -193,6 +193,19 @@ def test_transformers_preset_is_the_fast_processor():
             assert (vp([image])[0] - theirs).abs().max() < 1e-5
 
 
+def test_transformers_preset_of_a_square_size():
+    "KOSMOS-2's setting, which decides the shape that is resized to."
+    from transformers import CLIPImageProcessor
+    config = dict(CLIPImageProcessor().to_dict(), use_square_size=True)
+    vp = VisionPipeline.from_transformers(config)
+    for size in [(64, 97), (640, 481), (33, 500)]:
+        image = picture(*size)
+        theirs = CLIPImageProcessor(**config)(image, return_tensors='pt')['pixel_values'][0]
+        assert theirs.shape[1:] == vp.size == (224, 224) and (vp([image])[0] - theirs).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="size={'shortest_edge': 336} with use_square_size"):
+        VisionPipeline.from_transformers(config | dict(size={'shortest_edge': 336}, crop_size=336))
+
+
 def test_torchvision_preset_is_its_transform():
     from torchvision.models import get_weight
     for name in ['ResNet18_Weights.IMAGENET1K_V1', 'ResNet50_Weights.IMAGENET1K_V2', 'EfficientNet_B0_Weights.IMAGENET1K_V1']:
