@@ -6,13 +6,14 @@ Docs: https://mmembed.github.io/mmembed/core.html.md"""
 
 # %% auto #0
 __all__ = ['Tokens', 'Encoding', 'ImageInfo', 'PairBatch', 'Embeddings', 'quietly', 'as_bytes', 'pack', 'pack_str', 'read_bytes',
-           'meant', 'stack_levels', 'filled', 'lengthened', 'text_lengths', 'attend', 'Settings', 'settings']
+           'naming', 'meant', 'stack_levels', 'filled', 'lengthened', 'text_lengths', 'attend', 'Settings', 'settings']
 
 # %% ../nbs/00_core.ipynb #3e639866
 import configparser
 import re
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import List, NamedTuple, Optional
@@ -128,6 +129,17 @@ def read_bytes(
 ) -> Tensor: # uint8 (N,)
     "The content of the file at `path`; raises `OSError` as `open` does."
     return as_bytes(Path(path).read_bytes())
+
+# %% ../nbs/00_core.ipynb #8c59b374
+@contextmanager
+def naming(
+    path: str | Path, # the file that is written
+):
+    "Give an `OSError` of the body the name of the file, if it has none, as when the disk is full."
+    try: yield
+    except OSError as e:
+        if e.errno is not None and e.filename is None: e.filename = str(path)
+        raise
 
 # %% ../nbs/00_core.ipynb #fcfd0937
 def meant(

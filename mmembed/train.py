@@ -7,19 +7,22 @@ Docs: https://mmembed.github.io/mmembed/train.html.md"""
 # %% auto #0
 __all__ = ['TASKS', 'PATHS', 'FREE', 'DIVIDES', 'load_checkpoint', 'read_checkpoint', 'Checkpoint', 'write_weights', 'task_of',
            'TrainCLI', 'settle', 'new_folder', 'claim_folder', 'learn_tokenizer', 'Resumed', 'resumed_run',
-           'own_tokenizer', 'same_model', 'RunResult', 'run', 'find_lr', 'judge_the_last', 'WrongCall', 'prepare',
-           'show_recall', 'show_figures', 'evaluate', 'judged_data', 'LitDualEncoder', 'LitPairClassifier', 'judge',
-           'warm_cosine']
+           'own_tokenizer', 'same_model', 'RunResult', 'run', 'go_on', 'find_lr', 'judge_the_last', 'WrongCall',
+           'prepare', 'show_recall', 'show_figures', 'evaluate', 'judged_data', 'LitDualEncoder', 'LitPairClassifier',
+           'judge', 'warm_cosine']
 
 # %% ../nbs/20_train.ipynb #716c3ad2
 import json
 import os
 import re
 import shutil
+import signal
 import tempfile
+import threading
 import uuid
 import warnings
 from argparse import ArgumentError
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,11 +35,12 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProg
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.tuner import Tuner
-from safetensors import safe_open
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .core import settings
+from .core import naming, settings
 from .data.labels import LabelData, MatchData
 from .data.module import PairData
 from .models.metrics import answers, mean_average_precision
@@ -125,7 +129,7 @@ class Checkpoint(ModelCheckpoint):
         else: print(f'the best so far: {self.monitor} {float(score):.3f} at step {note["measured_at"]}')
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str):
-        super()._save_checkpoint(trainer, filepath)
+        with naming(filepath): super()._save_checkpoint(trainer, filepath)
         if self.track and trainer.is_global_zero: write_weights(filepath)
 
 def _ends(trainer: Trainer) -> bool:
@@ -147,7 +151,11 @@ def write_weights(
         weights = load_checkpoint(path).state_dict()
         note = note | {'lora': None}
     out = path.with_suffix('.safetensors')
-    save_file({k: v.contiguous().clone() for k, v in weights.items()}, out, {'mmembed': json.dumps(note)})
+    with naming(out):
+        try: save_file({k: v.contiguous().clone() for k, v in weights.items()}, out, {'mmembed': json.dumps(note)})
+        except SafetensorError as e:
+            if not (number := re.search(r'os error (\d+)', str(e))): raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
     return out
 
 # %% ../nbs/20_train.ipynb #d3054e6a
@@ -180,6 +188,7 @@ class TrainCLI(LightningCLI):
     ):
         s = settings()
         shell, data, self.monitor = TASKS[task_of(args)]
+        self.new_parent = False  # whether the folder of all runs was made for this one
         super().__init__(
             shell, data, args=args, run=False, auto_configure_optimizers=False, save_config_callback=None,
             seed_everything_default=s.seed,
@@ -203,8 +212,10 @@ class TrainCLI(LightningCLI):
         _loggers_there(_get(self.config, 'trainer.logger'))
         self.folder = claim_folder(Path(settings().runs_path)/self.config.name)
         text = _get(self.config, 'model.model.init_args.text.init_args')
+        self.learnt, self.drafts = None, None
         if text is not None and text.get('tokenizer') == 'learn':
-            path = self.folder/'tokenizer.json'
+            self.drafts = tempfile.TemporaryDirectory(prefix='mmembed-')
+            path = self.learnt = Path(self.drafts.name)/'tokenizer.json'
             if self.resumed: own_tokenizer(self.resumed, self.config.resume, path)
             else: learn_tokenizer(self.config.data, self.config.vocab_size, path, TASKS[self.config.task][1])
             text['tokenizer'] = str(path)
@@ -220,13 +231,20 @@ class TrainCLI(LightningCLI):
             self.config.find_lr, self.config.model.lr = False, done.lr
 
     def keep(self):
-        "Write the configuration into the run's folder, as it is now."
+        "Write the configuration into the run's folder, as it is now, and the tokenizer that was learnt."
+        if not self.folder.parent.exists(): self.new_parent = True
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.learnt:
+            draft = self.folder/f'tokenizer-{uuid.uuid4().hex}.json'  # other processes write the same
+            shutil.copy2(self.learnt, draft)
+            draft.replace(path := self.folder/'tokenizer.json')
+            self.config.model.model.init_args.text.init_args['tokenizer'] = str(path)
+            self.drafts.cleanup()
+            self.learnt = None
         self.parser.save(self.config, self.folder/'config.yaml', overwrite=True, skip_validation=True)
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
         if self.resumed: same_model(self.resumed, self.model.model, self.config.resume)
-        self.keep()
         if _get(self.config, 'trainer.logger') is None:
             kwargs['logger'] = [make(self.folder, name='logs', version='') for make in (CSVLogger, TensorBoardLogger)]
         self.best = Checkpoint(self.folder, 'best', monitor=self.monitor, mode='max', enable_version_counter=False, save_on_train_epoch_end=False)
@@ -236,7 +254,16 @@ class TrainCLI(LightningCLI):
         if n := self.config.patience: more.append(EarlyStopping(self.monitor, mode='max', patience=n))
         if _get(self.config, 'trainer.enable_progress_bar') is not False: more.append(RichProgressBar())
         self.trainer_defaults['callbacks'] = [self.best, *more]
-        return super().instantiate_trainer(default_root_dir=self.folder, **kwargs)
+        trainer = super().instantiate_trainer(default_root_dir=self.folder, **kwargs)
+        self.keep()  # the data, the model and the trainer are there
+        return trainer
+
+    def leave_no_trace(self):
+        "Remove the folder of a run that has ended before its first step, if nothing was saved there."
+        if self.trainer.global_step or not self.trainer.is_global_zero or any(self.folder.glob('*.ckpt')): return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.new_parent:
+            with suppress(OSError): self.folder.parent.rmdir()  # if it is empty again
 
 # %% ../nbs/20_train.ipynb #44f0be08
 def _loggers_there(loggers: Any):
@@ -402,8 +429,12 @@ def run(
         warnings.filterwarnings('ignore', message='.*exists and is not empty')  # our configuration is in it
         warnings.filterwarnings('ignore', message='.*LeafSpec')
         cli.datamodule.ledger.keep(cli.folder/'failures.jsonl', cli.trainer.is_global_zero)
-        if cli.config.find_lr: find_lr(cli)
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.resume)
+        try:
+            if cli.config.find_lr: find_lr(cli)
+            _fit(cli)
+        except BaseException:
+            cli.leave_no_trace()
+            raise
         if cli.best.best_model_score is None and cli.trainer.enable_validation and not cli.trainer.fast_dev_run: judge_the_last(cli)
     if cli.trainer.is_global_zero and (started := os.environ.get('TORCHELASTIC_RUN_ID')): _note(cli.folder.parent, started).unlink(missing_ok=True)
     path = cli.folder/('best.ckpt' if (cli.folder/'best.ckpt').is_file() else 'last.ckpt')
@@ -414,6 +445,30 @@ def run(
     return RunResult(cli.folder, path, note['recall'], model, cli.datamodule, note.get('figures', {}))
 
 # %% ../nbs/20_train.ipynb #eac19381
+def _fit(cli: TrainCLI):
+    "`Trainer.fit`; an interrupted one raises `KeyboardInterrupt` with what goes on from there."
+    before = signal.getsignal(signal.SIGINT)
+    try: cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.resume)
+    except MisconfigurationException as e: raise ValueError(_told(e)) from None
+    except SystemExit as e:
+        if not isinstance(e.__context__, KeyboardInterrupt): raise
+        if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGINT, before)  # Lightning ignores it from here on
+        raise KeyboardInterrupt(go_on(cli)) from None
+
+def go_on(
+    cli: TrainCLI, # interrupted
+) -> str:
+    "Tell how an interrupted run goes on, or that nothing of it was saved."
+    step, last = cli.trainer.global_step, cli.folder/'last.ckpt'
+    if last.is_file():
+        return f'interrupted at step {step}: mmembed train --config {cli.folder/"config.yaml"} --resume {last} goes on from step {read_checkpoint(last)[0].get("step", "saved last")}'
+    return f'interrupted at step {step}, before anything was saved; --save_every 100 saves within an epoch, too'
+
+def _told(e: Exception) -> str:
+    "What Lightning says of options that do not go together, in one line."
+    text = ' '.join(str(e).split())
+    return f'the Trainer cannot do that: {text}' if len(text) < 300 else f'the Trainer cannot do that: {text[:300]}...'
+
 def find_lr(
     cli: TrainCLI, # its model gets the rate
 ):
@@ -447,6 +502,7 @@ def prepare(
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message="LightningCLI's args parameter")  # sys.argv is not ours
         try: return TrainCLI(argv)
+        except MisconfigurationException as e: raise ValueError(_told(e)) from None
         except ArgumentError as e:
             files = ', '.join(v for k, v in zip(argv, argv[1:]) if k == '--config')
             raise WrongCall(_sentence(e).replace('parsing config', f'parsing {files or "the configuration"}')) from None
@@ -460,6 +516,9 @@ def _sentence(e: ArgumentError) -> str:
     inner = r"Parser key \"([^\"]+)\".*- Problem with given class_path '[\w.]*\.(\w+)': (.*?)(?: - Expected|$)"
     if nested := re.search(inner, text):
         return f'{nested[1]} ({nested[2]}): {nested[3]}'
+    if union := re.match(r"(Parser key \"[^\"]+\"):.*Does not validate against any of the Union subtypes Subtypes: (\[.*?\]) Errors:.*Given value: (.*)", text):
+        kinds = re.sub(r'typing\.|Literal|NoneType', lambda m: 'null' if m[0] == 'NoneType' else '', union[2])
+        return f'{union[1]}: want one of {kinds[1:-1][:200]}. Got value: {union[3]}'
     if text.startswith('Unexpected config:'):
         return 'not a configuration, want lines like `key: value`: ' + (text[19:] or 'the file is empty')
     return text

@@ -64,6 +64,7 @@ def evaluate(argv: list[str]):
     parser = eval_parser()
     args, data = parser.parse_known_args(argv)
     if data and not data[0].startswith('--data.'): parser.error(f'unrecognized arguments: {" ".join(data)}')
+    from mmembed.core import naming
     from mmembed.train import WrongCall, evaluate as judge, show_figures
     try: found = judge(args.checkpoint, data, args.part)
     except WrongCall as e: eval_parser(data=True).error(str(e))
@@ -74,7 +75,7 @@ def evaluate(argv: list[str]):
         if 'map' in found: print('mean average precision: ' + ', '.join(f"{k.replace('_', ' ')} {v:.1%}" for k, v in found['map'].items()))
         print(f'judged: {about["rows"]:,} rows of {place_name(about["path"])}, part {about["part"]}' + (f', {about["skipped"]:,} skipped' if about['skipped'] else ''))
     out = Path(args.out or figures_path(args.checkpoint, about))
-    out.write_text(json.dumps(found, indent=1))
+    with naming(out): out.write_text(json.dumps(found, indent=1))
     if not args.json: print(f'figures: {near(out)}')
 
 def eval_parser(

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..core import ImageInfo, Tokens, pack_str, quietly, stack_levels
+from ..core import ImageInfo, Tokens, naming, pack_str, quietly, stack_levels
 from .encoder import Encoder, Scorer, unstored
 from .steps import Classes, Labelled, Same, SameTexts, Steps, best_labels, read_classes, tried
 from .variants import Prepared, Variant, prepared
@@ -407,4 +407,4 @@ def save(
         if old and name in ('extra/card.json', 'data.pkl'): record = record.replace(old, new)
         writer.write_record(name, record, len(record))
     writer.write_end_of_file()
-    Path(path).write_bytes(out.getbuffer())
+    with naming(path): Path(path).write_bytes(out.getbuffer())
