@@ -136,6 +136,13 @@ def test_batches_of_any_size_agree():
     with pytest.raises(ValueError, match='batch_size must be at least 1'): Embedder(tiny.artifact(), batch_size=0)
 
 
+def test_texts_of_many_lengths_come_back_in_their_order():
+    emb = Embedder(tiny.artifact(), batch_size=4, deterministic=True)
+    texts = ['a small red circle ' * n for n in (5, 1, 4, 1, 1, 3, 1)]
+    got = emb.encode_text(texts)
+    assert len(emb.lengths) > 1 and got.equal(torch.cat([emb.encode_text([t]) for t in texts])) and not got[0].equal(got[1])
+
+
 def test_scores_and_ranks(emb):
     texts, images = ['a red circle', 'b', 'c'], [FILES['RGB.png'], FILES['gray.jpg']]
     t, i = emb.encode_text(texts), emb.encode_image(images)

@@ -212,7 +212,7 @@ TABLE = [Mutant(*row) for row in (
      'tests/test_runtime.py::test_errors_name_the_item_everywhere'),
     ('runtime/order of lengths', 'mmembed/runtime.py',
      'torch.cat(parts)[torch.cat(places).argsort()]', 'torch.cat(parts)',
-     'tests/test_runtime.py::test_batches_of_any_size_agree'),
+     'tests/test_runtime.py::test_texts_of_many_lengths_come_back_in_their_order'),
     ('runtime/sigmoid or softmax', 'mmembed/results.py',
      '(known.sigmoid() if sigmoid else', '(known.softmax(-1) if sigmoid else',
      'tests/test_runtime.py::test_probabilities_follow_the_kind_of_model'),
