@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from mmembed.data.scenes import Scenes
 from mmembed.models.dual import DualEncoder
@@ -431,8 +432,15 @@ def test_the_best_checkpoint_has_the_highest_figure(work):
 
 
 def test_a_learning_rate_is_found(fixed, capsys):
-    result = run([*fixed, '--find_lr', 'true', '--trainer.max_epochs', '1', '--data.batch_size', '2'])
+    "It is in the kept configuration, and a resumed run does not look for another."
+    argv = [*fixed, '--find_lr', 'true', '--data.batch_size', '2']
+    result = run([*argv, '--trainer.max_epochs', '1'])
     assert 'learning rate ' in capsys.readouterr().out and result.checkpoint.is_file()
+    rest = run([*argv, '--trainer.max_epochs', '2', '--resume', str(result.folder/'last.ckpt')])
+    assert 'learning rate ' not in capsys.readouterr().out
+    kept, again = (yaml.safe_load((r.folder/'config.yaml').read_text()) for r in (result, rest))
+    used = saved(rest.folder/'last.ckpt')['optimizer_states'][0]['param_groups'][0]['initial_lr']
+    assert kept['model']['lr'] == again['model']['lr'] == used != 1e-3 and not kept['find_lr'] and not again['find_lr']
 
 
 def test_a_teacher_is_followed(fixed):

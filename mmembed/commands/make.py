@@ -73,7 +73,8 @@ def evaluate(argv: list[str]):
     else:
         show_figures(found)
         if 'map' in found: print('mean average precision: ' + ', '.join(f"{k.replace('_', ' ')} {v:.1%}" for k, v in found['map'].items()))
-        print(f'judged: {about["rows"]:,} rows of {place_name(about["path"])}, part {about["part"]}' + (f', {about["skipped"]:,} skipped' if about['skipped'] else ''))
+        skipped, step = (f', {about["skipped"]:,} skipped' if about['skipped'] else '', f'; weights of step {found["step"]:,}' if found['step'] is not None else '')
+        print(f'judged: {about["rows"]:,} rows of {place_name(about["path"])}, part {about["part"]}{skipped}{step}')
     out = Path(args.out or figures_path(args.checkpoint, about))
     with naming(out): out.write_text(json.dumps(found, indent=1))
     if not args.json: print(f'figures: {near(out)}')
