@@ -16,6 +16,7 @@ from PIL import Image
 from mmembed.core import Tokens, as_bytes, pack, quietly
 from mmembed.export import cases
 from mmembed.export.verify import export, verify
+from mmembed.inputs import enough
 from mmembed.results import ranking
 from mmembed.runtime import Embedder, Encoded, load, reason
 
@@ -498,6 +499,13 @@ def test_of_a_long_text_no_more_is_tokenized_than_can_matter(text):
     assert torch.equal(emb.encode_text([text, 'a']), want) and torch.equal(judge.scores([text], [image]), scores)
     emb.tokenize([text])
     assert emb.module.read and sum(emb.module.read) < 40_000 and sum(judge.module.read) < 20_000
+
+
+def test_a_beginning_that_fills_no_row_is_not_enough():
+    "A cut is taken only where the tokens up to it fill a row; else four times as much is tried."
+    head = enough('a ' * 400, re.compile(b'a(?= )'), lambda head: len(head) > 100, 10)
+    assert 100 < len(head) <= 160 and ('a ' * 400).encode().startswith(head)
+    assert enough('a ' * 400, re.compile(b'a(?= )'), lambda head: False, 10) == 'a ' * 400
 
 
 def test_what_cannot_be_cut_is_read_whole(emb):

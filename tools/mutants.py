@@ -218,7 +218,7 @@ TABLE = [Mutant(*row) for row in (
      'tests/test_runtime.py::test_probabilities_follow_the_kind_of_model'),
     ('runtime/beginning of a long text', 'mmembed/inputs.py',
      'if ends and fills(head[:ends[-1]]): return', 'if ends: return',
-     'tests/test_runtime.py::test_of_a_long_text_no_more_is_tokenized_than_can_matter'),
+     'tests/test_runtime.py::test_a_beginning_that_fills_no_row_is_not_enough'),
     ('runtime/words that name an image', 'mmembed/markers.py',
      "if text[:11].lower() == 'data:image/': return True", "if text[:11].lower() == 'data:image/': return False",
      'tests/test_markers.py::test_what_names_an_image'),
