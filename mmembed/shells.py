@@ -49,6 +49,7 @@ class Shell(LightningModule):
         "Adapters, then locks; called at the end of `__init__`."
         h = self.hparams
         self.model = model
+        if isinstance(h.lock, str): h.lock = [h.lock]
         if h.lora_rank: add_lora(model, **self.adapters())
         lock(model, h.lock)
 

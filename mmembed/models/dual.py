@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Embeddings, Tokens
-from .tower import Tower, class_path, from_spec
+from .tower import Tower, check_inputs, class_path, from_spec
 from ..text.pipeline import TextPipeline
 from ..vision.pipeline import VisionPipeline
 
@@ -61,12 +61,14 @@ class DualEncoder(nn.Module):
     def encode_text(self,
         tokens: Tokens, # ids and mask, int64 (B, L)
     ) -> Tensor: # float32 (B, dim), unit length
+        if not torch.jit.is_scripting(): check_inputs(self.text, self.image, tokens=tokens)
         return F.normalize(self.text_proj(self.text(tokens)), dim=-1)
 
     @torch.jit.export
     def encode_image(self,
         pixels: Tensor, # float32 (B, 3, H, W), normalised
     ) -> Tensor: # float32 (B, dim), unit length
+        if not torch.jit.is_scripting(): check_inputs(self.text, self.image, pixels=pixels)
         return F.normalize(self.image_proj(self.image(pixels)), dim=-1)
 
     def forward(self,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core import Tokens, attend
 from .dual import projection
-from .tower import Tower, class_path, from_spec
+from .tower import Tower, check_inputs, class_path, from_spec
 from .towers import Bert, ConvNet, TextTransformer, TorchvisionTower
 from ..text.pipeline import TextPipeline
 from ..vision.pipeline import VisionPipeline
@@ -187,6 +187,7 @@ class PairClassifier(nn.Module):
         tokens: Tokens, # ids and mask, int64 (B, L)
         pixels: Tensor, # float32 (B, 3, H, W), normalised
     ) -> Tensor: # float32 (B, C) scores, before softmax
+        if not torch.jit.is_scripting(): check_inputs(self.towers[0], self.towers[1], tokens, pixels)
         return self.fusion(self.text(tokens), self.image(pixels), tokens.mask)
 
     @property

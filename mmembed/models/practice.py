@@ -79,10 +79,10 @@ def parameter_groups(
 # %% ../../nbs/models/06_practice.ipynb #4a35eafe
 def lock(
     model: nn.Module, # has the towers `text` and `image`
-    what: list[str],  # 'text', 'image', 'text-N', 'image-N': all but the N top layers
+    what: str | list[str], # of 'text', 'image', 'text-N', 'image-N': all but the N top layers
 ):
     "Makes parameters need no gradient; raises `ValueError` for a name that is not understood."
-    for item in what:
+    for item in [what] if isinstance(what, str) else what:
         found = re.fullmatch(r'(text|image)(?:-(\d+))?', item)
         if not found: raise ValueError(f"cannot lock {item!r}: want 'text', 'image', or one of them with -N, which leaves N top layers free")
         tower, n = getattr(model, found[1]), int(found[2] or 0)

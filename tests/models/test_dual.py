@@ -4,11 +4,14 @@ import json
 import pytest
 import torch
 
-from mmembed.core import Embeddings
+from mmembed.core import Embeddings, Tokens
 from mmembed.data.scenes import Scenes
 from mmembed.models.dual import DualEncoder
+from mmembed.models.pair import PairClassifier
+from mmembed.models.practice import lock
 from mmembed.models.towers import ConvNet, TextTransformer, from_spec
 from mmembed.text.pipeline import TextPipeline
+from mmembed.shells import LitDualEncoder
 from mmembed.vision.pipeline import VisionPipeline
 from tests.helpers import FORMS, in_form
 
@@ -76,3 +79,28 @@ def test_it_can_learn_a_dozen_pairs(inputs):
         loss.backward()
         optimizer.step()
     assert loss < 0.2 and (out.text @ out.image.T).argmax(1).equal(torch.arange(12))
+
+
+@pytest.mark.parametrize('classify', [False, True], ids=['dual', 'pair'])
+def test_what_is_no_tokens_or_pixels_is_told(model, inputs, classify):
+    "Texts, files, levels, and tokens of another tokenizer: a sentence that says what makes the right ones."
+    tokens, pixels = inputs
+    m = PairClassifier(model.text, model.image, ['no', 'yes'], dim=8).eval() if classify else model
+    text = (lambda x: m(x, pixels[:len(x[0])])) if classify else m.encode_text
+    image = (lambda x: m(tokens, x)) if classify else m.encode_image
+    other = Tokens(torch.full((12, 4), 49407), torch.ones(12, 4, dtype=torch.int64))
+    for call, given, kind, said in (
+            (text, ['a cat'], TypeError, r'not list: model.text_pipeline'), (text, other, ValueError, r'token id 49,407 is beyond the \d+ that'),
+            (text, Tokens(tokens.ids[0], tokens.mask[0]), ValueError, r'shape \(B, L\)'),
+            (image, ['cat.jpg'], TypeError, r'not list: model.vision_pipeline'), (image, pixels[0], ValueError, r'shape \(B, 3, H, W\)'),
+            (image, torch.zeros(12, 3, 48, 48, dtype=torch.uint8), TypeError, r'not uint8: model.vision_pipeline.normalize')):
+        with pytest.raises(kind, match=said): call(given)
+
+
+def test_one_name_may_be_locked(model):
+    from copy import deepcopy
+    m = deepcopy(model)
+    lock(m, 'image')
+    assert not any(p.requires_grad for p in m.image.parameters()) and all(p.requires_grad for p in m.text.parameters())
+    lit = LitDualEncoder(m, lock='image')
+    assert lit.hparams.lock == ['image'] and lit.adapters()['towers'] == ['text']
