@@ -140,7 +140,7 @@ def test_extras_are_declared():
     wanted = [*project['dependencies'], *(d for k, v in project['optional-dependencies'].items() for d in v)]
     names = {re.match(r'[\w.-]+', d)[0].lower().replace('-', '_') for d in wanted}
     # other names for what is declared, and what that brings along
-    known = names | {'ftfy', 'httptools', 'regex', 'torchmetrics', 'uvloop', 'grpc_tools', 'open_clip', 'PIL', 'yaml', 'google', 'grpc', 'httpx2', 'faiss', 'psycopg', 'opentelemetry', 'prometheus_client', 'safetensors', 'huggingface_hub',
+    known = names | {'docstring_parser', 'ftfy', 'httptools', 'regex', 'torchmetrics', 'uvloop', 'grpc_tools', 'open_clip', 'PIL', 'yaml', 'google', 'grpc', 'httpx2', 'faiss', 'psycopg', 'opentelemetry', 'prometheus_client', 'safetensors', 'huggingface_hub',
                      'starlette', 'pydantic', 'timm', 'IPython', 'grpc_health', 'grpc_reflection', 'onnx_ir', 'gradio_client', 'mmembed', 'ray'}
     own = {m.split('.')[0] for m in sys.stdlib_module_names}
     strange = set()
