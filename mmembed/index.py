@@ -25,7 +25,7 @@ from .items import About, Rest, card_of, checked, embedded, opened, ready_vector
 from .jobs import readable_id, service_batch
 from .queries import Store
 from .runtime import Embedder
-from .transactions import among, asked, connect, has_table, writing, written
+from .transactions import among, asked, connect, has_table, whole, writing, written
 
 # %% ../nbs/42_index.ipynb #1331e326
 _all_ = ['KINDS', 'Measured', 'among']
@@ -108,7 +108,7 @@ class Index(Approximate, Grouping, Store):
 
     def _nearest(self, vector: np.ndarray, k: int, where: str | None, exact: bool | None, knobs: dict | None = None) -> list[dict]:
         ask = self._table.search(vector, 'vector', 'vector').distance_type('cosine').limit(k).select([*self.columns, '_distance'])
-        if where: ask = ask.where(where, prefilter=True)
+        if where: ask = ask.where(whole(where), prefilter=True)
         knobs = self._knobs() if knobs is None else knobs
         if exact or not knobs: ask = ask.bypass_vector_index()
         else:
@@ -124,11 +124,11 @@ class Index(Approximate, Grouping, Store):
         if not any(i.index_type == 'FTS' for i in self._table.list_indices()):
             raise ValueError(f'{self.folder} has no full-text index: it needs a column of text, see Index.full_text')
         ask = self._table.search(MatchQuery(words, 'text'), query_type='fts').limit(k).select([*self.columns, '_score'])
-        rows = asked((ask.where(where, prefilter=True) if where else ask).to_list, where)
+        rows = asked((ask.where(whole(where), prefilter=True) if where else ask).to_list, where)
         return [{'id': row.pop('id'), 'score': row.pop('_score')} | row for row in rows]
 
     def _select(self, columns: list[str], where: str | None = None, ids: list[str] | None = None) -> pa.Table:
-        ask, condition = self._table.search().select(columns), where if ids is None else among(ids)
+        ask, condition = self._table.search().select(columns), (where and whole(where)) if ids is None else among(ids)
         return asked((ask.where(condition) if condition else ask).to_arrow, where)
 
     def thumbnails(self, ids: list[str]) -> dict[str, bytes]:
@@ -217,7 +217,7 @@ def add(self: Index,
 def _delete(self: Index, ids: list[str] | None, where: str | None) -> int: # one of the two, as `Store.delete` made sure
     with writing(self.folder):
         before = len(self)
-        if condition := where if ids is None else among(ids) if ids else '':
+        if condition := whole(where) if ids is None else among(ids) if ids else '':
             asked(lambda: self._table.delete(condition), where)
             if ids and has_table(self.folder, 'bad'): self._db.open_table('bad').delete(condition)
         return before - len(self)

@@ -6,7 +6,7 @@ Docs: https://mmembed.github.io/mmembed/transactions.html.md"""
 
 # %% auto #0
 __all__ = ['CHARACTERS', 'VALUES', 'TERMS', 'FUNCTIONS', 'lancedb', 'connect', 'has_table', 'writing', 'checked_condition',
-           'said', 'written', 'asked', 'among']
+           'said', 'written', 'asked', 'whole', 'among']
 
 # %% ../nbs/41d_transactions.ipynb #1c8a81a8
 import fcntl
@@ -70,22 +70,29 @@ def checked_condition(
     where: str,                                    # an SQL condition
     functions: frozenset[str] | None = FUNCTIONS,  # names that may be called, in lower case; None: any
 ) -> str: # the same
-    "Return `where`. Raises `ValueError` for too many characters, values or terms, a comment and another function."
+    "Return `where`. Raises `ValueError` for too many characters, values or terms, a comment, another function, and for more than one condition."
+    try: _hold(where, functions)
+    except ValueError as e: raise ValueError(f'where={_shortened(where)!r}: {e}') from None
+    return where
+
+def _hold(where, functions):
     if len(where) > CHARACTERS:
         raise ValueError(f'a condition has up to {CHARACTERS:,} characters, this one has {len(where):,}')
-    values, terms, name = 0, 0, ''
+    values, terms, depth, name = 0, 0, 0, ''
     for term in _TERM.finditer(where):
         kind, text = term.lastgroup, term[0]
         if kind == 'comment': raise ValueError(f'a condition has no comments, this one has {text}')
         if functions is not None and name and text[0] == '(' and name.lower() not in functions | _WORDS:
             raise ValueError(f'a condition cannot call {_shortened(name)}; it can call {", ".join(sorted(functions))}')
+        depth += (text == '(') - (text == ')')
+        if text == ';' or depth < 0: raise ValueError(f'a condition is one, this one ends before its {text!r}')
         name = text if kind == 'name' else ''
         values += kind == 'values' and len(re.findall(_LITERAL, text))
         terms += 1
+    if depth: raise ValueError(f'a condition closes its parentheses, {depth} of this one stay open')
     if values > VALUES: raise ValueError(f'a condition lists up to {VALUES:,} values, this one {values:,}')
     if terms > TERMS:
         raise ValueError(f'a condition has up to {TERMS} words and signs beside lists of values, this one {terms:,}')
-    return where
 
 def _shortened(text: str) -> str: return text if len(text) <= 100 else f'{text[:100]}…'
 
@@ -113,15 +120,19 @@ def asked(
     where: str | None = None, # an SQL condition that is part of it
 ) -> Any: # what `action` gives
     "Raises `ValueError` with the condition where `checked_condition` or LanceDB refuses it."
-    try:
-        if where: checked_condition(where)
-    except ValueError as e: raise ValueError(f'where={_shortened(where)!r}: {e}') from None
+    if where: checked_condition(where)
     try: return action()
     except Exception as e:
         if where: raise ValueError(f'where={_shortened(where)!r}: {said(e)}') from None
         raise
 
 # %% ../nbs/41d_transactions.ipynb #cebe0394
+def whole(
+    where: str, # that `checked_condition` has passed
+) -> str:
+    "Write a condition so that LanceDB reads all of it: it leaves out, without a word, what follows the part that it understands."
+    return f'({where})'
+
 def among(
     ids: list[str], # of rows
 ) -> str: # an SQL condition

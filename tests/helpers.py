@@ -2,6 +2,7 @@
 import io
 import os
 import platform
+import signal
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,11 @@ def ended(process):
     with process:
         try: yield process
         finally: process.kill()
+
+
+def interruptible():
+    "For `preexec_fn`: Ctrl-C reaches the process, also where the tests run in the background, to which it is nothing."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def instruction_sets() -> str:

@@ -488,6 +488,15 @@ def alone(program, index, given):
     return int(done.stdout)
 
 
+@pytest.mark.parametrize('where', ["id = 'p1' garbage", "id = 'p1'; true", "id = 'p1') OR (true", "false) OR (true", "id = 'p1' true", "(id = 'p1'"])
+def test_all_of_a_condition_counts(model, tmp_path, where):
+    "LanceDB reads as far as it understands, and leaves out the rest without a word."
+    index = Index.build(model, points(4), tmp_path/'i')
+    for ask in (lambda: index.delete(where=where), lambda: index.ids(where), lambda: index.search(np.ones(D, 'f'), where=where)):
+        with pytest.raises(ValueError, match='where='): ask()
+    assert index.ids("id = 'p1' OR id = 'a--;)('") == ['p1'] and len(index) == 4
+
+
 def test_no_condition_ends_the_process(index):
     "By every door that takes one; and what is just short enough is answered or refused by the engine."
     assert alone(DOORS, index, HOSTILE_CONDITIONS) == len(index)

@@ -35,7 +35,7 @@ from mmembed.tables import PRECISIONS, from_precision, load_vectors, read_job, t
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 
-from .helpers import HANG, until
+from .helpers import HANG, interruptible, until
 
 ROOT = Path(__file__).parents[1]
 N = 150
@@ -356,7 +356,7 @@ def test_control_c_says_how_to_go_on(model, tmp_path):
     (tmp_path/'t.csv').write_text('image\n' + ''.join(f'{i % 4}.jpg\n' for i in range(3000)))
     argv = [sys.executable, '-c', 'import sys; from mmembed.cli import main; sys.exit(main())', 'embed', str(model), 't.csv', '-o', 'out', '--rows', '1']
     env = os.environ | dict(PYTHONPATH=str(ROOT))
-    run = subprocess.Popen(argv, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(argv, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible)
     until(lambda: len(list((tmp_path/'out').glob('part-*'))) > 2)
     run.send_signal(signal.SIGINT)
     said = run.communicate(timeout=HANG)[1]

@@ -10,7 +10,7 @@ import pytest
 from mmembed.cli import main
 from mmembed.data.scenes import Scenes
 
-from .helpers import HANG, until
+from .helpers import HANG, interruptible, until
 
 N = 24
 TRAIN = ['train', '--config', 'pairs', '--data.path', 'pairs.jsonl', '--data.workers', '0', '--data.batch_size', '8', '--data.valid_share', '.3',
@@ -75,7 +75,7 @@ def test_a_learnt_tokenizer_lies_in_the_folder_of_the_run(here):
 
 def test_an_interrupted_run_says_how_it_goes_on(here):
     options = [*TRAIN, '--trainer.max_epochs', '100000', '--trainer.log_every_n_steps', '1']
-    p = subprocess.Popen([*MMEMBED, *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([*MMEMBED, *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible)
     try:
         until(lambda: p.poll() is not None or (here/'runs'/'pairs'/'last.safetensors').is_file())
         p.send_signal(signal.SIGINT)

@@ -114,7 +114,7 @@ def pickled(text): return b'X' + len(text).to_bytes(4, 'little') + text.encode()
 def test_changed_code_is_found(tmp_path):
     "A sentence of an error, a number of the code, a record more: all answers are as they were, or nearly."
     for old, new in ((b'must not be negative', b'should not be minus '), (b'def classify', b'def  classify')):
-        report = quick(rewritten(tiny.artifact(), tmp_path/'code.pt', [('/code/__torch__/mmembed/export/artifact.py', old, new)]))
+        report = quick(rewritten(tiny.artifact(), tmp_path/'code.pt', [('/code/__torch__/mmembed/export/artifact', old, new)]))
         assert failing(report) == {('card', 'records')}
     with pytest.raises(VerifyError, match='code.pt fails verification: card, records: a record of the archive, code or data, is not as it was written'): report.check()
     shutil.copy(tiny.artifact(), tmp_path/'more.pt')
@@ -263,7 +263,7 @@ def test_real_files_and_texts():
 
 def test_an_older_file_is_checked_as_far_as_it_goes(tmp_path):
     "As a file exported before labels were known and records hashed: neither method nor entry is there."
-    old = rewritten(tiny.artifact(), tmp_path/'old.pt', [('/code/__torch__/mmembed/export/artifact.py', b'def labels(', b'def labelz('),
+    old = rewritten(tiny.artifact(), tmp_path/'old.pt', [('/code/__torch__/mmembed/export/artifact', b'def labels(', b'def labelz('),
         *((name, b'"records_sha256"', b'"records_sha25_"') for name in ('data.pkl', 'card.json'))])
     report = verify(old, tiny.model(), cpp=False).check()
     assert {'artifact', 'fresh process'} <= {r.stage for r in report.rows} and 'records' not in {r.what for r in report.rows}
