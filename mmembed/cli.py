@@ -40,6 +40,8 @@ COMMANDS = {
     'index add': 'commands.search:add',
     'index delete': 'commands.search:delete',
     'index info': 'commands.search:info',
+    'index failures': 'commands.search:failures',
+    'index compact': 'commands.search:compact',
     'index approximate': 'commands.search:approximate',
     'index duplicates': 'commands.search:duplicates',
     'index clusters': 'commands.search:clusters',

@@ -102,6 +102,11 @@ class Index(Approximate, Grouping, Store):
     def __len__(self) -> int: return self._table.count_rows()
 
     @property
+    def version(self) -> int: # of the table, as other processes left it
+        "The number of the state that a search would see now: another one after every change."
+        return self._table.version
+
+    @property
     def columns(self) -> dict[str, str]: # name: type
         "What a filter can name."
         return {f.name: str(f.type) for f in self._table.schema if f.name not in ('vector', 'thumbnail')}
@@ -235,6 +240,27 @@ def bad(self: Index) -> list[dict]: # `id` and `error`
     return self._db.open_table('bad').to_arrow().to_pylist() if has_table(self.folder, 'bad') else []
 
 @patch
+def retry(self: Index,
+    source,                      # as in `Index.add`: where the rows that failed come from
+    columns: list | tuple = (),  # as in `Index.build`
+    thumbnails: int = 112,       # as in `Index.build`
+    prefix: str = '',            # as it was when they failed
+    threads: int = 0,            # that decode; 0: one a core
+    progress=None,               # as in `Index.build`
+    **options,                   # of `open_source`
+) -> int: # rows added
+    """Embed and add the rows of `source` that `bad` lists, and no other. What fails again stays listed, with its new reason.
+
+    Raises `ValueError` where no row of the source is listed, and for vectors that are ready; otherwise as `add`."""
+    listed = {row['id'] for row in self.bad()}
+    if not listed: return 0
+    source, keep = opened(source, self.about.side, columns, options)
+    if not isinstance(source, Source): raise ValueError('ready vectors cannot be tried again: add them')
+    rows = [i for i in range(len(source)) if prefix + readable_id(source.name(i)) in listed]
+    if not rows: raise ValueError(f'none of the {len(listed):,} rows that failed is in this source; is a prefix missing?')
+    return self.add(Rest(source, rows), keep, 'skip', thumbnails, prefix, threads, progress)
+
+@patch
 def _list_bad(self: Index, new: list, fresh: bool = False):
     listed = {} if fresh else {row['id']: row['error'] for row in self.bad()}
     if not fresh and listed:
@@ -262,7 +288,7 @@ def info(self: Index) -> dict:
     stats = self._table.index_stats('vector_idx') if 'vector_idx' in indexed else None
     return dict(folder=str(self.folder), items=len(self), bad=len(self.bad()), side=a.side, dim=a.dim, artifact=a.artifact, model=a.model,
         columns=self.columns, thumbnails='thumbnail' in self._table.schema.names, full_text='FTS' in indexed.values(),
-        approximate=knobs and dict(knobs, waiting=stats.num_unindexed_rows if stats else 0), bytes=size, version=self._table.version,
+        approximate=knobs and dict(knobs, waiting=stats.num_unindexed_rows if stats else 0), bytes=size, version=self.version,
         unfinished=sorted(p.name for pattern in ('.build-*', '.add-*') for p in self.folder.glob(pattern)))
 
 @patch

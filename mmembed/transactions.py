@@ -83,7 +83,7 @@ def _hold(where, functions):
         kind, text = term.lastgroup, term[0]
         if kind == 'comment': raise ValueError(f'a condition has no comments, this one has {text}')
         if functions is not None and name and text[0] == '(' and name.lower() not in functions | _WORDS:
-            raise ValueError(f'a condition cannot call {_shortened(name)}; it can call {", ".join(sorted(functions))}')
+            raise ValueError(f'a condition cannot call {_shortened(name)}; it can call {", ".join(sorted(functions))}{_dates(name)}')
         depth += (text == '(') - (text == ')')
         if text == ';' or depth < 0: raise ValueError(f'a condition is one, this one ends before its {text!r}')
         name = text if kind == 'name' else ''
@@ -93,6 +93,12 @@ def _hold(where, functions):
     if values > VALUES: raise ValueError(f'a condition lists up to {VALUES:,} values, this one {values:,}')
     if terms > TERMS:
         raise ValueError(f'a condition has up to {TERMS} words and signs beside lists of values, this one {terms:,}')
+
+_DATES = re.compile(r'\b(Date(32|64)?|Timestamp|Time(32|64)|extract|interval|year|month|day|strftime|to_char)\b', re.I)
+
+def _dates(error: str) -> str: # how dates are written, where an error is about one
+    if not _DATES.search(error) or 'No field named' in error: return ''  # which lists the columns
+    return "; a date is written date '2024-12-31', a time timestamp '2024-12-31 18:30:00', and a year date_part('year', COLUMN)"
 
 def _shortened(text: str) -> str: return text if len(text) <= 100 else f'{text[:100]}…'
 
@@ -115,6 +121,8 @@ def written(
         if not isinstance(e, Exception): raise
         raise OSError(f'nothing was changed: {said(e)}') from None
 
+def _own(error: str, where: str) -> str: return error.replace(where, '') # what the library itself says
+
 def asked(
     action: Callable[[], Any],
     where: str | None = None, # an SQL condition that is part of it
@@ -123,7 +131,7 @@ def asked(
     if where: checked_condition(where)
     try: return action()
     except Exception as e:
-        if where: raise ValueError(f'where={_shortened(where)!r}: {said(e)}') from None
+        if where: raise ValueError(f'where={_shortened(where)!r}: {said(e)}{_dates(_own(str(e), where))}') from None
         raise
 
 # %% ../nbs/41d_transactions.ipynb #cebe0394

@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -435,6 +436,74 @@ def test_commands(model, scenes, tmp_path, monkeypatch, capsys):
         assert main(list(words)) == 1 and error in capsys.readouterr().err
     monkeypatch.setattr('webbrowser.open', lambda url: print('opened', url))
     assert 'opened file://' in run('search', 'my.idx', 'a red circle', '--open')
+
+
+
+def test_failures_are_listed_and_tried_again_and_the_index_compacted(model, scenes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'photos').mkdir()
+    for i in range(6): (tmp_path/'photos'/f'{i}.jpg').write_bytes(bytes(scenes.image(i).tolist()))
+    for name in ('two\nlines.jpg', 'gone.jpg'): (tmp_path/'photos'/name).write_bytes(b'no picture')
+    def run(*words, status=0):
+        assert main(list(map(str, words))) == status, capsys.readouterr().err
+        return capsys.readouterr().out
+    assert r'not indexed: two\nlines.jpg: ' in run('index', 'build', model, 'photos', '-o', 'my.idx', status=1)
+    lines = run('index', 'failures', 'my.idx').splitlines()
+    assert sorted(line.split(': ')[0] for line in lines) == ['gone.jpg', r'two\nlines.jpg']
+    assert {json.loads(line)['id'] for line in run('index', 'failures', 'my.idx', '--json').splitlines()} == {'gone.jpg', 'two\nlines.jpg'}
+    (tmp_path/'photos'/'two\nlines.jpg').write_bytes(bytes(scenes.image(7).tolist()))
+    (tmp_path/'photos'/'new.jpg').write_bytes(bytes(scenes.image(8).tolist()))  # never tried, so not tried again
+    assert '1 added to my.idx, 7 there now' in run('index', 'failures', 'my.idx', '--retry', 'photos', status=1)
+    assert run('index', 'failures', 'my.idx').startswith('gone.jpg: ') and 'new.jpg' not in Index('my.idx').ids()
+    (tmp_path/'photos'/'gone.jpg').write_bytes(bytes(scenes.image(9).tolist()))
+    run('index', 'failures', 'my.idx', '--retry', 'photos')
+    assert run('index', 'failures', 'my.idx') == 'no failures\n' and len(Index('my.idx')) == 8
+    index = Index('my.idx')
+    before, ids = index.info()['bytes'], sorted(index.ids())
+    (tmp_path/'my.idx'/'.add-left').mkdir()
+    assert 'bytes freed' in run('index', 'compact', 'my.idx')
+    info = Index('my.idx').info()
+    assert info['bytes'] < before and not info['unfinished'] and sorted(Index('my.idx').ids()) == ids
+
+
+def test_retry_says_what_it_cannot_do(model, tmp_path):
+    (tmp_path/'photos').mkdir()
+    for name in ('a.jpg', 'b.jpg'): (tmp_path/'photos'/name).write_bytes(b'no picture')
+    index = Index.build(model, tmp_path/'photos', tmp_path/'my.idx')
+    with pytest.raises(ValueError, match='none of the 2 rows that failed'): index.retry(tmp_path/'photos', prefix='x/')
+    with pytest.raises(ValueError, match='ready vectors'): index.retry(points(3))
+    assert index.retry(tmp_path/'photos') == 0 and len(index.bad()) == 2
+
+
+def test_one_row_a_line(emb, scenes, tmp_path, monkeypatch, capsys):
+    raw = os.fsdecode(b'caf\xe9.jpg')
+    names = ['a\nb.jpg', 'red\x1b[31m.jpg', 'l\u2028s.jpg', 'turn\u202e.jpg', raw]
+    (tmp_path/'photos').mkdir()
+    for i, name in enumerate(names): (tmp_path/'photos'/name).write_bytes(bytes(scenes.image(i).tolist()))
+    index = Index.build(emb, tmp_path/'photos', tmp_path/'my.idx')
+    shown = repr(index.search('a circle', 9))
+    assert len(shown.splitlines()) == len(names) and '\x1b' not in shown and '\u202e' not in shown
+    for name in (r'a\nb.jpg', r'red\x1b[31m.jpg', r'l\u2028s.jpg', r'turn\u202e.jpg', r'caf\udce9.jpg'): assert name in shown
+    assert len(repr(index.duplicates(-1.)).splitlines()) == 2
+    monkeypatch.setattr('webbrowser.open', lambda url: None)
+    assert main(['search', str(tmp_path/'my.idx'), str(tmp_path/'photos'/raw), '--open']) == 0  # the page is UTF-8
+    assert r'caf\udce9.jpg' in capsys.readouterr().out.splitlines()[0]
+    assert main(['search', str(tmp_path/'my.idx'), '--like', raw]) == 0 and len(capsys.readouterr().out.splitlines()) == len(names) - 1
+    assert len(repr(Found([dict(id='x', score=None, text='two\nlines')])).splitlines()) == 1
+    assert main(['index', 'delete', str(tmp_path/'my.idx'), raw]) == 0 and len(index) == len(names) - 1
+
+
+def test_an_error_tells_how_dates_are_written(tmp_path, model):
+    day = pa.array(np.array(['2024-01-01', '2024-06-01', '2025-01-01'], 'datetime64[D]'))
+    index = Index.build(model, table(['a', 'b', 'c'], np.eye(3, D), day=day, at=day.cast(pa.timestamp('us'))), tmp_path/'my.idx')
+    for where in ("day > '2024-06-01'", 'day > 2024', 'at > 2024', "at < '2024'", 'year(day) = 2024', "day LIKE '2024%'", 'extract(year from day) = 2024',
+                  "at > now() - interval '1 day'"):
+        with pytest.raises(ValueError, match="a date is written date '2024-12-31', a time timestamp") as e: index.ids(where)
+        assert len(str(e.value).splitlines()) == 1
+    for where in ("day > date '2024-03-01'", "at > timestamp '2024-03-01 18:30:00'"): assert index.ids(where) == ['b', 'c']
+    assert index.ids("date_part('year', day) = 2024") == ['a', 'b']
+    with pytest.raises(ValueError, match='No field named taken') as e: index.ids("taken > 'x day'")
+    assert 'is written' not in str(e.value)
 
 
 HOSTILE_CONDITIONS = {  # each ends a process in which the engine gets it, or takes it seconds
