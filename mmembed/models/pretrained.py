@@ -167,7 +167,7 @@ def open_clip_towers(
         config = open_clip.get_model_config(name)
     except FileNotFoundError as e: raise ValueError(f'{name}: {e}') from None
     except RuntimeError as e: raise _refused(name, pretrained, e) from None
-    if not ours: finite(model.state_dict(), pretrained or name)
+    if not ours and (pretrained or ':' in name): finite(model.state_dict(), pretrained or name)  # open_clip leaves weights of CoCa as memory was
     tag = None if file else pretrained
     vision = vision_pipeline or VisionPipeline.from_open_clip(model if ':' in name else name, *([tag] if tag else []))
     text = text_pipeline or _clip_pipeline(name, config['text_cfg'])

@@ -139,3 +139,16 @@ def test_a_local_folder(tmp_path):
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad(): assert torch.allclose(model.encode_image(pixels), reference.encode_image(pixels, normalize=True), atol=1e-6)
     assert model.vision_pipeline.mean.flatten().tolist() == [0.5]*3 and model.text_pipeline.max_length == 20
+
+
+def test_weights_that_open_clip_leaves_as_memory_was(monkeypatch):
+    "CoCa's `text_projection` is not set in a model without weights: whatever stands there, also NaN, hinders nobody; in a file it is refused."
+    make = open_clip.create_model
+
+    def unset(*args, **kw):
+        model = make(*args, **kw)
+        model.text_decoder.text_projection.data.fill_(float('nan'))
+        return model
+    monkeypatch.setattr(open_clip, 'create_model', unset)
+    model = made('tiny-coca')
+    assert model.encode_text(model.text_pipeline(['a'])).isfinite().all()
