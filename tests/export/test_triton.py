@@ -123,3 +123,17 @@ def test_open_clip_weights_without_training(tmp_path, capsys, monkeypatch):
         assert main(['export', *args]) == 1
         error = capsys.readouterr().err
         assert message in error and len(re.findall('\n', error)) == 1
+
+
+def test_instances_are_options_and_hand_edits_stay(tmp_path):
+    folder = tmp_path/'models'
+    triton.export_triton(tiny.artifact(), folder, 'clip', instances=2, preprocess=3)
+    path, tower = folder/'clip_preprocess'/'config.pbtxt', folder/'clip_text'/'config.pbtxt'
+    group = lambda p: triton.read_pbtxt(p.read_text())['instance_group'][0]['count']
+    assert (group(path), group(tower), group(folder/'clip_pixels'/'config.pbtxt')) == ([3], [2], [2])
+    path.write_text(path.read_text().replace('count: 3', 'count: 7') + 'version_policy { latest { num_versions: 2 } }\n')
+    with pytest.warns(UserWarning, match='clip_preprocess/config.pbtxt was edited by hand and stays'):
+        triton.export_triton(tiny.artifact(), folder, 'clip', instances=4)
+    assert (group(path), group(path.with_suffix('.pbtxt.new')), group(tower)) == ([7], [1], [4])
+    for option in ('instances', 'preprocess'):
+        with pytest.raises(ValueError, match=f'{option} must be at least 1'): triton.export_triton(tiny.artifact(), folder, 'clip', **{option: 0})
