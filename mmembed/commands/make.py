@@ -133,6 +133,14 @@ def export(
     weights: path_or_name = None,       # of that model: a file, or a name of open_clip's such as laion2b_s34b_b79k
     image: path_or_name = None,         # for a Hugging Face folder with a text encoder alone: the folder whose image tower it was trained to meet
     triton: path = None,        # write a Triton model repository to this folder, too
+    triton_name: str = None,       # with --triton: what the models' names begin with; by default the file's name
+    triton_device: str = None,     # with --triton: where the towers run: cpu, cuda or cuda:1; by default cpu
+    triton_instances: int = None,  # with --triton: instances of each tower; by default 1
+    triton_preprocess: int = None, # with --triton: instances that decode and resize, about one a core; by default 1
+    triton_max_batch: int = None,  # with --triton: rows of a batch, at most; by default 64
+    triton_delay: int = None,      # with --triton: microseconds that a request may wait for others; by default 2000
+    triton_warm_up: store_true = False, # with --triton: run each model before the server calls it ready
+    triton_strings: store_true = False, # with --triton: models that take texts as BYTES, too
     onnx: path = None,          # write ONNX files to this folder, too, and ask onnxruntime; with --triton of an exported file: where they are
     onnx_files: store_true = False, # with --onnx: files.onnx, too, which takes JPEG and PNG files and wants onnxruntime-extensions
     compiled: path = None,      # compile tokenizer and towers into this .pt2 file, too, and verify it
@@ -162,10 +170,15 @@ def export(
     mmembed export runs/quickstart/best.ckpt --precision bf16 --labels "cat, dog"
     mmembed export runs/quickstart/best.ckpt --out model.pt --onnx onnx
     mmembed export runs/quickstart/best.ckpt --out model.pt --compiled model.pt2
-    mmembed export model.pt --onnx onnx --triton models"""
+    mmembed export model.pt --onnx onnx --triton models
+    mmembed export model.pt --triton models --triton-preprocess 8 --triton-warm-up --triton-strings"""
     import mmembed as mm
     from mmembed.core import settings
     sizes = [int(x) if x.strip().isdigit() else x for x in cuda_graphs.split(',')] if cuda_graphs else ()
+    served = dict(name=triton_name, device=triton_device, instances=triton_instances, preprocess=triton_preprocess, max_batch=triton_max_batch,
+                  delay_us=triton_delay, warm_up=triton_warm_up or None, strings=triton_strings or None)
+    served = {k: v for k, v in served.items() if v is not None}
+    if served and not triton: raise ValueError(f'--triton-{next(iter(served)).replace("_us", "").replace("_", "-")} wants --triton FOLDER, where the models go')
     if onnx_files and not onnx: raise ValueError('--onnx-files wants --onnx FOLDER, where image.onnx lies')
     made = is_artifact(checkpoint) if (triton or onnx) and checkpoint else False
     if made and not triton: raise ValueError(f'--onnx wants the model that {checkpoint} was exported from: its checkpoint, its folder, or --open-clip MODEL')
@@ -186,7 +199,7 @@ def export(
             if not json: print(f'\n{report}\n\n{near(compiled)} ({Path(compiled).stat().st_size / 1e6:.1f} MB)')
     if triton:
         from mmembed.export.triton import export_triton
-        written = export_triton(checkpoint if made else out, triton, onnx=onnx)
+        written = export_triton(checkpoint if made else out, triton, onnx=onnx, **served)
         if not json: print(f'Triton: {", ".join(p.name for p in written)} in {near(triton)}')
 
 # %% ../../nbs/commands/01_make.ipynb #9bce2580

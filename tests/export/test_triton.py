@@ -137,3 +137,27 @@ def test_instances_are_options_and_hand_edits_stay(tmp_path):
     assert (group(path), group(path.with_suffix('.pbtxt.new')), group(tower)) == ([7], [1], [4])
     for option in ('instances', 'preprocess'):
         with pytest.raises(ValueError, match=f'{option} must be at least 1'): triton.export_triton(tiny.artifact(), folder, 'clip', **{option: 0})
+
+
+def test_options_warm_up_strings_and_labels(tmp_path, capsys):
+    "From the shell; each model is run with what its configuration says, and texts as BYTES answer as the artifact does."
+    options = dict(name='p', max_batch=4, delay=7, device='cuda:1', instances=2)
+    args = [a for k, v in options.items() for a in (f'--triton-{k.replace("_", "-")}', str(v))]
+    assert main(['export', str(tiny.pair_artifact()), '--triton', str(tmp_path), *args, '--triton-warm-up', '--triton-strings']) == 0, capsys.readouterr()
+    c = triton.read_pbtxt((tmp_path/'p_pairs_strings'/'config.pbtxt').read_text())
+    assert c['max_batch_size'] == [4] and c['dynamic_batching'][0]['max_queue_delay_microseconds'] == [7]
+    assert c['instance_group'] == [{'count': [2], 'kind': ['KIND_GPU'], 'gpus': [1]}] and [w['batch_size'] for w in c['model_warmup']] == [[1], [4]]
+    assert c['input'][0]['data_type'] == ['TYPE_STRING'] and c['output'][0]['label_filename'] == ['labels.txt']
+    emb, file = load(tiny.pair_artifact()), cases.images()['RGB.png']
+    got = model(tmp_path, 'p_pairs_strings')(['一个', ''], torch.stack([emb.preprocess(file)] * 2))
+    assert torch.allclose(got, emb.scores(['一个', ''], [file] * 2), atol=1e-5)
+    labels = tmp_path/'p_match'/'labels.txt'
+    assert labels.read_text() == 'mismatch\nmatch\n'
+    labels.write_text('no\nyes\n')
+    with pytest.warns(UserWarning) as said: triton.export_triton(tiny.pair_artifact(), tmp_path, 'p')
+    assert labels.read_text() == 'no\nyes\n' and any('labels.txt was edited by hand' in str(w.message) for w in said)
+    assert any('p_pairs_strings is of an earlier export' in str(w.message) for w in said)
+    labels.write_text('one\n')
+    with pytest.raises(ValueError, match='p_match: labels.txt has 1 lines for 2 labels'): triton.check_repository(tmp_path)
+    assert main(['export', str(tiny.artifact()), '--triton-delay', '3']) == 1 and '--triton-delay wants --triton FOLDER' in capsys.readouterr().err
+    with pytest.raises(ValueError, match="device must be cpu, cuda or cuda:N, got 'gpu'"): triton.export_triton(tiny.artifact(), tmp_path, device='gpu')
