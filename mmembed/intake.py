@@ -6,7 +6,7 @@ Docs: https://mmembed.github.io/mmembed/intake.html.md"""
 
 # %% auto #0
 __all__ = ['BY_CONTENT', 'Lines', 'read_lines', 'open_source', 'column_types', 'column_value', 'excerpt', 'changed', 'Survey',
-           'survey', 'plain', 'Table', 'ShardRows', 'HubRows']
+           'stamp', 'survey', 'plain', 'Table', 'ShardRows', 'HubRows']
 
 # %% ../nbs/40a_intake.ipynb #2ab8235d
 import hashlib
@@ -139,6 +139,13 @@ class Survey(NamedTuple):
     repeated: int  # rows whose name another row before them has
     example: str   # such a name
 
+def stamp(
+    path: str | Path,
+) -> str: # 'bytes nanoseconds'
+    "Read the size and the time of a file, which tell that it has changed. Raises `OSError`."
+    s = os.stat(path)
+    return f'{s.st_size} {s.st_mtime_ns}'
+
 def survey(
     source: Source,             # rows with names
     what: str = 'image',        # 'image', 'text' or 'both': which of a row is looked at
@@ -155,7 +162,7 @@ def survey(
         if texts: h.update(_told(lambda: source.text(i)))
         if what == 'text': continue
         if content_hash: h.update(_told(lambda: source.image(i)))
-        elif file := source.file(i): h.update(_told(lambda: '{0.st_size} {0.st_mtime_ns}'.format(os.stat(file))))
+        elif file := source.file(i): h.update(_told(lambda: stamp(file)))
     if hasattr(source, 'digest'): h.update(source.digest())
     if not content_hash and hasattr(source, 'version'): h.update(source.version())
     values, first, counts = np.unique(np.frombuffer(seen, np.int64), return_index=True, return_counts=True)

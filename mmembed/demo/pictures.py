@@ -23,6 +23,7 @@ from torch import Tensor
 from ..core import settings
 from ..data.folders import Files
 from ..data.sources import Source
+from ..intake import stamp
 from ..jobs import embed, load_vectors, readable_id
 from ..runtime import Embedder
 from ..tables import alone, draft
@@ -173,9 +174,8 @@ def embed_folder(
 CHUNK = 4096 # files after which the vectors are written: what a killed start may lose
 
 def _stamp(path: Path) -> str: # '' for a file that cannot be looked at
-    try: s = path.stat()
+    try: return stamp(path)
     except OSError: return ''
-    return f'{s.st_size} {s.st_mtime_ns}'
 
 def _known(path: Path) -> dict[str, tuple[str, Tensor, str]]: # file: stamp, float32 (D,), '' or why it could not be read
     try:
