@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .items import About
 from .tables import draft
-from .transactions import writing, written
+from .transactions import asked, writing, written
 
 # %% ../nbs/41b_approximate.ipynb #8eaccc86
 KINDS = dict(ivf_flat='IvfFlat', ivf_sq='IvfSq', ivf_pq='IvfPq', hnsw_flat='HnswFlat', hnsw_sq='HnswSq', hnsw_pq='HnswPq')
@@ -113,5 +113,5 @@ class Approximate:
     def _sample(self, n: int, seed: int = 0) -> tuple[list[str], np.ndarray]:
         rows = len(self)
         picked = np.random.default_rng(seed).choice(rows, min(n, rows), replace=False)
-        found = self._table.take_offsets(sorted(picked.tolist())).select(['id', 'vector']).to_arrow()
+        found = asked(lambda: self._table.take_offsets(sorted(picked.tolist())).select(['id', 'vector']).to_arrow())
         return found['id'].to_pylist(), found['vector'].combine_chunks().flatten().to_numpy().reshape(-1, self.about.dim)

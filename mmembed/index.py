@@ -10,6 +10,7 @@ __all__ = ['Index', 'KINDS', 'Measured', 'among']
 # %% ../nbs/42_index.ipynb #5fc807a5
 import hashlib
 import shutil
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -99,7 +100,7 @@ class Index(Approximate, Grouping, Store):
             for left in folder.glob('.build-*'): shutil.rmtree(left)
         return index
 
-    def __len__(self) -> int: return self._table.count_rows()
+    def __len__(self) -> int: return asked(self._table.count_rows)
 
     @property
     def version(self) -> int: # of the table, as other processes left it
@@ -293,10 +294,15 @@ def info(self: Index) -> dict:
 
 @patch
 def compact(self: Index) -> int: # bytes that became free
-    "Throws away old versions and what killed writers left. Readers that are in the middle of a search may have to ask again."
+    """Throw away old versions and what killed writers left, while no other process writes.
+
+    An `Index` that is in the middle of a search asks again by itself. Other programs that hold a version of the table open
+    find its files gone."""
     with writing(self.folder):
         before = self.info()['bytes']
-        self._table.optimize(cleanup_older_than=timedelta(0), delete_unverified=True)
+        with warnings.catch_warnings():  # of readers that lose their version: `asked` sees to ours
+            warnings.filterwarnings('ignore', r'optimize\(cleanup_older_than=0\)', UserWarning)
+            self._table.optimize(cleanup_older_than=timedelta(0), delete_unverified=True)
         for pattern in ('.build-*', '.add-*'):
             for left in self.folder.glob(pattern): shutil.rmtree(left)
         return before - self.info()['bytes']

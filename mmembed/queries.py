@@ -297,8 +297,14 @@ class Store:
     def thumbnails(self, ids: list[str]) -> dict[str, bytes]: raise NotImplementedError
 
     def _scored(self, rows: list[dict], vector: np.ndarray) -> list[dict]:
-        "Rows that only the words found get their cosine too."
-        return [row if row['score'] is not None else row | dict(score=float(self.vector_of(row['id']) @ vector)) for row in rows]
+        "Rows that only the words found get their cosine too; one that was deleted since then is left out."
+        out = []
+        for row in rows:
+            if row['score'] is None:
+                try: row = row | dict(score=float(self.vector_of(row['id']) @ vector))
+                except KeyError: continue
+            out.append(row)
+        return out
 
 # %% ../nbs/41a_queries.ipynb #80fe6678
 def merged(

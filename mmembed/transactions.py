@@ -123,16 +123,25 @@ def written(
 
 def _own(error: str, where: str) -> str: return error.replace(where, '') # what the library itself says
 
+_TRIES = 5 # of a question whose version another process throws away meanwhile
+_GONE = re.compile(r'not found: \S+\.lance\b', re.I) # a file of such a version
+
 def asked(
     action: Callable[[], Any],
     where: str | None = None, # an SQL condition that is part of it
 ) -> Any: # what `action` gives
-    "Raises `ValueError` with the condition where `checked_condition` or LanceDB refuses it."
+    """Ask, and ask again where `Index.compact` of another process has thrown away what was being read.
+
+    Raises `ValueError` with the condition where `checked_condition` or LanceDB refuses it, `OSError` where a file stays missing."""
     if where: checked_condition(where)
-    try: return action()
-    except Exception as e:
-        if where: raise ValueError(f'where={_shortened(where)!r}: {said(e)}{_dates(_own(str(e), where))}') from None
-        raise
+    for _ in range(_TRIES):
+        try: return action()
+        except Exception as e:
+            if not _GONE.search(str(e)):
+                if where: raise ValueError(f'where={_shortened(where)!r}: {said(e)}{_dates(_own(str(e), where))}') from None
+                raise
+            missing = said(e)
+    raise OSError(f'a file of the index is missing: {missing}')
 
 # %% ../nbs/41d_transactions.ipynb #cebe0394
 def whole(

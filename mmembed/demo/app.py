@@ -148,7 +148,9 @@ def search_tab(panels: Panels, pictures: gr.Dropdown):
         try: file, said = panels.large(rows[event.index], key)
         except (ValueError, OSError) as e: raise gr.Error(str(e)) from None
         return gr.Column(visible=True), file, said, str(rows[event.index]['row'])
-    def chosen(row, key): return '', str(panels.of(key).thumb(panels.emb, int(row))), row, gr.Column(visible=False)
+    def chosen(row, key):
+        try: return '', str(panels.of(key).thumb(panels.emb, int(row))), row, gr.Column(visible=False)
+        except (ValueError, OSError) as e: raise gr.Error(str(e)) from None
     found.select(enlarged, [rows, pictures], [large, shown, told, place], api_visibility='private', show_progress='minimal')
     alike.click(chosen, [place, pictures], [text, image, picked, large], api_visibility='private').then(**asked, api_visibility='private')
     close.click(lambda: gr.Column(visible=False), None, large, api_visibility='private', show_progress='hidden')
@@ -246,7 +248,7 @@ def embeddings_tab(panels: Panels, pictures: gr.Dropdown) -> dict:
         return a.rows, a.status, a.show or '', svg
     def download(key):
         try: return panels.download(key)
-        except ValueError as e: raise gr.Error(str(e)) from None
+        except (ValueError, OSError) as e: raise gr.Error(str(e)) from None
     save.click(download, [pictures], [all_file], api_name='download', api_description='All vectors of the pictures as .npz.'
         ).success(lambda: gr.File(visible=True), None, [all_file], api_visibility='private', show_progress='hidden')
     asked = dict(fn=overview, inputs=[pictures], outputs=[numbers, told, heat, plane], show_progress='minimal')

@@ -114,10 +114,10 @@ class Panels:
         for i in range(n):
             try:
                 pictures = self.of(keys[i])
-                if rows[i]: vectors[i].append(pictures.some([int(rows[i])])[0])
+                if rows[i]: vectors[i].append(pictures.some([_row(pictures, rows[i])])[0])
                 elif not (texts[i] or '').strip() and not images[i] and not words[i]: raise ValueError('Type a text or give an image to search for.')
                 if len(texts[i] or '') > MAX_CHARACTERS: raise ValueError(f'The text is longer than {MAX_CHARACTERS:,} characters.')
-            except (ValueError, IndexError) as e: errors[i] = e
+            except (ValueError, OSError) as e: errors[i] = e
         said = [i for i in range(n) if (texts[i] or '').strip() and not errors[i]]
         if said:
             for i, v in zip(said, self.emb.encode_text([Text(texts[i]) for i in said]).cpu()): vectors[i].append(v)
@@ -134,7 +134,7 @@ class Panels:
             if errors[i]: continue
             query = normalize(sum(v), dim=0) if v else None
             try: found[i] = self.of(keys[i]).find(query, max(1, min(int(tops[i]), 60)), filters[i], words[i])
-            except (ValueError, KeyError, OSError) as e: errors[i] = e
+            except (ValueError, OSError) as e: errors[i] = e
         clock.lap('search')
         answers = []
         for i, hits in enumerate(found):
@@ -142,9 +142,19 @@ class Panels:
                 answers.append(failed(errors[i]))
                 continue
             pictures = self.of(keys[i])
-            show = [(str(pictures.thumb(self.emb, h.row)), ' · '.join(self.told(h))) for h in hits]
-            answers.append(Answer([h._asdict() for h in hits], clock.status(f'{len(hits)} of {len(pictures):,} pictures'), show))
+            shown, gone = self._shown(pictures, [h.row for h in hits])
+            hits = [h for h in hits if h.row in shown]
+            show = [(str(shown[h.row]), ' · '.join(self.told(h))) for h in hits]
+            answers.append(Answer([h._asdict() for h in hits], clock.status(f'{len(hits)} of {len(pictures):,} pictures' + gone), show))
         return answers
+
+    def _shown(self, pictures: Pictures, rows: list[int], side: int = 320) -> tuple[dict[int, Path], str]:
+        "Small pictures by their rows, without those that went away since they were found; what is said of these."
+        shown, why = {}, {}
+        for row in rows:
+            try: shown[row] = pictures.thumb(self.emb, row, side)
+            except (ValueError, OSError) as e: why[row] = _plain(e, None)
+        return shown, f', {len(why)} cannot be shown any more ({next(iter(why.values()))})' if why else ''
 
     def told(self,
         hit: Hit,
@@ -281,17 +291,20 @@ class Panels:
     ) -> tuple[Answer, str]: # heat map, and the map's SVG
         "How alike some of the pictures are, and a map of them."
         clock = Clock()
-        try: pictures = self.of(key)
-        except ValueError as e: return failed(e), ''
-        rows = _spread(len(pictures), most)
-        thumbs = {i: data_url(pictures.thumb(self.emb, i, 64)) for i in rows + _spread(len(pictures), count)}
-        clock.lap('thumbnails')
-        at, shares = pictures.map(rows)
-        some = _spread(len(pictures), count)
-        names, x = [pictures.names[i] for i in some], pictures.some(some)
+        try:
+            pictures = self.of(key)
+            there = pictures.rows()
+            shown, gone = self._shown(pictures, sorted({*_spread(there, most), *_spread(there, count)}), 64)
+            rows, some = ([i for i in _spread(there, k) if i in shown] for k in (most, count))
+            if not some: raise ValueError('There are no pictures to map.')
+            thumbs = {i: data_url(path) for i, path in shown.items()}
+            clock.lap('thumbnails')
+            at, shares = pictures.map(rows)
+            names, x = [pictures.names[i] for i in some], pictures.some(some)
+        except (ValueError, OSError) as e: return failed(e), ''
         heat = heat_table(x @ x.T, names, [thumbs[i] for i in some])
         clock.lap('projection')
-        what = f'{len(rows)} of {len(pictures):,} pictures mapped' + (f', {len(pictures.failed)} could not be read' if pictures.failed else '')
+        what = f'{len(rows)} of {len(there):,} pictures mapped{gone}' + (f', {len(pictures.failed)} could not be read' if pictures.failed else '')
         found = dict(names=[pictures.names[i] for i in rows], at=at.tolist(), variance=shares, heat=dict(names=names, cosines=(x @ x.T).tolist()))
         return Answer(found, clock.status(what), heat), thumb_map(at, [pictures.names[i] for i in rows], [thumbs[i] for i in rows], shares)
 
@@ -319,4 +332,9 @@ def _facts(inside) -> str:
     facts = ''.join(f'<tr><th>{k.replace("_", " ")}</th><td>{escape(str(v))}</td></tr>' for k, v in inside.facts.items())
     return (f'<ul class="mm-warn">{warned}</ul>' if warned else '<div class="mm-good">Nothing is lost.</div>') + f'<table class="mm-facts">{facts}</table>'
 
-def _spread(n: int, k: int) -> list[int]: return [i*n//min(n, k) for i in range(min(n, k))]
+def _spread(rows: list[int], k: int) -> list[int]: return [rows[i*len(rows)//min(len(rows), k)] for i in range(min(len(rows), k))]
+
+def _row(pictures: Pictures, given: str) -> int:
+    "A row by its number; raises `ValueError` for one that was never there."
+    if given.isdecimal() and int(given) < len(pictures.names): return int(given)
+    raise ValueError(f'There is no picture {given!r}: rows go from 0 to {len(pictures.names) - 1:,}.')

@@ -11,6 +11,7 @@ __all__ = ['CHUNK', 'Hit', 'Pictures', 'embed_source', 'embed_folder', 'embed_fi
 import hashlib
 import json
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from ..data.folders import Files
 from ..data.sources import Source
 from ..intake import stamp
 from ..jobs import embed, load_vectors, readable_id
+from ..queries import one_line
 from ..runtime import Embedder
 from ..tables import alone, draft
 from ..transactions import among
@@ -47,7 +49,7 @@ class Pictures:
         failed: list[tuple[str, str]] = [],  # names and reasons of those left out
     ):
         self.title, self.names, self.vectors, self.read, self.failed = title, names, vectors, read, list(failed)
-        self._thumbs = tempfile.TemporaryDirectory(prefix='mmembed-demo-')
+        self._thumbs, self._made, self._lock = tempfile.TemporaryDirectory(prefix='mmembed-demo-'), {}, threading.Lock()
 
     def __len__(self) -> int: return len(self.names)
     def __repr__(self) -> str: return f'{self.title} ({len(self):,})'
@@ -74,8 +76,12 @@ class Pictures:
     @property
     def columns(self) -> str | None: return None  # what a filter can name, in words; None where there is nothing to filter
 
+    @property
+    def version(self) -> int: return 0  # another one after every change of the pictures
+
+    def rows(self) -> list[int]: return list(range(len(self)))           # that are there now
     def some(self, rows: list[int]) -> Tensor: return self.vectors[rows]  # float32 (len(rows), D)
-    def every(self) -> Tensor: return self.vectors                       # float32 (N, D)
+    def every(self) -> tuple[list[str], Tensor]: return self.names, self.vectors  # names and float32 (N, D)
 
     def thumb(self,
         emb: Embedder,    # whose decoder reads the file: upright, on the model's own background
@@ -84,14 +90,22 @@ class Pictures:
     ) -> Path: # a JPEG in a folder of this process
         "A small picture of a row, made when it is first asked for; raises as `Embedder.decode` does."
         from PIL import Image
-        path = Path(self._thumbs.name)/f'{row}-{side}.jpg'
+        path = Path(self._thumbs.name)/f'{row}-{side}-{self.version}.jpg'
         if not path.exists():
             image = Image.fromarray(self._decoded(emb, row, side).permute(1, 2, 0).numpy())
             image.thumbnail((side, side))
             draft = path.with_suffix(f'.{id(image)}')
             image.save(draft, 'JPEG', quality=88)
             draft.replace(path)
+            self._forget(row, side, path)
         return path
+
+    def _forget(self, row: int, side: int, path: Path):
+        "Of every row the last two versions stay: a page may be about to read the one before."
+        with self._lock:
+            made = self._made.setdefault((row, side), [])
+            if path not in made: made.append(path)
+            while len(made) > 2: made.pop(0).unlink(missing_ok=True)
 
     def _decoded(self, emb: Embedder, row: int, side: int) -> Tensor: return emb.decode(self.read(row)) # uint8 (3, H, W)
 
@@ -113,8 +127,8 @@ class Pictures:
         folder: Path,
     ) -> Path:
         "`vectors` and `names` as one .npz in `folder`."
-        path = Path(folder)/'embeddings.npz'
-        np.savez(path, vectors=self.every().numpy(), names=np.array(self.names))
+        path, (names, vectors) = Path(folder)/'embeddings.npz', self.every()
+        np.savez(path, vectors=vectors.numpy(), names=np.array(names))
         return path
 
 # %% ../../nbs/demo/01_pictures.ipynb #c9d46352
@@ -212,19 +226,34 @@ def embed_scenes(
 
 # %% ../../nbs/demo/01_pictures.ipynb #d1ae409c
 class Indexed(Pictures):
-    "The rows of an `Index`"
-    def __init__(self, index): # of `mmembed.index`
-        super().__init__(f'index {index.folder.name}', index.ids(), torch.zeros(0, index.about.dim), self._thumbnail)
-        self.index, self.row = index, {name: i for i, name in enumerate(self.names)}
+    "The rows of an `Index`, as they are at every call: rows that come get the next numbers, those that go keep theirs"
+    def __init__(self, index): # of `mmembed.index`; raises `ValueError` where another artifact made it than its model
+        super().__init__(f'index {index.folder.name}', [], torch.zeros(0, index.about.dim), self._thumbnail)
+        self.index, self._row = index, {}
+        index.embedder()
+        self.rows()
 
-    def nearest(self, queries: Tensor, top: int = 12) -> list[list[Hit]]:
-        found = [self.index.find(q.cpu().numpy(), top) for q in queries]
-        return [[Hit(self.row[r['id']], r['id'], r['score']) for r in rows if r['id'] in self.row] for rows in found]
+    def __len__(self) -> int: return len(self.index)
+    def __repr__(self) -> str: return self.title
+
+    @property
+    def version(self) -> int: return self.index.version
+
+    def rows(self) -> list[int]: return [self._number(name) for name in self.index.ids()]
+
+    def _number(self, name: str) -> int:
+        with self._lock:
+            if name not in self._row:
+                self._row[name] = len(self.names)
+                self.names.append(name)
+            return self._row[name]
+
+    def nearest(self, queries: Tensor, top: int = 12) -> list[list[Hit]]: return [self.find(q, top) for q in queries]
 
     def find(self, query: Tensor | None, top: int = 12, where: str = '', words: str = '') -> list[Hit]:
+        self.index.embedder()  # raises where the index has been built anew by another artifact
         found = self.index.search(None if query is None else query.cpu().numpy(), top, where.strip() or None, words=words.strip() or None)
-        return [Hit(self.row[r['id']], r['id'], None if query is None else r['score'], str(r.get('text') or r.get('label') or ''))
-                for r in found if r['id'] in self.row]
+        return [Hit(self._number(r['id']), r['id'], None if query is None else r['score'], str(r.get('text') or r.get('label') or '')) for r in found]
 
     @property
     def columns(self) -> str: return ', '.join(c for c in self.index.columns if c != 'file')
@@ -236,16 +265,20 @@ class Indexed(Pictures):
         return super()._decoded(emb, row, side)
 
     def _file(self, name: str) -> Path | None:
-        found = self.index.search(self.index.vector_of(name), 1, among([name])) if 'file' in self.index.columns else []
+        found = self.index.search(self._vector(name), 1, among([name])) if 'file' in self.index.columns else []
         return Path(found[0]['file']) if found and found[0]['file'] else None
 
-    def some(self, rows: list[int]) -> Tensor: return torch.stack([torch.tensor(self.index.vector_of(self.names[i])).float() for i in rows])
+    def _vector(self, name: str) -> np.ndarray:
+        try: return self.index.vector_of(name)
+        except KeyError: raise self._gone(name) from None
 
-    def every(self) -> Tensor:
-        ids, vectors = self.index.vectors()
-        at = {name: i for i, name in enumerate(ids)}
-        return vectors[[at[n] for n in self.names]]
+    def _gone(self, name: str) -> ValueError: return ValueError(f'{one_line(name)} has been deleted from {self.title} meanwhile')
+
+    def some(self, rows: list[int]) -> Tensor: return torch.stack([torch.tensor(self._vector(self.names[i])).float() for i in rows])
+    def every(self) -> tuple[list[str], Tensor]: return self.index.vectors()
 
     def _thumbnail(self, row: int):
-        small = self.index.thumbnails([self.names[row]]).get(self.names[row])
-        return small if small else torch.full((3, 64, 64), 200, dtype=torch.uint8)
+        name = self.names[row]
+        if small := self.index.thumbnails([name]).get(name): return small
+        self._vector(name)  # raises for a row that is no longer there
+        return torch.full((3, 64, 64), 200, dtype=torch.uint8)

@@ -3,6 +3,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from mmembed.demo.app import serve
 from mmembed.demo.panels import Panels
 from mmembed.demo.pictures import Indexed, embed_files, embed_folder, embed_scenes
 
-from tests.helpers import HANG
+from tests.helpers import HANG, ended
 
 
 @pytest.fixture(scope='module')
@@ -180,6 +182,121 @@ def test_filter_and_words_of_an_index(indexed):
     (panels.emb.path.parent/'large-4.png').unlink()  # then what the index holds of it is shown
     assert Image.open(panels.large(ask('', '', 'black')[0][0], index)[0]).size[0] == 112
     c.close()
+
+
+WRITER = """import json, sys
+from mmembed.index import Index
+index = Index(sys.argv[1])
+def churn(table, rounds):
+    for i in range(rounds):
+        index.add(table, prefix=f'{i}/')
+        index.delete(where=f"id LIKE '{i}/%' AND id <> '{i}/new-1.png'")
+        index.compact()
+for line in sys.stdin:
+    name, *given = json.loads(line)
+    result = churn(*given) if name == 'churn' else getattr(index, name)(*given)
+    print(json.dumps(result), flush=True)
+"""
+
+
+@pytest.fixture
+def changing(folder, tmp_path):
+    "Panels over an index of three pictures, and a call that another process makes of it."
+    pytest.importorskip('lancedb', reason='an index needs LanceDB: pip install "mmembed[search]"')
+    from mmembed.index import Index
+    for name, colours in (('old', ['red', 'green', 'blue']), ('new', ['white', 'black', 'pink'])):
+        with (tmp_path/f'{name}.csv').open('w') as table:
+            table.write('image,text\n')
+            for i, colour in enumerate(colours):
+                Image.new('RGB', (60 + i, 40), colour).save(tmp_path/f'{name}-{i}.png')
+                table.write(f'{name}-{i}.png,a {colour} wall\n')
+    emb = mm.load(folder/'tiny.pt')
+    panels = Panels(emb, [Indexed(Index.build(emb, str(tmp_path/'old.csv'), tmp_path/'my.idx'))])
+    with ended(subprocess.Popen([sys.executable, '-c', WRITER, str(tmp_path/'my.idx')], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)) as other:
+        def begin(*call):
+            other.stdin.write(json.dumps(call) + '\n')
+            other.stdin.flush()
+            return lambda: json.loads(other.stdout.readline())
+        yield panels, next(iter(panels.sets)), begin, tmp_path
+
+
+def found(panels, key, row='', text='a wall', words=''):
+    answer = panels.search(['' if row or words else text], [None], [str(row)], [60], [key], [''], [words])[0]
+    return answer.rows if 'error' in answer.rows else {r['name']: r for r in answer.rows}
+
+
+def colour(panels, key, row): return Image.open(panels.large({'row': row['row'], 'name': row['name'], 'cosine': None}, key)[0]).getpixel((20, 20))
+
+
+def test_the_page_follows_an_index_that_another_process_changes(changing):
+    panels, key, begin, d = changing
+    before = found(panels, key)
+    assert set(before) == {'old-0.png', 'old-1.png', 'old-2.png'} and colour(panels, key, before['old-1.png'])[0] < 50
+    assert begin('add', str(d/'new.csv'))() == 3
+    rows = found(panels, key)
+    assert set(rows) == {*before, 'new-0.png', 'new-1.png', 'new-2.png'} and all(rows[n]['row'] == before[n]['row'] for n in before)
+    assert len({r['row'] for r in rows.values()}) == 6 and set(found(panels, key, rows['new-2.png']['row'])) == set(rows)
+    Image.new('RGB', (60, 40), 'yellow').save(d/'old-1.png')
+    assert begin('add', str(d/'old.csv'), [], 'replace')() == 3
+    assert found(panels, key)['old-1.png']['row'] == before['old-1.png']['row'] and colour(panels, key, before['old-1.png'])[0] > 200
+
+    assert begin('delete', ['old-0.png', 'new-0.png'])() == 2
+    gone = before['old-0.png']
+    assert set(found(panels, key)) == {'old-1.png', 'old-2.png', 'new-1.png', 'new-2.png'}
+    with pytest.raises(ValueError, match='old-0.png has been deleted from index my.idx meanwhile'): panels.large(gone, key)
+    assert found(panels, key, gone['row']) == {'error': 'old-0.png has been deleted from index my.idx meanwhile'}
+    assert 'rows go from 0 to 5' in found(panels, key, 6)['error'] and 'no picture' in found(panels, key, -1)['error']
+    answer, svg = panels.overview(key)
+    assert sorted(answer.rows['names']) == ['new-1.png', 'new-2.png', 'old-1.png', 'old-2.png'] and svg.count('<image') == 4 and '4 of 4 pictures' in answer.status
+    saved = np.load(panels.download(key))
+    assert sorted(saved['names'].tolist()) == sorted(answer.rows['names']) and saved['vectors'].shape == (4, 16)
+    at = saved['names'].tolist().index('new-2.png')
+    assert np.allclose(saved['vectors'][at], panels.emb.encode_image([d/'new-2.png'])[0], atol=1e-5)
+    begin('delete', None, 'true')()
+    assert found(panels, key) == {} and 'no pictures to map' in panels.overview(key)[0].rows['error'] and len(np.load(panels.download(key))['names']) == 0
+
+
+def test_questions_while_another_process_writes(changing):
+    panels, key, begin, d = changing
+    held, wait, rounds = {}, begin('churn', str(d/'new.csv'), 4), 0
+    done = []
+    thread = threading.Thread(target=lambda: done.append(wait()))
+    thread.start()
+    while not done and thread.is_alive():
+        for rows in (found(panels, key), found(panels, key, words='wall'), found(panels, key, 0)):
+            assert {'old-0.png', 'old-1.png', 'old-2.png'} <= set(rows), rows
+            for name, r in rows.items(): assert held.setdefault(name, r['row']) == r['row']
+        answer, _ = panels.overview(key)
+        assert 'error' not in answer.rows or 'meanwhile' in answer.rows['error']
+        assert len(np.load(panels.download(key))['names']) >= 3
+        rounds += 1
+    thread.join()
+    assert done == [None] and rounds and set(found(panels, key)) == {'old-0.png', 'old-1.png', 'old-2.png', *(f'{i}/new-1.png' for i in range(4))}
+    kept = list(Path(panels.of(key)._thumbs.name).iterdir())
+    assert len(kept) <= 4 * len(panels.of(key).names)  # of each row two versions, in two sizes
+
+
+def test_an_index_of_another_artifact_is_refused(changing, folder):
+    panels, key, _, d = changing
+    from mmembed.index import Index
+    torch.manual_seed(1)
+    text = mm.TextTransformer(mm.TextPipeline.learn(['a red circle above a blue ring'] * 3, max_length=16), width=16, depth=1)
+    mm.export(mm.DualEncoder(text, mm.ConvNet(mm.VisionPipeline(size=32)), dim=16).eval(), d/'other.pt', fresh=False, cpp=False)
+    with pytest.raises(ValueError, match='cannot ask an index that artifact'): Indexed(Index(d/'my.idx', mm.load(d/'other.pt')))
+    Index.build(d/'other.pt', str(d/'old.csv'), d/'my.idx', overwrite=True)
+    assert 'cannot ask an index that artifact' in found(panels, key)['error']
+
+
+def test_a_picture_that_was_removed_is_left_out(folder, tmp_path):
+    for colour in ('red', 'blue'): Image.new('RGB', (60, 40), colour).save(tmp_path/f'{colour}.png')
+    emb = mm.load(folder/'tiny.pt')
+    panels = Panels(emb, [embed_files(emb, [tmp_path/'red.png', tmp_path/'blue.png'])])
+    key = next(iter(panels.sets))
+    (tmp_path/'red.png').unlink()
+    answer = panels.search(['a wall'], [None], [''], [9], [key])[0]
+    assert [r['name'] for r in answer.rows] == ['blue.png'] and '1 of 2 pictures, 1 cannot be shown any more (' in answer.status
+    answer, svg = panels.overview(key)
+    assert answer.rows['names'] == ['blue.png'] and svg.count('<image') == 1
 
 
 def test_a_folder_embeds_only_what_is_new(folder, tmp_path, monkeypatch):
