@@ -143,6 +143,7 @@ def plan(
     shard_rows: int = 8192,
     unique: bool = False,       # refuse a source in which an id occurs twice
     content_hash: bool = False, # as in `embed`
+    spark: bool = False,        # as in `embed`
 ) -> tuple[Job, Survey]:
     "The manifest of a job; raises `ValueError` for settings that make no sense and for a source without rows."
     if what not in ('image', 'text', 'both'): raise ValueError(f"what must be 'image', 'text' or 'both', got {what!r}")
@@ -150,6 +151,7 @@ def plan(
     to_precision(torch.zeros(1, 8), precision)
     types, taken = column_types(source, keep), {'row', 'id', 'error', 'image_vector', 'text_vector'}
     if clash := sorted(taken & set(types)): raise ValueError(f'a kept column cannot be called {clash[0]}: the job has a column of that name')
+    if spark and precision == 'float16': precision = 'float32'
     if not len(source): raise ValueError(f'{source!r} holds no rows')
     found = survey(source, what, content_hash)
     if unique and found.repeated: raise ValueError(f'{found.repeated:,} rows have the id of an earlier row, such as {found.example!r}')
@@ -222,6 +224,7 @@ def embed(
     unique: bool = False,          # refuse a source in which an id occurs twice
     progress=None,                 # called with (rows ready, rows) after each batch
     content_hash: bool = False,    # tell changed images by their bytes, which reads them twice, and not by size and time of their files
+    spark: bool = False,           # write what Spark reads: float32 where `precision` is float16, which its reader of Parquet refuses
 ) -> Done:
     """Embed a source into Parquet files, going on where an earlier run of the same job stopped.
 
@@ -231,7 +234,7 @@ def embed(
     written; what was written stays."""
     if threads < 0: raise ValueError(f'want 0 or more threads, got {threads}')
     if not isinstance(model, Embedder): model = Embedder(model, device, batch_size=batch_size or service_batch(device), deterministic=True)
-    job, found = plan(model, source, what, keep, precision, shard_rows, unique, content_hash)
+    job, found = plan(model, source, what, keep, precision, shard_rows, unique, content_hash, spark)
     start, folder, ready = time.perf_counter(), Path(out), 0
     with opened(folder, job) as todo:
         there = job.rows - sum(len(job.shard(k)) for k in todo)

@@ -147,14 +147,16 @@ def embed_to(
     progress=None,
     **options,                     # of `run`
 ) -> Done:
-    "As `embed`, but `out` may be one file; raises `ValueError` for a file of that name that is of another job, and for an unknown ending."
+    """As `embed`, but `out` may be one file. Raises `ValueError` for a file of that name that is of another job, for an unknown ending,
+    and for `spark` beside an ending other than .parquet."""
     plain, out = str(out).endswith(('/', os.sep)), Path(out)
     form = None if plain or out.is_dir() and out.suffix != '.lance' else form_of(out)
+    if options.get('spark') and form not in (None, FORMS['.parquet']): raise ValueError(f'{out}: Spark reads Parquet: want a name that ends in .parquet, or a folder')
     if not isinstance(model, Embedder): model = Embedder(model, device if run is embed else 'cpu', batch_size=batch_size or service_batch(device), deterministic=True)
     if form is None: return run(model, source, out, progress=progress, device=device, **options)
     start, beside = time.perf_counter(), {kind: out.with_name(f'{out.name}.{kind}') for kind in ('manifest.json', 'errors.jsonl', 'ids.jsonl', 'parts')}
     manifest, ledger, names, parts = beside.values()
-    about = {k: options[k] for k in ('what', 'keep', 'precision', 'shard_rows', 'unique', 'content_hash') if k in options}
+    about = {k: options[k] for k in ('what', 'keep', 'precision', 'shard_rows', 'unique', 'content_hash', 'spark') if k in options}
     job, found = plan(model, source, **about)
     files = targets(out, job)
     if manifest.exists(): same_job(manifest, job)

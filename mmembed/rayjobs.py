@@ -58,6 +58,7 @@ def embed_ray(
     unique: bool = False,
     progress=None,                   # called with (rows ready, rows) after each part
     content_hash: bool = False,
+    spark: bool = False,
     workers: tuple[int, int] = (1, 1), # at least and at most
     address: str | None = None,      # of a cluster; None: the one this process is connected to, or one on this machine
     gpus: float = 0.,                # of each worker
@@ -68,7 +69,7 @@ def embed_ray(
     try: import ray.data
     except ImportError: raise ImportError('--engine ray wants Ray: pip install "mmembed[ray]"') from None
     if not isinstance(model, Embedder): model = Embedder(model, batch_size=batch_size or service_batch(device), deterministic=True)
-    job, found = plan(model, source, what, keep, precision, shard_rows, unique, content_hash)
+    job, found = plan(model, source, what, keep, precision, shard_rows, unique, content_hash, spark)
     start, folder, ready, mine = time.perf_counter(), Path(out).resolve(), 0, not ray.is_initialized()
     with opened(folder, job) as todo:
         there = job.rows - sum(len(job.shard(k)) for k in todo)

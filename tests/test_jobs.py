@@ -320,6 +320,47 @@ def test_ended_while_the_parts_are_put_together(model, source, whole, tmp_path, 
     assert sorted(p.suffix for p in tmp_path.iterdir()) == (['.json', '.jsonl', '.jsonl', '.npy', '.npy'] if form == '.npy' else ['.json', '.jsonl', '.lance'])
 
 
+def refused_by_spark(path):
+    """Columns for which `ParquetToSparkSchemaConverter.convertPrimitiveField` has no type, by Parquet's own names.
+
+    https://github.com/apache/spark/blob/master/sql/core/src/main/scala/org/apache/spark/sql/execution/datasources/parquet/ParquetSchemaConverter.scala"""
+    plain = {'BOOLEAN', 'FLOAT', 'DOUBLE', 'INT32', 'INT64', 'BYTE_ARRAY', 'FIXED_LEN_BYTE_ARRAY'}
+    numbers = {f'INT{32 if bits < 64 else 64} INT {bits} {sign}' for bits in (8, 16, 32, 64) for sign in ('true', 'false')}
+    known = numbers | {f'{t} NONE' for t in plain} | {'BYTE_ARRAY STRING', 'INT32 DATE', 'INT64 TIMESTAMP microseconds', 'INT64 TIMESTAMP milliseconds'}
+    def named(column):
+        about = json.loads(column.logical_type.to_json())
+        return ' '.join(map(str, [column.physical_type, about['Type'].upper(), *(str(about[k]).lower() for k in ('bitWidth', 'isSigned', 'timeUnit') if k in about)]))
+    schema = pq.ParquetFile(path).schema
+    return {schema.column(i).path.split('.')[0]: named(schema.column(i)) for i in range(len(schema)) if named(schema.column(i)) not in known}
+
+
+def test_spark_reads_what_is_written_for_it(model, source, tmp_path):
+    "Its reader of Parquet has no half floats, and one such column makes it refuse the file."
+    for i in range(3): (tmp_path/f'{i}.jpg').write_bytes(bytes(source.image(i).tolist()))
+    at = pa.array(np.array(['2024-01-01T01:02:03.123456789'] * 3, 'datetime64[ns]'))
+    columns = dict(image=[f'{i}.jpg' for i in range(3)], small=pa.array([1, 2, 3], pa.uint8()), half=pa.array(np.ones(3, 'e')), at=at, zoned=at.cast(pa.timestamp('ns', 'UTC')),
+                   day=at.cast(pa.date32()), clock=at.cast(pa.time64('ns')), tags=[['a'], [], None], raw=[b'x'] * 3, yes=[True] * 3, large=pa.array([1, 2, 3], pa.uint64()))
+    pq.write_table(pa.table(columns), tmp_path/'t.parquet')
+    def run(*words): assert main(['embed', str(model), str(tmp_path/'t.parquet'), '--keep', ','.join([*columns][1:]), *map(str, words)]) == 0
+    for precision in PRECISIONS:
+        for out in (f'{precision}', f'{precision}.parquet'):
+            for flags in ([], ['--spark']):
+                place = tmp_path/'-'.join([*flags, out]).strip('-')
+                run('-o', place, '--precision', precision, *flags)
+                path = place if place.is_file() else place/'part-000000.parquet'
+                assert refused_by_spark(path) == ({'image_vector': 'FIXED_LEN_BYTE_ARRAY FLOAT16'} if precision == 'float16' and not flags else {}), path
+    assert load_vectors(tmp_path/'spark-float16').vectors.equal(load_vectors(tmp_path/'float32').vectors)
+    run('-o', tmp_path/'spark-float16', '--precision', 'float16', '--spark')  # goes on with its own folder
+
+
+def test_spark_is_for_parquet(model, source, tmp_path, capsys):
+    for out in ('x.npy', 'x.lance', 'x.safetensors'):
+        with pytest.raises(ValueError, match='Spark reads Parquet: want a name that ends in .parquet, or a folder'): embed_to(model, source, tmp_path/out, spark=True)
+    (tmp_path/'p').mkdir()
+    (tmp_path/'p'/'0.jpg').write_bytes(bytes(source.image(0).tolist()))
+    assert main(['embed', str(model), str(tmp_path/'p'), '--spark']) == 1 and '--spark is of files: name them with -o' in capsys.readouterr().err
+
+
 def test_the_folder_is_a_data_set(whole):
     "Programs that read a folder of Parquet files take every part and nothing else."
     import pandas as pd

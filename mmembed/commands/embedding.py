@@ -27,7 +27,7 @@ def embed(
     stdin: store_true = False,  # read texts from standard input, one a line: as `- --what text`
     what: Annotated[str, {'choices': ['image', 'text', 'both']}] = None, # which vectors; image by default
     keep: str = '',             # columns of the source to keep, separated by commas
-    precision: Annotated[str, {'choices': ['float32', 'float16', 'int8', 'binary']}] = 'float32', # of the vectors; Spark cannot read float16
+    precision: Annotated[str, {'choices': ['float32', 'float16', 'int8', 'binary']}] = 'float32', # of the vectors; Spark cannot read float16: see --spark
     id_key: str = None,         # column that names the rows
     image_key: str = None,      # column of images; image by default
     text_key: str = None,       # column of texts; text by default, txt in shards
@@ -35,6 +35,7 @@ def embed(
     null: store_true = False,   # what comes on standard input ends with a zero byte, as from find -print0
     unique: store_true = False, # refuse a source in which an id occurs twice
     content_hash: store_true = False, # tell changed images by their bytes (reads them twice), not by size and time of their files
+    spark: store_true = False,  # write Parquet that Spark reads: float32 instead of float16
     rows: int = 8192,           # of a part: what a killed run may lose
     batch: int = 0,             # items that a tower sees at once; as in `mmembed serve`: 16, or 64 on a GPU
     threads: int = 0,           # that read and decode; one a core by default
@@ -67,7 +68,7 @@ def embed(
     found = open_source(list(source), what or 'image', null, **options)
     if left := getattr(found, 'ignored', []): print(f'{len(left):,} files or samples are left out, such as {left[0]}', file=sys.stderr)
     if not Out:
-        if engine != 'local': raise ValueError('--engine ray writes files: name them with -o')
+        if engine != 'local' or spark: raise ValueError(f'{"--spark is of" if spark else "--engine ray writes"} files: name them with -o')
         return _print(artifact, found, what or 'image', options['keep'], batch, threads, device)
     from mmembed.jobs import embed as run, progress_bar
     from mmembed.outputs import embed_to
@@ -79,7 +80,7 @@ def embed(
         more |= dict(workers=(int(low), int(high or low)), address=address, gpus=gpus, cpus=cpus)
     with resumable(f'the parts that are whole stay in {Out}' + ('' if Path(Out).suffix == '' else '.parts')), progress_bar() as progress:
         done = embed_to(artifact, found, Out, run, device, batch, progress, what=what or 'image', keep=options['keep'], precision=precision,
-                        shard_rows=rows, unique=unique, content_hash=content_hash, **more)
+                        shard_rows=rows, unique=unique, content_hash=content_hash, spark=spark, **more)
     print(typed(str(done)))
     if done.failed: raise SystemExit(1)
 
