@@ -6,8 +6,9 @@ Docs: https://mmembed.github.io/mmembed/vision/probe.html.md"""
 
 # %% auto #0
 __all__ = ['read', 'be16', 'be32', 'le16', 'le32', 'Header', 'refused', 'exif_orientation', 'xmp_orientation', 'scan_jpeg',
-           'code_at', 'chain', 'png_chunks', 'scan_png', 'skip_blocks', 'scan_gif', 'scan_webp', 'box_properties',
-           'scan_boxes', 'magic', 'markup', 'is_tga', 'sniff', 'scan', 'probe']
+           'code_at', 'nonzero_bytes', 'followed', 'chain', 'png_telling', 'png_chunks', 'scan_png', 'skip_blocks',
+           'scan_gif', 'scan_webp', 'box_properties', 'scan_boxes', 'magic', 'markup', 'is_tga', 'sniff', 'scan',
+           'probe']
 
 # %% ../../nbs/vision/01_probe.ipynb #a9d86855
 from typing import List, NamedTuple, Tuple
@@ -179,9 +180,33 @@ def code_at(
     at: Tensor,   # int64 (K,), none in the last three bytes
 ) -> Tensor: # int64 (K,)
     "The big-endian numbers of four bytes at each place."
-    total = torch.zeros_like(at)
-    for i in range(4): total = total * 256 + data.index_select(0, at + i)
-    return total
+    b = data.index_select(0, (at[:, None] + torch.arange(3, -1, -1)).flatten())  # processors count from the low byte
+    return torch.view_copy(b, dtype=torch.int32).to(torch.int64) & 0xFFFFFFFF
+
+def nonzero_bytes(
+    flags: Tensor, # uint8 (N,), N a multiple of 8
+) -> Tensor: # int64 (K,)
+    "Where `flags` are not zero: `nonzero` of eight bytes at a time, then of those bytes."
+    words = torch.view_copy(flags, dtype=torch.int64)
+    some = words.nonzero().flatten()
+    inside = torch.view_copy(words.index_select(0, some), dtype=torch.uint8).nonzero().flatten()
+    return (some.index_select(0, inside >> 3) << 3) + (inside & 7)
+
+def followed(
+    x: Tensor,      # uint8: the chunks, with zeros behind
+    size: int,      # their length
+    begins: Tensor, # uint8, not 0 where a chunk may begin; WebP: of every other byte
+    at: Tensor,     # int64 (K,), ascending: some of these places
+    png: bool,
+) -> Tuple[Tensor, Tensor]: # int64 (J,) twice: those that end where another may begin, or with the file, and where they end
+    "The chunks at `at` that lie inside the file and are followed by another."
+    if png: after = at + 12 + code_at(x, at)
+    else:
+        length = code_at(x.flip(0), x.numel() - 8 - at)
+        after = at + 8 + length + length % 2
+    goes_on = begins.index_select(0, (after if png else after // 2).clamp(max=begins.numel() - 1)) > 0
+    fits = ((at < size - 7) & (after <= size + 1) & (goes_on | (after >= size - 7))).nonzero().flatten()
+    return at.index_select(0, fits), after.index_select(0, fits)
 
 def chain(
     data: Tensor, # uint8 (N,): a file
@@ -189,25 +214,39 @@ def chain(
     png: bool,    # PNG: length, name, payload, checksum; WebP: name, length, payload, to an even length
 ) -> Tensor: # int64 (K,)
     "Where the chunks begin that follow each other from `first` on, as far as they lie inside the file."
-    x = data[first:]
-    n = x.numel() - 7
+    size = data.numel() - first
+    n = size - 7
     if n < 1: return torch.zeros([0], dtype=torch.int64)
+    x = torch.nn.functional.pad(data[first:], [0, 23 + (-size) % 16])  # whole words, with zeros to look ahead to
+    m = x.numel() - 7
     if png:
-        letter = ((x & 0xDF) - 65) < 26
-        begins = letter[4:n + 4] & letter[5:n + 5] & letter[6:n + 6] & letter[7:n + 7]
-        if n < 16777216: begins = begins & (x[:n] == 0)  # no length has a fourth byte
-        at = begins.nonzero().flatten()
-        after = at + 12 + code_at(x, at)
+        letter = (x & 0xDF) - 65  # 0 to 25; in bytes, what is less than 65 comes round to more
+        pair = torch.maximum(letter[4:m + 6], letter[5:m + 7])
+        begins = 26 - torch.maximum(pair[:m], pair[2:m + 2]).clamp(max=26)
+        ours = begins
+        if n < 16777216:  # no length has a fourth byte, and the third is bounded
+            begins = begins & (x[:m].clamp(max=1) - 1)
+            high = min(n >> 16, 255)
+            ours = begins & ((x[1:m + 1].clamp(min=high) - high).clamp(max=1) - 1)
+        places = nonzero_bytes(ours)
     else:
-        printed = (x - 32) < 95
-        begins = printed[0:n:2] & printed[1:n + 1:2] & printed[2:n + 2:2] & printed[3:n + 3:2]
-        at = 2 * begins.nonzero().flatten()
-        size = code_at(x.flip(0), x.numel() - 8 - at)
-        after = at + 8 + size + size % 2
-    fits = after <= x.numel() + 1
-    at, after = at[fits], after[fits]
-    goes_on = begins.index_select(0, (after if png else after // 2).clamp(max=begins.numel() - 1)) | (after >= n)
-    at, after = at[goes_on], after[goes_on]
+        printed = x - 32  # 0 to 94
+        pair = torch.maximum(printed[0:m + 2], printed[1:m + 3])
+        begins = (95 - torch.maximum(pair[:m], pair[2:m + 2]).clamp(max=95))[::2].contiguous()
+        places = 2 * nonzero_bytes(begins)
+    if places.numel() == 0 or int(places[0]) != 0: return torch.zeros([0], dtype=torch.int64)
+    apart = torch.cat([torch.ones([1], dtype=torch.bool), places[1:] - places[:-1] > 3])  # 'EXtC' in 'tEXtComment' passes for a name
+    at, after = followed(x, size, begins, places[apart], png)
+    for _ in range(3):  # most often these are the chain, or with a few others
+        if at.numel() == 0: break
+        if bool((at[1:] == after[:-1]).all()):  # each follows the one before
+            if int(at[0]) == 0 and int(after[-1]) >= n: return at + first
+            break
+        met = torch.zeros([m], dtype=torch.uint8)
+        met[0] = 1
+        known = met.index_fill(0, after.clamp(max=m - 1), 1).index_select(0, at).nonzero().flatten()  # all but those that follow none
+        at, after = at.index_select(0, known), after.index_select(0, known)
+    at, after = followed(x, size, begins, places, png)
     k = at.numel()
     if k == 0 or int(at[0]) != 0: return torch.zeros([0], dtype=torch.int64)
     to = torch.searchsorted(at, after)
@@ -221,39 +260,59 @@ def chain(
     return at[seen] + first
 
 # %% ../../nbs/vision/01_probe.ipynb #ae9f44f9
-def png_chunks(
+def png_telling(
     data: Tensor, # uint8 (N,): a PNG file
-) -> Tuple[List[int], List[int], List[int]]: # of each: its name as a number, where it begins, the length of its payload
-    "The chunks behind `IHDR`; beyond the first 64 only those that say something about the image."
-    names: List[int] = []
-    places: List[int] = []
-    lengths: List[int] = []
-    pos, n = 33, data.numel()
-    for _ in range(64):
-        if pos + 8 > n: break
-        b = read(data, pos, 8)
-        names.append(be32(b, 4))
-        places.append(pos)
-        lengths.append(be32(b, 0))
-        pos += 12 + be32(b, 0)
-        if be32(b, 4) == 0x49454E44: pos = n                            # IEND
-    if pos + 8 > n: return names, places, lengths
-    at = chain(data, pos, True)
-    name = code_at(data, at + 4)
-    end = (name == 0x49454E44).nonzero()
+    at: Tensor,   # int64 (K,): where chunks begin
+    name: Tensor, # int64 (K,)
+) -> Tensor: # int64, ascending: which
+    "Of many chunks those few that `scan_png` goes by: the first `IDAT`, the last of each kind before it and in all, XMP."
+    end = (name == 0x49454E44).nonzero()                                # IEND
     if end.size(0) > 0: at, name = at[:int(end[0, 0])], name[:int(end[0, 0])]
     pixels = (name == 0x49444154).nonzero().flatten()[:1]               # IDAT
     picked = [pixels]
     before = torch.arange(at.numel()) < (int(pixels[0]) if pixels.numel() > 0 else at.numel())
     for kind in [0x6163544C, 0x74524E53, 0x65584966]:                   # acTL, tRNS, eXIf
         picked += [((name == kind) & before).nonzero().flatten()[-1:], (name == kind).nonzero().flatten()[-1:]]
-    text = ((name == 0x69545874) | (name == 0x74455874)).nonzero().flatten()  # iTXt, tEXt
-    text = text[(at[text] + 26 <= n) & (data[(at[text] + 8).clamp(max=n - 1)] == 88)]     # 'X'
-    text = text[(code_at(data, at[text] + 12) == 0x636F6D2E) & (code_at(data, at[text] + 21) == 0x2E786D70)]  # 'com.', '.xmp'
-    picked.append(text[-1:])
-    found: List[int] = at[torch.cat(picked).sort()[0]].tolist()
+    xmp = ((name == 0x69545874) | (name == 0x74455874)).nonzero().flatten()  # iTXt, tEXt
+    xmp = xmp[at[xmp] + 26 <= data.numel()]
+    xmp = xmp[(code_at(data, at[xmp] + 12) == 0x636F6D2E) & (code_at(data, at[xmp] + 21) == 0x2E786D70)]  # 'com.', '.xmp'
+    picked.append(xmp[-1:])
+    return torch.cat(picked).sort()[0]
+
+def png_chunks(
+    data: Tensor, # uint8 (N,): a PNG file
+) -> Tuple[List[int], List[int], List[int]]: # of each: its name as a number, where it begins, the length of its payload
+    "The chunks behind `IHDR` that may say something about the image: no text but XMP, beyond the first 64 nothing else either."
+    names: List[int] = []
+    places: List[int] = []
+    lengths: List[int] = []
+    pos, n = 33, data.numel()
+    base, b = pos, read(data, pos, 256)
+    for _ in range(64):
+        if pos + 8 > n: break
+        if pos - base > 247: base, b = pos, read(data, pos, 256)
+        i = pos - base
+        length, name = be32(b, i), be32(b, i + 4)
+        if (name != 0x69545874 and name != 0x74455874) or b[i + 8] == 88:  # iTXt, tEXt; 'X'
+            names.append(name)
+            places.append(pos)
+            lengths.append(length)
+        pos += 12 + length
+        if name == 0x49454E44: pos = n                                  # IEND
+    if pos + 8 > n: return names, places, lengths
+    at = chain(data, pos, True)
+    name = code_at(data, at + 4)
+    first_byte = data.index_select(0, (at + 8).clamp(max=n - 1))
+    text = ((name == 0x69545874) | (name == 0x74455874)) & (first_byte == 88)  # iTXt, tEXt; 'X'
+    says = text | (name == 0x49454E44) | (name == 0x6163544C) | (name == 0x74524E53) | (name == 0x65584966)
+    if at.numel() > 0: says[int((name == 0x49444154).to(torch.uint8).argmax())] = True  # the first IDAT
+    some = says.nonzero().flatten()
+    at = at.index_select(0, some)
+    if some.numel() > 64: at = at.index_select(0, png_telling(data, at, name.index_select(0, some)))
+    found: List[int] = at.tolist()
     for p in found:
         b = read(data, p, 8)
+        if be32(b, 4) == 0x49454E44: break                              # IEND
         names.append(be32(b, 4))
         places.append(p)
         lengths.append(be32(b, 0))
