@@ -20,7 +20,7 @@ from mmembed.index import KINDS, Index
 from mmembed.jobs import embed
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
-from mmembed.queries import Found, Query, merged
+from mmembed.queries import Found, Query, merged, near_pairs
 from mmembed.runtime import Embedder
 from mmembed.text.pipeline import TextPipeline
 from mmembed.transactions import asked
@@ -303,6 +303,17 @@ def test_near_duplicates_and_clusters(model, tmp_path):
     clusters = index.clusters(5)
     assert sorted(i for g in clusters for i in g.ids) == sorted(index.ids()) and all(g.scores == sorted(g.scores, reverse=True) for g in clusters)
     assert [g.ids for g in index.clusters(5)] == [g.ids for g in clusters]
+
+
+def test_near_pairs_are_told_once_and_in_order():
+    x = matrix(points(90))
+    x[50:70] = x[:20]
+    near = x @ x.T >= .9
+    want = [(i, j) for i in range(90) for j in range(i + 1, 90) if near[i, j]]
+    assert len(want) >= 20
+    for block in (1, 7, 64, 90, 1024):
+        first, second = near_pairs(torch.from_numpy(x), .9, block)
+        assert sorted(zip(first.tolist(), second.tolist())) == want
 
 
 def test_readers_see_whole_additions_only(model, tmp_path):

@@ -258,7 +258,7 @@ TABLE = [Mutant(*row) for row in (
      'tests/test_index.py::test_sums_of_queries'),
     ('index/pairs of a row with itself', 'mmembed/queries.py',
      'keep = b > a', 'keep = b >= a',
-     'tests/test_index.py::test_near_duplicates_and_clusters'),
+     'tests/test_index.py::test_near_pairs_are_told_once_and_in_order'),
     ('index/vectors of zero', 'mmembed/items.py',
      'length[k] < 1e-12: reason =', 'length[k] < 0: reason =',
      'tests/test_index.py::test_vectors_that_mean_nothing'),

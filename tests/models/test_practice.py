@@ -133,7 +133,7 @@ def test_wise_ft_lies_between():
     a, b = small().state_dict(), small().state_dict()
     half = interpolate(a, b, 0.5)
     for k in a:
-        if a[k].is_floating_point(): assert torch.allclose(half[k], (a[k] + b[k]) / 2)
+        if a[k].is_floating_point(): assert torch.allclose(half[k], (a[k] + b[k]) / 2, atol=1e-6)  # two that nearly cancel leave the rounding of both
     for k, v in interpolate(a, b, 0).items(): assert v.equal(a[k])
     model = small()
     table = trade_off(model, a, b, {'norm': lambda m: m.text_proj.weight.norm().item()}, (0, 1))
