@@ -20,7 +20,6 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from html import escape
@@ -105,26 +104,21 @@ def damaged(
 
 def checked(
     path: str | Path,
-    card: dict,            # its identity card
-    check: bool | None,    # None: hold every record to its CRC; True: to the card's hash, before loading; False: do not look
-    load: Callable,        # without arguments
+    card: dict,     # its identity card
+    check: bool,    # hold every record to the card's hash, or to its CRC where the card has none, before loading
+    load: Callable, # without arguments
 ):
     "What `load` returns; raises `ValueError` where the file is not as it was written."
     def tell(record: str): raise ValueError(f'{path} is damaged: {record} is not as it was written; copy it anew, or export it again') from None
-    if check is False: return load()
     if check and 'records_sha256' in card:
         try: found = records_hash(records_of(path))
         except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError): tell(damaged(path) or 'a record')
         if found != card['records_sha256']: tell('a record, of code or data,')
-        return load()
-    with ThreadPoolExecutor(1, thread_name_prefix='mmembed-check') as pool:
-        bad = pool.submit(damaged, path)
-        try: found = load()
-        except ValueError:
-            if bad.result(): tell(bad.result())
-            raise
-        if bad.result(): tell(bad.result())
-    return found
+    elif check and (record := damaged(path)): tell(record)
+    try: return load()
+    except ValueError:
+        if record := damaged(path): tell(record)
+        raise
 
 # %% ../nbs/33_opening.ipynb #f5373b32
 def register_image_ops(

@@ -49,7 +49,7 @@ class Embedder:
         batch_size: int = 64,           # rows that the towers see at once
         deterministic: bool = False,    # every batch filled up to batch_size rows; texts to a length that is their own. A file exported so does it itself
         graphs: Sequence[int] | None = None, # batch sizes whose towers become CUDA graphs on a GPU; None: as the file was exported
-        check: bool | None = None,      # is the file as it was written? None: by the archive's CRCs, True: by the card's SHA-256, False: do not look
+        check: bool = False,            # before loading, hold every record to the card's SHA-256, or to its CRC where an older card has none
     ):
         self.given = dict(device=str(device), threads=threads, batch_size=batch_size, deterministic=deterministic, graphs=graphs, check=check)
         self.card = read_card(path)

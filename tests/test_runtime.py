@@ -430,18 +430,21 @@ def test_files_that_do_not_load(tmp_path):
     with pytest.raises(FileNotFoundError, match='none.pt not found'): load(tmp_path/'none.pt')
 
 
-def test_a_damaged_byte_is_found(tmp_path):
-    "One bit of a weight, of a table, of a text of the code; found by the CRCs that torch leaves alone, or by the card's hash, and only not looked at when asked."
+def test_a_damaged_byte_is_found_when_asked(tmp_path):
+    "One bit of a weight, of a table, of a text of the code: by the card's hash, or by the CRCs, which torch leaves alone, where a card has none."
     whole = tiny.artifact().read_bytes()
     table = tiny.pipelines()[0].model.ids.numpy().tobytes()
+    from .export.test_verify import rewritten
+    rewritten(tiny.artifact(), tmp_path/'old.pt', [('/extra/card.json', b'"records_sha256"', b'"records_sha2_6"')])
+    assert 'records_sha256' not in load(tmp_path/'old.pt', check=True).card
     for what in (tiny.model().image_proj.weight.detach().numpy().tobytes(), table, b'top_k must not be negative'):
-        hurt = bytearray(whole)
-        hurt[whole.index(what) + 2] ^= 1
-        (tmp_path/'m.pt').write_bytes(hurt)
-        for check in (None, True):
-            with pytest.raises(ValueError, match=r'm.pt is damaged: (data|code)/\S+ is not as it was written'): load(tmp_path/'m.pt', check=check)
-        assert load(tmp_path/'m.pt', check=False).encode_text(['a']).shape == (1, 24)
-    for check in (None, True, False): assert load(tiny.artifact(), check=check).encode_text(['a']).shape == (1, 24)
+        for content in (whole, (tmp_path/'old.pt').read_bytes()):
+            hurt = bytearray(content)
+            hurt[content.index(what) + 2] ^= 1
+            (tmp_path/'m.pt').write_bytes(hurt)
+            with pytest.raises(ValueError, match=r'm.pt is damaged: (data|code)/\S+ is not as it was written'): load(tmp_path/'m.pt', check=True)
+            assert load(tmp_path/'m.pt').encode_text(['a']).shape == (1, 24)
+    for check in (True, False): assert load(tiny.artifact(), check=check).encode_text(['a']).shape == (1, 24)
 
 
 def test_changed_code_is_refused_when_asked(tmp_path):
