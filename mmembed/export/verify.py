@@ -211,7 +211,7 @@ def verify(
     exe, notes = _cpp_host(cpp), [] if fresh else ['fresh process']
     if isinstance(exe, str): notes.append(exe)
     else: notes.append(f'c++: {", ".join(CPP_SKIPS)}, batches of 0: the command-line host does not print them')
-    threads = torch.get_num_threads()
+    threads, profiling = torch.get_num_threads(), torch._C._jit_set_profiling_mode(False)  # as every host has it; by itself TorchScript recompiles in the first calls
     torch.set_num_threads(1)  # the answers are many small operations, and every host is to work alike
     try:
         rows = _integrity(loaded, card, model, decode, steps, path, notes)
@@ -233,7 +233,9 @@ def verify(
             rows, notes = (rows, [*notes, found]) if isinstance(found, str) else (rows + found, notes)
             if variant.full() != variant: rows += _against_full(answers(Eager(model, variant.full(), steps), **asked | {'sizes': [64]}),
                                                                 answers(loaded, **asked | {'sizes': [64]}), variant)
-    finally: torch.set_num_threads(threads)
+    finally:
+        torch.set_num_threads(threads)
+        torch._C._jit_set_profiling_mode(profiling)
     return Report(path, card, rows, time.perf_counter() - start, notes)
 
 # %% ../../nbs/export/05_verify.ipynb #0d9a476d

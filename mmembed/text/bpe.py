@@ -9,6 +9,8 @@ __all__ = ['CLIP_STRINGS', 'CLIP_PATTERN', 'ShortWords', 'PairRanks', 'BytePairs
            'open_clip_text_config', 'open_clip_tokenizer']
 
 # %% ../../nbs/text/05_bpe.ipynb #d5c1e298
+import functools
+
 import numpy as np
 import torch
 from tokenizers import normalizers
@@ -340,13 +342,12 @@ def open_clip_tokenizer(
     """open_clip's `SimpleTokenizer`, with the vocabulary file that open_clip carries.
 
     Raises `ValueError` for a name that open_clip does not know, and for a model with another tokenizer."""
-    from open_clip.tokenizer import SimpleTokenizer
     text = open_clip_text_config(name)
     if text.get('hf_tokenizer_name') or 'siglip' in name.lower():
         refuse(f"tokenizer of open_clip's {name}", text.get('hf_tokenizer_name') or 'SigLIP', "CLIP's own; "
             'load its tokenizer.json with from_tokenizer_file')
     if text.get('tokenizer_kwargs'): refuse(f"tokenizer_kwargs of open_clip's {name}", text['tokenizer_kwargs'], 'none')
-    t = SimpleTokenizer()
+    t = _simple_tokenizer()
     sot, eot = (t.decoder[i] for i in t.all_special_ids)
     sep, cls = [eot, t.eot_token_id], [sot, t.sot_token_id]
     pad = dict(strategy='BatchLongest', direction='Right', pad_to_multiple_of=None, pad_id=0, pad_type_id=0, pad_token=t.decoder[0])
@@ -355,8 +356,14 @@ def open_clip_tokenizer(
         pre_tokenizer=dict(type='OpenClip', strings=[sot, eot]),
         post_processor=dict(type='RobertaProcessing', sep=sep, cls=cls, trim_offsets=False, add_prefix_space=False),
         decoder=dict(type='Sequence', decoders=[dict(type='ByteLevel', add_prefix_space=True, trim_offsets=True, use_regex=True), space]),
-        model=dict(type='BPE', end_of_word_suffix='</w>', vocab=t.encoder, merges=[list(p) for p in t.bpe_ranks]))
+        model=dict(type='BPE', end_of_word_suffix='</w>', vocab=dict(t.encoder), merges=[list(p) for p in t.bpe_ranks]))
     return tok, text.get('context_length', 77)
+
+@functools.cache
+def _simple_tokenizer():
+    "open_clip's own, of which there is one for all its models: reading the file takes longer than all the rest."
+    from open_clip.tokenizer import SimpleTokenizer
+    return SimpleTokenizer()
 
 # %% ../../nbs/text/05_bpe.ipynb #3e731f6a
 def _open_clip_front(tok: dict) -> ByteFront:

@@ -181,6 +181,19 @@ def test_a_host_that_does_not_answer_fails(monkeypatch):
     with pytest.raises(VerifyError, match=r'fresh process, pixels: no answer for batches of \[1\]'): report.check()
 
 
+def test_the_file_is_asked_as_its_hosts_run_it(monkeypatch):
+    "Without the executor that recompiles in the first calls; afterwards the process has its own again."
+    module, seen = importlib.import_module('mmembed.export.verify'), []
+    def noted(asked, **inputs):
+        seen.append(torch._C._jit_set_profiling_mode(False))
+        return {}
+    monkeypatch.setattr(module, 'answers', noted)
+    before = torch._C._jit_set_profiling_mode(True)
+    try: verify(tiny.artifact(), fresh=False, cpp=False)
+    finally: after = torch._C._jit_set_profiling_mode(before)
+    assert seen and not any(seen) and after
+
+
 def test_the_difference_is_the_largest_and_not_the_mean(monkeypatch):
     "One value of one text among thousands of values is off."
     answers = importlib.import_module('mmembed.export.answers').answers

@@ -267,3 +267,13 @@ def test_normalizers_one_by_one():
         tok = Tokenizer.from_str(gpt2().to_str())
         tok.normalizer = norm
         agree(tok, fuzz_bpe.bpe_texts(800, seed=10))
+
+
+def test_open_clips_file_is_read_once(monkeypatch):
+    "All its models of this kind have one vocabulary; what a caller does to the answer is the caller's."
+    from open_clip import tokenizer
+    from mmembed.text.bpe import open_clip_tokenizer
+    first = open_clip_tokenizer('ViT-B-32')[0]
+    monkeypatch.setattr(tokenizer, 'SimpleTokenizer', None)
+    second, again = open_clip_tokenizer('ViT-L-14')[0], first['model']['vocab'].pop('a</w>')
+    assert second['model']['vocab']['a</w>'] == again and second['model']['merges'] == first['model']['merges']
