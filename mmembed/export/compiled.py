@@ -26,7 +26,7 @@ from ..text.exits import _unsized, export_program, exported
 from .artifact import save
 from .card import sha256
 from .encoder import ImageForm, PairForm, TextForm
-from .variants import with_linear_attention
+from .variants import Int8Linear, exact_products, int8_steps, with_linear_attention
 from ..opening import records_hash, records_of
 
 # %% ../../nbs/export/10_compiled.ipynb #00eab13f
@@ -36,6 +36,8 @@ def programs(
     "'tokenize', and 'text' and 'image' or 'pair'. Raises `ValueError` for what has no exported form."
     tp, encoder, D = artifact.text_pipeline, artifact.model, torch.export.Dim
     if encoder.rows: raise ValueError('deterministic: a package takes batches of any size; load it with mm.load(..., deterministic=True) instead')
+    if any(isinstance(m, Int8Linear) for m in encoder.modules()) and (int8_steps() or not exact_products()):
+        raise ValueError("quantize='int8': a package multiplies by torch._int_mm, which has no kernel on this processor; export a .pt, which takes oneDNN's")
     for tower in (encoder.net.text, encoder.net.image): with_linear_attention(tower)  # torch's own module has one form for one row and another for more
     out, tokens = {'tokenize': _unsized(export_program(tp))}, tp(['two words', 'a text that is longer', ''])
     rows = D('B', min=1)

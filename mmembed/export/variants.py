@@ -6,8 +6,9 @@ Docs: https://mmembed.github.io/mmembed/export/variants.html.md"""
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'OUTPUTS', 'ATTENTION', 'SAME', 'FULL', 'STORED', 'Variant', 'checked', 'bounds', 'HalfText',
-           'HalfImage', 'evened', 'exact_products', 'Int8Linear', 'SelfAttention', 'with_linear_attention',
-           'channel_peaks', 'int8_linear', 'Attending', 'in_steps', 'fold_normalization', 'Prepared', 'prepared']
+           'HalfImage', 'evened', 'exact_products', 'multiplied', 'int8_steps', 'Int8Linear', 'SelfAttention',
+           'with_linear_attention', 'channel_peaks', 'int8_linear', 'Attending', 'in_steps', 'fold_normalization',
+           'Prepared', 'prepared']
 
 # %% ../../nbs/export/01a_variants.ipynb #43076c7c
 import copy
@@ -114,17 +115,41 @@ def evened(
 # %% ../../nbs/export/01a_variants.ipynb #9a216698
 @functools.cache
 def exact_products() -> bool:
-    "Whether torch multiplies int8 matrices exactly in this process, tried on the largest numbers."
+    "Whether `torch._int_mm`, which graphs of int8 layers call, is exact in this process; tried on the largest numbers."
     x = torch.full((64, 64), 127, dtype=torch.int8)
     return bool((torch._int_mm(x, x) == 64 * 127 * 127).all())
 
+def multiplied(
+    codes: Tensor,  # uint8 (N, in)
+    weight: Tensor, # int8 (out, in), as `torch.ops.onednn.qlinear_prepack` orders it
+    step: Tensor,   # float32 (out,)
+    zero: int,      # the code of 0
+) -> Tensor: # float32 (N, out)
+    "Multiply `codes - zero` by `weight.T * step` with oneDNN's quantised linear layer."
+    zeros = torch.zeros(step.shape[0], dtype=torch.int32)
+    return torch.ops.onednn.qlinear_pointwise(codes, 1., zero, weight, step, zeros, None, 1., 0, torch.float32, 'none', [], 'none')
+
+def int8_steps() -> int:
+    """Return into how many steps this processor wants the range of an input divided for `multiplied`, 0 where it wants `torch._int_mm`.
+
+    126 where oneDNN adds pairs of products in int16 (AVX2, AVX-512 without VNNI): 7 bits never saturate there. 254 where it is exact (AVX-VNNI).
+    0 where torch calls such a kernel itself (AVX-512 VNNI, ARM)."""
+    if torch.ops.mkldnn._is_mkldnn_acl_supported(): return 0
+    largest, weight = torch.full((64, 64), 254, dtype=torch.uint8), torch.full((64, 64), 127, dtype=torch.int8)
+    sums = multiplied(largest, torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(64), 0)
+    if not bool((sums == 64 * 254 * 127).all()): return 126
+    return 0 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 254
+
 # %% ../../nbs/export/01a_variants.ipynb #8663f050
 class Int8Linear(nn.Module):
-    "A linear layer that multiplies int8 by int8, and a GELU behind it if asked for"
+    "A linear layer that multiplies int8 by int8, by the kernel that is quick on the processor it runs on, and a GELU behind it if asked for"
+    portable: torch.jit.Final[bool]
+
     def __init__(self,
         layer: nn.Linear,
         peak: Optional[Tensor] = None, # (in,): the largest size of each input, as `channel_peaks` finds it
         gelu: bool = False,
+        portable: bool = False, # `torch._int_mm` on every processor, so that it loads where torch has no oneDNN
     ):
         super().__init__()
         weight = layer.weight.detach()
@@ -132,7 +157,8 @@ class Int8Linear(nn.Module):
         weight = weight / scale
         step = weight.abs().amax(1).clamp(min=1e-12) / 127
         codes = (weight / step[:, None]).round()
-        self.slab, self.gelu = 256, gelu
+        self.slab, self.gelu, self.portable = 256, gelu, portable or not torch.backends.mkldnn.is_available()
+        self.steps, self.packed = -1, torch.empty(0, dtype=torch.int8)  # chosen by `pack`, or at every call
         self.register_buffer('weight', codes.to(torch.int8))
         self.register_buffer('step', step)
         self.register_buffer('sums', codes.sum(1) * step)
@@ -143,23 +169,42 @@ class Int8Linear(nn.Module):
         x: Tensor, # float32 (..., in)
     ) -> Tensor: # float32 (..., out)
         rows = x.reshape(-1, x.shape[-1])
-        shape = x.shape[:-1] + (self.weight.shape[0],)
+        shape = x.shape[:-1] + (self.step.shape[0],)
+        steps, packed = self.steps, self.packed
+        if steps < 0: steps = self.choose()
+        if steps > 0 and packed.numel() == 0: packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
         if torch.jit.is_scripting():
             if rows.shape[0] > self.slab:
-                out = torch.empty((rows.shape[0], self.weight.shape[0]), dtype=x.dtype, device=x.device)
-                for i in range(0, rows.shape[0], self.slab): out[i:i+self.slab] = self.rows(rows[i:i+self.slab])
+                out = torch.empty((rows.shape[0], self.step.shape[0]), dtype=x.dtype, device=x.device)
+                for i in range(0, rows.shape[0], self.slab): out[i:i+self.slab] = self.rows(rows[i:i+self.slab], steps, packed)
                 return out.view(shape)
-        return self.rows(rows).view(shape)
+        return self.rows(rows, steps, packed).view(shape)
 
-    def rows(self, x: Tensor) -> Tensor:
+    def rows(self, x: Tensor, steps: int, packed: Tensor) -> Tensor:
         "(N, out) of (N, in)."
         x = x * self.scale
         low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
-        step, middle = (high - low).clamp(min=1e-12) / 254, (high + low) / 2
+        step, middle = (high - low).clamp(min=1e-12) / (steps if steps > 0 else 254), (high + low) / 2
         codes = x.sub_(middle).div_(step).round_().to(torch.int8)
-        product = torch._int_mm(codes, self.weight.t())
-        y = torch.addcmul(self.bias, middle, self.sums).addcmul_(product.float().mul_(step), self.step)
+        if steps > 0: product = multiplied(codes.to(torch.uint8).add_(steps // 2), packed, self.step, steps // 2)
+        else: product = torch._int_mm(codes, self.weight.t()).float().mul_(self.step)
+        y = torch.addcmul(self.bias, middle, self.sums).addcmul_(product, step)
         return F.gelu(y) if self.gelu else y
+
+    def choose(self) -> int:
+        "`int8_steps` of this processor; 0 on a GPU, in a portable file and for graphs that are exported."
+        if not torch.jit.is_scripting():
+            if torch.compiler.is_exporting(): return 0
+        if self.portable: return 0
+        else: return int8_steps() if self.step.device.type == 'cpu' else 0
+
+    @torch.jit.export
+    def pack(self):
+        "Choose the kernel once and bring the weights into its order; the plain ones are given up."
+        self.steps = self.choose()
+        if self.steps == 0: return
+        self.packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
+        self.weight = torch.empty(0, dtype=torch.int8)
 
 # %% ../../nbs/export/01a_variants.ipynb #6eaee628
 class SelfAttention(nn.Module):
@@ -228,6 +273,7 @@ def int8_linear(
     tower: nn.Module,  # changed in place
     *inputs,           # of the tower: what the sizes of the channels are taken from
     script: bool = False, # the layers, so that they work in slabs inside a traced tower too
+    portable: bool = False, # as in `Int8Linear`
 ) -> int: # how many
     "Replaces every linear layer of `tower` by an `Int8Linear`."
     from mmembed.export.kernels import _gelus
@@ -235,7 +281,7 @@ def int8_linear(
     _gelus(tower)
     found = _linears(tower)
     for owner, key, layer in found:
-        made = Int8Linear(layer, peaks.get(layer), hasattr(layer, 'gelu')).eval()
+        made = Int8Linear(layer, peaks.get(layer), hasattr(layer, 'gelu'), portable).eval()
         setattr(owner, key, quietly(torch.jit.script, made) if script else made)
     return len(found)
 
@@ -325,7 +371,7 @@ def prepared(
     variant: Variant = Variant(),
     kernels: bool = False,         # its towers' layers computed by oneDNN, as a TorchScript file has them
 ) -> Prepared:
-    "`model` as `variant` has it. Raises `ValueError` for an option that this model does not allow, `RuntimeError` for int8 where `exact_products` says no."
+    "`model` as `variant` has it. Raises `ValueError` for an option that this model does not allow."
     v, tp, vp = checked(variant), copy.deepcopy(model.text_pipeline).cpu(), copy.deepcopy(model.vision_pipeline).cpu()
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     for tower in (model.text, model.image, getattr(model.text, 'tower', None), *getattr(model, 'towers', ())):
@@ -333,9 +379,9 @@ def prepared(
     if v.trim: _trim(model, tp, v.trim)
     if v.fold: fold_normalization(model.image, vp)
     if v.quantize:
-        if not exact_products(): raise RuntimeError("quantize='int8': this process adds int8 products with saturation; is ONEDNN_MAX_CPU_ISA set?")
         texts, pixels = _examples(tp, vp, v.fold)
-        if not int8_linear(model.text, texts, script=kernels) + int8_linear(model.image, pixels, script=kernels):
+        how = dict(script=kernels, portable=v.portable)
+        if not int8_linear(model.text, texts, **how) + int8_linear(model.image, pixels, **how):
             raise ValueError("quantize='int8': the towers have no linear layers")
     if kernels and not v.portable:
         from mmembed.export.kernels import quick

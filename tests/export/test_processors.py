@@ -1,0 +1,124 @@
+"What is computed by which kernel on another kind of processor: one process that is held to AVX2 answers all questions, and a second one the same."
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mmembed import load
+from mmembed.core import quietly
+from mmembed.export.variants import Int8Linear, int8_steps
+from mmembed.opening import prepack
+
+from ..helpers import instruction_sets
+from . import tiny
+
+AVX2 = dict(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_ENABLE_INSTRUCTIONS='AVX2')
+PROGRAM = '''
+import hashlib, json, sys, warnings
+warnings.simplefilter('ignore')
+from pathlib import Path
+import torch
+import torch.nn.functional as F
+import mmembed as mm
+from mmembed.core import quietly
+from mmembed.export.variants import Int8Linear, int8_steps
+from mmembed.export.verify import export
+from mmembed.opening import prepack
+from tests.export import tiny
+from tests.export.test_processors import called
+torch.manual_seed(0)
+texts = ['a small red circle', '一个红色的圆', '', 'Café au lait ' * 9]
+told = {'texts': texts, 'capability': torch.backends.cpu.get_cpu_capability(), 'steps': int8_steps()}
+layer, x = torch.nn.Linear(192, 96), torch.randn(600, 192)
+with torch.no_grad():
+    want = layer(x)
+    made = quietly(torch.jit.script, Int8Linear(layer).eval())
+    plain = made(x)
+    told['plain calls'] = called(made, x)
+    prepack(made)
+    told['packed calls'], packed = called(made, x), made(x)
+    told['same packed'], told['freed'] = packed.equal(plain), made.weight.numel() == 0
+    told['alone'] = all(made(x[i:i + 1]).equal(packed[i:i + 1]) for i in range(0, 600, 97))
+    told['off'] = float((packed - want).abs().max() / want.abs().max())
+    loud = Int8Linear(torch.nn.Linear(192, 8))
+    loud.weight.fill_(127), loud.step.fill_(1.), loud.bias.zero_(), loud.sums.fill_(127. * 192)
+    ends = torch.ones(2, 192)
+    ends[:, 0] = -1  # all but one at the end of the range: what saturates first
+    told['largest'] = float((loud(ends) - ends @ torch.full((192, 8), 127.)).abs().max() / (127 * 192))
+folder = Path(sys.argv[1])
+images = [torch.randint(0, 256, (3, 50, 60), dtype=torch.uint8) for _ in range(3)]
+def digest(*tensors): return hashlib.sha256(b''.join(t.numpy().tobytes() for t in tensors)).hexdigest()
+options = {'fp32': {}, 'int8': dict(quantize='int8', deterministic=4)}
+for name, how in options.items():
+    if not (folder/f'{name}.pt').exists(): told['verified ' + name] = export(tiny.model(), folder/f'{name}.pt', fresh=name == 'int8', cpp=False, **how).ok
+    emb = mm.load(folder/f'{name}.pt')
+    a, b, ids = emb.encode_text(texts), emb.encode_image(images), emb.tokenize(texts)
+    told[name] = {'digest': digest(a, b), 'ids': digest(*ids)}
+    told[name]['calls'] = called(emb.encode_text, texts)
+    told[name]['row'] = emb.encode_text(texts[:1]).equal(a[:1])
+print(json.dumps(told))
+'''
+
+
+def called(f, x):
+    "The matrix products that `f` calls, by name."
+    with torch.no_grad(), torch.profiler.profile() as p: f(x)
+    return sorted({e.key for e in p.key_averages()} & {'onednn::qlinear_pointwise', 'aten::_int_mm', 'mkldnn::_linear_pointwise', 'aten::addmm', 'aten::linear'})
+
+
+def asked(folder):
+    "What `PROGRAM` prints in a process of its own, which exports what it does not find in `folder`."
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    paths = os.pathsep.join(p for p in (root, os.environ.get('PYTHONPATH', '')) if p)
+    done = subprocess.run([sys.executable, '-c', PROGRAM, folder], capture_output=True, text=True, cwd=root, env=os.environ | AVX2 | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': paths})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory): return tmp_path_factory.mktemp('avx2')
+
+
+@pytest.fixture(scope='module')
+def small(folder):
+    if platform.machine() not in ('x86_64', 'AMD64') or 'avx2' not in instruction_sets(): pytest.skip(f'no AVX2 to be held to: {instruction_sets()}')
+    return asked(folder)
+
+
+def test_int8_multiplies_by_onednn_where_torch_has_no_kernel(small):
+    assert small['capability'] == 'AVX2' and small['steps'] == 126
+    for calls in small['plain calls'], small['packed calls'], small['int8']['calls']:
+        assert 'onednn::qlinear_pointwise' in calls and 'aten::_int_mm' not in calls
+
+
+def test_int8_is_exact_where_pairs_of_products_are_added_in_16_bits(small):
+    "254 steps saturate there: the largest numbers came out at a hundredth of what they are."
+    assert small['largest'] < 1e-3 and small['off'] < .02
+    assert small['same packed'] and small['freed'] and small['alone']
+
+
+def test_artifacts_are_verified_and_the_same_in_two_processes(small, folder):
+    again = asked(folder)
+    for name in 'fp32', 'int8': assert small[f'verified {name}'] and small[name] == again[name]
+    assert small['int8']['row'] and small['int8']['ids'] == small['fp32']['ids']
+
+
+def test_ids_are_those_of_this_processor(small):
+    ids, mask = load(tiny.artifact()).tokenize(small['texts'])
+    assert small['fp32']['ids'] == hashlib.sha256(ids.numpy().tobytes() + mask.numpy().tobytes()).hexdigest()
+
+
+def test_int8_calls_one_kernel_here():
+    layer, x = Int8Linear(torch.nn.Linear(64, 32)).eval(), torch.randn(8, 64)
+    want = 'onednn::qlinear_pointwise' if int8_steps() else 'aten::_int_mm'
+    scripted = quietly(torch.jit.script, layer)
+    plain = scripted(x)
+    for f in layer, scripted: assert want in called(f, x)  # beside the question which it is
+    assert prepack(scripted) == 1 and scripted(x).equal(plain) and called(scripted, x) == [want]
+    portable = quietly(torch.jit.script, Int8Linear(torch.nn.Linear(64, 32), portable=True).eval())
+    assert 'onednn' not in portable.choose.code and called(portable, x) == ['aten::_int_mm']
