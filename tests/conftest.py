@@ -1,3 +1,4 @@
+import ctypes
 import json
 import logging
 import os
@@ -47,6 +48,17 @@ def pytest_runtest_setup(item):
     "Lightning's log handler keeps the stderr of the moment it was imported in, which a test that captures output has closed."
     for handler in logging.getLogger('lightning').handlers:
         if type(handler) is logging.StreamHandler: handler.stream = sys.stderr  # setStream would flush the closed one
+
+
+def pytest_runtest_teardown(item, nextitem):
+    "What a module's tests kept for one another goes with the last of them; and memory that is free goes back to the system, which glibc would keep."
+    over = getattr(nextitem, 'module', None) is not item.module
+    if over:
+        for made in vars(item.module).values():
+            if hasattr(made, 'cache_clear') and made.__module__ == item.module.__name__: made.cache_clear()
+    if over or resident() > Spent.resident + (500 << 20):
+        if hasattr(libc := ctypes.CDLL(None), 'malloc_trim'): libc.malloc_trim(0)
+        Spent.resident = resident()
 
 
 def pytest_runtest_logstart():
@@ -104,7 +116,12 @@ def last_weekly() -> str:
 
 
 class Spent:
-    since = 0.
+    since, resident = 0., 0
+
+
+def resident() -> int: # bytes of memory that this process has, 0 where the system does not say
+    try: return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    except OSError: return 0
 
 
 def cpu() -> float: # seconds, of this process and of those that it has waited for

@@ -20,14 +20,17 @@ HANG = 300  # seconds: no test decides by a clock; what takes so long hangs
 FORMS = ['eager', 'scripted', 'frozen', 'loaded']
 
 
-def in_form(module, form):
-    "`module` as it is, scripted, saved and loaded again; or frozen, then saved and loaded, as an artifact is."
+def in_form(module, form, calls=None):
+    """`module` as it is, scripted, saved and loaded again; or frozen, then saved and loaded.
+
+    `calls`: the exported methods that the test calls beside `forward`, by default all. A frozen module holds the whole of its code once for each, which takes
+    seconds and a gigabyte to load for a tokenizer with four."""
     module = module.eval()
     if form == 'eager': return module
     scripted = quietly(torch.jit.script, module)
     if form == 'scripted': return scripted
     if form == 'frozen':
-        keep = [m for m in dir(type(module)) if getattr(getattr(type(module), m), '_torchscript_modifier', None) is FunctionModifiers.EXPORT]
+        keep = calls or [m for m in dir(type(module)) if getattr(getattr(type(module), m), '_torchscript_modifier', None) is FunctionModifiers.EXPORT]
         scripted = quietly(torch.jit.freeze, scripted, preserved_attrs=keep)
     buffer = io.BytesIO()
     quietly(torch.jit.save, scripted, buffer)

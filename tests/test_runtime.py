@@ -2,6 +2,7 @@ import io
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import zlib
@@ -15,7 +16,7 @@ from PIL import Image
 
 from mmembed.core import Tokens, as_bytes, pack, quietly
 from mmembed.export import cases
-from mmembed.export.verify import export, verify
+from mmembed.export.verify import verify
 from mmembed.inputs import enough
 from mmembed.results import ranking
 from mmembed.runtime import Embedder, Encoded, load, reason
@@ -33,7 +34,7 @@ def emb(): return load(tiny.artifact())
 def plain(): return load(tiny.artifact(False))
 
 
-def test_it_imports_no_training_code():
+def test_it_imports_no_training_code(tmp_path):
     program = '''
 import sys
 import zlib
@@ -43,7 +44,7 @@ assert emb.encode_text(['a']).shape == emb.encode_image([open(sys.argv[2], 'rb')
 heavy = ('lightning', 'transformers', 'tokenizers', 'open_clip', 'torchvision', 'pandas', 'pyarrow', 'torchcodec')
 print([m for m in sys.modules if m.split('.')[0] in heavy or m.startswith(('mmembed.text', 'mmembed.vision', 'mmembed.models', 'mmembed.export'))])
 '''
-    picture = tiny.folder()/'p.jpg'
+    picture = tmp_path/'p.jpg'
     picture.write_bytes(FILES['quality 75.jpg'])
     run = subprocess.run([sys.executable, '-W', 'ignore', '-c', program, tiny.artifact(), picture], capture_output=True, text=True)
     assert run.stdout.strip() == '[]', run
@@ -269,11 +270,10 @@ def test_each_kind_of_artifact_names_its_calls(emb, judge):
         with pytest.raises(TypeError, match='has no labels: export it with labels='): call([])
 
 
-def test_labels_of_an_artifact_that_embeds(tmp_path):
-    export(tiny.model(), tmp_path/'m.pt', fresh=False, cpp=False, labels=['circle', 'square', 'star'])
-    named = load(tmp_path/'m.pt')
+def test_labels_of_an_artifact_that_embeds():
+    named = load(tiny.labelled())
     found = named.classify_image([FILES['RGB.png'], FILES['gray.jpg']], top_k=3)
-    want = quietly(torch.jit.load, str(tmp_path/'m.pt')).classify([as_bytes(FILES['RGB.png']), as_bytes(FILES['gray.jpg'])], 3)
+    want = quietly(torch.jit.load, str(tiny.labelled())).classify([as_bytes(FILES['RGB.png']), as_bytes(FILES['gray.jpg'])], 3)
     assert named.labels == ['circle', 'square', 'star'] and [[n for n, _ in row] for row in found] == want.labels
     assert torch.allclose(torch.tensor([[p for _, p in row] for row in found]), want.probability, atol=1e-5)
     assert named.classify_text(named.encode_text(['a circle']), 1) == named.classify_text(['a circle'], 1)
@@ -281,10 +281,9 @@ def test_labels_of_an_artifact_that_embeds(tmp_path):
 
 
 @pytest.mark.parametrize('output, dtype, width', [('int8', torch.int8, 24), ('binary', torch.uint8, 3)])
-def test_stored_embeddings(tmp_path, output, dtype, width):
+def test_stored_embeddings(output, dtype, width):
     "Embeddings that the artifact stores small come as they are stored, from every call; scores and heat maps take them back."
-    export(tiny.model(), tmp_path/'m.pt', fresh=False, cpp=False, output=output)
-    small, file = load(tmp_path/'m.pt'), FILES['RGB.png']
+    small, file = load(tiny.int8_labelled() if output == 'int8' else tiny.exported('tiny-binary', tiny.model, output=output)), FILES['RGB.png']
     for x in (small.encode_text(['a']), small.encode_image([file]), small.encode_text([]), small.encode_tokens(small.tokenize(['a']))):
         assert x.dtype == dtype and x.shape[1] == width == small.dim
     flagged = small.encode_image([b'broken', file], on_error='flag')
@@ -398,10 +397,10 @@ def test_what_pillow_raises_stays_with_its_item(emb):
     assert e.ok.tolist() == [False, True] and e.errors[0] == 'Pillow cannot read this image: broken PNG file'
 
 
-def test_a_file_that_fills_its_batches_itself(tmp_path):
+def test_a_file_that_fills_its_batches_itself():
     "Exported with deterministic=4: the Embedder fills nothing more, asked for it or not, and an item has the same bits in any company."
-    export(tiny.model(), tmp_path/'m.pt', fresh=False, cpp=False, deterministic=4)
-    emb, asked = load(tmp_path/'m.pt'), load(tmp_path/'m.pt', batch_size=16, deterministic=True)
+    path = tiny.exported('tiny-deterministic', tiny.model, deterministic=4)
+    emb, asked = load(path), load(path, batch_size=16, deterministic=True)
     assert emb.deterministic and not emb.fills and not asked.fills and emb.lengths == [16]
     texts, files = ['a', 'a green triangle above a red circle', 'b'] * 3, [FILES['RGB.png'], FILES['gray.jpg'], FILES['quality 75.jpg']] * 3
     assert torch.equal(emb.encode_text(texts), torch.cat([asked.encode_text([t]) for t in texts]))
@@ -527,17 +526,15 @@ def test_an_item_that_failed_is_never_first(emb, judge, tmp_path):
     assert r.score[:, 2].isnan().all() and r.probability[:, 2].eq(0).all() and 'nan' in r._repr_html_()
     assert emb.rank(['a'], torch.zeros(2, 24)).probability.eq(0).all() and emb.rank(['a'], done.embedding, by='image').index.shape == (3, 1)
     assert 'nan' in emb.similarity(['a'], done.embedding)._repr_html_()
-    export(tiny.model(), tmp_path/'m.pt', fresh=False, cpp=False, output='int8', labels=['x', 'y'])
-    named = load(tmp_path/'m.pt')
+    named = load(tiny.int8_labelled())
     rows = named.encode_image([b'broken', FILES['RGBA.png']], on_error='flag').embedding
     assert named.score(['a'], rows)[0].isnan().tolist() == [True, False] and [len(x) for x in named.classify_image(rows)] == [0, 2]
 
 
-def test_the_callers_autocast_changes_nothing(emb, judge, tmp_path):
+def test_the_callers_autocast_changes_nothing(emb, judge):
     "Where texts failed, and a file of torch's own layers was off by 0.002; the first call of a fresh file too."
-    export(tiny.model(), tmp_path/'p.pt', fresh=False, cpp=False, portable=True)
     images = [FILES['RGBA.png'], FILES['quality 75.jpg']]
-    for path in (tiny.artifact(), tmp_path/'p.pt'):
+    for path in (tiny.artifact(), tiny.portable()):
         cold, want = load(path), load(path)
         with torch.autocast('cpu', dtype=torch.bfloat16):
             got = cold.encode_text(tiny.CAPTIONS), cold.encode_image(images), cold.score(['a'], images), cold.encode_tokens(cold.tokenize(['a']))
@@ -555,9 +552,9 @@ def test_an_embedder_pickles_by_its_path(emb, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     again = pickle.loads(data)
     assert len(data) < 1000 and (again.batch_size, again.deterministic) == (3, True) and torch.equal(again.encode_text(['a']), mine.encode_text(['a']))
-    export(tiny.model(), tmp_path/'m.pt', fresh=False, cpp=False)
+    shutil.copy(tiny.artifact(), tmp_path/'m.pt')
     data = pickle.dumps(load(tmp_path/'m.pt'))
-    export(tiny.model(seed=1), tmp_path/'m.pt', fresh=False, cpp=False)
+    shutil.copy(tiny.other(), tmp_path/'m.pt')
     with pytest.raises(ValueError, match='m.pt is another artifact than the one that was pickled'): pickle.loads(data)
 
 
@@ -565,8 +562,9 @@ def test_a_path_that_is_not_utf8(emb, tmp_path):
     path = tmp_path/os.fsdecode(b'caf\xe9')/os.fsdecode(b'm\xff.pt')
     path.parent.mkdir()
     path.write_bytes(tiny.artifact().read_bytes())
-    assert torch.equal(load(path).encode_text(['a']), emb.encode_text(['a'])) and repr(load(path)).startswith('Embedder(')
-    assert verify(path, cpp=False).ok
+    again = load(path)
+    assert torch.equal(again.encode_text(['a']), emb.encode_text(['a'])) and repr(again).startswith('Embedder(')
+    assert verify(path, fresh=False, cpp=False).ok  # the command below asks a fresh process, too
     program = 'import sys; from mmembed.cli import main; sys.exit(main(sys.argv[1:]))'
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', program, 'verify', path], capture_output=True)
     assert done.returncode == 0 and done.stdout.startswith(b'm\xff.pt '), done

@@ -105,9 +105,9 @@ def test_counts_of_pairs_must_agree(cli):
     assert apart.returncode == 2 and '2 texts and 1 images are no pairs' in apart.stderr
 
 
-def test_decoders_change_no_answer(cli):
+def test_decoders_change_no_answer(cli, tmp_path):
     images = [as_bytes(b) for b in cases.images().values()][:12]
-    paths = [tiny.folder()/f'd{i}' for i in range(len(images))]
+    paths = [tmp_path/f'd{i}' for i in range(len(images))]
     for p, x in zip(paths, images): p.write_bytes(bytes(x.tolist()))
     one, three = (call(cli, tiny.artifact(), '--decoders', n, *paths) for n in (1, 3))
     assert one.stdout == three.stdout and one.returncode == three.returncode == 0

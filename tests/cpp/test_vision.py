@@ -28,10 +28,8 @@ def cli(): return host.build()
 @pytest.fixture(scope='module', params=OPTIONS)
 def artifact(request):
     tp, vp = tiny.pipelines()[0], VisionPipeline(size=(40, 48), **OPTIONS[request.param])
-    model = DualEncoder(TextTransformer(tp, width=32, depth=1, heads=2), ConvNet(vp, channels=(8,), width=32), dim=8).eval()
-    path = tiny.folder()/f'vision-{request.param}.pt'
-    export(model, path, fresh=False, cpp=False)
-    return path, vp
+    def model(): return DualEncoder(TextTransformer(tp, width=32, depth=1, heads=2), ConvNet(vp, channels=(8,), width=32), dim=8).eval()
+    return tiny.exported(f'vision-{request.param}', model), vp
 
 
 def share(rows, artifact):

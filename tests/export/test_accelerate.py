@@ -67,8 +67,8 @@ def test_attention_takes_the_kernel_that_is_asked_for(make):
 @functools.cache
 def exported():
     "A file with both options that change nothing but the way of computing, verified."
-    path = tiny.folder()/'accelerated.pt'
-    return path, export(tiny.model(), path, attention='math', graphs=[4, 1, 4], fresh=False, cpp=False)
+    path, _, report = tiny.reported('accelerated', tiny.model, attention='math', graphs=[4, 1, 4])
+    return path, report
 
 
 def test_options_are_verified_and_in_the_card():

@@ -20,6 +20,7 @@ from mmembed.opening import read_card
 from mmembed.packaged import opened
 from mmembed.runtime import load
 
+from ..helpers import built_once
 from . import tiny
 
 logging.getLogger('torch.__trace').setLevel(logging.ERROR)  # or pytest keeps every size that the tracer thinks about
@@ -28,9 +29,8 @@ pytestmark = pytest.mark.skipif(bool(compiled.missing()), reason=compiled.missin
 
 @functools.cache
 def package():
-    path = tiny.folder()/'tiny.pt2'
-    compiled.save_package(assemble(tiny.model(), script=False), path, make_card(tiny.model(), 24), options=compiled.QUICK)
-    return path
+    def build(path): compiled.save_package(assemble(tiny.model(), script=False), path, make_card(tiny.model(), 24), options=compiled.QUICK)
+    return built_once('tiny.pt2', build)
 
 
 def test_every_host_answers_as_the_model():

@@ -23,9 +23,10 @@ from mmembed.export.variants import Variant
 from mmembed.export.verify import export, verify
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import TextTransformer
+from mmembed.text import exits
 from mmembed.text.exits import operators
 
-from ..helpers import needs_exact_int8
+from ..helpers import built_once, needs_exact_int8
 from . import tiny
 from .test_variants import Inverted, NoDigits
 
@@ -34,17 +35,19 @@ pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
 
 
-@pytest.fixture(scope='module')
-def made(tmp_path_factory):
-    "An artifact, its ONNX files and the report of both."
-    folder = tmp_path_factory.mktemp('onnx')
-    return folder/'model.pt', folder/'graphs', export(tiny.model(), folder/'model.pt', onnx=folder/'graphs', fresh=False, cpp=False)
+@pytest.fixture(scope='module', autouse=True)
+def tokenizer():
+    "The tiny models' own, which all these files hold: translated once a run, for every worker."
+    tp = tiny.pipelines()[0]
+    exits._files[exits._content(tp)] = built_once('tiny-tokenizer.onnx', lambda path: exits.text_to_onnx(tp, path)).read_bytes()
 
 
 @pytest.fixture(scope='module')
-def pairs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('pairs')
-    return folder/'model.pt', folder/'graphs', export(tiny.pair_model(), folder/'model.pt', onnx=folder/'graphs', fresh=False, cpp=False)
+def made(): return tiny.reported('onnx', tiny.model, onnx=True)
+
+
+@pytest.fixture(scope='module')
+def pairs(): return tiny.reported('onnx-pairs', tiny.pair_model, onnx=True)
 
 
 def stage(report): return {r.what: r for r in report.rows if r.stage == 'onnx'}

@@ -1,9 +1,6 @@
-"A tiny model and its artifact, made once for all tests of export, runtime and C++."
-import atexit
+"A tiny model and its artifact, made once a run for all tests of export, runtime, serve and C++, in whichever worker asks first."
 import functools
-import shutil
-import tempfile
-from pathlib import Path
+import pickle
 
 import torch
 
@@ -15,6 +12,8 @@ from mmembed.models.pair import PairClassifier
 from mmembed.models.towers import ConvNet, TextTransformer
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
+
+from ..helpers import built_once
 
 CAPTIONS = ['a small red circle', 'a large blue square', 'a green triangle above a red circle', '一个红色的圆', 'Café au lait']
 
@@ -30,19 +29,34 @@ def model(seed=0, dim=24):
     return DualEncoder(text, image, dim=dim).eval()
 
 
-@functools.cache
-def folder():
-    path = Path(tempfile.mkdtemp(prefix='mmembed-tests-'))
-    atexit.register(shutil.rmtree, path, ignore_errors=True)
-    return path
+def exported(name, model, **options):
+    "The path of the verified artifact `name` of what `model()` gives, exported once a run: the same name means the same model and options."
+    return built_once(f'{name}.pt', lambda path: export(model(), path, fresh=False, cpp=False, **options))
 
 
-@functools.cache
-def artifact(decode=True):
-    "The path of a verified artifact of `model()`."
-    path = folder()/f'tiny-{decode}.pt'
-    export(model(), path, decode=decode, fresh=False, cpp=False)
-    return path
+def artifact(decode=True): return exported(f'tiny-{decode}', model, decode=decode)
+
+
+def other(): return exported('tiny-other', lambda: model(seed=1))
+
+
+def portable(): return exported('tiny-portable', model, portable=True)
+
+
+def labelled(): return exported('tiny-labels', model, labels=['circle', 'square', 'star'])
+
+
+def int8_labelled(): return exported('tiny-int8', model, output='int8', labels=['x', 'y'])
+
+
+def reported(name, model, onnx=False, **options):
+    "An artifact, the folder of its ONNX files (with `onnx`) and the report, made once a run."
+    def build(folder):
+        folder.mkdir()
+        report = export(model(), folder/'model.pt', onnx=folder/'graphs' if onnx else None, fresh=False, cpp=False, **options)
+        (folder/'report').write_bytes(pickle.dumps(report))
+    folder = built_once(name, build)
+    return folder/'model.pt', folder/'graphs', pickle.loads((folder/'report').read_bytes())
 
 
 def pair_model(seed=0):
@@ -52,12 +66,7 @@ def pair_model(seed=0):
     return PairClassifier(text, image, ['mismatch', 'match'], dim=24).eval()
 
 
-@functools.cache
-def pair_artifact():
-    "The path of a verified artifact of `pair_model()`."
-    path = folder()/'pairs.pt'
-    export(pair_model(), path, fresh=False, cpp=False)
-    return path
+def pair_artifact(): return exported('pairs', pair_model)
 
 
 def model_as_eager(): return Eager(model())

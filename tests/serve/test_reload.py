@@ -19,7 +19,6 @@ import uvicorn
 from websockets.asyncio.client import connect
 
 from mmembed.export import cases
-from mmembed.export.verify import export
 from mmembed.runtime import Embedder
 from mmembed.serve import inference, rpc
 from mmembed.serve.engine import Item, Options
@@ -40,10 +39,7 @@ def image(data): return dict(type='image', image=base64.b64encode(data).decode()
 @pytest.fixture(scope='module')
 def artifacts():
     "Two artifacts of other weights, another width and other labels: their paths, and an Embedder for each short hash."
-    paths = [tiny.folder()/f'reload-{dim}.pt' for dim in (24, 16)]
-    for seed, (dim, path) in enumerate(zip((24, 16), paths)):
-        labels = ['circle', 'square', 'star'][:2 + seed]
-        export(tiny.model(seed, dim), path, fresh=False, cpp=False, labels=labels)
+    paths = [tiny.labelled(), tiny.exported('tiny-16', lambda: tiny.model(seed=1, dim=16), labels=['circle', 'square'])]
     made = [Embedder(path) for path in paths]
     return paths, {emb.card['short_hash']: emb for emb in made}
 
@@ -130,23 +126,30 @@ WAYS = [name for name in vars(Asked) if not name.startswith('_') and name != 'po
 
 @pytest.fixture(scope='module')
 def answers(artifacts):
-    "What every way answers when another artifact comes into force between its vectors and its answer."
+    "What every way answers when another artifact comes into force between its vectors and its answer: all wait with theirs until it has."
     paths, _ = artifacts
     async def main():
         service, out = Service(Config(paths[0], grpc_port=0, log=os.devnull, engine=Options(batch=8, decoders=2))), {}
-        embed, others = service.run, [paths[1], paths[0]] * len(WAYS)
+        embed, waiting, reloaded = service.run, set(WAYS), asyncio.Event()
+        async def ready(way):
+            waiting.discard(way)
+            if not waiting and not reloaded.is_set():
+                await service.reload(paths[1])
+                reloaded.set()
         async def run(*args, **kw):
             job = await embed(*args, **kw)
-            await service.reload(others.pop(0))
+            await ready(next(iter(waiting), None))  # each way comes here once before the reload
+            await reloaded.wait()
             return job
         service.run = run
         async with (served(service) as (port, grpc_port), connect(f'ws://127.0.0.1:{port}/v1/stream') as ws,
                     httpx2.AsyncClient(base_url=f'http://127.0.0.1:{port}', timeout=HANG) as http,
                     grpc.aio.insecure_channel(f'127.0.0.1:{grpc_port}') as channel):
             asked = Asked(http, ws, channel, service.name)
-            for way in WAYS:
-                try: out[way] = await asyncio.wait_for(getattr(asked, way)(), 120)
+            async def ask(way):
+                try: out[way] = await getattr(asked, way)()
                 except (AssertionError, grpc.RpcError) as e: out[way] = e
+            await asyncio.wait_for(asyncio.gather(*map(ask, WAYS)), HANG)
         return out
     return asyncio.run(main())
 

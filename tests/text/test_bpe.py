@@ -48,11 +48,11 @@ def pipeline(tokenizer, form, max_length):
     "Built once a tokenizer, whatever its length; in one of its forms."
     tp = copy.deepcopy(built(tokenizer))
     tp.max_length = max_length
-    return in_form(tp, form)
+    return in_form(tp, form, ['tokenize'])
 
 
 @functools.lru_cache(5)
-def open_clips(form, cleaned=False): return in_form(TextPipeline.from_open_clip('ViT-B-32', cleaned=cleaned), form)
+def open_clips(form, cleaned=False): return in_form(TextPipeline.from_open_clip('ViT-B-32', cleaned=cleaned), form, ['tokenize'])
 
 
 def agree(tok, texts, form='scripted', batch=1000, max_length=128):

@@ -47,7 +47,7 @@ def brief_texts(n, seed=0):
 
 
 @functools.lru_cache(8)
-def pipeline(kind, form='eager'): return in_form(TextPipeline(json.loads(TOKENIZERS[kind]().to_str()), max_length=12), form)
+def pipeline(kind, form='eager'): return in_form(TextPipeline(json.loads(TOKENIZERS[kind]().to_str()), max_length=12), form, ['tokenize'])
 
 
 def known(tp, texts):

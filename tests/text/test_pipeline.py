@@ -27,7 +27,7 @@ def chinese(**rules):
 
 
 def agree(tok, texts, form='scripted', batch=1000, max_length=128):
-    tp = in_form(TextPipeline(json.loads(tok.to_str()), max_length=max_length), form)
+    tp = in_form(TextPipeline(json.loads(tok.to_str()), max_length=max_length), form, ['tokenize'])
     assert fuzz_text.differences(tok, tp.tokenize, texts, batch, max_length)[:5] == []
 
 
@@ -63,7 +63,7 @@ def test_chinese_vocabulary(rules):
 @pytest.mark.parametrize('form', FORMS)
 def test_awkward_batches(form):
     tok = learnt()
-    tp = in_form(TextPipeline(json.loads(tok.to_str()), max_length=16), form)
+    tp = in_form(TextPipeline(json.loads(tok.to_str()), max_length=16), form, ['tokenize'])
     for texts in [[''], ['', ''], ['\x00'], [' \n'], ['a' * 1_000_000], ['a ' * 100_000], ['[SEP]' * 5000], ['\u0301' * 1000], ['\ud800x']]:
         ids, mask = tp.tokenize(*pack(texts))
         assert ids.shape == mask.shape == (len(texts), ids.shape[1]) and ids.dtype == torch.int64

@@ -27,7 +27,7 @@ def large(tmp_path_factory, request):
 
 
 def agree(model, texts, form='scripted', batch=1000, **options):
-    tp = in_form(TextPipeline.from_sentencepiece(model, **{'max_length': 1 << 20, **options}), form)
+    tp = in_form(TextPipeline.from_sentencepiece(model, **{'max_length': 1 << 20, **options}), form, ['tokenize'])
     assert fuzz_unigram.differences(model, tp.tokenize, texts, batch)[:5] == []
 
 
@@ -69,7 +69,7 @@ def test_batch_sizes(batch): agree(small(), fuzz_text.random_texts(200, seed=5),
 @pytest.mark.parametrize('form', FORMS)
 def test_awkward_batches(form):
     model = small()
-    tp, sp = in_form(TextPipeline.from_sentencepiece(model, max_length=16), form), sentencepiece.SentencePieceProcessor(model_proto=model)
+    tp, sp = in_form(TextPipeline.from_sentencepiece(model, max_length=16), form, ['tokenize']), sentencepiece.SentencePieceProcessor(model_proto=model)
     for texts in [[''], ['', ''], ['\0'], [' \n'], ['a ' * 500_000], ['\u0301' * 1000], ['a' * 20_000], ['e\u0301' * 300, ''], ['\ud800x']]:
         ids, mask = tp.tokenize(*pack(texts))
         assert ids.dtype == torch.int64 and ids.shape == mask.shape
@@ -132,7 +132,7 @@ def pipeline_of(tok, **options): return TextPipeline(json.loads(tok.to_str()), *
 
 
 def agree_with_file(tok, texts, form='scripted', batch=1000):
-    assert fuzz_unigram.file_differences(tok, in_form(pipeline_of(tok), form).tokenize, texts, batch)[:5] == []
+    assert fuzz_unigram.file_differences(tok, in_form(pipeline_of(tok), form, ['tokenize']).tokenize, texts, batch)[:5] == []
 
 
 @pytest.mark.parametrize('form', FORMS)
@@ -165,7 +165,7 @@ def test_ties_in_files(seed):
 @pytest.mark.parametrize('form', FORMS)
 def test_awkward_batches_of_files(form):
     tok = small_file('converted')
-    tp = in_form(pipeline_of(tok, max_length=16), form)
+    tp = in_form(pipeline_of(tok, max_length=16), form, ['tokenize'])
     tok = type(tok).from_str(tok.to_str())
     tok.enable_truncation(16)
     for texts in [[''], ['', ''], ['\0'], [' \n'], ['\u0301' * 1000], ['a' * 5000], ['e\u0301' * 300, ''], ['\ud800x'], ['</s>' * 9, '<mask>']]:
