@@ -12,9 +12,11 @@ __all__ = ['Tokens', 'Encoding', 'ImageInfo', 'PairBatch', 'Embeddings', 'quietl
 import configparser
 import re
 import warnings
+from array import array
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from itertools import accumulate
 from pathlib import Path
 from typing import List, NamedTuple, Optional
 
@@ -105,9 +107,13 @@ def pack(
     if isinstance(texts, (str, bytes)):
         raise TypeError(f'texts is a single {type(texts).__name__}; pass a list of texts: [{texts[:40]!r}]')
     if isinstance(texts, (dict, set, frozenset)) or not hasattr(texts, '__iter__'): raise TypeError(f'texts is {type(texts).__name__}, not a list of texts')
-    rows = [_utf8(t, i) for i, t in enumerate(texts)]
-    lengths = torch.tensor([0] + [len(r) for r in rows])
-    return as_bytes(b''.join(rows)), lengths.cumsum(0)
+    texts = list(texts)
+    try: whole = ''.join(texts)
+    except TypeError: whole = None
+    if whole is not None and whole.isascii(): rows, data = texts, whole.encode()  # as many bytes as characters
+    else: data = b''.join(rows := [_utf8(t, i) for i, t in enumerate(texts)])
+    offsets = array('q', accumulate(map(len, rows), initial=0))
+    return as_bytes(data), torch.frombuffer(offsets, dtype=torch.int64)
 
 # %% ../nbs/00_core.ipynb #61dc7132
 def pack_str(

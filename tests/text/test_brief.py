@@ -1,4 +1,4 @@
-"""The dictionary for short texts: the references' ids, in every form; and that it is there, and is not, where it should be."""
+"""Known words, found by their bytes: the references' ids, in every form; and that they are there, and are not, where they should be."""
 import functools
 import gzip
 import json
@@ -51,8 +51,8 @@ def pipeline(kind, form='eager'): return in_form(TextPipeline(json.loads(TOKENIZ
 
 
 def known(tp, texts):
-    "How many of the texts the dictionary answers."
-    return sum(tp.brief(d, o.tolist())[2] for d, o in (pack([t]) for t in texts))
+    "How many of the texts are made of known words alone."
+    return sum(tp.words(*pack([t])).sure for t in texts)
 
 
 @pytest.mark.parametrize('kind, form', [(k, f) for k in TOKENIZERS for f in (FORMS if k in ('clip', 'uncased') else ('loaded',))])
@@ -61,16 +61,31 @@ def test_short_texts_alone_and_a_few_are_the_references(kind, form):
     for batch in (1, 4): assert fuzz_text.differences(TOKENIZERS[kind](), pipeline(kind, form).tokenize, texts, batch, 12)[:5] == []
 
 
+@pytest.mark.parametrize('kind, form', [(k, f) for k in TOKENIZERS for f in (FORMS if k in ('clip', 'uncased') else ('loaded',))])
+def test_a_large_batch_is_the_references(kind, form):
+    texts = brief_texts(1000, 1) + ['', ' ', '\x00', 'a' * 99, 'a dog'] + [t.encode()[1:] + b' dog' for t in fuzz_text.random_texts(40, 2)]
+    tp = pipeline(kind, form)
+    data, offsets = pack(texts)
+    if form == 'eager': # the known words answer, and not for all of them
+        x = tp.words(data, offsets)
+        assert not x.sure and .3 < float(x.hit.float().mean()) < 1 and 2 * x.odd.numel() < data.numel() > tp.words.least
+    assert fuzz_text.differences(TOKENIZERS[kind](), tp.tokenize, texts, len(texts), 12)[:5] == []
+
+
 @pytest.mark.parametrize('kind', TOKENIZERS)
-def test_the_dictionary_answers_common_words(kind):
-    plain = ['a dog', 'The dog, the cat', 'a man on a wave.', '', ' ', 'two circle left of a red circle']
+def test_common_words_are_known(kind):
+    plain = ['a dog', 'The dog, the cat', 'a man on a wave.', ' ', 'two circle left of a red circle']
     assert known(pipeline(kind), plain) == len(plain) - (kind == 'cased')  # The
-    assert known(pipeline(kind), ['café', "dog's", 'zyxwv', 'a\tb', 'abcdefghijklm', '<|endoftext|>']) == 0
+    assert known(pipeline(kind), ['café', 'zyxwv', 'abcdefghijklm', '<|endoftext|>', '[SEP]', 'a\x00b']) == (kind[:4] == 'clip')  # whose [ is a mark like others
+    assert known(pipeline(kind), ["dog's"]) == (kind == 'uncased' or kind == 'cased') # an apostrophe is a word; to CLIP it may be a part of one
 
 
 def test_two_marks_side_by_side():
     assert known(pipeline('uncased'), ['dog?!', 'a...', 'a .. b']) == 3
-    assert known(pipeline('clip'), ['dog?!', 'a...', 'a .. b']) == known(pipeline('whitespace'), ['dog?!', 'a...']) == 0
+    assert known(pipeline('clip'), ['dog?!', 'a...', 'a .. b']) == 3  # runs of marks that are tokens of their own
+    assert known(pipeline('clip'), ['dog ?;,!', 'a,-,b']) == 0
+    assert known(pipeline('whitespace'), ['dog?!', 'a...']) == 2
+    assert known(pipeline('whitespace'), ['dog!?', 'a..']) == 0
     assert known(pipeline('clip'), ['dog ? !', '22', 'a2.']) == 3
 
 
@@ -85,18 +100,42 @@ def test_real_captions():
 
 def test_no_dictionary_where_words_know_each_other():
     tok = fuzz_bpe.gpt2_tokenizer(['a red dog'] * 5, 300)
-    assert TextPipeline(json.loads(tok.to_str())).brief.most == 0
+    assert TextPipeline(json.loads(tok.to_str())).words.some is False
     tok = bert(lowercase=True)
     tok = Tokenizer.from_str(tok.to_str())
     tok.add_tokens([AddedToken('hot dog', normalized=False)])
     tp = TextPipeline(json.loads(tok.to_str()), max_length=12)
-    assert tp.brief.most == 0
+    assert not tp.words.some
     assert fuzz_text.differences(tok, tp.tokenize, ['a hot dog', 'hot dogs', 'a dog'], 1, 12) == []
 
 
-def test_a_long_batch_and_a_changed_table():
+def test_what_answers_which_batch():
     tp = TextPipeline(json.loads(bert(lowercase=True).to_str()), max_length=12)
     before = tp(['a dog'])
-    tp.brief.tokens[tp.brief.tokens == WORDS.index('dog') + 5] += 1
+    tp.words.rows[:, 2] += tp.words.rows[:, 2] == WORDS.index('dog') + 5
     assert not torch.equal(tp(['a dog']).ids, before.ids)
-    assert torch.equal(tp(['a dog'] * 60).ids[:1], before.ids)  # more than 256 bytes
+    assert torch.equal(tp(['a dog'] * 200).ids[:1], before.ids)      # of this size the long way is quicker
+    assert not torch.equal(tp(['a dog'] * 2000).ids[:1], before.ids)
+    assert torch.equal(tp(['a dog'] + ['一只猫'] * 2000).ids[:1, :4], before.ids[:, :4])  # little is known here
+
+
+def test_words_of_fifteen_bytes_and_more():
+    names = ['x' * n for n in range(1, 20)]
+    tok = fuzz_text.bert_tokenizer({t: i for i, t in enumerate(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *names])})
+    tp = TextPipeline(json.loads(tok.to_str()), max_length=12)
+    assert known(tp, names) == 15
+    assert fuzz_text.differences(tok, tp.tokenize, names * 30, len(names) * 30, 12) == []
+
+
+def test_ids_and_mask_are_the_tokens():
+    for form in FORMS:
+        m = pipeline('uncased', form)
+        if form == 'frozen': continue  # keeps the methods that it is asked for
+        assert all(map(torch.equal, m.ids_and_mask(*pack(['a dog', 'é'])), m.tokenize(*pack(['a dog', 'é']))))
+
+
+def test_an_added_token_with_a_space():
+    tok = Tokenizer.from_str(bert(lowercase=True).to_str())
+    tok.add_tokens([AddedToken('é dog', normalized=False)])
+    tp = TextPipeline(json.loads(tok.to_str()), max_length=12)
+    assert not tp.words.some and fuzz_text.differences(tok, tp.tokenize, ['a é dog', 'é', 'dog'] * 900, 2700, 12) == []

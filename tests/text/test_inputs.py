@@ -142,3 +142,15 @@ def test_pairs_are_cut_as_the_reference_does(family, strategy, monkeypatch):
             enc = tp.encode([texts[a]], [texts[b]])
             want = f[0] + whole[a][:kept.count(0)] + f[1] + whole[b][:kept.count(1)] + f[2]
             assert enc.ids[0, :int(enc.mask.sum())].tolist() == want
+
+
+def test_pack_of_all_kinds_of_texts():
+    class Marked(str): pass
+    for texts in ([], [''], ['a', ''], ['a', b'b', 'c'], [Marked('ab'), 'c'], ['é', 'a'], ['\ud800'], ('ab', 'c'), [bytearray(b'\xff'), memoryview(b'a')], ['a' * 9] * 3000):
+        rows = [t.encode('utf-8', 'surrogatepass') if isinstance(t, str) else bytes(t) for t in texts]
+        data, offsets = pack(texts)
+        assert bytes(data.tolist()) == b''.join(rows) and offsets.tolist() == [sum(map(len, rows[:k])) for k in range(len(rows) + 1)]
+        assert (data.dtype, offsets.dtype) == (torch.uint8, torch.int64)
+    assert pack(t for t in ['a', 'é'])[1].tolist() == [0, 1, 3]
+    for wrong in (['a', 1], ['a', None], ['é', ['b']]):
+        with pytest.raises(TypeError, match=r'texts\[1\] is'): pack(wrong)
