@@ -124,7 +124,7 @@ def written(
 def _own(error: str, where: str) -> str: return error.replace(where, '') # what the library itself says
 
 _TRIES = 5 # of a question whose version another process throws away meanwhile
-_GONE = re.compile(r'not found: \S+\.lance\b', re.I) # a file of such a version
+_GONE = re.compile(r'not found: .*\.lance\b', re.I) # a file of such a version
 
 def asked(
     action: Callable[[], Any],

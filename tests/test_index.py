@@ -481,7 +481,7 @@ def test_failures_are_listed_and_tried_again_and_the_index_compacted(model, scen
 
 def test_a_search_asks_again_where_another_process_has_compacted(model, tmp_path, recwarn):
     "LanceDB warns that who reads an older version fails, which is true: so it is asked again, and the warning stays away."
-    index, x = Index.build(model, points(300), tmp_path/'my.idx'), np.ones(D, 'f')
+    index, x = Index.build(model, points(300), tmp_path/'my own.idx'), np.ones(D, 'f')
     held = index._db.open_table('items')
     held.checkout(held.version)  # what a search holds that has begun
     index.delete(index.ids()[100:])
@@ -494,7 +494,7 @@ def test_a_search_asks_again_where_another_process_has_compacted(model, tmp_path
         assert len(asked(lambda: next(turns).search(x).limit(5).to_list(), where)) == 5
         with pytest.raises(OSError, match='a file of the index is missing: .*Not found') as e: asked(held.search(x).limit(5).to_list, where)
         assert 'cargo' not in str(e.value)
-    late = Index(tmp_path/'my.idx')
+    late = Index(tmp_path/'my own.idx')
     late._table = held
     for question in (lambda: late.search(x), lambda: late.search(x, where="id <> 'x'"), late.ids, late.vectors, lambda: late.vector_of('p3'), lambda: late._sample(3)):
         with pytest.raises(OSError, match='a file of the index is missing'): question()
