@@ -6,7 +6,7 @@ Docs: https://mmembed.github.io/mmembed/export/compiled.html.md"""
 
 # %% auto #0
 __all__ = ['CPUS', 'QUICK', 'programs', 'cpu_options', 'missing', 'packed_convolutions', 'shared_library', 'Untokenized',
-           'Elsewhere', 'rest_of', 'nameless', 'save_package', 'program_hashes']
+           'Elsewhere', 'rest_of', 'nameless', 'check_name', 'save_package', 'program_hashes']
 
 # %% ../../nbs/export/10_compiled.ipynb #b55de191
 import json
@@ -142,6 +142,12 @@ def nameless(
     return library
 
 # %% ../../nbs/export/10_compiled.ipynb #d251746c
+def check_name(
+    path: str | Path, # where a package is to be written
+):
+    "Raise `ValueError` for a path that is not UTF-8, to which torch writes no package."
+    if str(path).encode('utf-8', 'ignore').decode() != str(path): raise ValueError(f'{str(path)!r}: torch writes a package only where the path is UTF-8')
+
 def save_package(
     artifact: nn.Module, # of `assemble(..., script=False)`, used up
     path: str | Path,    # the file to write
@@ -155,7 +161,7 @@ def save_package(
     from torch._inductor.utils import fresh_cache
     from torch.export.pt2_archive._package import PT2ArchiveWriter
     if why := missing(): raise RuntimeError(why)
-    if str(path).encode('utf-8', 'ignore').decode() != str(path): raise ValueError(f'{str(path)!r}: torch writes a package only where the path is UTF-8')
+    check_name(path)
     cpu_options(cpu)
     made, mark = programs(artifact), {'mmembed': card['short_hash']}
     with fresh_cache():

@@ -28,7 +28,7 @@ from .accelerate import waits
 from .answers import CPP_SKIPS, Eager, answers, cpp as cpp_answers, fresh as fresh_answers, loaded_rows
 from .artifact import assemble, save
 from .card import content_hash, make_card, sha256
-from .compiled import program_hashes, save_package
+from .compiled import check_name, program_hashes, save_package
 from .encoder import unstored
 from .onnx import export_onnx, settle
 from .onnxfiles import add_files
@@ -331,6 +331,7 @@ def export(
     classes = read_classes(own if labels is None else labels, tuple(templates) if isinstance(templates, (list, tuple)) else templates, top_k, threshold)
     if own is not None: classes = classes._replace(prompts=[])
     package, graphs = path.suffix == '.pt2', sizes_of(graphs)
+    if package: check_name(path)
     if package and (graphs or device != 'cpu'): raise ValueError(f'{path.name} is compiled for the CPU: graphs and device go with a TorchScript file')
     artifact = assemble(model, decode, variant, steps, classes, script=not package)
     said = classes.words() if labels is not None or own is not None and (top_k, threshold) != (5, 0.) else None

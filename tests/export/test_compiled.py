@@ -121,3 +121,15 @@ def test_what_cannot_be_compiled_or_loaded(tmp_path):
     with pytest.raises(ValueError, match='deterministic'): export(tiny.model(), tmp_path/'x.pt2', deterministic=4)
     with pytest.raises(ValueError, match='compiled for the CPU, not for cuda'): opened(package(), read_card(package()), torch.device('cuda'))
     assert not list(tmp_path.iterdir()) and read_card(package())['compiled']['system'] == 'linux'
+
+
+def test_a_path_that_is_not_utf8_is_refused_before_anything_is_compiled(tmp_path):
+    path = tmp_path/os.fsdecode(b'caf\xe9.pt2')
+    with patch.object(compiled, 'programs', side_effect=AssertionError('compiled')):
+        with pytest.raises(ValueError, match=r"'\S+/caf\\udce9.pt2': torch writes a package only where the path is UTF-8"):
+            compiled.save_package(assemble(tiny.model(), script=False), path, make_card(tiny.model(), 24))
+        with pytest.raises(ValueError, match=r"'\S+/caf\\udce9.pt2': torch writes a package only where the path is UTF-8"):
+            export(tiny.model(), path, fresh=False, cpp=False)
+        (folder := tmp_path/os.fsdecode(b'in\xff')).mkdir()
+        with pytest.raises(ValueError, match=r"in\\udcff/m.pt2': torch writes"): export(tiny.model(), folder/'m.pt2', fresh=False, cpp=False)
+    assert sorted(p.name for p in tmp_path.rglob('*')) == [folder.name]

@@ -8,6 +8,7 @@ import torch
 from mmembed.cli import main
 from mmembed.core import pack, quietly
 from mmembed.export import cases, triton
+from mmembed.export.verify import export
 from mmembed.runtime import load, reason
 
 from . import tiny
@@ -161,3 +162,23 @@ def test_options_warm_up_strings_and_labels(tmp_path, capsys):
     with pytest.raises(ValueError, match='p_match: labels.txt has 1 lines for 2 labels'): triton.check_repository(tmp_path)
     assert main(['export', str(tiny.artifact()), '--triton-delay', '3']) == 1 and '--triton-delay wants --triton FOLDER' in capsys.readouterr().err
     with pytest.raises(ValueError, match="device must be cpu, cuda or cuda:N, got 'gpu'"): triton.export_triton(tiny.artifact(), tmp_path, device='gpu')
+
+
+def test_probabilities_of_an_artifacts_labels(tmp_path):
+    "A text tower with labels: the server names the classes by the file beside the model, in the order in which the model gives them."
+    names = ['red\n circle', 'blue square', '一个圆']
+    export(tiny.model(), tmp_path/'m.pt', fresh=False, cpp=False, labels=names, templates=['a {}'])
+    for made in triton.export_triton(tmp_path/'m.pt', tmp_path/'models', 'm'):
+        outputs = triton.read_pbtxt((made/'config.pbtxt').read_text())['output']
+        labelled = [o for o in outputs if 'label_filename' in o]
+        if made.name not in ('m_pixels', 'm_image'): assert not labelled and not (made/'labels.txt').exists(), made
+        else:
+            assert [o['name'][0].partition('__')[0] for o in outputs] == ['EMBEDDING', 'CLASS_PROBABILITY'] and labelled == outputs[1:]
+            assert outputs[1]['dims'] == [3] and outputs[1]['data_type'] == ['TYPE_FP32'] and outputs[1]['label_filename'] == ['labels.txt']
+            assert (made/'labels.txt').read_text() == 'red circle\nblue square\n一个圆\n'
+    emb, files = load(tmp_path/'m.pt'), [cases.images()[n] for n in ('RGB.png', 'gray.jpg')]
+    embedding, probability = model(tmp_path/'models', 'm_pixels')(torch.stack([emb.preprocess(f) for f in files]))
+    assert torch.allclose(embedding, emb.encode_image(files), atol=1e-5) and probability.shape == (2, 3)
+    assert torch.allclose(probability, emb.module.class_probability(emb.encode_image(files)), atol=1e-5) and torch.allclose(probability.sum(1), torch.ones(2))
+    (tmp_path/'models'/'m_image'/'labels.txt').write_text('one\n' * 4)
+    with pytest.raises(ValueError, match='m_image: labels.txt has 4 lines for 3 labels'): triton.check_repository(tmp_path/'models')
