@@ -204,13 +204,16 @@ def prepack(
     return len(layers)
 
 # %% ../nbs/33_opening.ipynb #4b4367ce
-@contextmanager
-def steady():
-    "No gradients, and no autocast of the caller's."
-    with torch.no_grad():
-        if not torch.is_autocast_enabled('cpu') and not torch.is_autocast_enabled('cuda'): yield
-        else:
-            with torch.autocast('cpu', enabled=False), torch.autocast('cuda', enabled=False): yield
+class steady:
+    "No gradients, and no autocast of the caller's, as long as the block runs"
+    def __enter__(self):
+        self.cast = [torch.autocast(kind, enabled=False) for kind in ('cpu', 'cuda') if torch.is_autocast_enabled(kind)]
+        for cast in self.cast: cast.__enter__()
+        self.before = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
+    def __exit__(self, *error):
+        torch.set_grad_enabled(self.before)
+        for cast in reversed(self.cast): cast.__exit__(*error)
 
 # %% ../nbs/33_opening.ipynb #b96b4ff4
 @contextmanager

@@ -277,12 +277,12 @@ class Budget:
     @contextmanager
     def hold(self, n: int = 1):
         "Wait for room, first come, first served, and hold `n` meanwhile."
-        me = object()
         with self._changed:
-            self._queue.append(me)
-            self._changed.wait_for(lambda: self._queue[0] is me and self.fits(n))
-            self._queue.popleft()
+            if waited := bool(self._queue) or not self.fits(n):
+                self._queue.append(me := object())
+                self._changed.wait_for(lambda: self._queue[0] is me and self.fits(n))
+                self._queue.popleft()
             self.held += n
-            self._changed.notify_all()
+            if waited: self._changed.notify_all()
         try: yield
         finally: self.give(n)

@@ -20,6 +20,7 @@ import random
 import re
 import sys
 import threading
+import time
 from collections import Counter
 from contextvars import ContextVar
 
@@ -125,8 +126,8 @@ class JsonLines(logging.Formatter):
 class _Dropping(logging.handlers.QueueHandler):
     dropped = 0
     def enqueue(self, record):
-        try: self.queue.put_nowait(record)
-        except queue.Full: self.dropped += 1
+        if self.queue.qsize() < 10_000: self.queue.put(record)
+        else: self.dropped += 1
     def prepare(self, record):
         record.trace = TRACE.get()  # here, not in the thread that writes
         return record
@@ -140,7 +141,19 @@ class _Lossy: # a full disk, or a folder that is gone: the service is worth more
     def handleError(self, record): self.dropped += 1
 
 class _Stream(_Lossy, logging.StreamHandler): pass
-class _File(_Lossy, logging.handlers.WatchedFileHandler): pass
+class _File(_Lossy, logging.handlers.WatchedFileHandler):
+    looked = False  # whether the file is still there, since the last records came
+    def reopenIfNeeded(self):
+        if not self.looked: super().reopenIfNeeded()
+        self.looked = True
+
+class _Writer(logging.handlers.QueueListener): # woken by the first record; the others that come soon cost no switch of threads
+    def dequeue(self, block):
+        try: return self.queue.get_nowait()
+        except queue.Empty: record = self.queue.get()
+        if record is not self._sentinel: time.sleep(.05)
+        self.handlers[0].looked = False
+        return record
 
 # %% ../../nbs/serve/03_observe.ipynb #ea1b4fe2
 def open_log(
@@ -152,8 +165,8 @@ def open_log(
     if old := getattr(logger, 'close', None): old()
     out = _File(path, encoding='utf-8', errors='backslashreplace') if path else _Stream(sys.stderr)
     out.setFormatter(JsonLines())
-    handler = _Dropping(queue.Queue(10_000))
-    listener = logging.handlers.QueueListener(handler.queue, out)
+    handler = _Dropping(queue.SimpleQueue())
+    listener = _Writer(handler.queue, out)
     listener.start()
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(level)
