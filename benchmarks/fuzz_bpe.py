@@ -14,7 +14,7 @@ import sys
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from benchmarks.fuzz_text import code_points, corpus, data_root, differences, random_bytes, random_texts
+from benchmarks.fuzz_text import code_points, data_root, differences, random_bytes, random_texts, real_lines
 from mmembed.core import pack, quietly
 from mmembed.text.bpe import CLIP_PATTERN, CLIP_STRINGS
 from mmembed.text.bytelevel import needs_cleaning, open_clip_clean
@@ -103,6 +103,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--n', type=int, default=200_000, help='random strings a tokenizer')
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--quick', action='store_true', help='few code points and real lines, to see that it works')
     parser.add_argument('--only', default='', help='tokenizers whose name contains this')
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -110,7 +111,7 @@ def main():
     root = data_root()/'text'
     sets = {'random strings': bpe_texts(args.n, args.seed), 'broken UTF-8': random_bytes(args.n // 4, args.seed), 'code points': code_points(),
             'between letters': [f'a{c}b' for c in code_points()]}
-    if root.exists(): sets['real corpora'] = corpus(root)
+    if root.exists(): sets['real corpora'] = real_lines(root)
     learn_from = sets.get('real corpora', sets['random strings'])[:60_000]
     checks = [(name, TextPipeline(json.loads(tok.to_str())), tok) for name, tok in [
         ('CLIP, transformers today', clip_tokenizer()), ('CLIP, as on the hub', clip_tokenizer(False, True)),

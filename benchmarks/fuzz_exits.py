@@ -24,7 +24,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from benchmarks.fuzz_bpe import bpe_texts, clip_tokenizer, gpt2_tokenizer
-from benchmarks.fuzz_text import bert_tokenizer, code_points, corpus, data_root, minilm, random_bytes, random_texts
+from benchmarks.fuzz_text import bert_tokenizer, code_points, data_root, minilm, random_bytes, random_texts, real_lines
 from mmembed.core import pack, quietly
 from mmembed.text.exits import export_program, operators, text_to_onnx
 from mmembed.text.pipeline import TextPipeline
@@ -151,6 +151,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--n', type=int, default=20_000, help='random strings a family')
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--quick', action='store_true', help='few code points and real lines, to see that it works')
     parser.add_argument('--only', default='', help='families whose name contains this')
     parser.add_argument('--whole', action='store_true', help='export small models instead')
     args = parser.parse_args()
@@ -161,7 +162,7 @@ def main():
     root = data_root()/'text'
     sets = {'awkward': AWKWARD + LONG, 'random strings': bpe_texts(args.n, args.seed), 'broken UTF-8': random_bytes(args.n // 4, args.seed),
         'code points': code_points(), 'between letters': [f'a{c}b' for c in code_points(7)]}
-    if root.exists(): sets['real corpora'] = corpus(root)
+    if root.exists(): sets['real corpora'] = real_lines(root)
     total = 0
     for name, make in {**FAMILIES, **lattices()}.items():
         if args.only not in name: continue

@@ -67,13 +67,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--n', type=int, default=200_000, help='random strings a mode')
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--quick', action='store_true', help='few code points and real lines, to see that it works')
     args = parser.parse_args()
     torch.set_num_threads(1)
     root, total = fuzz_text.data_root()/'text', 0
     sets = {'Chinese strings': random_texts(args.n, args.seed), 'random strings': fuzz_text.random_texts(args.n // 4, args.seed),
             'broken UTF-8': fuzz_text.random_bytes(args.n // 8, args.seed), 'code points': fuzz_text.code_points(),
             'between letters': [f'a{c}国b' for c in fuzz_text.code_points(3)]}
-    if root.exists(): sets['real corpora'] = fuzz_text.corpus(root)
+    if root.exists(): sets['real corpora'] = fuzz_text.real_lines(root)
     for hmm in (False, True):
         scripted = quietly(torch.jit.script, Cut(hmm))
         for what, texts in sets.items():

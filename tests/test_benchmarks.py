@@ -25,7 +25,7 @@ SMALL = {  # program, or program and its first word: what makes it small, behind
     'loader': '--batches 2 --rounds 1 --size 32 --batch-size 2 --workers 0 1',
     'train': '--pairs 64 --epochs 1 --rounds 1 --batch 16',
     'text': '--rounds 1 --batches 1', 'vision': '--sides 64 --threads 1 --files 2 --rounds 1',
-    'fuzz_vision': '--n 40', 'fuzz_text': '--n 20', 'fuzz_bpe': '--n 20', 'fuzz_unigram': '--n 20', 'fuzz_segment': '--n 20', 'fuzz_exits': '--n 10',
+    'fuzz_vision': '--n 40', 'fuzz_text': '--n 20 --quick', 'fuzz_bpe': '--n 20 --quick', 'fuzz_unigram': '--n 20 --quick', 'fuzz_segment': '--n 20 --quick', 'fuzz_exits': '--n 10 --quick',
     'fuzz_serve': '--examples 1 --calls 40', 'build': '--quick',
     'serve': '--seconds .5 --concurrency 1 --what text', 'serve artifacts/quickstart.pt': '--soak 3',
     'artifact prepare': '--model tiny --parts artifact', 'artifact run': '--model tiny --batches 1 --rounds 1 --seconds .01 --threads 1 --only artifact',
