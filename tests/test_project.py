@@ -66,7 +66,7 @@ def test_readme_is_in_step():
 
 
 FOLDERS = ['', *sorted(p.name for p in (ROOT/'nbs').iterdir() if any(p.glob('*.ipynb')))]
-TOGETHER = [['', 'commands', 'demo'], ['export', 'serve'], ['data', 'models', 'vision']]  # in one process, which imports everything once
+TOGETHER = [['commands', 'demo'], ['data', 'models', 'vision']]  # in one process, which imports everything once
 ROOMS = [*TOGETHER, *([f] for f in FOLDERS if f not in sum(TOGETHER, []))]
 
 
