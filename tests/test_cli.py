@@ -12,7 +12,11 @@ from mmembed.cli import COMMANDS, main
 from mmembed.commands.make import config_path
 from mmembed.data.scenes import Scenes
 
+from .helpers import built_once
+
 SMALL = ['--data.workers', '0', '--trainer.max_epochs', '1', '--trainer.check_val_every_n_epoch', '1', '--trainer.enable_progress_bar', 'false', '--trainer.accelerator', 'cpu']
+
+NARROW = ['--model.model.image.channels', '[8, 16]', '--model.model.image.pipeline.size', '32', '--model.model.text.depth', '1']  # of configs/pairs.yaml
 
 
 def pairs(folder, n=40, name='pairs.jsonl'):
@@ -24,7 +28,7 @@ def pairs(folder, n=40, name='pairs.jsonl'):
     return folder/name
 
 
-def train(*argv): return ['train', '--config', str(config_path('pairs')), *SMALL, '--data.batch_size', '8', *argv]
+def train(*argv): return ['train', '--config', str(config_path('pairs')), *SMALL, *NARROW, '--data.batch_size', '8', *argv]
 
 
 @pytest.fixture
@@ -34,14 +38,15 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope='module')
-def artifact(tmp_path_factory):
+def artifact():
     "What train and export make of a small table, by the command line alone."
-    folder = tmp_path_factory.mktemp('cli')
-    with pytest.MonkeyPatch.context() as m:
-        m.chdir(folder)
-        assert main(train('--data.path', str(pairs(folder)))) == 0
-        assert main(['export', 'runs/pairs/best.ckpt', '--out', 'model.pt']) == 0
-    return folder/'model.pt'
+    def build(folder):
+        folder.mkdir()
+        with pytest.MonkeyPatch.context() as m:
+            m.chdir(folder)
+            assert main(train('--data.path', str(pairs(folder)))) == 0
+            assert main(['export', 'runs/pairs/best.ckpt', '--out', 'model.pt']) == 0
+    return built_once('cli', build)/'model.pt'
 
 
 def test_info_verify_embed(artifact, here, capsys):

@@ -23,7 +23,7 @@ from mmembed.train import evaluate, judge, judged_data, load_checkpoint, new_fol
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 
-from .helpers import HANG, until
+from .helpers import HANG, built_once, until
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = """
@@ -563,11 +563,14 @@ def networks(work):
     from transformers import BertConfig, BertModel
     _MODEL_CONFIGS['tiny-vit'] = dict(embed_dim=16, vision_cfg=dict(image_size=32, layers=2, width=32, patch_size=16, head_width=16),
                                       text_cfg=dict(context_length=20, vocab_size=49408, width=32, heads=2, layers=2))
-    torch.save(open_clip.create_model('tiny-vit').state_dict(), work/'clip.pt')
-    tp = TextPipeline.learn(['a red circle', 'a blue square'] * 9, vocab_size=60)
-    BertModel(BertConfig(vocab_size=tp.vocab_size, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48)).save_pretrained(work/'bert')
-    tp.to_tokenizer_file(work/'bert'/'tokenizer.json')
-    torch.save(torchvision.models.resnet18().state_dict(), work/'resnet.pth')
+    def build(folder):
+        folder.mkdir()
+        torch.save(open_clip.create_model('tiny-vit').state_dict(), folder/'clip.pt')
+        tp = TextPipeline.learn(['a red circle', 'a blue square'] * 9, vocab_size=60)
+        BertModel(BertConfig(vocab_size=tp.vocab_size, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48)).save_pretrained(folder/'bert')
+        tp.to_tokenizer_file(folder/'bert'/'tokenizer.json')
+        torch.save(torchvision.models.resnet18().state_dict(), folder/'resnet.pth')
+    for made in built_once('networks', build).iterdir(): (work/made.name).symlink_to(made)
     yield
     del _MODEL_CONFIGS['tiny-vit']
 
