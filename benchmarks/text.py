@@ -1,7 +1,7 @@
 """TextPipeline's speed beside its peers, from Python strings to padded id and mask tensors.
 
-    python benchmarks/text.py [--family wordpiece | clip | words] [--threads 1] [--rounds 30] [--captions FILE]
-        [--cpp] [--matxscript PYTHON SOURCE]
+    python benchmarks/text.py [--family wordpiece | clip | words | gpt2] [--threads 1] [--rounds 30] [--captions FILE]
+        [--cpp] [--matxscript PYTHON SOURCE] [--peer gigatoken=PYTHON tiktoken=PYTHON openvino=PYTHON]
 
 The contestants take turns on the same batches, each after one batch that is not timed; printed are the median time of ours and, a peer, the median over rounds of
 (peer's time / ours): above 1 we are faster. Times are of the CPU (of the wall when there are several threads). All run in this process, but for
@@ -187,7 +187,18 @@ def clip(args):
     return forms(tp) | peers | ({'ours, C++': cpp(tp)} if args.cpp else {})
 
 
-FAMILIES = {'words': ('Whole words, parted by white space', words), 'wordpiece': ('WordPiece (bert-base-uncased)', wordpiece), 'clip': ('CLIP byte-level BPE (open_clip ViT-B-32)', clip)}
+def gpt2(args):
+    "Name -> function of a list of texts, for a byte-level BPE of GPT-2's kind, learnt from the captions; ours first."
+    from benchmarks.fuzz_bpe import gpt2_tokenizer
+    tok = gpt2_tokenizer(captions(args.captions)['10 words'])
+    path = Path(tempfile.mkdtemp(prefix='text_gpt2_'))/'tokenizer.json'
+    tok.save(str(path))
+    program = Path(__file__).resolve().parent/'peers'/'text_peer.py'
+    peers = {name: Program(python, program, name, path) for name, python in (p.split('=') for p in args.peer)}
+    return forms(TextPipeline(json.loads(tok.to_str()), max_length=128, pad_to=8)) | {'tokenizers': hf(tok)} | peers
+
+
+FAMILIES = {'gpt2': ("Byte-level BPE (GPT-2's kind, 8,000 ids)", gpt2), 'words': ('Whole words, parted by white space', words), 'wordpiece': ('WordPiece (bert-base-uncased)', wordpiece), 'clip': ('CLIP byte-level BPE (open_clip ViT-B-32)', clip)}
 
 
 def same(ours, peer):
@@ -225,6 +236,7 @@ def main():
     parser.add_argument('--batches', type=int, nargs='*', default=BATCHES)
     parser.add_argument('--cpp', action='store_true', help='compile and run ours in C++ too')
     parser.add_argument('--matxscript', nargs=2, metavar=('PYTHON', 'SOURCE'), help="MATXScript's interpreter and its checked-out repository")
+    parser.add_argument('--peer', nargs='*', default=[], metavar='NAME=PYTHON', help='with --family gpt2: gigatoken, tiktoken, openvino, each with the interpreter of its environment (benchmarks/peers/text_peer.py)')
     parser.add_argument('--json', type=Path, help='write the figures here too, for tools/tables.py')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
