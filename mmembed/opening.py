@@ -6,7 +6,7 @@ Docs: https://mmembed.github.io/mmembed/opening.html.md"""
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'NEEDED', 'Card', 'read_card', 'records_of', 'records_hash', 'damaged', 'checked',
-           'register_image_ops', 'silence_decoders', 'reason', 'device_of', 'prepack', 'steady', 'named']
+           'register_image_ops', 'silence_decoders', 'reason', 'device_of', 'prepack', 'give_back', 'steady', 'named']
 
 # %% ../nbs/33_opening.ipynb #7991f72f
 import hashlib
@@ -200,10 +200,16 @@ def prepack(
 ) -> int: # how many layers
     "Brings the weights of an artifact's layers into oneDNN's order; the plain ones are given up, so it is not to be saved or moved again."
     layers = [m for m in module.modules() if hasattr(m, 'pack')] if torch.backends.mkldnn.is_available() else []
-    for m in layers: m.pack()
+    with torch.no_grad():  # with gradients, what is packed would keep what it was packed from
+        for m in layers: m.pack()
     return len(layers)
 
 # %% ../nbs/33_opening.ipynb #4b4367ce
+def give_back():
+    "Have the system get what was freed: glibc keeps it, a hundred megabytes after a load. Nothing where there is another `malloc`."
+    import ctypes
+    if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'malloc_trim'): libc.malloc_trim(0)
+
 class steady:
     "No gradients, and no autocast of the caller's, as long as the block runs"
     def __enter__(self):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .core import ImageInfo, Tokens, filled, lengthened, pack, stack_levels, text_lengths
-from .opening import FORMAT_VERSION, checked, device_of, prepack, read_card, reason, register_image_ops, silence_decoders, steady
+from .opening import FORMAT_VERSION, checked, device_of, give_back, prepack, read_card, reason, register_image_ops, silence_decoders, steady
 from .inputs import DOT, ahead, as_image, decoders as threads_for, enough, items_of, name_of, pixels_of, rows_of, text_error, tokens_of, watched, whole
 from .results import Encoded, Profile, Ranking, Scored, Similarity, check, failed, plain, policy, ranking, settle, stages
 from .graphs import sizes_of
@@ -65,6 +65,7 @@ class Embedder:
         self.module = checked(path, self.card, check, lambda: opened(path, self.card, self.device, graphs))
         self.graphs: tuple = getattr(self.module, 'sizes', ())  # batch sizes that are captured; none on a CPU
         if self.device.type == 'cpu': prepack(self.module)
+        give_back()
         self.dim = self.module.dim
         self.pairs = 'labels' in self.card             # it scores pairs
         self.labels: list[str] = self.module.labels() if hasattr(self.module, 'labels') else []  # what it can say of an item or of a pair; empty without
@@ -389,7 +390,7 @@ class Embedder:
     def _nothing(self) -> Tensor: # (0, D), as it answers
         with steady():
             if self.pairs: return torch.zeros(0, self.dim, device=self.device)
-            return self.module.encode_text_bytes(*pack([]))
+            return self.module.none() if hasattr(self.module, 'none') else self.module.encode_text_bytes(*pack([]))
 
     def __repr__(self):
         c = self.card

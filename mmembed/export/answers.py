@@ -73,12 +73,12 @@ class Eager:
     "A model with its pipelines, behind the methods of an artifact"
     def __init__(
         self,
-        model: nn.Module,             # a DualEncoder or PairClassifier; left as it is
+        model: nn.Module,             # a DualEncoder or PairClassifier; left as it is, and its weights are used as long as this is
         variant: Variant = Variant(),
         steps: Steps = Steps(),
         classes: Classes | None = None, # for a DualEncoder with labels
     ):
-        net, self.tp, self.vp, self.variant = prepared(model, variant)
+        net, self.tp, self.vp, self.variant = prepared(model, variant, share=True)
         self.before_text, self.before_image = steps.before_text or SameTexts(), steps.before_image or Same()
         pairs = hasattr(model, 'labels')
         self.names = list(model.labels) if pairs else classes.names if classes else []

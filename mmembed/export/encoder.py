@@ -55,26 +55,28 @@ class Encoder(nn.Module):
     @torch.jit.export
     def encode_text(self, tokens: Tokens) -> Tensor:
         "(B, D) of ids and mask (B, L), B at least 1."
-        if self.rows == 0: return self.finish(self.net.encode_text(tokens))
-        ids, mask = lengthened(tokens.ids, self.length, self.pad_id), lengthened(tokens.mask, self.length, 0)
+        if not torch.jit.is_scripting():
+            if self.rows == 0: return self.finish(self.net.encode_text(tokens))
+        ids, mask, rows = tokens.ids, tokens.mask, tokens.ids.shape[0]
+        if self.rows > 0: ids, mask, rows = lengthened(ids, self.length, self.pad_id), lengthened(mask, self.length, 0), self.rows
         done: list[Tensor] = []
-        for i in range(0, ids.shape[0], self.rows):
-            part, marks = ids[i:i+self.rows], mask[i:i+self.rows]
-            x = self.net.encode_text(Tokens(filled(part, self.rows), filled(marks, self.rows)))
+        for i in range(0, ids.shape[0], rows):
+            part, marks = ids[i:i+rows], mask[i:i+rows]
+            x = self.net.encode_text(Tokens(filled(part, rows), filled(marks, rows)))
             done.append(self.finish(x)[:part.shape[0]])
         return torch.cat(done)
 
     @torch.jit.export
     def encode_image(self, pixels: Tensor) -> Tensor:
         "(B, D) of float32 (B, 3, S, S), B at least 1."
-        if torch.jit.is_scripting():
-            if self.rows == 0 and pixels.device.type == 'cpu':
-                return torch.cat([self.finish(self.net.encode_image(p)) for p in pixels.split(self.slab)])
-        if self.rows == 0: return self.finish(self.net.encode_image(pixels))
+        if not torch.jit.is_scripting():
+            if self.rows == 0: return self.finish(self.net.encode_image(pixels))
+        rows = self.rows if self.rows > 0 else self.slab if pixels.device.type == 'cpu' else pixels.shape[0]
         done: list[Tensor] = []
-        for i in range(0, pixels.shape[0], self.rows):
-            part = pixels[i:i+self.rows]
-            done.append(self.finish(self.net.encode_image(filled(part, self.rows)))[:part.shape[0]])
+        for i in range(0, pixels.shape[0], rows):
+            part = pixels[i:i+rows]
+            x = self.net.encode_image(filled(part, rows) if self.rows > 0 else part)
+            done.append(self.finish(x)[:part.shape[0]])
         return torch.cat(done)
 
     def finish(self, x: Tensor) -> Tensor:
@@ -92,12 +94,14 @@ class Scorer(nn.Module):
 
     def forward(self, tokens: Tokens, pixels: Tensor) -> Tensor:
         "Scores (B, C) of B pairs, B at least 1."
-        if self.rows == 0: return self.after(self.net(tokens, pixels).float())
-        ids, mask = lengthened(tokens.ids, self.length, self.pad_id), lengthened(tokens.mask, self.length, 0)
+        if not torch.jit.is_scripting():
+            if self.rows == 0: return self.after(self.net(tokens, pixels).float())
+        ids, mask, rows = tokens.ids, tokens.mask, tokens.ids.shape[0]
+        if self.rows > 0: ids, mask, rows = lengthened(ids, self.length, self.pad_id), lengthened(mask, self.length, 0), self.rows
         done: list[Tensor] = []
-        for i in range(0, ids.shape[0], self.rows):
-            part, marks, picture = ids[i:i+self.rows], mask[i:i+self.rows], pixels[i:i+self.rows]
-            x = self.net(Tokens(filled(part, self.rows), filled(marks, self.rows)), filled(picture, self.rows))
+        for i in range(0, ids.shape[0], rows):
+            part, marks, picture = ids[i:i+rows], mask[i:i+rows], pixels[i:i+rows]
+            x = self.net(Tokens(filled(part, rows), filled(marks, rows)), filled(picture, rows))
             done.append(self.after(x.float())[:part.shape[0]])
         return torch.cat(done)
 

@@ -197,7 +197,7 @@ def export_onnx(
         if not isinstance(getattr(model, name, None), nn.Module): raise TypeError(f'{type(model).__name__} has no {name}: its towers must carry it')
     steps, pairs, folder = tried(steps), hasattr(model, 'labels'), Path(folder)
     classes = classes or read_classes(getattr(model, 'labels', None))
-    p = prepared(model, variant)
+    p = prepared(model, variant, share=True)
     for tower in (p.model.text, p.model.image): with_linear_attention(tower)
     tp, free = p.text_pipeline, variant._replace(deterministic=0)  # the loop stands in the graph
     encoder = (Scorer if pairs else Encoder)(p.model, steps.after or Same(), free, tp.max_length, tp.pad_id).eval()

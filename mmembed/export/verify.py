@@ -36,7 +36,7 @@ from .onnxhost import rows as onnx_rows
 from .steps import Steps, read_classes, tried
 from .variants import SAME, Variant, bounds
 from ..graphs import Captured, sizes_of
-from ..opening import read_card, reason, records_hash, records_of, register_image_ops
+from ..opening import give_back, read_card, reason, records_hash, records_of, register_image_ops
 from ..packaged import opened
 
 # %% ../../nbs/export/05_verify.ipynb #285496c7
@@ -216,23 +216,20 @@ def verify(
     try:
         rows = _integrity(loaded, card, model, decode, steps, path, notes)
         got = answers(loaded, **asked)
+        give_back()
         want = answers(Eager(model, variant, steps, classes), **asked) if model else got
         skips = () if not model or classes or pairs or 'classes' not in card else ('labels', 'class probability')
         if skips: notes.append('artifact: labels, which verify was not given')
         if model: rows += _compare(stage, want, lambda: got, variant, skips)
+        own = _loaded_rows(loaded, model, path, card, asked, got, variant, steps, device, onnx, notes)
+        del loaded  # other processes load it now: twice at once is more than a machine may have
+        give_back()
         if fresh: rows += _compare('fresh process', got, lambda: fresh_answers(path, asked, decode), variant)
         if not isinstance(exe, str): rows += _compare('c++', got, lambda: cpp_answers(exe, path, asked | {'sizes': [s for s in sizes if s]}), variant,
                                                       CPP_SKIPS, [s for s in sizes if s])
-        if onnx: rows += onnx_rows(onnx, loaded, asked, got, card)
+        rows += own.pop('onnx')
         if device != 'cpu': rows += _compare(device, got, lambda: fresh_answers(path, asked, decode, device), variant._replace(precision=_looser(variant)))
-        if 'graphs' in card:
-            if device == 'cpu': notes.append('graphs: captured on a GPU alone; here batches were filled up as for them')
-            rows += _compare('graphs', got, lambda: _graphed(path, card, loaded, asked, device), variant if device == 'cpu' else variant._replace(precision=_looser(variant)))
-        if model:
-            found = _loader_rows(model, loaded, asked, variant, steps, decode)
-            rows, notes = (rows, [*notes, found]) if isinstance(found, str) else (rows + found, notes)
-            if variant.full() != variant: rows += _against_full(answers(Eager(model, variant.full(), steps), **asked | {'sizes': [64]}),
-                                                                answers(loaded, **asked | {'sizes': [64]}), variant)
+        rows += sum(own.values(), [])
     finally:
         torch.set_num_threads(threads)
         torch._C._jit_set_profiling_mode(profiling)
@@ -242,6 +239,21 @@ def verify(
 def _cpp_host(cpp) -> Path | str: # the program, or why it is not asked
     exe = host.built() if cpp is None else Path(cpp) if isinstance(cpp, (str, Path)) else host.build() if cpp else None
     return exe or ('c++: ' + ('not asked for' if cpp is False else 'no host is built; pass cpp=True to build it'))
+
+def _loaded_rows(loaded, model, path: Path, card: dict, asked: dict, got: dict, variant: Variant, steps: Steps, device: str, onnx, notes: list[str]) -> dict: # by stage
+    "What is compared in this process, with the artifact that is loaded here."
+    rows = {'onnx': onnx_rows(onnx, loaded, asked, got, card) if onnx else []}
+    if 'graphs' in card:
+        if device == 'cpu': notes.append('graphs: captured on a GPU alone; here batches were filled up as for them')
+        rows['graphs'] = _compare('graphs', got, lambda: _graphed(path, card, loaded, asked, device), variant if device == 'cpu' else variant._replace(precision=_looser(variant)))
+    if not model: return rows
+    found = _loader_rows(model, loaded, asked, variant, steps, card['decode'])
+    if isinstance(found, str): notes.append(found)
+    else: rows['loader'] = found
+    if variant.full() != variant:
+        once = asked | {'sizes': [64]}
+        rows['full'] = _against_full(answers(Eager(model, variant.full(), steps), **once), answers(loaded, **once), variant)
+    return rows
 
 def _graphed(path: Path, card: dict, loaded, asked: dict, device: str) -> dict:
     module = Captured(loaded, card, card['graphs']) if device == 'cpu' else opened(path, card, device)
@@ -333,7 +345,7 @@ def export(
     package, graphs = path.suffix == '.pt2', sizes_of(graphs)
     if package: check_name(path)
     if package and (graphs or device != 'cpu'): raise ValueError(f'{path.name} is compiled for the CPU: graphs and device go with a TorchScript file')
-    artifact = assemble(model, decode, variant, steps, classes, script=not package)
+    artifact = assemble(model, decode, variant, steps, classes, script=not package, share=True)
     said = classes.words() if labels is not None or own is not None and (top_k, threshold) != (5, 0.) else None
     card = make_card(model, artifact.dim, decode, training, variant.changes(), steps.words(), said) | {'tensors_sha256': sha256(tensors(artifact)), 'records_sha256': '0' * 64} | ({'graphs': list(graphs)} if graphs else {})
     if graphs and (why := waits(artifact)): raise ValueError(f'graphs: {why}')
@@ -346,6 +358,8 @@ def export(
         if onnx_files: add_files(graphs)
         if package: save_package(artifact, temporary, card, cpu)
         else: save(quietly(torch.jit.script, artifact), temporary, artifact.identity)
+        del artifact
+        give_back()
         report = verify(temporary, model, texts, images, fresh, cpp, (0, 1, 3, 64), samples, steps, labels if own is None else None, templates, device,
                         graphs if onnx else None)
         report.path = path

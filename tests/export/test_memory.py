@@ -1,0 +1,156 @@
+"How many copies of a model's weights there are: while it is exported, in the file, and in a process that has loaded it."
+import gc
+import importlib
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from mmembed.core import quietly
+from mmembed.export.artifact import assemble, save, size_of
+from mmembed.export.variants import Int8Embedding, Variant, int8_linear, prepared, with_linear_attention
+from mmembed.opening import prepack, read_card
+from mmembed.packaged import opened
+
+from ..helpers import needs_exact_int8
+from . import tiny
+
+
+def towers(artifact): return size_of(artifact.model)
+
+
+def block():
+    "A block that attends with torch's own module, as open_clip's and torchvision's do."
+    from torchvision.models.vision_transformer import EncoderBlock
+    return EncoderBlock(2, 32, 64, 0., 0.).eval()
+
+
+def test_an_export_has_the_weights_of_the_model_and_no_copies():
+    model = tiny.model()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    own, shared, copied = size_of(model), towers(assemble(model, share=True)), towers(assemble(model))
+    new = sum(n for at, n in shared.items() if at not in own)
+    assert new < .1 * sum(shared.values()) and not own.keys() & copied.keys()
+    assert all(p.requires_grad for p in model.parameters()) and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize('v', [Variant(precision='bf16'), Variant(quantize='int8'), Variant(attention='math')], ids=str)
+def test_a_variant_of_shared_weights_leaves_the_model_as_it_is(v):
+    if v.quantize: needs_exact_int8()
+    model = tiny.model()
+    before = {k: (v.clone(), v.data_ptr()) for k, v in model.state_dict().items()}
+    prepared(model, v, kernels=True, share=True)
+    assert all(torch.equal(v, before[k][0]) and v.data_ptr() == before[k][1] and v.dtype == before[k][0].dtype for k, v in model.state_dict().items())
+
+
+def test_attention_made_of_linear_layers_shares_its_weights():
+    tower = nn.Sequential(block()).requires_grad_(False)
+    own, x = size_of(tower), torch.randn(3, 5, 32)
+    want = tower(x)
+    found = with_linear_attention(tower)
+    assert torch.allclose(found(x), want, atol=1e-5) and size_of(found).keys() <= own.keys() and not any(p.requires_grad for p in found.parameters())
+
+
+def test_layers_that_are_packed_give_up_what_they_were_packed_from():
+    loaded = opened(tiny.artifact(), read_card(tiny.artifact()))
+    for p in loaded.parameters(): p.requires_grad_(True)  # as a file of before has its attention
+    layers = [m for m in loaded.modules() if hasattr(m, 'pack')]
+    held = [StorageWeakRef(m.weight.untyped_storage()) for m in layers]
+    assert held and not any(r.expired() for r in held)
+    if not prepack(loaded): pytest.skip('this torch has no oneDNN')
+    gc.collect()
+    assert all(m.packed.numel() for m in layers) and all(r.expired() for r in held)
+
+
+def test_an_int8_table_is_a_quarter_and_near():
+    torch.manual_seed(0)
+    class Texts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.places, self.capped = nn.Embedding(3000, 64), nn.Embedding(16, 64), nn.Embedding(3000, 64, max_norm=1.)
+            self.out = nn.Linear(64, 8)
+        def forward(self, ids): return self.out(self.words(ids) + self.places(ids % 16))
+    tower, ids = Texts().eval().requires_grad_(False), torch.randint(3000, (4, 7))
+    words, capped, whole = tower.words, tower.capped, sum(size_of(tower.words).values())
+    assert int8_linear(tower, ids) == 1
+    assert isinstance(tower.words, Int8Embedding) and type(tower.places) is nn.Embedding and tower.capped is capped
+    assert sum(size_of(tower.words).values()) < .27 * whole
+    assert nn.functional.cosine_similarity(tower.words(ids), words(ids), dim=-1).min() > .9999
+    scripted = quietly(torch.jit.script, tower.words)
+    assert torch.equal(scripted(ids), tower.words(ids)) and scripted(ids[:0]).shape == (0, 7, 64)
+    words.weight[5] = 0
+    assert not Int8Embedding(words)(torch.tensor([5])).any()
+
+
+def test_a_file_is_written_without_a_copy_in_memory(tmp_path):
+    "A module of 128 MB: the peak of its process while it is saved, over what it had before."
+    if sys.platform != 'linux': pytest.skip('sizes of a process are read from /proc')
+    program = '''
+import re, sys, torch
+from pathlib import Path
+from mmembed.core import quietly
+from mmembed.export.artifact import save
+def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024
+scripted = quietly(torch.jit.script, torch.nn.ModuleList([torch.nn.Linear(1024, 1024) for _ in range(32)]))
+before = peak()
+save(scripted, sys.argv[1], '{}')
+print(peak() - before)
+'''
+    run = subprocess.run([sys.executable, '-W', 'ignore', '-c', program, tmp_path/'m.pt'], capture_output=True, text=True)
+    assert run.returncode == 0 and float(run.stdout) < 64, run
+    assert [p.name for p in tmp_path.iterdir()] == ['m.pt'] and (tmp_path/'m.pt').stat().st_size > 128 << 20
+
+
+@pytest.mark.parametrize('limit', [1000, 2_000_000])
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path, limit):
+    program = '''
+import resource, sys, torch
+from mmembed.core import quietly
+from mmembed.export.artifact import save
+scripted = quietly(torch.jit.script, torch.nn.Linear(1024, 1024))
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+try: save(scripted, sys.argv[1], '{}')
+except OSError as e: print(e.strerror, e.filename == sys.argv[1])
+'''
+    run = subprocess.run([sys.executable, '-W', 'ignore', '-c', program, tmp_path/'m.pt', str(limit)], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout == 'File too large True\n', run
+    assert not [p for p in tmp_path.iterdir() if p.stat().st_size]
+
+
+def test_what_torchs_writer_cannot_write_is_an_error_afterwards(tmp_path):
+    "Its first pass had room; the disk fills during the second."
+    module = importlib.import_module('mmembed.export.artifact')
+    scripted = quietly(torch.jit.script, nn.Linear(512, 512))
+    class Full:
+        def __init__(self, file): self.file, self.left = file, 200_000
+        def write(self, data):
+            self.left -= len(data)
+            if self.left < 0: raise OSError(28, 'No space left on device')
+            self.file.write(data)
+        def flush(self): self.file.flush()
+    real = module._Out.__init__
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(module._Out, '__init__', lambda self, file: real(self, Full(file)))
+        with pytest.raises(OSError, match='No space left on device'): save(scripted, tmp_path/'m.pt', '{}')
+    assert not (tmp_path/'m.pt.rough').exists()
+
+
+def test_the_artifact_is_let_go_before_another_process_loads_it(monkeypatch):
+    module, held = importlib.import_module('mmembed.export.verify'), []
+    real_opened, real_fresh = module.opened, module.fresh_answers
+    def watched(*args, **kwargs):
+        found = real_opened(*args, **kwargs)
+        held.append(weakref.ref(found))
+        return found
+    def asked(*args, **kwargs):
+        gc.collect()
+        assert held and not any(r() for r in held)
+        held.append(None)
+        return real_fresh(*args, **kwargs)
+    monkeypatch.setattr(module, 'opened', watched)
+    monkeypatch.setattr(module, 'fresh_answers', asked)
+    assert module.verify(tiny.artifact(), tiny.model(), cpp=False).ok and held[-1] is None
