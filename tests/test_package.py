@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from mmembed.export import cases
+
+from .export import tiny
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -149,3 +153,37 @@ def test_extras_are_declared():
             tops = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             strange |= {(p.name, t.split('.')[0]) for t in tops if t.split('.')[0] not in known | own}
     assert strange == set()
+
+
+HEAVY = (*(m for m in LATE if m != 'torch'), 'mmembed.train', 'mmembed.models', 'mmembed.export', 'mmembed.text', 'mmembed.demo')  # beside torch, what a cold start could wait for
+
+
+def loaded_by(program, *args):
+    "Those of `HEAVY` that a process has imported at its end, and what it printed before."
+    told = f"{program}\nimport sys; print([m for m in {HEAVY!r} if m in sys.modules])"
+    done = python('-W', 'ignore', '-c', told, *args)
+    assert done.returncode == 0, done.stderr[-1000:]
+    said, _, found = done.stdout.strip().rpartition('\n')
+    return said, set(ast.literal_eval(found))
+
+
+def test_a_search_imports_its_index_and_what_runs_a_file(tmp_path):
+    "No trainer, tokenizer's reference, server, or reader of images; pandas where LanceDB's own import finds it."
+    pytest.importorskip('lancedb')
+    for i, content in enumerate(list(cases.images().values())[:3]): (tmp_path/f'{i}.jpg').write_bytes(content)
+    built = python('-m', 'mmembed', 'index', 'build', str(tiny.artifact()), str(tmp_path), '-o', str(tmp_path/'x.idx'))
+    assert built.returncode == 0, built.stderr
+    said, found = loaded_by('import sys; from mmembed.cli import main; main(["search", sys.argv[1], "a red circle"])', str(tmp_path/'x.idx'))
+    assert said.count('.jpg') == 3 and found <= {'lancedb', 'pyarrow', 'pandas'}
+
+
+def test_a_service_imports_its_server_and_what_runs_a_file():
+    "No gRPC without its port, no LanceDB without an index."
+    program = '''
+import sys
+from mmembed.serve.server import Config, Service, app
+service = Service(Config(sys.argv[1]), lambda why: None)
+app(service)
+service.close()
+'''
+    assert loaded_by(program, str(tiny.artifact()))[1] <= {'fastapi', 'PIL'}

@@ -182,7 +182,7 @@ class Artifact(Served):
         done: list[Tensor] = []
         for p in pixels.split(slab):
             p = self.normalized(p)
-            if p.shape[0] > 0: done.append(self.model.encode_image(p))  # called in one place: TorchScript has every call in its graph, four times over
+            if p.shape[0] > 0: done.append(self.model.encode_image(p))
         return torch.cat(done) if len(done) > 0 else self.none()
 
     def none(self) -> Tensor:

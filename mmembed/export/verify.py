@@ -205,7 +205,7 @@ def verify(
     asked = {'texts': [as_bytes(t) for t in cases.texts()] + [pack([t])[0] for t in texts],
              'images': built_in + [x if isinstance(x, Tensor) else as_bytes(x) for x in images], 'sizes': list(sizes)}
     if decode: register_image_ops()
-    loaded, stage = opened(path, card), 'compiled' if 'compiled' in card else 'artifact'
+    stage = 'compiled' if 'compiled' in card else 'artifact'
     pairs = 'labels' in card
     classes = None if pairs or labels is None else read_classes(labels, tuple(templates))
     exe, notes = _cpp_host(cpp), [] if fresh else ['fresh process']
@@ -214,10 +214,12 @@ def verify(
     threads, profiling = torch.get_num_threads(), torch._C._jit_set_profiling_mode(False)  # as every host has it; by itself TorchScript recompiles in the first calls
     torch.set_num_threads(1)  # the answers are many small operations, and every host is to work alike
     try:
+        want = answers(Eager(model, variant, steps, classes), **asked) if model else {}
+        give_back()  # what that took, before the artifact comes to lie beside the model
+        loaded = opened(path, card)
         rows = _integrity(loaded, card, model, decode, steps, path, notes)
         got = answers(loaded, **asked)
         give_back()
-        want = answers(Eager(model, variant, steps, classes), **asked) if model else got
         skips = () if not model or classes or pairs or 'classes' not in card else ('labels', 'class probability')
         if skips: notes.append('artifact: labels, which verify was not given')
         if model: rows += _compare(stage, want, lambda: got, variant, skips)
