@@ -1,4 +1,4 @@
-"How many copies of a model's weights there are: while it is exported, in the file, and in a process that has loaded it."
+"How many copies of a model's weights there are: in an export, in the file, and in a process that has loaded it."
 import gc
 import importlib
 import subprocess
@@ -35,16 +35,19 @@ def test_an_export_has_the_weights_of_the_model_and_no_copies():
     own, shared, copied = size_of(model), towers(assemble(model, share=True)), towers(assemble(model))
     new = sum(n for at, n in shared.items() if at not in own)
     assert new < .1 * sum(shared.values()) and not own.keys() & copied.keys()
-    assert all(p.requires_grad for p in model.parameters()) and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 @pytest.mark.parametrize('v', [Variant(precision='bf16'), Variant(quantize='int8'), Variant(attention='math')], ids=str)
 def test_a_variant_of_shared_weights_leaves_the_model_as_it_is(v):
     if v.quantize: needs_exact_int8()
     model = tiny.model()
-    before = {k: (v.clone(), v.data_ptr()) for k, v in model.state_dict().items()}
+    before = {k: (x, x.clone(), x.data_ptr()) for k, x in model.state_dict().items()}
     prepared(model, v, kernels=True, share=True)
-    assert all(torch.equal(v, before[k][0]) and v.data_ptr() == before[k][1] and v.dtype == before[k][0].dtype for k, v in model.state_dict().items())
+    for k, x in model.state_dict().items():
+        _, value, at = before[k]
+        assert x.dtype == value.dtype and x.data_ptr() == at and torch.equal(x, value), k
 
 
 def test_attention_made_of_linear_layers_shares_its_weights():
@@ -52,7 +55,8 @@ def test_attention_made_of_linear_layers_shares_its_weights():
     own, x = size_of(tower), torch.randn(3, 5, 32)
     want = tower(x)
     found = with_linear_attention(tower)
-    assert torch.allclose(found(x), want, atol=1e-5) and size_of(found).keys() <= own.keys() and not any(p.requires_grad for p in found.parameters())
+    assert torch.allclose(found(x), want, atol=1e-5)
+    assert size_of(found).keys() <= own.keys() and not any(p.requires_grad for p in found.parameters())
 
 
 def test_layers_that_are_packed_give_up_what_they_were_packed_from():
@@ -71,7 +75,8 @@ def test_an_int8_table_is_a_quarter_and_near():
     class Texts(nn.Module):
         def __init__(self):
             super().__init__()
-            self.words, self.places, self.capped = nn.Embedding(3000, 64), nn.Embedding(16, 64), nn.Embedding(3000, 64, max_norm=1.)
+            self.words, self.places = nn.Embedding(3000, 64), nn.Embedding(16, 64)
+            self.capped = nn.Embedding(3000, 64, max_norm=1.)
             self.out = nn.Linear(64, 8)
         def forward(self, ids): return self.out(self.words(ids) + self.places(ids % 16))
     tower, ids = Texts().eval().requires_grad_(False), torch.randint(3000, (4, 7))
@@ -100,7 +105,8 @@ before = peak()
 save(scripted, sys.argv[1], '{}')
 print(peak() - before)
 '''
-    run = subprocess.run([sys.executable, '-W', 'ignore', '-c', program, tmp_path/'m.pt'], capture_output=True, text=True)
+    command = [sys.executable, '-W', 'ignore', '-c', program, tmp_path/'m.pt']
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0 and float(run.stdout) < 64, run
     assert [p.name for p in tmp_path.iterdir()] == ['m.pt'] and (tmp_path/'m.pt').stat().st_size > 128 << 20
 
@@ -116,7 +122,8 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 try: save(scripted, sys.argv[1], '{}')
 except OSError as e: print(e.strerror, e.filename == sys.argv[1])
 '''
-    run = subprocess.run([sys.executable, '-W', 'ignore', '-c', program, tmp_path/'m.pt', str(limit)], capture_output=True, text=True)
+    command = [sys.executable, '-W', 'ignore', '-c', program, tmp_path/'m.pt', str(limit)]
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout == 'File too large True\n', run
     assert not [p for p in tmp_path.iterdir() if p.stat().st_size]
 
