@@ -156,8 +156,8 @@ def run(folder, names):
         if not (folder/f'{name}.json').exists(): continue
         most = json.loads((folder/f'{name}.json').read_text())
         beyond = (most['peak'] - torch['resident']) / weights
-        print(f"export of {name}: peak {most['peak']:,.0f} MB, {most['peak'] / weights:.2f} of the weights, {beyond:.2f} "
-              f"beyond torch; anonymous memory of all its processes {most['tree']:,.0f} MB")
+        print(f"export of {name}: peak {most['peak']:,.0f} MB, {most['peak'] / weights:.2f} of the weights, "
+              f"{beyond:.2f} beyond torch; anonymous memory of all its processes {most['tree']:,.0f} MB")
     heads = ['process', 'after', 'MB resident', 'private', 'peak', 'beyond torch', 'of the weights']
     return dict(command='python -m benchmarks.memory run', records=dict(columns=heads, rows=rows))
 
@@ -187,7 +187,8 @@ def cold(folder, rounds):
     index, path = folder/'cold.idx', folder/'fp32.pt'
     if not index.exists():
         with tempfile.TemporaryDirectory() as d:
-            for i in range(8): Image.effect_noise((64, 64), 10 * i).convert('RGB').save(f'{d}/{i}.png')
+            for i in range(8):
+                Image.effect_noise((64, 64), 10 * i).convert('RGB').save(f'{d}/{i}.png')
             build = [*PYTHON, '-m', 'mmembed', 'index', 'build', str(path), d, '-o', str(index)]
             subprocess.run(build, check=True)
     found = {'import torch': [], 'mmembed search': [], 'mmembed serve': []}
