@@ -34,6 +34,7 @@
 #include <exception>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <map>
 #include <memory>
 #include <regex>
@@ -50,6 +51,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/Version.h>
+#include <ATen/cpu/Utils.h>
 #include <ATen/autocast_mode.h>
 #include <caffe2/serialize/file_adapter.h>
 #include <caffe2/serialize/in_memory_adapter.h>
@@ -516,6 +518,50 @@ struct AutocastOff {
   }
 };
 
+// Whether this processor has the instructions for "bf16" or "fp16", and torch's oneDNN uses them; true where that is not known.
+inline bool multiplies(const std::string& precision) {
+#if defined(__x86_64__)
+  if (precision != "bf16" && precision != "fp16") return true;
+  const auto found = at::cpu::get_cpu_capabilities();
+  auto has = [&](const std::string& name) {
+    const auto at = found.find(name);
+    return at != found.end() && at->second.isBool() && at->second.toBool();
+  };
+  if (!at::hasMKLDNN() || (!has("avx512_" + precision) && !has("amx_" + precision))) return false;
+  const auto op = c10::Dispatcher::singleton().findSchema({"mkldnn::_is_mkldnn_" + precision + "_supported", ""});
+  return op && op->typed<bool()>().call();
+#else
+  return true;
+#endif
+}
+
+// The tower computes in float32 from now on: its weights, and what tracing wrote down of their type. Not after its first call.
+inline void widen(torch::jit::Module tower) {
+  const auto half = [](at::ScalarType t) { return t == torch::kHalf || t == torch::kBFloat16; };
+  tower.to(torch::kFloat);
+  std::function<void(torch::jit::Graph&, torch::jit::Block*)> visit = [&](torch::jit::Graph& graph, torch::jit::Block* block) {
+    for (torch::jit::Node* node : block->nodes()) {
+      for (torch::jit::Block* inner : node->blocks()) visit(graph, inner);
+      if (node->kind() == torch::jit::prim::Constant && node->output()->type()->isSubtypeOf(*c10::TensorType::get())) {
+        const auto value = torch::jit::toIValue(node->output());
+        if (value && value->isTensor() && half(value->toTensor().scalar_type()))
+          node->t_(torch::jit::attr::value, value->toTensor().to(torch::kFloat));
+      }
+      const auto* schema = node->maybeSchema();
+      for (size_t i = 0; schema && i < node->inputs().size() && i < schema->arguments().size(); ++i) {
+        const auto value = torch::jit::toIValue(node->input(i));
+        if (schema->arguments()[i].name() != "dtype" || !value || !value->isInt() || !half(static_cast<at::ScalarType>(value->toInt()))) continue;
+        torch::jit::WithInsertPoint here(node);
+        node->replaceInput(i, graph.insertConstant(static_cast<int64_t>(torch::kFloat)));
+      }
+    }
+  };
+  for (torch::jit::Module part : tower.modules()) {
+    if (part.hasattr("dtype") && part.attr("dtype").isInt()) part.setattr("dtype", static_cast<int64_t>(torch::kFloat));
+    for (const auto& method : part.get_methods()) visit(*method.graph(), method.graph()->block());
+  }
+}
+
 // A loaded artifact, scripted or compiled. Calls are const and may come from several threads; what they return lies on the CPU.
 class Embedder {
  public:
@@ -564,6 +610,10 @@ class Embedder {
       throw Error(path + " cannot be loaded: " + (lacks ? "its towers call oneDNN, which this torch lacks; export it with portable=True" : reason(e)));
     }
     module_.eval();
+    if (const std::string precision = card_field(card_, "precision"); options_.device.is_cpu() && !compiled && !multiplies(precision)) {
+      auto net = module_.attr("model").toModule().attr("net").toModule();
+      for (const char* name : {"text", "image"}) widen(net.attr(name).toModule());
+    }
     if (options_.device.is_cpu() && at::hasMKLDNN())
       for (const auto& layer : module_.modules())  // weights in oneDNN's order for this processor, once
         if (layer.find_method("pack")) layer.get_method("pack")(std::vector<torch::jit::IValue>{});

@@ -128,7 +128,7 @@ def measure(
                                      added=wall / tower_wall - 1, added_cpu=cpu / tower_cpu - 1))
     finally: torch.set_num_threads(before)
     return dict(artifact=emb.card['short_hash'], machine=dict(cores=os.cpu_count(), torch=torch.__version__, capability=torch.backends.cpu.get_cpu_capability(),
-                device=str(emb.device)), rows=rows) | (dict(cold=cold_start(path, device)) if cold else {})
+                device=str(emb.device), computes=emb.computes), rows=rows) | (dict(cold=cold_start(path, device)) if cold else {})
 
 # %% ../nbs/41_bench.ipynb #2de46132
 def cold_start(

@@ -6,7 +6,8 @@ Docs: https://mmembed.github.io/mmembed/opening.html.md"""
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'NEEDED', 'Card', 'read_card', 'records_of', 'records_hash', 'damaged', 'checked',
-           'register_image_ops', 'silence_decoders', 'reason', 'device_of', 'prepack', 'give_back', 'steady', 'named']
+           'register_image_ops', 'silence_decoders', 'reason', 'device_of', 'prepack', 'multiplies', 'widened',
+           'computes', 'give_back', 'steady', 'named']
 
 # %% ../nbs/33_opening.ipynb #7991f72f
 import hashlib
@@ -203,6 +204,51 @@ def prepack(
     with torch.no_grad():  # with gradients, what is packed would keep what it was packed from
         for m in layers: m.pack()
     return len(layers)
+
+# %% ../nbs/33_opening.ipynb #fdb4f560
+def multiplies(
+    precision: str, # 'fp32', 'bf16' or 'fp16'
+) -> bool:
+    "Whether this processor has the instructions, and torch's oneDNN uses them; True for a kind of processor where that is not known."
+    if precision not in ('bf16', 'fp16') or not hasattr(torch.cpu, 'get_capabilities'): return True
+    found = torch.cpu.get_capabilities()
+    if found.get('architecture') != 'x86_64': return True
+    if not torch.backends.mkldnn.is_available() or not found.get(f'avx512_{precision}') and not found.get(f'amx_{precision}'): return False
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() if precision == 'bf16' else torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+def widened(
+    module,     # an artifact, loaded, on the CPU, not called yet; changed in place
+    card: dict, # its identity card
+):
+    "`module` with towers that compute in float32, weights, traced constants and conversions, if it is of a precision that this processor does not multiply."
+    if 'compiled' in card or multiplies(card.get('variant', {}).get('precision', 'fp32')): return module
+    half, float32 = (torch.float16, torch.bfloat16), 6  # TorchScript has numbers for types: 5 and 15 for these two
+    def dtype(use): return use.user.kind().startswith('aten::') and torch._C.parse_schema(use.user.schema()).arguments[use.offset].name == 'dtype'
+    for part in (p for name in ('text', 'image') for p in getattr(module.model.net, name).to(torch.float32).modules()):
+        if getattr(part, 'dtype', None) in (5, 15): part.dtype = float32
+        for graph in (part._c._get_method(m).graph for m in part._c._method_names()):
+            for node in list(graph.findAllNodes('prim::Constant', True)):
+                kind = node.output().type().str()
+                if kind == 'Tensor' and node.t('value').dtype in half: node.t_('value', node.t('value').float())
+                if kind != 'int' or node.i('value') not in (5, 15): continue
+                for use in filter(dtype, list(node.output().uses())):
+                    graph.setInsertPoint(use.user)
+                    use.user.replaceInput(use.offset, graph.insertConstant(float32))
+    return module
+
+def computes(
+    card: dict, # of an artifact
+    module=None, # the artifact, loaded and packed on the CPU
+    device: str | torch.device = 'cpu',
+) -> str:
+    "Say in a line what the towers multiply in, here."
+    variant, compiled = card.get('variant', {}), 'compiled' in card
+    precision, here = variant.get('precision', 'fp32'), torch.backends.cpu.get_cpu_capability()
+    if torch.device(device).type != 'cpu': return variant.get('quantize') or precision
+    if not multiplies(precision): return f'{precision}, emulated: ' * compiled + 'fp32: ' * (not compiled) + f'this processor ({here}) does not multiply {precision}'
+    if 'quantize' not in variant: return precision
+    steps = {m.steps for m in module.modules() if hasattr(m, 'steps') and hasattr(m, 'pack')} if module is not None and not compiled else set()
+    return f'int8, inputs of {7 if 126 in steps else 8} bits by oneDNN ({here})' if max(steps, default=0) > 0 else 'int8'
 
 # %% ../nbs/33_opening.ipynb #4b4367ce
 def give_back():

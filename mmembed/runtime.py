@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .core import ImageInfo, Tokens, filled, lengthened, pack, stack_levels, text_lengths
-from .opening import FORMAT_VERSION, checked, device_of, give_back, prepack, read_card, reason, register_image_ops, silence_decoders, steady
+from .opening import FORMAT_VERSION, checked, computes, device_of, give_back, prepack, read_card, reason, register_image_ops, silence_decoders, steady, widened
 from .inputs import DOT, ahead, as_image, decoders as threads_for, enough, items_of, name_of, pixels_of, rows_of, text_error, tokens_of, watched, whole
 from .results import Encoded, Profile, Ranking, Scored, Similarity, check, failed, plain, policy, ranking, settle, stages
 from .graphs import sizes_of
@@ -64,8 +64,9 @@ class Embedder:
         torch._C._jit_set_profiling_mode(False)  # process-wide; its recompilations make the first calls slow
         self.module = checked(path, self.card, check, lambda: opened(path, self.card, self.device, graphs))
         self.graphs: tuple = getattr(self.module, 'sizes', ())  # batch sizes that are captured; none on a CPU
-        if self.device.type == 'cpu': prepack(self.module)
+        if self.device.type == 'cpu': prepack(widened(self.module, self.card))
         give_back()
+        self.computes = computes(self.card, self.module, self.device) # in what the towers multiply, in a line
         self.dim = self.module.dim
         self.pairs = 'labels' in self.card             # it scores pairs
         self.labels: list[str] = self.module.labels() if hasattr(self.module, 'labels') else []  # what it can say of an item or of a pair; empty without

@@ -9,6 +9,7 @@ __all__ = ['verify', 'info', 'bench']
 
 # %% ../../nbs/commands/02_ask.ipynb #b75df2e3
 import json
+import sys
 
 from fastcore.script import store_true
 
@@ -44,8 +45,9 @@ def info(
     """Print the identity card of an exported file, as JSON, without running the model.
 
     mmembed info model.pt"""
-    from mmembed.runtime import read_card
-    print(json.dumps(read_card(artifact), indent=1, ensure_ascii=False))
+    from mmembed.opening import computes, read_card
+    print(json.dumps(card := read_card(artifact), indent=1, ensure_ascii=False))
+    print(f'computes here: {computes(card)}', file=sys.stderr)
 
 # %% ../../nbs/commands/02_ask.ipynb #e280f341
 def bench(
@@ -66,6 +68,6 @@ def bench(
     from mmembed.bench import measure, table
     whole = lambda name, text: [int(x) if x.strip().isdigit() else _no_number(name, x) for x in text.split(',')]
     found = measure(artifact, data, device, whole('batches', batches), whole('threads', threads), rounds, not no_cold)
-    print(formats.dumps(found, indent=1) if json else table(found))
+    print(formats.dumps(found, indent=1) if json else f"{table(found)}\ncomputes {found['machine']['computes']}")
 
 def _no_number(name: str, x: str): raise ValueError(f'{name} must be whole numbers separated by commas, got {x!r}')

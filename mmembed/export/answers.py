@@ -24,7 +24,7 @@ from . import host
 from .encoder import Encoder, Scorer, unstored
 from .steps import Classes, Same, SameTexts, Steps
 from .variants import Variant, prepared
-from ..opening import named, read_card, reason, register_image_ops
+from ..opening import multiplies, named, read_card, reason, register_image_ops, widened
 from ..packaged import Packaged, opened
 
 # %% ../../nbs/export/04a_answers.ipynb #ef797f09
@@ -79,6 +79,9 @@ class Eager:
         classes: Classes | None = None, # for a DualEncoder with labels
     ):
         net, self.tp, self.vp, self.variant = prepared(model, variant, share=True)
+        if not multiplies(variant.precision):  # in float32, as the file does here
+            for tower in (net.text.float(), net.image.float()):
+                if hasattr(tower, 'dtype'): tower.dtype = torch.float32
         self.before_text, self.before_image = steps.before_text or SameTexts(), steps.before_image or Same()
         pairs = hasattr(model, 'labels')
         self.names = list(model.labels) if pairs else classes.names if classes else []
@@ -122,13 +125,14 @@ def program() -> str:
     "What the fresh process runs."
     head = ("import sys\nsys.modules['mmembed'] = None  # any import of it fails\nimport importlib.util, io, json, re, tempfile, warnings, zipfile\n"
             "from collections.abc import Iterator\nfrom contextlib import contextmanager\nfrom pathlib import Path\nimport torch\nfrom torch import Tensor\n")
-    return head + '\n'.join(inspect.getsource(f) for f in (register_image_ops, reason, named, quietly, Packaged, opened, answers)) + '''
+    return head + '\n'.join(inspect.getsource(f) for f in (register_image_ops, reason, named, quietly, multiplies, widened, Packaged, opened, answers)) + '''
 path, card, asked, told, decode, threads, device = sys.argv[1:]
 torch.set_num_threads(int(threads))
 if decode == 'True': register_image_ops()
 torch._C._jit_set_profiling_mode(False)
 asked = torch.load(asked)
-torch.save(answers(opened(path, json.loads(card), device), **asked), told)
+found = opened(path, card := json.loads(card), device)
+torch.save(answers(widened(found, card) if device == 'cpu' else found, **asked), told)
 '''
 
 # %% ../../nbs/export/04a_answers.ipynb #f1ef0587
@@ -141,7 +145,7 @@ def fresh(
     "The answers of a new process; raises `RuntimeError` with its last line when it fails."
     with tempfile.TemporaryDirectory() as d:
         torch.save(asked, f'{d}/asked.pt')
-        card = json.dumps({k: v for k, v in read_card(path).items() if k in ('compiled', 'image_size')})
+        card = json.dumps({k: v for k, v in read_card(path).items() if k in ('compiled', 'image_size', 'variant')})
         args = path, card, f'{d}/asked.pt', f'{d}/told.pt', str(decode), str(torch.get_num_threads()), device
         done = subprocess.run([sys.executable, '-I', '-W', 'ignore', '-c', program(), *args],
                               capture_output=True, text=True, errors='replace', cwd=d)

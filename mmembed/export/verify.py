@@ -36,7 +36,7 @@ from .onnxhost import rows as onnx_rows
 from .steps import Steps, read_classes, tried
 from .variants import SAME, Variant, bounds
 from ..graphs import Captured, sizes_of
-from ..opening import give_back, read_card, reason, records_hash, records_of, register_image_ops
+from ..opening import give_back, read_card, reason, records_hash, records_of, register_image_ops, widened
 from ..packaged import opened
 
 # %% ../../nbs/export/05_verify.ipynb #285496c7
@@ -218,6 +218,7 @@ def verify(
         give_back()  # what that took, before the artifact comes to lie beside the model
         loaded = opened(path, card)
         rows = _integrity(loaded, card, model, decode, steps, path, notes)
+        loaded = widened(loaded, card)
         got = answers(loaded, **asked)
         give_back()
         skips = () if not model or classes or pairs or 'classes' not in card else ('labels', 'class probability')

@@ -11,11 +11,13 @@ import torch
 
 from mmembed import load
 from mmembed.core import quietly
-from mmembed.export.variants import Int8Linear, int8_steps
+from mmembed.export.variants import PRECISIONS, SAME, Int8Linear, int8_steps
+from mmembed.export.verify import export
 from mmembed.opening import prepack
 
 from ..helpers import instruction_sets
 from . import tiny
+from .test_accelerate import traced
 
 AVX2 = dict(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_ENABLE_INSTRUCTIONS='AVX2')
 PROGRAM = '''
@@ -53,13 +55,14 @@ with torch.no_grad():
 folder = Path(sys.argv[1])
 images = [torch.randint(0, 256, (3, 50, 60), dtype=torch.uint8) for _ in range(3)]
 def digest(*tensors): return hashlib.sha256(b''.join(t.numpy().tobytes() for t in tensors)).hexdigest()
-options = {'fp32': {}, 'int8': dict(quantize='int8', deterministic=4)}
+options = {'fp32': {}, 'bf16': dict(precision='bf16'), 'int8': dict(quantize='int8', deterministic=4)}
 for name, how in options.items():
     if not (folder/f'{name}.pt').exists(): told['verified ' + name] = export(tiny.model(), folder/f'{name}.pt', fresh=name == 'int8', cpp=False, **how).ok
     emb = mm.load(folder/f'{name}.pt')
     a, b, ids = emb.encode_text(texts), emb.encode_image(images), emb.tokenize(texts)
     told[name] = {'digest': digest(a, b), 'ids': digest(*ids)}
     told[name]['calls'] = called(emb.encode_text, texts)
+    told[name]['computes'], told[name]['types'] = emb.computes, sorted({str(p.dtype) for p in emb.module.model.net.text.parameters()})
     told[name]['row'] = emb.encode_text(texts[:1]).equal(a[:1])
 print(json.dumps(told))
 '''
@@ -104,13 +107,34 @@ def test_int8_is_exact_where_pairs_of_products_are_added_in_16_bits(small):
 
 def test_artifacts_are_verified_and_the_same_in_two_processes(small, folder):
     again = asked(folder)
-    for name in 'fp32', 'int8': assert small[f'verified {name}'] and small[name] == again[name]
+    for name in 'fp32', 'bf16', 'int8': assert small[f'verified {name}'] and small[name] == again[name]
     assert small['int8']['row'] and small['int8']['ids'] == small['fp32']['ids']
 
 
 def test_ids_are_those_of_this_processor(small):
     ids, mask = load(tiny.artifact()).tokenize(small['texts'])
     assert small['fp32']['ids'] == hashlib.sha256(ids.numpy().tobytes() + mask.numpy().tobytes()).hexdigest()
+
+
+def test_half_precision_computes_in_float32_where_it_is_emulated(small):
+    assert small['bf16']['types'] == ['torch.float32'] and small['bf16']['calls'] == small['fp32']['calls']
+    assert small['bf16']['computes'] == 'fp32: this processor (AVX2) does not multiply bf16'
+    assert small['fp32']['computes'] == 'fp32' and small['int8']['computes'] == 'int8, inputs of 7 bits by oneDNN (AVX2)'
+
+
+@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
+def test_a_traced_tower_is_widened_with_what_tracing_wrote_down(precision, tmp_path, monkeypatch):
+    "Conversions of BERT's mask, and its constants, are of the type that it was traced in."
+    export(traced(), tmp_path/'m.pt', precision=precision, fresh=False, cpp=False)
+    texts, answers = ['a small red circle', 'a'], {}
+    for own in True, False:
+        monkeypatch.setattr('mmembed.opening.multiplies', lambda p: own)
+        emb = load(tmp_path/'m.pt')
+        answers[own] = emb.encode_text(texts)
+        assert {p.dtype for p in emb.module.model.net.text.parameters() if p.numel()} == {torch.float32 if not own else PRECISIONS[precision]}
+        assert emb.computes.startswith('fp32: ') is not own
+    bound = SAME[precision]
+    torch.testing.assert_close(answers[True], answers[False], atol=bound, rtol=bound)
 
 
 def test_int8_calls_one_kernel_here():
