@@ -215,9 +215,8 @@ class TextPipeline(nn.Module):
         own: list[int] = pieces[:self.max_length - len(before) - len(after)].tolist()
         own = before + own + after
         rest = self._width(len(own)) - len(own)
-        row = torch.tensor(own + [self.pad_id] * rest, dtype=torch.int64, device=pieces.device)
-        marks = torch.tensor([1] * len(own) + [0] * rest, dtype=torch.int64, device=pieces.device)
-        return Tokens(row.unsqueeze(0), marks.unsqueeze(0))
+        row, marks = torch.tensor(own + [self.pad_id] * rest, dtype=torch.int64), torch.tensor([1] * len(own) + [0] * rest, dtype=torch.int64)
+        return Tokens(row.to(pieces.device).unsqueeze(0), marks.to(pieces.device).unsqueeze(0))
 
     def _most(self, count: Tensor) -> int: return int(count.max())
 
