@@ -48,6 +48,7 @@ def run(words): assert main([*words, *SMALL] if words[0] == 'train' else words) 
 def compiles(words): return '--cpp' in words or '--compiled' in words
 
 
+@pytest.mark.weekly
 def test_the_commands_of_the_readme_in_their_order(here, capsys):
     ran = [words for words in of_readme() if words[0] not in STAY and not compiles(words)]
     assert {w[0] for w in ran} == {'train', 'export', 'embed', 'index', 'search'} and sum('--onnx' in w for w in ran) == 2
