@@ -31,7 +31,7 @@ def prepare(folder, quick=False):
     from benchmarks.fuzz_bpe import gpt2_tokenizer
     from benchmarks.fuzz_text import minilm
     from mmembed.text.learn import learn_words
-    lines, size = (texts()[:3000], 2000) if quick else (texts(), SIZE)
+    lines, size = (texts()[:3000], 4000) if quick else (texts(), SIZE)
     if minilm(): minilm().save(str(folder/'wordpiece.json'))
     gpt2_tokenizer(lines, size).save(str(folder/'bpe.json'))
     (folder/'words.json').write_text(json.dumps(learn_words(lines, size)))

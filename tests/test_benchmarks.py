@@ -68,6 +68,7 @@ def small(command):
     program, words = parted(command)
     for peers, given in (('--matxscript', 2), ('--peers', 1)):  # interpreters of environments of their own
         if peers in words: del words[words.index(peers):words.index(peers) + 1 + given]
+    words = [w for w in words if w != '--peer' and not w.endswith('=ENV/bin/python')]
     words = [STANDS_FOR.get(w, w) for w in words if w not in ('--clip', '...')]
     if program == 'embed' and '--model' in words: words[words.index('--model') + 1] = 'artifacts/quickstart.pt'
     place = [f'benchmarks/{program}.py'] if 'benchmarks/' in command.split()[1] else ['-m', f'benchmarks.{program}']
