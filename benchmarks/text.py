@@ -144,7 +144,7 @@ def matxscript(args, words, *options):
 
 
 def forms(tp):
-    "Our contestants for one pipeline; the first as the C++ header calls it, frozen and in inference mode."
+    "Our contestants for one pipeline; the first frozen, in inference mode and by `ids_and_mask`, which gives Python a plain tuple."
     tp = tp.eval()
     scripted = quietly(torch.jit.script, tp)
     frozen = quietly(torch.jit.freeze, scripted, preserved_attrs=['ids_and_mask'])

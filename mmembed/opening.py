@@ -245,7 +245,8 @@ def computes(
     variant, compiled = card.get('variant', {}), 'compiled' in card
     precision, here = variant.get('precision', 'fp32'), torch.backends.cpu.get_cpu_capability()
     if torch.device(device).type != 'cpu': return variant.get('quantize') or precision
-    if not multiplies(precision): return f'{precision}, emulated: ' * compiled + 'fp32: ' * (not compiled) + f'this processor ({here}) does not multiply {precision}'
+    if not multiplies(precision):
+        return f"{f'{precision}, emulated' if compiled else 'fp32'}: this processor ({here}) does not multiply {precision}"
     if 'quantize' not in variant: return precision
     steps = {m.steps for m in module.modules() if hasattr(m, 'steps') and hasattr(m, 'pack')} if module is not None and not compiled else set()
     return f'int8, inputs of {7 if 126 in steps else 8} bits by oneDNN ({here})' if max(steps, default=0) > 0 else 'int8'

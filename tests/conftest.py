@@ -1,4 +1,3 @@
-import ctypes
 import json
 import logging
 import os
@@ -18,6 +17,8 @@ os.environ.setdefault('OMP_NUM_THREADS', str(max(1, cores // workers)))  # worke
 
 import pytest
 import torch
+
+from mmembed.opening import give_back
 
 from .helpers import SHARED, instruction_sets
 
@@ -57,7 +58,7 @@ def pytest_runtest_teardown(item, nextitem):
         for made in vars(item.module).values():
             if hasattr(made, 'cache_clear') and made.__module__ == item.module.__name__: made.cache_clear()
     if over or resident() > Spent.resident + (500 << 20):
-        if hasattr(libc := ctypes.CDLL(None), 'malloc_trim'): libc.malloc_trim(0)
+        give_back()
         Spent.resident = resident()
 
 

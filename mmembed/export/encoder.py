@@ -75,7 +75,7 @@ class Encoder(nn.Module):
         done: list[Tensor] = []
         for i in range(0, pixels.shape[0], rows):
             part = pixels[i:i+rows]
-            x = self.net.encode_image(filled(part, rows) if self.rows > 0 else part)  # the one call: TorchScript writes each out, four times over
+            x = self.net.encode_image(filled(part, rows) if self.rows > 0 else part)  # the one call: TorchScript writes each out, in several copies
             done.append(self.finish(x)[:part.shape[0]])
         return torch.cat(done)
 

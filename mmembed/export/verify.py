@@ -224,7 +224,7 @@ def verify(
         skips = () if not model or classes or pairs or 'classes' not in card else ('labels', 'class probability')
         if skips: notes.append('artifact: labels, which verify was not given')
         if model: rows += _compare(stage, want, lambda: got, variant, skips)
-        own = _loaded_rows(loaded, model, path, card, asked, got, variant, steps, device, onnx, notes)
+        own = _rows_here(loaded, model, path, card, asked, got, variant, steps, device, onnx, notes)
         del loaded  # other processes load it now: twice at once is more than a machine may have
         give_back()
         if fresh: rows += _compare('fresh process', got, lambda: fresh_answers(path, asked, decode), variant)
@@ -243,7 +243,7 @@ def _cpp_host(cpp) -> Path | str: # the program, or why it is not asked
     exe = host.built() if cpp is None else Path(cpp) if isinstance(cpp, (str, Path)) else host.build() if cpp else None
     return exe or ('c++: ' + ('not asked for' if cpp is False else 'no host is built; pass cpp=True to build it'))
 
-def _loaded_rows(loaded, model, path: Path, card: dict, asked: dict, got: dict, variant: Variant, steps: Steps, device: str, onnx, notes: list[str]) -> dict: # by stage
+def _rows_here(loaded, model, path: Path, card: dict, asked: dict, got: dict, variant: Variant, steps: Steps, device: str, onnx, notes: list[str]) -> dict: # by stage
     "What is compared in this process, with the artifact that is loaded here."
     rows = {'onnx': onnx_rows(onnx, loaded, asked, got, card) if onnx else []}
     if 'graphs' in card:
