@@ -75,13 +75,26 @@ def read_card(
 # %% ../nbs/33_opening.ipynb #a5b2ad55
 def records_of(
     file: str | Path | BinaryIO, # an artifact
-) -> Iterator[tuple[str, bytes]]:
+    reuse: bool = False, # contents lie in one buffer, which the next record overwrites: for files as large as the memory
+) -> Iterator[tuple[str, bytes | memoryview]]:
     "Yield every record's name, without the archive's own folder, and its content; raises `zipfile.BadZipFile` where a record's CRC is wrong."
     with zipfile.ZipFile(file) as z:
-        for info in z.infolist(): yield info.filename.partition('/')[2], z.read(info)
+        buffer = memoryview(bytearray(max((i.file_size for i in z.infolist()), default=0) if reuse else 0))
+        for info in z.infolist():
+            name = info.filename.partition('/')[2]
+            if not reuse: yield name, z.read(info)
+            else:
+                with z.open(info) as record: at = _filled(record, buffer)
+                if at != info.file_size: raise zipfile.BadZipFile(f'{name} is cut off')
+                yield name, buffer[:at]
+
+def _filled(source, buffer) -> int: # a megabyte at a time: a record that is read whole leaves a hole of its size in malloc's heap
+    at = 0
+    while data := source.read(1 << 20): buffer[at:at + len(data)], at = data, at + len(data)
+    return at
 
 def records_hash(
-    records: Iterable[tuple[str, bytes]], # names and contents, in any order
+    records: Iterable[tuple[str, bytes | memoryview]], # names and contents, in any order
 ) -> str:
     """SHA-256 over the names and contents of all records of an artifact, its card included.
 
@@ -90,7 +103,7 @@ def records_hash(
     for name, data in records:
         if name == '.data/serialization_id': continue
         if name == 'mmembed/rest.pt': data = records_hash(records_of(io.BytesIO(data))).encode()  # an archive in a package, with the same card
-        elif name in ('extra/card.json', 'data.pkl'): data = re.sub(rb'("records_sha256": ")[0-9a-f]{64}(?=")', rb'\g<1>' + b'0' * 64, data)
+        elif name in ('extra/card.json', 'data.pkl'): data = re.sub(rb'("records_sha256": ")[0-9a-f]{64}(?=")', rb'\g<1>' + b'0' * 64, bytes(data))
         lines.append(f'{hashlib.sha256(data).hexdigest()} {name}\n')
     return hashlib.sha256(''.join(sorted(lines)).encode()).hexdigest()
 
@@ -112,7 +125,7 @@ def checked(
     "What `load` returns; raises `ValueError` where the file is not as it was written."
     def tell(record: str): raise ValueError(f'{path} is damaged: {record} is not as it was written; copy it anew, or export it again') from None
     if check and 'records_sha256' in card:
-        try: found = records_hash(records_of(path))
+        try: found = records_hash(records_of(path, reuse=True))
         except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError): tell(damaged(path) or 'a record')
         if found != card['records_sha256']: tell('a record, of code or data,')
     elif check and (record := damaged(path)): tell(record)

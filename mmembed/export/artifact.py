@@ -23,7 +23,7 @@ from ..core import ImageInfo, Tokens, naming, pack_str, quietly, stack_levels
 from .encoder import Encoder, Scorer, unstored
 from .steps import Classes, Labelled, Same, SameTexts, Steps, best_labels, read_classes, tried
 from .variants import Prepared, Variant, prepared
-from ..opening import named, records_hash
+from ..opening import named, records_hash, records_of
 from ..text.pipeline import TextPipeline
 from ..text.seams import seams
 
@@ -415,7 +415,7 @@ class _Out:
     def write(self, data) -> int:
         try:
             if self.error is None: self.file.write(data)
-        except OSError as e: self.error = e
+        except (OSError, ValueError) as e: self.error = e  # ValueError: the file was closed, by an error of ours
         return len(data)
 
     def check(self):
@@ -435,21 +435,21 @@ def save(
         with naming(path): room_for(rough, sum(size_of(scripted).values()) + (32 << 20))
         with named(rough) as plain:
             quietly(torch.jit.save, scripted, str(plain), _extra_files={'card.json': card})
-            with naming(path): _rewritten(torch._C.PyTorchFileReader(str(plain)), path, json.loads(card).get('records_sha256', '').encode() if own else b'')
+            with naming(path): _rewritten(Path(plain), path, json.loads(card).get('records_sha256', '').encode() if own else b'')
     finally: rough.unlink(missing_ok=True)
 
-def _rewritten(reader, path: Path, old: bytes): # a record at a time: an archive may be as large as the memory
-    kept = [n for n in reader.get_all_records() if not n.endswith('.debug_pkl')]
-    new = records_hash((n, reader.get_record(n)) for n in kept).encode() if old else old
+def _rewritten(plain: Path, path: Path, old: bytes): # a record at a time: an archive may be as large as the memory
+    def kept(): return (r for r in records_of(plain, reuse=True) if not r[0].endswith('.debug_pkl'))
+    new = records_hash(kept()).encode() if old else old
     with open(path, 'wb') as f:
         out = _Out(f)
         writer = torch._C.PyTorchFileWriter(out)
-        version = next(n for n in ('.data/version', 'version') if reader.has_record(n))
-        writer.set_min_version(int(reader.get_record(version)))  # of the operators: an old one is read as they were then
-        for name in kept:
+        for name, record in kept():
+            if name in ('.data/version', 'version'): writer.set_min_version(int(bytes(record)))  # of the operators: an old one is read as they were then
             if name in ('version', 'byteorder') or name.startswith('.data/'): continue  # the writer adds them itself
-            record = reader.get_record(name)
-            if old and name in ('extra/card.json', 'data.pkl'): record = record.replace(old, new)
+            if old and name in ('extra/card.json', 'data.pkl'): record = bytes(record).replace(old, new)
+            elif len(record) < 1 << 20: record = bytes(record)
+            else: record = torch.frombuffer(record, dtype=torch.uint8).untyped_storage()
             writer.write_record(name, record, len(record))
         writer.write_end_of_file()
         out.check()

@@ -176,7 +176,7 @@ def save_package(
         rest = quietly(torch.jit.script, rest)
         try:
             for mark in ('0' * 64, ''): # the second time with the hash of what was written
-                card = card | {'records_sha256': mark or records_hash(records_of(path))}
+                card = card | {'records_sha256': mark or records_hash(records_of(path, reuse=True))}
                 rest.identity = json.dumps(card, indent=1, allow_nan=False)
                 save(rest, inner, rest.identity, own=False)
                 with PT2ArchiveWriter(str(path)) as out:
