@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from benchmarks import begun
 import mmembed as mm
 from mmembed.bench import cold_start, in_turns, samples, sides
 from mmembed.core import Tokens, as_bytes, pack, stack_levels
@@ -398,7 +399,7 @@ def main():
     parser.add_argument('--openvino', help='a folder that `pip install --target FOLDER --no-deps openvino openvino-telemetry` filled')
     parser.add_argument('--data', help='a folder of images and captions.txt; made-up ones by default')
     parser.add_argument('--json', help='the file of results that the figures go into')
-    args = parser.parse_args()
+    args = begun(parser)
     if args.do == 'prepare': prepare(MODELS[args.model](), Path(args.files)/args.model, args.parts.split(',') if args.parts else [])
     elif args.do == 'run': run(args)
     elif args.do == 'work': work(args)

@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import begun
+
 SIZE = 32_000
 
 
@@ -80,7 +82,7 @@ def main():
     parser.add_argument('--one', help=argparse.SUPPRESS)
     parser.add_argument('--folder', type=Path, help='keep the trained vocabularies here and use them again')
     parser.add_argument('--quick', action='store_true', help='few texts, small vocabularies: to see that everything works')
-    args = parser.parse_args()
+    args = begun(parser)
     if args.one: return one(args.folder, args.one)
     with tempfile.TemporaryDirectory() as d:
         folder = args.folder or Path(d)

@@ -1,8 +1,8 @@
 """Milliseconds of CPU of small batches: an artifact, frozen, against the same model as a compiled package. One thread, interleaved rounds.
 
-    python benchmarks/compiled.py model.pt model.pt2                 # what `mmembed export ... --out model.pt --compiled model.pt2` wrote
-    python benchmarks/compiled.py --model small --record             # makes both first: small, clip (ViT-B-32) or bert (MiniLM and ResNet-18), random weights
-    python benchmarks/compiled.py --check                            # packages of a small model in fp32, bf16 and int8, and of pairs, verified
+    python -m benchmarks.compiled model.pt model.pt2                 # what `mmembed export ... --out model.pt --compiled model.pt2` wrote
+    python -m benchmarks.compiled --model small --record             # makes both first: small, clip (ViT-B-32) or bert (MiniLM and ResNet-18), random weights
+    python -m benchmarks.compiled --check                            # packages of a small model in fp32, bf16 and int8, and of pairs, verified
 """
 import argparse
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import begun
 import mmembed as mm
 from mmembed.core import pack, quietly
 
@@ -102,7 +103,7 @@ def main():
     p.add_argument('--seconds', type=float, default=.25, help='of a measurement')
     p.add_argument('--quick', action='store_true', help='of --check: one package')
     p.add_argument('--check', action='store_true', help='verify packages of small models in every precision')
-    a = p.parse_args()
+    a = begun(p)
     if a.check: return check(a.quick)
     if bool(a.model) == (len(a.files) == 2): p.error('name two files, or --model')
     with tempfile.TemporaryDirectory() as d:
@@ -117,7 +118,7 @@ def main():
         if a.record:
             out = Path(__file__).parent/'results'/f'compiled_{a.model}{"_cpp" * a.cpp}.json'
             table = dict(columns=['', 'rows', 'scripted, ms', 'compiled, ms', 'times as fast'], rows=[list(r.values()) for r in rows])
-            out.write_text(json.dumps(dict(kind='plain', command=f'python benchmarks/compiled.py --model {a.model}{" --cpp" * a.cpp} --record', records=table), indent=1) + '\n')
+            out.write_text(json.dumps(dict(kind='plain', command=f'python -m benchmarks.compiled --model {a.model}{" --cpp" * a.cpp} --record', records=table), indent=1) + '\n')
 
 
 if __name__ == '__main__': main()

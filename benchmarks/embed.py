@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import begun
 from mmembed.data.scenes import Scenes
 from mmembed.data.sources import Part, PairsFile
 from mmembed.jobs import embed
@@ -217,7 +218,7 @@ def main():
     parser.add_argument('--net', default='ViT-B-32', help="of open_clip's")
     for name, value in dict(tower_ms=7.66, decode_ms=1.56, share=.95, file_kb=60, dim=512, cores=64).items():
         parser.add_argument('--' + name.replace('_', '-'), type=type(value), default=value)
-    args = parser.parse_args()
+    args = begun(parser)
     if args.what == 'estimate': return estimate(args)
     with tempfile.TemporaryDirectory() as tmp: globals()[args.what](args, Path(tmp))
 

@@ -1,12 +1,12 @@
 """Text-image retrieval on real pictures: 2,895 textbook figures, split by section, the whole held-out part as gallery.
 
-    python benchmarks/figures.py split       # writes benchmarks/figures_split.json (once; it is in the repository)
-    python benchmarks/figures.py baseline    # frozen MobileNetV2 + frozen MiniLM, two-layer heads; and captions dealt out at random
-    python benchmarks/figures.py soup        # the mean of two fine-tuned models
-    python benchmarks/figures.py curves FILE # draws the learning curves of benchmarks/results/learning_curves.json, which finetune writes with the flag `record`
-    python benchmarks/figures.py errors      # what stands first where the right picture does not, before and after
-    python benchmarks/figures.py compare     # frozen against fine-tuned, several seeds each: the same queries, with bootstrap intervals
-    python benchmarks/figures.py finetune    # the same towers, their upper halves trained too; options: epochs, batch, rate, seed, shuffled
+    python -m benchmarks.figures split       # writes benchmarks/figures_split.json (once; it is in the repository)
+    python -m benchmarks.figures baseline    # frozen MobileNetV2 + frozen MiniLM, two-layer heads; and captions dealt out at random
+    python -m benchmarks.figures soup        # the mean of two fine-tuned models
+    python -m benchmarks.figures curves FILE # draws the learning curves of benchmarks/results/learning_curves.json, which finetune writes with the flag `record`
+    python -m benchmarks.figures errors      # what stands first where the right picture does not, before and after
+    python -m benchmarks.figures compare     # frozen against fine-tuned, several seeds each: the same queries, with bootstrap intervals
+    python -m benchmarks.figures finetune    # the same towers, their upper halves trained too; options: epochs, batch, rate, seed, shuffled
 
 With --quick each takes some dozens of pairs and one epoch, to see that it works, and keeps its files in runs/figures-quick/.
 
@@ -24,7 +24,6 @@ from importlib.resources import files
 from pathlib import Path
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch: threads that wait must not spin
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
@@ -366,7 +365,7 @@ def curves(out):
 
 def saved(name):
     "The encoder that a run left."
-    if not (CACHE/f'{name}.pt').is_file(): raise SystemExit(f'{name}.pt is not in {CACHE}: run `python benchmarks/figures.py finetune 6 256 2e-4 SEED` first')
+    if not (CACHE/f'{name}.pt').is_file(): raise SystemExit(f'{name}.pt is not in {CACHE}: run `python -m benchmarks.figures finetune 6 256 2e-4 SEED` first')
     model, state = encoder((projection(384, 256, 512, 0.2), projection(1280, 256, 512, 0.2)), torch.tensor(0.)), torch.load(CACHE/f'{name}.pt')
     model.load_state_dict(state.get('state', state))
     return model.eval()

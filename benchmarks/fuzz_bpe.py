@@ -1,6 +1,6 @@
 """Holds byte-level BPE to open_clip's tokenizer and Hugging Face `tokenizers`, as fuzz_text.py does for WordPiece.
 
-    python benchmarks/fuzz_bpe.py --n 200000
+    python -m benchmarks.fuzz_bpe --n 200000
 
 prints a line a tokenizer and set of texts: texts compared, texts whose ids differ. Exits 1 if any differ. `open_clip` is compared
 on the texts that need none of its guesses (HTML entities, wrongly decoded text); `open_clip, cleaned` on all, after `open_clip_clean`."""

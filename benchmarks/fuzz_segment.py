@@ -1,6 +1,6 @@
 """Holds TextPipeline's Chinese words to `jieba.cut` on random strings, every code point, and (where present) the real corpora.
 
-    python benchmarks/fuzz_segment.py --n 200000
+    python -m benchmarks.fuzz_segment --n 200000
 
 prints a line a mode and corpus: texts compared, texts whose words differ. Exits 1 if any differ."""
 import argparse

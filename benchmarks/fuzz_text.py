@@ -1,6 +1,6 @@
 """Holds TextPipeline to Hugging Face `tokenizers` on random strings, every code point, and (where present) the real corpora.
 
-    python benchmarks/fuzz_text.py --n 200000
+    python -m benchmarks.fuzz_text --n 200000
 
 prints a line a tokenizer and corpus: texts compared, texts whose ids differ. Exits 1 if any differ."""
 import argparse

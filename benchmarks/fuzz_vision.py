@@ -1,7 +1,7 @@
 """Mutated image files through probe and decode: no crash, no hang, bounded memory, and every refusal has a reason.
 
-    python benchmarks/fuzz_vision.py --n 50000
-    python benchmarks/fuzz_vision.py --n 50000 --heic     # nothing but HEIC, through libheif
+    python -m benchmarks.fuzz_vision --n 50000
+    python -m benchmarks.fuzz_vision --n 50000 --heic     # nothing but HEIC, through libheif
 
 Each file is decoded in a child process; the parent notices a child that dies or takes longer than --limit seconds for one
 file, names the file (it can be made again from its number and the seed) and goes on. Exits with 1 if there was any.
@@ -29,7 +29,6 @@ from mmembed.vision.probe import probe
 
 def heic_seeds():
     "The HEIC files of the tests."
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from tests.vision import coded
     return {k: bytes(getattr(coded, k).numpy()) for k in ('HEIC', 'HEIC_ALPHA', 'HEIC_TWO')}
 

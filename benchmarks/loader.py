@@ -1,7 +1,7 @@
 """Who should prepare the batches: this process, worker processes, or threads?
 
-    python benchmarks/loader.py                       # figures (or generated pictures) through a CLIP-sized pipeline
-    python benchmarks/loader.py --workers 0 1 2 4 --size 224 --batch-size 64 --rounds 5
+    python -m benchmarks.loader                       # figures (or generated pictures) through a CLIP-sized pipeline
+    python -m benchmarks.loader --workers 0 1 2 4 --size 224 --batch-size 64 --rounds 5
 
 Each contender runs whole passes over the same rows with the same draws; contenders take turns within a round, and a figure is the
 median over rounds of the ratio to "no workers" in the same round. Two settings: the loader alone, and beside a training
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import begun
 from mmembed.data.loader import _stop
 from mmembed.data.module import PairData
 from mmembed.data.scenes import Scenes
@@ -75,7 +76,7 @@ def main():
     parser.add_argument('--batches', type=int, default=12)
     parser.add_argument('--rounds', type=int, default=3)
     parser.add_argument('--check', action='store_true')
-    args = parser.parse_args()
+    args = begun(parser)
     torch.set_num_threads(1)
     rows, what = source()
     texts = [rows.text(i) for i in range(0, len(rows), 4)]

@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import begun
+
 PARTS = {'fp32': {}, 'int8': {'quantize': 'int8'}, 'onnx': {}}
 PYTHON, ENV = [sys.executable, '-W', 'ignore'], os.environ | {'OMP_NUM_THREADS': '1'}
 PICTURES = '[torch.randint(0, 256, (3, 480, 640), dtype=torch.uint8) for i in range({n})]'
@@ -210,7 +212,7 @@ def main():
     parser.add_argument('--alone', action='store_true', help='of `prepare`: verify without a fresh process')
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--json', help='the file of results that the figures go into')
-    args = parser.parse_args()
+    args = begun(parser)
     folder, parts = Path(args.files), args.parts.split(',')
     if args.do == 'prepare': return prepare(folder, parts, args.alone)
     if args.do == 'make': return make(folder, *parts, args.alone)

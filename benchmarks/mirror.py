@@ -1,6 +1,6 @@
 """What mirrored images do to captions: `configs/pairs.yaml` on the textbook figures, with flips and without.
 
-    python benchmarks/mirror.py SEED FLIP [EPOCHS]    # FLIP: 0 or 0.5; wants MMEMBED_DATA
+    python -m benchmarks.mirror SEED FLIP [EPOCHS]    # FLIP: 0 or 0.5; wants MMEMBED_DATA
 
 Prints recall over all held-out pairs and over those whose caption says left or right, and how often the image of such a
 caption is nearer to it than the same image in a mirror (50 %: the model does not know left from right)."""

@@ -1,10 +1,10 @@
 """What a fine-tuned encoder is good for, on real data: judging pairs, classes, transfer and forgetting, names in many languages.
 
-    python benchmarks/practice.py match      # PairClassifier on matched against mismatched figures of one book, beside cosines
-    python benchmarks/practice.py classes    # clothing: a PairClassifier's classes, and prompts without any training
-    python benchmarks/practice.py transfer   # the encoder of figures.py finetune, fine-tuned on clothing: gained, forgotten, WiSE-FT
-    python benchmarks/practice.py emoji      # names in seven languages, one text tower from nothing
-    python benchmarks/practice.py plot FILE  # draws the table that transfer left in benchmarks/results/wise_ft.json
+    python -m benchmarks.practice match      # PairClassifier on matched against mismatched figures of one book, beside cosines
+    python -m benchmarks.practice classes    # clothing: a PairClassifier's classes, and prompts without any training
+    python -m benchmarks.practice transfer   # the encoder of figures.py finetune, fine-tuned on clothing: gained, forgotten, WiSE-FT
+    python -m benchmarks.practice emoji      # names in seven languages, one text tower from nothing
+    python -m benchmarks.practice plot FILE  # draws the table that transfer left in benchmarks/results/wise_ft.json
 
 With --quick each takes a few rows and one epoch, to see that it works, on what `figures.py finetune ... --quick` left.
 
@@ -14,10 +14,10 @@ import json
 import sys
 import time
 
-import figures as f
 import torch
 from torch import nn
 
+from benchmarks import figures as f
 from mmembed.core import Tokens, pack
 from mmembed.data.folders import ClassFolder
 from mmembed.data.labels import Matches
@@ -34,7 +34,7 @@ def encoder(name):
     model = f.encoder((nn.Identity(), nn.Identity()), torch.tensor(0.))
     from mmembed.models.dual import projection
     model.text_proj, model.image_proj = projection(384, 256, 512, 0.2), projection(1280, 256, 512, 0.2)
-    if not (f.CACHE/f'{name}.pt').is_file(): raise SystemExit(f'{name}.pt is not in {f.CACHE}: run `python benchmarks/figures.py finetune 6 256 2e-4 0` first')
+    if not (f.CACHE/f'{name}.pt').is_file(): raise SystemExit(f'{name}.pt is not in {f.CACHE}: run `python -m benchmarks.figures finetune 6 256 2e-4 0` first')
     saved = torch.load(f.CACHE/f'{name}.pt')
     model.load_state_dict(saved.get('state', saved))
     return model.eval()

@@ -1,6 +1,6 @@
 """Is the quickstart's recall real? Train it on the captions as they are and on captions dealt out again at random.
 
-    python benchmarks/quickstart_control.py [--trainer.max_epochs 12 ...]     # about twice the quickstart's time
+    python -m benchmarks.quickstart_control [--trainer.max_epochs 12 ...]     # about twice the quickstart's time
 
 The control's loss can fall (it may memorise), but on held-out pairs its recall must be that of guessing. Prints a table in Markdown.
 

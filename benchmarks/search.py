@@ -1,10 +1,10 @@
 """A million vectors, 512 wide: how long an index takes to build, what it holds, how fast and how right it answers.
 
-    python benchmarks/search.py                          # one million; 10 GB of disk below --work
-    python benchmarks/search.py --rows 100000 --only lance_flat lance_ivf_pq faiss_hnsw
-    python benchmarks/search.py --build                  # build everything first, on any machine: its CPU time counts;
-    python benchmarks/search.py --again                  # then ask on a quiet one
-    python benchmarks/search.py --quick                  # 2,000 vectors, made up where there are no data, to see that everything works
+    python -m benchmarks.search                          # one million; 10 GB of disk below --work
+    python -m benchmarks.search --rows 100000 --only lance_flat lance_ivf_pq faiss_hnsw
+    python -m benchmarks.search --build                  # build everything first, on any machine: its CPU time counts;
+    python -m benchmarks.search --again                  # then ask on a quiet one
+    python -m benchmarks.search --quick                  # 2,000 vectors, made up where there are no data, to see that everything works
 
 Stopped and started again it goes on with the contenders that are not built or not asked yet.
 
@@ -32,9 +32,10 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('LANCE_CPU_THREADS', '2')  # with one, lancedb 0.40 waits for ever when it builds a graph
 os.environ.setdefault('LANCE_LOG', 'error')
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np  # noqa: E402
+
+from benchmarks import begun
 
 DIM, CHUNK = 512, 10_000
 GRAPH = dict(m=16, ef_construction=100)                # both libraries' graphs: neighbours of a node (twice as many on the ground), candidates while it is built
@@ -275,7 +276,7 @@ def main():
     parser.add_argument('--again', action='store_true', help='ask again where there are answers; building is never repeated')
     parser.add_argument('--json', type=Path, help='write the table there')
     parser.add_argument('--one', nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = begun(parser)
     args.rows, args.work = args.rows or (2_000 if args.quick else 1_000_000), args.work or Path('runs')/('search-quick' if args.quick else 'search')
     args.work.mkdir(parents=True, exist_ok=True)
     if args.one: return one(*args.one, args.work, args.rows, args.seconds)
@@ -291,7 +292,7 @@ def main():
             if name.startswith('lance') and name != 'lance_flat' and not (args.work/f'lance-{args.rows}').exists(): lance_table(args.work, args.rows)
             path = args.work/f'{name}-{args.rows}-{stage}.json'
             if not path.is_file() or (args.again and stage == 'ask'):
-                subprocess.run([sys.executable, __file__, '--one', stage, name, '--rows', str(args.rows), '--work', str(args.work), '--seconds', str(args.seconds)], check=True)
+                subprocess.run([sys.executable, '-m', 'benchmarks.search', '--one', stage, name, '--rows', str(args.rows), '--work', str(args.work), '--seconds', str(args.seconds)], check=True)
             found.setdefault(name, {}).update(json.loads(path.read_text()))
             print(name, {k: v for k, v in found[name].items() if k != 'rates'}, file=sys.stderr, flush=True)
     if args.build: return
@@ -299,7 +300,7 @@ def main():
     print(f'\n{args.rows:,} vectors, {DIM} wide; one core, one query at a time; recall@10 of held-out queries\n')
     for row in [table['columns'], ['---'] * 8, *table['rows']]: print('| ' + ' | '.join(row) + ' |')
     if args.json:
-        command = f'python benchmarks/search.py --rows {args.rows}'
+        command = f'python -m benchmarks.search --rows {args.rows}'
         args.json.write_text(json.dumps(dict(kind='plain', command=command, records=table), indent=1) + '\n')
 
 

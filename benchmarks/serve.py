@@ -39,6 +39,8 @@ from urllib.request import urlopen
 import numpy as np
 import psutil
 
+from benchmarks import begun
+
 CAPTIONS = ['a small red circle above a large blue square', 'two dogs on a beach', 'the letter A', 'a photograph of a city at night, seen from a hill']
 
 
@@ -385,7 +387,7 @@ def main():
     a.add_argument('--json', help='a file for the result of the soak')
     a.add_argument('--heavy', action='store_true', help='only short texts beside large ones, large bodies and large images, with the budgets of a machine of 2 GB')
     a.add_argument('--limit', type=int, help="with --heavy: MiB of data that the system lets the server have (RLIMIT_DATA, as of `prlimit --data`); its budgets go by that")
-    args = a.parse_args()
+    args = begun(a)
     gc.freeze(), gc.disable()  # a pause of the load generator would look like one of the server
     if args.plot: return draw(json.loads(Path(args.record).read_text()), Path(args.plot))
     path, files = clip() if args.clip else args.artifact, pictures()

@@ -1,6 +1,6 @@
 """TextPipeline's speed beside its peers, from Python strings to padded id and mask tensors.
 
-    python benchmarks/text.py [--family wordpiece | clip | words | gpt2] [--threads 1] [--rounds 30] [--captions FILE]
+    python -m benchmarks.text [--family wordpiece | clip | words | gpt2] [--threads 1] [--rounds 30] [--captions FILE]
         [--cpp] [--matxscript PYTHON SOURCE] [--peer gigatoken=PYTHON tiktoken=PYTHON openvino=PYTHON]
 
 The contestants take turns on the same batches, each after one batch that is not timed; printed are the median time of ours and, a peer, the median over rounds of
@@ -29,6 +29,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from benchmarks.fuzz_text import data_root, minilm
+from benchmarks import begun
 from mmembed.core import pack, quietly
 from mmembed.text.pipeline import TextPipeline
 
@@ -238,7 +239,7 @@ def main():
     parser.add_argument('--matxscript', nargs=2, metavar=('PYTHON', 'SOURCE'), help="MATXScript's interpreter and its checked-out repository")
     parser.add_argument('--peer', nargs='*', default=[], metavar='NAME=PYTHON', help='with --family gpt2: gigatoken, tiktoken, openvino, each with the interpreter of its environment (benchmarks/peers/text_peer.py)')
     parser.add_argument('--json', type=Path, help='write the figures here too, for tools/tables.py')
-    args = parser.parse_args()
+    args = begun(parser)
     torch.set_num_threads(args.threads)
     torch._C._jit_set_profiling_mode(False)  # as the runtimes do
     sets = captions(args.captions)

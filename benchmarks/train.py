@@ -1,10 +1,10 @@
 """The same small CLIP trained by three loops: ours, sentence-transformers' and open_clip's; CPU seconds a pair and recall at the end.
 
-    python benchmarks/train.py                       # built-in scenes, 2,000 pairs, 4 epochs: the three, one after the other, twice
-    python benchmarks/train.py --data figures --epochs 1 --rounds 1   # textbook figures (long captions, large files)
-    python benchmarks/train.py --crops                                # ours and open_clip crop, an area of 0.9 to 1; sentence-transformers has no crops
-    python benchmarks/train.py --json benchmarks/results/train.json   # a run more for that file, which tools/tables.py puts into the pages
-    python benchmarks/train.py --one ours ...        # one of them: ours, sentence_transformers, open_clip
+    python -m benchmarks.train                       # built-in scenes, 2,000 pairs, 4 epochs: the three, one after the other, twice
+    python -m benchmarks.train --data figures --epochs 1 --rounds 1   # textbook figures (long captions, large files)
+    python -m benchmarks.train --crops                                # ours and open_clip crop, an area of 0.9 to 1; sentence-transformers has no crops
+    python -m benchmarks.train --json benchmarks/results/train.json   # a run more for that file, which tools/tables.py puts into the pages
+    python -m benchmarks.train --one ours ...        # one of them: ours, sentence_transformers, open_clip
 
 All begin with the same weights, see the same files in the same number of steps of the same batch size, AdamW, warm-up and cosine, one thread and no workers, in fp32.
 The CPU time is that of the loop alone: reading, decoding, tokenising, both passes, the optimizer. Recall is measured for all by one function, on the weights each leaves,
@@ -22,8 +22,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import begun
+
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 CONFIG = {'embed_dim': 128, 'vision_cfg': {'image_size': 64, 'layers': 4, 'width': 192, 'head_width': 64, 'patch_size': 8},
           'text_cfg': {'context_length': 77, 'vocab_size': 49408, 'width': 192, 'heads': 3, 'layers': 3}}
@@ -38,8 +39,7 @@ def prepare(folder, args):
         from mmembed.data.scenes import Scenes
         train, valid = Scenes(train=args.pairs, valid=400, lang='en').split()
     else:
-        sys.path.insert(0, str(Path(__file__).parent))
-        from figures import parts, source
+        from benchmarks.figures import parts, source
         train, valid = parts(source())
     for name, part in (('train', train), ('valid', valid)):
         with (folder/f'{name}.csv').open('w', newline='', encoding='utf-8') as out:
@@ -229,7 +229,7 @@ def main():
     a.add_argument('--json', type=Path)
     a.add_argument('--one')
     a.add_argument('--folder')
-    args = a.parse_args()
+    args = begun(a)
     if args.one:
         import torch
         torch.set_num_threads(1)
@@ -241,7 +241,7 @@ def main():
         prepare(folder, args)
         for k in range(args.rounds):
             for who in results:
-                done = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--one', who, '--folder', d, '--seed', str(args.seed + k)], capture_output=True, text=True)
+                done = subprocess.run([sys.executable, '-m', 'benchmarks.train', *sys.argv[1:], '--one', who, '--folder', d, '--seed', str(args.seed + k)], capture_output=True, text=True)
                 line = [s for s in done.stdout.splitlines() if s.startswith('RESULT ')]
                 if not line: sys.exit(f'{who}: {done.stderr[-1500:]}')
                 results[who].append(json.loads(line[0][7:]))
@@ -263,7 +263,7 @@ def report(results, args):
     for row in rows: print('| ' + ' | '.join(row) + ' |', flush=True)
     if not args.json: return
     file = json.loads(args.json.read_text()) if args.json.exists() else {'kind': 'plain', 'command': '', 'records': {'columns': COLUMNS, 'rows': []}}
-    said = shlex.join(['python', 'benchmarks/train.py', *(x for x in sys.argv[1:] if x != '--json' and x != str(args.json))])
+    said = shlex.join(['python', '-m', 'benchmarks.train', *(x for x in sys.argv[1:] if x != '--json' and x != str(args.json))])
     file['command'] = '; '.join(x for x in (file['command'], said) if x)
     file['records']['rows'] = [r for r in file['records']['rows'] if r[:2] not in [x[:2] for x in rows]] + rows
     args.json.write_text(json.dumps(file, indent=1) + '\n')

@@ -22,6 +22,7 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 import torch
 import torch.nn.functional as F
 
+from benchmarks import begun
 import mmembed as mm
 from mmembed.core import quietly
 from mmembed.export.artifact import assemble, save
@@ -148,7 +149,7 @@ def main():
     parser.add_argument('--only', type=lambda x: x.split(';'), help='variants, semicolons between')
     parser.add_argument('--seconds', type=float, default=100)
     parser.add_argument('--json', default='runs/variants/table.json')
-    args = parser.parse_args()
+    args = begun(parser)
     if sum(map(bool, (args.checkpoint, args.figures, args.open_clip))) != 1: parser.error('name one of a checkpoint, --figures and --open-clip')
     torch.set_num_threads(1)
     torch._C._jit_set_profiling_mode(False)

@@ -1,8 +1,8 @@
 """Speed of the image pipeline beside its peers: the same files in, the same size of picture out.
 
-    python benchmarks/vision.py                     # one thread, then two; a table for each
-    python benchmarks/vision.py --threads 1 --sides 500 2000 --rounds 15
-    python benchmarks/vision.py --peer dali=PYTHON --peer matxscript=PYTHON --peer opencv=PYTHON
+    python -m benchmarks.vision                     # one thread, then two; a table for each
+    python -m benchmarks.vision --threads 1 --sides 500 2000 --rounds 15
+    python -m benchmarks.vision --peer dali=PYTHON --peer matxscript=PYTHON --peer opencv=PYTHON
 
 Photos are re-encoded as JPEG (quality 90) with a longest side of 500, 1,000, 2,000 and 4,000 pixels; the source is the data
 folder's `figures` and `images` where `MMEMBED_DATA` has them (enlarged where they are smaller), otherwise generated pictures. Every
@@ -15,7 +15,6 @@ import argparse
 import io
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks import begun
 from mmembed.core import as_bytes, quietly, stack_levels
 from mmembed.vision.pipeline import VisionPipeline
 
@@ -220,11 +220,11 @@ def main():
     p.add_argument('--rounds', type=int, default=9)
     p.add_argument('--peer', action='append', default=[], metavar='NAME=PYTHON', help=f'one of {", ".join(NAMES)}, and its interpreter')
     p.add_argument('--json', type=Path, help='write the figures here too')
-    a = p.parse_args()
+    a = begun(p)
     for o in a.peer:
         if o.split('=')[0] not in NAMES or '=' not in o: p.error(f'--peer wants NAME=PYTHON with NAME one of {", ".join(NAMES)}, got {o!r}')
     found, missing = contenders()
-    print(f'{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}')
+    print(f'{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}')
     base, results = next(iter(found)), []
     for threads in a.threads:
         torch.set_num_threads(threads)
@@ -251,7 +251,7 @@ def main():
     print('\n16 photos of 500 px, scripted: ' + ', '.join(f'{k} {v:.1f} ms' for k, v in batches(photos(500, 16), a.rounds).items()))
     for k in set(NAMES) - {o.split('=')[0] for o in a.peer}: print(f'not run: {NAMES[k]}: no --peer {k}=PYTHON')
     for k, v in missing.items(): print(f'not run: {k}: {v}')
-    command = re.sub(r'/\S+', 'PATH', ' '.join(['python benchmarks/vision.py', *sys.argv[1:]]))
+    command = re.sub(r'/\S+', 'PATH', ' '.join(['python -m benchmarks.vision', *sys.argv[1:]]))
     if a.json: a.json.write_text(json.dumps(dict(kind='vision', command=command, records=results), indent=1) + '\n')
 
 

@@ -18,9 +18,10 @@ os.environ.setdefault('OMP_NUM_THREADS', str(max(1, cores // workers)))  # worke
 import pytest
 import torch
 
+from benchmarks import instruction_sets
 from mmembed.opening import give_back
 
-from .helpers import SHARED, instruction_sets
+from .helpers import SHARED
 
 # As the runtimes have it. Both executors have quirks of their own: the notebooks run the profiling one.
 torch._C._jit_set_profiling_mode(False)

@@ -1,7 +1,6 @@
 """What every room's tests share: one body run in every form of a module, what is built once a run, and the optional real data."""
 import io
 import os
-import platform
 import signal
 import time
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from torch._jit_internal import FunctionModifiers
 
 from filelock import FileLock
 
+from benchmarks import instruction_sets
 from mmembed.core import quietly
 
 SHARED = 'MMEMBED_TESTS_SHARED'  # a folder of the run, for all its processes
@@ -76,15 +76,6 @@ def ended(process):
 def interruptible():
     "For `preexec_fn`: Ctrl-C reaches the process, also where the tests run in the background, to which it is nothing."
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def instruction_sets() -> str:
-    "What this processor can do that decides speed and rounding, and what the environment holds it to."
-    try: flags = set(next(line for line in Path('/proc/cpuinfo').read_text().splitlines() if line.startswith(('flags', 'Features'))).split())
-    except (OSError, StopIteration): flags = set()
-    known = [f for f in ('avx2', 'avx_vnni', 'avx512f', 'avx512_vnni', 'avx512_bf16', 'avx512_fp16', 'amx_bf16', 'amx_int8', 'asimd', 'bf16', 'i8mm') if f in flags]
-    held = [f'{k}={os.environ[k]}' for k in ('ATEN_CPU_CAPABILITY', 'ONEDNN_MAX_CPU_ISA', 'MKL_ENABLE_INSTRUCTIONS') if k in os.environ]
-    return ', '.join([f'{platform.machine()}, torch uses {torch.backends.cpu.get_cpu_capability()}', *([' '.join(known)] if known else []), *held])
 
 
 def needs_exact_int8():

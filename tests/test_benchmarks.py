@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import mmembed as mm
+from benchmarks import LIMITS, TOLD
 
 from .helpers import HANG
 
@@ -38,7 +39,7 @@ FIRST = {  # what a command goes on from
     'artifact run': 'python -m benchmarks.artifact prepare --model clip',
     'serve --record': 'python -m benchmarks.serve --clip --pin --what mix --load --record serve.json',
     **dict.fromkeys(['figures soup', 'figures compare', 'figures errors', 'practice match', 'practice classes', 'practice transfer', 'variants prepare --figures'],
-                    'python benchmarks/figures.py finetune 6 256 2e-4 SEED'),
+                    'python -m benchmarks.figures finetune 6 256 2e-4 SEED'),
     'variants time --figures': 'python -m benchmarks.variants prepare --figures finetuned-0',
     'variants time --open-clip': "python -m benchmarks.variants prepare --open-clip ViT-B-32 --only 'bf16;int8;fold;output binary'"}
 
@@ -47,15 +48,14 @@ def commands():
     "What the pages name, as it stands there."
     found = {}
     for page in PAGES:
-        for line in re.findall(r'python (?:-m benchmarks\.|benchmarks/)\w+[^`\n#]*', (ROOT/page).read_text()): found[re.sub(r'[ ;,.)]+$', '', line)] = page
+        for line in re.findall(r'python -m benchmarks\.\w+[^`\n#]*', (ROOT/page).read_text()): found[re.sub(r'[ ;,.)]+$', '', line)] = page
     return list(found)
 
 
 def parted(command):
     "Program and words."
-    program, *words = shlex.split(command)[1:]
-    if program == '-m': program, *words = words
-    return re.sub(r'^benchmarks[./]|\.py$', '', program), words
+    words = shlex.split(command)[2:]
+    return words[0].removeprefix('benchmarks.'), words[1:]
 
 
 def listed(table, program, words):
@@ -71,13 +71,12 @@ def small(command):
     words = [w for w in words if w != '--peer' and not w.endswith('=ENV/bin/python')]
     words = [STANDS_FOR.get(w, w) for w in words if w not in ('--clip', '...')]
     if program == 'embed' and '--model' in words: words[words.index('--model') + 1] = 'artifacts/quickstart.pt'
-    place = [f'benchmarks/{program}.py'] if 'benchmarks/' in command.split()[1] else ['-m', f'benchmarks.{program}']
     own = shlex.split(SMALL[listed(SMALL, program, words)])
     kept, option = [], ''
     for w in words:  # without the options that are given anew
         if w.startswith('--'): option = w
         if option not in own: kept.append(w)
-    return [*place, *kept, *own]
+    return ['-m', f'benchmarks.{program}', *kept, *own]
 
 
 @pytest.fixture(scope='module')
@@ -164,3 +163,14 @@ def test_commands_of_the_pages(command, checkout):
     printed = ran(command, checkout)
     print(f'$ {shlex.join(small(command))}\n{printed}')
     assert printed.strip() or list(folder.glob('*.webp')) or list((folder/'nbs'/'images').iterdir()), 'it prints nothing and draws nothing'
+
+
+def test_a_benchmark_says_and_limits_its_instructions():
+    program = 'import argparse, os, sys; from benchmarks import LIMITS, begun; a = begun(argparse.ArgumentParser()); print(a.avx2, [os.environ.get(k) for k in LIMITS], sys.argv[1:])'
+    def run(*words, **more):
+        env = {k: v for k, v in os.environ.items() if k not in LIMITS} | more
+        return subprocess.run([sys.executable, '-c', program, *words], cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert run()[1:] == ['False [None, None, None] []'] and run()[0].startswith('processor: ')
+    told, held = run('--avx2')
+    assert held == f"True {list(LIMITS.values())} ['--avx2']" and all(f'{k}={v}' in told for k, v in LIMITS.items())
+    assert run(**{TOLD: '1'}) == ['False [None, None, None] []']  # what a benchmark starts says nothing of its own

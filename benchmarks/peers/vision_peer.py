@@ -2,7 +2,7 @@
 
     python3.11 -m venv DALI && DALI/bin/pip install nvidia-dali-cuda120 numpy
     python3.11 -m venv MATX && MATX/bin/pip install matxscript==1.8.1 "numpy<2" pillow "opencv-python-headless<4.12"
-    python benchmarks/vision.py --peer dali=DALI/bin/python --peer matxscript=MATX/bin/python --peer opencv=MATX/bin/python
+    python -m benchmarks.vision --peer dali=DALI/bin/python --peer matxscript=MATX/bin/python --peer opencv=MATX/bin/python
 
 Called with a peer's name and a number of threads. Each line on stdin names a folder; the answer is a line with the CPU and
 the wall seconds that its *.jpg took. Reading the files is not timed.

@@ -9,17 +9,16 @@ import sys
 import pytest
 import torch
 
+from benchmarks import LIMITS, instruction_sets
 from mmembed import load
 from mmembed.core import quietly
 from mmembed.export.variants import PRECISIONS, SAME, Int8Linear, int8_steps
 from mmembed.export.verify import export
 from mmembed.opening import prepack
 
-from ..helpers import instruction_sets
 from . import tiny
 from .test_accelerate import traced
 
-AVX2 = dict(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_ENABLE_INSTRUCTIONS='AVX2')
 PROGRAM = '''
 import hashlib, json, sys, warnings
 warnings.simplefilter('ignore')
@@ -78,7 +77,7 @@ def asked(folder):
     "What `PROGRAM` prints in a process of its own, which exports what it does not find in `folder`."
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     paths = os.pathsep.join(p for p in (root, os.environ.get('PYTHONPATH', '')) if p)
-    done = subprocess.run([sys.executable, '-c', PROGRAM, folder], capture_output=True, text=True, cwd=root, env=os.environ | AVX2 | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': paths})
+    done = subprocess.run([sys.executable, '-c', PROGRAM, folder], capture_output=True, text=True, cwd=root, env=os.environ | LIMITS | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': paths})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
