@@ -12,6 +12,7 @@ __all__ = ['Served', 'Artifact', 'PairArtifact', 'TracedText', 'trace_text', 'tr
 import errno
 import json
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -438,8 +439,29 @@ def save(
             with naming(path): _rewritten(Path(plain), path, json.loads(card).get('records_sha256', '').encode() if own else b'')
     finally: rough.unlink(missing_ok=True)
 
+def _apart(code: dict[str, bytes]) -> dict[str, bytes]: # source files by name
+    "Each function of a file of several in a file of its own, `a.b.f` as `a.b.f.f`; classes stay."
+    out, moved = {}, {}
+    for name, text in code.items():
+        heads = list(re.finditer(rb'^(def|class) (\w+)', text, re.M))
+        module, ends = name.removeprefix('code/').removesuffix('.py'), [*(m.start() for m in heads[1:]), len(text)]
+        out[name] = text[:heads[0].start()] if heads else text
+        for head, end in zip(heads, ends):
+            own = f'code/{module}/{head[2].decode()}.py'
+            if head[1] == b'class' or len(heads) == 1 or own in code or [h[2] for h in heads].count(head[2]) > 1: out[name] += text[head.start():end]
+            else:
+                out[own] = text[head.start():end]
+                moved[f'{module}/{head[2].decode()}'.replace('/', '.').encode()] = head[2]
+    def renamed(text): return re.sub(rb'\b__torch__[\w.]+', lambda m: m[0] + b'.' + moved[m[0]] if m[0] in moved else m[0], text)
+    return {name: renamed(text) for name, text in out.items() if text}
+
 def _rewritten(plain: Path, path: Path, old: bytes): # a record at a time: an archive may be as large as the memory
-    def kept(): return (r for r in records_of(plain, reuse=True) if not r[0].endswith('.debug_pkl'))
+    def kept():
+        code = {}
+        for name, record in records_of(plain, reuse=True):
+            if name.startswith('code/') and name.endswith('.py'): code[name] = bytes(record)
+            elif not name.endswith('.debug_pkl'): yield name, record
+        yield from _apart(code).items()
     new = records_hash(kept()).encode() if old else old
     with open(path, 'wb') as f:
         out = _Out(f)
@@ -448,7 +470,7 @@ def _rewritten(plain: Path, path: Path, old: bytes): # a record at a time: an ar
             if name in ('.data/version', 'version'): writer.set_min_version(int(bytes(record)))  # of the operators: an old one is read as they were then
             if name in ('version', 'byteorder') or name.startswith('.data/'): continue  # the writer adds them itself
             if old and name in ('extra/card.json', 'data.pkl'): record = bytes(record).replace(old, new)
-            elif len(record) < 1 << 20: record = bytes(record)
+            elif isinstance(record, bytes) or len(record) < 1 << 20: record = bytes(record)
             else: record = torch.frombuffer(record, dtype=torch.uint8).untyped_storage()
             writer.write_record(name, record, len(record))
         writer.write_end_of_file()

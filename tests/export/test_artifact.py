@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 import zipfile
@@ -8,9 +9,9 @@ import torch
 
 from mmembed.core import Tokens, as_bytes, pack, quietly
 from mmembed.export import cases
-from mmembed.export.artifact import assemble, trace_text
+from mmembed.export.artifact import assemble, save, trace_text
 from mmembed.models.towers import Tower
-from mmembed.runtime import reason
+from mmembed.runtime import reason, register_image_ops
 from mmembed.vision.pipeline import VisionPipeline
 
 from ..helpers import FORMS, in_form
@@ -110,6 +111,33 @@ def test_the_file_holds_no_paths_of_this_machine():
         for name in z.namelist():
             content = z.read(name)
             assert not [t for t in traces if t.encode() in content], name
+
+
+def test_a_function_has_a_file_of_its_own():
+    "torch's reader copies a whole file for each name that one branch of an `if` defines: long files are slow to load."
+    with zipfile.ZipFile(tiny.artifact()) as z: code = {n.partition('/code/')[2]: z.read(n) for n in z.namelist() if '/code/' in n}
+    heads = {n: re.findall(rb'^(?:def|class) (\w+)', text, re.M) for n, text in code.items()}
+    assert not [n for n, text in code.items() if re.search(rb'^def ', text, re.M) and len(heads[n]) > 1]
+    assert heads['__torch__/mmembed/vision/probe/scan_jpeg.py'] == [b'scan_jpeg'] and heads['__torch__/mmembed/vision/probe.py'] == [b'Header']
+
+
+def test_what_was_loaded_is_saved_again(tmp_path):
+    "Functions that have a file of their own keep it, whatever the module is part of now."
+    class Round(torch.nn.Module):
+        def __init__(self, artifact):
+            super().__init__()
+            self.artifact = artifact
+
+        def forward(self, texts: list[str], images: list[torch.Tensor]) -> torch.Tensor: return self.artifact(texts, images)
+
+    register_image_ops()
+    loaded = quietly(torch.jit.load, str(tiny.artifact()))
+    for name, module in ('again.pt', loaded), ('round.pt', torch.jit.script(Round(loaded))):
+        save(module, tmp_path/name, '{}')
+        again = quietly(torch.jit.load, str(tmp_path/name))
+        images = [as_bytes(x) for x in list(cases.images().values())[:2]]
+        assert torch.equal(again(['one', 'two'], images), loaded(['one', 'two'], images))
+        with zipfile.ZipFile(tmp_path/name) as z: assert not [n for n in z.namelist() if 'scan_jpeg/scan_jpeg' in n]
 
 
 def test_the_model_is_left_alone():
