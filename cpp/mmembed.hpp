@@ -840,6 +840,7 @@ class Embedder {
 
   c10::IValue call(const char* method, std::vector<c10::IValue> inputs) const {
     const AutocastOff steady;
+    const torch::jit::GraphOptimizerEnabledGuard apart(false);  // of this thread: each function prepared once, not written out in every caller
     try {
       return package_ ? package_->call(method, std::move(inputs)) : module_.get_method(method)(std::move(inputs));
     } catch (const std::exception& e) {

@@ -271,13 +271,15 @@ def give_back():
     if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'malloc_trim'): libc.malloc_trim(0)
 
 class steady:
-    "No gradients, and no autocast of the caller's, as long as the block runs"
+    "No gradients, no autocast of the caller's, and functions of TorchScript left apart, as long as the block runs"
     def __enter__(self):
+        self.inlined = torch._C._get_graph_executor_optimize(False)  # of this thread; what is called first is kept as it is then
         self.cast = [torch.autocast(kind, enabled=False) for kind in ('cpu', 'cuda') if torch.is_autocast_enabled(kind)]
         for cast in self.cast: cast.__enter__()
         self.before = torch.is_grad_enabled()
         torch.set_grad_enabled(False)
     def __exit__(self, *error):
+        torch._C._get_graph_executor_optimize(self.inlined)
         torch.set_grad_enabled(self.before)
         for cast in reversed(self.cast): cast.__exit__(*error)
 

@@ -186,7 +186,7 @@ class Embedder:
         image, # one image, as in `encode_image`
     ) -> ImageInfo:
         "What the header of the image says, without decoding it."
-        return ImageInfo(*self.module.probe(self._as_image(image)))
+        with steady(): return ImageInfo(*self.module.probe(self._as_image(image)))
 
     def count_pixels(
         self,
@@ -194,8 +194,9 @@ class Embedder:
     ) -> int:
         "Return width times height as the header says, without decoding; 0 where the header cannot be read."
         data = self._as_image(image)
-        if hasattr(self.module, 'count_pixels'): return self.module.count_pixels(data)
-        info = self.module.probe(data)  # an artifact of before
+        with steady():
+            if hasattr(self.module, 'count_pixels'): return self.module.count_pixels(data)
+            info = self.module.probe(data)  # an artifact of before
         return 0 if info.error else info.width * info.height
 
     def score(

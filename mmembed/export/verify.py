@@ -212,6 +212,7 @@ def verify(
     if isinstance(exe, str): notes.append(exe)
     else: notes.append(f'c++: {", ".join(CPP_SKIPS)}, batches of 0: the command-line host does not print them')
     threads, profiling = torch.get_num_threads(), torch._C._jit_set_profiling_mode(False)  # as every host has it; by itself TorchScript recompiles in the first calls
+    inlined = torch._C._get_graph_executor_optimize(False)  # likewise, and smaller
     torch.set_num_threads(1)  # the answers are many small operations, and every host is to work alike
     try:
         want = answers(Eager(model, variant, steps, classes), **asked) if model else {}
@@ -236,6 +237,7 @@ def verify(
     finally:
         torch.set_num_threads(threads)
         torch._C._jit_set_profiling_mode(profiling)
+        torch._C._get_graph_executor_optimize(inlined)
     return Report(path, card, rows, time.perf_counter() - start, notes)
 
 # %% ../../nbs/export/05_verify.ipynb #0d9a476d

@@ -12,6 +12,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from mmembed.core import quietly
+from mmembed.export import cases
 from mmembed.export.artifact import assemble, save, size_of
 from mmembed.export.variants import Int8Embedding, Variant, int8_linear, prepared, with_linear_attention
 from mmembed.opening import prepack, read_card, records_hash, records_of
@@ -69,6 +70,31 @@ def test_layers_that_are_packed_give_up_what_they_were_packed_from():
     if not prepack(loaded): pytest.skip('this torch has no oneDNN')
     gc.collect()
     assert all(m.packed.numel() for m in layers) and all(r.expired() for r in held)
+
+
+def test_functions_are_prepared_once_and_not_in_every_caller(tmp_path):
+    "What calls of every kind add to a process. Written out in each caller, they added 131 MB."
+    if sys.platform != 'linux': pytest.skip('sizes of a process are read from /proc')
+    program = '''
+import re, sys, torch
+from pathlib import Path
+import mmembed as mm
+from mmembed.opening import give_back
+def held():
+    give_back()
+    return int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024
+torch.set_num_threads(1)
+e, picture = mm.load(sys.argv[1]), Path(sys.argv[2]).read_bytes()
+before = held()
+e.encode_text(['a red boat']), e.probe(picture), e.count_pixels(picture), e.encode_image([picture])
+print(held() - before, torch._C._get_graph_executor_optimize())
+'''
+    picture = tmp_path/'a.jpg'
+    picture.write_bytes(cases.images()['quality 75.jpg'])
+    command = [sys.executable, '-W', 'ignore', '-c', program, tiny.artifact(), picture]
+    run = subprocess.run(command, capture_output=True, text=True)
+    grown, switched = run.stdout.split()
+    assert run.returncode == 0 and float(grown) < 30 and switched == 'True', run
 
 
 def test_an_int8_table_is_a_quarter_and_near():
