@@ -26,7 +26,7 @@ from .data.loader import thread_pool
 from .data.sources import Source, _reason
 from .inputs import cores
 from .intake import Survey, changed, column_types, column_value, open_source, survey
-from .runtime import Embedder
+from .runtime import TEXTS, Embedder
 from .tables import (ERRORS, MANIFEST, PRECISIONS, Job, Vectors, alone, check_part, each_shard, from_precision, load_vectors, part_table, read_job, same_job,
                             save_part, to_precision, write_ledger, write_whole)
 
@@ -100,12 +100,13 @@ def batches(
     threads: int = 2,         # that read and decode
 ) -> Iterator[tuple[Prepared, dict[str, Tensor]]]: # with vectors float32 (good, D) by side, on the model's device
     "Prepared batches in order with what the towers gave; decoding runs ahead in threads."
-    pool, waiting, size = thread_pool(threads), deque(), embedder.batch_size * (64 if what == 'text' else 1)  # texts are sorted by length
+    size = max(embedder.batch_size, TEXTS) if what == 'text' else embedder.batch_size  # texts are tokenized in one call, and sorted by length
+    pool, waiting = thread_pool(threads), deque()
     todo = (part[i:i + size] for part in parts for i in range(0, len(part), size))
     def begin():
         if (rows := next(todo, None)) is not None: waiting.append(pool.submit(prepare, embedder, source, rows, what, keep))
     try:
-        for _ in range(2 * threads + 1): begin()
+        for _ in range(2 if what == 'text' else 2 * threads + 1): begin()
         while waiting:
             b = waiting.popleft().result()
             begin()

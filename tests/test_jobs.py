@@ -563,6 +563,19 @@ def test_texts_of_every_length_in_any_company(model, tmp_path):
     torch.testing.assert_close(load_vectors(tmp_path/'loose').vectors, alone, atol=1e-5, rtol=0)
 
 
+def test_texts_of_a_part_are_tokenized_at_once(model, tmp_path, monkeypatch):
+    "A chunk of 8,192 rows, or a part if that is smaller, in one call."
+    texts, calls = [b'a red circle %d' % i for i in range(3000)], []
+    source, emb, real = read_lines(io.BytesIO(b'\n'.join([*texts, b''])), 'text'), Embedder(model, batch_size=16), Embedder.tokenize
+    monkeypatch.setattr(Embedder, 'tokenize', lambda self, texts: calls.append(len(texts)) or real(self, texts))
+    embed(emb, source, tmp_path/'one', what='text')
+    assert calls == [3000]
+    calls.clear()
+    embed(emb, source, tmp_path/'two', what='text', shard_rows=2000)
+    assert sorted(calls) == [1000, 2000]
+    assert [load_vectors(tmp_path/f).vectors.shape for f in ('one', 'two')] == [(3000, 12)] * 2
+
+
 LIMITED = '''
 import resource, sys
 from mmembed.cli import main

@@ -19,7 +19,7 @@ from mmembed.export import cases
 from mmembed.export.verify import verify
 from mmembed.inputs import enough
 from mmembed.results import ranking
-from mmembed.runtime import Embedder, Encoded, load, reason
+from mmembed.runtime import BYTES, Embedder, Encoded, load, portions, reason
 
 from .export import tiny
 
@@ -58,6 +58,23 @@ def test_texts(emb):
     with torch.no_grad(): assert torch.allclose(emb.encode_text(texts), model.encode_text(want), atol=1e-5)
     assert torch.equal(emb.encode_text(['Café', '一']), emb.encode_text(['Café'.encode(), bytearray('一'.encode())]))
     assert torch.equal(emb.encode_text(t for t in ['a', 'b']), emb.encode_text(('a', 'b')))
+
+
+def test_many_texts_are_tokenized_at_once(emb, monkeypatch):
+    "As many as are at hand, up to a bound on their bytes; errors name the item as ever."
+    texts, calls = [f'a red circle {i}' for i in range(300)], []
+    real = emb._packed
+    monkeypatch.setattr(emb, '_packed', lambda part: calls.append(len(part)) or real(part))
+    torch.testing.assert_close(emb.encode_text(texts), torch.cat([emb.encode_text([t]) for t in texts]), atol=1e-5, rtol=0)
+    assert calls == [300] + [1] * 300
+    calls.clear()
+    flagged = emb.encode_text([*texts, None], on_error='flag')
+    assert calls == [300] and flagged.ok.tolist() == [True] * 300 + [False] and 'NoneType' in flagged.errors[300]
+    long = ['a ' * 300_000, 'b ' * 300_000, 'a', 'c ' * 600_000, 'a']
+    assert [len(part) for part in portions(long)] == [1, 2, 1, 1] and sum(portions(long), []) == long and sum(map(len, long[:2])) > BYTES
+    once = emb.module.tokenize(*pack([emb.enough(t) for t in long]))
+    assert all(map(torch.equal, emb.tokenize(long), once))
+    with pytest.raises(TypeError, match=r'texts\[4\] is int'): emb.tokenize([*long[:4], 3])
 
 
 def test_images_of_every_form(emb, tmp_path):

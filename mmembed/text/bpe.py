@@ -169,7 +169,7 @@ class BytePairs(nn.Module):
         found = torch.full((n,), -1, dtype=torch.int64, device=byte.device).index_copy_(0, bound, id)
         rest = (id < 0).nonzero().flatten()
         if not self.shortcuts or rest.numel() > 0:
-            at, id = self._spelt(byte, bound.index_select(0, rest), size.index_select(0, rest))
+            at, id = self.spelt(byte, bound.index_select(0, rest), size.index_select(0, rest))
             found.index_copy_(0, at, id)
         has = found >= 0
         begin = has.nonzero().flatten()
@@ -178,7 +178,7 @@ class BytePairs(nn.Module):
         if self.repeated: length = torch.where(byte.index_select(0, begin) == 255, 4, length)
         return Pieces(ids, begin, begin + length, nn.functional.pad(has.cumsum(0), (1, 0)).index_select(0, x.offsets))
 
-    def _spelt(self, byte: Tensor, start: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    def spelt(self, byte: Tensor, start: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
         "The tokens of the words at [start, start+size), by merges: where each begins, and its id."
         word = torch.repeat_interleave(size + 1)  # each word and a wall
         total = (size + 1).cumsum(0)
@@ -257,7 +257,7 @@ class BytePairs(nn.Module):
         size = torch.tensor([len(w) for w, _ in entries])
         flat = torch.from_numpy(np.frombuffer(b''.join(w for w, _ in entries), np.uint8).astype(np.int64))
         start = size.cumsum(0) - size
-        at, id = self._spelt(flat, start, size)
+        at, id = self.spelt(flat, start, size)
         found = torch.full((len(flat),), -1).index_copy_(0, at, id)
         return (found[start] == torch.tensor([i for _, i in entries])).tolist()
 

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from ..core import Encoding, Tokens, pack_str
-from .bpe import bpe_family
+from .bpe import BytePairs, bpe_family
 from .brief import Known, known_words
 from .learn import LEARNERS
 from .readers import Stated, read_any, read_json, read_open_clip, read_vocab, saying, stated, vocabulary
@@ -111,6 +111,7 @@ class TextPipeline(nn.Module):
 
     Make one with `from_pretrained`, `from_open_clip`, `from_vocab`, `from_sentencepiece`, `from_jieba` or `learn`."""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
+    merges: torch.jit.Final[bool]  # of bytes
     single: Frame
     pair: Frame
 
@@ -129,7 +130,8 @@ class TextPipeline(nn.Module):
         if self.pad_to < 0: raise ValueError(f'pad_to={self.pad_to}: a bucket of at least 1, or 0 for max_length')
         vocab = vocabulary(tokenizer)
         self.vocab_size = max(vocab.values()) + 1
-        self.words = known_words(self.pieces, self.front, list(vocab), [t['content'] for t in tokenizer.get('added_tokens', [])])
+        self.words = known_words(self.pieces, self.front, self.model, vocab, [t['content'] for t in tokenizer.get('added_tokens', [])])
+        self.merges = isinstance(self.model, BytePairs)
         self._tokenizer = saying(tokenizer, said, lengths=False)
 
     def forward(self, texts: list[str]) -> Tokens:
@@ -143,14 +145,26 @@ class TextPipeline(nn.Module):
         if self.shortcuts:
             self._check(data, offsets)
             n = data.numel()
-            if self.words.some and data.device.type == 'cpu' and (0 < n <= self.words.most or n >= self.words.least):
+            if self.words.some and data.device.type == 'cpu' and n > 0:
                 x = self.words(data, offsets)
                 if x.sure: return self._framed(x.ids) if offsets.numel() == 2 else self.assemble(x.ids, torch.searchsorted(x.start, offsets))
+                miss = (~x.hit).nonzero().squeeze(1)
+                if miss.numel() == 0: return self.assemble(x.ids, torch.searchsorted(x.start, offsets))
+                if (self.words.greedy or self.merges) and miss.numel() <= self.words.few:
+                    start, size, longest = self.words.plain(x, miss)
+                    if longest > 0: return self._spelt(x, data, offsets, start, size, longest)
                 if n >= self.words.least and 2 * x.odd.numel() < n:
-                    miss, bytes, rows = self.words.rest(x, data)
+                    bytes, rows = self.words.rest(x, data, miss)
                     if 2 * bytes.numel() < n: return self._joined(x, offsets, miss, bytes, rows)
         p = self._pieces(data, offsets)
         return self.assemble(p.ids, p.offsets)
+
+    def _spelt(self, x: Known, data: Tensor, offsets: Tensor, start: Tensor, size: Tensor, longest: int) -> Tokens:
+        "What is known of a batch, with the tokens of the words that are not, which are of plain letters."
+        if self.merges: at, ids = self.model.spelt((self.front.quick.index_select(0, data.int()) & 255).long(), start, size)
+        else: at, ids = self.words.pieces(x, start, size, longest)
+        ids, begins = self.words.placed(x, offsets, at, ids)
+        return self.assemble(ids, begins)
 
     def _joined(self, x: Known, offsets: Tensor, miss: Tensor, bytes: Tensor, rows: Tensor) -> Tokens:
         "What is known of a batch, with the tokens of the words that are not: these go the long way, each as if it were a text."

@@ -81,7 +81,7 @@ class WordPiece(nn.Module):
         inside = [(values(t[len(prefix):]), i) for t, i in vocab.items() if t.startswith(prefix) and len(t) > len(prefix)]
         marks = [([v], i) for v, i in added.items()]
         entries = whole + marks + inside
-        self.unk_id, self.max_chars, self.continues, self.at_once = vocab[unk_token], max_chars, self.CONTINUES, self.AT_ONCE
+        self.unk_id, self.max_chars, self.continues, self.at_once, self.prefix = vocab[unk_token], max_chars, self.CONTINUES, self.AT_ONCE, prefix
         self.lexicon = Lexicon([v for v, _ in entries],
             [0] * (len(whole) + len(marks)) + [self.CONTINUES] * len(inside))
         self.register_buffer('ids', torch.tensor([i for _, i in entries] + [self.unk_id], dtype=torch.int64))
