@@ -235,8 +235,8 @@ def turned(
     "`x` with rows and columns changed over, as floats."
     room = torch.empty([rows, (x.size(1) + 7) // 8 * 8], dtype=torch.uint8)
     room[:x.size(0), :x.size(1)] = x
-    words = room.view(torch.int64).t().contiguous()
-    parted = words.view(torch.uint8).view(-1, rows, 8).transpose(1, 2)
+    words = torch.view_copy(room, dtype=torch.int64).t().contiguous()  # `view` has no dtype in TorchScript
+    parted = torch.view_copy(words, dtype=torch.uint8).view(-1, rows, 8).transpose(1, 2)
     return parted.to(torch.float32, memory_format=torch.contiguous_format).view(-1, rows)
 
 def pillow_across(
