@@ -18,12 +18,17 @@ def instruction_sets() -> str:
     return ', '.join([f'{platform.machine()}, torch uses {torch.backends.cpu.get_cpu_capability()}', *([' '.join(known)] if known else []), *held])
 
 
+def held() -> bool:
+    "Whether this process is held to AVX2."
+    return all(os.environ.get(k) == v for k, v in LIMITS.items())
+
+
 def begun(parser):
     "The arguments that `parser` finds; with --avx2 the whole command starts again, held to AVX2. Prints the processor's instruction sets."
     parser.add_argument('--avx2', action='store_true', help='hold torch, oneDNN and MKL to AVX2; what is built on none of them (tokenizers, Pillow, ONNX Runtime) '
         'uses what the processor has, and a row that is held down on a bigger processor is an imitation')
     args = parser.parse_args()
-    if args.avx2 and any(os.environ.get(k) != v for k, v in LIMITS.items()):
+    if args.avx2 and not held():
         sys.stdout.flush()
         os.execve(sys.executable, sys.orig_argv, os.environ | LIMITS)
     if TOLD not in os.environ:

@@ -13,11 +13,14 @@ fails, is listed as "not run" with its reason. Weights are random where they are
     eager                  open_clip (or transformers + torchvision) as their READMEs have it: tokenizer, Pillow, transforms, model, inference_mode
     sentence-transformers  the same networks behind SentenceTransformer.encode
     artifact, bf16, int8   mmembed.load(...) of the exported file and of its variants
+    portable               the same with `portable=True`: torch's own layers
     package                the same, compiled by AOTInductor (`export(model, 'model.pt2')`)
     C++, C++ bf16          the files in mmembed_cli
     ONNX export            text.onnx and image.onnx of `export_onnx`: tokenizer and resize in the graph; pictures are decoded by Pillow
     onnxruntime, OpenVINO  the towers as ONNX behind the preprocessing of `eager`; `--openvino FOLDER` says where pip put it, if not here
     towers                 the artifact's towers alone, in its process, on inputs that lie ready: what preprocessing adds is the rest
+
+`--avx2` has torch, oneDNN and MKL of all processes held to AVX2, as on most desktops. onnxruntime and OpenVINO bring kernels of their own, which cannot be held down: their rows say so.
 """
 import argparse
 import io
@@ -37,14 +40,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from benchmarks import begun
+from benchmarks import begun, held, instruction_sets
 import mmembed as mm
 from mmembed.bench import cold_start, in_turns, samples, sides
 from mmembed.core import Tokens, as_bytes, pack, stack_levels
 from mmembed.export import host
 from mmembed.export.verify import export
 
-FILES = {'artifact': {}, 'bf16': {'precision': 'bf16'}, 'int8': {'quantize': 'int8'}}
+FILES = {'artifact': {}, 'portable': {'portable': True}, 'bf16': {'precision': 'bf16'}, 'int8': {'quantize': 'int8'}}
+FREE = 'ONNX export', 'onnxruntime', 'OpenVINO', 'OpenVINO bf16'  # of --avx2
 BATCHES = 1, 8, 64
 IMAGENET = (.485, .456, .406), (.229, .224, .225)
 
@@ -377,10 +381,12 @@ def tabled(data, args):
     rows = [[n, *(f'{1e3 * int(b) / at(n, t, b)[0]:,.1f}' if at(n, t, b) else '' for t, b in cells), f"{data['cosine'][n]:.5f}" if n in data['cosine'] else ''] for n in names]
     ratio = lambda a, b, cell: at(a, *cell)[0] / at(b, *cell)[0] if at(a, *cell) and at(b, *cell) else float('nan')
     rows.append(['preprocessing adds', *(f"{ratio('artifact', 'towers', c) - 1:.1%}" for c in cells), ''])
-    rows.append(['bf16, times the artifact', *(f"{ratio('artifact', 'bf16', c):.2f}" for c in cells), ''])
+    for n in 'bf16', 'int8': rows.append([f'{n}, times the artifact', *(f"{ratio('artifact', n, c):.2f}" for c in cells), ''])
+    if held():
+        for r in rows: r[0] += ' (not held to AVX2)' * (r[0] in FREE)
     heads = [f"{t} thread{'s' * (t > '1')}, {b}" for t, b in cells]
-    command = f'python -m benchmarks.artifact run --model {args.model} --what {args.what} --threads 1,2'
-    return data | {'command': command, 'records': {'columns': [f'{args.what} a second', *heads, 'worst cosine with the artifact'], 'rows': rows}}
+    command = f"python -m benchmarks.artifact run --model {args.model} --what {args.what} --threads 1,2{' --avx2' * held()}"
+    return data | {'command': command, 'records': {'columns': [f'{args.what} a second ({instruction_sets()})', *heads, 'worst cosine with the artifact'], 'rows': rows}}
 
 
 def main():
@@ -395,7 +401,7 @@ def main():
     parser.add_argument('--seconds', type=float, default=.33, help='of a turn; it lasts for one timed call at least')
     parser.add_argument('--only', help=f'of `run`: some of {", ".join(NAMES)}')
     parser.add_argument('--files', default='runs/speed', help='where `prepare` writes')
-    parser.add_argument('--parts', help='of `prepare`: artifact, bf16, int8, towers, ONNX export, package; all by default')
+    parser.add_argument('--parts', help='of `prepare`: artifact, portable, bf16, int8, towers, ONNX export, package; all by default')
     parser.add_argument('--openvino', help='a folder that `pip install --target FOLDER --no-deps openvino openvino-telemetry` filled')
     parser.add_argument('--data', help='a folder of images and captions.txt; made-up ones by default')
     parser.add_argument('--json', help='the file of results that the figures go into')

@@ -2,8 +2,7 @@
 
     python -m benchmarks.vision                     # one thread, then two; a table for each
     python -m benchmarks.vision --threads 1 --sides 500 2000 --rounds 15
-    python -m benchmarks.vision --threads 1 --avx2    # as on a processor without AVX-512
-    python -m benchmarks.vision --peer hf=PYTHON --peer dali=PYTHON --peer matxscript=PYTHON --peer opencv=PYTHON
+    python -m benchmarks.vision --peer dali=PYTHON --peer matxscript=PYTHON --peer opencv=PYTHON
 
 Photos are re-encoded as JPEG (quality 90) with a longest side of 500, 1,000, 2,000 and 4,000 pixels; the source is the data
 folder's `figures` and `images` where `MMEMBED_DATA` has them (enlarged where they are smaller), otherwise generated pictures. Every
@@ -36,8 +35,7 @@ from mmembed.vision.pipeline import VisionPipeline
 MEAN, STD = VisionPipeline().spec()['mean'], VisionPipeline().spec()['std']
 
 
-NAMES = {'dali': 'NVIDIA DALI (CPU), a batch', 'matxscript': 'MATXScript, a batch', 'opencv': 'OpenCV, area, a batch',
-         'hf': 'hf-processors-rs, a batch'}
+NAMES = {'dali': 'NVIDIA DALI (CPU), a batch', 'matxscript': 'MATXScript, a batch', 'opencv': 'OpenCV, area, a batch'}
 
 
 def photos(side, n, seed=0):

@@ -23,6 +23,7 @@ PAGES = 'README.md', 'benchmarks/README.md'
 SMALL = {  # program, or program and its first word: what makes it small, behind the page's own words
     'quickstart_control': '--trainer.max_epochs 1 --data.source.init_args.train 64 --data.source.init_args.valid 40 --data.batch_size 32 --data.workers 0',
     'mirror': '1', 'figures': '--quick', 'practice': '--quick', 'search': '--quick --rows 2000 --seconds .2', 'gpu': '--quick --device cpu --rows "eager fp32,file fp32"',
+    'layers': '--quick --rounds 1 --seconds .01',
     'loader': '--batches 2 --rounds 1 --size 32 --batch-size 2 --workers 0 1',
     'train': '--pairs 64 --epochs 1 --rounds 1 --batch 16',
     'text': '--rounds 1 --batches 1', 'vision': '--sides 64 --threads 1 --files 2 --rounds 1',

@@ -2,8 +2,7 @@
 
     python3.11 -m venv DALI && DALI/bin/pip install nvidia-dali-cuda120 numpy
     python3.11 -m venv MATX && MATX/bin/pip install matxscript==1.8.1 "numpy<2" pillow "opencv-python-headless<4.12"
-    python3.11 -m venv HF && HF/bin/pip install hf-processors-rs==0.1.0
-    python -m benchmarks.vision --peer hf=HF/bin/python --peer dali=DALI/bin/python --peer matxscript=MATX/bin/python --peer opencv=MATX/bin/python
+    python -m benchmarks.vision --peer dali=DALI/bin/python --peer matxscript=MATX/bin/python --peer opencv=MATX/bin/python
 
 Called with a peer's name and a number of threads. Each line on stdin names a folder; the answer is a line with the CPU and
 the wall seconds that its *.jpg took. Reading the files is not timed.
@@ -64,16 +63,8 @@ def matxscript(threads):
     return run
 
 
-def hf(threads):
-    from hf_processors_rs import ImageProcessor
-    clip = dict(image_processor_type='CLIPImageProcessor', do_convert_rgb=True, do_resize=True, size={'shortest_edge': 224}, resample=3, do_center_crop=True,
-                crop_size=dict(height=224, width=224), do_rescale=True, rescale_factor=1/255, do_normalize=True, image_mean=MEAN, image_std=STD)
-    processor = ImageProcessor.from_dict(clip)
-    return lambda files: processor([b.tobytes() for b in files], num_threads=threads)
-
-
 def main():
-    run, read = {'opencv': opencv, 'dali': dali, 'matxscript': matxscript, 'hf': hf}[sys.argv[1]](int(sys.argv[2])), {}
+    run, read = {'opencv': opencv, 'dali': dali, 'matxscript': matxscript}[sys.argv[1]](int(sys.argv[2])), {}
     for line in sys.stdin:
         folder = line.strip()
         if folder not in read:
