@@ -26,6 +26,7 @@
 #include <array>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -37,6 +38,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <regex>
 #include <sstream>
 #include <stdexcept>
@@ -160,6 +162,7 @@ struct Options {
   int decoders = 1;           // threads that decode the images of one call
   int64_t max_pixels = 0;     // of an image, from its header; the artifact's own limit where that is less, or for 0
   bool check = false;         // hold every record of the file to its CRC-32 before it is loaded
+  std::string kernels;        // what multiplies in float32 on a CPU: "onednn", "torch", or "auto" for the quicker one; "": as $MMEMBED_KERNELS says, or "auto"
 };
 
 inline bool image_ops_registered(bool heic = false) {
@@ -442,6 +445,24 @@ void in_threads(size_t n, int threads, F f) {
   if (failure) std::rethrow_exception(failure);
 }
 
+// Whether this processor has the instructions for "bf16", "fp16" or "int8" (by torch._int_mm), and torch's oneDNN uses them; true where that is not known.
+inline bool multiplies(const std::string& precision) {
+#if defined(__x86_64__)
+  if (precision != "bf16" && precision != "fp16" && precision != "int8") return true;
+  const auto found = at::cpu::get_cpu_capabilities();
+  auto has = [&](const std::string& name) {
+    const auto at = found.find(name);
+    return at != found.end() && at->second.isBool() && at->second.toBool();
+  };
+  const bool int8 = precision == "int8";
+  if (!at::hasMKLDNN() || (int8 ? !has("avx512_vnni") : !has("avx512_" + precision) && !has("amx_" + precision))) return false;
+  const auto op = c10::Dispatcher::singleton().findSchema({"mkldnn::_is_mkldnn_" + (int8 ? "bf16" : precision) + "_supported", ""});
+  return op && op->typed<bool()>().call();
+#else
+  return precision != "int8" || at::hasMKLDNN();
+#endif
+}
+
 // What `export(model, "model.pt2")` wrote: tokenizer and towers compiled by AOTInductor, and the rest of the artifact as
 // TorchScript. call() answers as the methods of a TorchScript artifact do.
 class Package {
@@ -450,11 +471,20 @@ class Package {
 
   static bool is(const Archive& file) { return caffe2::serialize::PyTorchStreamReader(file.in()).hasRecord(kRest); }
 
+  // What the programs multiply in: "fp32", "bf16" or "fp16".
+  static std::string multiplied(const std::string& card) {
+    const std::string made = card_field(card.substr(card.find("\"compiled\"")), "multiplies"), precision = card_field(card, "precision");
+    return !made.empty() ? made : precision.empty() ? "fp32" : precision;  // packages of before name the precision alone
+  }
+
   Package(const Archive& file, const std::string& card, size_t runners = 2) {
     const std::string made = card_field(card.substr(card.find("\"compiled\"")), "cpu"), here = at::get_cpu_capability();
     const std::map<std::string, int> level = {{"DEFAULT", 0}, {"AVX2", 1}, {"AVX512", 2}};
     if (level.count(made) && (!level.count(here) || level.at(here) < level.at(made)))
       throw Error(file.name() + " was compiled for " + made + ", this processor has " + here + ": export it here, or with cpu='" + here + "'");
+    if (const std::string kind = multiplied(card); !multiplies(kind))
+      throw Error(file.name() + " was compiled to multiply in " + kind + ", which this processor (" + here +
+                  ") would emulate: export it here, or take the .pt, which computes in fp32 here");
     load_beside("libtorch_cuda.so");  // the programs name libtorch.so as what they need
     load_beside("libtorch.so");
     caffe2::serialize::PyTorchStreamReader archive(file.in());
@@ -518,23 +548,6 @@ struct AutocastOff {
   }
 };
 
-// Whether this processor has the instructions for "bf16" or "fp16", and torch's oneDNN uses them; true where that is not known.
-inline bool multiplies(const std::string& precision) {
-#if defined(__x86_64__)
-  if (precision != "bf16" && precision != "fp16") return true;
-  const auto found = at::cpu::get_cpu_capabilities();
-  auto has = [&](const std::string& name) {
-    const auto at = found.find(name);
-    return at != found.end() && at->second.isBool() && at->second.toBool();
-  };
-  if (!at::hasMKLDNN() || (!has("avx512_" + precision) && !has("amx_" + precision))) return false;
-  const auto op = c10::Dispatcher::singleton().findSchema({"mkldnn::_is_mkldnn_" + precision + "_supported", ""});
-  return op && op->typed<bool()>().call();
-#else
-  return true;
-#endif
-}
-
 // The tower computes in float32 from now on: its weights, and what tracing wrote down of their type. Not after its first call.
 inline void widen(torch::jit::Module tower) {
   const auto half = [](at::ScalarType t) { return t == torch::kHalf || t == torch::kBFloat16; };
@@ -562,6 +575,120 @@ inline void widen(torch::jit::Module tower) {
   }
 }
 
+// Which kernel is quick on this processor, as mmembed/processor.py has it: timed once, and kept in the same file as Python's.
+class Kernels {
+ public:
+  // "onednn" or "torch", for the linear layers of an exported tower; `fixed`: without timing.
+  static std::string chosen(std::string kernels, bool fixed) {
+    const char* env = std::getenv("MMEMBED_KERNELS");
+    const std::string source = kernels.empty() && env && *env ? "MMEMBED_KERNELS" : "kernels";
+    if (kernels.empty()) kernels = env && *env ? env : "auto";
+    if (kernels != "auto" && kernels != "onednn" && kernels != "torch")
+      throw Error(source + " must be one of auto, onednn, torch, got '" + kernels + "'");
+    if (!at::hasMKLDNN()) return "torch";
+    if (kernels != "auto" || fixed) return kernels == "auto" ? "onednn" : kernels;
+    static std::mutex once;
+    static std::map<std::string, std::string> known;
+    const std::lock_guard<std::mutex> lock(once);
+    const std::string folder_name = folder(), name = described();
+    std::string& choice = known[folder_name + "/" + name];
+    if (!choice.empty()) return choice;
+    const std::string file = folder_name + "/" + name + ".json";
+    if (!folder_name.empty()) choice = kept(file);
+    if (!choice.empty()) return choice;
+    const auto [onednn, own] = timed();
+    choice = own < 0.95 * onednn ? "torch" : "onednn";
+    if (!folder_name.empty()) choice = keep(folder_name, file, choice, onednn, own);
+    return choice;
+  }
+
+  // The processor, its instruction sets, torch's version and its threads, in characters that a file's name may have.
+  static std::string described() {
+    const auto found = at::cpu::get_cpu_capabilities();
+    std::vector<std::string> flags;
+    std::string name = "processor";
+    for (const auto& [key, value] : found) {
+      if (value.isBool() && value.toBool()) flags.push_back(key);
+      if (key == "cpu_name" && value.isString() && !value.toStringRef().empty()) name = value.toStringRef();
+    }
+    std::sort(flags.begin(), flags.end());
+    for (const char* limit : {"ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"}) {
+      const char* value = std::getenv(limit);
+      flags.push_back(value ? value : "");
+    }
+    std::string all;
+    for (size_t i = 0; i < flags.size(); ++i) all += (i ? "," : "") + flags[i];
+    char sum[16];
+    std::snprintf(sum, sizeof sum, "%08x", crc32(reinterpret_cast<const uint8_t*>(all.data()), all.size()));
+    std::ostringstream whole;
+    whole << name << ' ' << at::get_cpu_capability() << ' ' << sum << " torch " << TORCH_VERSION_MAJOR << '.' << TORCH_VERSION_MINOR << '.' << TORCH_VERSION_PATCH
+          << " threads " << at::get_num_threads();
+    return std::regex_replace(whole.str(), std::regex("[^A-Za-z0-9.]+"), "-");
+  }
+
+ private:
+  static std::string folder() {  // "" for no such place
+    const char *base = std::getenv("XDG_CACHE_HOME"), *home = std::getenv("HOME");
+    const std::string place = base && *base ? base : home && *home ? std::string(home) + "/.cache" : "";
+    return place.empty() || place[0] != '/' ? "" : place + "/mmembed/kernels";
+  }
+
+  static std::string kept(const std::string& file) {  // "" for none, or a damaged one
+    try {
+      const std::string found = card_field(read_file(file), "linear");
+      return found == "onednn" || found == "torch" ? found : "";
+    } catch (const std::exception&) {
+      return "";
+    }
+  }
+
+  // The choice that is in the file now: the first one stays. A place that cannot be written does no harm.
+  static std::string keep(const std::string& folder, const std::string& file, const std::string& choice, double onednn, double own) {
+    std::error_code none;
+    std::filesystem::create_directories(folder, none);
+    std::string draft = folder + "/XXXXXX.draft";
+    const int handle = mkstemps(draft.data(), 6);
+    if (handle < 0) return choice;
+    char text[160];
+    const int length = std::snprintf(text, sizeof text, "{\"linear\": \"%s\", \"ms\": {\"onednn\": %.3f, \"torch\": %.3f}}\n", choice.c_str(), 1e3 * onednn, 1e3 * own);
+    const bool written = write(handle, text, static_cast<size_t>(length)) == length;
+    close(handle);
+    std::string now = choice;
+    if (written && link(draft.c_str(), file.c_str()) && errno == EEXIST) {
+      now = kept(file);
+      if (now.empty() && !std::rename(draft.c_str(), file.c_str())) return choice;  // it was damaged
+      if (now.empty()) now = choice;
+    }
+    unlink(draft.c_str());
+    return now;
+  }
+
+  // Seconds of a linear layer of 768 to 1,536 on 256 rows, with oneDNN and with torch's own product: the shortest of turns of 50 ms.
+  static std::pair<double, double> timed() {
+    const torch::NoGradGuard no_grad;
+    const torch::Tensor x = torch::rand({256, 768}) - .5, weight = torch::rand({1536, 768}) - .5, bias = torch::rand({1536}) - .5;
+    const auto call = [](const char* name, std::vector<c10::IValue> stack) {
+      c10::Dispatcher::singleton().findSchemaOrThrow(name, "").callBoxed(&stack);
+      return stack[0].toTensor();
+    };
+    const torch::Tensor packed = call("mkldnn::_reorder_linear_weight", {weight, c10::IValue(int64_t{64})});
+    const c10::List<std::optional<at::Scalar>> nothing;
+    const std::array<std::function<void()>, 2> ways = {
+        [&] { call("mkldnn::_linear_pointwise", {x, packed, bias, "gelu", nothing, "none"}); },
+        [&] { torch::gelu(torch::linear(x, weight, bias)); }};
+    const auto now = [] { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); };
+    std::array<double, 2> best = {1e9, 1e9};
+    const double end = now() + .05;
+    for (int turn = 0; turn < 100 && (turn < 2 || now() < end); ++turn)
+      for (size_t i = 0; i < ways.size(); ++i) {
+        const double start = now();
+        ways[i]();
+        if (turn) best[i] = std::min(best[i], now() - start);  // the first call makes the kernel
+      }
+    return {best[0], best[1]};
+  }
+};
+
 // A loaded artifact, scripted or compiled. Calls are const and may come from several threads; what they return lies on the CPU.
 class Embedder {
  public:
@@ -580,6 +707,7 @@ class Embedder {
     at_least("decoders", options_.decoders, 1);
     at_least("threads", options_.threads, 0);
     at_least("max_pixels", options_.max_pixels, 0);
+    Kernels::chosen(options_.kernels, true);  // a wrong word is refused before anything is loaded
     if (card_field(card_, "format") != "mmembed") throw Error(path + " is not an mmembed artifact: its card is not an mmembed card");
     if (const std::string v = card_field(card_, "format_version"); std::atoll(v.c_str()) > kFormatVersion)
       throw Error(path + " has format " + v + "; this header reads up to " + std::to_string(kFormatVersion) + ": take a newer mmembed.hpp");
@@ -614,9 +742,11 @@ class Embedder {
       auto net = module_.attr("model").toModule().attr("net").toModule();
       for (const char* name : {"text", "image"}) widen(net.attr(name).toModule());
     }
-    if (options_.device.is_cpu() && at::hasMKLDNN())
-      for (const auto& layer : module_.modules())  // weights in oneDNN's order for this processor, once
-        if (layer.find_method("pack")) layer.get_method("pack")(std::vector<torch::jit::IValue>{});
+    if (options_.device.is_cpu() && !compiled && card_field(card_, "portable") == "true" && !multiplies("int8"))
+      for (const auto& layer : module_.modules())
+        if (layer.find_method("widen")) layer.get_method("widen")(std::vector<torch::jit::IValue>{});
+    if (options_.device.is_cpu() && at::hasMKLDNN()) settle(compiled);
+    computes_ = line(compiled);
     dim_ = module_.attr("dim").toInt();
     if (module_.find_method("labels"))
       for (const auto& label : call("labels", {}).toListRef()) labels_.push_back(label.toStringRef());
@@ -630,6 +760,7 @@ class Embedder {
   bool pairs() const { return pairs_; }                               // scores pairs instead of embedding
   const std::vector<std::string>& labels() const { return labels_; }  // what scores are of; empty without
   const Options& options() const { return options_; }
+  const std::string& computes() const { return computes_; }           // in what the towers multiply here, in a line
 
   Tokens tokenize(const std::vector<std::string>& texts) const {
     torch::NoGradGuard no_grad;
@@ -838,6 +969,39 @@ class Embedder {
     flush();
   }
 
+  // Weights in oneDNN's order for this processor, once; those of linear layers in float32 stay as they are where torch's own product is quicker.
+  void settle(bool compiled) {
+    const auto chooses = [](const torch::jit::Module& layer) { return layer.hasattr("own") && layer.attr("weight").toTensor().scalar_type() == torch::kFloat; };
+    bool any = false, fixed = card_field(card_, "deterministic") != "";
+    for (const auto& layer : module_.modules()) any = any || chooses(layer);
+    const bool own = Kernels::chosen(options_.kernels, compiled || fixed || !any) == "torch";
+    for (torch::jit::Module layer : module_.modules()) {
+      if (own && chooses(layer)) layer.setattr("own", true);
+      else if (layer.find_method("pack")) layer.get_method("pack")(std::vector<torch::jit::IValue>{});
+    }
+  }
+
+  std::string line(bool compiled) const {
+    const std::string quantize = card_field(card_, "quantize"), said = card_field(card_, "precision"), precision = said.empty() ? "fp32" : said;
+    const std::string here = at::get_cpu_capability();
+    if (!options_.device.is_cpu()) return quantize.empty() ? precision : quantize;
+    if (const std::string made = compiled ? Package::multiplied(card_) : precision; made != precision)
+      return made + ": compiled for a processor that does not multiply " + precision;
+    if (!multiplies(precision)) return "fp32: this processor (" + here + ") does not multiply " + precision;
+    if (!quantize.empty() && card_field(card_, "portable") == "true" && !multiplies("int8"))
+      return "fp32: torch has no int8 kernel for this processor (" + here + "), and a portable file calls no oneDNN";
+    int64_t steps = 0;
+    bool own = false, seven = false;
+    for (const auto& layer : module_.modules()) {
+      own = own || (layer.hasattr("own") && layer.attr("own").toBool());
+      if (!layer.hasattr("steps") || !layer.find_method("pack")) continue;
+      const int64_t n = layer.attr("steps").toInt();
+      steps = std::max(steps, n), seven = seven || n == 126;
+    }
+    if (quantize.empty()) return precision + (own ? ", linear layers by torch's own product" : "");
+    return steps > 0 ? "int8, inputs of " + std::string(seven ? "7" : "8") + " bits by oneDNN (" + here + ")" : "int8";
+  }
+
   c10::IValue call(const char* method, std::vector<c10::IValue> inputs) const {
     const AutocastOff steady;
     const torch::jit::GraphOptimizerEnabledGuard apart(false);  // of this thread: each function prepared once, not written out in every caller
@@ -849,7 +1013,7 @@ class Embedder {
   }
 
   Options options_;
-  std::string card_;
+  std::string card_, computes_;
   torch::jit::Module module_;         // for a package its rest
   std::shared_ptr<Package> package_;  // null for TorchScript
   int64_t dim_ = 0;

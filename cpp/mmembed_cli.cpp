@@ -21,11 +21,13 @@ const char* kUsage =
     "  --threads N      threads for one operation\n"
     "  --device D       cpu, cuda, cuda:1, ...\n"
     "  --max-pixels N   of an image; the artifact's own limit where that is less\n"
+    "  --kernels K      what multiplies in float32 on a CPU: onednn, torch, or auto for the quicker one ($MMEMBED_KERNELS, auto)\n"
     "  --check          hold every record of the file to its CRC-32 before it is loaded\n"
     "  --memory         read the file and load it from memory\n"
     "  --dump DIR       write each image's pixels, uint8 (3, S, S), to DIR/<index>.bin\n"
     "  --torchcodec F   libtorchcodec_image.so\n"
     "  --card           print the identity card and stop\n"
+    "  --computes       load the model, print in what its towers multiply on this processor, and stop\n"
     "  --time N         answer the texts, then the images, N times after a warm-up; print only what that took\n"
     "Prints {\"kind\": \"text\", \"index\", \"ids\", \"embedding\"} and {\"kind\": \"image\", \"index\", \"crc32\" of the pixels,\n"
     "\"embedding\"} or {\"kind\": \"image\", \"index\", \"error\"}. An artifact that scores pairs has no embeddings; with as many texts as\n"
@@ -73,7 +75,7 @@ double cpu_seconds() {
 
 // Milliseconds of each of `n` rounds, wall clock and CPU of all threads, after one that does not count.
 template <class F>
-void clock_one(const char* kind, size_t items, int64_t n, F f) {
+void clock_one(const mmembed::Embedder& emb, const char* kind, size_t items, int64_t n, F f) {
   if (!items) return;
   std::vector<double> wall, cpu;
   for (int64_t i = 0; i <= n; ++i) {
@@ -85,14 +87,15 @@ void clock_one(const char* kind, size_t items, int64_t n, F f) {
     cpu.push_back(1e3 * (cpu_seconds() - used));
   }
   const auto list = [](const std::vector<double>& x) { return numbers(torch::tensor(x)); };
-  std::printf("{\"kind\": \"%s\", \"items\": %zu, \"wall_ms\": %s, \"cpu_ms\": %s}\n", kind, items, list(wall).c_str(), list(cpu).c_str());
+  std::printf("{\"kind\": \"%s\", \"items\": %zu, \"wall_ms\": %s, \"cpu_ms\": %s, \"computes\": %s}\n", kind, items, list(wall).c_str(), list(cpu).c_str(),
+              quote(emb.computes()).c_str());
 }
 
 void clock_it(const mmembed::Embedder& emb, const std::vector<std::string>& texts, const std::vector<mmembed::Image>& images, int64_t n) {
   emb.warmup();
-  if (emb.pairs()) return clock_one("pair", texts.size(), n, [&] { emb.scores(texts, images); });
-  clock_one("text", texts.size(), n, [&] { emb.encode_text(texts); });
-  clock_one("image", images.size(), n, [&] { emb.encode_image(images); });
+  if (emb.pairs()) return clock_one(emb, "pair", texts.size(), n, [&] { emb.scores(texts, images); });
+  clock_one(emb, "text", texts.size(), n, [&] { emb.encode_text(texts); });
+  clock_one(emb, "image", images.size(), n, [&] { emb.encode_image(images); });
 }
 
 int run(int argc, char** argv) {
@@ -100,7 +103,7 @@ int run(int argc, char** argv) {
   std::vector<std::string> texts;
   std::vector<mmembed::Image> images;
   mmembed::Options options;
-  bool card = false, memory = false;
+  bool card = false, computes = false, memory = false;
   int64_t timed = 0;
   for (int i = 1; i < argc; ++i) {
     std::string a = argv[i];
@@ -110,6 +113,7 @@ int run(int argc, char** argv) {
     };
     if (a == "--help" || a == "-h") { std::fputs(kUsage, stdout); return 0; }
     else if (a == "--card") card = true;
+    else if (a == "--computes") computes = true;
     else if (a == "--text") texts.push_back(value());
     else if (a == "--text-file") texts.push_back(mmembed::read_file(value()));
     else if (a == "--lines") {
@@ -124,6 +128,7 @@ int run(int argc, char** argv) {
     else if (a == "--threads") options.threads = static_cast<int>(number(a, value()));
     else if (a == "--device") options.device = device(value());
     else if (a == "--max-pixels") options.max_pixels = number(a, value());
+    else if (a == "--kernels") options.kernels = value();
     else if (a == "--check") options.check = true;
     else if (a == "--memory") memory = true;
     else if (a == "--dump") dump = value();
@@ -136,6 +141,7 @@ int run(int argc, char** argv) {
   if (card) { std::puts(mmembed::read_card(model).c_str()); return 0; }
 
   const mmembed::Embedder emb = memory ? mmembed::Embedder::from_memory(mmembed::read_file(model), options) : mmembed::Embedder(model, options);
+  if (computes) return std::puts(emb.computes().c_str()), 0;
   if (timed) return clock_it(emb, texts, images, timed), 0;
   const size_t step = static_cast<size_t>(options.batch_size);
   for (size_t i = 0; i < texts.size(); i += step) {

@@ -6,8 +6,8 @@ Docs: https://mmembed.github.io/mmembed/opening.html.md"""
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'NEEDED', 'Card', 'read_card', 'records_of', 'records_hash', 'damaged', 'checked',
-           'register_image_ops', 'silence_decoders', 'reason', 'device_of', 'prepack', 'multiplies', 'widened',
-           'computes', 'give_back', 'steady', 'named']
+           'register_image_ops', 'silence_decoders', 'reason', 'device_of', 'prepack', 'chooses', 'multiplies',
+           'widened', 'computes', 'give_back', 'steady', 'named']
 
 # %% ../nbs/33_opening.ipynb #7991f72f
 import hashlib
@@ -211,21 +211,31 @@ def device_of(
 # %% ../nbs/33_opening.ipynb #e0619fa9
 def prepack(
     module, # an artifact, loaded, on the CPU
-) -> int: # how many layers
-    "Brings the weights of an artifact's layers into oneDNN's order; the plain ones are given up, so it is not to be saved or moved again."
+    kernel: str = 'onednn', # 'torch': linear layers in float32 multiply by torch's own product, their weights as they are
+) -> int: # how many layers are packed
+    "Bring the weights of an artifact's layers into oneDNN's order; the plain ones are given up, so it is not to be saved or moved again."
     layers = [m for m in module.modules() if hasattr(m, 'pack')] if torch.backends.mkldnn.is_available() else []
     with torch.no_grad():  # with gradients, what is packed would keep what it was packed from
-        for m in layers: m.pack()
-    return len(layers)
+        for m in layers:
+            if kernel == 'torch' and chooses(m): m.own = True
+            else: m.pack()
+    return sum(not getattr(m, 'own', False) for m in layers)
+
+def chooses(
+    layer, # of an artifact
+) -> bool:
+    "Whether it can multiply by oneDNN or by torch's own product: linear layers in float32, of files since there is this choice."
+    return hasattr(layer, 'own') and layer.weight.dtype == torch.float32
 
 # %% ../nbs/33_opening.ipynb #fdb4f560
 def multiplies(
-    precision: str, # 'fp32', 'bf16' or 'fp16'
+    precision: str, # 'fp32', 'bf16', 'fp16', or 'int8' by `torch._int_mm`
 ) -> bool:
     "Whether this processor has the instructions, and torch's oneDNN uses them; True for a kind of processor where that is not known."
-    if precision not in ('bf16', 'fp16') or not hasattr(torch.cpu, 'get_capabilities'): return True
+    if precision not in ('bf16', 'fp16', 'int8') or not hasattr(torch.cpu, 'get_capabilities'): return True
     found = torch.cpu.get_capabilities()
-    if found.get('architecture') != 'x86_64': return True
+    if found.get('architecture') != 'x86_64': return precision != 'int8' or torch.backends.mkldnn.is_available()
+    if precision == 'int8': return torch.backends.mkldnn.is_available() and bool(found.get('avx512_vnni')) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if not torch.backends.mkldnn.is_available() or not found.get(f'avx512_{precision}') and not found.get(f'amx_{precision}'): return False
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() if precision == 'bf16' else torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
@@ -234,7 +244,11 @@ def widened(
     card: dict, # its identity card
 ):
     "`module` with towers that compute in float32, weights, traced constants and conversions, if it is of a precision that this processor does not multiply."
-    if 'compiled' in card or multiplies(card.get('variant', {}).get('precision', 'fp32')): return module
+    variant = card.get('variant', {})
+    if 'compiled' in card: return module
+    if 'quantize' in variant and variant.get('portable') and not multiplies('int8'):
+        for part in (m for m in module.modules() if hasattr(m, 'widen')): part.widen()
+    if multiplies(variant.get('precision', 'fp32')): return module
     half, float32 = (torch.float16, torch.bfloat16), 6  # TorchScript has numbers for types: 5 and 15 for these two
     def dtype(use): return use.user.kind().startswith('aten::') and torch._C.parse_schema(use.user.schema()).arguments[use.offset].name == 'dtype'
     for part in (p for name in ('text', 'image') for p in getattr(module.model.net, name).to(torch.float32).modules()):
@@ -258,9 +272,10 @@ def computes(
     variant, compiled = card.get('variant', {}), 'compiled' in card
     precision, here = variant.get('precision', 'fp32'), torch.backends.cpu.get_cpu_capability()
     if torch.device(device).type != 'cpu': return variant.get('quantize') or precision
-    if not multiplies(precision):
-        return f"{f'{precision}, emulated' if compiled else 'fp32'}: this processor ({here}) does not multiply {precision}"
-    if 'quantize' not in variant: return precision
+    if compiled and (made := card['compiled'].get('multiplies', precision)) != precision: return f'{made}: compiled for a processor that does not multiply {precision}'
+    if not multiplies(precision): return f'fp32: this processor ({here}) does not multiply {precision}'
+    if 'quantize' not in variant: return precision + (", linear layers by torch's own product" if module is not None and any(getattr(m, 'own', False) for m in module.modules()) else '')
+    if variant.get('portable') and not multiplies('int8'): return f'fp32: torch has no int8 kernel for this processor ({here}), and a portable file calls no oneDNN'
     steps = {m.steps for m in module.modules() if hasattr(m, 'steps') and hasattr(m, 'pack')} if module is not None and not compiled else set()
     return f'int8, inputs of {7 if 126 in steps else 8} bits by oneDNN ({here})' if max(steps, default=0) > 0 else 'int8'
 

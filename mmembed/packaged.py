@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .core import quietly
-from .opening import named, reason
+from .opening import multiplies, named, reason
 
 # %% ../nbs/34_packaged.ipynb #fcddf6f7
 class Packaged:
@@ -27,11 +27,13 @@ class Packaged:
         card: dict,       # its identity card
         runners: int = 2, # calls of one program that may run at once
     ):
-        """Raises `ValueError` for a package that was compiled for another processor or another kind of machine, or that does not load."""
+        """Raises `ValueError` for a package that was compiled for another processor or another kind of machine, or to multiply in what this one would emulate, or that does not load."""
         levels, made = ('DEFAULT', 'AVX2', 'AVX512'), card['compiled']
         here = torch.backends.cpu.get_cpu_capability()
         if made['cpu'] in levels and (here not in levels or levels.index(here) < levels.index(made['cpu'])):
             raise ValueError(f"{path} was compiled for {made['cpu']}, this processor has {here}: export it here, or with cpu={here!r}")
+        if not multiplies(kind := made.get('multiplies', card.get('variant', {}).get('precision', 'fp32'))):
+            raise ValueError(f'{path} was compiled to multiply in {kind}, which this processor ({here}) would emulate: export it here, or take the .pt, which computes in fp32 here')
         with zipfile.ZipFile(path) as z: rest = z.read(next(n for n in z.namelist() if n.endswith('/mmembed/rest.pt')))
         self.rest = quietly(torch.jit.load, io.BytesIO(rest), map_location='cpu').eval()
         load = torch._C._aoti.AOTIModelPackageLoader  # C++'s own: `aoti_load_package` would import, and try, the compiler first

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from .core import ImageInfo, Tokens, filled, lengthened, pack, stack_levels, text_lengths
-from .opening import FORMAT_VERSION, checked, computes, device_of, give_back, prepack, read_card, reason, register_image_ops, silence_decoders, steady, widened
+from .opening import FORMAT_VERSION, checked, chooses, computes, device_of, give_back, prepack, read_card, reason, register_image_ops, silence_decoders, steady, widened
 from .inputs import DOT, ahead, as_image, decoders as threads_for, enough, items_of, name_of, pixels_of, rows_of, text_error, tokens_of, watched, whole
 from .results import Encoded, Profile, Ranking, Scored, Similarity, check, failed, plain, policy, ranking, settle, stages
 from .graphs import sizes_of
 from .packaged import opened
+from .processor import chosen
 
 # %% ../nbs/30_runtime.ipynb #d94979f5
 _all_ = ['FORMAT_VERSION', 'read_card', 'reason', 'register_image_ops', 'Encoded', 'Scored', 'Ranking', 'Similarity', 'Profile'] # found here too
@@ -63,22 +64,24 @@ class Embedder:
         batch_size: int = 64,           # rows that the towers see at once
         deterministic: bool = False,    # every batch filled up to batch_size rows; texts to a length that is their own. A file exported so does it itself
         graphs: Sequence[int] | None = None, # batch sizes whose towers become CUDA graphs on a GPU; None: as the file was exported
+        kernels: str | None = None,     # what multiplies in float32 on a CPU: 'onednn', 'torch', or 'auto' for the quicker one; None: as MMEMBED_KERNELS says, or 'auto'
         check: bool = False,            # before loading, hold every record to the card's SHA-256, or to its CRC where an older card has none
     ):
-        self.given = dict(device=str(device), threads=threads, batch_size=batch_size, deterministic=deterministic, graphs=graphs, check=check)
+        self.given = dict(device=str(device), threads=threads, batch_size=batch_size, deterministic=deterministic, graphs=graphs, kernels=kernels, check=check)
         self.card = read_card(path)
         own = self.card.get('variant', {}).get('deterministic', 0)  # rows to which the file fills its batches
         self.deterministic, self.fills = bool(deterministic or own), bool(deterministic and not own)
         self.path, self.device, self.batch_size = Path(path), device_of(device), whole('batch_size', batch_size, 1)
         if graphs and sizes_of(graphs) and self.device.type != 'cuda': raise ValueError(f"graphs want device='cuda', got {str(self.device)!r}")
         if threads is not None: torch.set_num_threads(whole('threads', threads, 1))
+        chosen(kernels, fixed=True)  # a wrong word is refused before anything is loaded
         if self.card.get('decode', True):
             register_image_ops(self.card.get('pixels', {}).get('heic', False))
             silence_decoders()
         torch._C._jit_set_profiling_mode(False)  # process-wide; its recompilations make the first calls slow
         self.module = checked(path, self.card, check, lambda: opened(path, self.card, self.device, graphs))
         self.graphs: tuple = getattr(self.module, 'sizes', ())  # batch sizes that are captured; none on a CPU
-        if self.device.type == 'cpu': prepack(widened(self.module, self.card))
+        if self.device.type == 'cpu': self._settle(kernels)
         give_back()
         self.computes = computes(self.card, self.module, self.device) # in what the towers multiply, in a line
         self.dim = self.module.dim
@@ -87,6 +90,11 @@ class Embedder:
         self.glance = max(1024, 16 * self.card['max_length']) # bytes of a text that are tokenized without asking whether fewer would do
         self._seams = re.compile(seams.encode()) if (seams := getattr(self.module, 'seams', '')) else None
         self.lengths = [self.card['max_length']] if own else text_lengths(self.module.text_pipeline.pad_to, self.card['max_length'])  # to which texts are filled
+
+    def _settle(self, kernels: str | None): # weights and kernels for this processor
+        widened(self.module, self.card)
+        free = 'compiled' not in self.card and any(map(chooses, self.module.modules()))
+        prepack(self.module, chosen(kernels, self.deterministic or not free))
 
     def tokenize(
         self,
@@ -428,7 +436,7 @@ def load(
     path: str | Path,                   # an artifact, as `export` writes it; it is code, so load only what you trust
     device: str | torch.device = 'cpu', # where the towers run
     threads: int | None = None,         # for one torch operation, process-wide; None leaves torch's own setting
-    **kwargs,                           # batch_size, deterministic, graphs, check
+    **kwargs,                           # batch_size, deterministic, graphs, kernels, check
 ) -> Embedder:
     """The artifact at `path`, ready to answer.
 

@@ -10,6 +10,7 @@ from datetime import date
 from pathlib import Path
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # tests never reach for a hub
+os.environ.setdefault('MMEMBED_KERNELS', 'onednn')  # no test depends on a choice that is timed; those of the choice itself delete this
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch: threads that wait must not spin
 cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))

@@ -20,7 +20,7 @@ TEXT = {'ours, scripted': 'scripted', 'ours, List[str]': '`List[str]` entry', 'o
         'scripted loop': 'scripted character loop', 'ours, C++': 'ours from C++'}
 VISION = {"mmembed, resize='pillow', scripted": 'mmembed, `resize="pillow"`', 'OpenCV, area, a batch': 'OpenCV, area resize',
           'transformers CLIPImageProcessor (fast)': 'transformers `CLIPImageProcessor` (fast)', 'MATXScript, a batch': 'MATXScript, area resize',
-          'NVIDIA DALI (CPU), a batch': 'NVIDIA DALI on the CPU', 'hf-processors-rs, a batch': '`hf-processors-rs`, CLIP'}
+          'NVIDIA DALI (CPU), a batch': 'NVIDIA DALI on the CPU'}
 
 
 def plain(records) -> tuple[list, list]:

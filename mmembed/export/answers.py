@@ -82,6 +82,8 @@ class Eager:
         if not multiplies(variant.precision):  # in float32, as the file does here
             for tower in (net.text.float(), net.image.float()):
                 if hasattr(tower, 'dtype'): tower.dtype = torch.float32
+        if variant.quantize and variant.portable and not multiplies('int8'):
+            for layer in (m for tower in (net.text, net.image) for m in tower.modules() if hasattr(m, 'widen')): layer.widen()
         self.before_text, self.before_image = steps.before_text or SameTexts(), steps.before_image or Same()
         pairs = hasattr(model, 'labels')
         self.names = list(model.labels) if pairs else classes.names if classes else []

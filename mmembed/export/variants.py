@@ -159,6 +159,7 @@ class Int8Linear(nn.Module):
         codes = (weight / step[:, None]).round()
         self.slab, self.gelu, self.portable = 256, gelu, portable or not torch.backends.mkldnn.is_available()
         self.steps, self.packed = -1, torch.empty(0, dtype=torch.int8)  # chosen by `pack`, or at every call
+        self.wide = torch.empty(0)  # float32 (out, in), of `widen`
         self.register_buffer('weight', codes.to(torch.int8))
         self.register_buffer('step', step)
         self.register_buffer('sums', codes.sum(1) * step)
@@ -168,6 +169,9 @@ class Int8Linear(nn.Module):
     def forward(self,
         x: Tensor, # float32 (..., in)
     ) -> Tensor: # float32 (..., out)
+        if self.wide.numel() > 0:
+            y = F.linear(x, self.wide, self.bias)
+            return F.gelu(y) if self.gelu else y
         rows = x.reshape(-1, x.shape[-1])
         shape = x.shape[:-1] + (self.step.shape[0],)
         steps, packed = self.steps, self.packed
@@ -202,8 +206,18 @@ class Int8Linear(nn.Module):
     def pack(self):
         "Choose the kernel once and bring the weights into its order; the plain ones are given up."
         self.steps = self.choose()
-        if self.steps == 0: return
-        self.packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
+        if self.portable: return
+        else:
+            if self.steps == 0 and self.step.device.type == 'cpu' and not torch.ops.mkldnn._is_mkldnn_acl_supported(): self.steps = 254
+            if self.steps == 0: return
+            self.packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
+            self.weight = torch.empty(0, dtype=torch.int8)
+
+    @torch.jit.export
+    def widen(self):
+        "Multiply in float32 from now on, by the weights as int8 has rounded them: for a portable file where `torch._int_mm` is a plain loop."
+        if self.wide.numel() > 0: return
+        self.wide = self.weight.float() * self.step[:, None] * self.scale
         self.weight = torch.empty(0, dtype=torch.int8)
 
 # %% ../../nbs/export/01a_variants.ipynb #0fb507a9

@@ -186,7 +186,7 @@ def app(service: Service) -> Edge:
 
 # %% ../../nbs/serve/07_http.ipynb #a5ea98a7
 def _model(service) -> dict:
-    return dict(id=service.name, object='model', created=0, owned_by='mmembed', artifact=service.card['short_hash'], dimensions=service.emb.dim)
+    return dict(id=service.name, object='model', created=0, owned_by='mmembed', artifact=service.card['short_hash'], dimensions=service.emb.dim, computes=service.emb.computes)
 
 # %% ../../nbs/serve/07_http.ipynb #4cc7457e
 def _timeout(request: Request) -> float | None:

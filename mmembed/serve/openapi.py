@@ -80,6 +80,7 @@ class ModelRow(_Answer):
     owned_by: str
     artifact: str
     dimensions: int
+    computes: str # in what the towers multiply
 
 # %% ../../nbs/serve/06a_openapi.ipynb #f1fc925e
 class ModelList(_Answer):

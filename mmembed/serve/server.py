@@ -134,7 +134,8 @@ async def _serve(config: Config, sock: socket.socket) -> int:
     serving = asyncio.ensure_future(http.serve([sock]))
     while not http.started and not serving.done(): await asyncio.sleep(.01)
     why = await service.ready()
-    print(json.dumps(dict(event='serving', host=config.host, **ports, pid=os.getpid(), artifact=service.card['short_hash'], ready=not why)), flush=True)
+    print(json.dumps(dict(event='serving', host=config.host, **ports, pid=os.getpid(), artifact=service.card['short_hash'],
+                          computes=service.emb.computes, ready=not why)), flush=True)
     parent = os.getppid()
     while not stop.is_set() and not serving.done():
         if config.replicas > 1 and os.getppid() != parent: break  # the supervisor has died

@@ -6,8 +6,7 @@ Docs: https://mmembed.github.io/mmembed/vision/resize.html.md"""
 
 # %% auto #0
 __all__ = ['resized', 'trimmed', 'middle', 'crop_or_pad', 'nearest', 'nearest_resize', 'reads', 'along_rows', 'torch_resize',
-           'float_resize', 'pillow_weights', 'pillow_bags', 'bag_sums', 'pillow_pass', 'turned', 'pillow_across',
-           'pillow_resize', 'resize', 'fit']
+           'float_resize', 'pillow_weights', 'pillow_pass', 'pillow_resize', 'resize', 'fit']
 
 # %% ../../nbs/vision/03_resize.ipynb #b8e35566
 import math
@@ -181,30 +180,6 @@ def pillow_weights(
     return start, torch.where(w < 0, w - 0.5, w + 0.5).trunc()
 
 # %% ../../nbs/vision/03_resize.ipynb #5b170f55
-def pillow_bags(
-    start: Tensor,   # int64 (count,): the first row that each new position reads
-    weights: Tensor, # float64 (count, K): the fixed-point weights of the K rows from there on
-    end: int,        # how many positions there are
-    levels: int,     # rows of the table a position: 1, or 3 where red, green and blue are rows of their own
-) -> Tuple[Tensor, Tensor, Tensor]: # int64 (2·count·levels·K,) rows; int64 (2·count·levels + 1,) ends; float32 weights of the rows
-    "What `torch.embedding_bag` adds: first with the high part of every weight, then with the low part."
-    high = (weights * (1 / 256)).round()
-    parts = torch.stack([high * (1 / 16384), (weights - 256 * high) * (1 / 256)]).to(torch.float32)
-    at = (start[:, None] + torch.arange(weights.size(1))).clamp(max=end - 1)
-    at = at[:, None] * levels + torch.arange(levels)[:, None]  # (count, levels, K)
-    rows = at.flatten().repeat(2)
-    ends = torch.arange(0, rows.numel() + 1, weights.size(1))
-    return rows, ends, parts[:, :, None].expand(-1, -1, levels, -1).flatten()
-
-def bag_sums(
-    x: Tensor,                            # float32 (m, M), levels
-    bags: Tuple[Tensor, Tensor, Tensor],  # what `pillow_bags` gave
-) -> Tensor: # uint8 (count, M)
-    "The weighted sums of rows of `x`, rounded to levels as Pillow does."
-    y = torch.embedding_bag(x, bags[0], bags[1], False, 0, False, bags[2], True)[0]
-    high, low = y.chunk(2)
-    return high.add_(low.floor_(), alpha=1 / 16384).add_(0.5).clamp_(0, 255).to(torch.uint8)
-
 def pillow_pass(
     x: Tensor,               # uint8 (m, M): what the wanted positions read
     offset: int, n: int,     # `x` is rows `offset` to `offset + m` of `n`
@@ -215,7 +190,6 @@ def pillow_pass(
     "`x` resized along its first dimension."
     if n == new: return x
     start, weights = pillow_weights(n, new, first, count, interpolation)
-    if weights.size(1) <= 512: return bag_sums(x.to(torch.float32), pillow_bags(start - offset, weights, x.size(0), 1))
     starts: List[int] = start.tolist()
     out = torch.empty([count, x.size(1)], dtype=torch.uint8)
     for i in range(0, count, 16):
@@ -225,41 +199,6 @@ def pillow_pass(
         band = torch.zeros([j - i, high - low], dtype=torch.float64).scatter_add_(1, place, weights[i:j])
         y = torch.mm(band, x[low - offset:high - offset].to(torch.float64))
         out[i:j] = y.add_(2097152.0).mul_(1 / 4194304.0).floor_().clamp_(0, 255).to(torch.uint8)
-    return out
-
-# %% ../../nbs/vision/03_resize.ipynb #ec0e53b0
-def turned(
-    x: Tensor,    # uint8 (H, N)
-    rows: int,    # at least H
-) -> Tensor: # float32 (at least N, rows); what is beyond N and H has no meaning
-    "`x` with rows and columns changed over, as floats."
-    room = torch.empty([rows, (x.size(1) + 7) // 8 * 8], dtype=torch.uint8)
-    room[:x.size(0), :x.size(1)] = x
-    words = torch.view_copy(room, dtype=torch.int64).t().contiguous()  # `view` has no dtype in TorchScript
-    parted = torch.view_copy(words, dtype=torch.uint8).view(-1, rows, 8).transpose(1, 2)
-    return parted.to(torch.float32, memory_format=torch.contiguous_format).view(-1, rows)
-
-def pillow_across(
-    x: Tensor,               # uint8 (H, 3m): rows of what the wanted positions read, red, green and blue in turn
-    offset: int, n: int,     # `x` is columns `offset` to `offset + m` of `n`
-    new: int,                # length after
-    first: int, count: int,  # which of the new positions are wanted
-    interpolation: str,      # 'bicubic' or 'bilinear'
-) -> Tensor: # uint8 (H, 3·count)
-    "`x` resized along its rows."
-    if n == new: return x
-    h, m = x.size(0), x.size(1) // 3
-    start, weights = pillow_weights(n, new, first, count, interpolation)
-    if weights.size(1) > 512:
-        x = x.reshape(h, m, 3).transpose(0, 1).reshape(m, -1)
-        return pillow_pass(x, offset, n, new, first, count, interpolation).view(count, h, 3).transpose(0, 1).reshape(h, -1)
-    bags = pillow_bags(start - offset, weights, m, 3)
-    strips = (h + 127) // 128
-    rows = (h + 8 * strips - 1) // (8 * strips) * 8  # of a strip: a multiple of 8, since torch builds a kernel for every length
-    out = torch.empty([h, 3 * count], dtype=torch.uint8)
-    for i in range(0, h, rows):
-        strip = x[i:i + rows]
-        out[i:i + rows] = bag_sums(turned(strip, rows), bags)[:, :strip.size(0)].t()
     return out
 
 # %% ../../nbs/vision/03_resize.ipynb #4d652fb9
@@ -274,14 +213,15 @@ def pillow_resize(
     top, left, rows, columns = window[0], window[1], window[2], window[3]
     low, high = reads(h, height, top, rows, interpolation)
     first, last = reads(w, width, left, columns, interpolation)
-    x = image[:, low:high, first:last].permute(1, 2, 0).reshape(high - low, -1)
     if h > 100 * w and height < h:  # Pillow's one exception: columns first in a tall narrow picture
+        x = image[:, low:high, first:last].permute(1, 2, 0).reshape(high - low, -1)
         x = pillow_pass(x, low, h, height, top, rows, interpolation)
-        x = pillow_across(x, first, w, width, left, columns, interpolation)
-    else:
-        x = pillow_across(x, first, w, width, left, columns, interpolation)
-        x = pillow_pass(x, low, h, height, top, rows, interpolation)
-    return x.view(rows, columns, 3).permute(2, 0, 1)
+        x = x.reshape(rows, last - first, 3).transpose(0, 1).reshape(last - first, -1)
+        return pillow_pass(x, first, w, width, left, columns, interpolation).reshape(columns, rows, 3).permute(2, 1, 0)
+    x = image[:, low:high, first:last].permute(2, 1, 0).reshape(last - first, -1)
+    x = pillow_pass(x, first, w, width, left, columns, interpolation)
+    x = x.reshape(columns, high - low, 3).transpose(0, 1).reshape(high - low, -1)
+    return pillow_pass(x, low, h, height, top, rows, interpolation).reshape(rows, columns, 3).permute(2, 0, 1)
 
 # %% ../../nbs/vision/03_resize.ipynb #03f434f7
 def resize(

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from mmembed import processor
 from mmembed.core import as_bytes
 from mmembed.export import cases, host
 from mmembed.export.verify import export, verify
@@ -57,6 +58,47 @@ def test_answers_are_the_embedders(cli):
             assert torch.equal(row['pixels'].view(3, 48, 48), emb.preprocess(images[i]))
             assert torch.allclose(row['embedding'], want.embedding[i], atol=1e-5)
     assert 0 < want.ok.sum() < len(images)
+
+
+def test_the_host_and_python_keep_one_choice(cli, tmp_path, monkeypatch):
+    "What one has timed, the other takes; the line says what is computed in what."
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.delenv('MMEMBED_KERNELS', raising=False)
+    ask = lambda *more: call(cli, tiny.artifact(), '--threads', torch.get_num_threads(), '--computes', *more).stdout
+    says = {'onednn': 'fp32\n', 'torch': "fp32, linear layers by torch's own product\n"}
+    first, file = ask(), processor.folder()/f'{processor.described()}.json'
+    made = json.loads(file.read_text())
+    assert first == says[made['linear']] and set(made['ms']) == {'onednn', 'torch'} and [f.name for f in file.parent.iterdir()] == [file.name]
+    processor._measured.cache_clear()
+    assert processor.chosen(timing=lambda: 1 / 0) == made['linear']
+    for choice in 'torch', 'onednn':
+        file.write_text(json.dumps(dict(linear=choice)))
+        assert ask() == says[choice] and ask('--kernels', 'torch') == says['torch'] and ask('--kernels', 'onednn') == says['onednn']
+    file.write_text('{"lin')
+    assert ask() in says.values() and json.loads(file.read_text())['linear'] in says
+    monkeypatch.setenv('XDG_CACHE_HOME', '/proc/none')
+    assert ask() in says.values()
+    monkeypatch.setenv('MMEMBED_KERNELS', 'torch')
+    assert ask() == says['torch']
+    processor._measured.cache_clear()
+
+
+def test_a_portable_int8_file_in_the_host(cli):
+    "Where torch's product of int8 is a plain loop, it computes in float32, and says so."
+    path = tiny.exported('tiny-portable-int8', tiny.model, portable=True, quantize='int8')
+    held = dict(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_ENABLE_INSTRUCTIONS='AVX2')
+    says, answers = 'fp32: torch has no int8 kernel for this processor', []
+    assert call(cli, path, '--computes', **held).stdout.startswith(says) and call(cli, path, '--computes').stdout.strip() == load(path).computes
+    for env in {}, held: answers.append(torch.tensor(json.loads(call(cli, path, '--text', 'a small red circle', **env).stdout)['embedding']))
+    torch.testing.assert_close(*answers, atol=2e-2, rtol=0)
+
+
+def test_both_kernels_answer_alike_in_the_host(cli):
+    texts, answers = ['a small red circle', 'x'], []
+    for choice in 'onednn', 'torch':
+        done = call(cli, tiny.artifact(), '--kernels', choice, *sum((['--text', t] for t in texts), []))
+        answers.append(torch.tensor([json.loads(line)['embedding'] for line in done.stdout.splitlines()]))
+    torch.testing.assert_close(*answers, atol=1e-5, rtol=0)
 
 
 @pytest.fixture
@@ -234,7 +276,8 @@ def test_what_is_no_artifact(cli, tmp_path, content, message):
 @pytest.mark.parametrize('args, message', [
     (['--batch', '0'], "--batch wants a whole number of at least 1, got '0'"), (['--batch', 'x'], "got 'x'"), (['--text'], '--text wants a value'),
     (['--frobnicate'], 'unknown option --frobnicate'), (['--device', 'toaster'], "--device wants cpu, cuda"), (['--rgb', 'x.bin'], '--rgb wants HxW:FILE'),
-    (['--text-file', '/no/such/file'], '/no/such/file: No such file'), (['--text', 'a', '--threads', '-1'], '--threads wants')])
+    (['--text-file', '/no/such/file'], '/no/such/file: No such file'), (['--text', 'a', '--threads', '-1'], '--threads wants'),
+    (['--kernels', 'mkl'], "kernels must be one of auto, onednn, torch, got 'mkl'")])
 def test_wrong_options(cli, args, message):
     done = call(cli, tiny.artifact(), *args)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count('\n') == 1, done.stderr

@@ -14,9 +14,9 @@ from mmembed.core import as_bytes
 from mmembed.export import compiled, host
 from mmembed.export.artifact import assemble
 from mmembed.export.card import make_card
-from mmembed.export.variants import Int8Linear, Variant, exact_products, int8_steps
+from mmembed.export.variants import PRECISIONS, SAME, Int8Linear, Variant, exact_products, int8_steps
 from mmembed.export.verify import VerifyError, export, verify
-from mmembed.opening import read_card
+from mmembed.opening import computes, read_card
 from mmembed.packaged import opened
 from mmembed.runtime import load
 
@@ -50,6 +50,47 @@ def test_int8_in_the_exported_graph():
     with patch.object(compiled, 'export_program', lambda tp: None), patch.object(compiled, '_unsized', lambda p: p): made = compiled.programs(artifact)
     count = [str(n.target) for n in made['pair'].graph.nodes].count('aten._int_mm.default')
     assert list(made) == ['tokenize', 'pair'] and count == sum(isinstance(m, Int8Linear) for m in artifact.modules()) > 8
+
+
+def dtypes(artifact): return {x.dtype for tower in (artifact.model.net.text, artifact.model.net.image) for x in [*tower.parameters(), *tower.buffers()] if x.is_floating_point()}
+
+
+@pytest.mark.parametrize('cpu', ['', 'AVX2'])
+def test_a_package_is_not_compiled_for_what_would_be_emulated(cpu, tmp_path):
+    "bf16 for AVX2, or where the processor has no such instructions, becomes a program in float32; the card says so."
+    class Enough(Exception): pass
+    def seen(artifact): raise Enough(dtypes(artifact))
+    with patch.object(compiled, 'programs', seen), patch.object(compiled, 'multiplies', lambda kind: kind == 'fp32' or bool(cpu)):
+        card = make_card(tiny.model(), 24, variant={'precision': 'bf16'})
+        with pytest.raises(Enough) as found: compiled.save_package(assemble(tiny.model(), variant=Variant('bf16'), script=False), tmp_path/'m.pt2', card, cpu)
+    assert found.value.args == ({torch.float32},)
+    with patch.object(compiled, 'multiplies', lambda kind: True): assert [compiled.computed_in('bf16', c) for c in ('', 'AVX512', 'AVX2')] == ['bf16', 'bf16', 'fp32']
+    with patch.object(compiled, 'multiplies', lambda kind: kind == 'fp32'): assert [compiled.computed_in(k) for k in ('fp32', 'bf16', 'fp16')] == ['fp32'] * 3
+
+
+@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
+def test_towers_in_float32_answer_as_those_of_half_precision(precision):
+    artifact = assemble(tiny.model(), variant=Variant(precision), script=False)
+    tokens, pixels = artifact.text_pipeline(['a small red circle', 'x']), torch.rand(2, 3, 48, 48)
+    def ask():
+        with torch.no_grad(): return artifact.model.encode_text(tokens), artifact.model.encode_image(pixels)
+    assert dtypes(artifact) == {PRECISIONS[precision]}
+    before = ask()
+    compiled.widened_towers(artifact.model)
+    assert dtypes(artifact) == {torch.float32}
+    for a, b in zip(before, ask()): torch.testing.assert_close(a, b, atol=SAME[precision], rtol=0)
+
+
+def test_a_package_that_would_be_emulated_is_refused():
+    card = read_card(package())
+    other = card | {'compiled': card['compiled'] | {'multiplies': 'bf16'}, 'variant': {'precision': 'bf16'}}
+    assert card['compiled']['multiplies'] == 'fp32' and load(package()).computes == 'fp32'
+    with patch('mmembed.packaged.multiplies', lambda kind: kind == 'fp32'):
+        with pytest.raises(ValueError, match=r'was compiled to multiply in bf16, which this processor \(\w+\) would emulate: export it here, or take the .pt'): opened(package(), other)
+        old = other | {'compiled': {k: v for k, v in other['compiled'].items() if k != 'multiplies'}}
+        with pytest.raises(ValueError, match='was compiled to multiply in bf16'): opened(package(), old)
+        opened(package(), card | {'variant': {'precision': 'bf16'}})  # of half precision, compiled in float32
+    assert computes(card | {'variant': {'precision': 'bf16'}}) == 'fp32: compiled for a processor that does not multiply bf16'
 
 
 def altered(path, program, old, new):

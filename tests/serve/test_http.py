@@ -81,6 +81,7 @@ def test_the_forms_of_openai(http, emb):
     r = ask(http, [image(FILES['RGB.png']), dict(type='image_url', image_url=url), dict(type='image_url', image_url=dict(url=url)), dict(type='image', image=url)])
     assert np.abs(np.diff(vectors(r), axis=0)).max() < 1e-6 and ask(http, ['a', 'b c'])['usage']['prompt_tokens'] > 4
     model = http.get('/v1/models').json()['data'][0]
+    assert model['computes'] == emb.computes
     assert http.get(f'/v1/models/{model["id"]}').json() == model and http.get('/v1/models/gpt').status_code == 404
     assert http.get('/info').json()['short_hash'] == emb.card['short_hash']
 

@@ -124,6 +124,7 @@ def test_a_killed_replica_loses_nothing_and_is_replaced(tmp_path):
         os.kill([x['pid'] for x in s.said if x['event'] == 'serving'][-1], signal.SIGKILL)
         until(lambda: sum(x['event'] == 'serving' for x in s.said) == 4)
         assert [x['artifact'] for x in s.said if x['event'] == 'serving'][-1] == new
+        assert {x['computes'] for x in s.said if x['event'] == 'serving'} == {Embedder(tiny.artifact()).computes}
         wrong = [a for x in loads for a in x.end() if a != GOOD]
         assert not wrong, wrong[:3]
         series = [line for line in httpx2.get(f'{s.url}/metrics').text.splitlines() if line.startswith(('mmembed_artifact_info', 'mmembed_queue_items'))]

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import functional as TF
 
 from mmembed.core import quietly
@@ -63,41 +62,6 @@ def test_pillow_resize_of_large_pictures(shape):
     image = picture(shape[1], shape[0], 5)
     for to in [(224, 299), (7, 1)]:
         assert torch.equal(pillow_resize(chw(image), *to, [0, 0, *to], 'bicubic'), chw(image.resize(to[::-1], Image.BICUBIC)))
-
-
-@pytest.mark.parametrize('n, new', [(8000, 63), (8000, 62), (2560, 10)])  # 509 and 519 rows are added, and 1,025
-def test_pillow_resize_where_sums_grow(n, new):
-    g = torch.Generator().manual_seed(n + new)
-    noise, white = (torch.randint(0, 2, (3, n, 131), dtype=torch.uint8, generator=g) * 255, torch.full((3, n, 131), 255, dtype=torch.uint8))
-    for x in [noise, noise.transpose(1, 2).contiguous(), white]:
-        h, w = x.shape[1:]
-        to = (new, 40) if h == n else (40, new)
-        theirs = chw(Image.fromarray(x.permute(1, 2, 0).numpy()).resize(to[::-1], Image.BICUBIC))
-        for levels in [x, x.permute(1, 2, 0).contiguous().permute(2, 0, 1)]:
-            assert torch.equal(pillow_resize(levels, *to, [0, 0, *to], 'bicubic'), theirs)
-
-
-def work(f):
-    "Bytes of floats that conversions, matrix products and sums of rows read and write."
-    seen = {}
-    class Counted(TorchDispatchMode):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            y = op(*args, **(kwargs or {}))
-            name = op.overloadpacket.__name__
-            if name in ('mm', '_embedding_bag_forward_only', '_to_copy'):
-                for x in [*args, *(y if isinstance(y, tuple) else [y])]:
-                    if isinstance(x, torch.Tensor) and x.is_floating_point(): seen[name] = seen.get(name, 0) + x.numel() * x.element_size()
-            return y
-    with Counted(): f()
-    return seen
-
-
-def test_pillow_resize_moves_few_bytes():
-    "What a photo costs: its levels as float32 once, and sums of those rows alone that have a weight."
-    x = chw(picture(1000, 667, 2))
-    seen = work(lambda: fit(x, (224, 224), 'shortest', 'bicubic', True, [0, 0, 0], 'pillow'))
-    assert '_embedding_bag_forward_only' in seen and 'mm' not in seen
-    assert sum(seen.values()) < 15 * x.numel()  # float64 products took 22 bytes a level
 
 
 @pytest.mark.parametrize('how', ['torch', 'float'])
@@ -180,7 +144,6 @@ def test_pillow_resize_does_not_depend_on_the_precision_of_products():
     x = chw(picture(90, 70))
     y = pillow_resize(x, 33, 44, [0, 0, 33, 44], 'bicubic')
     before = torch.get_float32_matmul_precision()
-    with torch.autocast('cpu', torch.bfloat16): assert torch.equal(pillow_resize(x, 33, 44, [0, 0, 33, 44], 'bicubic'), y)
     try:
         torch.set_float32_matmul_precision('medium')
         assert torch.equal(pillow_resize(x, 33, 44, [0, 0, 33, 44], 'bicubic'), y)
