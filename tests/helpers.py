@@ -1,7 +1,9 @@
 """What every room's tests share: one body run in every form of a module, what is built once a run, and the optional real data."""
 import io
 import os
+import random
 import signal
+import socket
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +65,15 @@ def until(happened):
         assert time.monotonic() - began < HANG, 'what was waited for has not happened'
         time.sleep(.02)
     return found
+
+
+def free_port() -> int:
+    "A port that nobody listens on, and below those that the system gives to outgoing connections, of which another test may open thousands before it is bound."
+    while True:
+        with socket.socket() as s:
+            try: s.bind(('127.0.0.1', port := random.SystemRandom().randrange(20_000, 32_000)))
+            except OSError: continue
+        return port
 
 
 @contextmanager

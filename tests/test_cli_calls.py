@@ -1,11 +1,13 @@
 """Calls as people type them: names of configurations, mistyped options, closed streams, full disks; one sentence and the right exit status each."""
 import argparse
 import inspect
+import io
 import os
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 
 import pytest
 
@@ -131,7 +133,11 @@ def test_the_whole_help_explains_our_options(here, task, module, capsys):
 
 @pytest.fixture(scope='module')
 def scripts():
-    return {name: subprocess.run([*MMEMBED, 'completion', name], capture_output=True, text=True, check=True).stdout for name in ('bash', 'zsh', 'fish')}
+    "As the command prints them: in this process, where what reads the options of training is imported once for the three."
+    def printed(name):
+        with redirect_stdout(io.StringIO()) as out: assert main(['completion', name]) == 0
+        return out.getvalue()
+    return {name: printed(name) for name in ('bash', 'zsh', 'fish')}
 
 
 @pytest.mark.parametrize('name', ['bash', 'zsh', 'fish'])

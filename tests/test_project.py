@@ -93,6 +93,7 @@ def test_no_machine_paths():
 
 
 CLOCKS = {'monotonic', 'perf_counter', 'time', 'process_time'}
+ASKS = {'get', 'post', 'put', 'delete', 'options', 'head', 'request', 'stream', 'Client', 'AsyncClient'}
 
 
 def clocks(path):
@@ -102,15 +103,16 @@ def clocks(path):
         name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
         owner = getattr(getattr(node.func, 'value', None), 'id', '')
         if owner == 'time' and name in CLOCKS: yield node.lineno, f'time.{name}()'
-        limits = [k.value for k in node.keywords if k.arg in ('timeout', 'timeout_s')] + (node.args[:1] if name in ('wait', 'result', 'join') else [])
+        if owner == 'httpx2' and name in ASKS and not any(k.arg in ('timeout', None) for k in node.keywords): yield node.lineno, f'httpx2.{name}() waits for five seconds'
+        limits = [k.value for k in node.keywords if k.arg in ('timeout', 'timeout_s')] + (node.args[:1] if name in ('wait', 'result', 'join', 'close') else [])
         for limit in limits:  # under a second it is there to run out
             if isinstance(limit, ast.Constant) and isinstance(limit.value, (int, float)) and limit.value >= 1: yield node.lineno, f'{name}({limit.value})'
 
 
 def test_no_test_decides_by_a_clock(tmp_path):
     "A machine may be slow or busy: waits end with the event (`until` and `HANG` in tests/helpers.py)."
-    (tmp_path/'t.py').write_text('import time\nend = time.monotonic() + 40\np.wait(30)\nget(url, timeout=30)\nget(url, timeout=.01)\np.wait(HANG)\n')
-    assert sorted(line for line, _ in clocks(tmp_path/'t.py')) == [2, 3, 4]
+    (tmp_path/'t.py').write_text('import time\nend = time.monotonic() + 40\np.wait(30)\nget(url, timeout=30)\nget(url, timeout=.01)\np.wait(HANG)\nhttpx2.get(url)\nhttpx2.get(url, timeout=HANG)\n')
+    assert sorted(line for line, _ in clocks(tmp_path/'t.py')) == [2, 3, 4, 7]
     found = {(str(p.relative_to(ROOT)), *c) for p in (ROOT/'tests').rglob('*.py') if p.name != 'helpers.py' for c in clocks(p)}
     assert not found
 

@@ -25,7 +25,7 @@ from .card import make_card
 from .encoder import Encoder, ImageForm, PairForm, Scorer, TextForm, unstored
 from .graph import LIMIT, Graph, fingerprint, intact, placed, read_onnx_card, value, written
 from .onnxhost import OnnxModel, answers, ask, host_source, provider_of, rows
-from .pixels import vision_program, vision_to_onnx
+from .pixels import vision_to_onnx
 from .steps import Classes, Same, Steps, read_classes, tried
 from .variants import Variant, prepared, with_linear_attention
 from ..text.exits import _unsized, exported, text_to_onnx, translations
@@ -226,7 +226,7 @@ def settle(
 def _graphs(folder: Path, p, encoder: nn.Module, dim: int, tokens: Tokens, steps: Steps, classes: Classes, rows: Tensor | None) -> dict: # name -> onnx_ir.Model
     import onnx_ir as ir
     tp, vp, fixed, parts = p.text_pipeline, p.vision_pipeline, p.variant.deterministic, _before(steps)
-    for name, write in (('tokenizer', lambda path: text_to_onnx(tp, path)), ('vision', lambda path: vision_to_onnx(vision_program(vp), path))):
+    for name, write in (('tokenizer', lambda path: text_to_onnx(tp, path)), ('vision', lambda path: vision_to_onnx(vp, path))):
         parts[name] = ir.load(write(folder/f'{name}.onnx'))
         (folder/f'{name}.onnx').unlink()
     levels = torch.zeros(len(tokens.ids), 3, *vp.size, dtype=torch.uint8)

@@ -110,12 +110,24 @@ def vision_program(
     D = torch.export.Dim
     return exported(VisionForm(vp), (torch.zeros(2, 70, 90, 3, dtype=torch.uint8),), ({0: D('B', min=0), 1: D('H', min=1), 2: D('W', min=1)},))
 
+_files: dict[str, bytes] = {}  # rules of a pipeline -> the ONNX file
+
+def _content(vp: nn.Module) -> str: return repr(sorted((k, v) for k, v in vars(VisionForm(vp)).items() if not k.startswith('_')))
+
 def vision_to_onnx(
-    program: torch.export.ExportedProgram, # what `vision_program` made, which is used up
+    vp: nn.Module,    # a VisionPipeline
     path: str | Path, # the file to write
 ) -> Path:
-    "Writes the program as an ONNX model of standard operators (opset 20): `images` -> `levels`. Needs `pip install mmembed[onnx]`."
-    import onnx
+    """Writes `vp.transform` as an ONNX model of standard operators (opset 20): `images` uint8 (B, H, W, 3) -> `levels` uint8 (B, 3, *size).
+
+    Needs `pip install mmembed[onnx]`. Raises `ValueError` for a rule that has no exported form."""
+    if (key := _content(vp)) not in _files:
+        _files[key] = _translated(vision_program(vp), path).read_bytes()
+        while len(_files) > 4: del _files[next(iter(_files))]
+    Path(path).write_bytes(_files[key])
+    return Path(path)
+
+def _translated(program: torch.export.ExportedProgram, path: str | Path) -> Path: # the program is used up
     from onnxscript import opset20 as op
     def one(i: int): return op.Constant(value_ints=[i])
     def resize(mode):

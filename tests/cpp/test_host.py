@@ -113,9 +113,9 @@ def test_the_header_in_a_program(picture):
 
 
 def test_thousands_of_calls_do_not_grow(picture):
-    "Nine calls a round, good items and broken ones, after 40 rounds that may still fill caches; benchmarks/README.md has more rounds."
+    "Nine calls a round, good items and broken ones, after 40 rounds that may still fill caches, in each of four windows; benchmarks/README.md has more rounds."
     done = call(host.build('mmembed_test'), '--leak', tiny.artifact(), tiny.pair_artifact(), picture, 200)
-    assert done.returncode == 0 and float(done.stdout) < 4, done
+    assert done.returncode == 0 and float(done.stdout.split()[1]) < 4, done
 
 
 def test_pairs(cli):

@@ -15,6 +15,7 @@ import mmembed as mm
 from mmembed.core import pack
 from mmembed.export import cases
 from mmembed.export import onnx as graphs
+from mmembed.export import pixels
 from mmembed.export.graph import written
 from mmembed.export.onnx import OnnxModel, export_onnx, intact, read_onnx_card
 from mmembed.export.onnxfiles import add_files
@@ -22,9 +23,11 @@ from mmembed.export.steps import Steps
 from mmembed.export.variants import Variant
 from mmembed.export.verify import export, verify
 from mmembed.models.dual import DualEncoder
-from mmembed.models.towers import TextTransformer
+from mmembed.models.towers import ConvNet, TextTransformer
 from mmembed.text import exits
 from mmembed.text.exits import operators
+from mmembed.text.pipeline import TextPipeline
+from mmembed.vision.pipeline import VisionPipeline
 
 from ..helpers import built_once, needs_exact_int8
 from . import tiny
@@ -37,9 +40,10 @@ pytest.importorskip('onnxscript')
 
 @pytest.fixture(scope='module', autouse=True)
 def tokenizer():
-    "The tiny models' own, which all these files hold: translated once a run, for every worker."
-    tp = tiny.pipelines()[0]
+    "The tiny models' own, and their resize, which all these files hold: translated once a run, for every worker."
+    tp, vp = tiny.pipelines()
     exits._files[exits._content(tp)] = built_once('tiny-tokenizer.onnx', lambda path: exits.text_to_onnx(tp, path)).read_bytes()
+    pixels._files[pixels._content(vp)] = built_once('tiny-pixels.onnx', lambda path: pixels.vision_to_onnx(vp, path)).read_bytes()
 
 
 @pytest.fixture(scope='module')
@@ -172,15 +176,39 @@ def test_numbers_beside_the_file(made, tmp_path):
     assert not intact(tmp_path/'text.onnx')
 
 
+def test_a_resize_is_translated_once(tmp_path, monkeypatch):
+    "The second file of the same rules is the first; another rule makes another."
+    made = []
+    def translated(program, path):
+        made.append(path)
+        path.write_bytes(b'%d' % len(made))
+        return path
+    monkeypatch.setattr(pixels, 'vision_program', lambda vp: vp)
+    monkeypatch.setattr(pixels, '_translated', translated)
+    monkeypatch.setattr(pixels, '_files', {})
+    rules = [dict(), dict(), dict(crop='floor'), dict(resize_mode='longest'), dict(resize_mode='longest', fill=(1, 2, 3)), dict(interpolation='bilinear'),
+             dict(size=(32, 48)), dict(shortest=40), dict(shortest=40)]
+    files = [pixels.vision_to_onnx(VisionPipeline(**{'size': 32} | r), tmp_path/f'{i}').read_bytes() for i, r in enumerate(rules)]
+    assert files == [b'1', b'1', b'2', b'3', b'4', b'5', b'6', b'7', b'7'] and len(pixels._files) == 4
+    with pytest.raises(ValueError, match="resize='pillow' has no exported form"): pixels.vision_to_onnx(VisionPipeline(size=32, resize='pillow'), tmp_path/'x')
+
+
 class Last(nn.Module):
     def forward(self, x): return nn.functional.normalize(x[:, 1:17] * 2 + .1, dim=-1)
+
+
+def of_words():
+    "A model of whole words, whose tokenizer is quickly translated: what is trimmed is another tokenizer."
+    tp, vp = TextPipeline.learn(tiny.CAPTIONS, model='words', max_length=16), tiny.pipelines()[1]
+    torch.manual_seed(0)
+    return DualEncoder(TextTransformer(tp, width=32, depth=2, heads=2), ConvNet(vp, channels=(8, 16), width=32), dim=24).eval()
 
 
 def test_half_precision_a_users_steps_labels_and_stored_numbers(tmp_path):
     "Everything before and after the towers in one graph, held to the artifact in batches of every size."
     options = dict(precision='fp16', before_text=NoDigits(), before_image=Inverted(), after=Last(), trim=4, output='int8',
                    labels=['cat', 'dog', 'cow'], top_k=2, threshold={'cat': .5, 'dog': .1})
-    report = export(tiny.model(), tmp_path/'m.pt', onnx=tmp_path/'g', fresh=False, cpp=False, **options)
+    report = export(of_words(), tmp_path/'m.pt', onnx=tmp_path/'g', fresh=False, cpp=False, **options)
     rows, run = stage(report), OnnxModel(tmp_path/'g')
     assert {'token ids', 'pixels', 'text embedding', 'image embedding', 'class probability', 'labels', 'image cosine'} <= set(rows) and report.ok
     text, labels, index = run.encode_text(['a red circle 77', 'a red circle '], ('embedding', 'labels', 'index'))

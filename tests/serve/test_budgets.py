@@ -228,7 +228,7 @@ def test_many_large_uploads_leave_the_server_alive(narrow):
     for t in threads: t.start()
     for t in threads: t.join(HANG)
     assert len(results) == 12 and 200 in results and set(results) <= {200, 429}, results
-    assert reached(lambda: httpx2.post(narrow.url + '/v1/embeddings', content=flat_gif(300, 300), headers={'content-type': 'image/gif'}).status_code, lambda c: c == 200) == 200
+    assert reached(lambda: httpx2.post(narrow.url + '/v1/embeddings', content=flat_gif(300, 300), headers={'content-type': 'image/gif'}, timeout=HANG).status_code, lambda c: c == 200) == 200
 
 
 @pytest.mark.parametrize('kind', ['RLIMIT_AS', 'RLIMIT_DATA'])

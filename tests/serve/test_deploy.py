@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import textwrap
@@ -23,7 +22,7 @@ from mmembed.serve.edge import OPEN
 from mmembed.serve.observe import STAGES, Metrics
 
 from ..export import tiny
-from ..helpers import HANG, ended, until
+from ..helpers import HANG, ended, free_port, until
 
 DEPLOY = Path(__file__).resolve().parents[2]/'deploy'
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get('PATH', '')])  # tools/setup.sh lays Prometheus beside Python
@@ -317,9 +316,7 @@ def test_a_real_prometheus_takes_the_configuration_and_answers_every_panel(serve
     run(promtool, 'check', 'rules', '--lint-fatal', DEPLOY/'rules.yml')
     text = (DEPLOY/'prometheus.yml').read_text()
     (tmp_path/'prometheus.yml').write_text(text.replace('mmembed:8000', server.url.removeprefix('http://')).replace('scrape_interval: 5s', 'scrape_interval: 1s'))
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        at = f'127.0.0.1:{s.getsockname()[1]}'
+    at = f'127.0.0.1:{free_port()}'
     p = subprocess.Popen([prometheus, f'--config.file={tmp_path}/prometheus.yml', f'--storage.tsdb.path={tmp_path}/data', f'--web.listen-address={at}', '--log.level=error'], stderr=subprocess.DEVNULL)
     try:
         with httpx2.Client(base_url=f'http://{at}', timeout=HANG) as h:

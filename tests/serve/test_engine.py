@@ -28,7 +28,7 @@ def embedder(): return Embedder(tiny.artifact())
 def engine():
     e = Engine(embedder(), Options(batch=8, decoders=2))
     yield e
-    assert e.close(10) and e.waiting == dict(text=0, image=0) and not e.bytes
+    assert e.close(HANG) and e.waiting == dict(text=0, image=0) and not e.bytes
 
 
 def ask(engine, items, **kw):
@@ -182,17 +182,18 @@ def test_a_dead_worker_or_no_memory_ends_the_engine(error):
 
 
 def test_a_stuck_worker_is_seen():
-    engine = Engine(embedder(), Options(stall=.2))
+    engine = Engine(embedder(), Options(stall=HANG))
     hold(engine)
     job = engine.submit([Item('text', 'a')], lambda job: None)
     assert not engine.health()
+    engine.options = Options(stall=.2)
     assert 'stuck' in until(engine.health) and job.items[0].status == 'unavailable'
 
 
 def test_closing_answers_what_was_admitted(engine):
     done = [Future() for _ in range(30)]
     for f in done: engine.submit([Item('text', 'a'), Item('image', FILES['RGB.png'])], f.set_result)
-    assert engine.close(30)
+    assert engine.close(HANG)
     assert {i.status for f in done for i in f.result(0).items} == {'ok'}
     with pytest.raises(Unfit): engine.submit([Item('text', 'a')], None)
 

@@ -101,8 +101,11 @@ def test_what_is_fetched_counts_among_the_bytes_in_hand(fetching):
 def test_a_dripping_host_has_the_time_of_the_request(fetching):
     _, client, host = fetching
     host.left.clear()
-    status, rows = ask(client, f'{host.url}/good', f'{host.url}/drip', x_timeout='1')
-    assert rows[0][0] == 'ok' and rows[1] == ('expired', 'the image did not arrive in time') and host.left.wait(HANG)
+    for seconds in 1, 4, 16, HANG // 2:  # on a busy machine the good one needs longer, too
+        status, rows = ask(client, f'{host.url}/good', f'{host.url}/drip', x_timeout=str(seconds))
+        assert rows[1] == ('expired', 'the image did not arrive in time') and host.left.wait(HANG)
+        if rows[0][0] == 'ok': break
+    assert rows[0][0] == 'ok'
     assert ask(client, f'{host.url}/drip', x_timeout='1')[0] == 504
 
 

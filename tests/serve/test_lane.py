@@ -157,4 +157,4 @@ def test_a_single_item_passes_by_the_whole_engine(kind):
     assert any(single in batch for batch in tower.batches[1:4]), [len(b) for b in tower.batches]
     tower.open = True
     tower.go.release()
-    assert engine.close(120)
+    assert engine.close(HANG)

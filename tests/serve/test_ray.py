@@ -2,7 +2,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from mmembed.serve.client import Client, ServiceError
 from mmembed.serve.ray import app
 
 from ..export import tiny
-from ..helpers import HANG, until
+from ..helpers import HANG, free_port, until
 
 
 def start(artifact):
@@ -34,9 +33,7 @@ def url():
     from ray.cluster_utils import Cluster
     small = dict(num_cpus=1, object_store_memory=80 << 20)
     cluster = Cluster(initialize_head=True, head_node_args=small | dict(include_dashboard=False))
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
+    port = free_port()
     try:
         cluster.add_node(**small)
         ray.init(address=cluster.address, log_to_driver=False, logging_level='error')
@@ -82,9 +79,7 @@ def test_two_nodes_answer_survive_a_kill_and_change_the_artifact(url, tmp_path):
 
 def test_the_command_serves_and_ends_on_sigterm(tmp_path):
     "`mmembed serve --ray` as a process, with a cluster of its own: right vectors by HTTP, an orderly end."
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
+    port = free_port()
     command = [str(Path(sys.executable).with_name('mmembed')), 'serve', str(tiny.artifact()), '--ray', '--port', str(port), '--decoders', '1', '--log', os.devnull]
     env = {k: v for k, v in os.environ.items() if k != 'RAY_ADDRESS'}
     with open(tmp_path/'said', 'w+') as said, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=env) as p:
@@ -97,4 +92,4 @@ def test_the_command_serves_and_ends_on_sigterm(tmp_path):
             p.send_signal(signal.SIGTERM)
             assert p.wait(HANG) == 0
         finally: p.kill()
-    with pytest.raises(httpx2.TransportError): httpx2.get(f'http://127.0.0.1:{port}/livez')
+    with pytest.raises(httpx2.TransportError): httpx2.get(f'http://127.0.0.1:{port}/livez', timeout=HANG)

@@ -95,7 +95,7 @@ def test_the_canary_does_not_wait_behind_the_load():
     tower.open = True
     for _ in range(2): tower.go.release()
     thread.join(HANG)
-    assert said == [''] and engine.close(120)
+    assert said == [''] and engine.close(HANG)
 
 
 def test_the_gauge_is_right_when_nobody_asks(service, monkeypatch):

@@ -258,7 +258,9 @@ def test_a_client_that_does_not_read_its_answer_holds_no_engine(artifacts):
 
 
 def test_reloads_leave_no_memory(server, http):
-    "A real process, its first engine frozen for the collector: after six it is within a fifth of what it was after the second (70 MB a reload were kept once)."
+    """A real process, its first engine frozen for the collector: after six it is within a fifth of what it was after the second (70 MB a reload were kept once).
+
+    Where free pages were not given back yet, six more may follow: what is kept of each reload only grows by them."""
     def figures():
         rows = (line.split(':') for line in open(f'/proc/{server.process.pid}/status'))
         return {k: int(v.split()[0]) for k, v in rows if k in ('VmRSS', 'Threads')}
@@ -266,11 +268,12 @@ def test_reloads_leave_no_memory(server, http):
         found = re.search(r'reloads_total{status="ok"} (\S+)', http.get('/metrics').text)
         return float(found[1]) if found else 0
     before = reloads()
-    for k in range(1, 7):
+    for k in range(1, 13):
         assert http.post('/v1/embeddings', json=dict(input=[image(PNG), 'a'])).status_code == 200
         os.kill(server.process.pid, signal.SIGHUP)
         until(lambda: reloads() >= before + k)
         if k == 2: second = figures()
-    until(lambda: figures()['Threads'] <= second['Threads'])
-    last = figures()
+        if k < 6: continue
+        until(lambda: figures()['Threads'] <= second['Threads'])
+        if (last := figures())['VmRSS'] < 1.2 * second['VmRSS']: break
     assert last['Threads'] <= second['Threads'] and last['VmRSS'] < 1.2 * second['VmRSS'], (second, last)

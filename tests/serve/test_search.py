@@ -96,7 +96,7 @@ def test_pairs_are_scored_and_bad_ones_fail_alone(tmp_path):
             assert c.classify([('a', files[0][:50])]) == [[]]
             with pytest.raises(ServiceError, match='scores pairs'): c.encode(['a'])
             c.close()
-        assert 'mmembed_items_total{kind="pair",status="ok"} 8.0' in httpx2.get(f'{s.url}/metrics').text
+        assert 'mmembed_items_total{kind="pair",status="ok"} 8.0' in httpx2.get(f'{s.url}/metrics', timeout=HANG).text
 
 
 @pytest.mark.parametrize('way', ['url', 'grpc'])

@@ -69,7 +69,7 @@ def test_deterministic_with_key_and_tls_reloaded_under_load_and_drained(tmp_path
     with running(c._replace(artifact=path)) as s:
         ways = dict(api_key='s3cret', verify=str(tmp_path/'cert.pem'))
         trust = ssl.create_default_context(cafile=str(tmp_path/'cert.pem'))
-        with httpx2.Client(base_url=s.url, verify=trust) as h:
+        with httpx2.Client(base_url=s.url, verify=trust, timeout=HANG) as h:
             assert h.get('/readyz').status_code == h.get('/metrics').status_code == h.get('/livez').status_code == 200
             for key in ({}, {'x-api-key': 'wrong'}, {'authorization': 'Bearer'}, {'authorization': 'Basic s3cret'}):
                 assert h.post('/v1/embeddings', json=dict(input='x'), headers=key).status_code == 401 and h.get('/info', headers=key).status_code == 401
@@ -115,22 +115,22 @@ def test_a_killed_replica_loses_nothing_and_is_replaced(tmp_path):
         until(lambda: sum(x['event'] == 'serving' for x in s.said) == 3)
         seen = [len(x.answers) for x in loads]
         until(lambda: all(len(x.answers) > n + 3 for x, n in zip(loads, seen)))
-        text = httpx2.get(f'{s.url}/metrics').text  # of all replicas together
+        text = httpx2.get(f'{s.url}/metrics', timeout=HANG).text  # of all replicas together
         assert 'mmembed_items_total{kind="text",status="ok"}' in text
         shutil.copy(tiny.other(), tmp_path/'new.pt')
         head, new = {'x-api-key': 'k', 'connection': 'close'}, read_card(tmp_path/'new.pt')['short_hash']
         assert httpx2.post(f'{s.url}/admin/reload', json=dict(artifact=str(tmp_path/'new.pt')), headers=head, timeout=HANG).json()['after'] == new
-        until(lambda: {httpx2.get(f'{s.url}/info', headers=head).json()['short_hash'] for _ in range(12)} == {new})
+        until(lambda: {httpx2.get(f'{s.url}/info', headers=head, timeout=HANG).json()['short_hash'] for _ in range(12)} == {new})
         os.kill([x['pid'] for x in s.said if x['event'] == 'serving'][-1], signal.SIGKILL)
         until(lambda: sum(x['event'] == 'serving' for x in s.said) == 4)
         assert [x['artifact'] for x in s.said if x['event'] == 'serving'][-1] == new
         assert {x['computes'] for x in s.said if x['event'] == 'serving'} == {Embedder(tiny.artifact()).computes}
         wrong = [a for x in loads for a in x.end() if a != GOOD]
         assert not wrong, wrong[:3]
-        series = [line for line in httpx2.get(f'{s.url}/metrics').text.splitlines() if line.startswith(('mmembed_artifact_info', 'mmembed_queue_items'))]
+        series = [line for line in httpx2.get(f'{s.url}/metrics', timeout=HANG).text.splitlines() if line.startswith(('mmembed_artifact_info', 'mmembed_queue_items'))]
         assert [x for x in series if 'artifact' in x] == [f'mmembed_artifact_info{{dim="24",hash="{new}",kind="DualEncoder"}} 1.0']
         assert {x.split()[-1] for x in series if 'queue' in x} == {'0.0'}, series  # also after two processes died with items in theirs
-        assert httpx2.get(f'{s.url}/readyz').json()['ready']
+        assert httpx2.get(f'{s.url}/readyz', timeout=HANG).json()['ready']
     assert s.process.returncode == 0 and [x['event'] for x in s.said].count('replica died') == 2
 
 
@@ -191,7 +191,7 @@ def collector():
 @pytest.fixture(scope='module')
 def small(tmp_path_factory, collector):
     "A server with a short queue and little patience, that sends its traces to the collector."
-    with running(config(tmp_path_factory.mktemp('small')/'log', queue=12, batch=2, body_timeout=1., traces=f'grpc://127.0.0.1:{collector[0]}'),
+    with running(config(tmp_path_factory.mktemp('small')/'log', queue=12, batch=2, body_timeout=3., traces=f'grpc://127.0.0.1:{collector[0]}'),
                  env=dict(OTEL_BSP_SCHEDULE_DELAY='100')) as s: yield s
 
 
@@ -203,7 +203,7 @@ def test_overload_is_turned_away_with_a_hint(small):
     answers = asyncio.run(many())
     turned = [r for r in answers if r.status_code == 429]
     assert {r.status_code for r in answers} == {200, 429} and all(int(r.headers['retry-after']) >= 1 for r in turned) and turned[0].json()['error']['type'] == 'rate_limit_error'
-    assert f'mmembed_rejected_total{{reason="queue full"}} {len(turned)}.0' in httpx2.get(f'{small.url}/metrics').text
+    assert f'mmembed_rejected_total{{reason="queue full"}} {len(turned)}.0' in httpx2.get(f'{small.url}/metrics', timeout=HANG).text
     ask = lambda url: Client(url, batch_size=4, prefetch=8).encode(['a red circle'] * 60).shape
     assert ask(small.url) == ask(small.grpc) == (60, 24)
 
@@ -215,7 +215,7 @@ def serve_with(patch, tmp_path):
         from mmembed.serve.server import serve
         from mmembed.serve.service import Config
         from mmembed.serve.engine import Options
-        sys.exit(serve(Config({str(tiny.artifact())!r}, port=0, log={str(tmp_path/'log')!r}, engine=Options(batch=4, stall=1.))))''')
+        sys.exit(serve(Config({str(tiny.artifact())!r}, port=0, log={str(tmp_path/'log')!r}, engine=Options(batch=4, stall=5.))))''')  # what is not stuck comes back by then
     p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', program], stdout=subprocess.PIPE, text=True)
     return p, f"http://127.0.0.1:{json.loads(p.stdout.readline())['http']}"
 
@@ -242,7 +242,7 @@ def test_slow_clients_are_cut_off_and_hold_up_nobody(small):
     port = int(small.url.rsplit(':', 1)[1])
     slow = [socket.create_connection(('127.0.0.1', port), timeout=HANG) for _ in range(20)]
     for x in slow: x.sendall(b'POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"in')
-    assert httpx2.post(f'{small.url}/v1/embeddings', json=dict(input='a')).status_code == 200
+    assert httpx2.post(f'{small.url}/v1/embeddings', json=dict(input='a'), timeout=HANG).status_code == 200
     assert all(b' 408 ' in x.recv(4096) for x in slow)
 
 
@@ -250,7 +250,7 @@ def test_traces_reach_a_collector(small, collector):
     "Spans of all stages, in the client's trace, linked to their batch; from both protocols."
     spans, trace = collector[1], 'ab' * 16
     assert Client(small.grpc).encode(['a']).shape == (1, 24)
-    r = httpx2.post(f'{small.url}/v1/embeddings', files=[('image', FILES['RGB.png']), ('text', (None, 'a'))], headers={'traceparent': f'00-{trace}-{"cd" * 8}-01'})
+    r = httpx2.post(f'{small.url}/v1/embeddings', files=[('image', FILES['RGB.png']), ('text', (None, 'a'))], headers={'traceparent': f'00-{trace}-{"cd" * 8}-01'}, timeout=HANG)
     assert r.status_code == 200
     until(lambda: any(x.trace_id.hex() == trace and x.name == 'POST /v1/embeddings' for x in spans))
     mine = [x for x in spans if x.trace_id.hex() == trace]
@@ -316,14 +316,16 @@ def test_every_line_is_json_and_the_file_is_opened_anew(tmp_path):
 
 
 def test_memory_stays_flat(server):
-    "Mixed load with broken items: after warming up the process does not grow."
+    "Mixed load with broken items: after warming up the process does not grow. What is kept of every answer grows in each of the windows; a heap that still settles, in one."
     def memory(): return int(next(line for line in open(f'/proc/{server.process.pid}/status') if line.startswith('VmRSS')).split()[1]) / 1024
     load = Load(server.url, 4)
     until(lambda: len(load.answers) > 100)
-    before = memory()
-    until(lambda: len(load.answers) > 400)
-    after = memory()
-    assert all(a == GOOD for a in load.end()) and after - before < 25, (before, after)
+    sizes = [memory()]
+    while len(sizes) < 2 or (sizes[-1] - sizes[-2] >= 25 and len(sizes) < 5):
+        answers = 100 + 300 * len(sizes)
+        until(lambda: len(load.answers) > answers)
+        sizes.append(memory())
+    assert all(a == GOOD for a in load.end()) and sizes[-1] - sizes[-2] < 25, sizes
 
 
 def test_a_start_that_fails_says_why(tmp_path, capsys):
