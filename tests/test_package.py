@@ -102,10 +102,21 @@ def test_running_a_file_needs_no_training_code(tmp_path):
     assert not set(done.stdout.split()) & {'lightning', 'transformers', 'tokenizers', 'open_clip', 'torchvision', 'gradio', 'ray', 'fastapi', 'matplotlib', 'pandas', 'pyarrow'}
 
 
-EXTRAS = ('gradio', 'gradio_client', 'lancedb', 'psycopg', 'pgvector', 'faiss', 'ray', 'datasets', 'braceexpand', 'fsspec', 'onnx', 'onnxruntime', 'onnxscript',
-          'onnx_ir', 'httpx2', 'httpx', 'orjson', 'grpc', 'google.protobuf', 'peft', 'fastapi', 'uvicorn', 'prometheus_client', 'opentelemetry', 'matplotlib',
-          'sentencepiece', 'jieba', 'webdataset', 'IPython', 'nbdev', 'execnb', 'pytest', 'hypothesis')
-NEED = {'mmembed.serve', 'mmembed.demo'}  # rooms that exist for an extra
+def test_verifying_needs_no_trainer():
+    "The loader's rows, which `verify` and `export` compare, are made without Lightning, which takes seconds to import."
+    program = '''
+import sys
+from mmembed.core import as_bytes
+from mmembed.export import cases, verify
+from mmembed.export.answers import loaded_rows
+from mmembed.export.tiny import tiny_model
+files = cases.images()
+(rows, *_), = loaded_rows(tiny_model(), [as_bytes(b'a')], [as_bytes(files[k]) for k in ('truncated.jpg', 'RGB.png')])
+print(rows, 'lightning' in sys.modules)
+'''
+    done = python('-c', program, cwd=ROOT)
+    assert done.stdout.strip() == '[1] False', done.stderr[-1000:]
+
 
 
 def test_extras_are_extra():

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..core import Tokens
-from .module import Collate, PairData, Row
+from .batches import Collate, Row
+from .module import PairData
 from .sources import NO_LABEL, Part, Source
 from .splits import PARTS
 

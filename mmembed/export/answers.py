@@ -192,14 +192,11 @@ def loaded_rows(
     images: list[Tensor], # files, uint8 (N,) each
 ) -> list[tuple]: # of batches: rows, ids, mask, pixels
     "What `PairData` makes of text i with image i, in validation."
-    from mmembed.data.module import PairData
+    from mmembed.data.batches import Collate, Ledger, PairLoader, Rows
     from mmembed.data.sources import Source
     class Samples(Source):
-        def __len__(self): return len(images) + 1
+        def __len__(self): return len(images)
         def text(self, i): return bytes(texts[i % len(texts)].tolist())
-        def image(self, i): return images[min(i, len(images) - 1)]
-        def split(self, share=0.1):
-            from mmembed.data.sources import Part
-            return Part(self, [len(images)]), Part(self, range(len(images)))
-    data = PairData(source=Samples(), batch_size=7, text_pipeline=model.text_pipeline, vision_pipeline=model.vision_pipeline)
-    return [(b.index.tolist(), b.tokens.ids, b.tokens.mask, b.pixels) for b in data.val_dataloader()]
+        def image(self, i): return images[i]
+    loader = PairLoader(Rows(Samples(), model.vision_pipeline), 7, Ledger(), collate_fn=Collate(model.text_pipeline, model.vision_pipeline))
+    return [(b.index.tolist(), b.tokens.ids, b.tokens.mask, b.pixels) for b in loader]
