@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks import begun
 
-PARTS = {'fp32': {}, 'int8': {'quantize': 'int8'}, 'onnx': {}}
+PARTS = {'fp32': {}, 'int8': {'quantize': 'int8'}, 'onnx': {}, 'onnx-int8': {'quantize': 'int8'}}
 PYTHON, ENV = [sys.executable, '-W', 'ignore'], os.environ | {'OMP_NUM_THREADS': '1'}
 PICTURES = '[torch.randint(0, 256, (3, 480, 640), dtype=torch.uint8) for i in range({n})]'
 TEXTS = "['a photo of a red boat in a small harbour', 'two dogs'] * {n}"
@@ -36,7 +36,7 @@ HOST = {
             'e = OnnxModel({path!r})',
     'first calls': f'e.encode_text({TEXTS.format(n=1)}); e.encode_image({BLACK})',
     'batches of 64': f'e.encode_text({TEXTS.format(n=32)}); e.encode_image({BLACK} * 64)'}
-PHASES = {'torch': {'import': TORCH}, 'fp32': LOADED, 'int8': LOADED, 'onnx': HOST}
+PHASES = {'torch': {'import': TORCH}, 'fp32': LOADED, 'int8': LOADED, 'onnx': HOST, 'onnx-int8': HOST}
 
 
 def status(pid, name):
@@ -77,11 +77,11 @@ class Held:
     def __exit__(self, *_): self.process.stdin.close(), self.process.wait()
 
 
-def prepare(folder, parts, alone):
+def prepare(folder, parts, alone, model):
     "Each export in a process of its own; what it held at its peak goes into NAME.json."
     folder.mkdir(parents=True, exist_ok=True)
     for name in parts:
-        given = ['--files', str(folder), '--parts', name, *['--alone'] * alone]
+        given = ['--files', str(folder), '--parts', name, '--model', model, *['--alone'] * alone]
         child = subprocess.Popen([*PYTHON, '-m', 'benchmarks.memory', 'make', *given], env=ENV)
         most = dict(tree=0., peak=0.)
         while child.poll() is None:
@@ -96,17 +96,18 @@ def prepare(folder, parts, alone):
         print(name, most, flush=True)
 
 
-def make(folder, name, alone):
+def make(folder, name, alone, model):
     "What the process of `prepare` does: a model as a user has it, one export."
     import torch
     torch.set_num_threads(1)
     from mmembed.models.dual import DualEncoder
     torch.manual_seed(0)
-    model = DualEncoder.from_open_clip('ViT-B-32').eval()
+    model = DualEncoder.from_open_clip(model).eval()
     print('model', {k: round(v) for k, v in sizes().items()}, flush=True)
-    if name == 'onnx':
+    if name.startswith('onnx'):
         from mmembed.export.onnx import export_onnx
-        return export_onnx(model, folder/name)
+        from mmembed.export.variants import Variant
+        return export_onnx(model, folder/name, Variant(**PARTS[name]))
     from mmembed.export.verify import export
     export(model, folder/f'{name}.pt', fresh=not alone, cpp=False, **PARTS[name])
 
@@ -144,11 +145,12 @@ def run(folder, names):
         rows.append([name, phase, *held, f'{beyond:,.0f}', f'{beyond / weights:.2f}'])
         print(*rows[-1], sep='\t', flush=True)
     for name in names:
-        path = folder/('onnx' if name == 'onnx' else f'{name}.pt')
-        called = name if name == 'onnx' else f'{name}, {path.stat().st_size / 1e6:,.0f} MB'
+        onnx = name.startswith('onnx')
+        path = folder/(name if onnx else f'{name}.pt')
+        called = name if onnx else f'{name}, {path.stat().st_size / 1e6:,.0f} MB'
         with Held(name, path) as h:
-            for phase in h.steps: row(called, phase, h.go(phase), 0. if name == 'onnx' else torch['resident'])
-        if name == 'onnx': continue
+            for phase in h.steps: row(called, phase, h.go(phase), 0. if onnx else torch['resident'])
+        if onnx: continue
         with Held(name, path) as a, Held(name, path) as b:
             for h in (a, b): h.go('load'), h.go('first calls')
             for h in (a, b):
@@ -208,16 +210,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('do', choices=['prepare', 'run', 'cold', 'make'], help='`make` is what `prepare` starts')
     parser.add_argument('--files', default='runs/memory')
+    parser.add_argument('--model', default='ViT-B-32', help="of `prepare`: a name of open_clip's")
     parser.add_argument('--parts', default=','.join(PARTS))
     parser.add_argument('--alone', action='store_true', help='of `prepare`: verify without a fresh process')
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--json', help='the file of results that the figures go into')
     args = begun(parser)
     folder, parts = Path(args.files), args.parts.split(',')
-    if args.do == 'prepare': return prepare(folder, parts, args.alone)
-    if args.do == 'make': return make(folder, *parts, args.alone)
+    if args.do == 'prepare': return prepare(folder, parts, args.alone, args.model)
+    if args.do == 'make': return make(folder, *parts, args.alone, args.model)
     if args.do == 'cold': return cold(folder, args.rounds)
-    found = run(folder, [p for p in parts if (folder/('onnx' if p == 'onnx' else f'{p}.pt')).exists()])
+    found = run(folder, [p for p in parts if (folder/(p if p.startswith('onnx') else f'{p}.pt')).exists()])
     if args.json: Path(args.json).write_text(json.dumps(found, indent=1) + '\n')
 
 

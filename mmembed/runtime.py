@@ -66,8 +66,9 @@ class Embedder:
         graphs: Sequence[int] | None = None, # batch sizes whose towers become CUDA graphs on a GPU; None: as the file was exported
         kernels: str | None = None,     # what multiplies in float32 on a CPU: 'onednn', 'torch', or 'auto' for the quicker one; None: as MMEMBED_KERNELS says, or 'auto'
         check: bool = False,            # before loading, hold every record to the card's SHA-256, or to its CRC where an older card has none
+        mmap: bool = False,             # leave weights in the file, shared with other processes, where no layer wants them in an order of its own
     ):
-        self.given = dict(device=str(device), threads=threads, batch_size=batch_size, deterministic=deterministic, graphs=graphs, kernels=kernels, check=check)
+        self.given = dict(device=str(device), threads=threads, batch_size=batch_size, deterministic=deterministic, graphs=graphs, kernels=kernels, check=check, mmap=mmap)
         self.card = read_card(path)
         own = self.card.get('variant', {}).get('deterministic', 0)  # rows to which the file fills its batches
         self.deterministic, self.fills = bool(deterministic or own), bool(deterministic and not own)
@@ -79,7 +80,7 @@ class Embedder:
             register_image_ops(self.card.get('pixels', {}).get('heic', False))
             silence_decoders()
         torch._C._jit_set_profiling_mode(False)  # process-wide; its recompilations make the first calls slow
-        self.module = checked(path, self.card, check, lambda: opened(path, self.card, self.device, graphs))
+        self.module = checked(path, self.card, check, lambda: opened(path, self.card, self.device, graphs, (lambda record: record) if mmap else None))
         self.graphs: tuple = getattr(self.module, 'sizes', ())  # batch sizes that are captured; none on a CPU
         if self.device.type == 'cpu': self._settle(kernels)
         give_back()
@@ -436,7 +437,7 @@ def load(
     path: str | Path,                   # an artifact, as `export` writes it; it is code, so load only what you trust
     device: str | torch.device = 'cpu', # where the towers run
     threads: int | None = None,         # for one torch operation, process-wide; None leaves torch's own setting
-    **kwargs,                           # batch_size, deterministic, graphs, kernels, check
+    **kwargs,                           # batch_size, deterministic, graphs, kernels, check, mmap
 ) -> Embedder:
     """The artifact at `path`, ready to answer.
 

@@ -31,6 +31,7 @@ SMALL = {  # program, or program and its first word: what makes it small, behind
     'fuzz_serve': '--examples 1 --calls 40', 'build': '--quick',
     'serve': '--seconds .5 --concurrency 1 --what text', 'serve artifacts/quickstart.pt': '--soak 3',
     'artifact prepare': '--model tiny --parts artifact', 'artifact run': '--model tiny --batches 1 --rounds 1 --seconds .01 --threads 1 --only artifact',
+    'memory prepare': '--model ViT-S-32-alt --parts fp32 --alone', 'memory run': '--parts fp32', 'memory cold': '--rounds 1',
     'artifact cold': '', 'compiled': '--model small --seconds .01', 'compiled --check': '--quick',
     'variants prepare': '--quick --only "fp32;bf16"', 'variants time': '--quick --only "fp32;bf16" --seconds 1',
     'embed share': '--rows 16 --rounds 1', 'embed workers': '--rows 64 --rounds 1 --workers 1', 'embed estimate': '',
@@ -38,6 +39,7 @@ SMALL = {  # program, or program and its first word: what makes it small, behind
 STANDS_FOR = {'SEED': '0', 'FLIP': '0', 'FILE': 'file.webp', 'FOLDER': 'work', 'ViT-B-32': 'ViT-S-32-alt'}
 FIRST = {  # what a command goes on from
     'artifact run': 'python -m benchmarks.artifact prepare --model clip',
+    **dict.fromkeys(['memory run', 'memory cold'], 'python -m benchmarks.memory prepare'),
     'serve --record': 'python -m benchmarks.serve --clip --pin --what mix --load --record serve.json',
     **dict.fromkeys(['figures soup', 'figures compare', 'figures errors', 'practice match', 'practice classes', 'practice transfer', 'variants prepare --figures'],
                     'python -m benchmarks.figures finetune 6 256 2e-4 SEED'),

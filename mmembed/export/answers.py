@@ -126,7 +126,7 @@ class Eager:
 def program() -> str:
     "What the fresh process runs."
     head = ("import sys\nsys.modules['mmembed'] = None  # any import of it fails\nimport importlib.util, io, json, re, tempfile, warnings, zipfile\n"
-            "from collections.abc import Iterator\nfrom contextlib import contextmanager\nfrom pathlib import Path\nimport torch\nfrom torch import Tensor\n")
+            "from collections.abc import Callable, Iterator\nfrom contextlib import contextmanager\nfrom pathlib import Path\nimport torch\nfrom torch import Tensor\n")
     return head + '\n'.join(inspect.getsource(f) for f in (register_image_ops, reason, named, quietly, multiplies, widened, Packaged, opened, answers)) + '''
 path, card, asked, told, decode, threads, device = sys.argv[1:]
 torch.set_num_threads(int(threads))

@@ -1,10 +1,12 @@
 "How many copies of a model's weights there are: in an export, in the file, and in a process that has loaded it."
 import gc
 import importlib
+import pickle
 import subprocess
 import sys
 import weakref
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from mmembed.export import cases
 from mmembed.export.artifact import assemble, save, size_of
 from mmembed.export.variants import Int8Embedding, Variant, int8_linear, prepared, with_linear_attention
 from mmembed.opening import prepack, read_card, records_hash, records_of
-from mmembed.packaged import opened
+from mmembed.packaged import mapped, opened
+from mmembed.runtime import load
 
 from ..helpers import needs_exact_int8
 from . import tiny
@@ -95,6 +98,61 @@ print(held() - before, torch._C._get_graph_executor_optimize())
     run = subprocess.run(command, capture_output=True, text=True)
     grown, switched = run.stdout.split()
     assert run.returncode == 0 and float(grown) < 30 and switched == 'True', run
+
+
+def mapped_at(path):
+    "Where pages of the file lie in this process."
+    rows = [r.split() for r in Path('/proc/self/maps').read_text().splitlines() if r.endswith(str(path))]
+    return [range(*(int(x, 16) for x in r[0].split('-'))) for r in rows]
+
+
+@pytest.mark.parametrize('made', [tiny.artifact, tiny.portable, tiny.pair_artifact])
+def test_weights_stay_in_the_file(made):
+    if sys.platform != 'linux': pytest.skip('mappings are read from /proc')
+    path, images = made().resolve(), [cases.images()['quality 75.jpg']]
+    e, want = load(path, mmap=True), load(path)
+    at, held = mapped_at(path), size_of(e.module)
+    inside = sum(n for place, n in held.items() if any(place in m for m in at))
+    assert inside == sum(held.values()) > 0
+    if e.pairs: assert torch.equal(e.scores(['a red circle'], images), want.scores(['a red circle'], images))
+    else:
+        assert torch.equal(e.encode_text(['a red circle', '']), want.encode_text(['a red circle', '']))
+        assert torch.equal(e.encode_image(images), want.encode_image(images))
+    assert e.given['mmap'] and torch.equal(e.tokenize(['x']).ids, pickle.loads(pickle.dumps(e)).tokenize(['x']).ids)
+    del e
+    gc.collect()
+    assert not mapped_at(path)
+
+
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+def test_constants_of_a_file_are_not_taken_for_its_weights(tmp_path):
+    "Both folders of an archive count from 0."
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((3,), 2.))
+        def forward(self, x): return x * self.weight + torch.tensor([5., 6., 7.])
+    traced = quietly(torch.jit.trace, Shifted(), torch.ones(3))
+    quietly(torch.jit.save, traced, str(tmp_path/'m.pt'))
+    names = [n for n, _ in records_of(tmp_path/'m.pt')]
+    assert 'data/0' in names and 'constants/0' in names
+    assert torch.equal(quietly(mapped, tmp_path/'m.pt')(torch.ones(3)), torch.tensor([7., 8., 9.]))
+
+
+def test_verification_has_the_weights_once(monkeypatch):
+    "What the file holds is the model's own, where it is equal; what is not is the file's, and is told."
+    module, model, held = importlib.import_module('mmembed.export.verify'), tiny.model(), []
+    real = module.opened
+    def watched(*args, **kwargs):
+        found = real(*args, **kwargs)
+        held.append(size_of(found))
+        return found
+    monkeypatch.setattr(module, 'opened', watched)
+    assert module.verify(tiny.artifact(), model, fresh=False, cpp=False).ok
+    own = size_of(model)
+    assert sum(n for at, n in held[0].items() if at in own) > .9 * sum(own.values())
+    report = module.verify(tiny.other(), model, fresh=False, cpp=False)
+    assert not report.ok and 'model' in {r.what for r in report.failures}
 
 
 def test_an_int8_table_is_a_quarter_and_near():
