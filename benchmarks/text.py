@@ -1,7 +1,7 @@
 """TextPipeline's speed beside its peers, from Python strings to padded id and mask tensors.
 
     python -m benchmarks.text [--family wordpiece | clip | words | gpt2] [--threads 1] [--rounds 30] [--captions FILE]
-        [--cpp] [--matxscript PYTHON SOURCE] [--peer gigatoken=PYTHON tiktoken=PYTHON openvino=PYTHON]
+        [--cpp] [--compiled] [--avx2] [--matxscript PYTHON SOURCE] [--peer gigatoken=PYTHON tiktoken=PYTHON openvino=PYTHON]
 
 The contestants take turns on the same batches, each after one batch that is not timed; printed are the median time of ours and, a peer, the median over rounds of
 (peer's time / ours): above 1 we are faster. Times are of the CPU (of the wall when there are several threads). All run in this process, but for
@@ -136,6 +136,39 @@ def cpp(tp):
     return Program(folder/'run', folder/'pipeline.pt')
 
 
+def compiled(tp):
+    "Our pipeline in a package (`.pt2`), as a host has it: compiled here, beside towers of next to nothing."
+    import mmembed as mm
+    from mmembed.export.artifact import assemble
+    from mmembed.export.card import make_card
+    from mmembed.export.compiled import save_package
+    from mmembed.models.dual import DualEncoder
+    from mmembed.models.towers import ConvNet, TextTransformer
+    from mmembed.vision.pipeline import VisionPipeline
+    model = DualEncoder(TextTransformer(tp, width=8, depth=1, heads=1), ConvNet(VisionPipeline(size=16), channels=(4,)), dim=4).eval()
+    path = Path(tempfile.mkdtemp(prefix='text_compiled_'))/'model.pt2'
+    save_package(assemble(model, script=False), path, make_card(model, 4))
+    module = mm.load(path).module
+    return lambda texts: module.tokenize(*pack(texts))
+
+
+def others(args, tp, file=None):
+    "The contestants that are asked for: ours in C++ and compiled, and `--peer`s in environments of their own, over the same tokenizer.json."
+    found = ({'ours, C++': cpp(tp)} if args.cpp else {}) | ({'ours, compiled': compiled(tp)} if args.compiled else {})
+    program = Path(__file__).resolve().parent/'peers'/'text_peer.py'
+    for name, python in (p.split('=') for p in args.peer):
+        try: found[name] = Program(python, program, name, file)
+        except (SystemExit, OSError) as e: print(f'{name}: not run ({e})')
+    return found
+
+
+def saved(tok, name):
+    "A tokenizer of `tokenizers` as a file for others."
+    path = Path(tempfile.mkdtemp(prefix=f'text_{name}_'))/'tokenizer.json'
+    tok.save(str(path))
+    return path
+
+
 def matxscript(args, words, *options):
     "MATXScript's own example in its own environment."
     vocab = Path(tempfile.mkdtemp(prefix='matxscript_'))/'vocab.txt'
@@ -165,7 +198,7 @@ def wordpiece(args):
     except ImportError: print('plain Python WordPiece: not run (this transformers has no legacy BERT tokenizer)')
     naive = quietly(torch.jit.script, NaiveWordPiece(vocab))
     contestants['scripted loop'] = lambda t: padded(naive(t))
-    if args.cpp: contestants['ours, C++'] = cpp(tp)
+    contestants |= others(args, tp, saved(minilm(), 'wordpiece'))
     if args.matxscript: contestants['MATXScript'] = matxscript(args, sorted(vocab, key=vocab.get))
     return contestants
 
@@ -177,7 +210,7 @@ def words(args):
     tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tp, vocab = TextPipeline(json.loads(tok.to_str()), max_length=128, pad_to=8), {w: i for i, w in enumerate(known)}
     plain = {'tokenizers': hf(tok), 'plain Python': lambda texts: padded([[vocab.get(w, 0) for w in t.split()] for t in texts])}
-    return forms(tp) | plain | ({'ours, C++': cpp(tp)} if args.cpp else {}) | ({'MATXScript': matxscript(args, known, '--words')} if args.matxscript else {})
+    return forms(tp) | plain | others(args, tp, saved(tok, 'words')) | ({'MATXScript': matxscript(args, known, '--words')} if args.matxscript else {})
 
 
 def clip(args):
@@ -185,18 +218,15 @@ def clip(args):
     from benchmarks.fuzz_bpe import clip_tokenizer, open_clip_reference
     tp = TextPipeline.from_open_clip('ViT-B-32')
     peers = {'tokenizers': hf(clip_tokenizer(), 77), 'open_clip': open_clip_reference()}
-    return forms(tp) | peers | ({'ours, C++': cpp(tp)} if args.cpp else {})
+    return forms(tp) | peers | others(args, tp, saved(clip_tokenizer(), 'clip'))
 
 
 def gpt2(args):
     "Name -> function of a list of texts, for a byte-level BPE of GPT-2's kind, learnt from the captions; ours first."
     from benchmarks.fuzz_bpe import gpt2_tokenizer
     tok = gpt2_tokenizer(captions(args.captions)['10 words'])
-    path = Path(tempfile.mkdtemp(prefix='text_gpt2_'))/'tokenizer.json'
-    tok.save(str(path))
-    program = Path(__file__).resolve().parent/'peers'/'text_peer.py'
-    peers = {name: Program(python, program, name, path) for name, python in (p.split('=') for p in args.peer)}
-    return forms(TextPipeline(json.loads(tok.to_str()), max_length=128, pad_to=8)) | {'tokenizers': hf(tok)} | peers
+    tp = TextPipeline(json.loads(tok.to_str()), max_length=128, pad_to=8)
+    return forms(tp) | {'tokenizers': hf(tok)} | others(args, tp, saved(tok, 'gpt2'))
 
 
 FAMILIES = {'gpt2': ("Byte-level BPE (GPT-2's kind, 8,000 ids)", gpt2), 'words': ('Whole words, parted by white space', words), 'wordpiece': ('WordPiece (bert-base-uncased)', wordpiece), 'clip': ('CLIP byte-level BPE (open_clip ViT-B-32)', clip)}
@@ -236,8 +266,9 @@ def main():
     parser.add_argument('--captions', help='a file with one text a line')
     parser.add_argument('--batches', type=int, nargs='*', default=BATCHES)
     parser.add_argument('--cpp', action='store_true', help='compile and run ours in C++ too')
+    parser.add_argument('--compiled', action='store_true', help='ours in a package (.pt2) too, which is compiled here, in a minute or two')
     parser.add_argument('--matxscript', nargs=2, metavar=('PYTHON', 'SOURCE'), help="MATXScript's interpreter and its checked-out repository")
-    parser.add_argument('--peer', nargs='*', default=[], metavar='NAME=PYTHON', help='with --family gpt2: gigatoken, tiktoken, openvino, each with the interpreter of its environment (benchmarks/peers/text_peer.py)')
+    parser.add_argument('--peer', nargs='*', default=[], metavar='NAME=PYTHON', help='gigatoken, tiktoken (both of the gpt2 family alone), openvino, each with the interpreter of its environment (benchmarks/peers/text_peer.py)')
     parser.add_argument('--json', type=Path, help='write the figures here too, for tools/tables.py')
     args = begun(parser)
     torch.set_num_threads(args.threads)

@@ -25,6 +25,8 @@ from .opening import multiplies, named, reason
 # %% ../nbs/34_packaged.ipynb #fcddf6f7
 class Packaged:
     "A package of `export(model, 'model.pt2')`, loaded: what a loaded artifact answers to, tokenizer and towers compiled"
+    few, many = 512, 1536  # bytes of texts of which all words are likely to be known, and of those that the scripted tokenizer does sooner (measured)
+
     def __init__(
         self,
         path: str | Path, # the package; it is code, so load only what you trust
@@ -64,6 +66,10 @@ class Packaged:
             t = self.rest.tokenize(data, offsets)
             if t.ids.ndim == 2: return t  # no texts
             data, offsets = t
+        if 'known' in self.programs and 0 < len(data) <= self.few:
+            ids, mask, width, sure = self._run('known', data, offsets)
+            if sure: return self.kind(ids[:, :(n := int(width))].contiguous(), mask[:, :n].contiguous())
+        if 'known' in self.programs and len(data) > self.many: return self.kind(*self.rest.text_pipeline.pipeline.ids_and_mask(data, offsets))
         return self.kind(*self._run('tokenize', data, offsets))
 
     def _sound(self, data: Tensor, offsets: Tensor) -> bool: # what is not goes to the rest, for its error or its answer to no texts

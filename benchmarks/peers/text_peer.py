@@ -40,7 +40,9 @@ def openvino(path):
     import openvino as ov
     from openvino_tokenizers import convert_tokenizer
     from transformers import PreTrainedTokenizerFast
-    tok = PreTrainedTokenizerFast(tokenizer_file=path, pad_token='<pad>')
+    with open(path, encoding='utf-8') as f: added = [t['content'] for t in json.load(f)['added_tokens']]
+    pad = next(t for t in ('<pad>', '[PAD]', '<|endoftext|>', '[UNK]', None) if t is None or t in added)
+    tok = PreTrainedTokenizerFast(tokenizer_file=path, pad_token=pad)
     model = ov.Core().compile_model(convert_tokenizer(tok), 'CPU', {'INFERENCE_NUM_THREADS': 1})
     return lambda texts: int(model(texts)['attention_mask'].sum())
 

@@ -3,6 +3,7 @@ import copy
 import functools
 import logging
 import os
+import random
 import shutil
 import zipfile
 from unittest.mock import patch
@@ -10,7 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from mmembed.core import as_bytes
+from mmembed.core import as_bytes, pack
 from mmembed.export import compiled, host
 from mmembed.export.artifact import assemble
 from mmembed.export.card import make_card
@@ -41,6 +42,21 @@ def test_every_host_answers_as_the_model():
         assert rows[stage, 'token ids'].difference == rows[stage, 'pixels'].difference == rows[stage, 'image status'].difference == 0
 
 
+def test_who_tokenizes():
+    "A few known words are one quick program's, other short texts the whole tokenizer's, many texts the scripted one's: ids are the model's either way."
+    tp, m, asked = tiny.model().text_pipeline, load(package()).module, []
+    run = m._run
+    m._run = lambda name, *inputs: asked.append(name) or run(name, *inputs)
+    rng, words = random.Random(0), 'a red blue circle square above Café . , \' é 一个 zz  \t'.split(' ')
+    few = [[' '.join(rng.choice(words[:6] if rng.random() < .7 else words) for _ in range(rng.randrange(20))) for _ in range(rng.choice([1, 2, 5]))] for _ in range(200)]
+    cases = {('known',): [['a red circle'], ['a red circle', 'a blue square', ''], ['a ' * 40]], ('known', 'tokenize'): [['Café'], ['a red zz', 'a'], ['\x00']],
+             ('tokenize',): [['a red circle ' * 50]], (): [['a red circle'] * 200, ['a red zz', 'Café'] * 200]}
+    for expected, batches in [*cases.items(), (None, few)]:
+        for texts in batches:
+            asked.clear()
+            assert all(map(torch.equal, m.tokenize(*pack(texts)), tp(texts))) and (expected is None or tuple(asked) == expected), (texts[:3], asked)
+
+
 def test_int8_in_the_exported_graph():
     "`quantize='int8'` of a package: the products of the torch.export graph are int8 by int8."
     artifact = assemble(tiny.pair_model(), variant=Variant(quantize='int8'), script=False)
@@ -49,7 +65,7 @@ def test_int8_in_the_exported_graph():
         return
     with patch.object(compiled, 'export_program', lambda tp: None), patch.object(compiled, '_unsized', lambda p: p): made = compiled.programs(artifact)
     count = [str(n.target) for n in made['pair'].graph.nodes].count('aten._int_mm.default')
-    assert list(made) == ['tokenize', 'pair'] and count == sum(isinstance(m, Int8Linear) for m in artifact.modules()) > 8
+    assert list(made) == ['tokenize', 'known', 'pair'] and count == sum(isinstance(m, Int8Linear) for m in artifact.modules()) > 8
 
 
 def dtypes(artifact): return {x.dtype for tower in (artifact.model.net.text, artifact.model.net.image) for x in [*tower.parameters(), *tower.buffers()] if x.is_floating_point()}
