@@ -34,12 +34,14 @@ SMALL = {  # program, or program and its first word: what makes it small, behind
     'memory prepare': '--model ViT-S-32-alt --parts fp32 --alone', 'memory run': '--parts fp32', 'memory cold': '--rounds 1',
     'artifact cold': '', 'compiled': '--model small --seconds .01', 'compiled --check': '--quick',
     'variants prepare': '--quick --only "fp32;bf16"', 'variants time': '--quick --only "fp32;bf16" --seconds 1',
+    'int8 prepare': '--quick --model squeezenet1_1', 'int8 run': '--quick --model squeezenet1_1 --rounds 1',
     'embed share': '--rows 16 --rounds 1', 'embed workers': '--rows 64 --rounds 1 --workers 1', 'embed estimate': '',
     'embed peers': '--rows 8 --rounds 1 --net ViT-S-32-alt --only photos:mmembed captions:mmembed'}
 STANDS_FOR = {'SEED': '0', 'FLIP': '0', 'FILE': 'file.webp', 'FOLDER': 'work', 'ViT-B-32': 'ViT-S-32-alt'}
 FIRST = {  # what a command goes on from
     'artifact run': 'python -m benchmarks.artifact prepare --model clip',
     **dict.fromkeys(['memory run', 'memory cold'], 'python -m benchmarks.memory prepare'),
+    'int8 run': 'python -m benchmarks.int8 prepare --model resnet50',
     'serve --record': 'python -m benchmarks.serve --clip --pin --what mix --load --record serve.json',
     **dict.fromkeys(['figures soup', 'figures compare', 'figures errors', 'practice match', 'practice classes', 'practice transfer', 'variants prepare --figures'],
                     'python -m benchmarks.figures finetune 6 256 2e-4 SEED'),

@@ -27,7 +27,7 @@ class Acceleration(NamedTuple):
 ACCELERATIONS = {k: Acceleration(*v) for k, v in {
     'fp16': ("export(precision='fp16')", 'weights and activations of 16 bits'),
     'bf16': ("export(precision='bf16')", 'likewise, with the range of fp32'),
-    'int8': ("export(quantize='int8')", 'linear layers multiply int8 by int8; in a .pt2, those of the torch.export graph'),
+    'int8': ("export(quantize='int8')", 'linear layers and convolutions multiply int8 by int8; in a .pt2, linear layers of the torch.export graph'),
     'sdpa': ("export(attention='sdpa'), the default", 'attention in one kernel: flash, or memory-efficient where there is a mask'),
     'math': ("export(attention='math')", 'attention as products and a softmax, one after the other'),
     'graphs': ('export(graphs=(1, 2, 4, 8, 16))', 'batches of a few sizes, each captured once as a CUDA graph'),

@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -77,8 +78,10 @@ class Eager:
         variant: Variant = Variant(),
         steps: Steps = Steps(),
         classes: Classes | None = None, # for a DualEncoder with labels
+        calibrate: Sequence = (),     # as in `prepared`, and so is `decode`
+        decode: bool = True,
     ):
-        net, self.tp, self.vp, self.variant = prepared(model, variant, share=True)
+        net, self.tp, self.vp, self.variant = prepared(model, variant, share=True, calibrate=calibrate, decode=decode)
         if not multiplies(variant.precision):  # in float32, as the file does here
             for tower in (net.text.float(), net.image.float()):
                 if hasattr(tower, 'dtype'): tower.dtype = torch.float32

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -340,6 +341,7 @@ def assemble(
     classes: Classes | None = None, # names of classes; a PairClassifier's by default
     script: bool = True, # False: the towers as they are, for eager Python; else their layers are those of `export.kernels`
     share: bool = False, # weights that the variant leaves alone are those of `model`, not copies
+    calibrate: Sequence = (), # as in `prepared`
 ) -> Served: # not yet scripted
     """The `Artifact` of a DualEncoder, the `PairArtifact` of a PairClassifier. Raises `TypeError` for a model whose towers carry no pipelines,
     `ValueError` for one whose pictures are not float32, as its towers' weights are, and for options that do not go with the model."""
@@ -349,7 +351,7 @@ def assemble(
                             'so its towers must carry it')
     if model.vision_pipeline.dtype != 'float32':
         raise ValueError(f"the vision pipeline gives {model.vision_pipeline.dtype}, the towers take float32: give it dtype='float32'")
-    steps, p = tried(steps), prepared(model, variant, script, share)
+    steps, p = tried(steps), prepared(model, variant, script, share, calibrate, decode)
     if not classes: classes = read_classes(getattr(model, 'labels', None))
     p.vision_pipeline.file_decode = decode
     net, tp = scriptable(p) if script else p.model, p.text_pipeline

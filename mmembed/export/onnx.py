@@ -13,6 +13,7 @@ import logging
 import math
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -187,6 +188,7 @@ def export_onnx(
     card: dict | None = None,      # the artifact's; by default that of one which decodes files
     limit: int = LIMIT,            # bytes of weights that a file may hold; more lie beside it
     classes: Classes | None = None, # of a DualEncoder, or other top-k and thresholds of a PairClassifier
+    calibrate: Sequence = (),      # as in `export`
 ) -> list[Path]: # the files
     """Writes `model` as ONNX files of standard operators (opset 20). `mmembed.export(model, path, onnx=folder)` does so and verifies them, too.
 
@@ -197,14 +199,15 @@ def export_onnx(
         if not isinstance(getattr(model, name, None), nn.Module): raise TypeError(f'{type(model).__name__} has no {name}: its towers must carry it')
     steps, pairs, folder = tried(steps), hasattr(model, 'labels'), Path(folder)
     classes = classes or read_classes(getattr(model, 'labels', None))
-    p = prepared(model, variant, share=True)
+    how = dict(calibrate=calibrate, decode=(card or {}).get('decode', True))
+    p = prepared(model, variant, share=True, **how)
     for tower in (p.model.text, p.model.image): with_linear_attention(tower)
     tp, free = p.text_pipeline, variant._replace(deterministic=0)  # the loop stands in the graph
     encoder = (Scorer if pairs else Encoder)(p.model, steps.after or Same(), free, tp.max_length, tp.pad_id).eval()
     ids, mask = tp(['two', 'a text that is a good deal longer than the other one', 'x'])
     with torch.no_grad(): dim = len(model.labels) if pairs else encoder.encode_text(Tokens(ids, mask)).shape[1]
     card = json.dumps(card or make_card(model, dim, True, None, variant.changes(), steps.words(), classes.words() if classes.names and not pairs else None), indent=1)
-    rows = Eager(model, free, steps, classes).rows if classes.names and not pairs else None
+    rows = Eager(model, free, steps, classes, **how).rows if classes.names and not pairs else None
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as d:
         made = _quietly(_graphs, Path(d), p, encoder, dim, Tokens(ids, mask), steps, classes, rows)

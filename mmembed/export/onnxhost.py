@@ -267,5 +267,5 @@ def rows(
                 classed([loaded.class_probability(x) for parts in each for part in parts for x in part])
             if variant.output != 'binary' and max(sizes) in shown and good:
                 off = direction(known['image embedding', max(sizes)], found['image embedding', max(sizes)])
-                row('image cosine', [torch.zeros_like(off)], [off], DIRECTION + (0. if variant.output == 'float32' else 1e-3))
+                row('image cosine', [torch.zeros_like(off)], [off], DIRECTION + (0. if variant.output == 'float32' else 1e-3) + (1e-3 if variant.quantize else 0.))  # levels that are off round otherwise
     return done

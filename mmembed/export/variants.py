@@ -13,7 +13,8 @@ __all__ = ['PRECISIONS', 'OUTPUTS', 'ATTENTION', 'SAME', 'FULL', 'STORED', 'TABL
 # %% ../../nbs/export/01a_variants.ipynb #43076c7c
 import copy
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, Optional
 
@@ -22,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..core import Tokens, attend, quietly
+from ..core import Tokens, as_bytes, attend, quietly
+from ..opening import reason, register_image_ops
 from . import cases
 
 # %% ../../nbs/export/01a_variants.ipynb #ee5263c9
@@ -34,7 +36,7 @@ ATTENTION = ('sdpa', 'math')
 class Variant(NamedTuple):
     "What an exported model has otherwise than the trained one"
     precision: str = 'fp32'   # of the towers: 'fp32', 'bf16', 'fp16'
-    quantize: str = ''        # 'int8': linear layers multiply int8 by int8
+    quantize: str = ''        # 'int8': linear layers, and convolutions where they gain, multiply int8 by int8
     fold: bool = False        # normalisation folded into the image tower's first convolution
     trim: int = 0             # texts padded to multiples of this many tokens, whatever the pipeline says; 0: as it says
     deterministic: int = 0    # rows of every batch that a tower sees, filled up to max_length tokens; 0: as they come
@@ -412,9 +414,12 @@ def prepared(
     variant: Variant = Variant(),
     kernels: bool = False,         # its towers' layers computed by oneDNN, as a TorchScript file has them
     share: bool = False,           # weights that the variant leaves alone are those of `model`, not copies
+    calibrate: Sequence[bytes | Tensor] = (), # images for the ranges of int8 convolutions; none: the built-in ones
+    decode: bool = True,           # the built-in ones are files; False: decoded RGB
 ) -> Prepared:
     "`model` as `variant` has it. Raises `ValueError` for an option that this model does not allow."
     v, tp, vp = checked(variant), copy.deepcopy(model.text_pipeline).cpu(), copy.deepcopy(model.vision_pipeline).cpu()
+    if len(calibrate) and not v.quantize: raise ValueError("calibrate: images for quantize='int8', which was not asked for")
     model = copied(model, share).cpu().eval().requires_grad_(False)
     for tower in (model.text, model.image, getattr(model.text, 'tower', None), *getattr(model, 'towers', ())):
         if hasattr(tower, 'pipeline'): object.__setattr__(tower, 'pipeline', None)  # the artifact holds it once
@@ -423,8 +428,10 @@ def prepared(
     if v.quantize:
         texts, pixels = _examples(tp, vp, v.fold)
         how = dict(script=kernels, portable=v.portable)
-        if not int8_linear(model.text, texts, **how) + int8_linear(model.image, pixels, **how):
-            raise ValueError("quantize='int8': the towers have no linear layers")
+        layers = int8_linear(model.text, texts, **how) + int8_linear(model.image, pixels, **how)
+        convolutions, why = _convolutions(model.image, vp, v, kernels, calibrate, decode)
+        if not layers + convolutions: raise ValueError(f"quantize='int8': the towers have no linear layers{'; ' * bool(why)}{why}")
+        if why and kernels: warnings.warn(f"quantize='int8': {why}", stacklevel=2)
     if kernels and not v.portable:
         from mmembed.export.kernels import quick
         model.text, model.image = quick(model.text), quick(model.image, torch.zeros(1, 3, *vp.size))
@@ -446,6 +453,23 @@ def _examples(tp: nn.Module, vp: nn.Module, fold: bool) -> tuple[Tokens, Tensor]
     with torch.no_grad():
         tokens = tp.tokenize(torch.cat(texts), torch.tensor([0, *map(len, texts)]).cumsum(0))
         return Tokens(*tokens), levels.float() if fold else vp.normalize(levels)
+
+def _convolutions(tower: nn.Module, vp: nn.Module, v: Variant, script: bool, calibrate: Sequence, decode: bool) -> tuple[int, str]:
+    "Makes those of an image tower int8, as `int8_convolutions` does; what `verify` will ask for is what it is held to."
+    from mmembed.export.convolutions import int8_convolutions
+    if v.portable or not torch.backends.mkldnn.is_available() or sum(type(m) is nn.Conv2d for m in tower.modules()) < 2: return 0, ''
+    if decode: register_image_ops()
+    def batches(levels):
+        return [x.float() if v.fold else vp.normalize(x) for x in torch.stack(levels).split(8)]
+    built_in, given = [], []
+    for x in [as_bytes(b) for b in cases.images().values()] if decode else cases.arrays():
+        try: built_in.append(vp.preprocess(x))
+        except (RuntimeError, ValueError): pass  # some are broken on purpose
+    for i, x in enumerate(calibrate):
+        try: given.append(vp.preprocess(x if isinstance(x, Tensor) else as_bytes(x)))
+        except (RuntimeError, TypeError, ValueError) as e: raise ValueError(f'calibrate[{i}]: {reason(e)}') from None
+    return int8_convolutions(tower, batches(given or built_in), batches(built_in + given), FULL['int8'] / 2, script)
+
 
 # %% ../../nbs/export/01a_variants.ipynb #3362f1d7
 def _trim(model: nn.Module, tp: nn.Module, bucket: int):

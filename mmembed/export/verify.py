@@ -194,6 +194,7 @@ def verify(
     templates: Sequence[str] = ('a photo of a {}.',),
     device: str = 'cpu',                   # ask the artifact on this device too
     onnx: str | Path | None = None,        # a folder with the same model's files of `export_onnx`: ask onnxruntime too
+    calibrate: Sequence[bytes | Tensor] = (), # those that the file was exported with, when `model` is given
 ) -> Report:
     """Every host's answers compared; `Report.ok` says whether all agree, `Report.check()` raises if not.
 
@@ -215,7 +216,7 @@ def verify(
     inlined = torch._C._get_graph_executor_optimize(False)  # likewise, and smaller
     torch.set_num_threads(1)  # the answers are many small operations, and every host is to work alike
     try:
-        want = answers(Eager(model, variant, steps, classes), **asked) if model else {}
+        want = answers(Eager(model, variant, steps, classes, calibrate, decode), **asked) if model else {}
         give_back()  # what that took, before the artifact comes to lie beside the model
         loaded = opened(path, card, kept=_lent(model) if model else None)
         rows = _integrity(loaded, card, model, decode, steps, path, notes)
@@ -343,6 +344,7 @@ def export(
     onnx: str | Path | None = None,  # a folder for the model as ONNX, as `export_onnx` writes it
     onnx_files: bool = False,        # files.onnx there, too, as `add_files` writes it
     cpu: str = '',                   # for a `path` that ends in .pt2, as in `save_package`
+    calibrate: Sequence[bytes | Tensor] = (), # with quantize='int8': twenty or so images (files or decoded RGB) like those to come, for the ranges of convolutions
     graphs: Sequence[int] = (),      # batch sizes that a host on a GPU captures as CUDA graphs, as in `Captured`
 ) -> Report:
     """Scripts `model` with its pipelines into one file at `path`, or compiles it where that ends in `.pt2`; verifies the file, and returns the report.
@@ -359,7 +361,7 @@ def export(
     package, graphs = path.suffix == '.pt2', sizes_of(graphs)
     if package: check_name(path)
     if package and (graphs or device != 'cpu'): raise ValueError(f'{path.name} is compiled for the CPU: graphs and device go with a TorchScript file')
-    artifact = assemble(model, decode, variant, steps, classes, script=not package, share=True)
+    artifact = assemble(model, decode, variant, steps, classes, script=not package, share=True, calibrate=calibrate)
     said = classes.words() if labels is not None or own is not None and (top_k, threshold) != (5, 0.) else None
     card = make_card(model, artifact.dim, decode, training, variant.changes(), steps.words(), said) | {'tensors_sha256': sha256(tensors(artifact)), 'records_sha256': '0' * 64} | ({'graphs': list(graphs)} if graphs else {})
     if graphs and (why := waits(artifact)): raise ValueError(f'graphs: {why}')
@@ -368,14 +370,14 @@ def export(
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp' + package * '.pt2')
     graphs = temporary.with_suffix('.onnx')
     try:
-        if onnx: export_onnx(model, graphs, variant, steps, card, classes=classes)
+        if onnx: export_onnx(model, graphs, variant, steps, card, classes=classes, calibrate=calibrate)
         if onnx_files: add_files(graphs)
         if package: save_package(artifact, temporary, card, cpu)
         else: save(quietly(torch.jit.script, artifact), temporary, artifact.identity)
         del artifact
         give_back()
         report = verify(temporary, model, texts, images, fresh, cpp, (0, 1, 3, 64), samples, steps, labels if own is None else None, templates, device,
-                        graphs if onnx else None)
+                        graphs if onnx else None, calibrate)
         report.path = path
         report.check()
         os.replace(temporary, path)
