@@ -13,8 +13,8 @@ changes no time, but makes the cosine one of a network that has learnt nothing. 
 
 `--peers PYTHON` names an environment's interpreter with `pip install onnx onnxruntime openvino nncf`; without, this one is asked. What is not installed, or fails, is "not run"
 with its reason. One thread; CPU milliseconds an image, the fastest of `--rounds` turns, at batches of 1, 8 and 64. "cosine" is with the float32 tower, of the 250 test photos,
-the worst and the mean; "probe" the share of them whose class the nearest mean of the training photos' float32 embeddings gives. A processor may be held to AVX2 by the three variables of
-CONTRIBUTING.md; onnxruntime has no such variable, so its row says the instructions of the machine."""
+the worst and the mean; "probe" the share of them whose class the nearest mean of the training photos' float32 embeddings gives. `--avx2` holds torch and OpenVINO's
+oneDNN down, not onnxruntime."""
 import argparse
 import json
 import os
@@ -212,8 +212,7 @@ def run(args, folder):
     kept = [r for r in (json.loads(path.read_text())['records']['rows'] if path.exists() else []) if r[0] != args.model]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({'kind': 'plain', 'command': 'python -m benchmarks.int8 run --model NAME', 'records': {'columns': COLUMNS, 'rows': kept + rows}}, indent=0) + '\n')
-    import torch
-    print(f'torch uses {torch.backends.cpu.get_cpu_capability()}; one thread; ours: {(folder/"said.txt").read_text()}')
+    print(f'one thread; ours: {(folder/"said.txt").read_text()}')
     for r in [COLUMNS, *rows]: print('| ' + ' | '.join(r) + ' |')
 
 
@@ -229,7 +228,10 @@ def main():
     parser.add_argument('--anyway', action='store_true', help='int8 whatever the cosine, to see what it would be')
     parser.add_argument('--quick', action='store_true', help='few photos, batches of 1 and 8: to see that everything works')
     parser.add_argument('--json', default='runs/int8/table.json')
-    args = parser.parse_args()
+    if sys.argv[1:2] in (['peers'], ['serve']): args = parser.parse_args()  # in an environment without torch
+    else:
+        from benchmarks import begun
+        args = begun(parser)
     if args.what == 'peers': return make_peers(Path(args.folder))
     if args.what == 'serve': return serve(args.name, Path(args.folder))
     folder = Path('runs/int8')/args.model

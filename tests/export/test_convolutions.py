@@ -5,18 +5,16 @@ import os
 import platform
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
 import mmembed as mm
+from benchmarks import LIMITS, instruction_sets
 from mmembed.export.artifact import assemble
 from mmembed.export.convolutions import Int8Conv, Largest, Span, converted, int8_convolutions, safe_step, traced
-from mmembed.export.onnx import export_onnx
 from mmembed.export.variants import FULL, SAME, Variant, prepared
 from mmembed.export.verify import export
 from mmembed.core import quietly
@@ -25,9 +23,7 @@ from mmembed.models.towers import TorchvisionTower
 from mmembed.opening import prepack
 from mmembed.vision.pipeline import VisionPipeline
 
-from ..helpers import instruction_sets
 from . import tiny
-from .test_processors import AVX2
 
 SHAPES = [(3, 32, 7, 2, 3, 1, 64), (3, 16, 3, 2, 1, 1, 33), (4, 16, 3, 1, 1, 1, 17), (6, 8, 3, 1, 0, 1, 15), (16, 32, 1, 1, 0, 1, 14), (17, 33, 3, 1, 1, 1, 14), (64, 64, 3, 1, 1, 1, 28),
           (96, 96, 7, 1, 3, 96, 14), (40, 40, 3, 2, 1, 40, 15), (5, 7, 5, 1, 2, 1, 9), (512, 64, 1, 1, 0, 1, 7), (100, 50, 3, 2, 1, 1, 13), (128, 256, 3, 1, 1, 1, 7)]
@@ -67,7 +63,7 @@ from tests.export.test_convolutions import answered, furthest_off, model
 from mmembed.export.verify import verify
 print(json.dumps([furthest_off(), verify({str(path)!r}, model(), fresh=True, cpp=False).ok, *answered({str(path)!r})]))'''
     paths = os.pathsep.join(p for p in (root, os.environ.get('PYTHONPATH', '')) if p)
-    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, cwd=root, env=os.environ | AVX2 | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': paths})
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, cwd=root, env=os.environ | LIMITS | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': paths})
     assert done.returncode == 0, done.stderr[-3000:]
     return report, path, json.loads(done.stdout.splitlines()[-1])
 
