@@ -118,6 +118,11 @@ print(rows, 'lightning' in sys.modules)
     assert done.stdout.strip() == '[1] False', done.stderr[-1000:]
 
 
+EXTRAS = ('gradio', 'gradio_client', 'lancedb', 'psycopg', 'pgvector', 'faiss', 'ray', 'datasets', 'braceexpand', 'fsspec', 'onnx', 'onnxruntime', 'onnxscript',
+          'onnx_ir', 'httpx2', 'httpx', 'orjson', 'grpc', 'google.protobuf', 'peft', 'fastapi', 'uvicorn', 'prometheus_client', 'opentelemetry', 'matplotlib',
+          'sentencepiece', 'jieba', 'webdataset', 'IPython', 'nbdev', 'execnb', 'pytest', 'hypothesis')
+NEED = {'mmembed.serve', 'mmembed.demo'}  # rooms that exist for an extra
+
 
 def test_extras_are_extra():
     "With every optional package blocked each module still imports, or says in one sentence which extra it wants."

@@ -31,12 +31,16 @@ def kept(tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.delenv('MMEMBED_KERNELS', raising=False)
     processor._measured.cache_clear()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as those that `elsewhere` starts, whatever tests before left here
     yield folder()
+    torch.set_num_threads(before)
     processor._measured.cache_clear()
 
 
 def never(): raise AssertionError('nothing was to be timed')
-def elsewhere(times): return subprocess.run([sys.executable, '-c', SAYS, json.dumps(times)], capture_output=True, text=True, check=True).stdout.strip()
+def elsewhere(times):
+    return subprocess.run([sys.executable, '-c', SAYS, json.dumps(times)], env=os.environ | {'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_the_first_choice_is_kept_for_all_processes(kept):
