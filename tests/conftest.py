@@ -24,8 +24,9 @@ from mmembed.opening import give_back
 
 from .helpers import SHARED
 
-# As the runtimes have it. Both executors have quirks of their own: the notebooks run the profiling one.
+# As the runtimes have it. Both executors have quirks of their own: the notebooks run the profiling one, with functions written out in their callers.
 torch._C._jit_set_profiling_mode(False)
+torch._C._get_graph_executor_optimize(False)
 FOLDER = pytest.StashKey()
 WEEKLY = Path(__file__).resolve().parents[1]/'benchmarks'/'results'/'weekly.json'
 

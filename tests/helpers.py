@@ -15,7 +15,7 @@ from torch._jit_internal import FunctionModifiers
 from filelock import FileLock
 
 from benchmarks import instruction_sets
-from mmembed.core import quietly
+from mmembed.core import frozen, quietly
 
 SHARED = 'MMEMBED_TESTS_SHARED'  # a folder of the run, for all its processes
 HANG = 300  # seconds: no test decides by a clock; what takes so long hangs
@@ -33,7 +33,7 @@ def in_form(module, form, calls=None):
     if form == 'scripted': return scripted
     if form == 'frozen':
         keep = calls or [m for m in dir(type(module)) if getattr(getattr(type(module), m), '_torchscript_modifier', None) is FunctionModifiers.EXPORT]
-        scripted = quietly(torch.jit.freeze, scripted, preserved_attrs=keep)
+        scripted = frozen(scripted, preserved_attrs=keep)
     buffer = io.BytesIO()
     quietly(torch.jit.save, scripted, buffer)
     buffer.seek(0)

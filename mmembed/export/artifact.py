@@ -449,12 +449,15 @@ def _apart(code: dict[str, bytes]) -> dict[str, bytes]: # source files by name
         module, ends = name.removeprefix('code/').removesuffix('.py'), [*(m.start() for m in heads[1:]), len(text)]
         out[name] = text[:heads[0].start()] if heads else text
         for head, end in zip(heads, ends):
-            own = f'code/{module}/{head[2].decode()}.py'
-            if head[1] == b'class' or len(heads) == 1 or own in code or [h[2] for h in heads].count(head[2]) > 1: out[name] += text[head.start():end]
+            function = head[2].decode()
+            own = f'{module}/{function}'
+            while f'code/{own}.py' in code: own += '_'  # that of a loaded artifact, which is a part of this one
+            alone = len(heads) == 1 and own == f'{module}/{function}'
+            if head[1] == b'class' or alone or [h[2] for h in heads].count(head[2]) > 1: out[name] += text[head.start():end]
             else:
-                out[own] = text[head.start():end]
-                moved[f'{module}/{head[2].decode()}'.replace('/', '.').encode()] = head[2]
-    def renamed(text): return re.sub(rb'\b__torch__[\w.]+', lambda m: m[0] + b'.' + moved[m[0]] if m[0] in moved else m[0], text)
+                out[f'code/{own}.py'] = text[head.start():end]
+                moved[f'{module}/{function}'.replace('/', '.').encode()] = f'{own}/{function}'.replace('/', '.').encode()
+    def renamed(text): return re.sub(rb'\b__torch__[\w.]+', lambda m: moved.get(m[0], m[0]), text)
     return {name: renamed(text) for name, text in out.items() if text}
 
 def _rewritten(plain: Path, path: Path, old: bytes): # a record at a time: an archive may be as large as the memory

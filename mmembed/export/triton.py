@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core import pack, pack_str, quietly
+from ..core import frozen, pack, pack_str, quietly
 from .artifact import save
 from ..inputs import DOT
 from ..opening import read_card, reason, register_image_ops
@@ -292,7 +292,7 @@ def _keep(path: Path, data: bytes, ours):
 
 def _save(folder: Path, module: nn.Module, device: str):
     scripted = quietly(torch.jit.script, module.eval())
-    if device == 'cpu': scripted = quietly(torch.jit.freeze, scripted, optimize_numerics=False)
+    if device == 'cpu': scripted = frozen(scripted, optimize_numerics=False)
     folder.mkdir(parents=True, exist_ok=True)
     save(scripted, folder/'model.pt', module.artifact.card())
 

@@ -201,24 +201,23 @@ def known_words(
     if any(c.isspace() for t in added for c in t + unicodedata.normalize('NFKC', t)): return KnownWords()
     letters = _letters(front)
     if any(all(letters.kinds[b] != ODD for b in t.encode()) for t in added): return KnownWords()
-    words = {}
+    words, single = {}, {c: b for b, c in byte_letters().items()}
     for t in vocab:
-        raw = _spelling(t, front)
+        raw = _spelling(t, front, single)
         if _is_word(raw, letters): words[bytes(letters.codes[b] for b in raw)] = raw
     if not words: return KnownWords()
     p = pieces(*pack([*words.values()]))
-    tokens = [x.tolist() for x in p.ids.tensor_split(p.offsets[1:-1])]
-    known = {w: t[0] for w, t in zip(words, tokens) if len(t) == 1}
+    alone = p.offsets.diff() == 1
+    known = dict(zip((w for w, one in zip(words, alone.tolist()) if one), p.ids[p.offsets[:-1][alone]].tolist()))
     if not isinstance(model, WordPiece) or model.max_chars < 15 or model.unk_id in known.values(): return KnownWords(letters, known)
     own = [v & (1 << CLASS_SHIFT) - 1 == b for b, v in enumerate(front.quick.tolist())] # the byte stays what it is
     inner = [t.removeprefix(model.prefix).encode('utf-8', 'surrogatepass') for t in vocab if t.startswith(model.prefix)]
     inner = {bytes(letters.codes[b] for b in raw): vocab[model.prefix + raw.decode()] for raw in inner if _is_word(raw, letters) and all(own[b] for b in raw)}
     return KnownWords(letters, known, inner, model.unk_id)
 
-def _spelling(token: str, front: nn.Module) -> bytes: # nothing, if it has none
+def _spelling(token: str, front: nn.Module, single: dict[str, int]) -> bytes: # nothing, if it has none
     "The bytes that a token of the vocabulary stands for."
     if isinstance(front, BertFront): return token.encode('utf-8', 'surrogatepass')
-    single = {c: b for b, c in byte_letters().items()}
     token = token.removesuffix('</w>') if front.clip else token
     return bytes(single[c] for c in token) if all(c in single for c in token) else b''
 
