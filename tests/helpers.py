@@ -1,9 +1,16 @@
 """What every room's tests share: one body run in every form of a module, what is built once a run, and the optional real data."""
 import io
+import json
 import os
+import platform
 import random
+import shlex
+import shutil
 import signal
+import site
 import socket
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +21,7 @@ from torch._jit_internal import FunctionModifiers
 
 from filelock import FileLock
 
-from benchmarks import instruction_sets
+from benchmarks import LIMITS, instruction_sets
 from mmembed.core import frozen, quietly
 
 SHARED = 'MMEMBED_TESTS_SHARED'  # a folder of the run, for all its processes
@@ -87,6 +94,26 @@ def ended(process):
 def interruptible():
     "For `preexec_fn`: Ctrl-C reaches the process, also where the tests run in the background, to which it is nothing."
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def on_avx2(folder, program, *words, emulated=False):
+    """What `program` prints last, as JSON, in a process on a smaller processor.
+
+    Held to AVX2 by torch, oneDNN and MKL; or `emulated`: an AVX2 processor made of software (QEMU's Haswell), ten times as slow, on which nothing can use more."""
+    if platform.machine() not in ('x86_64', 'AMD64') or 'avx2' not in instruction_sets(): pytest.skip(f'no AVX2 to be held to: {instruction_sets()}')
+    root = Path(__file__).resolve().parents[1]
+    env = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH', '')]))}
+    python = sys.executable
+    if emulated:
+        if not shutil.which('qemu-x86_64'): pytest.skip('qemu-x86_64 is not installed (qemu-user)')
+        python = Path(folder)/'python'  # what it starts itself is emulated, too
+        python.write_text(f'#!/bin/sh\nexec qemu-x86_64 -cpu Haswell {shlex.quote(os.path.realpath(sys.executable))} "$@"\n')
+        python.chmod(0o755)
+        env['PYTHONPATH'] += os.pathsep + os.pathsep.join(site.getsitepackages())
+        program = f'import sys; sys.executable = {str(python)!r}\n{program}'
+    done = subprocess.run([python, '-c', program, *map(str, words)], capture_output=True, text=True, cwd=root, env=env if emulated else env | LIMITS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def needs_exact_int8():

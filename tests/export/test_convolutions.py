@@ -1,10 +1,5 @@
 "Convolutions in int8: the sums are exact on every kind of processor, the networks answer as in float32, and what does not gain stays as it is."
 import copy
-import json
-import os
-import platform
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +7,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import mmembed as mm
-from benchmarks import LIMITS, instruction_sets
 from mmembed.export.artifact import assemble
 from mmembed.export.convolutions import Int8Conv, Largest, Span, converted, int8_convolutions, safe_step, traced
 from mmembed.export.variants import FULL, SAME, Variant, prepared
@@ -23,6 +17,7 @@ from mmembed.models.towers import TorchvisionTower
 from mmembed.opening import prepack
 from mmembed.vision.pipeline import VisionPipeline
 
+from ..helpers import on_avx2
 from . import tiny
 
 SHAPES = [(3, 32, 7, 2, 3, 1, 64), (3, 16, 3, 2, 1, 1, 33), (4, 16, 3, 1, 1, 1, 17), (6, 8, 3, 1, 0, 1, 15), (16, 32, 1, 1, 0, 1, 14), (17, 33, 3, 1, 1, 1, 14), (64, 64, 3, 1, 1, 1, 28),
@@ -51,21 +46,20 @@ def test_sums_are_exact_here(): assert furthest_off() < 1e-5
 
 
 @pytest.fixture(scope='module')
-def elsewhere(tmp_path_factory):
-    "What a process that is held to AVX2 answers: the error of sums, and the embeddings of a file that was made here."
-    if platform.machine() not in ('x86_64', 'AMD64') or 'avx2' not in instruction_sets(): pytest.skip(f'no AVX2 to be held to: {instruction_sets()}')
+def made(tmp_path_factory):
     path = tmp_path_factory.mktemp('int8')/'m.pt'
-    report = export(model(), path, quantize='int8', fresh=False, cpp=False)
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    return export(model(), path, quantize='int8', fresh=False, cpp=False), path
+
+
+@pytest.fixture(scope='module')
+def elsewhere(made):
+    "What a smaller processor answers: the error of sums, and the embeddings of a file that was made here."
     program = f'''import json, warnings
 warnings.simplefilter('ignore')
 from tests.export.test_convolutions import answered, furthest_off, model
 from mmembed.export.verify import verify
-print(json.dumps([furthest_off(), verify({str(path)!r}, model(), fresh=True, cpp=False).ok, *answered({str(path)!r})]))'''
-    paths = os.pathsep.join(p for p in (root, os.environ.get('PYTHONPATH', '')) if p)
-    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, cwd=root, env=os.environ | LIMITS | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': paths})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return report, path, json.loads(done.stdout.splitlines()[-1])
+print(json.dumps([furthest_off(), verify({str(made[1])!r}, model(), fresh=True, cpp=False).ok, *answered({str(made[1])!r})]))'''
+    return on_avx2(made[1].parent, program)
 
 
 def model(name='resnet18'):
@@ -87,8 +81,8 @@ def answered(path):
     return x.tolist(), 'onednn::qconv2d_pointwise' in calls, 'mkldnn::_convolution_pointwise' in calls
 
 
-def test_a_file_is_verified_and_multiplies_bytes(elsewhere):
-    report, path, _ = elsewhere
+def test_a_file_is_verified_and_multiplies_bytes(made):
+    report, path = made
     assert report.ok and next(r for r in report.rows if r.what == 'image cosine').difference <= FULL['int8']
     x, int8, float32 = answered(path)
     assert int8 and not float32
@@ -96,11 +90,11 @@ def test_a_file_is_verified_and_multiplies_bytes(elsewhere):
     assert (1 - F.cosine_similarity(torch.tensor(x), want)).max() < FULL['int8']
 
 
-def test_one_file_has_one_answer_on_avx2(elsewhere):
+def test_one_file_has_one_answer_on_avx2(made, elsewhere):
     "Sums of pairs saturate there at 16 bits, without a word, with weights of all eight bits: an error of 8 % in a 1 × 1 layer."
-    _, path, (off, verified, x, int8, float32) = elsewhere
+    off, verified, x, int8, float32 = elsewhere
     assert off < 1e-5 and verified and int8 and not float32
-    torch.testing.assert_close(torch.tensor(x), torch.tensor(answered(path)[0]), atol=SAME['int8'] / 2, rtol=0)
+    torch.testing.assert_close(torch.tensor(x), torch.tensor(answered(made[1])[0]), atol=SAME['int8'] / 2, rtol=0)
 
 
 def test_no_pair_of_neighbours_exceeds_sixteen_bits():

@@ -1,21 +1,16 @@
 "What is computed by which kernel on another kind of processor: one process that is held to AVX2 answers all questions, and a second one the same."
 import hashlib
-import json
-import os
-import platform
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from benchmarks import LIMITS, instruction_sets
 from mmembed import load
 from mmembed.core import quietly
 from mmembed.export.variants import PRECISIONS, SAME, Int8Linear, int8_steps
 from mmembed.export.verify import export
 from mmembed.opening import prepack
 
+from ..helpers import on_avx2
 from . import tiny
 from .test_accelerate import traced
 
@@ -76,23 +71,15 @@ def called(f, x):
     return sorted({e.key for e in p.key_averages()} & {'onednn::qlinear_pointwise', 'aten::_int_mm', 'mkldnn::_linear_pointwise', 'aten::addmm', 'aten::linear'})
 
 
-def asked(folder):
-    "What `PROGRAM` prints in a process of its own, which exports what it does not find in `folder`."
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    paths = os.pathsep.join(p for p in (root, os.environ.get('PYTHONPATH', '')) if p)
-    done = subprocess.run([sys.executable, '-c', PROGRAM, folder], capture_output=True, text=True, cwd=root, env=os.environ | LIMITS | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': paths})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture(scope='module')
+def asked(tmp_path_factory):
+    "What `PROGRAM` prints in a process on a smaller processor, which exports what it does not find in its folder."
+    folder = tmp_path_factory.mktemp('avx2')
+    return lambda: on_avx2(folder, PROGRAM, folder)
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory): return tmp_path_factory.mktemp('avx2')
-
-
-@pytest.fixture(scope='module')
-def small(folder):
-    if platform.machine() not in ('x86_64', 'AMD64') or 'avx2' not in instruction_sets(): pytest.skip(f'no AVX2 to be held to: {instruction_sets()}')
-    return asked(folder)
+def small(asked): return asked()
 
 
 def test_int8_multiplies_by_onednn_where_torch_has_no_kernel(small):
@@ -122,8 +109,8 @@ def test_int8_is_exact_where_pairs_of_products_are_added_in_16_bits(small):
     assert small['same packed'] and small['freed'] and small['alone']
 
 
-def test_artifacts_are_verified_and_the_same_in_two_processes(small, folder):
-    again = asked(folder)
+def test_artifacts_are_verified_and_the_same_in_two_processes(small, asked):
+    again = asked()
     for name in 'fp32', 'bf16', 'int8', 'portable int8': assert small[f'verified {name}'] and small[name] == again[name]
     assert small['int8']['row'] and small['int8']['ids'] == small['fp32']['ids']
 
@@ -164,3 +151,40 @@ def test_int8_calls_one_kernel_here():
     assert prepack(scripted) == 1 and scripted(x).equal(plain) and called(scripted, x) == [packed]
     portable = quietly(torch.jit.script, Int8Linear(torch.nn.Linear(64, 32), portable=True).eval())
     assert 'onednn' not in portable.choose.code and called(portable, x) == ['aten::_int_mm']
+
+
+EMULATED = '''
+import json
+import numpy as np, onnxruntime, torch
+from onnx import TensorProto as T, helper
+from mmembed.export.variants import int8_steps, multiplied
+from tests.export.test_convolutions import furthest_off
+told = {'capability': torch.backends.cpu.get_cpu_capability(), 'steps': int8_steps(), 'convolutions': furthest_off()}
+def errors(steps): # of sums, with all numbers at their ends and with random ones
+    g = torch.Generator().manual_seed(0)
+    for codes, weight in ((torch.full((8, 768), steps, dtype=torch.uint8), torch.full((96, 768), 127, dtype=torch.int8)),
+                          (torch.randint(0, steps + 1, (8, 768), generator=g, dtype=torch.uint8), torch.randint(-127, 128, (96, 768), generator=g, dtype=torch.int8))):
+        got = multiplied(codes, torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(96), steps // 2)
+        yield float((got - (codes.long() - steps // 2) @ weight.long().t()).abs().max())
+told['errors'] = {steps: list(errors(steps)) for steps in (126, 254)}
+def product(a, b): # as the graphs of an int8 artifact have it, by onnxruntime
+    kind = {np.dtype(np.int8): T.INT8, np.dtype(np.uint8): T.UINT8}
+    graph = helper.make_graph([helper.make_node('MatMulInteger', ['a', 'b'], ['y'])], 'g', [helper.make_tensor_value_info('a', kind[a.dtype], a.shape)],
+        [helper.make_tensor_value_info('y', T.INT32, [a.shape[0], b.shape[1]])], [helper.make_tensor('b', kind[b.dtype], b.shape, b.tobytes(), raw=True)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 18)], ir_version=9)
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=['CPUExecutionProvider']).run(None, {'a': a})[0]
+b = np.full((768, 96), 127, np.int8)
+ends = {'int8': np.full((50, 768), 127, np.int8), 'uint8': np.full((50, 768), 255, np.uint8)}
+told['onnx'] = {name: int(np.abs(product(a, b) - a.astype(int) @ b.astype(int)).max()) for name, a in ends.items()}
+print(json.dumps(told))
+'''
+
+
+@pytest.mark.weekly
+def test_a_processor_that_has_no_more_multiplies_exactly(tmp_path):
+    "By 7 bits with oneDNN, by the grid of convolutions, and by the types of the ONNX graphs; the other way each saturates there, which shows that the limit is real."
+    pytest.importorskip('onnxruntime')
+    told = on_avx2(tmp_path, EMULATED, emulated=True)
+    assert told['capability'] == 'AVX2' and told['steps'] == 126
+    assert told['errors']['126'] == [0, 0] and min(told['errors']['254']) > 1e4
+    assert told['convolutions'] < 1e-5 and told['onnx']['int8'] == 0 and told['onnx']['uint8'] > 1e6
