@@ -41,7 +41,7 @@ STANDS_FOR = {'SEED': '0', 'FLIP': '0', 'FILE': 'file.webp', 'FOLDER': 'work', '
 FIRST = {  # what a command goes on from
     'artifact run': 'python -m benchmarks.artifact prepare --model clip',
     **dict.fromkeys(['memory run', 'memory cold'], 'python -m benchmarks.memory prepare'),
-    'int8 run': 'python -m benchmarks.int8 prepare --model resnet50',
+    'int8 run': 'python -m benchmarks.int8 prepare --model resnet50 --peers PYTHON',
     'serve --record': 'python -m benchmarks.serve --clip --pin --what mix --load --record serve.json',
     **dict.fromkeys(['figures soup', 'figures compare', 'figures errors', 'practice match', 'practice classes', 'practice transfer', 'variants prepare --figures'],
                     'python -m benchmarks.figures finetune 6 256 2e-4 SEED'),

@@ -187,10 +187,10 @@ def test_the_file_is_asked_as_its_hosts_run_it(monkeypatch):
         seen.extend([torch._C._jit_set_profiling_mode(False), torch._C._get_graph_executor_optimize()])
         return {}
     monkeypatch.setattr(module, 'answers', noted)
-    before = torch._C._jit_set_profiling_mode(True)
+    before, inlined = torch._C._jit_set_profiling_mode(True), torch._C._get_graph_executor_optimize(True)
     try: verify(tiny.artifact(), fresh=False, cpp=False)
-    finally: after = torch._C._jit_set_profiling_mode(before)
-    assert seen and not any(seen) and after and torch._C._get_graph_executor_optimize()
+    finally: after = torch._C._jit_set_profiling_mode(before), torch._C._get_graph_executor_optimize(inlined)
+    assert seen and not any(seen) and all(after)
 
 
 def test_the_difference_is_the_largest_and_not_the_mean(monkeypatch):

@@ -79,9 +79,10 @@ def test_more_than_the_server_takes_goes_in_parts(client, emb):
     assert len(good) == 150 and ranked[-1].index == 75 and ranked[-1].error and np.isnan(ranked[-1].score)
     assert np.allclose([m.score for m in good], score.sort(descending=True).values, atol=1e-3)
     assert np.allclose([m.probability for m in good], score.softmax(0).sort(descending=True).values, atol=1e-5)
-    assert [m.index for m in client.rank(FILES['RGB.png'], texts, top_k=3)] == [m.index - (m.index > 75) for m in good[:3]]
+    def best(indices, n): return len(set(indices)) == n and np.allclose(score[indices], score.sort(descending=True).values[:n], atol=1e-3)  # unknown words are alike: their order is not said
+    assert best([m.index for m in client.rank(FILES['RGB.png'], texts, top_k=3)], 3)
     found = client.classify([FILES['RGB.png'], b'bad', FILES['quality 75.jpg']], texts, top_k=5)
-    assert [len(row) for row in found] == [5, 0, 5] and [texts.index(label) for label, _ in found[0]] == [m.index - (m.index > 75) for m in good[:5]]
+    assert [len(row) for row in found] == [5, 0, 5] and best([texts.index(label) for label, _ in found[0]], 5)
     assert np.allclose([p for _, p in found[0]], [m.probability for m in good[:5]], atol=1e-5)
 
 
