@@ -210,10 +210,11 @@ def calibration(
     most: int = 32,
 ) -> list[bytes]:
     "Read the images of `folder` and its folders, `most` of them, evenly chosen by name. Raises `ValueError` where there is none."
-    from mmembed.data.pairs import ENDINGS
-    found = sorted(p for p in Path(folder).rglob('*') if p.suffix.lower() in ENDINGS and p.is_file())
+    from mmembed.data.folders import image_files
+    found = image_files(Path(folder))[0] if Path(folder).is_dir() else []
     if not found: raise ValueError(f'--calibrate {folder}: there are no images')
-    return [found[i * len(found) // min(most, len(found))].read_bytes() for i in range(min(most, len(found)))]
+    count = min(most, len(found))
+    return [(Path(folder)/found[i * len(found) // count]).read_bytes() for i in range(count)]
 
 def is_artifact(path: str | Path) -> bool:
     "Whether `path` was exported already."

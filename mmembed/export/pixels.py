@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..text.exits import _unsized, exported
+from ..text.exits import _unsized, exported, translated_once
 
 # %% ../../nbs/export/06_pixels.ipynb #7b409f47
 def half_even(
@@ -121,11 +121,7 @@ def vision_to_onnx(
     """Writes `vp.transform` as an ONNX model of standard operators (opset 20): `images` uint8 (B, H, W, 3) -> `levels` uint8 (B, 3, *size).
 
     Needs `pip install mmembed[onnx]`. Raises `ValueError` for a rule that has no exported form."""
-    if (key := _content(vp)) not in _files:
-        _files[key] = _translated(vision_program(vp), path).read_bytes()
-        while len(_files) > 4: del _files[next(iter(_files))]
-    Path(path).write_bytes(_files[key])
-    return Path(path)
+    return translated_once(_files, _content(vp), lambda: _translated(vision_program(vp), path), path)
 
 def _translated(program: torch.export.ExportedProgram, path: str | Path) -> Path: # the program is used up
     from onnxscript import opset20 as op

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mmembed as mm
+from mmembed.commands.make import calibration
 from mmembed.export.artifact import assemble
 from mmembed.export.convolutions import Int8Conv, Largest, Span, converted, int8_convolutions, safe_step, traced
 from mmembed.export.variants import FULL, SAME, Variant, prepared
@@ -177,6 +178,15 @@ def test_images_for_the_ranges(tmp_path):
     assert export(m, tmp_path/'m.pt', quantize='int8', calibrate=images(), fresh=False, cpp=False).ok
     with pytest.raises(ValueError, match="calibrate: images for quantize='int8', which was not asked for"): export(m, tmp_path/'n.pt', calibrate=images())
     with pytest.raises(ValueError, match=r'calibrate\[1\]: '): export(m, tmp_path/'n.pt', quantize='int8', calibrate=[images()[0], b'not an image'])
+
+
+def test_the_images_of_a_folder_are_those_that_other_commands_see(tmp_path):
+    "Without what a system leaves there under an image's ending; evenly chosen by name."
+    for i in range(5): (tmp_path/'sub').mkdir(exist_ok=True), (tmp_path/'sub'/f'{i}.PNG').write_bytes(b'%d' % i)
+    for name in ('._0.png', 'notes.txt'): (tmp_path/name).write_bytes(b'other')
+    assert calibration(tmp_path) == [b'0', b'1', b'2', b'3', b'4'] and calibration(tmp_path, 2) == [b'0', b'2']
+    for empty in (tmp_path/'none', tmp_path/'notes.txt'):
+        with pytest.raises(ValueError, match='there are no images'): calibration(empty)
 
 
 def test_a_portable_file_names_no_onednn(tmp_path):
