@@ -43,7 +43,9 @@ from PIL import Image
 from benchmarks import begun, held, instruction_sets
 import mmembed as mm
 from mmembed.bench import cold_start, in_turns, samples, sides
-from mmembed.core import Tokens, as_bytes, pack, stack_levels
+from mmembed.core.types import Tokens
+from mmembed.core.packing import as_bytes, pack
+from mmembed.core.images import stack_levels
 from mmembed.export import host
 from mmembed.export.verify import export
 
@@ -213,7 +215,7 @@ def contestant(stack, folder, kind, threads, name):
         return emb.encode_text if text else lambda f: emb.encode_image(f, decoders=0)
 
     def graph():
-        from mmembed.export.onnx import OnnxModel
+        from mmembed.export.onnxhost import OnnxModel
         import numpy as np
         model = OnnxModel(folder/'onnx', threads)
         return model.encode_text if text else lambda f: model.encode_image([np.asarray(Image.open(io.BytesIO(x)).convert('RGB')) for x in f])

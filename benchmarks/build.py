@@ -61,7 +61,7 @@ def one(folder, name):
     import importlib
 
     import torch
-    from mmembed.core import quietly
+    from mmembed.core.torchscript import quietly
     torch.set_num_threads(1)
     libraries, make = kinds(folder)[name]
     for m in libraries.split(): importlib.import_module(m)

@@ -15,7 +15,8 @@ import torch
 
 from benchmarks import begun
 import mmembed as mm
-from mmembed.core import pack, quietly
+from mmembed.core.packing import pack
+from mmembed.core.torchscript import quietly
 
 CAPTIONS = ['a small red circle left of a large blue square', 'two dogs on the beach', 'A man in a grey coat reads the newspaper, Café du Nord', 'boat']
 SIZES = 1, 2, 8, 64

@@ -28,13 +28,13 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch: threads tha
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from mmembed.core import pack  # noqa: E402
+from mmembed.core.packing import pack  # noqa: E402
 from mmembed.data.sources import PairsFile, Part  # noqa: E402
 from mmembed.models.dual import projection  # noqa: E402
 from mmembed.models.losses import info_nce  # noqa: E402
 from mmembed.models.metrics import answers, ranks  # noqa: E402
 from mmembed.models.towers import bert, image_tower  # noqa: E402
-from mmembed.train import judge, warm_cosine  # noqa: E402
+from mmembed.shells import judge, warm_cosine  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get('MMEMBED_DATA') or ROOT.parent/'shared'/'data')
@@ -249,7 +249,7 @@ def fit(model, texts_of, pictures, epochs, batch, lr, seed, report, chunk=64, de
 
     bfloat16 in the towers, one exact InfoNCE over the batch; chunks hold texts of like length."""
     from mmembed.models.losses import same_text
-    from mmembed.core import Tokens
+    from mmembed.core.types import Tokens
     from mmembed.models.practice import lock, parameter_groups, still
     torch.manual_seed(seed)
     top, n = Top(model), len(pictures[0])

@@ -15,7 +15,8 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from benchmarks.fuzz_text import code_points, data_root, differences, random_bytes, random_texts, real_lines
-from mmembed.core import pack, quietly
+from mmembed.core.packing import pack
+from mmembed.core.torchscript import quietly
 from mmembed.text.bpe import CLIP_PATTERN, CLIP_STRINGS
 from mmembed.text.bytelevel import needs_cleaning, open_clip_clean
 from mmembed.text.pipeline import TextPipeline

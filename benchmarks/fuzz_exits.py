@@ -25,7 +25,8 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from benchmarks.fuzz_bpe import bpe_texts, clip_tokenizer, gpt2_tokenizer
 from benchmarks.fuzz_text import bert_tokenizer, code_points, data_root, minilm, random_bytes, random_texts, real_lines
-from mmembed.core import pack, quietly
+from mmembed.core.packing import pack
+from mmembed.core.torchscript import quietly
 from mmembed.text.exits import export_program, operators, text_to_onnx
 from mmembed.text.pipeline import TextPipeline
 

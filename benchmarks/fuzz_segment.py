@@ -11,7 +11,8 @@ import jieba
 import torch
 
 from benchmarks import fuzz_text
-from mmembed.core import pack, quietly
+from mmembed.core.packing import pack
+from mmembed.core.torchscript import quietly
 from mmembed.text.segment import Segmenter, Utf8Front, read_jieba
 from mmembed.text.unicode import Codes
 

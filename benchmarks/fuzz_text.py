@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from mmembed.core import pack, quietly
+from mmembed.core.packing import pack
+from mmembed.core.torchscript import quietly
 from mmembed.text.pipeline import TextPipeline
 
 POOLS = [' \t\n\r\u3000\xa0', 'abcdefghijklmnopqrstuvwxyzABC', ''.join(map(chr, range(0x300, 0x370))), 'éàüÅİßΣσςǅ', '가각힣각',

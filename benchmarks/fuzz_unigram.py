@@ -19,7 +19,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from benchmarks import fuzz_text
-from mmembed.core import quietly
+from mmembed.core.torchscript import quietly
 from mmembed.text.pipeline import TextPipeline
 
 LINES = ['A small red circle left of a large blue square.', 'Crème brûlée; naïve café!', '一个红色的小圆在蓝色方块左边', 'ไทย ที่นี่', '각 한국어 가각힣',

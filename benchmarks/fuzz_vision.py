@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from mmembed.core import as_bytes
+from mmembed.core.packing import as_bytes
 from mmembed.vision.decode import decode_image
 from mmembed.vision.pipeline import VisionPipeline
 from mmembed.vision.probe import probe

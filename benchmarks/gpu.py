@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 import mmembed as mm
-from mmembed.core import Tokens
+from mmembed.core.types import Tokens
 from mmembed.export.accelerate import eager_towers, why_not
 from mmembed.export.variants import Variant
 
@@ -70,7 +70,8 @@ def towers(row, model, device, sizes, folder):
 
 
 def onnx(model, folder, provider, device):
-    from mmembed.export.onnx import OnnxModel, export_onnx, provider_of
+    from mmembed.export.onnxhost import OnnxModel, provider_of
+    from mmembed.export.onnx import export_onnx
     if provider != 'cpu' and device.type == 'cpu': raise RuntimeError('this row wants --device cuda')
     provider_of(provider)
     export_onnx(model, folder)

@@ -73,7 +73,7 @@ def photos(tower, quick):
 def prepare(args, folder):
     import numpy as np
     import torch
-    from mmembed.core import quietly
+    from mmembed.core.torchscript import quietly
     from mmembed.export.artifact import trace_image
     from mmembed.export.convolutions import int8_convolutions
     from mmembed.export.kernels import quick
@@ -134,7 +134,7 @@ def contestant(name, folder):
     import numpy as np
     if name in ('fp32', 'int8'):
         import torch
-        from mmembed.core import quietly
+        from mmembed.core.torchscript import quietly
         from mmembed.opening import prepack
         torch.set_num_threads(1)
         torch._C._jit_set_profiling_mode(False)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import LIMITS, begun, held, instruction_sets
-from mmembed.core import quietly
+from mmembed.core.torchscript import quietly
 from mmembed.export.kernels import Linear
 from mmembed.export.variants import Int8Linear, multiplied
 from mmembed.opening import prepack

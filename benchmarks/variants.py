@@ -24,13 +24,14 @@ import torch.nn.functional as F
 
 from benchmarks import begun
 import mmembed as mm
-from mmembed.core import quietly
+from mmembed.core.torchscript import quietly
 from mmembed.export.artifact import assemble, save
 from mmembed.export.card import make_card
-from mmembed.export.encoder import stored, unstored
+from mmembed.core.quantize import stored, unstored
 from mmembed.export.variants import Variant
-from mmembed.export.verify import sha256, tensors
-from mmembed.train import judge
+from mmembed.export.card import sha256
+from mmembed.export.verify import tensors
+from mmembed.shells import judge
 
 VARIANTS = {'fp32': Variant(), 'bf16': Variant(precision='bf16'), 'int8': Variant(quantize='int8'), 'fold': Variant(fold=True),
             'dim 128': Variant(dim=128), 'dim 64': Variant(dim=64),

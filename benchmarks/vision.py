@@ -29,7 +29,9 @@ import torch
 from PIL import Image
 
 from benchmarks import begun
-from mmembed.core import as_bytes, quietly, stack_levels
+from mmembed.core.packing import as_bytes
+from mmembed.core.torchscript import quietly
+from mmembed.core.images import stack_levels
 from mmembed.vision.pipeline import VisionPipeline
 
 MEAN, STD = VisionPipeline().spec()['mean'], VisionPipeline().spec()['std']

@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from .items import About
-from .tables import draft
+from .core.files import draft
 from .transactions import asked, writing, written
 
 # %% ../nbs/41b_approximate.ipynb #8eaccc86

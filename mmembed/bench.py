@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from .core import Tokens, as_bytes, pack
+from .core.types import Tokens
+from .core.packing import as_bytes, pack
 from .runtime import Embedder, load
 
 # %% ../nbs/41_bench.ipynb #df87946f

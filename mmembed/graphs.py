@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .core import Tokens, filled, lengthened, text_lengths
+from .core.types import Tokens
+from .core.batching import filled, lengthened, text_lengths
 
 # %% ../nbs/35_graphs.ipynb #a9744274
 class Graphed:

@@ -21,13 +21,15 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from .data.loader import thread_pool
+from .core.threads import thread_pool
 from .data.sources import Part, Source
-from .inputs import cores
+from .core.threads import cores
 from .intake import column_types, column_value, open_source
 from .jobs import embed, readable_id
-from .runtime import Embedder, read_card
-from .tables import MANIFEST, Job, from_precision, read_job
+from .runtime import Embedder
+from .opening import read_card
+from .tables import MANIFEST, Job, read_job
+from .core.quantize import from_precision
 
 # %% ../nbs/41_items.ipynb #b9de9484
 FORMAT = 1 # of an index

@@ -21,14 +21,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .core import Tokens, stack_levels
-from .data.loader import thread_pool
+from .core.types import Tokens
+from .core.images import stack_levels
+from .core.threads import thread_pool
 from .data.sources import Source, _reason
-from .inputs import cores
+from .core.threads import cores
 from .intake import Survey, changed, column_types, column_value, open_source, survey
 from .runtime import TEXTS, Embedder
-from .tables import (ERRORS, MANIFEST, PRECISIONS, Job, Vectors, alone, check_part, each_shard, from_precision, load_vectors, part_table, read_job, same_job,
-                            save_part, to_precision, write_ledger, write_whole)
+from .tables import ERRORS, MANIFEST, Job, Vectors, check_part, each_shard, load_vectors, part_table, read_job, same_job, save_part, write_ledger
+from .core.quantize import PRECISIONS, from_precision, to_precision
+from .core.files import alone, write_whole
 
 # %% ../nbs/40_jobs.ipynb #61f1eb5a
 _all_ = ['PRECISIONS', 'Job', 'Vectors', 'each_shard', 'from_precision', 'load_vectors', 'read_job', 'to_precision', 'open_source']

@@ -23,7 +23,8 @@ import torch
 from .data.sources import Source
 from .jobs import Done, embed, plan, service_batch
 from .runtime import Embedder
-from .tables import Job, alone, draft, each_shard, part_schema, read_job, same_job, write_ledger, write_whole
+from .tables import Job, each_shard, part_schema, read_job, same_job, write_ledger
+from .core.files import alone, draft, write_whole
 
 # %% ../nbs/40c_outputs.ipynb #28ac5284
 def save_npy(

@@ -19,8 +19,10 @@ from struct import unpack
 import torch
 from torch import Tensor
 
-from .core import quietly
-from .opening import multiplies, named, reason
+from .core.torchscript import quietly
+from .opening import multiplies
+from .core.files import named
+from .core.errors import reason
 
 # %% ../nbs/34_packaged.ipynb #fcddf6f7
 class Packaged:

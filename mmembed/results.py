@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .core import Tokens, pack
-from .inputs import whole
+from .core.types import Tokens
+from .core.packing import pack
+from .core.errors import whole
 
 # %% ../nbs/32_results.ipynb #7612fc4e
 class Encoded(NamedTuple):

@@ -19,7 +19,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
-from .core import Embeddings, PairBatch
+from .core.types import Embeddings, PairBatch
 from .models.dual import DualEncoder
 from .models.losses import InfoNCE, batch_sizes, distill, weighted
 from .models.metrics import Recall, answers, both_ways, classification

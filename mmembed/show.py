@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .core import PairBatch
+from .core.types import PairBatch
 from .data.module import PairData
 from .data.sources import Source
 from .models.metrics import answers, ranks

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .jobs import service_batch
-from .markers import Text
+from .core.markers import Text
 from .runtime import Embedder
 
 # %% ../nbs/40e_spark.ipynb #6fb93d82

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .core import read_bytes
+from .core.files import read_bytes
 from .data.sources import Source, _no_column, captions_of
 
 # %% ../nbs/39_tabular.ipynb #932ab880

@@ -40,7 +40,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .core import naming, settings
+from .core.errors import naming
+from .core.settings import settings
 from .data.labels import LabelData, MatchData
 from .data.module import PairData
 from .models.metrics import answers, mean_average_precision

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from benchmarks import instruction_sets
-from mmembed.opening import give_back
+from mmembed.core.threads import give_back
 
 from .helpers import SHARED
 

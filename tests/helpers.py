@@ -22,7 +22,7 @@ from torch._jit_internal import FunctionModifiers
 from filelock import FileLock
 
 from benchmarks import LIMITS, instruction_sets
-from mmembed.core import frozen, quietly
+from mmembed.core.torchscript import frozen, quietly
 
 SHARED = 'MMEMBED_TESTS_SHARED'  # a folder of the run, for all its processes
 HANG = 300  # seconds: no test decides by a clock; what takes so long hangs

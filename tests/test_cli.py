@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmembed.cli import COMMANDS, main
-from mmembed.commands.make import config_path
+from mmembed.core.settings import config_path
 from mmembed.data.scenes import Scenes
 
 from .helpers import built_once

@@ -13,7 +13,8 @@ import pytest
 
 from mmembed import cli
 from mmembed.cli import COMMANDS, main, parser
-from mmembed.commands.options import config_names, config_path, described
+from mmembed.core.settings import config_names, config_path
+from mmembed.commands.options import described
 from mmembed.data.labels import LabelData, MatchData
 from mmembed.data.module import PairData
 

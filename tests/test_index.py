@@ -17,7 +17,8 @@ pytest.importorskip('lancedb', reason='the extra "search" is not installed')
 from mmembed.cli import main
 from mmembed.data.scenes import Scenes
 from mmembed.export.verify import export
-from mmembed.index import KINDS, Index
+from mmembed.approximate import KINDS
+from mmembed.index import Index
 from mmembed.jobs import embed
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer

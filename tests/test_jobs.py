@@ -24,14 +24,18 @@ from mmembed.cli import main
 from mmembed.data.scenes import Scenes
 from mmembed.data.sources import Source
 from mmembed.export.verify import export
-from mmembed.intake import ShardRows, Table, excerpt, open_source, read_lines, survey
+from mmembed.samples import ShardRows
+from mmembed.tabular import Table
+from mmembed.intake import excerpt, open_source, read_lines, survey
 from mmembed.jobs import embed
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
 from mmembed.outputs import FORMS, embed_to
 from mmembed.runtime import Embedder
-from mmembed.serve.engine import Engine, Item, Options
-from mmembed.tables import PRECISIONS, from_precision, load_vectors, read_job, to_precision
+from mmembed.serve.engine import Engine, Options
+from mmembed.serve.lane import Item
+from mmembed.core.quantize import PRECISIONS, from_precision, to_precision
+from mmembed.tables import load_vectors, read_job
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 

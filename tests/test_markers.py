@@ -4,7 +4,7 @@ import torch
 
 import mmembed as mm
 from mmembed.export import cases
-from mmembed.markers import doubt, names_image
+from mmembed.core.markers import doubt, names_image
 from mmembed.queries import Query
 from mmembed.runtime import load
 

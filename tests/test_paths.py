@@ -9,7 +9,7 @@ import pytest
 
 from mmembed.cli import COMMANDS, main, parser, path, path_or_name, takes_argv, typed
 from mmembed.cli import command as function
-from mmembed.commands.make import config_path
+from mmembed.core.settings import config_path
 
 from .test_cli import SMALL, pairs
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmembed import load, processor
-from mmembed.core import quietly
+from mmembed.core.torchscript import quietly
 from mmembed.export.kernels import Linear
 from mmembed.export.variants import SAME
 from mmembed.opening import prepack

@@ -79,7 +79,7 @@ def test_notebooks_run(rooms):
 
 
 def test_settings_keys_are_known():
-    from mmembed.core import Settings, _read_settings
+    from mmembed.core.settings import Settings, _read_settings
     assert set(_read_settings(ROOT/'settings.ini')) == set(Settings._fields)
 
 

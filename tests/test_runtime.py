@@ -14,12 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
-from mmembed.core import Tokens, as_bytes, pack, quietly
+from mmembed.core.types import Tokens
+from mmembed.core.packing import as_bytes, pack
+from mmembed.core.torchscript import quietly
 from mmembed.export import cases
 from mmembed.export.verify import verify
 from mmembed.inputs import enough
 from mmembed.results import ranking
-from mmembed.runtime import BYTES, Embedder, Encoded, load, portions, reason
+from mmembed.runtime import BYTES, Embedder, load, portions
+from mmembed.results import Encoded
+from mmembed.core.errors import reason
 
 from .export import tiny
 
@@ -54,7 +58,7 @@ def test_texts(emb):
     model, texts = tiny.model(), cases.texts()
     tokens = emb.tokenize(texts)
     want = model.text_pipeline.tokenize(*pack(texts))
-    assert torch.equal(tokens.ids, want.ids) and torch.equal(tokens.mask, want.mask) and type(tokens).__module__ == 'mmembed.core'
+    assert torch.equal(tokens.ids, want.ids) and torch.equal(tokens.mask, want.mask) and type(tokens).__module__ == 'mmembed.core.types'
     with torch.no_grad(): assert torch.allclose(emb.encode_text(texts), model.encode_text(want), atol=1e-5)
     assert torch.equal(emb.encode_text(['Café', '一']), emb.encode_text(['Café'.encode(), bytearray('一'.encode())]))
     assert torch.equal(emb.encode_text(t for t in ['a', 'b']), emb.encode_text(('a', 'b')))

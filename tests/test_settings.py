@@ -1,7 +1,7 @@
 """Run-time defaults: our section of a settings.ini, and files of other programs that bear the same name."""
 import pytest
 
-from mmembed.core import Settings, settings
+from mmembed.core.settings import Settings, settings
 
 NBDEV = '[DEFAULT]\nrepo = wonder\nlib_name = %(repo)s\nlib_path = wonder\nnbs_path = nbs\nversion = 0.1\n'
 OTHERS = {'nbdev': NBDEV, 'a section of its own': '[tool]\nseed = x\n', 'a name like ours': '[DEFAULT]\nseed = 7\nbranch = main\n',

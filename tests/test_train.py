@@ -19,7 +19,8 @@ from mmembed.shells import plain_recall
 from mmembed.cli import main
 from mmembed.commands.make import training_record
 from mmembed.data.labels import LabelData
-from mmembed.train import evaluate, judge, judged_data, load_checkpoint, new_folder, prepare, run, show_recall, warm_cosine, write_weights
+from mmembed.train import evaluate, judged_data, load_checkpoint, new_folder, prepare, run, show_recall, write_weights
+from mmembed.shells import judge, warm_cosine
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 

@@ -219,7 +219,7 @@ TABLE = [Mutant(*row) for row in (
     ('runtime/beginning of a long text', 'mmembed/inputs.py',
      'if ends and fills(head[:ends[-1]]): return', 'if ends: return',
      'tests/test_runtime.py::test_a_beginning_that_fills_no_row_is_not_enough'),
-    ('runtime/words that name an image', 'mmembed/markers.py',
+    ('runtime/words that name an image', 'mmembed/core/markers.py',
      "if text[:11].lower() == 'data:image/': return True", "if text[:11].lower() == 'data:image/': return False",
      'tests/test_markers.py::test_what_names_an_image'),
     # ---- jobs

@@ -62,7 +62,7 @@ def embed(
     if len(source) > 1 and (bad := [s for s in source if not _is_image(s)]):
         raise ValueError(f'{bad[0]} is no image file: want image files, or one source alone')
     if not source: raise ValueError('nothing to embed: name a source')
-    from mmembed.runtime import read_card
+    from mmembed.opening import read_card
     read_card(artifact)
     from mmembed.intake import open_source
     found = open_source(list(source), what or 'image', null, **options)
@@ -106,7 +106,7 @@ def _print_items(artifact, images, text, stdin, device):
 
 def _print(artifact, source, what, keep, batch, threads, device):
     "JSON lines of a source, as they come."
-    from mmembed.inputs import cores
+    from mmembed.core.threads import cores
     from mmembed.intake import column_types
     from mmembed.jobs import batches, service_batch
     from mmembed.runtime import Embedder

@@ -17,7 +17,8 @@ from typing import Annotated
 from fastcore.script import store_true
 
 from ..cli import Formatter, Parser, near, path, path_or_name, split_doc, working
-from .options import add_data_options, config_names, config_path, train_parser, with_configs
+from .options import add_data_options, train_parser, with_configs
+from ..core.settings import config_names, config_path
 
 # %% ../../nbs/commands/01_make.ipynb #12296be0
 OFTEN = """  --config NAME               where to begin: pairs, clip_vitb32, bert_resnet, ..., or a file of your own; may be given twice
@@ -64,7 +65,7 @@ def evaluate(argv: list[str]):
     parser = eval_parser()
     args, data = parser.parse_known_args(argv)
     if data and not data[0].startswith('--data.'): parser.error(f'unrecognized arguments: {" ".join(data)}')
-    from mmembed.core import naming
+    from mmembed.core.errors import naming
     from mmembed.train import WrongCall, evaluate as judge, show_figures
     try: found = judge(args.checkpoint, data, args.part)
     except WrongCall as e: eval_parser(data=True).error(str(e))
@@ -174,7 +175,7 @@ def export(
     mmembed export model.pt --onnx onnx --triton models
     mmembed export model.pt --triton models --triton-preprocess 8 --triton-warm-up --triton-strings"""
     import mmembed as mm
-    from mmembed.core import settings
+    from mmembed.core.settings import settings
     sizes = [int(x) if x.strip().isdigit() else x for x in cuda_graphs.split(',')] if cuda_graphs else ()
     served = dict(name=triton_name, device=triton_device, instances=triton_instances, preprocess=triton_preprocess, max_batch=triton_max_batch,
                   delay_us=triton_delay, warm_up=triton_warm_up or None, strings=triton_strings or None)
@@ -270,7 +271,7 @@ def quickstart(
     import shlex
     import time
     import mmembed as mm
-    from mmembed.core import settings
+    from mmembed.core.settings import settings
     from mmembed.runtime import load
     from mmembed.train import run
     start = time.perf_counter()

@@ -53,9 +53,9 @@ def serve(
     mmembed serve model.pt
     mmembed serve model.pt --host 0.0.0.0 --grpc-port 8001 --replicas 4 --api-keys keys.txt
     mmembed serve model.pt --ray --replicas 2 --max-replicas 8"""
-    try: from mmembed.serve.server import Config, Options, serve as run
+    try: from mmembed.serve.service import Config; from mmembed.serve.engine import Options; from mmembed.serve.server import serve as run
     except ImportError as e: raise ImportError(f'the server needs more packages ({e}): pip install "mmembed[serve]"') from None
-    from mmembed.runtime import read_card
+    from mmembed.opening import read_card
     from mmembed.serve.checks import checked
     from mmembed.serve.token_ids import token_table
     from mmembed.serve.service import read_keys

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..core import PairBatch, Tokens, pack, stack_levels
+from ..core.types import PairBatch, Tokens
+from ..core.packing import pack
+from ..core.images import stack_levels
 from .loader import Loader
 from .sources import NO_CAPTION, NO_LABEL, Source, _reason
 from ..text.pipeline import TextPipeline

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..core import read_bytes
+from ..core.files import read_bytes
 from .sources import Source, _find_folder, from_template, part_meaning, part_named
 
 # %% ../../nbs/data/02b_folders.ipynb #50f95be4

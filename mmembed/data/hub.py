@@ -16,7 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core import as_bytes, read_bytes, settings
+from ..core.packing import as_bytes
+from ..core.files import read_bytes
+from ..core.settings import settings
 from .folders import of_system
 from .sources import (
     NO_CAPTION, NO_LABEL, PART_NAMES, Source, _no_column, as_text, captions_of, check_groups, column_parts,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import Tokens
+from ..core.types import Tokens
 from .batches import Collate, Row
 from .module import PairData
 from .sources import NO_LABEL, Part, Source

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from lightning.pytorch import LightningDataModule
 
-from ..core import settings
+from ..core.settings import settings
 from .batches import Collate, Ledger, PairLoader, Rows
 from .loader import Share, Shuffle, even_batches
 from .pairs import is_dataset, open_pairs

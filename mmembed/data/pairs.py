@@ -11,7 +11,7 @@ __all__ = ['source_kind', 'is_dataset', 'open_pairs']
 from pathlib import Path
 from typing import Any
 
-from ..core import settings
+from ..core.settings import settings
 from .folders import ENDINGS, ClassFolder
 from .hub import HubData
 from .shards import Shards, samples, shard_urls

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..core import as_bytes
+from ..core.packing import as_bytes
 from .sources import Part, Source
 
 # %% ../../nbs/data/02_scenes.ipynb #307fa244

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..core import as_bytes
+from ..core.packing import as_bytes
 from .folders import ENDINGS, of_system
 from .sources import (
     NO_CAPTION, NO_LABEL, Source, as_text, captions_of, check_groups, column_parts, from_template, part_in, part_meaning)

@@ -23,7 +23,8 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..core import read_bytes, settings
+from ..core.files import read_bytes
+from ..core.settings import settings
 
 # %% ../../nbs/data/01_sources.ipynb #c9446c90
 PART_NAMES = {'train': ('train', 'training'),  # the keywords of datasets/data_files.py

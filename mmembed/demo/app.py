@@ -16,7 +16,7 @@ os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')  # before gradio: the
 try: import gradio as gr
 except ImportError as e: raise ImportError(f'the demo needs gradio ({e}): pip install "mmembed[demo]"') from None
 
-from ..core import settings
+from ..core.settings import settings
 from .panels import MAX_IMAGES, MAX_UPLOAD, Panels, failed
 from .pictures import embed_files
 
@@ -333,7 +333,8 @@ def default_artifact(
     for name in ('quickstart.pt', 'demo.pt'):
         if (folder/name).is_file(): return folder/name
     import mmembed as mm
-    from mmembed.commands.make import config_path, training_record
+    from mmembed.core.settings import config_path
+    from mmembed.commands.make import training_record
     from mmembed.train import run
     rows, epochs = (64, 1) if small else (3000, 6)
     options = {'name': 'demo', 'data.source.init_args.train': rows, 'data.source.init_args.valid': 100, 'data.workers': 0, 'data.batch_size': 64 if small else 128,

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import pack
+from ..core.packing import pack
 from ..runtime import Embedder
 from ..vision.resize import resized
 

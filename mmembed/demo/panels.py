@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 from .drawing import bars, data_url, heat_table, spectrum, thumb_map
 from .inside import heat, look_image, look_text, token_html
 from .pictures import Hit, Pictures
-from ..markers import Text
+from ..core.markers import Text
 from ..runtime import Embedder
 
 # %% ../../nbs/demo/03_panels.ipynb #bbdd6012

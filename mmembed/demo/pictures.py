@@ -21,14 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import settings
+from ..core.settings import settings
 from ..data.folders import Files
 from ..data.sources import Source
 from ..intake import stamp
-from ..jobs import embed, load_vectors, readable_id
+from ..jobs import embed, readable_id
+from ..tables import load_vectors
 from ..queries import one_line
 from ..runtime import Embedder
-from ..tables import alone, draft
+from ..core.files import alone, draft
 from ..transactions import among
 
 # %% ../../nbs/demo/01_pictures.ipynb #8df10afb

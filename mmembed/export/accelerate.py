@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..core import Tokens
+from ..core.types import Tokens
 from .variants import Variant, prepared
 
 # %% ../../nbs/export/11_accelerate.ipynb #fe4ab7d3
@@ -45,7 +45,7 @@ def why_not(
     if name not in ACCELERATIONS: raise ValueError(f'no acceleration {name!r}; there are {", ".join(ACCELERATIONS)}')
     kind = torch.device(device or ('cuda' if name == 'graphs' else 'cpu')).type
     if name in ('onnx-cuda', 'tensorrt'):
-        from mmembed.export.onnx import provider_of
+        from mmembed.export.onnxhost import provider_of
         try: return provider_of(name.removeprefix('onnx-')) and ''
         except (ImportError, ValueError) as e: return str(e)
     if kind == 'cuda' and not torch.cuda.is_available(): return 'torch sees no CUDA device here'

@@ -20,12 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import Tokens, quietly
+from ..core.types import Tokens
+from ..core.torchscript import quietly
 from . import host
-from .encoder import Encoder, Scorer, unstored
+from .encoder import Encoder, Scorer
+from ..core.quantize import unstored
 from .steps import Classes, Same, SameTexts, Steps
 from .variants import Variant, prepared
-from ..opening import multiplies, named, read_card, reason, register_image_ops, widened
+from ..opening import multiplies, read_card, widened
+from ..core.files import named
+from ..core.errors import reason
+from ..core.torchcodec import register_image_ops
 from ..packaged import Packaged, opened
 
 # %% ../../nbs/export/04a_answers.ipynb #ef797f09

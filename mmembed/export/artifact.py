@@ -21,11 +21,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..core import ImageInfo, Tokens, naming, pack_str, quietly, stack_levels
-from .encoder import Encoder, Scorer, unstored
+from ..core.types import ImageInfo, Tokens
+from ..core.errors import naming
+from ..core.packing import pack_str
+from ..core.torchscript import quietly
+from ..core.images import stack_levels
+from .encoder import Encoder, Scorer
+from ..core.quantize import unstored
 from .steps import Classes, Labelled, Same, SameTexts, Steps, best_labels, read_classes, tried
 from .variants import Prepared, Variant, prepared
-from ..opening import named, records_hash, records_of
+from ..core.files import named
+from ..opening import records_hash, records_of
 from ..text.pipeline import TextPipeline
 from ..text.seams import seams
 

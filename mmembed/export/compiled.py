@@ -22,7 +22,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from ..core import Tokens, pack, quietly
+from ..core.types import Tokens
+from ..core.packing import pack
+from ..core.torchscript import quietly
 from ..text.exits import _unsized, export_program, exported
 from .artifact import save
 from .card import sha256

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..core import quietly
+from ..core.torchscript import quietly
 from .variants import Int8Embedding, Int8Linear, SelfAttention
 
 # %% ../../nbs/export/01e_convolutions.ipynb #1a2161f1

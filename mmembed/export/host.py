@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core import read_bytes
+from ..core.files import read_bytes
 from .card import sha256
 from ..opening import read_card
 

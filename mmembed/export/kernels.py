@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import quietly
+from ..core.torchscript import quietly
 from .variants import with_linear_attention
 
 # %% ../../nbs/export/01d_kernels.ipynb #54121b1f

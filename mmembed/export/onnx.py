@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ..core import Tokens
+from ..core.types import Tokens
 from .answers import Eager
 from .card import make_card
-from .encoder import Encoder, ImageForm, PairForm, Scorer, TextForm, unstored
+from .encoder import Encoder, ImageForm, PairForm, Scorer, TextForm
+from ..core.quantize import unstored
 from .graph import LIMIT, Graph, fingerprint, intact, placed, read_onnx_card, value, written
 from .onnxhost import OnnxModel, answers, ask, host_source, provider_of, rows
 from .pixels import vision_to_onnx

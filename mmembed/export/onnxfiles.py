@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from ..core import as_bytes
+from ..core.packing import as_bytes
 from . import cases
 from .graph import EXTENSIONS, Graph, placed, tensor, value, written
 from .onnxhost import LEVELS, elsewhere
-from ..opening import reason
+from ..core.errors import reason
 
 # %% ../../nbs/export/09b_onnxfiles.ipynb #640855cf
 JPEG, JPEG_END = (0xff, 0xd8, 0xff), (0xff, 0xd9)

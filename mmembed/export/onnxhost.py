@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core import pack
+from ..core.packing import pack
 from .card import content_hash
-from .encoder import unstored
+from ..core.quantize import unstored
 from .graph import intact, read_onnx_card
 from .host import _last
 from .steps import best_labels
 from .variants import Variant
-from ..opening import reason
+from ..core.errors import reason
 
 # %% ../../nbs/export/09a_onnxhost.ipynb #cb158d30
 def provider_of(device): # 'cpu', 'cuda' or 'tensorrt' -> what onnxruntime tries, in this order

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core import pack, quietly
+from ..core.packing import pack
+from ..core.torchscript import quietly
 from .card import canonical, sha256
 
 # %% ../../nbs/export/01b_steps.ipynb #ec3ce351

@@ -22,10 +22,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core import frozen, pack, pack_str, quietly
+from ..core.torchscript import frozen, quietly
+from ..core.packing import pack, pack_str
 from .artifact import save
-from ..inputs import DOT
-from ..opening import read_card, reason, register_image_ops
+from ..core.images import DOT
+from ..opening import read_card
+from ..core.errors import reason
+from ..core.torchcodec import register_image_ops
 
 # %% ../../nbs/export/08_triton.ipynb #74e42d7b
 class TritonText(nn.Module):
@@ -227,7 +230,7 @@ def export_triton(
 
 # %% ../../nbs/export/08_triton.ipynb #655af352
 def _onnx_models(folder: Path, name: str, graphs: Path, card: dict, answer: Slot, names: list[str], how: dict) -> list[Path]:
-    from mmembed.export.onnx import read_onnx_card
+    from mmembed.export.graph import read_onnx_card
     slots = {'text': [Slot('data', 'TYPE_UINT8', [-1], True)], 'image': [Slot('images', 'TYPE_UINT8', [-1], True), Slot('sizes', 'TYPE_INT64', [2])]}
     slots['pairs'], done = slots['text'] + slots['image'], []
     for kind in ['pairs'] if 'labels' in card else ['text', 'image']:

@@ -23,8 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..core import Tokens, as_bytes, attend, quietly
-from ..opening import reason, register_image_ops
+from ..core.types import Tokens
+from ..core.packing import as_bytes
+from ..core.attention import attend
+from ..core.torchscript import quietly
+from ..core.errors import reason
+from ..core.torchcodec import register_image_ops
 from . import cases
 
 # %% ../../nbs/export/01a_variants.ipynb #ee5263c9

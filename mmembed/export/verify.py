@@ -22,21 +22,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core import as_bytes, pack, quietly
+from ..core.packing import as_bytes, pack
+from ..core.torchscript import quietly
 from . import cases, host
 from .accelerate import waits
 from .answers import CPP_SKIPS, Eager, answers, cpp as cpp_answers, fresh as fresh_answers, loaded_rows
 from .artifact import assemble, save
 from .card import content_hash, make_card, sha256
 from .compiled import check_name, program_hashes, save_package
-from .encoder import unstored
+from ..core.quantize import unstored
 from .onnx import export_onnx, settle
 from .onnxfiles import add_files
 from .onnxhost import rows as onnx_rows
 from .steps import Steps, read_classes, tried
 from .variants import SAME, Variant, bounds
 from ..graphs import Captured, sizes_of
-from ..opening import give_back, read_card, reason, records_hash, records_of, register_image_ops, widened
+from ..core.threads import give_back
+from ..opening import read_card, records_hash, records_of, widened
+from ..core.errors import reason
+from ..core.torchcodec import register_image_ops
 from ..packaged import opened
 
 # %% ../../nbs/export/05_verify.ipynb #285496c7

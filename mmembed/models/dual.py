@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import Embeddings, Tokens
+from ..core.types import Embeddings, Tokens
 from .tower import Tower, check_inputs, class_path, from_spec
 from ..text.pipeline import TextPipeline
 from ..vision.pipeline import VisionPipeline

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import Tokens
+from ..core.types import Tokens
 from .pretrained import Parts
 from .tower import Tower, enough_rows
 from .towers import Bert, _from_hub, longest

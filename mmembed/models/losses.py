@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import Embeddings, Tokens
+from ..core.types import Embeddings, Tokens
 
 # %% ../../nbs/models/04_losses.ipynb #cf405ef5
 def info_nce(

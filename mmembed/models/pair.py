@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import Tokens, attend
+from ..core.types import Tokens
+from ..core.attention import attend
 from .dual import projection
 from .tower import Tower, check_inputs, class_path, from_spec
 from .towers import Bert, ConvNet, TextTransformer, TorchvisionTower

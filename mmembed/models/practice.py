@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..core import Embeddings, Tokens
+from ..core.types import Embeddings, Tokens
 from .metrics import TEMPLATES, class_embeddings, classification
 
 # %% ../../nbs/models/06_practice.ipynb #a46f4217

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
-from ..core import Tokens, meant
+from ..core.types import Tokens
+from ..core.errors import meant
 from .tower import Tower, enough_rows
 from .weights import fill, finite, read_weights
 from ..text.pipeline import TextPipeline

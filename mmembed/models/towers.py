@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import Tokens, attend, meant
+from ..core.types import Tokens
+from ..core.attention import attend
+from ..core.errors import meant
 from .tower import Tower, enough_rows, from_spec, spec_of
 from .weights import fill, finite, read_weights
 from ..text.pipeline import TextPipeline

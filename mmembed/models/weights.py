@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import quietly
+from ..core.torchscript import quietly
 
 # %% ../../nbs/models/00a_weights.ipynb #08263236
 def _harmless() -> list:

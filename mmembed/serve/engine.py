@@ -18,9 +18,14 @@ from typing import NamedTuple
 
 import torch
 
-from ..core import Tokens, as_bytes, stack_levels, text_lengths
-from ..inputs import decoders, memory
-from ..runtime import Embedder, join_tokens, reason
+from ..core.types import Tokens
+from ..core.packing import as_bytes
+from ..core.images import stack_levels
+from ..core.batching import text_lengths
+from ..core.threads import decoders, memory
+from ..runtime import Embedder
+from ..core.batching import join_tokens
+from ..core.errors import reason
 from .lane import PATIENCE, Budget, Item, Job, Lane, size_of
 
 # %% ../../nbs/serve/02_engine.ipynb #a2acb63c

@@ -20,7 +20,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from .edge import Direct, Edge, Gone, attended
-from .engine import Busy, Item, Unfit, Unsuited
+from .engine import Busy, Unfit, Unsuited
+from .lane import Item
 from . import inference, scores
 from .openapi import (BINARY, FORM, PAGE_HEADERS, RAW, Classification, Embeddings, Hits, Live, ModelList, ModelRow, Ranking, Ready,
                                    Reloaded, asks, described, gives, page)

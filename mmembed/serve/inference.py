@@ -20,7 +20,8 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field, ValidationError
 from starlette.exceptions import HTTPException
 
-from .engine import Busy, Item, Unfit, Unsuited
+from .engine import Busy, Unfit, Unsuited
+from .lane import Item
 from .openapi import BINARY, ERRORS, asks
 from .service import Service
 from .wire import Refused, few, image_bytes, made_by, read_json, reply, verdict

@@ -21,7 +21,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from . import inference, scores
-from .engine import Item, Unsuited
+from .lane import Item
+from .engine import Unsuited
 from .observe import request_id, seconds
 from .protos import message, methods, pool
 from .service import Service

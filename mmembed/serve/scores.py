@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 from starlette.exceptions import HTTPException
 
-from .engine import Item
+from .lane import Item
 from .service import Service
 from .wire import answered
 

@@ -25,10 +25,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..inputs import memory
-from ..runtime import Embedder, read_card, reason
+from ..core.threads import memory
+from ..runtime import Embedder
+from ..opening import read_card
+from ..core.errors import reason
 from .checks import checked
-from .engine import Busy, Engine, Item, Job, Options, Unfit, Unsuited
+from .engine import Busy, Engine, Options, Unfit, Unsuited
+from .lane import Item, Job
 from .lane import Budget
 from .observe import Metrics, Tracer, open_log
 

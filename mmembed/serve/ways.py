@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from .. import markers
+from ..core import markers
 
 # %% ../../nbs/serve/10a_ways.ipynb #5c32e7ac
 def content(

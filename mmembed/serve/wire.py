@@ -28,8 +28,9 @@ from fastapi.responses import Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 
-from .. import markers
-from .engine import Busy, Item, Job, Unfit, Unsuited
+from ..core import markers
+from .engine import Busy, Unfit, Unsuited
+from .lane import Item, Job
 from .observe import seconds
 from .service import Service
 from .token_ids import text_of, token_table

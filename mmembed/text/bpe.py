@@ -16,7 +16,7 @@ import torch
 from tokenizers import normalizers
 from torch import Tensor, nn
 
-from ..core import meant
+from ..core.errors import meant
 from .bytelevel import ByteFront, open_clip_rules, pattern_classes
 from .nfc import nfc_rules
 from .tables import VocabTable, ended

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core import pack
+from ..core.packing import pack
 from .bpe import byte_letters
 from .bytelevel import ByteFront
 from .tables import VocabTable

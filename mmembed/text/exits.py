@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..core import pack
+from ..core.packing import pack
 from . import looped_lattice  # registers its forms
 from .looped import exported_form
 from .pipeline import TextPipeline

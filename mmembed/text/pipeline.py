@@ -19,7 +19,8 @@ from fastcore.basics import patch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from ..core import Encoding, Tokens, pack_str
+from ..core.types import Encoding, Tokens
+from ..core.packing import pack_str
 from .bpe import BytePairs, bpe_family
 from .brief import Known, known_words
 from .learn import LEARNERS

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..core import pack
+from ..core.packing import pack
 from .bpe import byte_letters
 from .pipeline import TextPipeline
 from .unicode import ALONE, CLASS_SHIFT

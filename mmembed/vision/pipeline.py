@@ -16,10 +16,12 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core import ImageInfo, stack_levels
-from ..inputs import as_image
+from ..core.types import ImageInfo
+from ..core.images import stack_levels
+from ..core.images import as_image
 from .augment import color_jitter, random_erasing, random_flip, random_gray, random_resized_crop
-from .decode import decode_heic, decode_scanned, load_heic
+from .decode import decode_heic, decode_scanned
+from ..core.torchcodec import load_heic
 from .presets import open_clip_preset, torchvision_preset, transformers_preset
 from .probe import probe, scan
 from .resize import fit, resized

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..core import meant
+from ..core.errors import meant
 
 # %% ../../nbs/vision/06_presets.ipynb #b037d2dc
 def open_clip_preset(

@@ -16,7 +16,7 @@ from typing import List, NamedTuple, Tuple
 import torch
 from torch import Tensor
 
-from ..core import ImageInfo
+from ..core.types import ImageInfo
 
 # %% ../../nbs/vision/01_probe.ipynb #f170e6ae
 def read(

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mmembed import processor
-from mmembed.core import as_bytes
+from mmembed.core.packing import as_bytes
 from mmembed.export import cases, host
 from mmembed.export.verify import export, verify
 from mmembed.runtime import load

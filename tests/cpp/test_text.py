@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks import fuzz_bpe, fuzz_text
-from mmembed.core import pack, quietly
+from mmembed.core.packing import pack
+from mmembed.core.torchscript import quietly
 from mmembed.export import host
 from mmembed.text.pipeline import TextPipeline
 

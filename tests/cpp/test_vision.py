@@ -4,7 +4,8 @@ import json
 import pytest
 import torch
 
-from mmembed.core import as_bytes, read_bytes
+from mmembed.core.packing import as_bytes
+from mmembed.core.files import read_bytes
 from mmembed.export import host
 from mmembed.export.verify import export
 from mmembed.models.dual import DualEncoder

@@ -12,7 +12,8 @@ from PIL import Image
 from mmembed.data.folders import ClassFolder
 from mmembed.data.hub import HubData
 from mmembed.data.labels import LabelData, MatchData
-from mmembed.data.module import Ledger, PairData
+from mmembed.data.batches import Ledger
+from mmembed.data.module import PairData
 from mmembed.data.shards import Shards
 from mmembed.data.sources import PairsFile, captions_of
 from mmembed.samples import HubRows, ShardRows

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmembed.core import read_bytes
+from mmembed.core.files import read_bytes
 from mmembed.data.folders import ClassFolder, Files, image_files
 from mmembed.data.sources import PairsFile, from_template
 from tests.helpers import data_path

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from mmembed.core import Tokens
+from mmembed.core.types import Tokens
 from mmembed.data.folders import ClassFolder
 from mmembed.data.labels import LabelBatch, LabelData, MatchData, Matches
 from mmembed.data.module import PairData

@@ -7,10 +7,12 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from mmembed.core import PairBatch, Tokens
+from mmembed.core.types import PairBatch, Tokens
 from mmembed.data.folders import ClassFolder
 from mmembed.data.labels import LabelData, MatchData
-from mmembed.data.module import Ledger, PairData, Shuffle, Shuffled
+from mmembed.data.batches import Ledger
+from mmembed.data.module import PairData, Shuffled
+from mmembed.data.loader import Shuffle
 from mmembed.data.scenes import Scenes
 from mmembed.data.sources import Source
 from mmembed.text.pipeline import TextPipeline

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmembed.core import read_bytes
+from mmembed.core.files import read_bytes
 from mmembed.data.sources import PairsFile, Part, Source
 from tests.helpers import data_path
 

@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from benchmarks.fuzz_exits import AWKWARD, FAMILIES
 from benchmarks.fuzz_text import random_texts
-from mmembed.core import Tokens, as_bytes, pack, quietly
+from mmembed.core.types import Tokens
+from mmembed.core.packing import as_bytes, pack
+from mmembed.core.torchscript import quietly
 from mmembed.export.accelerate import ACCELERATIONS, eager_towers, left_behind, waits, why_not
 from mmembed.export.artifact import assemble
 from mmembed.export.card import make_card
-from mmembed.export.onnx import provider_of
+from mmembed.export.onnxhost import provider_of
 from mmembed.export.variants import SelfAttention, Variant, prepared
 from mmembed.export.verify import export
 from mmembed.graphs import Captured, Graphed

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmembed.core import Tokens, as_bytes, pack, quietly
+from mmembed.core.types import Tokens
+from mmembed.core.packing import as_bytes, pack
+from mmembed.core.torchscript import quietly
 from mmembed.export import cases
 from mmembed.export.artifact import assemble, save, trace_text
-from mmembed.models.towers import Tower
-from mmembed.runtime import reason, register_image_ops
+from mmembed.models.tower import Tower
+from mmembed.core.errors import reason
+from mmembed.core.torchcodec import register_image_ops
 from mmembed.vision.pipeline import VisionPipeline
 
 from ..helpers import FORMS, in_form

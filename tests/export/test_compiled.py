@@ -11,7 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from mmembed.core import as_bytes, pack
+from mmembed.core.packing import as_bytes, pack
 from mmembed.export import compiled, host
 from mmembed.export.artifact import assemble
 from mmembed.export.card import make_card

@@ -12,7 +12,7 @@ from mmembed.export.artifact import assemble
 from mmembed.export.convolutions import Int8Conv, Largest, Span, converted, int8_convolutions, safe_step, traced
 from mmembed.export.variants import FULL, SAME, Variant, prepared
 from mmembed.export.verify import export
-from mmembed.core import quietly
+from mmembed.core.torchscript import quietly
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import TorchvisionTower
 from mmembed.opening import prepack

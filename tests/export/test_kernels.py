@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from mmembed import load
-from mmembed.core import quietly
+from mmembed.core.torchscript import quietly
 from mmembed.export.kernels import Conv, Linear, Patches, folded, quick
 from mmembed.opening import prepack
 

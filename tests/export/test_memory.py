@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from mmembed.core import quietly
+from mmembed.core.torchscript import quietly
 from mmembed.export import cases
 from mmembed.export.artifact import assemble, save, size_of
 from mmembed.export.variants import Int8Embedding, Variant, int8_linear, prepared, with_linear_attention

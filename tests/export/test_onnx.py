@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 import mmembed as mm
-from mmembed.core import pack
+from mmembed.core.packing import pack
 from mmembed.export import cases
 from mmembed.export import onnx as graphs
 from mmembed.export import pixels
 from mmembed.export.graph import written
-from mmembed.export.onnx import OnnxModel, export_onnx, intact, read_onnx_card
+from mmembed.export.onnxhost import OnnxModel
+from mmembed.export.onnx import export_onnx
+from mmembed.export.graph import intact, read_onnx_card
 from mmembed.export.onnxfiles import add_files
 from mmembed.export.steps import Steps
 from mmembed.export.variants import Variant

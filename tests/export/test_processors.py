@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mmembed import load
-from mmembed.core import quietly
+from mmembed.core.torchscript import quietly
 from mmembed.export.variants import PRECISIONS, SAME, Int8Linear, int8_steps
 from mmembed.export.verify import export
 from mmembed.opening import prepack

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from mmembed.cli import main
-from mmembed.core import pack, quietly
+from mmembed.core.packing import pack
+from mmembed.core.torchscript import quietly
 from mmembed.export import cases, triton
 from mmembed.export.verify import export
-from mmembed.runtime import load, reason
+from mmembed.runtime import load
+from mmembed.core.errors import reason
 
 from . import tiny
 

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmembed.core import quietly
+from mmembed.core.torchscript import quietly
 from mmembed.export import cases
 from mmembed.export.artifact import assemble
-from mmembed.export.card import read_card
-from mmembed.export.encoder import unstored
+from mmembed.opening import read_card
+from mmembed.core.quantize import unstored
 from mmembed.export.steps import Steps, read_classes
 from mmembed.export.variants import FULL, Int8Linear, Variant, channel_peaks, evened, int8_linear, prepared
 from mmembed.export.verify import VerifyError, export

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import mmembed
-from mmembed.core import quietly
+from mmembed.core.torchscript import quietly
 from mmembed.export import cases
 from mmembed.export.artifact import save
 from mmembed.export.answers import program
@@ -235,7 +235,7 @@ def test_wrong_calls(tmp_path):
 
 def test_the_fresh_process_knows_no_mmembed():
     head = program().split('import importlib')[0]
-    run = subprocess.run([sys.executable, '-I', '-c', head + 'import mmembed.core'], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, '-I', '-c', head + 'import mmembed.core.types'], capture_output=True, text=True)
     assert run.returncode and 'ModuleNotFoundError' in run.stderr
 
 

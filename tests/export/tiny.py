@@ -4,7 +4,7 @@ import pickle
 
 import torch
 
-from mmembed.core import quietly
+from mmembed.core.torchscript import quietly
 from mmembed.export.answers import Eager
 from mmembed.export.verify import export
 from mmembed.models.dual import DualEncoder

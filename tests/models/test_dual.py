@@ -4,12 +4,13 @@ import json
 import pytest
 import torch
 
-from mmembed.core import Embeddings, Tokens
+from mmembed.core.types import Embeddings, Tokens
 from mmembed.data.scenes import Scenes
 from mmembed.models.dual import DualEncoder
 from mmembed.models.pair import PairClassifier
 from mmembed.models.practice import lock
-from mmembed.models.towers import ConvNet, TextTransformer, from_spec
+from mmembed.models.towers import ConvNet, TextTransformer
+from mmembed.models.tower import from_spec
 from mmembed.text.pipeline import TextPipeline
 from mmembed.shells import LitDualEncoder
 from mmembed.vision.pipeline import VisionPipeline

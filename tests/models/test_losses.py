@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from mmembed.core import Tokens
-from mmembed.core import Embeddings
+from mmembed.core.types import Tokens
+from mmembed.core.types import Embeddings
 from mmembed.models.losses import InfoNCE, SigmoidLoss, distill, gather, harden, info_nce, same_rows, same_text, sigmoid_loss
 
 
@@ -91,7 +91,7 @@ def test_distillation_is_a_divergence():
 
 def shared_batch():
     "A batch of 12 with two equal captions that stand in different processes, and a linear tower a side."
-    from mmembed.core import Tokens
+    from mmembed.core.types import Tokens
     torch.manual_seed(3)
     ids = torch.arange(1, 13)[:, None].repeat(1, 3)
     ids[9] = ids[2]

@@ -5,14 +5,15 @@ import pytest
 import torch
 
 import mmembed as mm
-from mmembed.core import pack, quietly
+from mmembed.core.packing import pack
+from mmembed.core.torchscript import quietly
 from mmembed.data.scenes import Scenes
 from mmembed.export.verify import VerifyError, verify
 from mmembed.models.dual import DualEncoder
 from mmembed.models.pair import PairClassifier
 from mmembed.models.tower import from_spec
 from mmembed.models.towers import Bert, ConvNet, TextTransformer, image_tower
-from mmembed.runtime import read_card
+from mmembed.opening import read_card
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 from tests.alone import alone

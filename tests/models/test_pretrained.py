@@ -6,7 +6,7 @@ import pytest
 import torch
 from open_clip import factory
 
-from mmembed.core import Tokens
+from mmembed.core.types import Tokens
 from mmembed.export.verify import export
 from mmembed.models.dual import DualEncoder
 from mmembed.models.pretrained import OpenClipText, open_clip_towers, timm_tower

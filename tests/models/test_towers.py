@@ -6,11 +6,12 @@ import pytest
 import torch
 import torchvision
 
-from mmembed.core import Tokens
+from mmembed.core.types import Tokens
 from mmembed.export.verify import export
 from mmembed.models.dual import DualEncoder
 from mmembed.models.pretrained import timm_tower
-from mmembed.models.towers import Bert, ConvNet, TextTransformer, bert, from_spec, image_tower
+from mmembed.models.towers import Bert, ConvNet, TextTransformer, bert, image_tower
+from mmembed.models.tower import from_spec
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 from tests.alone import alone

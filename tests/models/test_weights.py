@@ -14,7 +14,7 @@ import torchvision
 from open_clip import factory
 from torch import nn
 
-from mmembed.core import quietly
+from mmembed.core.torchscript import quietly
 from mmembed.models.dual import DualEncoder
 from mmembed.models.huggingface import transformers_towers
 from mmembed.models.pretrained import open_clip_towers, timm_tower

@@ -20,7 +20,8 @@ from websockets.sync.client import connect
 
 from mmembed.export import cases
 from mmembed.runtime import Embedder
-from mmembed.serve.engine import Engine, Item, Options
+from mmembed.serve.engine import Engine, Options
+from mmembed.serve.lane import Item
 from mmembed.serve.lane import Job
 from mmembed.serve.protos import message, methods
 from mmembed.serve.server import running

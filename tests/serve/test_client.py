@@ -17,7 +17,8 @@ from PIL import Image
 import mmembed as mm
 from mmembed.export import cases
 from mmembed.runtime import load
-from mmembed.serve.client import Client, ServiceError
+from mmembed.serve.client import Client
+from mmembed.serve.ways import ServiceError
 
 from ..export import tiny
 
@@ -34,7 +35,7 @@ def client(request, server):
 
 
 def test_it_imports_no_torch():
-    program = "import sys, mmembed; mmembed.Client('grpc://x:1'); import mmembed.serve.protos; print([m for m in ('torch', 'fastapi', 'mmembed.core') if m in sys.modules])"
+    program = "import sys, mmembed; mmembed.Client('grpc://x:1'); import mmembed.serve.protos; print([m for m in ('torch', 'fastapi', 'mmembed.core.types') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', program], capture_output=True, text=True).stdout.strip() == '[]'
 
 

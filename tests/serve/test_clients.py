@@ -11,7 +11,8 @@ from websockets.sync.client import connect
 from mmembed.cli import main
 from mmembed.export import cases
 from mmembed.runtime import load
-from mmembed.serve.engine import Busy, Item
+from mmembed.serve.engine import Busy
+from mmembed.serve.lane import Item
 from mmembed.serve.lane import Job
 from mmembed.serve.server import running
 from mmembed.serve.token_ids import text_of, token_table

@@ -12,7 +12,8 @@ import torch
 
 from mmembed.export import cases
 from mmembed.runtime import Embedder
-from mmembed.serve.engine import Busy, Engine, Item, Options, Unfit
+from mmembed.serve.engine import Busy, Engine, Options, Unfit
+from mmembed.serve.lane import Item
 
 from ..export import tiny
 from ..helpers import HANG, until

@@ -19,7 +19,7 @@ from websockets.sync.client import connect
 from mmembed.export import cases
 from mmembed.runtime import load
 from mmembed.serve import scores
-from mmembed.serve.engine import Item
+from mmembed.serve.lane import Item
 
 from ..export import tiny
 from ..helpers import HANG, until
@@ -173,7 +173,7 @@ def test_metrics(http):
 
 
 def tiny_hash():
-    from mmembed.runtime import read_card
+    from mmembed.opening import read_card
     return read_card(tiny.artifact())['short_hash']
 
 

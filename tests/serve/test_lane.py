@@ -5,7 +5,8 @@ import pytest
 
 from mmembed.export import cases
 from mmembed.runtime import Embedder
-from mmembed.serve.engine import Engine, Item, Options
+from mmembed.serve.engine import Engine, Options
+from mmembed.serve.lane import Item
 from mmembed.serve.lane import Job, Lane
 
 from ..export import tiny

@@ -15,7 +15,8 @@ serve = pytest.importorskip('ray.serve', reason='Ray Serve is not installed')
 
 from mmembed.export import cases
 from mmembed.runtime import Embedder
-from mmembed.serve.client import Client, ServiceError
+from mmembed.serve.client import Client
+from mmembed.serve.ways import ServiceError
 from mmembed.serve.ray import app
 
 from ..export import tiny

@@ -7,7 +7,8 @@ import pytest
 
 from mmembed.runtime import Embedder
 from mmembed.serve import service as module
-from mmembed.serve.engine import Engine, Item, Options
+from mmembed.serve.engine import Engine, Options
+from mmembed.serve.lane import Item
 from mmembed.serve.lane import Job
 from mmembed.serve.service import Canary, Config, Service
 from mmembed.serve.wire import to_items

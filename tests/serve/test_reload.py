@@ -21,7 +21,8 @@ from websockets.asyncio.client import connect
 from mmembed.export import cases
 from mmembed.runtime import Embedder
 from mmembed.serve import inference, rpc
-from mmembed.serve.engine import Item, Options
+from mmembed.serve.lane import Item
+from mmembed.serve.engine import Options
 from mmembed.serve.http import app
 from mmembed.serve.protos import message, methods
 from mmembed.serve.service import Config, Service

@@ -7,7 +7,8 @@ import pytest
 
 from mmembed.export import cases
 from mmembed.runtime import Embedder
-from mmembed.serve.client import Client, ServiceError
+from mmembed.serve.client import Client
+from mmembed.serve.ways import ServiceError
 from mmembed.serve.server import running
 
 from ..helpers import HANG

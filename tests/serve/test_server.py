@@ -22,8 +22,10 @@ from prometheus_client.multiprocess import mark_process_dead
 
 from mmembed.cli import main
 from mmembed.export import cases
-from mmembed.runtime import Embedder, read_card
-from mmembed.serve.client import Client, ServiceError
+from mmembed.runtime import Embedder
+from mmembed.opening import read_card
+from mmembed.serve.client import Client
+from mmembed.serve.ways import ServiceError
 from mmembed.serve.engine import Options
 from mmembed.serve.observe import Tracer
 from mmembed.serve.server import UNFIT, listen, running, serve

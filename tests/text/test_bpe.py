@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from benchmarks import fuzz_bpe, fuzz_text
-from mmembed.core import pack
+from mmembed.core.packing import pack
 from mmembed.text.bpe import BytePairs, byte_letters
 from mmembed.text.bytelevel import needs_cleaning, open_clip_clean
 from mmembed.text.pipeline import TextPipeline

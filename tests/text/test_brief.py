@@ -10,7 +10,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from benchmarks import fuzz_bpe, fuzz_text
-from mmembed.core import pack
+from mmembed.core.packing import pack
 from mmembed.text.pipeline import TextPipeline
 from tests.helpers import FORMS, data_path, in_form
 

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from benchmarks import fuzz_text
-from mmembed.core import pack
+from mmembed.core.packing import pack
 from mmembed.text.pipeline import TextPipeline
 from tests.helpers import in_form
 

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, normalizers
 
 from benchmarks import fuzz_text
-from mmembed.core import pack
+from mmembed.core.packing import pack
 from mmembed.text.pipeline import TextPipeline
 from tests.helpers import FORMS, data_path, in_form
 

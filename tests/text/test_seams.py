@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import fuzz_text, fuzz_unigram
-from mmembed.core import pack
+from mmembed.core.packing import pack
 from mmembed.inputs import enough
 from mmembed.text.pipeline import TextPipeline
 from mmembed.text.seams import LETTERS, seams

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from mmembed.core import pack
+from mmembed.core.packing import pack
 from mmembed.text.pipeline import TextPipeline
 from tests.helpers import FORMS, data_path, in_form
 

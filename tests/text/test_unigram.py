@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from mmembed.core import pack
+from mmembed.core.packing import pack
 from mmembed.text.graphemes import Graphemes
 from mmembed.text.pipeline import TextPipeline
 from mmembed.text.unicode import Utf8

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from mmembed.core import as_bytes
+from mmembed.core.packing import as_bytes
 
 
 def picture(width, height, seed=0, mode='RGB'):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.transforms import ColorJitter, RandomResizedCrop, v2
 
-from mmembed.core import quietly
+from mmembed.core.torchscript import quietly
 from mmembed.vision.augment import color_jitter, random_crop, random_erasing, random_flip, random_gray, random_resized_crop
 from mmembed.vision.pipeline import VisionPipeline
 

@@ -10,8 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mmembed.core import as_bytes, quietly, read_bytes
-from mmembed.vision.decode import decode_image, opaque
+from mmembed.core.packing import as_bytes
+from mmembed.core.torchscript import quietly
+from mmembed.core.files import read_bytes
+from mmembed.vision.decode import decode_image
+from mmembed.core.images import opaque
 from mmembed.vision.probe import probe, scan
 
 from ..helpers import data_path

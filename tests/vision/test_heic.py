@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import ImageFilter
 
-from mmembed.core import as_bytes
-from mmembed.vision.decode import load_heic
+from mmembed.core.packing import as_bytes
+from mmembed.core.torchcodec import load_heic
 from mmembed.vision.pipeline import VisionPipeline
 from mmembed.vision.probe import probe
 

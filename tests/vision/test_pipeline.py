@@ -9,8 +9,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from mmembed.core import as_bytes, quietly, read_bytes
-from mmembed.vision.pipeline import VisionPipeline, as_image
+from mmembed.core.packing import as_bytes
+from mmembed.core.torchscript import quietly
+from mmembed.core.files import read_bytes
+from mmembed.vision.pipeline import VisionPipeline
+from mmembed.core.images import as_image
 
 from ..helpers import FORMS, HANG, data_path, in_form
 from .conftest import FILES, opened, picture, saved

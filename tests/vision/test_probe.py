@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmembed.core import as_bytes, quietly, read_bytes
+from mmembed.core.packing import as_bytes
+from mmembed.core.torchscript import quietly
+from mmembed.core.files import read_bytes
 from mmembed.vision.probe import chain, probe, scan
 
 from ..helpers import data_path

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import functional as TF
 
-from mmembed.core import quietly
+from mmembed.core.torchscript import quietly
 from mmembed.vision.pipeline import VisionPipeline
 from mmembed.vision.resize import crop_or_pad, fit, pillow_resize, resize, resized, trimmed
 

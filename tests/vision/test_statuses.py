@@ -2,8 +2,9 @@
 import pytest
 import torch
 
-from mmembed.core import as_bytes
-from mmembed.data.module import PairData, Rows
+from mmembed.core.packing import as_bytes
+from mmembed.data.module import PairData
+from mmembed.data.batches import Rows
 from mmembed.data.scenes import Scenes
 from mmembed.data.sources import Source
 from mmembed.export import cases
