@@ -32,7 +32,7 @@ def prepare(folder, quick=False):
     import sentencepiece
     from benchmarks.fuzz_bpe import gpt2_tokenizer
     from benchmarks.fuzz_text import minilm
-    from mmembed.text.learn import learn_words
+    from mmembed.text.trainers import learn_words
     lines, size = (texts()[:3000], 4000) if quick else (texts(), SIZE)
     if minilm(): minilm().save(str(folder/'wordpiece.json'))
     gpt2_tokenizer(lines, size).save(str(folder/'bpe.json'))

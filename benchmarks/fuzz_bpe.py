@@ -18,7 +18,7 @@ from benchmarks.fuzz_text import code_points, data_root, differences, random_byt
 from mmembed.core.packing import pack
 from mmembed.core.torchscript import quietly
 from mmembed.text.bpe import CLIP_PATTERN, CLIP_STRINGS
-from mmembed.text.bytelevel import needs_cleaning, open_clip_clean
+from mmembed.text.byte_level import needs_cleaning, open_clip_clean
 from mmembed.text.pipeline import TextPipeline
 
 ATOMS = ["'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'", "'S", "'ſ", "’s", "''", 'don’t', '<|startoftext|>', '<|endoftext|>', '<|ENDOFTEXT|>', '<|endof',

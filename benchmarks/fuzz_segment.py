@@ -13,7 +13,7 @@ import torch
 from benchmarks import fuzz_text
 from mmembed.core.packing import pack
 from mmembed.core.torchscript import quietly
-from mmembed.text.segment import Segmenter, Utf8Front, read_jieba
+from mmembed.text.jieba import Segmenter, Utf8Front, read_jieba
 from mmembed.text.unicode import Codes
 
 jieba.setLogLevel(60)

@@ -61,15 +61,15 @@ TABLE = [Mutant(*row) for row in (
     ('text/ties of paths', 'mmembed/text/viterbi.py',
      'top, column = total.max(1)  #', 'top, column = total.flip(1).max(1); column = widest - 1 - column  #',
      'tests/text/test_unigram.py::test_ties_fall_as_they_do_there'),
-    ('text/final sigma', 'mmembed/text/bytelevel.py',
+    ('text/final sigma', 'mmembed/text/byte_level.py',
      'capital[cased_left & ~cased_right]', 'capital[cased_left]',
      'tests/text/test_bpe.py::test_open_clip_after_its_own_cleaning '
      'tests/text/test_bpe.py::test_open_clip'),
-    ('text/longest added token', 'mmembed/text/split.py',
+    ('text/longest added token', 'mmembed/text/pretokenize.py',
      "key=lambda k: len(tokens[k]['content']))", "key=lambda k: -len(tokens[k]['content']))",
      'tests/text/test_pipeline.py::test_tokens_added_without_being_special '
      'tests/text/test_bpe.py::test_random_strings'),
-    ('text/signs alone', 'mmembed/text/words.py',
+    ('text/signs alone', 'mmembed/text/wordlevel.py',
      '((kind != before[:n]) | (kind == alone))', '(kind != before[:n])',
      'tests/text/test_words.py::test_random_strings'),
     # ---- images

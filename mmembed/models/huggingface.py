@@ -23,7 +23,7 @@ from .tower import Tower, enough_rows
 from .towers import Bert, _from_hub, longest
 from .weights import finite, read_weights
 from ..text.pipeline import TextPipeline
-from ..text.readers import read_any, stated
+from ..text.tokenizer_files import read_any, stated
 from ..vision.pipeline import VisionPipeline
 
 # %% ../../nbs/models/01b_huggingface.ipynb #36843a50

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from .bpe import BytePairs
-from .bytelevel import ByteFront, PatternStrings
+from .byte_level import ByteFront, PatternStrings
 from .nfc import Nfc
 from .pipeline import TextPipeline
-from .split import AddedTokens, last_before
-from .tables import SubstringHash
+from .pretokenize import AddedTokens, last_before
+from .hash_table import SubstringHash
 from .wordpiece import BertFront, WordPiece
-from .words import WholeWords
+from .wordlevel import WholeWords
 
 # %% ../../nbs/text/10_looped.ipynb #301f7db1
 class LoopedWordPiece(WordPiece):

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .looped import EXPORTED, FAMILIES_EXPORTED
-from .metaspace import StepFront, WordUnigram
-from .segment import SegmentedWords, Segmenter, Utf8Front, WordStates
-from .tables import ended
+from .unigram_json import StepFront, WordUnigram
+from .jieba import SegmentedWords, Segmenter, Utf8Front, WordStates
+from .hash_table import ended
 from .unicode import Codes
-from .unigram import Charsmap, SentenceFront, Unigram
+from .sentencepiece import Charsmap, SentenceFront
+from .unigram import Unigram
 from .viterbi import Automaton, leap
 
 # %% ../../nbs/text/10a_looped_lattice.ipynb #958e8f8d

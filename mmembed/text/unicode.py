@@ -24,7 +24,7 @@ from fastcore.xdg import xdg_cache_home
 from tokenizers import normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from .tables import ExpandTable, PageTable
+from .hash_table import ExpandTable, PageTable
 
 # %% ../../nbs/text/02_unicode.ipynb #d2a31819
 class Codes(NamedTuple):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from benchmarks import fuzz_bpe, fuzz_text
 from mmembed.core.packing import pack
 from mmembed.text.bpe import BytePairs, byte_letters
-from mmembed.text.bytelevel import needs_cleaning, open_clip_clean
+from mmembed.text.byte_level import needs_cleaning, open_clip_clean
 from mmembed.text.pipeline import TextPipeline
 from mmembed.text.unicode import Codes
 from tests.helpers import FORMS, data_path, in_form

@@ -20,7 +20,7 @@ from mmembed.text.looped import exported_form
 from mmembed.text.looped import LoopedBytePairs, LoopedNfc
 from mmembed.text.nfc import Nfc, nfc_rules
 from mmembed.text.pipeline import TextPipeline
-from mmembed.text.tables import VocabTable
+from mmembed.text.hash_table import VocabTable
 from mmembed.text.unicode import Codes, Utf8
 from tests.helpers import built_once, data_path
 

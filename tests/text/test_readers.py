@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 
 from benchmarks import fuzz_bpe, fuzz_text
-from mmembed.text.learn import LEARNERS, learn_bpe, learn_unigram
+from mmembed.text.trainers import LEARNERS, learn_bpe, learn_unigram
 from mmembed.text.pipeline import TextPipeline
 from tests.helpers import in_form
 
