@@ -23,7 +23,8 @@ import torch
 
 from benchmarks import begun
 from mmembed.data.scenes import Scenes
-from mmembed.data.sources import Part, PairsFile
+from mmembed.data.source import Part
+from mmembed.data.tables import PairsFile
 from mmembed.jobs import embed
 from mmembed.runtime import Embedder
 

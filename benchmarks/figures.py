@@ -29,7 +29,8 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from mmembed.core.packing import pack  # noqa: E402
-from mmembed.data.sources import PairsFile, Part  # noqa: E402
+from mmembed.data.tables import PairsFile
+from mmembed.data.source import Part  # noqa: E402
 from mmembed.models.dual import projection  # noqa: E402
 from mmembed.models.losses import info_nce  # noqa: E402
 from mmembed.models.metrics import answers, ranks  # noqa: E402

@@ -155,7 +155,7 @@ def main(argv=None):
         tokens, levels = tp(texts), torch.randint(0, 256, (16, 3, *model.vision_pipeline.size), dtype=torch.uint8, generator=g)
         with torch.no_grad(): want = model.encode_text(tokens), model.encode_image(model.vision_pipeline.normalize(levels))
         if args.data:
-            from mmembed.data.sources import PairsFile
+            from mmembed.data.tables import PairsFile
             source = PairsFile(args.data, text_key=args.text_key)
             n = min(len(source), 1000)
             said = [source.text(i) for i in range(n)]

@@ -23,7 +23,7 @@ from benchmarks import begun
 from mmembed.data.loader import _stop
 from mmembed.data.module import PairData
 from mmembed.data.scenes import Scenes
-from mmembed.data.sources import PairsFile
+from mmembed.data.tables import PairsFile
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 

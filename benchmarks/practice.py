@@ -22,7 +22,8 @@ from mmembed.core.types import Tokens
 from mmembed.core.packing import pack
 from mmembed.data.folders import ClassFolder
 from mmembed.data.labels import Matches
-from mmembed.data.sources import PairsFile, Part
+from mmembed.data.tables import PairsFile
+from mmembed.data.source import Part
 from mmembed.models.metrics import TEMPLATES, class_embeddings, classification
 from mmembed.models.pair import PairClassifier
 from mmembed.models.practice import interpolate, lock, parameter_groups, still

@@ -134,7 +134,7 @@ def ours(folder, args):
     import torch
     from lightning.pytorch import Trainer
     from mmembed.data.module import PairData
-    from mmembed.data.sources import PairsFile
+    from mmembed.data.tables import PairsFile
     from mmembed.models.dual import DualEncoder
     from mmembed.shells import LitDualEncoder
     from mmembed.vision.pipeline import VisionPipeline

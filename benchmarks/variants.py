@@ -47,7 +47,7 @@ def chosen(args):
     from benchmarks import figures
     if args.figures: return figures.saved(args.figures), figures.parts(figures.source())[1], args.figures
     if args.checkpoint:
-        from mmembed.data.sources import PairsFile
+        from mmembed.data.tables import PairsFile
         from mmembed.train import load_checkpoint
         return load_checkpoint(args.checkpoint).eval(), PairsFile(args.data).split(0.2)[1], Path(args.checkpoint).parent.name
     from mmembed.models.dual import DualEncoder

@@ -19,9 +19,9 @@ import pyarrow as pa
 
 from fastcore.basics import patch
 from .approximate import KINDS, Approximate, Measured
-from .data.sources import Source
+from .data.source import Source
 from .groups import Grouping
-from .intake import survey
+from .data.open import survey
 from .items import About, Rest, card_of, checked, embedded, opened, ready_vectors, stream, with_thumbnails
 from .jobs import readable_id, service_batch
 from .queries import Store

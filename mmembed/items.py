@@ -22,9 +22,9 @@ import pyarrow as pa
 import torch
 
 from .core.threads import thread_pool
-from .data.sources import Part, Source
+from .data.source import Part, Source
 from .core.threads import cores
-from .intake import column_types, column_value, open_source
+from .data.open import column_types, column_value, open_source
 from .jobs import embed, readable_id
 from .runtime import Embedder
 from .opening import read_card

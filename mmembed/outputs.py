@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from .data.sources import Source
+from .data.source import Source
 from .jobs import Done, embed, plan, service_batch
 from .runtime import Embedder
 from .tables import Job, each_shard, part_schema, read_job, same_job, write_ledger

@@ -14,8 +14,8 @@ import pickle
 import time
 from pathlib import Path
 
-from .data.sources import Source
-from .intake import excerpt
+from .data.source import Source
+from .data.open import excerpt
 from .jobs import Done, embed_parts, opened, plan, service_batch
 from .runtime import Embedder
 from .tables import ERRORS, Job, check_part, write_ledger

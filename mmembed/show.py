@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .core.types import PairBatch
 from .data.module import PairData
-from .data.sources import Source
+from .data.source import Source
 from .models.metrics import answers, ranks
 from .text.pipeline import TextPipeline
 from .vision.pipeline import VisionPipeline

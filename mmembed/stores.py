@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from fastcore.basics import patch
 
-from .data.sources import Source
+from .data.source import Source
 from .index import Index, _new, _rows
 from .items import About, card_of, checked, opened, stream
 from .jobs import service_batch

@@ -22,11 +22,11 @@ import mmembed.jobs as jobs
 import mmembed.tables as tables
 from mmembed.cli import main
 from mmembed.data.scenes import Scenes
-from mmembed.data.sources import Source
+from mmembed.data.source import Source
 from mmembed.export.verify import export
-from mmembed.samples import ShardRows
-from mmembed.tabular import Table
-from mmembed.intake import excerpt, open_source, read_lines, survey
+from mmembed.data.webdataset import ShardRows
+from mmembed.data.tables import Table
+from mmembed.data.open import excerpt, open_source, read_lines, survey
 from mmembed.jobs import embed
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer

@@ -106,7 +106,7 @@ TABLE = [Mutant(*row) for row in (
      'h, w = int(round(math.sqrt(area * shape))), int(round(math.sqrt(area / shape)))',
      'tests/vision/test_augment.py::test_crops_are_distributed_as_torchvisions'),
     # ---- data
-    ('data/groups stay together', 'mmembed/data/sources.py',
+    ('data/groups stay together', 'mmembed/data/source.py',
      '_unit(self.group(i)) < share', '_unit(self.name(i)) < share',
      'tests/data/test_sources.py::test_split_keeps_groups_together_and_rows_in_place'),
     ('data/rows of a rank', 'mmembed/data/loader.py',

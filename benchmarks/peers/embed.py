@@ -25,7 +25,7 @@ import torch  # noqa: E402
 def ours(what):
     "`mmembed embed`, as it is: decoding threads, one shape for the towers, whole Parquet files."
     from mmembed.data.folders import Files
-    from mmembed.intake import Lines
+    from mmembed.data.open import Lines
     from mmembed.jobs import embed
     from mmembed.runtime import Embedder
     emb = Embedder(FOLDER/f'{what}.pt', batch_size=BATCH, deterministic=True)

@@ -31,7 +31,7 @@ def verify(
     from mmembed.export.verify import verify as compare
     own = []
     if data:
-        from mmembed.data.pairs import open_pairs
+        from mmembed.data.open import open_pairs
         pairs = open_pairs(data)
         own = [pairs[i] for i in range(0, len(pairs), max(1, len(pairs) // max(1, samples)))]
     with working('asking every host the same'): report = compare(artifact, cpp=cpp, samples=own, onnx=onnx)

@@ -64,7 +64,7 @@ def embed(
     if not source: raise ValueError('nothing to embed: name a source')
     from mmembed.opening import read_card
     read_card(artifact)
-    from mmembed.intake import open_source
+    from mmembed.data.open import open_source
     found = open_source(list(source), what or 'image', null, **options)
     if left := getattr(found, 'ignored', []): print(f'{len(left):,} files or samples are left out, such as {left[0]}', file=sys.stderr)
     if not Out:
@@ -107,7 +107,7 @@ def _print_items(artifact, images, text, stdin, device):
 def _print(artifact, source, what, keep, batch, threads, device):
     "JSON lines of a source, as they come."
     from mmembed.core.threads import cores
-    from mmembed.intake import column_types
+    from mmembed.data.open import column_types
     from mmembed.jobs import batches, service_batch
     from mmembed.runtime import Embedder
     column_types(source, keep)

@@ -168,7 +168,7 @@ def approximate(args):
 
 def _texts(index, where: str, text_key: str | None):
     "Up to 1,000 texts of a table, spread evenly over it, embedded."
-    from mmembed.intake import open_source
+    from mmembed.data.open import open_source
     source = open_source(where, 'text', text_key=text_key)
     n = min(1000, len(source))
     return index.embedder().encode_text([source.text(i * len(source) // n) for i in range(n)])

@@ -25,7 +25,6 @@ def register_image_ops(
     "Registers torchcodec's image operators in this process; raises `ImportError` when they cannot be found."
     if heic:
         register_image_ops()
-        from mmembed.core.torchcodec import load_heic
         return load_heic()
     if hasattr(torch.ops.torchcodec_ns, 'decode_jpeg'): return
     spec = importlib.util.find_spec('torchcodec')

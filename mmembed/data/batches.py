@@ -22,7 +22,7 @@ from ..core.types import PairBatch, Tokens
 from ..core.packing import pack
 from ..core.images import stack_levels
 from .loader import Loader
-from .sources import NO_CAPTION, NO_LABEL, Source, _reason
+from .source import NO_CAPTION, NO_LABEL, Source, _reason
 from ..text.pipeline import TextPipeline
 from ..vision.pipeline import VisionPipeline
 

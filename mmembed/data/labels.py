@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.types import Tokens
 from .batches import Collate, Row
 from .module import PairData
-from .sources import NO_LABEL, Part, Source
+from .source import NO_LABEL, Part, Source
 from .splits import PARTS
 
 # %% ../../nbs/data/04_labels.ipynb #c1fbe985

@@ -18,8 +18,8 @@ from lightning.pytorch import LightningDataModule
 from ..core.settings import settings
 from .batches import Collate, Ledger, PairLoader, Rows
 from .loader import Share, Shuffle, even_batches
-from .pairs import is_dataset, open_pairs
-from .sources import Part, Source
+from .open import is_dataset, open_pairs
+from .source import Part, Source
 from .splits import PARTS, Survey, split_once, survey
 from ..text.pipeline import TextPipeline
 from ..vision.pipeline import VisionPipeline

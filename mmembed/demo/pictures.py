@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ..core.settings import settings
 from ..data.folders import Files
-from ..data.sources import Source
-from ..intake import stamp
+from ..data.source import Source
+from ..data.open import stamp
 from ..jobs import embed, readable_id
 from ..tables import load_vectors
 from ..queries import one_line

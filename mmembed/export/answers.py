@@ -201,7 +201,7 @@ def loaded_rows(
 ) -> list[tuple]: # of batches: rows, ids, mask, pixels
     "What `PairData` makes of text i with image i, in validation."
     from mmembed.data.batches import Collate, Ledger, PairLoader, Rows
-    from mmembed.data.sources import Source
+    from mmembed.data.source import Source
     class Samples(Source):
         def __len__(self): return len(images)
         def text(self, i): return bytes(texts[i % len(texts)].tolist())

@@ -14,10 +14,12 @@ from mmembed.data.hub import HubData
 from mmembed.data.labels import LabelData, MatchData
 from mmembed.data.batches import Ledger
 from mmembed.data.module import PairData
-from mmembed.data.shards import Shards
-from mmembed.data.sources import PairsFile, captions_of
-from mmembed.samples import HubRows, ShardRows
-from mmembed.tabular import Table
+from mmembed.data.webdataset import Shards
+from mmembed.data.tables import PairsFile
+from mmembed.data.source import captions_of
+from mmembed.data.hub import HubRows
+from mmembed.data.webdataset import ShardRows
+from mmembed.data.tables import Table
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 from tests.data.test_shards import tarball

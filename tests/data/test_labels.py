@@ -7,7 +7,7 @@ from mmembed.data.folders import ClassFolder
 from mmembed.data.labels import LabelBatch, LabelData, MatchData, Matches
 from mmembed.data.module import PairData
 from mmembed.data.scenes import Scenes
-from mmembed.data.sources import PairsFile
+from mmembed.data.tables import PairsFile
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 from tests.helpers import data_path

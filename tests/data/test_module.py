@@ -14,7 +14,7 @@ from mmembed.data.batches import Ledger
 from mmembed.data.module import PairData, Shuffled
 from mmembed.data.loader import Shuffle
 from mmembed.data.scenes import Scenes
-from mmembed.data.sources import Source
+from mmembed.data.source import Source
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 

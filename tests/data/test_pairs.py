@@ -7,9 +7,9 @@ import torch
 
 from mmembed.data.labels import LabelData, MatchData
 from mmembed.data.module import PairData
-from mmembed.data.pairs import open_pairs, source_kind
+from mmembed.data.open import open_pairs, source_kind
 from mmembed.data.scenes import Scenes
-from mmembed.intake import open_source
+from mmembed.data.open import open_source
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 

@@ -10,8 +10,9 @@ from mmembed.data.folders import ClassFolder, Files
 from mmembed.data.hub import HubData
 from mmembed.data.labels import LabelData
 from mmembed.data.module import PairData
-from mmembed.data.shards import Shards
-from mmembed.data.sources import PART_NAMES, PairsFile, Part, part_in, part_named
+from mmembed.data.webdataset import Shards
+from mmembed.data.source import PART_NAMES, Part, part_in, part_named
+from mmembed.data.tables import PairsFile
 from mmembed.data.splits import read_split
 from tests.data.test_folders import make
 from tests.data.test_shards import tarball

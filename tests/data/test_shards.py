@@ -11,7 +11,7 @@ import torch
 
 from mmembed.data.module import PairData
 from mmembed.data.scenes import Scenes
-from mmembed.data.shards import Shards, shard_urls
+from mmembed.data.webdataset import Shards, shard_urls
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmembed.core.files import read_bytes
-from mmembed.data.sources import PairsFile, Part, Source
+from mmembed.data.tables import PairsFile
+from mmembed.data.source import Part, Source
 from tests.helpers import data_path
 
 ROWS = [dict(image=f'{i}.jpg', alt=t, section=f's{i // 3}') for i, t in enumerate(

@@ -3,7 +3,8 @@ import pytest
 
 from mmembed.data.module import PairData
 from mmembed.data.scenes import Scenes
-from mmembed.data.sources import PairsFile, Part
+from mmembed.data.tables import PairsFile
+from mmembed.data.source import Part
 from mmembed.data.splits import read_split, split_once, survey, write_split
 from tests.helpers import data_path
 

@@ -6,7 +6,7 @@ from mmembed.core.packing import as_bytes
 from mmembed.data.module import PairData
 from mmembed.data.batches import Rows
 from mmembed.data.scenes import Scenes
-from mmembed.data.sources import Source
+from mmembed.data.source import Source
 from mmembed.export import cases
 from mmembed.runtime import load
 from mmembed.text.pipeline import TextPipeline
