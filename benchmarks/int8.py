@@ -40,7 +40,7 @@ def tower_of(name):
         from benchmarks.figures import mobilenet
         return mobilenet()
     if name == 'RN50':
-        from mmembed.models.pretrained import open_clip_towers
+        from mmembed.models.open_clip import open_clip_towers
         return open_clip_towers('RN50').image.eval()
     tower = image_tower(name)
     if name == 'squeezenet1_1':

@@ -46,8 +46,8 @@ from .data.labels import LabelData, MatchData
 from .data.module import PairData
 from .models.metrics import answers, mean_average_precision
 from .models.practice import add_lora, merge_lora
-from .models.tower import from_spec
-from .models.weights import finite, read_saved
+from .models.base import from_spec
+from .models.base import finite, read_saved
 from .shells import LitDualEncoder, LitPairClassifier, judge, plain_recall, warm_cosine
 from .text.pipeline import TextPipeline
 

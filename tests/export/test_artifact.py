@@ -12,7 +12,7 @@ from mmembed.core.packing import as_bytes, pack
 from mmembed.core.torchscript import quietly
 from mmembed.export import cases
 from mmembed.export.artifact import assemble, save, trace_text
-from mmembed.models.tower import Tower
+from mmembed.models.base import Tower
 from mmembed.core.errors import reason
 from mmembed.core.torchcodec import register_image_ops
 from mmembed.vision.pipeline import VisionPipeline

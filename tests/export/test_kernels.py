@@ -96,7 +96,7 @@ def test_packed_weights_have_the_order_of_the_shapes_that_come(dtype, capfd, one
 
 def test_no_weights_are_copied_for_rows():
     "The product of the attention's input is one of two axes: of three, torch copied its bfloat16 weights for every row."
-    from mmembed.models.pretrained import open_clip_towers
+    from mmembed.models.open_clip import open_clip_towers
     text = open_clip_towers('ViT-B-32').text.eval().requires_grad_(False)
     tokens = text.pipeline(['a photo of a cat', 'two dogs'])
     half = quick(copy.deepcopy(text)).to(torch.bfloat16)

@@ -10,7 +10,7 @@ from mmembed.models.dual import DualEncoder
 from mmembed.models.pair import PairClassifier
 from mmembed.models.practice import lock
 from mmembed.models.towers import ConvNet, TextTransformer
-from mmembed.models.tower import from_spec
+from mmembed.models.base import from_spec
 from mmembed.text.pipeline import TextPipeline
 from mmembed.shells import LitDualEncoder
 from mmembed.vision.pipeline import VisionPipeline

@@ -16,8 +16,8 @@ from transformers import (BertConfig, BertModel, CLIPConfig, CLIPImageProcessor,
 from mmembed.export import cases
 from mmembed.export.verify import export
 from mmembed.models.dual import DualEncoder
-from mmembed.models.huggingface import TransformersText, transformers_towers
-from mmembed.models.tower import from_spec
+from mmembed.models.transformers import TransformersText, transformers_towers
+from mmembed.models.base import from_spec
 from mmembed.runtime import load
 from mmembed.text.pipeline import TextPipeline
 from tests.alone import alone

@@ -11,7 +11,7 @@ from mmembed.data.scenes import Scenes
 from mmembed.export.verify import VerifyError, verify
 from mmembed.models.dual import DualEncoder
 from mmembed.models.pair import PairClassifier
-from mmembed.models.tower import from_spec
+from mmembed.models.base import from_spec
 from mmembed.models.towers import Bert, ConvNet, TextTransformer, image_tower
 from mmembed.opening import read_card
 from mmembed.text.pipeline import TextPipeline

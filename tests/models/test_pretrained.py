@@ -9,8 +9,8 @@ from open_clip import factory
 from mmembed.core.types import Tokens
 from mmembed.export.verify import export
 from mmembed.models.dual import DualEncoder
-from mmembed.models.pretrained import OpenClipText, open_clip_towers, timm_tower
-from mmembed.models.tower import from_spec
+from mmembed.models.open_clip import OpenClipText, open_clip_towers, timm_tower
+from mmembed.models.base import from_spec
 from mmembed.runtime import load
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline

@@ -9,9 +9,9 @@ import torchvision
 from mmembed.core.types import Tokens
 from mmembed.export.verify import export
 from mmembed.models.dual import DualEncoder
-from mmembed.models.pretrained import timm_tower
+from mmembed.models.open_clip import timm_tower
 from mmembed.models.towers import Bert, ConvNet, TextTransformer, bert, image_tower
-from mmembed.models.tower import from_spec
+from mmembed.models.base import from_spec
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 from tests.alone import alone
@@ -203,8 +203,8 @@ def _config():
 
 def test_a_pipeline_with_more_ids_than_the_model_has_rows():
     "It would fail at the first text that has one of them; a model with more rows than ids, as many are padded, is taken."
-    from mmembed.models.huggingface import ProjectedBert, TransformersText
-    from mmembed.models.pretrained import OpenClipText
+    from mmembed.models.transformers import ProjectedBert, TransformersText
+    from mmembed.models.open_clip import OpenClipText
     small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32)
     words = TextPipeline.learn([f'a photo of the {n}th cat' for n in range(300)], vocab_size=150, max_length=16)
     towers = [lambda rows: OpenClipText(words, 16, dict(context_length=16, vocab_size=rows, width=32, heads=2, layers=1)),

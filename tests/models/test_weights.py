@@ -16,8 +16,8 @@ from torch import nn
 
 from mmembed.core.torchscript import quietly
 from mmembed.models.dual import DualEncoder
-from mmembed.models.huggingface import transformers_towers
-from mmembed.models.pretrained import open_clip_towers, timm_tower
+from mmembed.models.transformers import transformers_towers
+from mmembed.models.open_clip import open_clip_towers, timm_tower
 from mmembed.models.towers import bert, image_tower
 from mmembed.text.pipeline import TextPipeline
 from mmembed.train import load_checkpoint
@@ -156,7 +156,7 @@ def test_a_torchscript_archive_is_read_for_its_weights(tmp_path):
             for k in ('input_resolution', 'context_length', 'vocab_size'): self.register_buffer(k, torch.tensor(32))
         def forward(self, x): return self.visual(x) * self.logit_scale
 
-    from mmembed.models.weights import read_weights
+    from mmembed.models.base import read_weights
     net = Clip()
     quietly(torch.jit.trace, net, torch.zeros(1, 3)).save(tmp_path/'clip.pt')
     found = read_weights(tmp_path/'clip.pt', ['visual.weight', 'visual.bias'])
