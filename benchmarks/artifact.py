@@ -42,7 +42,7 @@ from PIL import Image
 
 from benchmarks import begun, held, instruction_sets
 import mmembed as mm
-from mmembed.bench import cold_start, in_turns, samples, sides
+from mmembed.runtime.benchmark import cold_start, in_turns, samples, sides
 from mmembed.core.types import Tokens
 from mmembed.core.packing import as_bytes, pack
 from mmembed.core.images import stack_levels

@@ -26,7 +26,7 @@ from mmembed.data.scenes import Scenes
 from mmembed.data.source import Part
 from mmembed.data.tables import PairsFile
 from mmembed.jobs import embed
-from mmembed.runtime import Embedder
+from mmembed.runtime.embedder import Embedder
 
 PEERS = {
     'photos:mmembed': 'mmembed, pictures', 'photos:clip-inference': 'clip-retrieval\'s `clip-inference` approach, pictures',

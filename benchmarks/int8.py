@@ -135,7 +135,7 @@ def contestant(name, folder):
     if name in ('fp32', 'int8'):
         import torch
         from mmembed.core.torchscript import quietly
-        from mmembed.opening import prepack
+        from mmembed.runtime.artifact import prepack
         torch.set_num_threads(1)
         torch._C._jit_set_profiling_mode(False)
         module = quietly(torch.jit.load, str(folder/f'{name}.pt'))

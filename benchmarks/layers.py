@@ -31,7 +31,7 @@ from benchmarks import LIMITS, begun, held, instruction_sets
 from mmembed.core.torchscript import quietly
 from mmembed.export.kernels import Linear
 from mmembed.export.variants import Int8Linear, multiplied
-from mmembed.opening import prepack
+from mmembed.runtime.artifact import prepack
 
 SHAPES = (768, 3072), (3072, 768), (768, 2304)
 ROWS = 1, 8, 50, 400

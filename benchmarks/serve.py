@@ -248,7 +248,7 @@ def soak(config, files, seconds, attacks=False):
     from mmembed.serve.server import running
     todo = requests('mix', files, broken=True)
     if attacks:
-        from mmembed.runtime import Embedder
+        from mmembed.runtime.embedder import Embedder
         from . import attacks as hostile
         host = hostile.dripping()
         config = config._replace(grpc_port=0, api_keys=('soak',), index=str(hostile.index(config.artifact)),

@@ -575,7 +575,7 @@ inline void widen(torch::jit::Module tower) {
   }
 }
 
-// Which kernel is quick on this processor, as mmembed/processor.py has it: timed once, and kept in the same file as Python's.
+// Which kernel is quick on this processor, as mmembed/runtime/processor.py has it: timed once, and kept in the same file as Python's.
 class Kernels {
  public:
   // "onednn" or "torch", for the linear layers of an exported tower; `fixed`: without timing.

@@ -25,7 +25,7 @@ from .data.open import survey
 from .items import About, Rest, card_of, checked, embedded, opened, ready_vectors, stream, with_thumbnails
 from .jobs import readable_id, service_batch
 from .queries import Store
-from .runtime import Embedder
+from .runtime.embedder import Embedder
 from .transactions import among, asked, connect, has_table, whole, writing, written
 
 # %% ../nbs/42_index.ipynb #1331e326

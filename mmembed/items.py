@@ -26,8 +26,8 @@ from .data.source import Part, Source
 from .core.threads import cores
 from .data.open import column_types, column_value, open_source
 from .jobs import embed, readable_id
-from .runtime import Embedder
-from .opening import read_card
+from .runtime.embedder import Embedder
+from .runtime.artifact import read_card
 from .tables import MANIFEST, Job, read_job
 from .core.quantize import from_precision
 

@@ -27,7 +27,7 @@ from .core.threads import thread_pool
 from .data.source import Source, _reason
 from .core.threads import cores
 from .data.open import Survey, changed, column_types, column_value, open_source, survey
-from .runtime import TEXTS, Embedder
+from .runtime.embedder import TEXTS, Embedder
 from .tables import ERRORS, MANIFEST, Job, Vectors, check_part, each_shard, load_vectors, part_table, read_job, same_job, save_part, write_ledger
 from .core.quantize import PRECISIONS, from_precision, to_precision
 from .core.files import alone, write_whole

@@ -22,7 +22,7 @@ import torch
 
 from .data.source import Source
 from .jobs import Done, embed, plan, service_batch
-from .runtime import Embedder
+from .runtime.embedder import Embedder
 from .tables import Job, each_shard, part_schema, read_job, same_job, write_ledger
 from .core.files import alone, draft, write_whole
 

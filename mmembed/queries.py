@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .items import About
 from .jobs import readable_id
-from .runtime import Embedder
-from .opening import read_card
+from .runtime.embedder import Embedder
+from .runtime.artifact import read_card
 
 # %% ../nbs/41a_queries.ipynb #a34ccb08
 class Query:

@@ -17,7 +17,7 @@ from pathlib import Path
 from .data.source import Source
 from .data.open import excerpt
 from .jobs import Done, embed_parts, opened, plan, service_batch
-from .runtime import Embedder
+from .runtime.embedder import Embedder
 from .tables import ERRORS, Job, check_part, write_ledger
 
 # %% ../nbs/40d_rayjobs.ipynb #4f82241d

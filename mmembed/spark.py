@@ -14,7 +14,7 @@ import numpy as np
 
 from .jobs import service_batch
 from .core.markers import Text
-from .runtime import Embedder
+from .runtime.embedder import Embedder
 
 # %% ../nbs/40e_spark.ipynb #6fb93d82
 def predict_images(

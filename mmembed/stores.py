@@ -22,7 +22,7 @@ from .index import Index, _new, _rows
 from .items import About, card_of, checked, opened, stream
 from .jobs import service_batch
 from .queries import Store
-from .runtime import Embedder
+from .runtime.embedder import Embedder
 from .transactions import checked_condition
 
 # %% ../nbs/43_stores.ipynb #d37a3d99

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from mmembed.bench import in_turns, measure, samples
+from mmembed.runtime.benchmark import in_turns, measure, samples
 from mmembed.cli import main
 from mmembed.export import cases
 

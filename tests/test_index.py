@@ -23,7 +23,7 @@ from mmembed.jobs import embed
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
 from mmembed.queries import Found, Query, merged, near_pairs
-from mmembed.runtime import Embedder
+from mmembed.runtime.embedder import Embedder
 from mmembed.text.pipeline import TextPipeline
 from mmembed.transactions import asked
 from mmembed.vision.pipeline import VisionPipeline

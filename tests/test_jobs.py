@@ -31,7 +31,7 @@ from mmembed.jobs import embed
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
 from mmembed.outputs import FORMS, embed_to
-from mmembed.runtime import Embedder
+from mmembed.runtime.embedder import Embedder
 from mmembed.serve.engine import Engine, Options
 from mmembed.serve.lane import Item
 from mmembed.core.quantize import PRECISIONS, from_precision, to_precision

@@ -6,7 +6,7 @@ import mmembed as mm
 from mmembed.export import cases
 from mmembed.core.markers import doubt, names_image
 from mmembed.queries import Query
-from mmembed.runtime import load
+from mmembed.runtime.embedder import load
 
 from .export import tiny
 

@@ -96,7 +96,7 @@ def test_import_is_light():
 
 def test_running_a_file_needs_no_training_code(tmp_path):
     "What loads an artifact imports neither Lightning nor the tokenizer's reference nor a server."
-    program = 'import sys; import mmembed.runtime; print(*sorted({m.split(".")[0] for m in sys.modules}))'
+    program = 'import sys; import mmembed.runtime.embedder; print(*sorted({m.split(".")[0] for m in sys.modules}))'
     done = python('-c', program)
     assert done.returncode == 0, done.stderr[-1000:]
     assert not set(done.stdout.split()) & {'lightning', 'transformers', 'tokenizers', 'open_clip', 'torchvision', 'gradio', 'ray', 'fastapi', 'matplotlib', 'pandas', 'pyarrow'}

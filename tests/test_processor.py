@@ -9,19 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmembed import load, processor
+from mmembed import load
+from mmembed.runtime import processor
 from mmembed.core.torchscript import quietly
 from mmembed.export.kernels import Linear
 from mmembed.export.variants import SAME
-from mmembed.opening import prepack
-from mmembed.processor import chosen, described, folder
+from mmembed.runtime.artifact import prepack
+from mmembed.runtime.processor import chosen, described, folder
 
 from .export import tiny
 from .export.test_processors import called
 
 TORCH, ONEDNN = dict(onednn=.021, torch=.018), dict(onednn=.018, torch=.021)
 OWN = "fp32, linear layers by torch's own product"
-SAYS = 'import sys, json; from mmembed.processor import chosen; print(chosen(timing=lambda: json.loads(sys.argv[1])))'
+SAYS = 'import sys, json; from mmembed.runtime.processor import chosen; print(chosen(timing=lambda: json.loads(sys.argv[1])))'
 
 
 @pytest.fixture

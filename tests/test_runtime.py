@@ -19,10 +19,10 @@ from mmembed.core.packing import as_bytes, pack
 from mmembed.core.torchscript import quietly
 from mmembed.export import cases
 from mmembed.export.verify import verify
-from mmembed.inputs import enough
-from mmembed.results import ranking
-from mmembed.runtime import BYTES, Embedder, load, portions
-from mmembed.results import Encoded
+from mmembed.runtime.inputs import enough
+from mmembed.runtime.results import ranking
+from mmembed.runtime.embedder import BYTES, Embedder, load, portions
+from mmembed.runtime.results import Encoded
 from mmembed.core.errors import reason
 
 from .export import tiny

@@ -27,7 +27,7 @@ def ours(what):
     from mmembed.data.folders import Files
     from mmembed.data.open import Lines
     from mmembed.jobs import embed
-    from mmembed.runtime import Embedder
+    from mmembed.runtime.embedder import Embedder
     emb = Embedder(FOLDER/f'{what}.pt', batch_size=BATCH, deterministic=True)
     lines = (FOLDER/'captions.txt').read_bytes().splitlines()
     def run(rows, out): embed(emb, Files(FOLDER/'pictures', [Path(f).name for f in FILES[:rows]]) if what == 'photos' else Lines(lines[:rows]), out,

@@ -8,7 +8,7 @@ import sys
 import litserve as ls
 import torch
 
-from mmembed.runtime import Embedder
+from mmembed.runtime.embedder import Embedder
 
 
 class Api(ls.LitAPI):

@@ -12,7 +12,7 @@ import ray
 import torch
 from ray import serve
 
-from mmembed.runtime import Embedder
+from mmembed.runtime.embedder import Embedder
 
 
 @serve.deployment(ray_actor_options=dict(num_cpus=1), max_ongoing_requests=256)

@@ -45,7 +45,7 @@ def info(
     """Print the identity card of an exported file, as JSON, without running the model.
 
     mmembed info model.pt"""
-    from mmembed.opening import computes, read_card
+    from mmembed.runtime.artifact import computes, read_card
     print(json.dumps(card := read_card(artifact), indent=1, ensure_ascii=False))
     print(f'computes here: {computes(card)}', file=sys.stderr)
 
@@ -65,7 +65,7 @@ def bench(
     mmembed bench model.pt
     mmembed bench model.pt --data photos --batches 1,16 --threads 1,4 --json"""
     import json as formats
-    from mmembed.bench import measure, table
+    from mmembed.runtime.benchmark import measure, table
     whole = lambda name, text: [int(x) if x.strip().isdigit() else _no_number(name, x) for x in text.split(',')]
     found = measure(artifact, data, device, whole('batches', batches), whole('threads', threads), rounds, not no_cold)
     print(formats.dumps(found, indent=1) if json else f"{table(found)}\ncomputes {found['machine']['computes']}")

@@ -38,7 +38,7 @@ def demo(
     from mmembed.demo.panels import Panels
     from mmembed.demo.pictures import Indexed, embed_folder, embed_scenes
     from mmembed.jobs import progress_bar
-    from mmembed.runtime import load
+    from mmembed.runtime.embedder import load
     if images and not Path(images).is_dir(): raise FileNotFoundError(f'{images} is no folder: --images wants one with pictures')
     if limit < 1: raise ValueError(f'limit must be at least 1, got {limit}')
     if not artifact: print(f'artifact: {near(artifact := default_artifact())}', flush=True)

@@ -62,7 +62,7 @@ def embed(
     if len(source) > 1 and (bad := [s for s in source if not _is_image(s)]):
         raise ValueError(f'{bad[0]} is no image file: want image files, or one source alone')
     if not source: raise ValueError('nothing to embed: name a source')
-    from mmembed.opening import read_card
+    from mmembed.runtime.artifact import read_card
     read_card(artifact)
     from mmembed.data.open import open_source
     found = open_source(list(source), what or 'image', null, **options)
@@ -91,7 +91,7 @@ def _is_image(name: str) -> bool:
 
 def _print_items(artifact, images, text, stdin, device):
     "JSON lines of single texts and image files, each with its token ids or its error."
-    from mmembed.runtime import load
+    from mmembed.runtime.embedder import load
     texts: list = [] if text is None else [os.fsencode(text)]
     if stdin: texts += sys.stdin.buffer.read().splitlines()
     if not texts and not images: raise ValueError('nothing to embed: name image files, --text or --stdin')
@@ -109,7 +109,7 @@ def _print(artifact, source, what, keep, batch, threads, device):
     from mmembed.core.threads import cores
     from mmembed.data.open import column_types
     from mmembed.jobs import batches, service_batch
-    from mmembed.runtime import Embedder
+    from mmembed.runtime.embedder import Embedder
     column_types(source, keep)
     emb, failed = Embedder(artifact, device, batch_size=batch or service_batch(device), deterministic=True), 0
     for b, vectors in batches(emb, source, [range(len(source))], what, keep, threads or cores()):

@@ -219,7 +219,7 @@ def calibration(
 
 def is_artifact(path: str | Path) -> bool:
     "Whether `path` was exported already."
-    from mmembed.opening import read_card
+    from mmembed.runtime.artifact import read_card
     try: return bool(read_card(path))
     except ValueError: return False
 
@@ -272,7 +272,7 @@ def quickstart(
     import time
     import mmembed as mm
     from mmembed.core.settings import settings
-    from mmembed.runtime import load
+    from mmembed.runtime.embedder import load
     from mmembed.train import run
     start = time.perf_counter()
     def step(text): print(f'\n[{time.perf_counter() - start:5.0f} s] {text}', flush=True)

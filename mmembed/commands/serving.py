@@ -55,7 +55,7 @@ def serve(
     mmembed serve model.pt --ray --replicas 2 --max-replicas 8"""
     try: from mmembed.serve.service import Config; from mmembed.serve.engine import Options; from mmembed.serve.server import serve as run
     except ImportError as e: raise ImportError(f'the server needs more packages ({e}): pip install "mmembed[serve]"') from None
-    from mmembed.opening import read_card
+    from mmembed.runtime.artifact import read_card
     from mmembed.serve.checks import checked
     from mmembed.serve.token_ids import token_table
     from mmembed.serve.service import read_keys

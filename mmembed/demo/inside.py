@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.packing import pack
-from ..runtime import Embedder
+from ..runtime.embedder import Embedder
 from ..vision.resize import resized
 
 # %% ../../nbs/demo/02_inside.ipynb #909ffd5c

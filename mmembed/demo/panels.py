@@ -24,7 +24,7 @@ from .drawing import bars, data_url, heat_table, spectrum, thumb_map
 from .inside import heat, look_image, look_text, token_html
 from .pictures import Hit, Pictures
 from ..core.markers import Text
-from ..runtime import Embedder
+from ..runtime.embedder import Embedder
 
 # %% ../../nbs/demo/03_panels.ipynb #bbdd6012
 MAX_TEXTS, MAX_IMAGES, MAX_UPLOAD, MAX_CHARACTERS = 256, 32, 500, 100_000

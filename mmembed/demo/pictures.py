@@ -28,7 +28,7 @@ from ..data.open import stamp
 from ..jobs import embed, readable_id
 from ..tables import load_vectors
 from ..queries import one_line
-from ..runtime import Embedder
+from ..runtime.embedder import Embedder
 from ..core.files import alone, draft
 from ..transactions import among
 

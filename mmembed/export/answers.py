@@ -27,11 +27,11 @@ from .encoder import Encoder, Scorer
 from ..core.quantize import unstored
 from .steps import Classes, Same, SameTexts, Steps
 from .variants import Variant, prepared
-from ..opening import multiplies, read_card, widened
+from ..runtime.artifact import multiplies, read_card, widened
 from ..core.files import named
 from ..core.errors import reason
 from ..core.torchcodec import register_image_ops
-from ..packaged import Packaged, opened
+from ..runtime.aot import Packaged, opened
 
 # %% ../../nbs/export/04a_answers.ipynb #ef797f09
 def answers(

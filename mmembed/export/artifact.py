@@ -31,7 +31,7 @@ from ..core.quantize import unstored
 from .steps import Classes, Labelled, Same, SameTexts, Steps, best_labels, read_classes, tried
 from .variants import Prepared, Variant, prepared
 from ..core.files import named
-from ..opening import records_hash, records_of
+from ..runtime.artifact import records_hash, records_of
 from ..text.pipeline import TextPipeline
 from ..text.seams import seams
 

@@ -17,7 +17,7 @@ from pathlib import Path, PurePath
 import torch
 from torch import Tensor, nn
 
-from ..opening import FORMAT_VERSION, read_card
+from ..runtime.artifact import FORMAT_VERSION, read_card
 
 # %% ../../nbs/export/02_card.ipynb #72a223e5
 _all_ = ['read_card', 'FORMAT_VERSION']

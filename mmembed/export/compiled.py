@@ -30,7 +30,7 @@ from .artifact import save
 from .card import sha256
 from .encoder import ImageForm, PairForm, TextForm
 from .variants import Int8Linear, exact_products, int8_steps, with_linear_attention
-from ..opening import multiplies, records_hash, records_of
+from ..runtime.artifact import multiplies, records_hash, records_of
 
 # %% ../../nbs/export/10_compiled.ipynb #06b849f9
 class KnownForm(nn.Module):

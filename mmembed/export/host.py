@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..core.files import read_bytes
 from .card import sha256
-from ..opening import read_card
+from ..runtime.artifact import read_card
 
 # %% ../../nbs/export/04_host.ipynb #2724da4b
 def _root() -> Path | None: # the checkout that holds cpp/, if the package lies in one

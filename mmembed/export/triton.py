@@ -26,7 +26,7 @@ from ..core.torchscript import frozen, quietly
 from ..core.packing import pack, pack_str
 from .artifact import save
 from ..core.images import DOT
-from ..opening import read_card
+from ..runtime.artifact import read_card
 from ..core.errors import reason
 from ..core.torchcodec import register_image_ops
 

@@ -36,12 +36,12 @@ from .onnxfiles import add_files
 from .onnxhost import rows as onnx_rows
 from .steps import Steps, read_classes, tried
 from .variants import SAME, Variant, bounds
-from ..graphs import Captured, sizes_of
+from ..runtime.cuda_graphs import Captured, sizes_of
 from ..core.threads import give_back
-from ..opening import read_card, records_hash, records_of, widened
+from ..runtime.artifact import read_card, records_hash, records_of, widened
 from ..core.errors import reason
 from ..core.torchcodec import register_image_ops
-from ..packaged import opened
+from ..runtime.aot import opened
 
 # %% ../../nbs/export/05_verify.ipynb #285496c7
 class Row(NamedTuple):

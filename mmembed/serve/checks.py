@@ -14,7 +14,7 @@ import ssl
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ..opening import device_of
+from ..runtime.artifact import device_of
 from .engine import Options
 
 # %% ../../nbs/serve/03a_checks.ipynb #198a1325

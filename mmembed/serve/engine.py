@@ -23,7 +23,7 @@ from ..core.packing import as_bytes
 from ..core.images import stack_levels
 from ..core.batching import text_lengths
 from ..core.threads import decoders, memory
-from ..runtime import Embedder
+from ..runtime.embedder import Embedder
 from ..core.batching import join_tokens
 from ..core.errors import reason
 from .lane import PATIENCE, Budget, Item, Job, Lane, size_of

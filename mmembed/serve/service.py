@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from ..core.threads import memory
-from ..runtime import Embedder
-from ..opening import read_card
+from ..runtime.embedder import Embedder
+from ..runtime.artifact import read_card
 from ..core.errors import reason
 from .checks import checked
 from .engine import Busy, Engine, Options, Unfit, Unsuited

@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from mmembed import processor
+from mmembed.runtime import processor
 from mmembed.core.packing import as_bytes
 from mmembed.export import cases, host
 from mmembed.export.verify import export, verify
-from mmembed.runtime import load
+from mmembed.runtime.embedder import load
 
 from ..export import tiny
 from ..helpers import HANG

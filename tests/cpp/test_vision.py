@@ -10,7 +10,7 @@ from mmembed.export import host
 from mmembed.export.verify import export
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
-from mmembed.runtime import load
+from mmembed.runtime.embedder import load
 from mmembed.vision.pipeline import VisionPipeline
 
 from ..export import tiny

@@ -12,7 +12,7 @@ from mmembed.data.scenes import Scenes
 from mmembed.export.verify import export
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
-from mmembed.runtime import Embedder
+from mmembed.runtime.embedder import Embedder
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 

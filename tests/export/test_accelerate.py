@@ -17,11 +17,11 @@ from mmembed.export.card import make_card
 from mmembed.export.onnxhost import provider_of
 from mmembed.export.variants import SelfAttention, Variant, prepared
 from mmembed.export.verify import export
-from mmembed.graphs import Captured, Graphed
+from mmembed.runtime.cuda_graphs import Captured, Graphed
 from mmembed.models.dual import DualEncoder
 from mmembed.models.pair import PairClassifier
 from mmembed.models.towers import Bert
-from mmembed.runtime import load
+from mmembed.runtime.embedder import load
 from mmembed.vision.pipeline import VisionPipeline
 from tests.rehearsal import Away, Mixed, Rehearsal, here, moved, there
 

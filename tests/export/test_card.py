@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmembed.export.card import canonical, make_card, sha256, summary
-from mmembed.opening import read_card
+from mmembed.runtime.artifact import read_card
 from mmembed.export.verify import export
 from mmembed.models.towers import ConvNet
 from mmembed.text.pipeline import TextPipeline

@@ -17,9 +17,9 @@ from mmembed.export.artifact import assemble
 from mmembed.export.card import make_card
 from mmembed.export.variants import PRECISIONS, SAME, Int8Linear, Variant, exact_products, int8_steps
 from mmembed.export.verify import VerifyError, export, verify
-from mmembed.opening import computes, read_card
-from mmembed.packaged import opened
-from mmembed.runtime import load
+from mmembed.runtime.artifact import computes, read_card
+from mmembed.runtime.aot import opened
+from mmembed.runtime.embedder import load
 
 from ..helpers import built_once
 from . import tiny
@@ -101,7 +101,7 @@ def test_a_package_that_would_be_emulated_is_refused():
     card = read_card(package())
     other = card | {'compiled': card['compiled'] | {'multiplies': 'bf16'}, 'variant': {'precision': 'bf16'}}
     assert card['compiled']['multiplies'] == 'fp32' and load(package()).computes == 'fp32'
-    with patch('mmembed.packaged.multiplies', lambda kind: kind == 'fp32'):
+    with patch('mmembed.runtime.artifact.multiplies', lambda kind: kind == 'fp32'):
         with pytest.raises(ValueError, match=r'was compiled to multiply in bf16, which this processor \(\w+\) would emulate: export it here, or take the .pt'): opened(package(), other)
         old = other | {'compiled': {k: v for k, v in other['compiled'].items() if k != 'multiplies'}}
         with pytest.raises(ValueError, match='was compiled to multiply in bf16'): opened(package(), old)

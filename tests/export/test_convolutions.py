@@ -15,7 +15,7 @@ from mmembed.export.verify import export
 from mmembed.core.torchscript import quietly
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import TorchvisionTower
-from mmembed.opening import prepack
+from mmembed.runtime.artifact import prepack
 from mmembed.vision.pipeline import VisionPipeline
 
 from ..helpers import on_avx2

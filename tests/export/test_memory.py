@@ -17,9 +17,9 @@ from mmembed.core.torchscript import quietly
 from mmembed.export import cases
 from mmembed.export.artifact import assemble, save, size_of
 from mmembed.export.variants import Int8Embedding, Variant, int8_linear, prepared, with_linear_attention
-from mmembed.opening import prepack, read_card, records_hash, records_of
-from mmembed.packaged import mapped, opened
-from mmembed.runtime import load
+from mmembed.runtime.artifact import prepack, read_card, records_hash, records_of
+from mmembed.runtime.aot import mapped, opened
+from mmembed.runtime.embedder import load
 
 from ..helpers import needs_exact_int8
 from . import tiny

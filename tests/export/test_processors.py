@@ -8,7 +8,7 @@ from mmembed import load
 from mmembed.core.torchscript import quietly
 from mmembed.export.variants import PRECISIONS, SAME, Int8Linear, int8_steps
 from mmembed.export.verify import export
-from mmembed.opening import prepack
+from mmembed.runtime.artifact import prepack
 
 from ..helpers import on_avx2
 from . import tiny
@@ -132,7 +132,7 @@ def test_a_traced_tower_is_widened_with_what_tracing_wrote_down(precision, tmp_p
     export(traced(), tmp_path/'m.pt', precision=precision, fresh=False, cpp=False)
     texts, answers = ['a small red circle', 'a'], {}
     for own in True, False:
-        monkeypatch.setattr('mmembed.opening.multiplies', lambda p: own)
+        monkeypatch.setattr('mmembed.runtime.artifact.multiplies', lambda p: own)
         emb = load(tmp_path/'m.pt')
         answers[own] = emb.encode_text(texts)
         assert {p.dtype for p in emb.module.model.net.text.parameters() if p.numel()} == {torch.float32 if not own else PRECISIONS[precision]}

@@ -10,7 +10,7 @@ from mmembed.core.packing import pack
 from mmembed.core.torchscript import quietly
 from mmembed.export import cases, triton
 from mmembed.export.verify import export
-from mmembed.runtime import load
+from mmembed.runtime.embedder import load
 from mmembed.core.errors import reason
 
 from . import tiny

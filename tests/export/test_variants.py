@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mmembed.core.torchscript import quietly
 from mmembed.export import cases
 from mmembed.export.artifact import assemble
-from mmembed.opening import read_card
+from mmembed.runtime.artifact import read_card
 from mmembed.core.quantize import unstored
 from mmembed.export.steps import Steps, read_classes
 from mmembed.export.variants import FULL, Int8Linear, Variant, channel_peaks, evened, int8_linear, prepared

@@ -18,7 +18,7 @@ from mmembed.export.verify import export
 from mmembed.models.dual import DualEncoder
 from mmembed.models.transformers import TransformersText, transformers_towers
 from mmembed.models.base import from_spec
-from mmembed.runtime import load
+from mmembed.runtime.embedder import load
 from mmembed.text.pipeline import TextPipeline
 from tests.alone import alone
 

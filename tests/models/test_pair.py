@@ -13,7 +13,7 @@ from mmembed.models.dual import DualEncoder
 from mmembed.models.pair import PairClassifier
 from mmembed.models.base import from_spec
 from mmembed.models.towers import Bert, ConvNet, TextTransformer, image_tower
-from mmembed.opening import read_card
+from mmembed.runtime.artifact import read_card
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 from tests.alone import alone

@@ -11,7 +11,7 @@ from mmembed.export.verify import export
 from mmembed.models.dual import DualEncoder
 from mmembed.models.open_clip import OpenClipText, open_clip_towers, timm_tower
 from mmembed.models.base import from_spec
-from mmembed.runtime import load
+from mmembed.runtime.embedder import load
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 from tests.alone import alone

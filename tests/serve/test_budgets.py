@@ -19,7 +19,7 @@ from PIL import Image
 from websockets.sync.client import connect
 
 from mmembed.export import cases
-from mmembed.runtime import Embedder
+from mmembed.runtime.embedder import Embedder
 from mmembed.serve.engine import Engine, Options
 from mmembed.serve.lane import Item
 from mmembed.serve.lane import Job
@@ -235,6 +235,6 @@ def test_many_large_uploads_leave_the_server_alive(narrow):
 @pytest.mark.parametrize('kind', ['RLIMIT_AS', 'RLIMIT_DATA'])
 def test_budgets_go_by_the_limit_that_ulimit_sets(kind):
     "As by that of a container: budgets of a machine's whole memory would let a process run into its own limit."
-    program = f'import resource as r\nfrom mmembed.inputs import memory\nbefore = memory()\nr.setrlimit(r.{kind}, (10 ** 8, r.getrlimit(r.{kind})[1]))\nprint(before > 10 ** 8, memory())'
+    program = f'import resource as r\nfrom mmembed.runtime.inputs import memory\nbefore = memory()\nr.setrlimit(r.{kind}, (10 ** 8, r.getrlimit(r.{kind})[1]))\nprint(before > 10 ** 8, memory())'
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', program], capture_output=True, text=True)
     assert done.stdout.split() == ['True', str(10 ** 8)], done

@@ -16,7 +16,7 @@ from PIL import Image
 
 import mmembed as mm
 from mmembed.export import cases
-from mmembed.runtime import load
+from mmembed.runtime.embedder import load
 from mmembed.serve.client import Client
 from mmembed.serve.ways import ServiceError
 

@@ -10,7 +10,7 @@ from websockets.sync.client import connect
 
 from mmembed.cli import main
 from mmembed.export import cases
-from mmembed.runtime import load
+from mmembed.runtime.embedder import load
 from mmembed.serve.engine import Busy
 from mmembed.serve.lane import Item
 from mmembed.serve.lane import Job

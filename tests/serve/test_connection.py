@@ -7,7 +7,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from mmembed.runtime import load
+from mmembed.runtime.embedder import load
 
 from ..export import tiny
 from .test_server import serve_with

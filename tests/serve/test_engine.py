@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmembed.export import cases
-from mmembed.runtime import Embedder
+from mmembed.runtime.embedder import Embedder
 from mmembed.serve.engine import Busy, Engine, Options, Unfit
 from mmembed.serve.lane import Item
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from benchmarks import fuzz_serve as fuzz
-from mmembed.runtime import load
+from mmembed.runtime.embedder import load
 from mmembed.serve.client import Client
 from mmembed.serve.service import canary_png
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from websockets.sync.client import connect
 
 from mmembed.export import cases
-from mmembed.runtime import load
+from mmembed.runtime.embedder import load
 from mmembed.serve import scores
 from mmembed.serve.lane import Item
 
@@ -173,7 +173,7 @@ def test_metrics(http):
 
 
 def tiny_hash():
-    from mmembed.opening import read_card
+    from mmembed.runtime.artifact import read_card
     return read_card(tiny.artifact())['short_hash']
 
 

@@ -17,7 +17,7 @@ from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
 from mmembed.export import cases
-from mmembed.runtime import load
+from mmembed.runtime.embedder import load
 from mmembed.serve.edge import EXPOSED, inflated
 from mmembed.serve.protos import message
 from mmembed.serve.server import running

@@ -4,7 +4,7 @@ import threading
 import pytest
 
 from mmembed.export import cases
-from mmembed.runtime import Embedder
+from mmembed.runtime.embedder import Embedder
 from mmembed.serve.engine import Engine, Options
 from mmembed.serve.lane import Item
 from mmembed.serve.lane import Job, Lane

@@ -14,7 +14,7 @@ ray = pytest.importorskip('ray', reason='Ray is not installed')
 serve = pytest.importorskip('ray.serve', reason='Ray Serve is not installed')
 
 from mmembed.export import cases
-from mmembed.runtime import Embedder
+from mmembed.runtime.embedder import Embedder
 from mmembed.serve.client import Client
 from mmembed.serve.ways import ServiceError
 from mmembed.serve.ray import app

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from mmembed.runtime import Embedder
+from mmembed.runtime.embedder import Embedder
 from mmembed.serve import service as module
 from mmembed.serve.engine import Engine, Options
 from mmembed.serve.lane import Item

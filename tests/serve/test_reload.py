@@ -19,7 +19,7 @@ import uvicorn
 from websockets.asyncio.client import connect
 
 from mmembed.export import cases
-from mmembed.runtime import Embedder
+from mmembed.runtime.embedder import Embedder
 from mmembed.serve import inference, rpc
 from mmembed.serve.lane import Item
 from mmembed.serve.engine import Options

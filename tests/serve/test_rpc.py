@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from mmembed.export import cases
-from mmembed.runtime import load
+from mmembed.runtime.embedder import load
 from mmembed.serve import protos
 from mmembed.serve.protos import message, methods
 from mmembed.serve.server import running

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmembed.export import cases
-from mmembed.runtime import Embedder
+from mmembed.runtime.embedder import Embedder
 from mmembed.serve.client import Client
 from mmembed.serve.ways import ServiceError
 from mmembed.serve.server import running

@@ -22,8 +22,8 @@ from prometheus_client.multiprocess import mark_process_dead
 
 from mmembed.cli import main
 from mmembed.export import cases
-from mmembed.runtime import Embedder
-from mmembed.opening import read_card
+from mmembed.runtime.embedder import Embedder
+from mmembed.runtime.artifact import read_card
 from mmembed.serve.client import Client
 from mmembed.serve.ways import ServiceError
 from mmembed.serve.engine import Options

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import fuzz_text, fuzz_unigram
 from mmembed.core.packing import pack
-from mmembed.inputs import enough
+from mmembed.runtime.inputs import enough
 from mmembed.text.pipeline import TextPipeline
 from mmembed.text.seams import LETTERS, seams
 

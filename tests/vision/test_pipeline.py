@@ -282,7 +282,7 @@ def test_where_a_shape_can_be_read_both_ways():
 
 
 def test_the_embedder_reads_pictures_the_same_way():
-    from mmembed.runtime import load
+    from mmembed.runtime.embedder import load
     from ..export import tiny
     emb, vp, rgb = load(tiny.artifact()), tiny.pipelines()[1], picture(50, 40)
     hwc, both = np.array(rgb), np.arange(45, dtype=np.uint8).reshape(3, 5, 3)

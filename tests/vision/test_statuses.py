@@ -8,7 +8,7 @@ from mmembed.data.batches import Rows
 from mmembed.data.scenes import Scenes
 from mmembed.data.source import Source
 from mmembed.export import cases
-from mmembed.runtime import load
+from mmembed.runtime.embedder import load
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 
