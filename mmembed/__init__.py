@@ -2,15 +2,15 @@ __version__ = "0.1.0"
 
 # Public names are imported when first used, so that `import mmembed` is fast and needs no optional dependency.
 _WHERE = {
-    'pack': 'core', 'as_bytes': 'core', 'read_bytes': 'core', 'settings': 'core', 'Tokens': 'core', 'Embeddings': 'core',
-    'Text': 'markers', 'Image': 'markers',
+    'pack': 'core.packing', 'as_bytes': 'core.packing', 'read_bytes': 'core.files', 'settings': 'core.settings', 'Tokens': 'core.types', 'Embeddings': 'core.types',
+    'Text': 'core.markers', 'Image': 'core.markers',
     'TextPipeline': 'text.pipeline', 'VisionPipeline': 'vision.pipeline',
-    'PairData': 'data.module', 'PairsFile': 'data.sources', 'Scenes': 'data.scenes',
+    'PairData': 'data.module', 'PairsFile': 'data.tables', 'Scenes': 'data.scenes',
     'TextTransformer': 'models.towers', 'ConvNet': 'models.towers', 'bert': 'models.towers', 'image_tower': 'models.towers',
-    'timm_tower': 'models.pretrained', 'DualEncoder': 'models.dual', 'PairClassifier': 'models.pair',
+    'timm_tower': 'models.open_clip', 'DualEncoder': 'models.dual', 'PairClassifier': 'models.pair',
     'LitDualEncoder': 'shells', 'LitPairClassifier': 'shells', 'load_checkpoint': 'train',
     'Client': 'serve.client',
-    'verify': 'export.verify', 'read_card': 'runtime', 'Embedder': 'runtime', 'load': 'runtime',
+    'verify': 'export.verify', 'read_card': 'runtime.artifact', 'Embedder': 'runtime.embedder', 'load': 'runtime.embedder',
 }
 __all__ = [*_WHERE, 'export']
 
