@@ -35,7 +35,7 @@ from mmembed.models.dual import projection  # noqa: E402
 from mmembed.models.losses import info_nce  # noqa: E402
 from mmembed.models.metrics import answers, ranks  # noqa: E402
 from mmembed.models.towers import bert, image_tower  # noqa: E402
-from mmembed.shells import judge, warm_cosine  # noqa: E402
+from mmembed.train.modules import judge, warm_cosine  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get('MMEMBED_DATA') or ROOT.parent/'shared'/'data')
@@ -251,7 +251,7 @@ def fit(model, texts_of, pictures, epochs, batch, lr, seed, report, chunk=64, de
     bfloat16 in the towers, one exact InfoNCE over the batch; chunks hold texts of like length."""
     from mmembed.models.losses import same_text
     from mmembed.core.types import Tokens
-    from mmembed.models.practice import lock, parameter_groups, still
+    from mmembed.train.finetune import lock, parameter_groups, still
     torch.manual_seed(seed)
     top, n = Top(model), len(pictures[0])
     if QUICK: epochs, batch = 1, min(batch, n // 2)

@@ -145,7 +145,7 @@ def main(argv=None):
     if device.type == 'cuda' and not torch.cuda.is_available(): found = dict.fromkeys(args.rows.split(','), 'torch sees no CUDA device here')
     else:
         if args.checkpoint:
-            from mmembed.train import load_checkpoint
+            from mmembed.train.checkpoint import load_checkpoint
             model = load_checkpoint(args.checkpoint).eval()
         else:
             from mmembed.models.dual import DualEncoder

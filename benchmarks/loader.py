@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import begun
-from mmembed.data.loader import _stop
-from mmembed.data.module import PairData
+from mmembed.train.loader import _stop
+from mmembed.train.datamodule import PairData
 from mmembed.data.scenes import Scenes
 from mmembed.data.tables import PairsFile
 from mmembed.text.pipeline import TextPipeline

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mmembed.train import run
+from mmembed.train.run import run
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get('MMEMBED_DATA') or ROOT.parent/'shared'/'data')/'figures'/'pairs.jsonl'

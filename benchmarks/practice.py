@@ -21,14 +21,14 @@ from benchmarks import figures as f
 from mmembed.core.types import Tokens
 from mmembed.core.packing import pack
 from mmembed.data.folders import ClassFolder
-from mmembed.data.labels import Matches
+from mmembed.train.pair_data import Matches
 from mmembed.data.tables import PairsFile
 from mmembed.data.source import Part
 from mmembed.models.metrics import TEMPLATES, class_embeddings, classification
 from mmembed.models.pair import PairClassifier
-from mmembed.models.practice import interpolate, lock, parameter_groups, still
-from mmembed.shells import judge
-from mmembed.shells import warm_cosine
+from mmembed.train.finetune import interpolate, lock, parameter_groups, still
+from mmembed.train.modules import judge
+from mmembed.train.modules import warm_cosine
 
 
 def encoder(name):
@@ -265,7 +265,7 @@ def plot(out):
     "The trade-off of old and new task between both weights: figures (recall@10, the mean of both directions) and clothing (accuracy by prompts)."
     import matplotlib
     matplotlib.use('Agg')
-    from mmembed.models.practice import show_trade_off
+    from mmembed.train.finetune import show_trade_off
     rows = [[float(x) for x in r[1:]] for r in json.loads((f.ROOT/'benchmarks'/'results'/'wise_ft.json').read_text())['records']['rows']]
     old, new = 'figures, recall@10, %', 'clothing, accuracy, %'
     show_trade_off({'alpha': [0, 0.25, 0.5, 0.75, 1], old: [(r[2] + r[4]) / 2 for r in rows], new: [r[0] for r in rows]}, old, new).savefig(out, dpi=110)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch: threads that wait must not spin
 
-from mmembed.train import run  # noqa: E402
+from mmembed.train.run import run  # noqa: E402
 
 CONFIG = Path(__file__).resolve().parents[1]/'configs'/'quickstart.yaml'
 

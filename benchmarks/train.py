@@ -133,10 +133,10 @@ def ours(folder, args):
     import warnings
     import torch
     from lightning.pytorch import Trainer
-    from mmembed.data.module import PairData
+    from mmembed.train.datamodule import PairData
     from mmembed.data.tables import PairsFile
     from mmembed.models.dual import DualEncoder
-    from mmembed.shells import LitDualEncoder
+    from mmembed.train.modules import LitDualEncoder
     from mmembed.vision.pipeline import VisionPipeline
     warnings.filterwarnings('ignore')
     logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
@@ -206,7 +206,7 @@ def recall(folder, state):
     import open_clip
     import torch
     from PIL import Image
-    from mmembed.shells import judge
+    from mmembed.train.modules import judge
     model = known(folder).eval()
     model.load_state_dict(state)
     rows, look = rows_of(folder, 'valid'), open_clip.image_transform(CONFIG['vision_cfg']['image_size'], is_train=False)

@@ -31,7 +31,7 @@ from mmembed.core.quantize import stored, unstored
 from mmembed.export.variants import Variant
 from mmembed.export.card import sha256
 from mmembed.export.verify import tensors
-from mmembed.shells import judge
+from mmembed.train.modules import judge
 
 VARIANTS = {'fp32': Variant(), 'bf16': Variant(precision='bf16'), 'int8': Variant(quantize='int8'), 'fold': Variant(fold=True),
             'dim 128': Variant(dim=128), 'dim 64': Variant(dim=64),
@@ -48,7 +48,7 @@ def chosen(args):
     if args.figures: return figures.saved(args.figures), figures.parts(figures.source())[1], args.figures
     if args.checkpoint:
         from mmembed.data.tables import PairsFile
-        from mmembed.train import load_checkpoint
+        from mmembed.train.checkpoint import load_checkpoint
         return load_checkpoint(args.checkpoint).eval(), PairsFile(args.data).split(0.2)[1], Path(args.checkpoint).parent.name
     from mmembed.models.dual import DualEncoder
     torch.manual_seed(0)

@@ -5,10 +5,10 @@ _WHERE = {
     'pack': 'core.packing', 'as_bytes': 'core.packing', 'read_bytes': 'core.files', 'settings': 'core.settings', 'Tokens': 'core.types', 'Embeddings': 'core.types',
     'Text': 'core.markers', 'Image': 'core.markers',
     'TextPipeline': 'text.pipeline', 'VisionPipeline': 'vision.pipeline',
-    'PairData': 'data.module', 'PairsFile': 'data.tables', 'Scenes': 'data.scenes',
+    'PairData': 'train.datamodule', 'PairsFile': 'data.tables', 'Scenes': 'data.scenes',
     'TextTransformer': 'models.towers', 'ConvNet': 'models.towers', 'bert': 'models.towers', 'image_tower': 'models.towers',
     'timm_tower': 'models.open_clip', 'DualEncoder': 'models.dual', 'PairClassifier': 'models.pair',
-    'LitDualEncoder': 'shells', 'LitPairClassifier': 'shells', 'load_checkpoint': 'train',
+    'LitDualEncoder': 'train.modules', 'LitPairClassifier': 'train.modules', 'load_checkpoint': 'train.checkpoint',
     'Client': 'serve.client',
     'verify': 'export.verify', 'read_card': 'runtime.artifact', 'Embedder': 'runtime.embedder', 'load': 'runtime.embedder',
 }

@@ -15,8 +15,8 @@ from mmembed import cli
 from mmembed.cli import COMMANDS, main, parser
 from mmembed.core.settings import config_names, config_path
 from mmembed.commands.options import described
-from mmembed.data.labels import LabelData, MatchData
-from mmembed.data.module import PairData
+from mmembed.train.pair_data import LabelData, MatchData
+from mmembed.train.datamodule import PairData
 
 MMEMBED = [sys.executable, '-m', 'mmembed']
 

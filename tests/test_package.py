@@ -171,7 +171,7 @@ def test_extras_are_declared():
     assert strange == set()
 
 
-HEAVY = (*(m for m in LATE if m != 'torch'), 'mmembed.train', 'mmembed.models', 'mmembed.export', 'mmembed.text', 'mmembed.demo')  # beside torch, what a cold start could wait for
+HEAVY = (*(m for m in LATE if m != 'torch'), 'mmembed.train.run', 'mmembed.models', 'mmembed.export', 'mmembed.text', 'mmembed.demo')  # beside torch, what a cold start could wait for
 
 
 def loaded_by(program, *args):

@@ -5,12 +5,13 @@ import matplotlib
 import pytest
 import torch
 
-from mmembed.data.labels import MatchData
-from mmembed.data.module import PairData
+from mmembed.train.pair_data import MatchData
+from mmembed.train.datamodule import PairData
 from mmembed.data.scenes import Scenes
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
-from mmembed.show import Gallery, gallery, levels, look, show_batch, show_captions, show_results, show_scores, wrapped
+from mmembed.train.results import Gallery, gallery, show_captions, show_results, show_scores
+from mmembed.train.show import levels, look, show_batch, wrapped
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 

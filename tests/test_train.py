@@ -14,13 +14,16 @@ import yaml
 from mmembed.data.scenes import Scenes
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
-from mmembed.models.practice import parameter_groups
-from mmembed.shells import plain_recall
+from mmembed.train.finetune import parameter_groups
+from mmembed.train.modules import plain_recall
 from mmembed.cli import main
-from mmembed.commands.make import training_record
-from mmembed.data.labels import LabelData
-from mmembed.train import evaluate, judged_data, load_checkpoint, new_folder, prepare, run, show_recall, write_weights
-from mmembed.shells import judge, warm_cosine
+from mmembed.train.run import training_record
+from mmembed.train.pair_data import LabelData
+from mmembed.train.evaluate import evaluate, judged_data, show_recall
+from mmembed.train.checkpoint import load_checkpoint, write_weights
+from mmembed.train.config import new_folder
+from mmembed.train.run import prepare, run
+from mmembed.train.modules import judge, warm_cosine
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 
@@ -87,7 +90,7 @@ def test_a_run_and_its_checkpoint(work):
 
 def test_a_checkpoint_loads_in_a_process_of_its_own(work):
     result = run([*SMALL, '--trainer.max_steps', '2'])
-    code = ("import json, sys, torch; from mmembed.train import load_checkpoint; m = load_checkpoint(sys.argv[1])\n"
+    code = ("import json, sys, torch; from mmembed.train.checkpoint import load_checkpoint; m = load_checkpoint(sys.argv[1])\n"
             "with torch.no_grad(): print(json.dumps(m.encode_text(m.text_pipeline(['a red ring', '红色'])).tolist()))")
     out = subprocess.run([sys.executable, '-c', code, result.checkpoint], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     with torch.no_grad(): want = result.model.encode_text(result.model.text_pipeline(['a red ring', '红色']))
@@ -144,7 +147,7 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(fixed, work):
     whole = run([*argv, '--name', 'whole'])
     slow = [*argv, '--name', 'killed', '--trainer.callbacks+=tests.test_train.Waits']
     threads = torch.get_num_threads()  # sums depend on it, and another test may have changed it here
-    program = f'import sys, torch; sys.path.insert(0, {str(ROOT)!r}); torch.set_num_threads({threads})\nfrom mmembed.train import run\nrun({slow!r})'
+    program = f'import sys, torch; sys.path.insert(0, {str(ROOT)!r}); torch.set_num_threads({threads})\nfrom mmembed.train.run import run\nrun({slow!r})'
     process = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', program], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     last = work/'out'/'killed'/'last.ckpt'
     def in_the_second_epoch():  # ten steps each, saved after every third
@@ -445,7 +448,7 @@ def test_a_learning_rate_is_found(fixed, capsys):
 
 
 def test_a_teacher_is_followed(fixed):
-    from mmembed.shells import LitDualEncoder
+    from mmembed.train.modules import LitDualEncoder
     from lightning.pytorch import Trainer
     cli = prepare(fixed)
     teacher = prepare([*fixed, '--seed_everything', '9']).model.model
@@ -708,10 +711,10 @@ class Gone(Scenes):
 def trained(kind, gone, **options):
     "Three steps in float64 on batches of 8 over all processes, some images of which cannot be read; the weights, and how many steps there were."
     from lightning.pytorch import Trainer
-    from mmembed.data.labels import MatchData
-    from mmembed.data.module import PairData
+    from mmembed.train.pair_data import MatchData
+    from mmembed.train.datamodule import PairData
     from mmembed.models.pair import PairClassifier
-    from mmembed.shells import LitDualEncoder, LitPairClassifier
+    from mmembed.train.modules import LitDualEncoder, LitPairClassifier
     torch.manual_seed(0)
     source = Gone(train=24, valid=4)
     source.gone = gone
@@ -739,7 +742,7 @@ def one_of_two(rank, folder, gone):
 def test_two_processes_and_broken_images(tmp_path):
     "A whole batch of one process cannot be read, and one image of the other: they take equally many steps, and learn what one process learns."
     import torch.multiprocessing as mp
-    from mmembed.data.loader import Shuffle
+    from mmembed.train.loader import Shuffle
     gone = {}
     for kind, n, times in (('retrieval', 24, 1), ('match', 48, 2)):
         mine, other = ([i // times for _, i in Shuffle(n, 0, rank, 2)] for rank in (0, 1))

@@ -6,7 +6,7 @@ Docs: https://mmembed.github.io/mmembed/commands/make.html.md"""
 
 # %% auto #0
 __all__ = ['OFTEN', 'WITHOUT', 'train', 'evaluate', 'eval_parser', 'place_name', 'figures_path', 'export', 'calibration',
-           'is_artifact', 'saved_model', 'exportable', 'training_record', 'quickstart', 'show_matches', 'next_steps']
+           'is_artifact', 'saved_model', 'exportable', 'quickstart', 'show_matches', 'next_steps']
 
 # %% ../../nbs/commands/01_make.ipynb #e3ab6054
 import json
@@ -19,6 +19,7 @@ from fastcore.script import store_true
 from ..cli import Formatter, Parser, near, path, path_or_name, split_doc, working
 from .options import add_data_options, train_parser, with_configs
 from ..core.settings import config_names, config_path
+from ..train.run import training_record
 
 # %% ../../nbs/commands/01_make.ipynb #12296be0
 OFTEN = """  --config NAME               where to begin: pairs, clip_vitb32, bert_resnet, ..., or a file of your own; may be given twice
@@ -47,7 +48,8 @@ def train(argv: list[str]):
         return print(f'usage: mmembed train --config FILE [--option value ...]\n\n{text}\n\noptions, the usual ones:\n{OFTEN}\n\n{examples}')
     argv = with_configs(argv)
     if '--help-all' in argv: return train_parser(argv).print_help()
-    from mmembed.train import WrongCall, run
+    from mmembed.train.config import WrongCall
+    from mmembed.train.run import run
     if not any(re.match(r'(--config|-c|--model[.]model)\b', a) for a in argv): train_parser().error(WITHOUT % ', '.join(config_names()))
     try: path = near(run(argv).checkpoint)
     except WrongCall as e: train_parser(argv).error(str(e))
@@ -66,7 +68,8 @@ def evaluate(argv: list[str]):
     args, data = parser.parse_known_args(argv)
     if data and not data[0].startswith('--data.'): parser.error(f'unrecognized arguments: {" ".join(data)}')
     from mmembed.core.errors import naming
-    from mmembed.train import WrongCall, evaluate as judge, show_figures
+    from mmembed.train.config import WrongCall
+    from mmembed.train.evaluate import evaluate as judge, show_figures
     try: found = judge(args.checkpoint, data, args.part)
     except WrongCall as e: eval_parser(data=True).error(str(e))
     about = found['data']
@@ -106,7 +109,7 @@ def place_name(
 
 def figures_path(
     checkpoint: str | Path,
-    about: dict, # what was judged, as `mmembed.train.evaluate` gives it in 'data'
+    about: dict, # what was judged, as `mmembed.train.evaluate.evaluate` gives it in 'data'
 ) -> Path:
     "Where the figures of these rows go: no file that holds those of others."
     calm = {'batch_size', 'workers', 'worker_type', 'start_method', 'seed'}  # options that change no figure
@@ -242,23 +245,11 @@ def exportable(
             model = DualEncoder.from_transformers(checkpoint, image).eval()
             return model, re.sub(r'[^A-Za-z0-9.-]+', '-', Path(checkpoint).resolve().name), dict(config={k: v for k, v in (('hugging_face', checkpoint), ('image', image)) if v})
         if image: raise ValueError('--image goes with a Hugging Face folder')
-        from mmembed.train import load_checkpoint
+        from mmembed.train.checkpoint import load_checkpoint
         return load_checkpoint(checkpoint), Path(checkpoint).resolve().parent.name, training_record(Path(checkpoint))
     if not weights and ':' not in open_clip: raise ValueError(f'--open-clip {open_clip} wants --weights: a file, or a name of open_clip\'s; without it the weights are random')
     from mmembed.models.dual import DualEncoder
     return DualEncoder.from_open_clip(open_clip, weights).eval(), re.sub(r'[^A-Za-z0-9.-]+', '-', open_clip), dict(config=dict(open_clip=open_clip, weights=weights))
-
-# %% ../../nbs/commands/01_make.ipynb #c54fad20
-def training_record(
-    checkpoint: Path, # in the folder that `train` made: a .ckpt or .safetensors
-) -> dict:
-    "What the identity card says of the training run: its configuration, and metrics if they were measured on these very weights; never examples."
-    import yaml
-    from mmembed.train import read_checkpoint
-    config, (note, _) = checkpoint.parent/'config.yaml', read_checkpoint(checkpoint)
-    own = note.get('measured_at') is not None and note['measured_at'] == note['step']
-    return dict(config=yaml.safe_load(config.read_text()) if config.is_file() else None, counts=dict(epochs=note.get('epochs'), steps=note.get('step')),
-        metrics=(note.get('figures') or note['recall'] or {}) if own else {})
 
 # %% ../../nbs/commands/01_make.ipynb #07d9bb79
 def quickstart(
@@ -273,7 +264,7 @@ def quickstart(
     import mmembed as mm
     from mmembed.core.settings import settings
     from mmembed.runtime.embedder import load
-    from mmembed.train import run
+    from mmembed.train.run import run
     start = time.perf_counter()
     def step(text): print(f'\n[{time.perf_counter() - start:5.0f} s] {text}', flush=True)
     step('training on generated scenes, captions in English and Chinese')

@@ -71,7 +71,7 @@ def trainer_options() -> Iterator[Option]:
 def run_options() -> Iterator[Option]:
     "Describe the options of a run itself: its name, its task, from where it goes on."
     from lightning.pytorch.cli import LightningArgumentParser
-    from mmembed.train import TrainCLI
+    from mmembed.train.config import TrainCLI
     p = LightningArgumentParser(default_env=False)
     before = len(p._actions)
     TrainCLI.add_arguments_to_parser(None, p)
@@ -128,7 +128,7 @@ def train_parser(
 ) -> Parser:
     "All options of a training run in groups, with what they mean."
     import yaml
-    from mmembed.train import TASKS, task_of
+    from mmembed.train.config import TASKS, task_of
     shell, data, _ = TASKS[task_of(argv)]
     p = Parser('mmembed train', formatter_class=Formatter, usage='mmembed train --config FILE [--option value ...]', allow_abbrev=False)
     own = p.add_argument_group('the run')
@@ -154,7 +154,7 @@ def add_data_options(
     p: Parser, # that hands them on
 ):
     "Add the options of all data modules to a parser."
-    from mmembed.train import TASKS
+    from mmembed.train.config import TASKS
     group = p.add_argument_group('the data')
     for _, data, _ in TASKS.values():
         for o in described(data, 'data.'):

@@ -334,8 +334,8 @@ def default_artifact(
         if (folder/name).is_file(): return folder/name
     import mmembed as mm
     from mmembed.core.settings import config_path
-    from mmembed.commands.make import training_record
-    from mmembed.train import run
+    from mmembed.train.run import training_record
+    from mmembed.train.run import run
     rows, epochs = (64, 1) if small else (3000, 6)
     options = {'name': 'demo', 'data.source.init_args.train': rows, 'data.source.init_args.valid': 100, 'data.workers': 0, 'data.batch_size': 64 if small else 128,
                'trainer.max_epochs': epochs, 'trainer.check_val_every_n_epoch': epochs}

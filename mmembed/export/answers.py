@@ -200,7 +200,7 @@ def loaded_rows(
     images: list[Tensor], # files, uint8 (N,) each
 ) -> list[tuple]: # of batches: rows, ids, mask, pixels
     "What `PairData` makes of text i with image i, in validation."
-    from mmembed.data.batches import Collate, Ledger, PairLoader, Rows
+    from mmembed.train.batches import Collate, Ledger, PairLoader, Rows
     from mmembed.data.source import Source
     class Samples(Source):
         def __len__(self): return len(images)

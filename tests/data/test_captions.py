@@ -11,9 +11,9 @@ from PIL import Image
 
 from mmembed.data.folders import ClassFolder
 from mmembed.data.hub import HubData
-from mmembed.data.labels import LabelData, MatchData
-from mmembed.data.batches import Ledger
-from mmembed.data.module import PairData
+from mmembed.train.pair_data import LabelData, MatchData
+from mmembed.train.batches import Ledger
+from mmembed.train.datamodule import PairData
 from mmembed.data.webdataset import Shards
 from mmembed.data.tables import PairsFile
 from mmembed.data.source import captions_of

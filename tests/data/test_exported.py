@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mmembed.data.labels import MatchData
-from mmembed.data.module import PairData
+from mmembed.train.pair_data import MatchData
+from mmembed.train.datamodule import PairData
 from mmembed.data.scenes import Scenes
 from mmembed.export.verify import export
 from mmembed.models.dual import DualEncoder

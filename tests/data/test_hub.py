@@ -4,7 +4,7 @@ import pickle
 import pytest
 
 from mmembed.data.hub import HubData
-from mmembed.data.module import PairData
+from mmembed.train.datamodule import PairData
 from mmembed.data.scenes import Scenes
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline

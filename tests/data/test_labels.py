@@ -4,8 +4,8 @@ import torch
 
 from mmembed.core.types import Tokens
 from mmembed.data.folders import ClassFolder
-from mmembed.data.labels import LabelBatch, LabelData, MatchData, Matches
-from mmembed.data.module import PairData
+from mmembed.train.pair_data import LabelBatch, LabelData, MatchData, Matches
+from mmembed.train.datamodule import PairData
 from mmembed.data.scenes import Scenes
 from mmembed.data.tables import PairsFile
 from mmembed.text.pipeline import TextPipeline

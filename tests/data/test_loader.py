@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from mmembed.data.loader import Loader, Share, Shuffle, even_batches
+from mmembed.train.loader import Loader, Share, Shuffle, even_batches
 from mmembed.core.threads import thread_pool
 
 from ..helpers import until

@@ -9,10 +9,10 @@ from lightning.pytorch import LightningModule, Trainer
 
 from mmembed.core.types import PairBatch, Tokens
 from mmembed.data.folders import ClassFolder
-from mmembed.data.labels import LabelData, MatchData
-from mmembed.data.batches import Ledger
-from mmembed.data.module import PairData, Shuffled
-from mmembed.data.loader import Shuffle
+from mmembed.train.pair_data import LabelData, MatchData
+from mmembed.train.batches import Ledger
+from mmembed.train.datamodule import PairData, Shuffled
+from mmembed.train.loader import Shuffle
 from mmembed.data.scenes import Scenes
 from mmembed.data.source import Source
 from mmembed.text.pipeline import TextPipeline

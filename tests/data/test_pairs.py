@@ -5,8 +5,8 @@ import tarfile
 import pytest
 import torch
 
-from mmembed.data.labels import LabelData, MatchData
-from mmembed.data.module import PairData
+from mmembed.train.pair_data import LabelData, MatchData
+from mmembed.train.datamodule import PairData
 from mmembed.data.open import open_pairs, source_kind
 from mmembed.data.scenes import Scenes
 from mmembed.data.open import open_source

@@ -8,8 +8,8 @@ import pytest
 
 from mmembed.data.folders import ClassFolder, Files
 from mmembed.data.hub import HubData
-from mmembed.data.labels import LabelData
-from mmembed.data.module import PairData
+from mmembed.train.pair_data import LabelData
+from mmembed.train.datamodule import PairData
 from mmembed.data.webdataset import Shards
 from mmembed.data.source import PART_NAMES, Part, part_in, part_named
 from mmembed.data.tables import PairsFile

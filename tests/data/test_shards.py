@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from mmembed.data.module import PairData
+from mmembed.train.datamodule import PairData
 from mmembed.data.scenes import Scenes
 from mmembed.data.webdataset import Shards, shard_urls
 from mmembed.text.pipeline import TextPipeline

@@ -1,7 +1,7 @@
 "A split is written once; a survey names what is broken, twice there, or on both sides."
 import pytest
 
-from mmembed.data.module import PairData
+from mmembed.train.datamodule import PairData
 from mmembed.data.scenes import Scenes
 from mmembed.data.tables import PairsFile
 from mmembed.data.source import Part

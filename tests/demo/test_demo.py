@@ -137,7 +137,7 @@ def test_the_artifact_alone_answers(folder):
     "No training code, no other framework: in a process of its own."
     program = ("import sys, mmembed as mm; from mmembed.demo.app import build; from mmembed.demo.panels import Panels; from mmembed.demo.pictures import embed_scenes\n"
                f"emb = mm.load({str(folder/'tiny.pt')!r}); build(Panels(emb, [embed_scenes(emb, 4)]))\n"
-               "import json; print(json.dumps([m for m in ('lightning', 'transformers', 'open_clip', 'torchvision', 'matplotlib', 'mmembed.train', 'mmembed.models.dual', 'mmembed.data.module') if m in sys.modules]))")
+               "import json; print(json.dumps([m for m in ('lightning', 'transformers', 'open_clip', 'torchvision', 'matplotlib', 'mmembed.train.run', 'mmembed.models.dual', 'mmembed.train.datamodule') if m in sys.modules]))")
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1]) == [], done.stderr[-2000:] + done.stdout
 

@@ -8,11 +8,11 @@ from mmembed.core.types import Embeddings, Tokens
 from mmembed.data.scenes import Scenes
 from mmembed.models.dual import DualEncoder
 from mmembed.models.pair import PairClassifier
-from mmembed.models.practice import lock
+from mmembed.train.finetune import lock
 from mmembed.models.towers import ConvNet, TextTransformer
 from mmembed.models.base import from_spec
 from mmembed.text.pipeline import TextPipeline
-from mmembed.shells import LitDualEncoder
+from mmembed.train.modules import LitDualEncoder
 from mmembed.vision.pipeline import VisionPipeline
 from tests.helpers import FORMS, in_form
 

@@ -7,8 +7,7 @@ from torch import nn
 
 from mmembed.models.dual import DualEncoder
 from mmembed.models.losses import InfoNCE
-from mmembed.models.practice import (ZeroShot, add_lora, checkpointed, depths, embed_in_chunks, interpolate, layers, lock,
-                                     merge_lora, parameter_groups, still, trade_off)
+from mmembed.train.finetune import ZeroShot, add_lora, checkpointed, depths, embed_in_chunks, interpolate, layers, lock, merge_lora, parameter_groups, still, trade_off
 from mmembed.models.open_clip import OpenClipImage, OpenClipText
 from mmembed.models.towers import Bert, TextTransformer, image_tower
 from mmembed.text.pipeline import TextPipeline

@@ -20,7 +20,7 @@ from mmembed.models.transformers import transformers_towers
 from mmembed.models.open_clip import open_clip_towers, timm_tower
 from mmembed.models.towers import bert, image_tower
 from mmembed.text.pipeline import TextPipeline
-from mmembed.train import load_checkpoint
+from mmembed.train.checkpoint import load_checkpoint
 from mmembed.vision.pipeline import VisionPipeline
 
 from .test_pretrained import TEXT, VISION

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from mmembed.core.packing import as_bytes
-from mmembed.data.module import PairData
-from mmembed.data.batches import Rows
+from mmembed.train.datamodule import PairData
+from mmembed.train.batches import Rows
 from mmembed.data.scenes import Scenes
 from mmembed.data.source import Source
 from mmembed.export import cases
