@@ -46,8 +46,8 @@ from mmembed.runtime.benchmark import cold_start, in_turns, samples, sides
 from mmembed.core.types import Tokens
 from mmembed.core.packing import as_bytes, pack
 from mmembed.core.images import stack_levels
-from mmembed.export import host
-from mmembed.export.verify import export
+from mmembed.exporters.verify import cpp as host
+from mmembed.exporters.export import export
 
 FILES = {'artifact': {}, 'portable': {'portable': True}, 'bf16': {'precision': 'bf16'}, 'int8': {'quantize': 'int8'}}
 FREE = 'ONNX export', 'onnxruntime', 'OpenVINO', 'OpenVINO bf16'  # of --avx2
@@ -170,7 +170,8 @@ class Tower(torch.nn.Module):
 
 def prepare(stack, folder, parts):
     "The files that are measured; each that cannot be made leaves its reason in NAME.txt."
-    from mmembed.export.variants import prepared, with_linear_attention
+    from mmembed.exporters.variants import prepared
+    from mmembed.exporters.int8 import with_linear_attention
     folder.mkdir(parents=True, exist_ok=True)
     model = stack.ours()
     def attempt(name, make):
@@ -190,7 +191,7 @@ def prepare(stack, folder, parts):
                                                     output_names=['y'], dynamic_axes=axes | {'y': {0: 'batch'}}, dynamo=False, opset_version=17)
 
     def graphs():
-        from mmembed.export.onnx import export_onnx
+        from mmembed.exporters.onnx.export import export_onnx
         export_onnx(model, folder/'onnx')
 
     for name, variant in FILES.items(): attempt(name, lambda: export(model, folder/f'{name}.pt', fresh=False, cpp=False, **variant))
@@ -215,7 +216,7 @@ def contestant(stack, folder, kind, threads, name):
         return emb.encode_text if text else lambda f: emb.encode_image(f, decoders=0)
 
     def graph():
-        from mmembed.export.onnxhost import OnnxModel
+        from mmembed.exporters.onnx.model import OnnxModel
         import numpy as np
         model = OnnxModel(folder/'onnx', threads)
         return model.encode_text if text else lambda f: model.encode_image([np.asarray(Image.open(io.BytesIO(x)).convert('RGB')) for x in f])

@@ -64,7 +64,7 @@ def compare(plain: Path, package: Path, rounds: int = 5, seconds: float = .25) -
 def compare_cpp(plain: Path, package: Path, build: str | None, repeats: int = 200) -> list[dict]:
     "The same by the C++ host: texts from bytes to embeddings, the median of so many calls. Raises `ValueError` when the two files answer differently."
     import subprocess
-    from mmembed.export import host
+    from mmembed.exporters.verify import cpp as host
     exe, rows = host.build(folder=build), []
     for n in SIZES:
         texts = [CAPTIONS[i % len(CAPTIONS)] for i in range(n)]

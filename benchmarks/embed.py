@@ -36,7 +36,7 @@ PEERS = {
 
 def artifact(folder, size=224, clip=False):
     "An artifact of random weights: a ResNet-like image tower, or open_clip's ViT-B-32."
-    from mmembed.export.verify import export
+    from mmembed.exporters.export import export
     from mmembed.models.dual import DualEncoder
     from mmembed.models.towers import ConvNet, TextTransformer
     from mmembed.text.pipeline import TextPipeline
@@ -137,7 +137,7 @@ def shared(folder, net, rows):
     from importlib.resources import files
     import open_clip
     from benchmarks.serve import hugging_face
-    from mmembed.export.verify import export
+    from mmembed.exporters.export import export
     from mmembed.models.dual import DualEncoder
     from mmembed.models.towers import bert
     from mmembed.models.towers import ConvNet

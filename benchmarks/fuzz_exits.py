@@ -27,7 +27,7 @@ from benchmarks.fuzz_bpe import bpe_texts, clip_tokenizer, gpt2_tokenizer
 from benchmarks.fuzz_text import bert_tokenizer, code_points, data_root, minilm, random_bytes, random_texts, real_lines
 from mmembed.core.packing import pack
 from mmembed.core.torchscript import quietly
-from mmembed.text.exits import export_program, operators, text_to_onnx
+from mmembed.exporters.graph.program import export_program, operators, text_to_onnx
 from mmembed.text.pipeline import TextPipeline
 
 LONG = ['q' * 5000, ''.join(random.Random(1).choices('abcdeilnorst', k=5000)), 'un' * 2500, '一' * 1700, 'e\u0301' * 2500, '!?' * 2500, ' ' * 5000]
@@ -135,7 +135,7 @@ def small_model(tp, pairs):
 
 def whole(families):
     "The number of exports that fail."
-    from mmembed.export.verify import export
+    from mmembed.exporters.export import export
     failed = 0
     for i, (name, make) in enumerate(families.items()):
         pairs, began = i % 2 > 0, time.process_time()

@@ -16,7 +16,7 @@ import grpc
 import numpy as np
 from google.protobuf.descriptor import FieldDescriptor as F
 
-from mmembed.export import cases
+from mmembed.exporters.verify import samples as cases
 from mmembed.serve.client import Client
 from mmembed.serve.protos import message, methods
 from mmembed.serve.service import canary_png

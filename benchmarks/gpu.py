@@ -31,8 +31,8 @@ import torch.nn.functional as F
 
 import mmembed as mm
 from mmembed.core.types import Tokens
-from mmembed.export.accelerate import eager_towers, why_not
-from mmembed.export.variants import Variant
+from mmembed.exporters.cuda_graphs import eager_towers, why_not
+from mmembed.exporters.variants import Variant
 
 ROWS = {'eager fp32': {}, 'eager bf16': dict(precision='bf16'), 'eager fp16': dict(precision='fp16'), 'eager fp16 compile': dict(precision='fp16', compile=True),
         'file fp32': {}, 'file bf16': dict(precision='bf16'), 'file fp16': dict(precision='fp16'), 'file fp16 math': dict(precision='fp16', attention='math'),
@@ -70,8 +70,8 @@ def towers(row, model, device, sizes, folder):
 
 
 def onnx(model, folder, provider, device):
-    from mmembed.export.onnxhost import OnnxModel, provider_of
-    from mmembed.export.onnx import export_onnx
+    from mmembed.exporters.onnx.model import OnnxModel, provider_of
+    from mmembed.exporters.onnx.export import export_onnx
     if provider != 'cpu' and device.type == 'cpu': raise RuntimeError('this row wants --device cuda')
     provider_of(provider)
     export_onnx(model, folder)

@@ -74,10 +74,11 @@ def prepare(args, folder):
     import numpy as np
     import torch
     from mmembed.core.torchscript import quietly
-    from mmembed.export.artifact import trace_image
-    from mmembed.export.convolutions import int8_convolutions
-    from mmembed.export.kernels import quick
-    from mmembed.export.variants import FULL, int8_linear
+    from mmembed.exporters.artifact import trace_image
+    from mmembed.exporters.convolutions import int8_convolutions
+    from mmembed.exporters.onednn import quick
+    from mmembed.exporters.variants import FULL
+    from mmembed.exporters.int8 import int8_linear
     import copy
     tower = tower_of(args.model).requires_grad_(False)
     size = tower.pipeline.size

@@ -29,8 +29,8 @@ from torch import nn
 
 from benchmarks import LIMITS, begun, held, instruction_sets
 from mmembed.core.torchscript import quietly
-from mmembed.export.kernels import Linear
-from mmembed.export.variants import Int8Linear, multiplied
+from mmembed.exporters.onednn import Linear
+from mmembed.exporters.int8 import Int8Linear, multiplied
 from mmembed.runtime.artifact import prepack
 
 SHAPES = (768, 3072), (3072, 768), (768, 2304)

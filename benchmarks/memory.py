@@ -105,10 +105,10 @@ def make(folder, name, alone, model):
     model = DualEncoder.from_open_clip(model).eval()
     print('model', {k: round(v) for k, v in sizes().items()}, flush=True)
     if name.startswith('onnx'):
-        from mmembed.export.onnx import export_onnx
-        from mmembed.export.variants import Variant
+        from mmembed.exporters.onnx.export import export_onnx
+        from mmembed.exporters.variants import Variant
         return export_onnx(model, folder/name, Variant(**PARTS[name]))
-    from mmembed.export.verify import export
+    from mmembed.exporters.export import export
     export(model, folder/f'{name}.pt', fresh=not alone, cpp=False, **PARTS[name])
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from mmembed.export import cases, host
-from mmembed.export.verify import verify
+from mmembed.exporters.verify import samples as cases, cpp as host
+from mmembed.exporters.verify.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT/'build'/'sanitize'

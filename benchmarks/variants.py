@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from benchmarks import begun
 import mmembed as mm
 from mmembed.core.torchscript import quietly
-from mmembed.export.artifact import assemble, save
-from mmembed.export.card import make_card
+from mmembed.exporters.artifact import assemble, save
+from mmembed.exporters.card import make_card
 from mmembed.core.quantize import stored, unstored
-from mmembed.export.variants import Variant
-from mmembed.export.card import sha256
-from mmembed.export.verify import tensors
+from mmembed.exporters.variants import Variant
+from mmembed.exporters.card import sha256
+from mmembed.exporters.verify.verify import tensors
 from mmembed.train.modules import judge
 
 VARIANTS = {'fp32': Variant(), 'bf16': Variant(precision='bf16'), 'int8': Variant(quantize='int8'), 'fold': Variant(fold=True),

@@ -10,7 +10,7 @@ _WHERE = {
     'timm_tower': 'models.open_clip', 'DualEncoder': 'models.dual', 'PairClassifier': 'models.pair',
     'LitDualEncoder': 'train.modules', 'LitPairClassifier': 'train.modules', 'load_checkpoint': 'train.checkpoint',
     'Client': 'serve.client',
-    'verify': 'export.verify', 'read_card': 'runtime.artifact', 'Embedder': 'runtime.embedder', 'load': 'runtime.embedder',
+    'verify': 'commands.ask', 'read_card': 'runtime.artifact', 'Embedder': 'runtime.embedder', 'load': 'runtime.embedder',
 }
 __all__ = [*_WHERE, 'export']
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-LIBRARIES = ['torch', 'torchvision', 'torchcodec', 'open_clip', 'timm', 'transformers', 'mmembed.export.verify', 'mmembed.models.dual',
+LIBRARIES = ['torch', 'torchvision', 'torchcodec', 'open_clip', 'timm', 'transformers', 'mmembed.exporters.verify.verify', 'mmembed.models.dual',
              'mmembed.models.pair', 'mmembed.models.transformers']  # as a user's process loads them before it makes a model
 
 

@@ -118,5 +118,5 @@ def on_avx2(folder, program, *words, emulated=False):
 
 def needs_exact_int8():
     "Skips where oneDNN is held to less than the processor has, and then saturates sums of int8 products."
-    from mmembed.export.variants import exact_products
+    from mmembed.exporters.int8 import exact_products
     if not exact_products(): pytest.skip(f'products of int8 saturate here: {instruction_sets()}')

@@ -5,7 +5,7 @@ import torch
 
 from mmembed.runtime.benchmark import in_turns, measure, samples
 from mmembed.cli import main
-from mmembed.export import cases
+from mmembed.exporters.verify import samples as cases
 
 from .export import tiny
 

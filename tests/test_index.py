@@ -16,7 +16,7 @@ pytest.importorskip('lancedb', reason='the extra "search" is not installed')
 
 from mmembed.cli import main
 from mmembed.data.scenes import Scenes
-from mmembed.export.verify import export
+from mmembed.exporters.export import export
 from mmembed.approximate import KINDS
 from mmembed.index import Index
 from mmembed.jobs import embed

@@ -23,7 +23,7 @@ import mmembed.tables as tables
 from mmembed.cli import main
 from mmembed.data.scenes import Scenes
 from mmembed.data.source import Source
-from mmembed.export.verify import export
+from mmembed.exporters.export import export
 from mmembed.data.webdataset import ShardRows
 from mmembed.data.tables import Table
 from mmembed.data.open import excerpt, open_source, read_lines, survey

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import mmembed as mm
-from mmembed.export import cases
+from mmembed.exporters.verify import samples as cases
 from mmembed.core.markers import doubt, names_image
 from mmembed.queries import Query
 from mmembed.runtime.embedder import load

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmembed.export import cases
+from mmembed.exporters.verify import samples as cases
 
 from .export import tiny
 

@@ -12,8 +12,8 @@ import torch
 from mmembed import load
 from mmembed.runtime import processor
 from mmembed.core.torchscript import quietly
-from mmembed.export.kernels import Linear
-from mmembed.export.variants import SAME
+from mmembed.exporters.onednn import Linear
+from mmembed.exporters.variants import SAME
 from mmembed.runtime.artifact import prepack
 from mmembed.runtime.processor import chosen, described, folder
 

@@ -17,8 +17,8 @@ from PIL import Image
 from mmembed.core.types import Tokens
 from mmembed.core.packing import as_bytes, pack
 from mmembed.core.torchscript import quietly
-from mmembed.export import cases
-from mmembed.export.verify import verify
+from mmembed.exporters.verify import samples as cases
+from mmembed.exporters.verify.verify import verify
 from mmembed.runtime.inputs import enough
 from mmembed.runtime.results import ranking
 from mmembed.runtime.embedder import BYTES, Embedder, load, portions

@@ -28,7 +28,7 @@ def verify(
 
     mmembed verify model.pt --cpp --onnx onnx
     mmembed verify model.pt --data pairs.csv"""
-    from mmembed.export.verify import verify as compare
+    from mmembed.exporters.verify.verify import verify as compare
     own = []
     if data:
         from mmembed.data.open import open_pairs

@@ -204,7 +204,7 @@ def export(
             with working('compiling tokenizer and towers, and asking them the same'): report = mm.export(model, compiled, **options)
             if not json: print(f'\n{report}\n\n{near(compiled)} ({Path(compiled).stat().st_size / 1e6:.1f} MB)')
     if triton:
-        from mmembed.export.triton import export_triton
+        from mmembed.exporters.triton import export_triton
         written = export_triton(checkpoint if made else out, triton, onnx=onnx, **served)
         if not json: print(f'Triton: {", ".join(p.name for p in written)} in {near(triton)}')
 

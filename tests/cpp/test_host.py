@@ -14,8 +14,9 @@ import torch
 
 from mmembed.runtime import processor
 from mmembed.core.packing import as_bytes
-from mmembed.export import cases, host
-from mmembed.export.verify import export, verify
+from mmembed.exporters.verify import samples as cases, cpp as host
+from mmembed.exporters.export import export
+from mmembed.exporters.verify.verify import verify
 from mmembed.runtime.embedder import load
 
 from ..export import tiny

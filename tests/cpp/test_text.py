@@ -10,7 +10,7 @@ import torch
 from benchmarks import fuzz_bpe, fuzz_text
 from mmembed.core.packing import pack
 from mmembed.core.torchscript import quietly
-from mmembed.export import host
+from mmembed.exporters.verify import cpp as host
 from mmembed.text.pipeline import TextPipeline
 
 pytestmark = pytest.mark.skipif(bool(host.missing()), reason=host.missing())

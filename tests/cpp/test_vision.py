@@ -6,8 +6,8 @@ import torch
 
 from mmembed.core.packing import as_bytes
 from mmembed.core.files import read_bytes
-from mmembed.export import host
-from mmembed.export.verify import export
+from mmembed.exporters.verify import cpp as host
+from mmembed.exporters.export import export
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
 from mmembed.runtime.embedder import load

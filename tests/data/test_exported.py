@@ -9,7 +9,7 @@ from PIL import Image
 from mmembed.train.pair_data import MatchData
 from mmembed.train.datamodule import PairData
 from mmembed.data.scenes import Scenes
-from mmembed.export.verify import export
+from mmembed.exporters.export import export
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
 from mmembed.runtime.embedder import Embedder

@@ -11,12 +11,13 @@ from benchmarks.fuzz_text import random_texts
 from mmembed.core.types import Tokens
 from mmembed.core.packing import as_bytes, pack
 from mmembed.core.torchscript import quietly
-from mmembed.export.accelerate import ACCELERATIONS, eager_towers, left_behind, waits, why_not
-from mmembed.export.artifact import assemble
-from mmembed.export.card import make_card
-from mmembed.export.onnxhost import provider_of
-from mmembed.export.variants import SelfAttention, Variant, prepared
-from mmembed.export.verify import export
+from mmembed.exporters.cuda_graphs import ACCELERATIONS, eager_towers, left_behind, waits, why_not
+from mmembed.exporters.artifact import assemble
+from mmembed.exporters.card import make_card
+from mmembed.exporters.onnx.model import provider_of
+from mmembed.exporters.int8 import SelfAttention
+from mmembed.exporters.variants import Variant, prepared
+from mmembed.exporters.export import export
 from mmembed.runtime.cuda_graphs import Captured, Graphed
 from mmembed.models.dual import DualEncoder
 from mmembed.models.pair import PairClassifier
@@ -149,7 +150,7 @@ def test_pairs_behind_graphs():
 def test_an_embedder_behind_graphs():
     "Every way in, for sizes that are captured and larger ones; from several threads."
     from concurrent.futures import ThreadPoolExecutor
-    from mmembed.export import cases
+    from mmembed.exporters.verify import samples as cases
     plain, emb, texts = load(exported()[0]), load(exported()[0]), cases.texts()[:20]
     images = [as_bytes(b) for b in cases.images().values()]
     emb.module = Captured(emb.module, emb.card, (1, 4))

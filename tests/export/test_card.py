@@ -5,9 +5,9 @@ import zipfile
 import pytest
 import torch
 
-from mmembed.export.card import canonical, make_card, sha256, summary
+from mmembed.exporters.card import canonical, make_card, sha256, summary
 from mmembed.runtime.artifact import read_card
-from mmembed.export.verify import export
+from mmembed.exporters.export import export
 from mmembed.models.towers import ConvNet
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline

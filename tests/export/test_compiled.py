@@ -12,11 +12,15 @@ import pytest
 import torch
 
 from mmembed.core.packing import as_bytes, pack
-from mmembed.export import compiled, host
-from mmembed.export.artifact import assemble
-from mmembed.export.card import make_card
-from mmembed.export.variants import PRECISIONS, SAME, Int8Linear, Variant, exact_products, int8_steps
-from mmembed.export.verify import VerifyError, export, verify
+from mmembed.exporters import aot as compiled
+from mmembed.exporters.verify import cpp as host
+from mmembed.exporters.artifact import assemble
+from mmembed.exporters.card import make_card
+from mmembed.exporters.variants import PRECISIONS, SAME, Variant
+from mmembed.exporters.int8 import Int8Linear, exact_products, int8_steps
+from mmembed.exporters.verify.report import VerifyError
+from mmembed.exporters.export import export
+from mmembed.exporters.verify.verify import verify
 from mmembed.runtime.artifact import computes, read_card
 from mmembed.runtime.aot import opened
 from mmembed.runtime.embedder import load
@@ -147,14 +151,14 @@ def test_what_is_altered_fails_and_is_named(tmp_path):
 
 def test_export_leaves_no_package_that_fails(tmp_path):
     def save(artifact, path, card, cpu): shutil.copy(package(), path)
-    with patch('mmembed.export.verify.save_package', save):
+    with patch('mmembed.exporters.aot.save_package', save):
         assert export(tiny.model(), tmp_path/'m.pt2', fresh=False, cpp=False).ok and [p.name for p in tmp_path.iterdir()] == ['m.pt2']
         with pytest.raises(VerifyError, match='n.pt2 fails verification: card, model'): export(tiny.model(seed=1), tmp_path/'n.pt2', fresh=False, cpp=False)
     assert [p.name for p in tmp_path.iterdir()] == ['m.pt2']
 
 
 def test_the_embedder_takes_either_file():
-    from mmembed.export import cases
+    from mmembed.exporters.verify import samples as cases
     fast, slow, images = load(package()), load(tiny.artifact()), [as_bytes(b) for b in cases.images().values()]
     a, b = (e.encode_image(images, on_error='flag') for e in (fast, slow))
     assert a.errors == b.errors and 0 < a.ok.sum() < len(images) and torch.allclose(a.embedding, b.embedding, atol=1e-5)

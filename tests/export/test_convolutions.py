@@ -8,10 +8,10 @@ from torch import nn
 
 import mmembed as mm
 from mmembed.commands.make import calibration
-from mmembed.export.artifact import assemble
-from mmembed.export.convolutions import Int8Conv, Largest, Span, converted, int8_convolutions, safe_step, traced
-from mmembed.export.variants import FULL, SAME, Variant, prepared
-from mmembed.export.verify import export
+from mmembed.exporters.artifact import assemble
+from mmembed.exporters.convolutions import Int8Conv, Largest, Span, converted, int8_convolutions, safe_step, traced
+from mmembed.exporters.variants import FULL, SAME, Variant, prepared
+from mmembed.exporters.export import export
 from mmembed.core.torchscript import quietly
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import TorchvisionTower

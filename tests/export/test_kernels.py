@@ -11,7 +11,7 @@ from torchvision.models import resnet18
 
 from mmembed import load
 from mmembed.core.torchscript import quietly
-from mmembed.export.kernels import Conv, Linear, Patches, folded, quick
+from mmembed.exporters.onednn import Conv, Linear, Patches, folded, quick
 from mmembed.runtime.artifact import prepack
 
 from ..helpers import instruction_sets

@@ -14,9 +14,10 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from mmembed.core.torchscript import quietly
-from mmembed.export import cases
-from mmembed.export.artifact import assemble, save, size_of
-from mmembed.export.variants import Int8Embedding, Variant, int8_linear, prepared, with_linear_attention
+from mmembed.exporters.verify import samples as cases
+from mmembed.exporters.artifact import assemble, save, size_of
+from mmembed.exporters.int8 import Int8Embedding, int8_linear, with_linear_attention
+from mmembed.exporters.variants import Variant, prepared
 from mmembed.runtime.artifact import prepack, read_card, records_hash, records_of
 from mmembed.runtime.aot import mapped, opened
 from mmembed.runtime.embedder import load
@@ -141,7 +142,7 @@ def test_constants_of_a_file_are_not_taken_for_its_weights(tmp_path):
 
 def test_verification_has_the_weights_once(monkeypatch):
     "What the file holds is the model's own, where it is equal; what is not is the file's, and is told."
-    module, model, held = importlib.import_module('mmembed.export.verify'), tiny.model(), []
+    module, model, held = importlib.import_module('mmembed.exporters.verify.verify'), tiny.model(), []
     real = module.opened
     def watched(*args, **kwargs):
         found = real(*args, **kwargs)
@@ -215,7 +216,7 @@ except OSError as e: print(e.strerror, e.filename == sys.argv[1])
 
 def test_what_torchs_writer_cannot_write_is_an_error_afterwards(tmp_path):
     "Its first pass had room; the disk fills during the second."
-    module = importlib.import_module('mmembed.export.artifact')
+    module = importlib.import_module('mmembed.exporters.artifact')
     scripted = quietly(torch.jit.script, nn.Linear(512, 512))
     class Full:
         def __init__(self, file): self.file, self.left = file, 200_000
@@ -233,7 +234,7 @@ def test_what_torchs_writer_cannot_write_is_an_error_afterwards(tmp_path):
 
 def test_an_error_of_ours_while_torch_writes_is_that_error(tmp_path, monkeypatch):
     "torch's writer ends its archive as it goes; the file is closed by then, and an exception there would end the process."
-    module = importlib.import_module('mmembed.export.artifact')
+    module = importlib.import_module('mmembed.exporters.artifact')
     real = module.records_of
     def cut_off(*args, **kwargs):
         for i, record in enumerate(real(*args, **kwargs)):
@@ -258,7 +259,7 @@ def test_records_in_one_buffer_are_those_of_the_archive(tmp_path):
 
 
 def test_the_artifact_is_let_go_before_another_process_loads_it(monkeypatch):
-    module, held = importlib.import_module('mmembed.export.verify'), []
+    module, held = importlib.import_module('mmembed.exporters.verify.verify'), []
     real_opened, real_fresh = module.opened, module.fresh_answers
     def watched(*args, **kwargs):
         found = real_opened(*args, **kwargs)

@@ -13,21 +13,22 @@ from torch import nn
 
 import mmembed as mm
 from mmembed.core.packing import pack
-from mmembed.export import cases
-from mmembed.export import onnx as graphs
-from mmembed.export import pixels
-from mmembed.export.graph import written
-from mmembed.export.onnxhost import OnnxModel
-from mmembed.export.onnx import export_onnx
-from mmembed.export.graph import intact, read_onnx_card
-from mmembed.export.onnxfiles import add_files
-from mmembed.export.steps import Steps
-from mmembed.export.variants import Variant
-from mmembed.export.verify import export, verify
+from mmembed.exporters.verify import samples as cases
+from mmembed.exporters.onnx import export as graphs
+from mmembed.exporters.graph import vision as pixels
+from mmembed.exporters.onnx.builder import written
+from mmembed.exporters.onnx.model import OnnxModel
+from mmembed.exporters.onnx.export import export_onnx
+from mmembed.exporters.onnx.builder import intact, read_onnx_card
+from mmembed.exporters.onnx.files import add_files
+from mmembed.exporters.steps import Steps
+from mmembed.exporters.variants import Variant
+from mmembed.exporters.export import export
+from mmembed.exporters.verify.verify import verify
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
-from mmembed.text import exits
-from mmembed.text.exits import operators
+from mmembed.exporters.graph import program as exits
+from mmembed.exporters.graph.program import operators
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 
@@ -314,7 +315,7 @@ def test_what_a_graph_cannot_hold(options, message, tmp_path):
 def test_triton_serves_both(made, pairs, tmp_path, capsys):
     import onnxruntime
     from mmembed.cli import main
-    from mmembed.export import triton
+    from mmembed.exporters import triton
     assert main(['export', str(made[0]), '--triton', str(tmp_path/'m'), '--onnx', str(made[1])]) == 0
     assert 'model_text_onnx, model_image_onnx' in capsys.readouterr().out
     triton.export_triton(pairs[0], tmp_path/'m', 'both', onnx=pairs[1])

@@ -6,8 +6,9 @@ import torch
 
 from mmembed import load
 from mmembed.core.torchscript import quietly
-from mmembed.export.variants import PRECISIONS, SAME, Int8Linear, int8_steps
-from mmembed.export.verify import export
+from mmembed.exporters.variants import PRECISIONS, SAME
+from mmembed.exporters.int8 import Int8Linear, int8_steps
+from mmembed.exporters.export import export
 from mmembed.runtime.artifact import prepack
 
 from ..helpers import on_avx2

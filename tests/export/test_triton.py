@@ -8,8 +8,9 @@ import torch
 from mmembed.cli import main
 from mmembed.core.packing import pack
 from mmembed.core.torchscript import quietly
-from mmembed.export import cases, triton
-from mmembed.export.verify import export
+from mmembed.exporters.verify import samples as cases
+from mmembed.exporters import triton
+from mmembed.exporters.export import export
 from mmembed.runtime.embedder import load
 from mmembed.core.errors import reason
 

@@ -6,13 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmembed.core.torchscript import quietly
-from mmembed.export import cases
-from mmembed.export.artifact import assemble
+from mmembed.exporters.verify import samples as cases
+from mmembed.exporters.artifact import assemble
 from mmembed.runtime.artifact import read_card
 from mmembed.core.quantize import unstored
-from mmembed.export.steps import Steps, read_classes
-from mmembed.export.variants import FULL, Int8Linear, Variant, channel_peaks, evened, int8_linear, prepared
-from mmembed.export.verify import VerifyError, export
+from mmembed.exporters.steps import Steps, read_classes
+from mmembed.exporters.variants import FULL, Variant, prepared
+from mmembed.exporters.int8 import Int8Linear, channel_peaks, evened, int8_linear
+from mmembed.exporters.verify.report import VerifyError
+from mmembed.exporters.export import export
 
 from . import tiny
 

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 
 import mmembed
 from mmembed.core.torchscript import quietly
-from mmembed.export import cases
-from mmembed.export.artifact import save
-from mmembed.export.answers import program
-from mmembed.export.verify import BOUNDS, Report, Row, VerifyError, export, verify
+from mmembed.exporters.verify import samples as cases
+from mmembed.exporters.artifact import save
+from mmembed.exporters.verify.hosts import program
+from mmembed.exporters.verify.report import BOUNDS, Report, Row, VerifyError
+from mmembed.exporters.export import export
+from mmembed.exporters.verify.verify import verify
 from mmembed.models.towers import ConvNet
 from mmembed.vision.pipeline import VisionPipeline
 
@@ -170,11 +172,11 @@ def test_export_leaves_no_file_that_fails(tmp_path):
 
 
 def test_a_host_that_does_not_answer_fails(monkeypatch):
-    answers = importlib.import_module('mmembed.export.answers').answers
+    answers = importlib.import_module('mmembed.exporters.verify.hosts').answers
     def dumb(module, **asked): return {k: v for k, v in answers(module, **asked).items() if k not in (('score', 3), ('pixels', 1))}
     want = answers(tiny.model_as_eager(), [], [], [0])
     assert ('text embedding', 0) in want
-    monkeypatch.setattr('mmembed.export.verify.fresh_answers', lambda path, asked, decode: dumb(tiny.loaded(), **asked))
+    monkeypatch.setattr('mmembed.exporters.verify.hosts.fresh_answers', lambda path, asked, decode: dumb(tiny.loaded(), **asked))
     report = verify(tiny.artifact(), cpp=False)
     assert failing(report) == {('fresh process', 'pixels'), ('fresh process', 'score')}
     with pytest.raises(VerifyError, match=r'fresh process, pixels: no answer for batches of \[1\]'): report.check()
@@ -182,7 +184,7 @@ def test_a_host_that_does_not_answer_fails(monkeypatch):
 
 def test_the_file_is_asked_as_its_hosts_run_it(monkeypatch):
     "Without the executor that recompiles in the first calls, functions left apart; afterwards the process has its own again."
-    module, seen = importlib.import_module('mmembed.export.verify'), []
+    module, seen = importlib.import_module('mmembed.exporters.verify.verify'), []
     def noted(asked, **inputs):
         seen.extend([torch._C._jit_set_profiling_mode(False), torch._C._get_graph_executor_optimize()])
         return {}
@@ -195,24 +197,24 @@ def test_the_file_is_asked_as_its_hosts_run_it(monkeypatch):
 
 def test_the_difference_is_the_largest_and_not_the_mean(monkeypatch):
     "One value of one text among thousands of values is off."
-    answers = importlib.import_module('mmembed.export.answers').answers
+    answers = importlib.import_module('mmembed.exporters.verify.hosts').answers
     def nearly(path, asked, decode):
         got = answers(tiny.loaded(), **asked)
         got['text embedding', 64][0][3, 5] += 0.01
         return got
-    monkeypatch.setattr('mmembed.export.verify.fresh_answers', nearly)
+    monkeypatch.setattr('mmembed.exporters.verify.hosts.fresh_answers', nearly)
     report = verify(tiny.artifact(), cpp=False)
     row, = report.failures
     assert (row.stage, row.what, row.n) == ('fresh process', 'text embedding', 24 * 3 * len(cases.texts())) and row.difference == pytest.approx(0.01, abs=1e-6)
 
 
 def test_a_value_that_is_not_a_number_is_a_difference(monkeypatch):
-    answers = importlib.import_module('mmembed.export.answers').answers
+    answers = importlib.import_module('mmembed.exporters.verify.hosts').answers
     def broken(path, asked, decode):
         got = answers(tiny.loaded(), **asked)
         got['image embedding', 3][1][0, 7] = float('nan')
         return got
-    monkeypatch.setattr('mmembed.export.verify.fresh_answers', broken)
+    monkeypatch.setattr('mmembed.exporters.verify.hosts.fresh_answers', broken)
     row, = verify(tiny.artifact(), cpp=False).failures
     assert (row.stage, row.what, row.difference) == ('fresh process', 'image embedding', float('inf'))
 
@@ -240,7 +242,7 @@ def test_the_fresh_process_knows_no_mmembed():
 
 
 def test_a_fresh_process_that_dies_is_a_failing_stage(monkeypatch):
-    monkeypatch.setattr(importlib.import_module('mmembed.export.answers'), 'program', lambda: 'import sys; sys.exit("no such luck")')
+    monkeypatch.setattr(importlib.import_module('mmembed.exporters.verify.hosts'), 'program', lambda: 'import sys; sys.exit("no such luck")')
     report = verify(tiny.artifact(), cpp=False)
     assert failing(report) == {('fresh process', 'runs')} and report.failures[0].note == 'no such luck'
     with pytest.raises(VerifyError, match='fresh process, runs: no such luck'): report.check()

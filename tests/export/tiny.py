@@ -5,8 +5,8 @@ import pickle
 import torch
 
 from mmembed.core.torchscript import quietly
-from mmembed.export.answers import Eager
-from mmembed.export.verify import export
+from mmembed.exporters.reference import Eager
+from mmembed.exporters.export import export
 from mmembed.models.dual import DualEncoder
 from mmembed.models.pair import PairClassifier
 from mmembed.models.towers import ConvNet, TextTransformer

@@ -13,8 +13,8 @@ from PIL import Image
 from transformers import (BertConfig, BertModel, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast,
                           SiglipConfig, SiglipImageProcessor, SiglipModel, VisionTextDualEncoderModel)
 
-from mmembed.export import cases
-from mmembed.export.verify import export
+from mmembed.exporters.verify import samples as cases
+from mmembed.exporters.export import export
 from mmembed.models.dual import DualEncoder
 from mmembed.models.transformers import TransformersText, transformers_towers
 from mmembed.models.base import from_spec

@@ -8,7 +8,8 @@ import mmembed as mm
 from mmembed.core.packing import pack
 from mmembed.core.torchscript import quietly
 from mmembed.data.scenes import Scenes
-from mmembed.export.verify import VerifyError, verify
+from mmembed.exporters.verify.report import VerifyError
+from mmembed.exporters.verify.verify import verify
 from mmembed.models.dual import DualEncoder
 from mmembed.models.pair import PairClassifier
 from mmembed.models.base import from_spec

@@ -7,7 +7,7 @@ import torch
 from open_clip import factory
 
 from mmembed.core.types import Tokens
-from mmembed.export.verify import export
+from mmembed.exporters.export import export
 from mmembed.models.dual import DualEncoder
 from mmembed.models.open_clip import OpenClipText, open_clip_towers, timm_tower
 from mmembed.models.base import from_spec

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from mmembed.export import cases
+from mmembed.exporters.verify import samples as cases
 from mmembed.serve.engine import Options
 from mmembed.serve.server import running
 from mmembed.serve.service import Config

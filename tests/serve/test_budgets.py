@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from websockets.sync.client import connect
 
-from mmembed.export import cases
+from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import Embedder
 from mmembed.serve.engine import Engine, Options
 from mmembed.serve.lane import Item

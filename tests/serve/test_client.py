@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import mmembed as mm
-from mmembed.export import cases
+from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import load
 from mmembed.serve.client import Client
 from mmembed.serve.ways import ServiceError

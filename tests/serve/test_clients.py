@@ -9,7 +9,7 @@ import pytest
 from websockets.sync.client import connect
 
 from mmembed.cli import main
-from mmembed.export import cases
+from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import load
 from mmembed.serve.engine import Busy
 from mmembed.serve.lane import Item

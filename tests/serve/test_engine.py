@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmembed.export import cases
+from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import Embedder
 from mmembed.serve.engine import Busy, Engine, Options, Unfit
 from mmembed.serve.lane import Item

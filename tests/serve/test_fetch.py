@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx2
 import pytest
 
-from mmembed.export import cases
+from mmembed.exporters.verify import samples as cases
 from mmembed.serve.server import running
 from mmembed.serve.wire import Refused, permitted
 

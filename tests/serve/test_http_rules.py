@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
-from mmembed.export import cases
+from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import load
 from mmembed.serve.edge import EXPOSED, inflated
 from mmembed.serve.protos import message

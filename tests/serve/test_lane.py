@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from mmembed.export import cases
+from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import Embedder
 from mmembed.serve.engine import Engine, Options
 from mmembed.serve.lane import Item

@@ -13,7 +13,7 @@ os.environ.update(RAY_USAGE_STATS_ENABLED='0', RAY_ENABLE_UV_RUN_RUNTIME_ENV='0'
 ray = pytest.importorskip('ray', reason='Ray is not installed')
 serve = pytest.importorskip('ray.serve', reason='Ray Serve is not installed')
 
-from mmembed.export import cases
+from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import Embedder
 from mmembed.serve.client import Client
 from mmembed.serve.ways import ServiceError

@@ -18,7 +18,7 @@ import pytest
 import uvicorn
 from websockets.asyncio.client import connect
 
-from mmembed.export import cases
+from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import Embedder
 from mmembed.serve import inference, rpc
 from mmembed.serve.lane import Item

@@ -10,7 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from mmembed.export import cases
+from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import load
 from mmembed.serve import protos
 from mmembed.serve.protos import message, methods

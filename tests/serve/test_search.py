@@ -5,7 +5,7 @@ import httpx2
 import numpy as np
 import pytest
 
-from mmembed.export import cases
+from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import Embedder
 from mmembed.serve.client import Client
 from mmembed.serve.ways import ServiceError

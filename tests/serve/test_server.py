@@ -21,7 +21,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from prometheus_client.multiprocess import mark_process_dead
 
 from mmembed.cli import main
-from mmembed.export import cases
+from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import Embedder
 from mmembed.runtime.artifact import read_card
 from mmembed.serve.client import Client

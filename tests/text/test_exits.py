@@ -13,11 +13,11 @@ from benchmarks.fuzz_bpe import bpe_texts, clip_tokenizer
 from benchmarks.fuzz_exits import AWKWARD, FAMILIES, LONG, differing, learnt, onnx_runner, uncased, words
 from benchmarks.fuzz_text import bert_tokenizer, code_points, corpus, random_bytes, random_texts
 from mmembed.core.packing import pack
-from mmembed.text import exits
+from mmembed.exporters.graph import program as exits
 from mmembed.text.bpe import BytePairs, byte_letters
-from mmembed.text.exits import export_program, operators, text_to_onnx
-from mmembed.text.looped import exported_form
-from mmembed.text.looped import LoopedBytePairs, LoopedNfc
+from mmembed.exporters.graph.program import export_program, operators, text_to_onnx
+from mmembed.exporters.graph.text import exported_form
+from mmembed.exporters.graph.text import LoopedBytePairs, LoopedNfc
 from mmembed.text.nfc import Nfc, nfc_rules
 from mmembed.text.pipeline import TextPipeline
 from mmembed.text.hash_table import VocabTable

@@ -13,7 +13,7 @@ jieba = pytest.importorskip('jieba')
 from benchmarks import fuzz_segment, fuzz_text, fuzz_unigram  # noqa: E402
 from benchmarks.fuzz_exits import differing  # noqa: E402
 from mmembed.core.packing import pack  # noqa: E402
-from mmembed.text.exits import export_program, operators  # noqa: E402
+from mmembed.exporters.graph.program import export_program, operators  # noqa: E402
 from mmembed.text.pipeline import TextPipeline  # noqa: E402
 from tests.helpers import data_path, in_form  # noqa: E402
 from tests.text.test_exits import exits_once  # noqa: E402

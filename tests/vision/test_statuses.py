@@ -7,7 +7,7 @@ from mmembed.train.datamodule import PairData
 from mmembed.train.batches import Rows
 from mmembed.data.scenes import Scenes
 from mmembed.data.source import Source
-from mmembed.export import cases
+from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import load
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
