@@ -10,14 +10,13 @@ _WHERE = {
     'timm_tower': 'models.open_clip', 'DualEncoder': 'models.dual', 'PairClassifier': 'models.pair',
     'LitDualEncoder': 'train.modules', 'LitPairClassifier': 'train.modules', 'load_checkpoint': 'train.checkpoint',
     'Client': 'serve.client',
-    'verify': 'commands.ask', 'read_card': 'runtime.artifact', 'Embedder': 'runtime.embedder', 'load': 'runtime.embedder',
+    'export': 'exporters.export', 'verify': 'exporters.verify.verify', 'read_card': 'runtime.artifact', 'Embedder': 'runtime.embedder', 'load': 'runtime.embedder',
 }
-__all__ = [*_WHERE, 'export']
+__all__ = [*_WHERE]
 
 
 def __getattr__(name):
     from importlib import import_module
-    if name == 'export': return import_module('.export', __name__)  # the package is callable: mm.export(model, path)
     if name not in _WHERE: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     return getattr(import_module(f'.{_WHERE[name]}', __name__), name)
 
