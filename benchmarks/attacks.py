@@ -46,7 +46,7 @@ def dripping() -> ThreadingHTTPServer:
 
 def index(artifact) -> Path:
     "The folder of a small index, so that conditions have something to be asked of."
-    from mmembed.index import Index
+    from mmembed.retrieval.index import Index
     folder = Path(tempfile.mkdtemp(prefix='mmembed-soak-'))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     (folder/'images').mkdir()

@@ -25,7 +25,7 @@ from benchmarks import begun
 from mmembed.data.scenes import Scenes
 from mmembed.data.source import Part
 from mmembed.data.tables import PairsFile
-from mmembed.jobs import embed
+from mmembed.retrieval.embed import embed
 from mmembed.runtime.embedder import Embedder
 
 PEERS = {
@@ -92,7 +92,7 @@ def share(args, tmp):
 
 def workers(args, tmp):
     "Each run has as many cores as workers; a rate is from the first part that is ready to the last."
-    from mmembed.rayjobs import embed_ray
+    from mmembed.retrieval.ray import embed_ray
     model, source, all_cores = args.model or artifact(tmp), photos(args.rows), sorted(os.sched_getaffinity(0))
     rates = {'one process': {}, 'Ray workers': {}}
     for k in range(args.rounds):

@@ -144,7 +144,7 @@ def rates(ask, queries, truth, most, knobs):
 def lance_table(work, rows):
     "Ready vectors in a LanceDB table, once; what an approximate kind builds on."
     import pyarrow as pa
-    from mmembed.index import Index
+    from mmembed.retrieval.index import Index
     folder, x = work/f'lance-{rows}', np.load(work/f'vectors-{rows}.npy', mmap_mode='r')
     def batches():
         for i in range(0, rows, CHUNK):
@@ -155,8 +155,8 @@ def lance_table(work, rows):
 
 
 def lance_build(kind, work, rows):
-    from mmembed.approximate import KINDS
-    from mmembed.index import Index
+    from mmembed.retrieval.ann import KINDS
+    from mmembed.retrieval.index import Index
     if kind == 'flat':
         lance_table(work, rows)
         return Index(work/f'lance-{rows}').info()['bytes']
@@ -172,7 +172,7 @@ def lance_build(kind, work, rows):
 
 
 def lance_ask(kind, work, rows):
-    from mmembed.index import Index
+    from mmembed.retrieval.index import Index
     index = Index(work/(f'lance-{rows}' if kind == 'flat' else f'lance-{rows}-{kind}'))
     return [(knobs, lambda q, knobs=knobs: [int(r['id']) for r in index._nearest(q, 10, None, kind == 'flat', knobs)]) for knobs in settings(kind)]
 
@@ -238,7 +238,7 @@ def faiss_ask(kind, work, rows):
 def one(stage, name, work, rows, most):
     "A contender's building, or its answers; what it prints into `work`."
     library, _, kind = name.partition('_')
-    if library == 'lance': import lancedb, mmembed.index  # noqa: F401  what libraries take is not the index's
+    if library == 'lance': import lancedb, mmembed.retrieval.index  # noqa: F401  what libraries take is not the index's
     else: import faiss  # noqa: F401
     before, start, cpu = resident(), time.perf_counter(), time.process_time()
     if stage == 'build':

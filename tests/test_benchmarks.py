@@ -143,7 +143,7 @@ def test_faiss_is_built_as_lance_is(search, monkeypatch):
         def __init__(self, folder): self._table = self
         def create_index(self, column, config, **kw): made[kind] = config
         def info(self): return dict(bytes=0)
-    monkeypatch.setattr('mmembed.index.Index', Lance)
+    monkeypatch.setattr('mmembed.retrieval.index.Index', Lance)
     monkeypatch.setattr(search.shutil, 'copytree', lambda *a, **kw: None)
     for kind in kinds[1:]: search.lance_build(kind, ROOT, rows)
     for kind in kinds[1:]:

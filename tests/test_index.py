@@ -17,15 +17,15 @@ pytest.importorskip('lancedb', reason='the extra "search" is not installed')
 from mmembed.cli import main
 from mmembed.data.scenes import Scenes
 from mmembed.exporters.export import export
-from mmembed.approximate import KINDS
-from mmembed.index import Index
-from mmembed.jobs import embed
+from mmembed.retrieval.ann import KINDS
+from mmembed.retrieval.index import Index
+from mmembed.retrieval.embed import embed
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
-from mmembed.queries import Found, Query, merged, near_pairs
+from mmembed.retrieval.query import Found, Query, merged, near_pairs
 from mmembed.runtime.embedder import Embedder
 from mmembed.text.pipeline import TextPipeline
-from mmembed.transactions import asked
+from mmembed.retrieval.lance import asked
 from mmembed.vision.pipeline import VisionPipeline
 
 from .helpers import HANG, built_once

@@ -27,15 +27,15 @@ from mmembed.exporters.export import export
 from mmembed.data.webdataset import ShardRows
 from mmembed.data.tables import Table
 from mmembed.data.open import excerpt, open_source, read_lines, survey
-from mmembed.jobs import embed
+from mmembed.retrieval.embed import embed
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
-from mmembed.outputs import FORMS, embed_to
+from mmembed.retrieval.writers import FORMS, embed_to
 from mmembed.runtime.embedder import Embedder
 from mmembed.serve.engine import Engine, Options
 from mmembed.serve.lane import Item
 from mmembed.core.quantize import PRECISIONS, from_precision, to_precision
-from mmembed.tables import load_vectors, read_job
+from mmembed.retrieval.parts import load_vectors, read_job
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 

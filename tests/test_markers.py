@@ -5,7 +5,7 @@ import torch
 import mmembed as mm
 from mmembed.exporters.verify import samples as cases
 from mmembed.core.markers import doubt, names_image
-from mmembed.queries import Query
+from mmembed.retrieval.query import Query
 from mmembed.runtime.embedder import load
 
 from .export import tiny
@@ -57,5 +57,5 @@ def test_a_query_and_every_way_to_score(emb, tmp_path):
 
 def test_what_is_declared_a_text_is_one(emb):
     "A column of texts holds whatever it holds."
-    from mmembed.spark import predict_texts
+    from mmembed.retrieval.spark import predict_texts
     assert torch.isfinite(torch.from_numpy(predict_texts(tiny.artifact())()(['cat.jpg', 'a']))).all()

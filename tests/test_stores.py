@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip('lancedb', reason='the extra "search" is not installed')
 
 from mmembed.data.scenes import Scenes
-from mmembed.index import Index
-from mmembed.stores import PostgresIndex, to_faiss
+from mmembed.retrieval.index import Index
+from mmembed.retrieval.postgres import PostgresIndex, to_faiss
 
 from .test_index import HOSTILE, HOSTILE_CONDITIONS, D, N, artifact, matrix, points, table
 

@@ -26,7 +26,7 @@ def ours(what):
     "`mmembed embed`, as it is: decoding threads, one shape for the towers, whole Parquet files."
     from mmembed.data.folders import Files
     from mmembed.data.open import Lines
-    from mmembed.jobs import embed
+    from mmembed.retrieval.embed import embed
     from mmembed.runtime.embedder import Embedder
     emb = Embedder(FOLDER/f'{what}.pt', batch_size=BATCH, deterministic=True)
     lines = (FOLDER/'captions.txt').read_bytes().splitlines()

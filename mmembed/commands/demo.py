@@ -37,7 +37,7 @@ def demo(
     from mmembed.demo.app import default_artifact, serve
     from mmembed.demo.panels import Panels
     from mmembed.demo.pictures import Indexed, embed_folder, embed_scenes
-    from mmembed.jobs import progress_bar
+    from mmembed.retrieval.embed import progress_bar
     from mmembed.runtime.embedder import load
     if images and not Path(images).is_dir(): raise FileNotFoundError(f'{images} is no folder: --images wants one with pictures')
     if limit < 1: raise ValueError(f'limit must be at least 1, got {limit}')
@@ -45,7 +45,7 @@ def demo(
     emb, sets = load(artifact, device), []
     if not hasattr(emb.module, 'score_pairs'):
         if index:
-            from mmembed.index import Index
+            from mmembed.retrieval.index import Index
             sets.append(Indexed(Index(index, emb)))
         if images:
             with progress_bar() as progress: sets.append(embed_folder(emb, images, limit, threads, progress))

@@ -70,11 +70,11 @@ def embed(
     if not Out:
         if engine != 'local' or spark: raise ValueError(f'{"--spark is of" if spark else "--engine ray writes"} files: name them with -o')
         return _print(artifact, found, what or 'image', options['keep'], batch, threads, device)
-    from mmembed.jobs import embed as run, progress_bar
-    from mmembed.outputs import embed_to
+    from mmembed.retrieval.embed import embed as run, progress_bar
+    from mmembed.retrieval.writers import embed_to
     more: dict = dict(threads=threads)
     if engine == 'ray':
-        from mmembed.rayjobs import embed_ray as run
+        from mmembed.retrieval.ray import embed_ray as run
         low, _, high = workers.partition('-')
         if not (low.isdigit() and (high or low).isdigit() and 0 < int(low) <= int(high or low)): raise ValueError(f'--workers must be a number or a range such as 2-16, got {workers!r}')
         more |= dict(workers=(int(low), int(high or low)), address=address, gpus=gpus, cpus=cpus)
@@ -108,7 +108,7 @@ def _print(artifact, source, what, keep, batch, threads, device):
     "JSON lines of a source, as they come."
     from mmembed.core.threads import cores
     from mmembed.data.open import column_types
-    from mmembed.jobs import batches, service_batch
+    from mmembed.retrieval.embed import batches, service_batch
     from mmembed.runtime.embedder import Embedder
     column_types(source, keep)
     emb, failed = Embedder(artifact, device, batch_size=batch or service_batch(device), deterministic=True), 0

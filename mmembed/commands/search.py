@@ -55,7 +55,7 @@ def _source(args) -> dict:
     return dict(columns=columns, thumbnails=args.thumbnails, prefix=args.prefix, threads=args.threads, **given)
 
 def _told(index, what: str, known: int = 0):
-    from mmembed.queries import one_line
+    from mmembed.retrieval.query import one_line
     print(what)
     bad = index.bad()
     for row in bad[:5]: print(f"  not indexed: {one_line(row['id'])}: {one_line(row['error'])}")
@@ -72,8 +72,8 @@ def build(args):
     mmembed index build model.pt photos -o photos.idx
     mmembed index build model.pt pairs.csv -o pairs.idx --keep year,price
     mmembed index build model.pt vectors.parquet -o big.idx"""
-    from mmembed.index import Index
-    from mmembed.jobs import progress_bar
+    from mmembed.retrieval.index import Index
+    from mmembed.retrieval.embed import progress_bar
     if args.on_duplicate == 'replace': raise ValueError('there is nothing to replace in a new index: raise or skip')
     with resumable('what is embedded is kept'), progress_bar() as progress:
         index = Index.build(args.artifact, _single(args.source), args.out, args.side, overwrite=args.overwrite, on_duplicate=args.on_duplicate, progress=progress, **_source(args))
@@ -86,8 +86,8 @@ def add(args):
 
     mmembed index add photos.idx new-photos
     mmembed index add photos.idx photos --on-duplicate skip"""
-    from mmembed.index import Index
-    from mmembed.jobs import progress_bar
+    from mmembed.retrieval.index import Index
+    from mmembed.retrieval.embed import progress_bar
     index = Index(args.index, args.model)
     known = len(index.bad())
     with resumable('the index is as it was, what is embedded is kept'), progress_bar() as progress:
@@ -103,7 +103,7 @@ def delete(args):
 
     mmembed index delete photos.idx cat.jpg dog.jpg
     mmembed index delete photos.idx --filter "year < 2000\""""
-    from mmembed.index import Index
+    from mmembed.retrieval.index import Index
     if bool(args.ids) == bool(args.filter): raise ValueError('name either ids or --filter')
     index = Index(args.index)
     n = index.delete(None if args.filter else args.ids, args.filter)
@@ -114,8 +114,8 @@ def info(args):
     """Tell what an index holds, what made it, and how good its approximate search is.
 
     mmembed index info photos.idx"""
-    from mmembed.index import Index
-    from mmembed.queries import one_line
+    from mmembed.retrieval.index import Index
+    from mmembed.retrieval.query import one_line
     index = Index(args.index)
     if args.json: print(json.dumps(index.info(), indent=1, ensure_ascii=False))
     else:
@@ -129,9 +129,9 @@ def failures(args):
 
     mmembed index failures photos.idx
     mmembed index failures photos.idx --retry photos"""
-    from mmembed.index import Index
-    from mmembed.jobs import progress_bar
-    from mmembed.queries import one_line
+    from mmembed.retrieval.index import Index
+    from mmembed.retrieval.embed import progress_bar
+    from mmembed.retrieval.query import one_line
     index = Index(args.index, args.model)
     if args.retry:
         if args.json: raise ValueError('--json lists failures; it does not go with --retry')
@@ -147,7 +147,7 @@ def compact(args):
     """Free the space of old versions and of what killed runs left.
 
     mmembed index compact photos.idx"""
-    from mmembed.index import Index
+    from mmembed.retrieval.index import Index
     index = Index(args.index)
     freed = max(0, index.compact())
     print(f"{freed:,} bytes freed, {index.info()['bytes']:,} left in {near(args.index)}")
@@ -160,7 +160,7 @@ def approximate(args):
 
     mmembed index approximate photos.idx --kind ivf_pq --recall 0.95
     mmembed index approximate photos.idx --queries captions.csv"""
-    from mmembed.index import Index
+    from mmembed.retrieval.index import Index
     index, texts = Index(args.index, args.model), None
     if args.queries: texts = _texts(index, args.queries, args.text_key)
     print(index.approximate(args.kind, args.recall, queries=texts))
@@ -180,7 +180,7 @@ def duplicates(args):
     """Find rows that are nearly the same.
 
     mmembed index duplicates photos.idx --threshold 0.98 --open"""
-    from mmembed.index import Index
+    from mmembed.retrieval.index import Index
     _shown(Index(args.index).duplicates(args.threshold, neighbours=args.neighbours or None), args)
 
 @_command('index clusters', index=_one('a folder that `index build` made'), n=_text('clusters', 10), json=_flag('print groups of ids as JSON'), open=_flag('show them in a browser'))
@@ -188,7 +188,7 @@ def clusters(args):
     """Sort rows into groups that are alike.
 
     mmembed index clusters photos.idx --n 20 --open"""
-    from mmembed.index import Index
+    from mmembed.retrieval.index import Index
     _shown(Index(args.index).clusters(args.n), args)
 
 @_command('index export', index=_one('a folder that `index build` made'), out=_path('the FAISS file', required=True), kind=_text('flat or hnsw', 'flat', choices=['flat', 'hnsw']))
@@ -196,8 +196,8 @@ def export(args):
     """Write the vectors as a FAISS file, with the ids in a JSON file beside it.
 
     mmembed index export photos.idx -o photos.faiss"""
-    from mmembed.index import Index
-    from mmembed.stores import to_faiss
+    from mmembed.retrieval.index import Index
+    from mmembed.retrieval.postgres import to_faiss
     made = to_faiss(Index(args.index), args.out, args.kind)
     print(f'{near(made)}, {near(made.with_suffix(".ids.json"))}')
 
@@ -225,7 +225,7 @@ def search(args):
     mmembed search photos.idx photo.jpg -k 20 --filter "year > 2020" --open
     mmembed search photos.idx "at night" harbour.jpg --minus people
     mmembed search photos.idx --words "red boat\""""
-    from mmembed.index import Index
+    from mmembed.retrieval.index import Index
     index, query = Index(args.index, args.model), _query(args)
     if args.like is not None: found = index.like(args.like, args.k, args.filter)
     else: found = index.search(query, args.k, args.filter, args.exact or None, args.words)
@@ -233,7 +233,7 @@ def search(args):
     if args.open: _browser(found.page())
 
 def _query(args):
-    from mmembed.queries import Query
+    from mmembed.retrieval.query import Query
     weights = [float(w) for w in args.weights.split(',')] if args.weights else [1.]*len(args.query)
     if len(weights) != len(args.query): raise ValueError(f'{len(weights)} weights for {len(args.query)} queries')
     terms = [Query(_item(q), w) for q, w in zip(args.query, weights)] + [Query(_item(q), -1) for q in args.minus]

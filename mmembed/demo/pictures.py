@@ -25,12 +25,12 @@ from ..core.settings import settings
 from ..data.folders import Files
 from ..data.source import Source
 from ..data.open import stamp
-from ..jobs import embed, readable_id
-from ..tables import load_vectors
-from ..queries import one_line
+from ..retrieval.embed import embed, readable_id
+from ..retrieval.parts import load_vectors
+from ..retrieval.query import one_line
 from ..runtime.embedder import Embedder
 from ..core.files import alone, draft
-from ..transactions import among
+from ..retrieval.lance import among
 
 # %% ../../nbs/demo/01_pictures.ipynb #8df10afb
 class Hit(NamedTuple):
@@ -228,7 +228,7 @@ def embed_scenes(
 # %% ../../nbs/demo/01_pictures.ipynb #d1ae409c
 class Indexed(Pictures):
     "The rows of an `Index`, as they are at every call: rows that come get the next numbers, those that go keep theirs"
-    def __init__(self, index): # of `mmembed.index`; raises `ValueError` where another artifact made it than its model
+    def __init__(self, index): # of `mmembed.retrieval.index`; raises `ValueError` where another artifact made it than its model
         super().__init__(f'index {index.folder.name}', [], torch.zeros(0, index.about.dim), self._thumbnail)
         self.index, self._row = index, {}
         index.embedder()

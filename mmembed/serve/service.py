@@ -346,7 +346,7 @@ class Service:
         finally: self.bodies.give(size)
 
     def _open_index(self, path):
-        from mmembed.index import Index
+        from mmembed.retrieval.index import Index
         index = Index.load(path)
         index.check(self.card)
         return index

@@ -146,7 +146,7 @@ def test_the_artifact_alone_answers(folder):
 def indexed(folder):
     "The page of an index with captions and years; its pictures are larger than what is shown of them."
     pytest.importorskip('lancedb', reason='an index needs LanceDB: pip install "mmembed[search]"')
-    from mmembed.index import Index
+    from mmembed.retrieval.index import Index
     with (folder/'large.csv').open('w') as table:
         table.write('image,text,year\n')
         for i, colour in enumerate(['red', 'green', 'blue', 'white', 'black', 'pink']):
@@ -203,7 +203,7 @@ for line in sys.stdin:
 def changing(folder, tmp_path):
     "Panels over an index of three pictures, and a call that another process makes of it."
     pytest.importorskip('lancedb', reason='an index needs LanceDB: pip install "mmembed[search]"')
-    from mmembed.index import Index
+    from mmembed.retrieval.index import Index
     for name, colours in (('old', ['red', 'green', 'blue']), ('new', ['white', 'black', 'pink'])):
         with (tmp_path/f'{name}.csv').open('w') as table:
             table.write('image,text\n')
@@ -278,7 +278,7 @@ def test_questions_while_another_process_writes(changing):
 
 def test_an_index_of_another_artifact_is_refused(changing, folder):
     panels, key, _, d = changing
-    from mmembed.index import Index
+    from mmembed.retrieval.index import Index
     torch.manual_seed(1)
     text = mm.TextTransformer(mm.TextPipeline.learn(['a red circle above a blue ring'] * 3, max_length=16), width=16, depth=1)
     mm.export(mm.DualEncoder(text, mm.ConvNet(mm.VisionPipeline(size=32)), dim=16).eval(), d/'other.pt', fresh=False, cpp=False)

@@ -25,7 +25,7 @@ def index(tmp_path_factory):
     "The folder of an index over pictures of three colours, and its model."
     pytest.importorskip('lancedb', reason='needs the extra search')
     from PIL import Image
-    from mmembed.index import Index
+    from mmembed.retrieval.index import Index
     folder = tmp_path_factory.mktemp('search')
     (folder/'pictures').mkdir()
     for k, color in enumerate(('red', 'green', 'blue', 'black', 'white')): Image.new('RGB', (40 + k, 40), color).save(folder/'pictures'/f'{color}.png')
@@ -40,7 +40,7 @@ def searching(index, tmp_path_factory):
 
 @pytest.mark.parametrize('way', ['url', 'grpc'])
 def test_search_answers_as_the_index(searching, index, way):
-    from mmembed.index import Index
+    from mmembed.retrieval.index import Index
     local = Index.load(index[0])
     with Client(getattr(searching, way), api_key='k') as c:
         for query in ('a small red circle', index[1]/'blue.png'):
