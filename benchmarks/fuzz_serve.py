@@ -18,7 +18,7 @@ from google.protobuf.descriptor import FieldDescriptor as F
 
 from mmembed.exporters.verify import samples as cases
 from mmembed.serve.client import Client
-from mmembed.serve.protos import message, methods
+from mmembed.serve.protobuf import message, methods
 from mmembed.serve.service import canary_png
 
 SERVICES = 'mmembed.v1.Embedding', 'inference.GRPCInferenceService'

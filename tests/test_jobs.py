@@ -33,7 +33,7 @@ from mmembed.models.towers import ConvNet, TextTransformer
 from mmembed.retrieval.writers import FORMS, embed_to
 from mmembed.runtime.embedder import Embedder
 from mmembed.serve.engine import Engine, Options
-from mmembed.serve.lane import Item
+from mmembed.serve.queue import Item
 from mmembed.core.quantize import PRECISIONS, from_precision, to_precision
 from mmembed.retrieval.parts import load_vectors, read_job
 from mmembed.text.pipeline import TextPipeline

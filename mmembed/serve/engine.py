@@ -26,7 +26,7 @@ from ..core.threads import decoders, memory
 from ..runtime.embedder import Embedder
 from ..core.batching import join_tokens
 from ..core.errors import reason
-from .lane import PATIENCE, Budget, Item, Job, Lane, size_of
+from .queue import PATIENCE, Budget, Item, Job, Lane, size_of
 
 # %% ../../nbs/serve/02_engine.ipynb #a2acb63c
 _all_ = ['Item', 'Job']

@@ -21,12 +21,12 @@ from websockets.sync.client import connect
 from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import Embedder
 from mmembed.serve.engine import Engine, Options
-from mmembed.serve.lane import Item
-from mmembed.serve.lane import Job
-from mmembed.serve.protos import message, methods
+from mmembed.serve.queue import Item
+from mmembed.serve.queue import Job
+from mmembed.serve.protobuf import message, methods
 from mmembed.serve.server import running
 from mmembed.serve.service import Config, Service
-from mmembed.serve.wire import Downloads, run
+from mmembed.serve.schemas import Downloads, run
 
 from ..export import tiny
 from .conftest import config

@@ -18,7 +18,7 @@ import mmembed as mm
 from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import load
 from mmembed.serve.client import Client
-from mmembed.serve.ways import ServiceError
+from mmembed.serve.transport import ServiceError
 
 from ..export import tiny
 
@@ -35,7 +35,7 @@ def client(request, server):
 
 
 def test_it_imports_no_torch():
-    program = "import sys, mmembed; mmembed.Client('grpc://x:1'); import mmembed.serve.protos; print([m for m in ('torch', 'fastapi', 'mmembed.core.types') if m in sys.modules])"
+    program = "import sys, mmembed; mmembed.Client('grpc://x:1'); import mmembed.serve.protobuf; print([m for m in ('torch', 'fastapi', 'mmembed.core.types') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', program], capture_output=True, text=True).stdout.strip() == '[]'
 
 

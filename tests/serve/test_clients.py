@@ -12,11 +12,11 @@ from mmembed.cli import main
 from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import load
 from mmembed.serve.engine import Busy
-from mmembed.serve.lane import Item
-from mmembed.serve.lane import Job
+from mmembed.serve.queue import Item
+from mmembed.serve.queue import Job
 from mmembed.serve.server import running
 from mmembed.serve.token_ids import text_of, token_table
-from mmembed.serve.wire import _in_parts, run
+from mmembed.serve.schemas import _in_parts, run
 
 from ..export import tiny
 from .conftest import config

@@ -18,8 +18,8 @@ import yaml
 from packaging.requirements import Requirement
 
 from mmembed.commands.serving import serve
-from mmembed.serve.edge import OPEN
-from mmembed.serve.observe import STAGES, Metrics
+from mmembed.serve.middleware import OPEN
+from mmembed.serve.telemetry import STAGES, Metrics
 
 from ..export import tiny
 from ..helpers import HANG, ended, free_port, until
@@ -89,7 +89,7 @@ def test_grpc_is_balanced_by_its_clients():
     "The name of the headless service stands for many addresses; `Client` calls each of them in turn."
     import grpc
     from mmembed.serve.client import Client
-    from mmembed.serve.protos import message
+    from mmembed.serve.protobuf import message
     assert found('Service', 'mmembed-grpc')['spec']['clusterIP'] == 'None' and [p['name'] for p in found('Service')['spec']['ports']] == ['http']
     calls, servers, ports = [0, 0, 0], [], []
     for k in range(3):

@@ -13,7 +13,7 @@ import torch
 from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import Embedder
 from mmembed.serve.engine import Busy, Engine, Options, Unfit
-from mmembed.serve.lane import Item
+from mmembed.serve.queue import Item
 
 from ..export import tiny
 from ..helpers import HANG, until
@@ -230,7 +230,7 @@ def test_storm(engine):
 def test_pairs_have_spans():
     "Each stage of a pair is a span below its request's, as a text's and an image's are."
     spans = pytest.importorskip('opentelemetry.sdk.trace.export.in_memory_span_exporter').InMemorySpanExporter()
-    from mmembed.serve.observe import Tracer
+    from mmembed.serve.telemetry import Tracer
     engine, tracer, done = Engine(Embedder(tiny.pair_artifact())), Tracer(exporter=spans), Future()
     engine.submit([Item('pair', ('a', FILES['RGB.png']))], done.set_result)
     span = tracer.begin('/v1/scores', {})

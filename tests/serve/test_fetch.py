@@ -10,7 +10,7 @@ import pytest
 
 from mmembed.exporters.verify import samples as cases
 from mmembed.serve.server import running
-from mmembed.serve.wire import Refused, permitted
+from mmembed.serve.schemas import Refused, permitted
 
 from .conftest import config
 from ..helpers import HANG, until

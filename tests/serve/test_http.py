@@ -18,8 +18,8 @@ from websockets.sync.client import connect
 
 from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import load
-from mmembed.serve import scores
-from mmembed.serve.lane import Item
+from mmembed.serve import tasks as scores
+from mmembed.serve.queue import Item
 
 from ..export import tiny
 from ..helpers import HANG, until

@@ -18,8 +18,8 @@ from websockets.sync.client import connect
 
 from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import load
-from mmembed.serve.edge import EXPOSED, inflated
-from mmembed.serve.protos import message
+from mmembed.serve.middleware import EXPOSED, inflated
+from mmembed.serve.protobuf import message
 from mmembed.serve.server import running
 
 from ..export import tiny

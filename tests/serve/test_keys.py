@@ -12,11 +12,11 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from mmembed.cli import main
-from mmembed.serve.edge import OPEN
+from mmembed.serve.middleware import OPEN
 from mmembed.serve.http import app
-from mmembed.serve.protos import methods
+from mmembed.serve.protobuf import methods
 from mmembed.serve.ray import options
-from mmembed.serve.rpc import SERVICES
+from mmembed.serve.grpc_server import SERVICES
 from mmembed.serve.server import running
 from mmembed.serve.service import Config, Service
 

@@ -6,8 +6,8 @@ import pytest
 from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import Embedder
 from mmembed.serve.engine import Engine, Options
-from mmembed.serve.lane import Item
-from mmembed.serve.lane import Job, Lane
+from mmembed.serve.queue import Item
+from mmembed.serve.queue import Job, Lane
 
 from ..export import tiny
 from ..helpers import HANG, until

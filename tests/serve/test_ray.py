@@ -16,7 +16,7 @@ serve = pytest.importorskip('ray.serve', reason='Ray Serve is not installed')
 from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import Embedder
 from mmembed.serve.client import Client
-from mmembed.serve.ways import ServiceError
+from mmembed.serve.transport import ServiceError
 from mmembed.serve.ray import app
 
 from ..export import tiny

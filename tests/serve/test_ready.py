@@ -8,10 +8,10 @@ import pytest
 from mmembed.runtime.embedder import Embedder
 from mmembed.serve import service as module
 from mmembed.serve.engine import Engine, Options
-from mmembed.serve.lane import Item
-from mmembed.serve.lane import Job
+from mmembed.serve.queue import Item
+from mmembed.serve.queue import Job
 from mmembed.serve.service import Canary, Config, Service
-from mmembed.serve.wire import to_items
+from mmembed.serve.schemas import to_items
 
 from ..export import tiny
 from .test_lane import Stepped

@@ -20,11 +20,11 @@ from websockets.asyncio.client import connect
 
 from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import Embedder
-from mmembed.serve import inference, rpc
-from mmembed.serve.lane import Item
+from mmembed.serve import open_inference as inference, grpc_server as rpc
+from mmembed.serve.queue import Item
 from mmembed.serve.engine import Options
 from mmembed.serve.http import app
-from mmembed.serve.protos import message, methods
+from mmembed.serve.protobuf import message, methods
 from mmembed.serve.service import Config, Service
 
 from ..export import tiny

@@ -12,8 +12,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import load
-from mmembed.serve import protos
-from mmembed.serve.protos import message, methods
+from mmembed.serve import protobuf as protos
+from mmembed.serve.protobuf import message, methods
 from mmembed.serve.server import running
 
 from ..export import tiny

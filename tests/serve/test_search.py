@@ -8,7 +8,7 @@ import pytest
 from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import Embedder
 from mmembed.serve.client import Client
-from mmembed.serve.ways import ServiceError
+from mmembed.serve.transport import ServiceError
 from mmembed.serve.server import running
 
 from ..helpers import HANG

@@ -25,9 +25,9 @@ from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import Embedder
 from mmembed.runtime.artifact import read_card
 from mmembed.serve.client import Client
-from mmembed.serve.ways import ServiceError
+from mmembed.serve.transport import ServiceError
 from mmembed.serve.engine import Options
-from mmembed.serve.observe import Tracer
+from mmembed.serve.telemetry import Tracer
 from mmembed.serve.server import UNFIT, listen, running, serve
 from mmembed.serve.service import Config, Service
 
