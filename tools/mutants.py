@@ -309,13 +309,13 @@ TABLE = [Mutant(*row) for row in (
      'tests/serve/test_keys.py::test_a_blank_key_opens_nothing '
      'tests/serve/test_keys.py::test_every_route_needs_a_key'),
     # ---- the demo
-    ('demo/changed files', 'mmembed/demo/pictures.py',
+    ('demo/changed files', 'mmembed/demo/gallery.py',
      "if known.get(f, ('',))[0] != s or not s]", 'if f not in known]',
      'tests/demo/test_demo.py::test_a_folder_embeds_only_what_is_new'),
-    ('demo/filter', 'mmembed/demo/panels.py',
+    ('demo/filter', 'mmembed/demo/handlers.py',
      'filters[i], words[i])', "'', words[i])",
      'tests/demo/test_demo.py::test_filter_and_words_of_an_index'),
-    ('demo/templates', 'mmembed/demo/panels.py',
+    ('demo/templates', 'mmembed/demo/handlers.py',
      't.view(len(names), len(forms), -1).mean(1)', 't.view(len(names), len(forms), -1)[:, 0]',
      'tests/demo/test_demo.py::test_match'),
     # ---- commands

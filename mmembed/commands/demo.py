@@ -35,8 +35,8 @@ def demo(
     mmembed demo model.pt --images photos/ --open
     mmembed demo model.pt --index idx/ --host 0.0.0.0 --port 7860 --auth me:secret"""
     from mmembed.demo.app import default_artifact, serve
-    from mmembed.demo.panels import Panels
-    from mmembed.demo.pictures import Indexed, embed_folder, embed_scenes
+    from mmembed.demo.handlers import Panels
+    from mmembed.demo.gallery import Indexed, embed_folder, embed_scenes
     from mmembed.retrieval.embed import progress_bar
     from mmembed.runtime.embedder import load
     if images and not Path(images).is_dir(): raise FileNotFoundError(f'{images} is no folder: --images wants one with pictures')

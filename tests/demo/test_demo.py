@@ -16,10 +16,10 @@ import mmembed as mm
 pytest.importorskip('gradio', reason='gradio is not installed: pip install "mmembed[demo]"')
 from gradio_client import Client, handle_file
 
-from mmembed.demo import pictures
+from mmembed.demo import gallery as pictures
 from mmembed.demo.app import serve
-from mmembed.demo.panels import Panels
-from mmembed.demo.pictures import Indexed, embed_files, embed_folder, embed_scenes
+from mmembed.demo.handlers import Panels
+from mmembed.demo.gallery import Indexed, embed_files, embed_folder, embed_scenes
 
 from tests.helpers import HANG, ended
 
