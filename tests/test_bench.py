@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmembed.runtime.benchmark import in_turns, measure, samples
-from mmembed.cli import main
+from mmembed.cli.main import main
 from mmembed.exporters.verify import samples as cases
 
 from .export import tiny

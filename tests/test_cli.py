@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmembed.cli import COMMANDS, main
+from mmembed.cli.main import COMMANDS, main
 from mmembed.core.settings import config_path
 from mmembed.data.scenes import Scenes
 
@@ -199,6 +199,6 @@ def test_wrong_calls_name_the_next_step(capsys):
 
 
 def test_modules_of_commands_import_no_torch():
-    program = "import sys; from mmembed.cli import COMMANDS, command; [command(n) for n, where in COMMANDS.items() if where.startswith('commands.')]; print('torch' in sys.modules)"
+    program = "import sys; from mmembed.cli.main import COMMANDS, command; [command(n) for n, where in COMMANDS.items() if where.startswith('commands.')]; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
     assert done.stdout.strip() == 'False', done.stderr

@@ -11,10 +11,10 @@ from contextlib import redirect_stdout
 
 import pytest
 
-from mmembed import cli
-from mmembed.cli import COMMANDS, main, parser
+from mmembed.cli import main as cli
+from mmembed.cli.main import COMMANDS, main, parser
 from mmembed.core.settings import config_names, config_path
-from mmembed.commands.options import described
+from mmembed.cli.options import described
 from mmembed.train.pair_data import LabelData, MatchData
 from mmembed.train.datamodule import PairData
 
@@ -66,7 +66,7 @@ def test_closed_and_full_streams(here, line, status, says, unbuffered):
 
 def test_no_file_takes_the_number_of_a_closed_stream(here):
     "A file that is opened in place of a closed standard output would receive what is printed."
-    program = "import os, sys\nfrom mmembed.cli import open_streams\nopen_streams()\nf = open('new.txt', 'w')\nprint('printed')\nsys.stdout.flush()\nassert f.fileno() > 2 and sys.stdin.read() == ''"
+    program = "import os, sys\nfrom mmembed.cli.main import open_streams\nopen_streams()\nf = open('new.txt', 'w')\nprint('printed')\nsys.stdout.flush()\nassert f.fileno() > 2 and sys.stdin.read() == ''"
     assert subprocess.run(['bash', '-c', f'exec {sys.executable} -c "$0" <&- >&-', program], capture_output=True).returncode == 0
     assert (here/'new.txt').read_text() == ''
 

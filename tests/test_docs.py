@@ -71,7 +71,7 @@ def resolve(name):
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_names_in_backticks_exist(page):
-    from mmembed.cli import COMMANDS
+    from mmembed.cli.main import COMMANDS
     text = prose(page)
     tops = {p.name for p in ROOT.iterdir()} - {'build', 'data', 'runs', 'artifacts'}
     for said in re.findall(r'`([^`\n]+)`', unfenced(text)):

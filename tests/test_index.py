@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip('lancedb', reason='the extra "search" is not installed')
 
-from mmembed.cli import main
+from mmembed.cli.main import main
 from mmembed.data.scenes import Scenes
 from mmembed.exporters.export import export
 from mmembed.retrieval.ann import KINDS

@@ -20,7 +20,7 @@ import torch
 
 import mmembed.jobs as jobs
 import mmembed.tables as tables
-from mmembed.cli import main
+from mmembed.cli.main import main
 from mmembed.data.scenes import Scenes
 from mmembed.data.source import Source
 from mmembed.exporters.export import export
@@ -399,7 +399,7 @@ def test_control_c_says_how_to_go_on(model, tmp_path):
     "A real interrupt in the middle: exit status 130, a sentence, whole parts; the same command goes on."
     for i in range(4): (tmp_path/f'{i}.jpg').write_bytes(bytes(Scenes(train=4, valid=0).image(i).tolist()))
     (tmp_path/'t.csv').write_text('image\n' + ''.join(f'{i % 4}.jpg\n' for i in range(3000)))
-    argv = [sys.executable, '-c', 'import sys; from mmembed.cli import main; sys.exit(main())', 'embed', str(model), 't.csv', '-o', 'out', '--rows', '1']
+    argv = [sys.executable, '-c', 'import sys; from mmembed.cli.main import main; sys.exit(main())', 'embed', str(model), 't.csv', '-o', 'out', '--rows', '1']
     env = os.environ | dict(PYTHONPATH=str(ROOT))
     run = subprocess.Popen(argv, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible)
     until(lambda: len(list((tmp_path/'out').glob('part-*'))) > 2)

@@ -77,7 +77,7 @@ assert main(['train', '--config', 'nothing.yaml']) == 1
 def test_command_is_declared(wheel):
     z = zipfile.ZipFile(wheel)
     entry = z.read(next(n for n in z.namelist() if n.endswith('entry_points.txt'))).decode()
-    assert 'mmembed = mmembed.cli:main' in entry
+    assert 'mmembed = mmembed.cli.main:main' in entry
 
 
 LATE = ('lightning', 'transformers', 'tokenizers', 'gradio', 'ray', 'open_clip', 'torchvision', 'pandas', 'PIL', 'pyarrow', 'fastapi', 'grpc', 'lancedb',
@@ -89,7 +89,7 @@ def test_import_is_light():
     program = 'import sys; import mmembed; print(*sorted({m.split(".")[0] for m in sys.modules}))'
     got = set(python('-c', program).stdout.split())
     assert 'mmembed' in got and not got & set(LATE)
-    program = 'import sys; from mmembed.cli import main; main(["--version"]); a = set(sys.modules); main(["--help"]); print(*a, "|", *sys.modules)'
+    program = 'import sys; from mmembed.cli.main import main; main(["--version"]); a = set(sys.modules); main(["--help"]); print(*a, "|", *sys.modules)'
     version, everything = ({m.split('.')[0] for m in part.split()} for part in python('-c', program).stdout.splitlines()[-1].split('|'))
     assert not version & set(LATE) and not everything & (set(LATE) - {'torch'})
 
@@ -189,7 +189,7 @@ def test_a_search_imports_its_index_and_what_runs_a_file(tmp_path):
     for i, content in enumerate(list(cases.images().values())[:3]): (tmp_path/f'{i}.jpg').write_bytes(content)
     built = python('-m', 'mmembed', 'index', 'build', str(tiny.artifact()), str(tmp_path), '-o', str(tmp_path/'x.idx'))
     assert built.returncode == 0, built.stderr
-    said, found = loaded_by('import sys; from mmembed.cli import main; main(["search", sys.argv[1], "a red circle"])', str(tmp_path/'x.idx'))
+    said, found = loaded_by('import sys; from mmembed.cli.main import main; main(["search", sys.argv[1], "a red circle"])', str(tmp_path/'x.idx'))
     assert said.count('.jpg') == 3 and found <= {'lancedb', 'pyarrow', 'pandas'}
 
 

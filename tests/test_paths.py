@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mmembed.cli import COMMANDS, main, parser, path, path_or_name, takes_argv, typed
-from mmembed.cli import command as function
+from mmembed.cli.main import COMMANDS, main, parser, path, path_or_name, takes_argv, typed
+from mmembed.cli.main import command as function
 from mmembed.core.settings import config_path
 
 from .test_cli import SMALL, pairs

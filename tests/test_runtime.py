@@ -586,7 +586,7 @@ def test_a_path_that_is_not_utf8(emb, tmp_path):
     again = load(path)
     assert torch.equal(again.encode_text(['a']), emb.encode_text(['a'])) and repr(again).startswith('Embedder(')
     assert verify(path, fresh=False, cpp=False).ok  # the command below asks a fresh process, too
-    program = 'import sys; from mmembed.cli import main; sys.exit(main(sys.argv[1:]))'
+    program = 'import sys; from mmembed.cli.main import main; sys.exit(main(sys.argv[1:]))'
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', program, 'verify', path], capture_output=True)
     assert done.returncode == 0 and done.stdout.startswith(b'm\xff.pt '), done
 

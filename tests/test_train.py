@@ -16,7 +16,7 @@ from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
 from mmembed.train.finetune import parameter_groups
 from mmembed.train.modules import plain_recall
-from mmembed.cli import main
+from mmembed.cli.main import main
 from mmembed.train.run import training_record
 from mmembed.train.pair_data import LabelData
 from mmembed.train.evaluate import evaluate, judged_data, show_recall

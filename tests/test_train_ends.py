@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mmembed.cli import main
+from mmembed.cli.main import main
 from mmembed.data.scenes import Scenes
 
 from .helpers import HANG, interruptible, until

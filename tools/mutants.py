@@ -319,13 +319,13 @@ TABLE = [Mutant(*row) for row in (
      't.view(len(names), len(forms), -1).mean(1)', 't.view(len(names), len(forms), -1)[:, 0]',
      'tests/demo/test_demo.py::test_match'),
     # ---- commands
-    ('commands/status of an error', 'mmembed/cli.py',
+    ('commands/status of an error', 'mmembed/cli/main.py',
      "{typed(sentence(e))}', file=sys.stderr)\n        return 1", "{typed(sentence(e))}', file=sys.stderr)\n        return 0",
      'tests/test_cli.py::test_mistakes_end_in_one_sentence'),
-    ('commands/status of a wrong call', 'mmembed/cli.py',
+    ('commands/status of a wrong call', 'mmembed/cli/main.py',
      "{unknown(argv)}', file=sys.stderr)\n        return 2", "{unknown(argv)}', file=sys.stderr)\n        return 0",
      'tests/test_cli.py::test_wrong_calls_name_the_next_step'),
-    ('commands/what was not indexed', 'mmembed/commands/search.py',
+    ('commands/what was not indexed', 'mmembed/cli/search.py',
      'if len(bad) > known: raise SystemExit(1)', 'pass',
      'tests/test_index.py::test_commands'),
 )]

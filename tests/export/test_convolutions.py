@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mmembed as mm
-from mmembed.commands.make import calibration
+from mmembed.cli.train import calibration
 from mmembed.exporters.artifact import assemble
 from mmembed.exporters.convolutions import Int8Conv, Largest, Span, converted, int8_convolutions, safe_step, traced
 from mmembed.exporters.variants import FULL, SAME, Variant, prepared

@@ -314,7 +314,7 @@ def test_what_a_graph_cannot_hold(options, message, tmp_path):
 @pytest.mark.weekly
 def test_triton_serves_both(made, pairs, tmp_path, capsys):
     import onnxruntime
-    from mmembed.cli import main
+    from mmembed.cli.main import main
     from mmembed.exporters import triton
     assert main(['export', str(made[0]), '--triton', str(tmp_path/'m'), '--onnx', str(made[1])]) == 0
     assert 'model_text_onnx, model_image_onnx' in capsys.readouterr().out
@@ -344,7 +344,7 @@ def test_triton_serves_both(made, pairs, tmp_path, capsys):
 
 
 def test_a_file_cannot_be_traced_again(made, tmp_path, capsys):
-    from mmembed.cli import main
+    from mmembed.cli.main import main
     assert main(['export', str(made[0]), '--onnx', str(tmp_path)]) == 1
     assert '--onnx wants the model that' in capsys.readouterr().err
 

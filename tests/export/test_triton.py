@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from mmembed.cli import main
+from mmembed.cli.main import main
 from mmembed.core.packing import pack
 from mmembed.core.torchscript import quietly
 from mmembed.exporters.verify import samples as cases

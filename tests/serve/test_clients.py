@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from websockets.sync.client import connect
 
-from mmembed.cli import main
+from mmembed.cli.main import main
 from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import load
 from mmembed.serve.engine import Busy

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from mmembed.commands.serving import serve
+from mmembed.cli.serve import serve
 from mmembed.serve.middleware import OPEN
 from mmembed.serve.telemetry import STAGES, Metrics
 

@@ -11,7 +11,7 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from mmembed.cli import main
+from mmembed.cli.main import main
 from mmembed.serve.middleware import OPEN
 from mmembed.serve.http import app
 from mmembed.serve.protobuf import methods
