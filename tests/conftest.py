@@ -22,7 +22,7 @@ import torch
 from benchmarks import instruction_sets
 from mmembed.core.threads import give_back
 
-from .helpers import SHARED
+from tests.helpers import SHARED
 
 # As the runtimes have it. Both executors have quirks of their own: the notebooks run the profiling one, with functions written out in their callers.
 torch._C._jit_set_profiling_mode(False)

@@ -29,28 +29,28 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch: threads tha
 
 # %% ../../nbs/cli/01_main.ipynb #fcd9fa5e
 COMMANDS = {
-    'quickstart': 'commands.make:quickstart',
-    'train': 'commands.make:train',
-    'eval': 'commands.make:evaluate',
-    'export': 'commands.make:export',
-    'verify': 'commands.ask:verify',
-    'info': 'commands.ask:info',
-    'embed': 'commands.embedding:embed',
-    'index build': 'commands.search:build',
-    'index add': 'commands.search:add',
-    'index delete': 'commands.search:delete',
-    'index info': 'commands.search:info',
-    'index failures': 'commands.search:failures',
-    'index compact': 'commands.search:compact',
-    'index approximate': 'commands.search:approximate',
-    'index duplicates': 'commands.search:duplicates',
-    'index clusters': 'commands.search:clusters',
-    'index export': 'commands.search:export',
-    'search': 'commands.search:search',
-    'demo': 'commands.demo:demo',
-    'serve': 'commands.serving:serve',
-    'bench': 'commands.ask:bench',
-    'completion': 'commands.completion:completion',
+    'quickstart': 'train:quickstart',
+    'train': 'train:train',
+    'eval': 'train:evaluate',
+    'export': 'export:export',
+    'verify': 'inspect:verify',
+    'info': 'inspect:info',
+    'embed': 'embed:embed',
+    'index build': 'search:build',
+    'index add': 'search:add',
+    'index delete': 'search:delete',
+    'index info': 'search:info',
+    'index failures': 'search:failures',
+    'index compact': 'search:compact',
+    'index approximate': 'search:approximate',
+    'index duplicates': 'search:duplicates',
+    'index clusters': 'search:clusters',
+    'index export': 'search:export',
+    'search': 'search:search',
+    'demo': 'demo:demo',
+    'serve': 'serve:serve',
+    'bench': 'inspect:bench',
+    'completion': 'completion:completion',
 }
 GROUPS: dict[str, str] = {'index': 'An index of pictures or texts in a folder'} # first word: what its commands do
 
@@ -60,7 +60,7 @@ def command(
 ) -> Callable:
     "The function of a command."
     module, _, f = COMMANDS[name].partition(':')
-    return getattr(import_module(f'mmembed.{module}'), f)
+    return getattr(import_module(f'mmembed.cli.{module}'), f)
 
 # %% ../../nbs/cli/01_main.ipynb #f6237488
 def usage(

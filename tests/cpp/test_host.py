@@ -19,8 +19,8 @@ from mmembed.exporters.export import export
 from mmembed.exporters.verify.verify import verify
 from mmembed.runtime.embedder import load
 
-from ..export import tiny
-from ..helpers import HANG
+from tests.exporters import tiny
+from tests.helpers import HANG
 
 pytestmark = pytest.mark.skipif(bool(host.missing()), reason=host.missing())
 

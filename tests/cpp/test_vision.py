@@ -13,9 +13,9 @@ from mmembed.models.towers import ConvNet, TextTransformer
 from mmembed.runtime.embedder import load
 from mmembed.vision.pipeline import VisionPipeline
 
-from ..export import tiny
-from ..helpers import data_path
-from ..vision.conftest import FILES, picture, saved
+from tests.exporters import tiny
+from tests.helpers import data_path
+from tests.vision.conftest import FILES, picture, saved
 
 pytestmark = pytest.mark.skipif(bool(host.missing()), reason=host.missing())
 OPTIONS = {'torch': {}, 'pillow': dict(resize='pillow', resize_mode='longest', fill=(9, 8, 7), alpha='black'),
@@ -84,8 +84,8 @@ def test_photos(cli, artifact):
 
 
 def test_heic(cli, tmp_path):
-    from ..vision.coded import HEIC, HEIC_ALPHA
-    from ..vision.test_heic import missing
+    from tests.vision.coded import HEIC, HEIC_ALPHA
+    from tests.vision.test_heic import missing
     if missing: pytest.skip(missing)
     vp = VisionPipeline(size=32, heic=True)
     model = DualEncoder(TextTransformer(tiny.pipelines()[0], width=32, depth=1, heads=2), ConvNet(vp, channels=(8,), width=32), dim=8).eval()

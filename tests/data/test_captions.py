@@ -22,7 +22,7 @@ from mmembed.data.webdataset import ShardRows
 from mmembed.data.tables import Table
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
-from tests.data.test_shards import tarball
+from tests.data.test_webdataset import tarball
 
 
 def png(n):

@@ -15,7 +15,7 @@ from mmembed.data.source import PART_NAMES, Part, part_in, part_named
 from mmembed.data.tables import PairsFile
 from mmembed.data.splits import read_split
 from tests.data.test_folders import make
-from tests.data.test_shards import tarball
+from tests.data.test_webdataset import tarball
 
 
 def table(folder, values, key='split', ending='.csv', **more):

@@ -23,7 +23,7 @@ from mmembed.text.pipeline import TextPipeline
 from mmembed.train.checkpoint import load_checkpoint
 from mmembed.vision.pipeline import VisionPipeline
 
-from .test_pretrained import TEXT, VISION
+from tests.models.test_open_clip import TEXT, VISION
 
 
 SMALL = dict(embed_dim=16, vision_cfg=VISION, text_cfg=TEXT | dict(vocab_size=200))
@@ -107,8 +107,8 @@ def test_numbers_that_are_none_are_refused_by_name(make, load, begin, tmp_path):
 
 def test_numbers_that_are_none_in_folders_and_checkpoints(tmp_path):
     from safetensors.torch import load_file, save_file
-    from .test_huggingface import bert as saved_dual, sentences
-    from tests.export import tiny
+    from tests.models.test_transformers import bert as saved_dual, sentences
+    from tests.exporters import tiny
     saved_dual(tmp_path), (tmp_path/'text').mkdir(), sentences(tmp_path/'text')
     for folder, name, load in ((tmp_path, 'text_model.encoder.layer.0.output.dense.weight', transformers_towers),
                                (tmp_path/'text', 'encoder.layer.0.output.dense.weight', lambda f: bert(str(f)))):

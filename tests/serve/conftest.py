@@ -15,8 +15,8 @@ from mmembed.serve.engine import Options
 from mmembed.serve.server import running
 from mmembed.serve.service import Config
 
-from ..export import tiny
-from ..helpers import HANG
+from tests.exporters import tiny
+from tests.helpers import HANG
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # for the servers: tests share few cores
 

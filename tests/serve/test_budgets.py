@@ -28,9 +28,9 @@ from mmembed.serve.server import running
 from mmembed.serve.service import Config, Service
 from mmembed.serve.schemas import Downloads, run
 
-from ..export import tiny
-from .conftest import config
-from ..helpers import HANG, until
+from tests.exporters import tiny
+from tests.serve.conftest import config
+from tests.helpers import HANG, until
 
 FILES = cases.images()
 WORD = 'q' * 200_000  # which has no place where it may be cut

@@ -20,7 +20,7 @@ from mmembed.runtime.embedder import load
 from mmembed.serve.client import Client
 from mmembed.serve.transport import ServiceError
 
-from ..export import tiny
+from tests.exporters import tiny
 
 FILES = cases.images()
 

@@ -18,9 +18,9 @@ from mmembed.serve.server import running
 from mmembed.serve.token_ids import text_of, token_table
 from mmembed.serve.schemas import _in_parts, run
 
-from ..export import tiny
-from .conftest import config
-from ..helpers import HANG
+from tests.exporters import tiny
+from tests.serve.conftest import config
+from tests.helpers import HANG
 
 FILES = cases.images()
 

@@ -9,9 +9,9 @@ import pytest
 
 from mmembed.runtime.embedder import load
 
-from ..export import tiny
-from .test_server import serve_with
-from ..helpers import HANG, ended
+from tests.exporters import tiny
+from tests.serve.test_server import serve_with
+from tests.helpers import HANG, ended
 
 HIDDEN = 'GET /info HTTP/1.1\r\nx-request-id: hidden\r\n\r\n'  # the body of the first request; an answer to it is a request smuggled in
 

@@ -21,8 +21,8 @@ from mmembed.cli.serve import serve
 from mmembed.serve.middleware import OPEN
 from mmembed.serve.telemetry import STAGES, Metrics
 
-from ..export import tiny
-from ..helpers import HANG, ended, free_port, until
+from tests.exporters import tiny
+from tests.helpers import HANG, ended, free_port, until
 
 DEPLOY = Path(__file__).resolve().parents[2]/'deploy'
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get('PATH', '')])  # tools/setup.sh lays Prometheus beside Python

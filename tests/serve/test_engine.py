@@ -15,8 +15,8 @@ from mmembed.runtime.embedder import Embedder
 from mmembed.serve.engine import Busy, Engine, Options, Unfit
 from mmembed.serve.queue import Item
 
-from ..export import tiny
-from ..helpers import HANG, until
+from tests.exporters import tiny
+from tests.helpers import HANG, until
 
 FILES = cases.images()
 

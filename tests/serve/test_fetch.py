@@ -12,8 +12,8 @@ from mmembed.exporters.verify import samples as cases
 from mmembed.serve.server import running
 from mmembed.serve.schemas import Refused, permitted
 
-from .conftest import config
-from ..helpers import HANG, until
+from tests.serve.conftest import config
+from tests.helpers import HANG, until
 
 PNG, LIMIT = cases.images()['RGB.png'], 2 << 20
 

@@ -7,7 +7,7 @@ from mmembed.runtime.embedder import load
 from mmembed.serve.client import Client
 from mmembed.serve.service import canary_png
 
-from ..export import tiny
+from tests.exporters import tiny
 
 
 

@@ -21,8 +21,8 @@ from mmembed.runtime.embedder import load
 from mmembed.serve import tasks as scores
 from mmembed.serve.queue import Item
 
-from ..export import tiny
-from ..helpers import HANG, until
+from tests.exporters import tiny
+from tests.helpers import HANG, until
 
 FILES = cases.images()
 

@@ -22,9 +22,9 @@ from mmembed.serve.middleware import EXPOSED, inflated
 from mmembed.serve.protobuf import message
 from mmembed.serve.server import running
 
-from ..export import tiny
-from .conftest import config
-from ..helpers import HANG
+from tests.exporters import tiny
+from tests.serve.conftest import config
+from tests.helpers import HANG
 
 PNG = cases.images()['RGB.png']
 APP, KEY = 'https://app.example', 's3cret-/+?~>'

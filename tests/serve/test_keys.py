@@ -20,9 +20,9 @@ from mmembed.serve.grpc_server import SERVICES
 from mmembed.serve.server import running
 from mmembed.serve.service import Config, Service
 
-from ..export import tiny
-from .conftest import config
-from ..helpers import HANG
+from tests.exporters import tiny
+from tests.serve.conftest import config
+from tests.helpers import HANG
 
 API = app(SimpleNamespace(config=Config('m.pt'), name='m')).inner.api
 ROUTES = sorted({(method, re.sub(r'{name(:path)?}', 'm', route.path))

@@ -19,8 +19,8 @@ from mmembed.serve.client import Client
 from mmembed.serve.transport import ServiceError
 from mmembed.serve.ray import app
 
-from ..export import tiny
-from ..helpers import HANG, free_port, until
+from tests.exporters import tiny
+from tests.helpers import HANG, free_port, until
 
 
 def start(artifact):

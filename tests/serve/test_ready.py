@@ -13,9 +13,9 @@ from mmembed.serve.queue import Job
 from mmembed.serve.service import Canary, Config, Service
 from mmembed.serve.schemas import to_items
 
-from ..export import tiny
-from .test_lane import Stepped
-from ..helpers import HANG, until
+from tests.exporters import tiny
+from tests.serve.test_queue import Stepped
+from tests.helpers import HANG, until
 
 
 @pytest.fixture

@@ -27,8 +27,8 @@ from mmembed.serve.http import app
 from mmembed.serve.protobuf import message, methods
 from mmembed.serve.service import Config, Service
 
-from ..export import tiny
-from ..helpers import HANG, until
+from tests.exporters import tiny
+from tests.helpers import HANG, until
 
 PNG, JPEG = (cases.images()[name] for name in ('RGB.png', 'quality 75.jpg'))
 TEXTS = ['a red circle', 'a blue square', 'x']

@@ -11,10 +11,10 @@ from mmembed.serve.client import Client
 from mmembed.serve.transport import ServiceError
 from mmembed.serve.server import running
 
-from ..helpers import HANG
-from ..export import tiny
-from ..test_index import HOSTILE_CONDITIONS
-from .conftest import config
+from tests.helpers import HANG
+from tests.exporters import tiny
+from tests.retrieval.test_index import HOSTILE_CONDITIONS
+from tests.serve.conftest import config
 
 FILES = cases.images()
 GOOD = [k for k in FILES if k in ('RGB.png', 'quality 75.jpg')]

@@ -31,9 +31,9 @@ from mmembed.serve.telemetry import Tracer
 from mmembed.serve.server import UNFIT, listen, running, serve
 from mmembed.serve.service import Config, Service
 
-from ..helpers import HANG, ended, until
-from ..export import tiny
-from .conftest import config
+from tests.helpers import HANG, ended, until
+from tests.exporters import tiny
+from tests.serve.conftest import config
 
 FILES = cases.images()
 

@@ -13,7 +13,7 @@ from mmembed.runtime.inputs import enough
 from mmembed.text.pipeline import TextPipeline
 from mmembed.text.seams import LETTERS, seams
 
-from . import test_inputs
+from tests.text import test_inputs
 
 BERT = {'lower': dict(lowercase=True), 'cased': dict(lowercase=False), 'not spaced': dict(lowercase=True, handle_chinese_chars=False), 'not cleaned': dict(clean_text=False)}
 PARTS = ['a ', ' b', 'x', '中', '文', '，', '。', '、', ' ', '  ', 'é', 'Σ', 'ſ', "'s", "don't", '\u0301', '가', '\u1100', '\u11a8', 'Я', '1', '\n', '[SEP]', '<|endoftext|>', '▁', '\u3000',

@@ -8,7 +8,7 @@ from mmembed.core.torchscript import quietly
 from mmembed.vision.augment import color_jitter, random_crop, random_erasing, random_flip, random_gray, random_resized_crop
 from mmembed.vision.pipeline import VisionPipeline
 
-from .conftest import FILES, picture
+from tests.vision.conftest import FILES, picture
 
 
 @pytest.mark.parametrize('scale, ratio', [((0.08, 1.0), (3/4, 4/3)), ((0.9, 1.0), (3/4, 4/3)), ((0.2, 0.4), (1.0, 2.0))])

@@ -17,9 +17,9 @@ from mmembed.vision.decode import decode_image
 from mmembed.core.images import opaque
 from mmembed.vision.probe import probe, scan
 
-from ..helpers import data_path
-from .coded import ARITHMETIC, ARITHMETIC_PROGRESSIVE
-from .conftest import FILES, opened, picture, saved, upright
+from tests.helpers import data_path
+from tests.vision.coded import ARITHMETIC, ARITHMETIC_PROGRESSIVE
+from tests.vision.conftest import FILES, opened, picture, saved, upright
 
 scripted = quietly(torch.jit.script, decode_image)
 

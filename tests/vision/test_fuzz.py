@@ -3,7 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ..helpers import HANG
+from tests.helpers import HANG
 
 ROOT = Path(__file__).resolve().parents[2]
 

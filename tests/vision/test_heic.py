@@ -12,9 +12,9 @@ from mmembed.core.torchcodec import load_heic
 from mmembed.vision.pipeline import VisionPipeline
 from mmembed.vision.probe import probe
 
-from ..helpers import FORMS, in_form
-from .coded import HEIC, HEIC_ALPHA, HEIC_TWO
-from .conftest import FILES, picture
+from tests.helpers import FORMS, in_form
+from tests.vision.coded import HEIC, HEIC_ALPHA, HEIC_TWO
+from tests.vision.conftest import FILES, picture
 
 try: load_heic()
 except ImportError as e: missing = str(e)

@@ -15,8 +15,8 @@ from mmembed.core.files import read_bytes
 from mmembed.vision.pipeline import VisionPipeline
 from mmembed.core.images import as_image
 
-from ..helpers import FORMS, HANG, data_path, in_form
-from .conftest import FILES, opened, picture, saved
+from tests.helpers import FORMS, HANG, data_path, in_form
+from tests.vision.conftest import FILES, opened, picture, saved
 
 PIPELINES = {
     'clip': dict(size=64), 'pillow': dict(size=64, resize='pillow'),
@@ -283,7 +283,7 @@ def test_where_a_shape_can_be_read_both_ways():
 
 def test_the_embedder_reads_pictures_the_same_way():
     from mmembed.runtime.embedder import load
-    from ..export import tiny
+    from tests.exporters import tiny
     emb, vp, rgb = load(tiny.artifact()), tiny.pipelines()[1], picture(50, 40)
     hwc, both = np.array(rgb), np.arange(45, dtype=np.uint8).reshape(3, 5, 3)
     forms = [rgb, hwc, hwc.transpose(2, 0, 1), torch.from_numpy(hwc), torch.from_numpy(hwc).permute(2, 0, 1), both, torch.from_numpy(both),

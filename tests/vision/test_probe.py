@@ -16,8 +16,8 @@ from mmembed.core.torchscript import quietly
 from mmembed.core.files import read_bytes
 from mmembed.vision.probe import chain, probe, scan
 
-from ..helpers import data_path
-from .conftest import FILES, opened, picture, saved, upright
+from tests.helpers import data_path
+from tests.vision.conftest import FILES, opened, picture, saved, upright
 
 scripted = quietly(torch.jit.script, probe)
 

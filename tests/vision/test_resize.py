@@ -18,8 +18,8 @@ from mmembed.core.torchscript import quietly
 from mmembed.vision.pipeline import VisionPipeline
 from mmembed.vision.resize import crop_or_pad, fit, pillow_resize, resize, resized, trimmed
 
-from ..helpers import data_path
-from .conftest import picture
+from tests.helpers import data_path
+from tests.vision.conftest import picture
 
 ROOT = Path(__file__).resolve().parents[2]
 FILTERS = {'bicubic': Image.BICUBIC, 'bilinear': Image.BILINEAR, 'nearest': Image.NEAREST}

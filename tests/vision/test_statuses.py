@@ -12,7 +12,7 @@ from mmembed.runtime.embedder import load
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 
-from ..export import tiny
+from tests.exporters import tiny
 
 
 class Cases(Source):
