@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import mmembed.jobs as jobs
-import mmembed.tables as tables
+import mmembed.retrieval.embed as jobs
+import mmembed.retrieval.parts as tables
 from mmembed.cli.main import main
 from mmembed.data.scenes import Scenes
 from mmembed.data.source import Source
@@ -280,7 +280,7 @@ ENDED = '''
 import os, sys
 from pathlib import Path
 import pyarrow.parquet as pq
-import mmembed.outputs as outputs
+import mmembed.retrieval.writers as outputs
 from tests.retrieval.test_embed import KW, N, Worn
 
 model, out, ended = Path(sys.argv[1]), Path(sys.argv[2]), 0
