@@ -42,7 +42,7 @@ from PIL import Image
 
 from benchmarks import begun, held, instruction_sets
 import mmembed as mm
-from mmembed.runtime.benchmark import cold_start, in_turns, samples, sides
+from mmembed.runtime.benchmark import cold_start, in_turns, benchmark_items, sides
 from mmembed.core.types import Tokens
 from mmembed.core.packing import as_bytes, pack
 from mmembed.core.images import stack_levels
@@ -253,7 +253,7 @@ def work(args):
     folder, kind, threads = Path(args.files)/args.model, args.what.rstrip('s'), int(args.threads)
     torch.set_num_threads(threads)
     batches = [int(b) for b in args.batches.split(',')]
-    texts, files = samples(args.data, max(batches))
+    texts, files = benchmark_items(args.data, max(batches))
     items = [t.decode() for t in texts] if kind == 'text' else files
     try:
         f = contestant(MODELS[args.model](), folder, kind, threads, args.only)
@@ -346,10 +346,10 @@ def stages(emb, kind, raw, rounds):
 def run(args):
     folder, raw_file = Path(args.files)/args.model, Path(args.json) if args.json else None
     kind, batches = args.what.rstrip('s'), [int(b) for b in args.batches.split(',')]
-    texts, files = samples(args.data, max(batches))
+    texts, files = benchmark_items(args.data, max(batches))
     raw, names = texts if kind == 'text' else files, args.only.split(',') if args.only else NAMES
     data = json.loads(raw_file.read_text()) if raw_file and raw_file.exists() else {'kind': 'plain', 'runs': {}, 'cosine': {}, 'stages': {}, 'not_run': {}}
-    exe = host.build()
+    exe = host.build_host()
     for threads in (int(t) for t in args.threads.split(',')):
         workers = {n: Worker(args, n, threads) for n in names}
         data['not_run'] = {n: why for n, why in data['not_run'].items() if n not in names} | {n: w.why for n, w in workers.items() if w.why}

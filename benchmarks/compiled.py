@@ -65,10 +65,10 @@ def compare_cpp(plain: Path, package: Path, build: str | None, repeats: int = 20
     "The same by the C++ host: texts from bytes to embeddings, the median of so many calls. Raises `ValueError` when the two files answer differently."
     import subprocess
     from mmembed.exporters.verify import cpp as host
-    exe, rows = host.build(folder=build), []
+    exe, rows = host.build_host(folder=build), []
     for n in SIZES:
         texts = [CAPTIONS[i % len(CAPTIONS)] for i in range(n)]
-        said = [torch.stack([r['embedding'] for r in host.ask(exe, path, [t.encode() for t in texts])['text']]) for path in (plain, package)]
+        said = [torch.stack([r['embedding'] for r in host.ask_host(exe, path, [t.encode() for t in texts])['text']]) for path in (plain, package)]
         if not torch.allclose(*said, atol=1e-5): raise ValueError(f'{package} answers otherwise than {plain} from C++')
         times = [[], []]
         for _ in range(3):

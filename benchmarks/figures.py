@@ -33,7 +33,7 @@ from mmembed.data.tables import PairsFile
 from mmembed.data.source import Part  # noqa: E402
 from mmembed.models.dual import projection  # noqa: E402
 from mmembed.models.losses import info_nce  # noqa: E402
-from mmembed.models.metrics import answers, ranks  # noqa: E402
+from mmembed.models.metrics import correct_images, ranks  # noqa: E402
 from mmembed.models.towers import bert, image_tower  # noqa: E402
 from mmembed.train.modules import judge, warm_cosine  # noqa: E402
 
@@ -374,7 +374,7 @@ def saved(name):
 
 def found(text, image, captions):
     "Where the first right answer stands for every query, text to image and image to text: int64 (2N,)."
-    right = answers(captions, list(range(len(captions)))).relevant
+    right = correct_images(captions, list(range(len(captions)))).relevant
     scores = text @ image.T
     return torch.cat([ranks(scores, right), ranks(scores.T, right.T)])
 

@@ -77,7 +77,7 @@ def prepare(args, folder):
     from mmembed.exporters.artifact import trace_image
     from mmembed.exporters.convolutions import int8_convolutions
     from mmembed.exporters.onednn import quick
-    from mmembed.exporters.variants import FULL
+    from mmembed.exporters.variants import PRECISION_BOUNDS
     from mmembed.exporters.int8 import int8_linear
     import copy
     tower = tower_of(args.model).requires_grad_(False)
@@ -91,7 +91,7 @@ def prepare(args, folder):
         object.__setattr__(made[name], 'pipeline', None)
         if name == 'int8':
             layers = int8_linear(made[name], given[:8], script=True)
-            count, said = int8_convolutions(made[name], list(given.split(8)), list(given.split(8)), FULL['int8'] / (1e-9 if args.anyway else 2), script=True)
+            count, said = int8_convolutions(made[name], list(given.split(8)), list(given.split(8)), PRECISION_BOUNDS['int8'] / (1e-9 if args.anyway else 2), script=True)
             said = f'{count} convolutions and {layers} linear layers in int8{"; " * bool(said)}{said}'
             print(said)
         made[name] = trace_image(quick(made[name], torch.zeros(1, 3, *size)), size)

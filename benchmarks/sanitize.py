@@ -25,7 +25,7 @@ SETTINGS = dict(ASAN_OPTIONS='detect_leaks=1:detect_container_overflow=0:detect_
 
 def build() -> Path:
     "The folder with the instrumented programs; raises `RuntimeError` when they do not compile."
-    if why := host.missing(): raise RuntimeError(why)
+    if why := host.why_no_host(): raise RuntimeError(why)
     defines = ['-DMMEMBED_SANITIZE=ON', '-DMMEMBED_TESTS=ON', '-DCMAKE_BUILD_TYPE=RelWithDebInfo', f'-DPython_EXECUTABLE={sys.executable}']
     for command in ([host._cmake(), '-S', ROOT/'cpp', '-B', FOLDER, *defines], [host._cmake(), '--build', FOLDER, '-j2', '--target', 'mmembed_cli', 'mmembed_test']):
         done = subprocess.run([str(c) for c in command], capture_output=True, text=True)

@@ -30,7 +30,7 @@ from mmembed.exporters.card import make_card
 from mmembed.core.quantize import stored, unstored
 from mmembed.exporters.variants import Variant
 from mmembed.exporters.card import sha256
-from mmembed.exporters.verify.verify import tensors
+from mmembed.exporters.verify.verify import all_tensors
 from mmembed.train.modules import judge
 
 VARIANTS = {'fp32': Variant(), 'bf16': Variant(precision='bf16'), 'int8': Variant(quantize='int8'), 'fold': Variant(fold=True),
@@ -64,7 +64,7 @@ def inputs(model, part, n):
 def written(model, v, path):
     "The file of a variant as `export` writes it, without its verification."
     artifact = assemble(model, variant=v)
-    card = make_card(model, artifact.dim, True, None, v.changes()) | {'tensors_sha256': sha256(tensors(artifact))}
+    card = make_card(model, artifact.dim, True, None, v.changes()) | {'tensors_sha256': sha256(all_tensors(artifact))}
     artifact.identity = json.dumps(card, indent=1)
     save(quietly(torch.jit.script, artifact), path, artifact.identity)
 

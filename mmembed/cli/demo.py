@@ -34,7 +34,7 @@ def demo(
     mmembed demo
     mmembed demo model.pt --images photos/ --open
     mmembed demo model.pt --index idx/ --host 0.0.0.0 --port 7860 --auth me:secret"""
-    from mmembed.demo.app import default_artifact, serve
+    from mmembed.demo.app import default_artifact, serve_page
     from mmembed.demo.handlers import Panels
     from mmembed.demo.gallery import Indexed, embed_folder, embed_scenes
     from mmembed.retrieval.embed import progress_bar
@@ -51,4 +51,4 @@ def demo(
             with progress_bar() as progress: sets.append(embed_folder(emb, images, limit, threads, progress))
             if bad := sets[-1].failed: print(f'{len(bad):,} files cannot be read, the first: {bad[0][0]}: {bad[0][1]}', flush=True)
         if not sets: sets.append(embed_scenes(emb))
-    serve(Panels(emb, sets), host, port, max_upload, auth, open)
+    serve_page(Panels(emb, sets), host, port, max_upload, auth, open)

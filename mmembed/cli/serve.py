@@ -56,7 +56,7 @@ def serve(
     try: from mmembed.serve.service import Config; from mmembed.serve.engine import Options; from mmembed.serve.server import serve as run
     except ImportError as e: raise ImportError(f'the server needs more packages ({e}): pip install "mmembed[serve]"') from None
     from mmembed.runtime.artifact import read_card
-    from mmembed.serve.checks import checked
+    from mmembed.serve.checks import checked_config
     from mmembed.serve.token_ids import token_table
     from mmembed.serve.service import read_keys
     listed = lambda text: tuple(x.strip() for x in text.split(',') if x.strip())
@@ -68,10 +68,10 @@ def serve(
         api_keys=keys, tls_cert=tls_cert, tls_key=tls_key, cors=listed(cors), fetch_hosts=listed(fetch_hosts),
         index=index, token_ids=token_ids, any_model=any_model, log=log, traces=traces, trace_ratio=trace_ratio, drain=drain, grace=grace,
         bodies=max_held << 20)
-    checked(config, here=False)
+    checked_config(config, here=False)
     read_card(artifact)  # what is no artifact ends here, with one sentence
     if token_ids: token_table(token_ids)  # and so does what is no table
     if ray:
-        from mmembed.serve.ray import run
-        raise SystemExit(run(config, max_replicas=max_replicas, min_replicas=replicas if max_replicas else 0))
-    raise SystemExit(run(config))
+        from mmembed.serve.ray import run_cluster
+        raise SystemExit(run_cluster(config, max_replicas=max_replicas, min_replicas=replicas if max_replicas else 0))
+    raise SystemExit(run_cluster(config))

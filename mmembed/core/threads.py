@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import whole
+from .errors import whole_number
 
 # %% ../../nbs/core/12_threads.ipynb #4b4367ce
 def give_back():
@@ -83,7 +83,7 @@ def decoders(
     asked: int | None,      # by the caller; None: as many as there are cores, and none for a single item
 ) -> int:
     "How many threads decode; raises `ValueError` for a number below 0."
-    if asked is not None: return whole('decoders', asked, 0)
+    if asked is not None: return whole_number('decoders', asked, 0)
     return 0 if cores() == 1 or hasattr(items, '__len__') and len(items) < 2 else min(cores(), 8)
 
 # %% ../../nbs/core/12_threads.ipynb #67f310ae

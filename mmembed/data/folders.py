@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..core.files import read_bytes
-from .source import Source, _find_folder, from_template, part_meaning, part_named
+from .source import Source, find_folder, from_template, part_meaning, part_named
 
 # %% ../../nbs/data/03_folders.ipynb #50f95be4
 ENDINGS = ('.jpg', '.jpeg', '.jpe', '.png', '.webp', '.gif', '.avif')
@@ -69,7 +69,7 @@ class ClassFolder(Source):
     ):
         """Raises `FileNotFoundError` for a missing folder, `ValueError` for one without sub-folders of images, for a folder
         beside parts that is not a part, and for two folders of one class, such as `hot_dog` and `hot dog`."""
-        self.path, self.templates = _find_folder(path), tuple(templates)
+        self.path, self.templates = find_folder(path), tuple(templates)
         files, self.ignored = image_files(self.path)
         self.parted = self._has_parts(files, parts)
         depth = 1 if self.parted else 0
@@ -130,7 +130,7 @@ class Files(Source):
         files: list[str] | None = None,  # paths relative to it; None: every image file below it
     ):
         "Raises `FileNotFoundError` for a missing folder, `ValueError` for one without image files."
-        self.path = _find_folder(path)
+        self.path = find_folder(path)
         self.files, self.ignored = image_files(self.path) if files is None else (list(files), [])
         if not self.files: raise ValueError(f'{self.path} holds no image files ({", ".join(ENDINGS)})')
 

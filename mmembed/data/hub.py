@@ -24,7 +24,7 @@ from ..core.files import read_bytes
 from ..core.settings import settings
 from .folders import of_system
 from .source import NO_CAPTION, NO_LABEL, PART_NAMES, Source, as_text, captions_of, check_groups, column_parts, from_template, part_in, part_meaning, part_named
-from .tables import _no_column, _empty, plain
+from .tables import no_column, empty_row, plain_column
 
 # %% ../../nbs/data/04_hub.ipynb #60b94072
 def _datasets():
@@ -137,7 +137,7 @@ class HubData(Source):
         "Each column as a data set of its own: asking for a caption then reads no image."
         datasets, d = _datasets(), d.with_format(None)  # a tensor is not a caption, nor a class
         for key in wanted.values():
-            if key and key not in d.column_names: raise _no_column(self.title, key, d.column_names)
+            if key and key not in d.column_names: raise no_column(self.title, key, d.column_names)
         if isinstance(d.features[wanted['image']], datasets.Image):
             d = d.cast_column(wanted['image'], datasets.Image(decode=False))
         found = {role: (key, d.select_columns([key])) for role, key in wanted.items() if key}
@@ -209,7 +209,7 @@ class HubRows(HubData):
 
     def types(self) -> dict:
         columns = {k: next(iter(self.parts.values()))[f'keep {k}'] for k in self.keep}
-        return {k: plain(_empty(d, c)).type for k, (c, d) in columns.items()}
+        return {k: plain_column(empty_row(d, c)).type for k, (c, d) in columns.items()}
 
     def value(self, i: int, column: str) -> Any:
         value = self._value(f'keep {column}', i)

@@ -6,7 +6,8 @@ Docs: https://mmembed.github.io/mmembed/data/source.html.md"""
 
 # %% auto #0
 __all__ = ['PART_NAMES', 'YES', 'NO', 'NO_CAPTION', 'NO_LABEL', 'part_named', 'what_parts', 'part_meaning', 'part_in',
-           'column_parts', 'check_groups', 'Source', 'Part', 'from_template', 'captions_of', 'as_text']
+           'column_parts', 'check_groups', 'Source', 'row_error', 'Part', 'from_template', 'captions_of', 'as_text',
+           'find_file', 'find_folder']
 
 # %% ../../nbs/data/01_source.ipynb #c6ee6c2b
 import ast
@@ -238,7 +239,7 @@ def _unit(name: str) -> float:
     return int.from_bytes(hashlib.blake2b(name.encode('utf-8', 'surrogatepass'), digest_size=6).digest(), 'big') / 2**48
 
 # %% ../../nbs/data/01_source.ipynb #6fa87f42
-def _reason(e: Exception) -> str:
+def row_error(e: Exception) -> str:
     "The last line of an error, without the place in a library's C++ source."
     lines = str(e).strip().splitlines() or [type(e).__name__]
     return re.sub(r'^.*\.(cpp|h):\d+, ', '', lines[-1])
@@ -330,14 +331,14 @@ def as_text(
     return '' if value is None or value != value else str(value)
 
 # %% ../../nbs/data/01_source.ipynb #d1c877f1
-def _find(path: str | Path) -> Path:
+def find_file(path: str | Path) -> Path:
     given = Path(path).expanduser()
     for p in [given, Path(settings().data_path)/given]:
         if p.is_file(): return p
         if p.is_dir(): raise ValueError(f'{p} is a folder; want a .jsonl, .csv, .tsv or .parquet file')
     raise FileNotFoundError(f'no such file: {given}')
 
-def _find_folder(path: str | Path) -> Path:
+def find_folder(path: str | Path) -> Path:
     given = Path(path).expanduser()
     for p in [given, Path(settings().data_path)/given]:
         if p.is_dir(): return p

@@ -16,7 +16,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .source import PART_NAMES, Part, Source, _reason
+from .source import PART_NAMES, Part, Source, row_error
 from ..vision.pipeline import VisionPipeline
 
 # %% ../../nbs/data/08_splits.ipynb #6bbacebd
@@ -137,4 +137,4 @@ def _look(source: Source, i: int, vision: VisionPipeline, decode: bool) -> tuple
         if decode: vision.decode(file)
         return text, digest, vision.probe(file).error
     except (RuntimeError, ValueError, OSError) as e:
-        return text, digest, _reason(e)
+        return text, digest, row_error(e)

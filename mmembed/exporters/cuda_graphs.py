@@ -56,8 +56,8 @@ def why_not(
         from torch.utils._triton import has_triton
         return '' if has_triton() else 'torch.compile wants triton on a GPU: pip install triton'
     if name in ('compile', 'aotinductor'):
-        from mmembed.exporters.aot import missing
-        return missing()
+        from mmembed.exporters.aot import why_no_compiler
+        return why_no_compiler()
     return ''
 
 # %% ../../nbs/exporters/11_cuda_graphs.ipynb #228bd365

@@ -22,13 +22,13 @@ from .aot import check_name, save_package
 from .artifact import assemble, save
 from .card import make_card, sha256
 from .cuda_graphs import waits
-from .onnx.export import export_onnx, settle
+from .onnx.export import export_onnx, move_files
 from .onnx.files import add_files
 from .steps import Steps, read_classes, tried
 from .variants import Variant
 
 from .verify.report import Report
-from .verify.verify import tensors, verify
+from .verify.verify import all_tensors, verify
 from ..runtime.cuda_graphs import sizes_of
 
 # %% ../../nbs/exporters/13_export.ipynb #35288b8a
@@ -69,7 +69,7 @@ def export(
     if package and (graphs or device != 'cpu'): raise ValueError(f'{path.name} is compiled for the CPU: graphs and device go with a TorchScript file')
     artifact = assemble(model, decode, variant, steps, classes, script=not package, share=True, calibrate=calibrate)
     said = classes.words() if labels is not None or own is not None and (top_k, threshold) != (5, 0.) else None
-    card = make_card(model, artifact.dim, decode, training, variant.changes(), steps.words(), said) | {'tensors_sha256': sha256(tensors(artifact)), 'records_sha256': '0' * 64} | ({'graphs': list(graphs)} if graphs else {})
+    card = make_card(model, artifact.dim, decode, training, variant.changes(), steps.words(), said) | {'tensors_sha256': sha256(all_tensors(artifact)), 'records_sha256': '0' * 64} | ({'graphs': list(graphs)} if graphs else {})
     if graphs and (why := waits(artifact)): raise ValueError(f'graphs: {why}')
     artifact.identity = json.dumps(card, indent=1, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def export(
         report.path = path
         report.check()
         os.replace(temporary, path)
-        if onnx: settle(graphs, onnx)
+        if onnx: move_files(graphs, onnx)
     finally:
         temporary.unlink(missing_ok=True)
         shutil.rmtree(graphs, ignore_errors=True)

@@ -6,7 +6,7 @@ Docs: https://mmembed.github.io/mmembed/exporters/int8.html.md"""
 
 # %% auto #0
 __all__ = ['TABLE', 'evened', 'exact_products', 'multiplied', 'int8_steps', 'Int8Linear', 'Int8Embedding', 'SelfAttention',
-           'with_linear_attention', 'channel_peaks', 'int8_linear']
+           'with_linear_attention', 'channel_peaks', 'int8_linear', 'AttentionLayer', 'mark_gelus']
 
 # %% ../../nbs/exporters/03_int8.ipynb #b15afa8a
 import functools
@@ -230,7 +230,7 @@ def int8_linear(
 ) -> int: # how many
     "Replaces every linear layer of `tower` by an `Int8Linear`, and large tables of embeddings by an `Int8Embedding`."
     peaks = channel_peaks(tower, *inputs)  # while the GELUs are still in their places
-    _gelus(tower)
+    mark_gelus(tower)
     found = _linears(tower)
     for owner, key, table in [(m, k, x) for m in tower.modules() for k, x in m.named_children() if type(x) is nn.Embedding]:
         if table.max_norm is None and table.weight.numel() >= TABLE: setattr(owner, key, Int8Embedding(table))
@@ -240,7 +240,7 @@ def int8_linear(
     return len(found)
 
 # %% ../../nbs/exporters/03_int8.ipynb #0df1245a
-class _Attention(TorchFunctionMode):
+class AttentionLayer(TorchFunctionMode):
     "Counts the calls that attend, and answers them with `f` if there is one"
     def __init__(self, f: Callable | None = None):
         super().__init__()
@@ -258,7 +258,7 @@ class _Attention(TorchFunctionMode):
         return self.f(query, key, value, attn_mask)
 
 # %% ../../nbs/exporters/03_int8.ipynb #d30055ac
-def _gelus(tower: nn.Module):
+def mark_gelus(tower: nn.Module):
     "Marks linear layers with a GELU right behind them, and takes it away: open_clip's and torchvision's `Sequential`, Hugging Face's BERT."
     for m in tower.modules():
         row = list(m.named_children())

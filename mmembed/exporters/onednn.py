@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.torchscript import quietly
-from .int8 import with_linear_attention, _gelus
+from .int8 import with_linear_attention, mark_gelus
 
 # %% ../../nbs/exporters/04_onednn.ipynb #54121b1f
 def supported(
@@ -116,7 +116,7 @@ def quick(
     if not torch.backends.mkldnn.is_available(): return tower
     with_linear_attention(tower)
     if isinstance(getattr(tower, 'net', None), nn.Module): tower.net = folded(tower.net)
-    _gelus(tower)
+    mark_gelus(tower)
     _together(tower)
     if pixels is not None: _look(tower, pixels)
     for owner in list(tower.modules()):

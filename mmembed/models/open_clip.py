@@ -19,7 +19,7 @@ from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
 from ..core.types import Tokens
-from ..core.errors import meant
+from ..core.errors import did_you_mean
 from .base import Tower, enough_rows
 from .base import fill, finite, read_weights
 from ..text.pipeline import TextPipeline
@@ -158,7 +158,7 @@ def open_clip_towers(
         tags = open_clip.list_pretrained_tags_by_model(name)
         if pretrained not in tags:
             raise ValueError(f'{pretrained!r} is no weights file, and open_clip knows no such weights of {name}; '
-                             f'it knows {", ".join(tags) or "none"}{meant(pretrained, tags)}')
+                             f'it knows {", ".join(tags) or "none"}{did_you_mean(pretrained, tags)}')
     ours = file if file and Path(file).suffix not in ('.npz', '.npy') else None  # open_clip reads big_vision's layout
     try:
         with _quiet():
@@ -185,7 +185,7 @@ def _known(name: str) -> str:
     if ':' in name or plain in models: return name if ':' in name else plain
     hub = (f"; a model of the Hugging Face hub is from_transformers({name!r}), or 'hf-hub:{name}' where open_clip saved it"
            if '/' in name else '')
-    raise ValueError(f'open_clip knows no model {name!r}; open_clip.list_models() lists them{meant(name, models) or hub}')
+    raise ValueError(f'open_clip knows no model {name!r}; open_clip.list_models() lists them{did_you_mean(name, models) or hub}')
 
 def _fill(model: nn.Module, state: dict[str, Tensor]):
     "Weights of either layout into open_clip's model of two towers, as its own `load_checkpoint` does it with a path."
@@ -253,7 +253,7 @@ def _timm(name: str, pooling: str | None, pretrained: bool = False) -> nn.Module
     if pooling not in (None, *kinds): raise ValueError(f"pooling must be one of {', '.join(kinds)} or None, got {pooling!r}")
     more = {} if pooling is None else {'global_pool': kinds[pooling]}
     if not timm.is_model(name):
-        raise ValueError(f'timm knows no model {name!r}; see timm.list_models(){meant(name, timm.list_models())}')
+        raise ValueError(f'timm knows no model {name!r}; see timm.list_models(){did_you_mean(name, timm.list_models())}')
     try: return timm.create_model(name, pretrained=pretrained, num_classes=0, scriptable=True, **more)
     except (AssertionError, RuntimeError, TypeError) as e:
         raise ValueError(f'timm cannot make {name} with pooling={pooling!r}: {str(e) or type(e).__name__}') from None

@@ -6,7 +6,7 @@ Docs: https://mmembed.github.io/mmembed/models/towers.html.md"""
 
 # %% auto #0
 __all__ = ['POOLINGS', 'Block', 'TextTransformer', 'Residual', 'ConvNet', 'TorchvisionTower', 'image_tower', 'pooled',
-           'first_position', 'longest', 'Bert', 'bert', 'Tower', 'from_spec', 'spec_of']
+           'first_position', 'longest', 'Bert', 'bert', 'from_hub', 'Tower', 'from_spec', 'spec_of']
 
 # %% ../../nbs/models/02_towers.ipynb #9e7a8b89
 import inspect
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..core.types import Tokens
 from ..core.attention import attend
-from ..core.errors import meant
+from ..core.errors import did_you_mean
 from .base import Tower, enough_rows, from_spec, spec_of
 from .base import fill, finite, read_weights
 from ..text.pipeline import TextPipeline
@@ -155,7 +155,7 @@ class TorchvisionTower(Tower):
         self.carry(pipeline, name=name, pooling=pooling)
         if name.lower() not in torchvision.models.list_models(module=torchvision.models):  # others would download a backbone
             raise ValueError(f'torchvision knows no classifier {name!r}; see torchvision.models.list_models(torchvision.models)'
-                             f'{meant(name, torchvision.models.list_models(module=torchvision.models))}')
+                             f'{did_you_mean(name, torchvision.models.list_models(module=torchvision.models))}')
         self.net = torchvision.models.get_model(name, weights=None)
         self.head_key, self.width = _behead(self.net, name)
         if pooling == 'max': _max_pooled(self.net, name)
@@ -289,7 +289,7 @@ def bert(
 
     Raises `FileNotFoundError` if a file is not there, `OSError` for a hub name that cannot be downloaded."""
     from transformers import AutoModel
-    if not Path(folder).is_dir(): folder = _from_hub(str(folder))
+    if not Path(folder).is_dir(): folder = from_hub(str(folder))
     for name in ('config.json', 'tokenizer.json'):
         if not (Path(folder)/name).is_file():
             raise FileNotFoundError(f'no {name} in {folder}: bert() wants the folder of a saved encoder')
@@ -300,7 +300,7 @@ def bert(
     return tower
 
 # %% ../../nbs/models/02_towers.ipynb #24a36ecf
-def _from_hub(name: str, files=('config.json', 'tokenizer.json', '*.safetensors')) -> str:
+def from_hub(name: str, files=('config.json', 'tokenizer.json', '*.safetensors')) -> str:
     "The folder that the files of a hub name were put in."
     from huggingface_hub import snapshot_download
     if not re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', name): raise FileNotFoundError(f'no folder {name}')

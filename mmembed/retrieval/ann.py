@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .ingest import About
 from ..core.files import draft
-from .lance import asked, writing, written
+from .lance import asked, writing, write_table
 
 # %% ../../nbs/retrieval/10_ann.ipynb #8eaccc86
 KINDS = dict(ivf_flat='IvfFlat', ivf_sq='IvfSq', ivf_pq='IvfPq', hnsw_flat='HnswFlat', hnsw_sq='HnswSq', hnsw_pq='HnswPq')
@@ -71,7 +71,7 @@ class Approximate:
         partitions = partitions or max(1, rows >> (20 if graph else 12))
         with writing(self.folder):
             config = getattr(kinds, KINDS[kind])(distance_type='cosine', num_partitions=partitions, **options)
-            written(lambda: self._table.create_index('vector', config=config, replace=True, name='vector_idx'), [])
+            write_table(lambda: self._table.create_index('vector', config=config, replace=True, name='vector_idx'), [])
             rough = 5 if kind.endswith('pq') else 2 if kind.endswith('sq') else 0
             steps = [dict(kind=kind, nprobes=min(partitions, 2**i), refine=rough * (1 + i//2), ef=32 * 2**i if graph else 0)
                      for i in range(1, 12) if graph and i < 7 or not graph and 2**(i - 1) < partitions] or [dict(kind=kind, nprobes=1, refine=rough, ef=0)]

@@ -6,7 +6,7 @@ Docs: https://mmembed.github.io/mmembed/retrieval/lance.html.md"""
 
 # %% auto #0
 __all__ = ['CHARACTERS', 'VALUES', 'TERMS', 'FUNCTIONS', 'lancedb', 'connect', 'has_table', 'writing', 'checked_condition',
-           'said', 'written', 'asked', 'whole', 'among']
+           'said', 'write_table', 'asked', 'whole_condition', 'among']
 
 # %% ../../nbs/retrieval/08_lance.ipynb #1c8a81a8
 import fcntl
@@ -110,7 +110,7 @@ def said(
     line = re.sub(r',? ?/\S+\.rs:\d+(:\d+)?', '', str(e)).strip()
     return line.splitlines()[0][:300] if line else type(e).__name__
 
-def written(
+def write_table(
     action: Callable[[], Any],
     failed: list, # where the stream of rows puts its own error
 ) -> Any: # what `action` gives
@@ -144,7 +144,7 @@ def asked(
     raise OSError(f'a file of the index is missing: {missing}')
 
 # %% ../../nbs/retrieval/08_lance.ipynb #cebe0394
-def whole(
+def whole_condition(
     where: str, # that `checked_condition` has passed
 ) -> str:
     "Write a condition so that LanceDB reads all of it: it leaves out, without a word, what follows the part that it understands."

@@ -18,8 +18,8 @@ import pyarrow as pa
 from fastcore.basics import patch
 
 from ..data.source import Source
-from .index import Index, _new, _rows
-from .ingest import About, card_of, checked, opened, stream
+from .index import Index, new_rows, count_rows
+from .ingest import About, card_of, checked_rows, open_rows, stream
 from .embed import service_batch
 from .query import Store
 from ..runtime.embedder import Embedder
@@ -203,12 +203,12 @@ def _connect(url: str):
     return db, psycopg.sql
 
 def _incoming(model, source, about: About, there: set, columns, thumbnails: int, on_duplicate: str, prefix: str, work: Path, threads: int, progress, options: dict):
-    source, keep = opened(source, about.side, columns, options)
+    source, keep = open_rows(source, about.side, columns, options)
     if isinstance(source, Source) and not isinstance(model, Embedder): model = Embedder(model, batch_size=service_batch('cpu'), deterministic=True)
-    source, bad = _new(source, there, prefix, on_duplicate), []
-    rows = _rows(model, card_of(model), source, keep, about, work/'vectors', thumbnails, threads, progress)
+    source, bad = new_rows(source, there, prefix, on_duplicate), []
+    rows = count_rows(model, card_of(model), source, keep, about, work/'vectors', thumbnails, threads, progress)
     taken, how = (set(), 'raise') if on_duplicate == 'replace' else (set(there), on_duplicate)
-    return stream(checked(rows, about.dim, bad, taken, how, prefix), about), bad
+    return stream(checked_rows(rows, about.dim, bad, taken, how, prefix), about), bad
 
 # %% ../../nbs/retrieval/12_postgres.ipynb #4c71cd8f
 @patch

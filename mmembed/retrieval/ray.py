@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..data.source import Source
 from ..data.open import excerpt
-from .embed import Done, embed_parts, opened, plan, service_batch
+from .embed import Done, embed_parts, open_job, plan, service_batch
 from ..runtime.embedder import Embedder
 from .parts import ERRORS, Job, check_part, write_ledger
 
@@ -71,7 +71,7 @@ def embed_ray(
     if not isinstance(model, Embedder): model = Embedder(model, batch_size=batch_size or service_batch(device), deterministic=True)
     job, found = plan(model, source, what, keep, precision, shard_rows, unique, content_hash, spark)
     start, folder, ready, mine = time.perf_counter(), Path(out).resolve(), 0, not ray.is_initialized()
-    with opened(folder, job) as todo:
+    with open_job(folder, job) as todo:
         there = job.rows - sum(len(job.shard(k)) for k in todo)
         try:
             if todo and mine: _connect(ray, address, workers[1], cpus, gpus)

@@ -22,18 +22,18 @@ from ..core.types import ImageInfo, Tokens
 from ..core.batching import filled, text_lengths, join_tokens
 from ..core.packing import pack
 from ..core.images import stack_levels
-from .artifact import checked, chooses, computes, device_of, prepack, read_card, widened
+from .artifact import checked_artifact, chooses, computes, device_of, prepack, read_card, widened
 from ..core.threads import give_back, steady
 from ..core.errors import reason
 from ..core.torchcodec import register_image_ops, silence_decoders
 from ..core.images import DOT, as_image
 from ..core.threads import ahead, decoders as threads_for, watched
 from .inputs import enough, items_of, name_of, pixels_of, rows_of, text_error, tokens_of
-from ..core.errors import whole
-from .results import Encoded, Profile, Ranking, Scored, Similarity, check, failed, plain, policy, ranking, settle, stages
+from ..core.errors import whole_number
+from .results import Encoded, Profile, Ranking, Scored, Similarity, check, failed, as_numpy, policy, ranking, settle, stages
 from .cuda_graphs import sizes_of
 from .aot import opened
-from .processor import chosen
+from .processor import choose_kernel
 
 # %% ../../nbs/runtime/07_embedder.ipynb #d94979f5
 _all_ = ['FORMAT_VERSION', 'read_card', 'reason', 'register_image_ops', 'Encoded', 'Scored', 'Ranking', 'Similarity', 'Profile'] # found here too
@@ -73,15 +73,15 @@ class Embedder:
         self.card = read_card(path)
         own = self.card.get('variant', {}).get('deterministic', 0)  # rows to which the file fills its batches
         self.deterministic, self.fills = bool(deterministic or own), bool(deterministic and not own)
-        self.path, self.device, self.batch_size = Path(path), device_of(device), whole('batch_size', batch_size, 1)
+        self.path, self.device, self.batch_size = Path(path), device_of(device), whole_number('batch_size', batch_size, 1)
         if graphs and sizes_of(graphs) and self.device.type != 'cuda': raise ValueError(f"graphs want device='cuda', got {str(self.device)!r}")
-        if threads is not None: torch.set_num_threads(whole('threads', threads, 1))
-        chosen(kernels, fixed=True)  # a wrong word is refused before anything is loaded
+        if threads is not None: torch.set_num_threads(whole_number('threads', threads, 1))
+        choose_kernel(kernels, fixed=True)  # a wrong word is refused before anything is loaded
         if self.card.get('decode', True):
             register_image_ops(self.card.get('pixels', {}).get('heic', False))
             silence_decoders()
         torch._C._jit_set_profiling_mode(False)  # process-wide; its recompilations make the first calls slow
-        self.module = checked(path, self.card, check, lambda: opened(path, self.card, self.device, graphs, (lambda record: record) if mmap else None))
+        self.module = checked_artifact(path, self.card, check, lambda: opened(path, self.card, self.device, graphs, (lambda record: record) if mmap else None))
         self.graphs: tuple = getattr(self.module, 'sizes', ())  # batch sizes that are captured; none on a CPU
         if self.device.type == 'cpu': self._settle(kernels)
         give_back()
@@ -96,7 +96,7 @@ class Embedder:
     def _settle(self, kernels: str | None): # weights and kernels for this processor
         widened(self.module, self.card)
         free = 'compiled' not in self.card and any(map(chooses, self.module.modules()))
-        prepack(self.module, chosen(kernels, self.deterministic or not free))
+        prepack(self.module, choose_kernel(kernels, self.deterministic or not free))
 
     def tokenize(
         self,
@@ -132,7 +132,7 @@ class Embedder:
             if not errors[-1]: rows.append(t)
             if len(rows) == max(TEXTS, self.batch_size): flush()
         flush()
-        return plain(settle(done, errors, self._nothing, on_error), numpy)
+        return as_numpy(settle(done, errors, self._nothing, on_error), numpy)
 
     def encode_image(
         self,
@@ -153,7 +153,7 @@ class Embedder:
                 done.append(self.encode_pixels(stack_levels(levels)))
                 levels.clear()
         if levels: done.append(self.encode_pixels(stack_levels(levels)))
-        return plain(settle(done, errors, self._nothing, on_error), numpy)
+        return as_numpy(settle(done, errors, self._nothing, on_error), numpy)
 
     def encode_tokens(
         self,
@@ -233,7 +233,7 @@ class Embedder:
         "`logit_scale * cosine + logit_bias` of every text with every image; NaN where an embedding is zeros, as `encode_image` gives one for an item that failed."
         text, image = self._embedded(texts, 'texts', self.encode_text), self._embedded(images, 'images', self.encode_image)
         with steady(): scores = self.module.score(text, image)
-        return plain(scores.masked_fill(failed(text)[:, None] | failed(image), torch.nan), numpy)
+        return as_numpy(scores.masked_fill(failed(text)[:, None] | failed(image), torch.nan), numpy)
 
     def rank(
         self,
@@ -246,7 +246,7 @@ class Embedder:
         "The best matches of every text (or image), with a softmax over the candidates; a sigmoid if the model has a bias, as SigLIP has."
         if by not in ('text', 'image'): raise ValueError(f"by must be 'text' or 'image', got {by!r}")
         scores = self.score(texts, images)
-        return plain(ranking(scores if by == 'text' else scores.T, top_k, bool(self.card.get('logit_bias'))), numpy)
+        return as_numpy(ranking(scores if by == 'text' else scores.T, top_k, bool(self.card.get('logit_bias'))), numpy)
 
     def similarity(
         self,
@@ -288,7 +288,7 @@ class Embedder:
             if len(rows) == self.batch_size: flush()
         if next(texts, self) is not self: raise ValueError(f'{len(errors)} images are fewer than the texts: pairs want one text an image')
         flush()
-        return plain(settle(done, errors, self._nothing, on_error, Scored, float('nan')), numpy)
+        return as_numpy(settle(done, errors, self._nothing, on_error, Scored, float('nan')), numpy)
 
     def classify(
         self,
@@ -324,7 +324,7 @@ class Embedder:
     ) -> 'Embedder': # itself
         "Answers made-up items, so that what is slow only once is over."
         if not isinstance(sizes, Iterable): raise TypeError(f'sizes must be a list of whole numbers, got {sizes!r}')
-        sizes = [whole('sizes', n, 1) for n in sizes]
+        sizes = [whole_number('sizes', n, 1) for n in sizes]
         if self.card.get('decode', True): self.preprocess(DOT)
         picture = self.preprocess(torch.zeros(3, *self.card['image_size'], dtype=torch.uint8))
         for n in sizes:
@@ -404,7 +404,7 @@ class Embedder:
 
     def _labelled(self, top_k: int):
         if not self.labels: raise TypeError(f'{self.path.name} has no labels: export it with labels=')
-        whole('top_k', top_k, 0)
+        whole_number('top_k', top_k, 0)
 
     def _embeds(self):
         if self.pairs: raise TypeError(f'{self.path.name} scores pairs and has no embeddings: call scores(texts, images) or classify(texts, images)')

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core import markers
-from ..core.errors import _said
+from ..core.errors import shape_of
 from ..core.types import Tokens
 
 # %% ../../nbs/runtime/03_inputs.ipynb #f44073d1
@@ -88,8 +88,8 @@ def tokens_of(
     if not (isinstance(tokens, tuple) and len(tokens) == 2 and all(isinstance(x, Tensor) for x in tokens)):
         raise TypeError(f'tokens must be Tokens(ids, mask), as tokenize gives them, got {type(tokens).__name__}')
     ids, mask = tokens
-    if ids.dtype != torch.int64 or ids.ndim != 2: raise ValueError(f'tokens.ids must be int64 (B, L), got {_said(ids)}')
-    if mask.dtype != torch.int64 or mask.shape != ids.shape: raise ValueError(f'tokens.mask must be int64 {tuple(ids.shape)} as tokens.ids is, got {_said(mask)}')
+    if ids.dtype != torch.int64 or ids.ndim != 2: raise ValueError(f'tokens.ids must be int64 (B, L), got {shape_of(ids)}')
+    if mask.dtype != torch.int64 or mask.shape != ids.shape: raise ValueError(f'tokens.mask must be int64 {tuple(ids.shape)} as tokens.ids is, got {shape_of(mask)}')
     if not len(ids): return Tokens(ids, mask)
     if not 1 <= ids.shape[1] <= most: raise ValueError(f'tokens must be 1 to {most} a row, got {ids.shape[1]}')
     for name, x, limit in (('ids', ids, vocab), ('mask', mask, 2)):
@@ -107,7 +107,7 @@ def pixels_of(
     "`pixels`, fit for an image tower; raises `TypeError` or `ValueError`."
     if not isinstance(pixels, Tensor): raise TypeError(f'pixels must be a tensor, as preprocess gives them, got {type(pixels).__name__}')
     if pixels.dtype not in (torch.uint8, torch.float32)[:1 + floats] or pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, *size):
-        raise ValueError(f"pixels must be uint8{' or normalised float32' if floats else ''} (B, 3, {size[0]}, {size[1]}), got {_said(pixels)}")
+        raise ValueError(f"pixels must be uint8{' or normalised float32' if floats else ''} (B, 3, {size[0]}, {size[1]}), got {shape_of(pixels)}")
     return pixels
 
 # %% ../../nbs/runtime/03_inputs.ipynb #0f566a9a
@@ -121,5 +121,5 @@ def rows_of(
     if type(x).__module__ == 'numpy' and getattr(x, 'ndim', 0) == 2 and x.dtype.kind in 'fiu': x = torch.from_numpy(x)
     if not isinstance(x, Tensor): return None
     if x.ndim != 2 or x.shape[1] != dim or x.dtype != dtype:
-        raise ValueError(f'{name}: embeddings must have the shape (B, {dim}) and the type {str(dtype).removeprefix("torch.")}, got {_said(x)}')
+        raise ValueError(f'{name}: embeddings must have the shape (B, {dim}) and the type {str(dtype).removeprefix("torch.")}, got {shape_of(x)}')
     return x

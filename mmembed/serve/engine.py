@@ -26,7 +26,7 @@ from ..core.threads import decoders, memory
 from ..runtime.embedder import Embedder
 from ..core.batching import join_tokens
 from ..core.errors import reason
-from .queue import PATIENCE, Budget, Item, Job, Lane, size_of
+from .queue import PATIENCE, Budget, Item, PendingRequest, Lane, item_bytes
 
 # %% ../../nbs/serve/02_engine.ipynb #a2acb63c
 _all_ = ['Item', 'Job']
@@ -102,17 +102,17 @@ class Engine:
 
     def submit(self,
         items: list[Item],
-        done: Callable,                # called once with the `Job`, from a worker thread
+        done: Callable,                # called once with the `PendingRequest`, from a worker thread
         timeout: float | None = None,  # seconds; the options' by default
         force: bool = False,           # even when the queue is full, and before all others (for the canary)
-    ) -> Job:
+    ) -> PendingRequest:
         "Admits all `items` or none; raises `Busy`, `Unfit` or `Unsuited`."
         if not items: raise ValueError('there are no items')
         if any(i.kind not in self.waiting for i in items):
             raise Unsuited('this artifact scores pairs of a text and an image: ask for their labels' if self.emb.pairs else 'this artifact embeds, and scores no pairs')
         count = {k: sum(i.kind == k for i in items) for k in self.waiting}
         size = sum(i.size for i in items)
-        job = Job(items, self._finished, time.perf_counter() + (timeout or self.options.timeout), urgent=force)
+        job = PendingRequest(items, self._finished, time.perf_counter() + (timeout or self.options.timeout), urgent=force)
         job.answer = done
         with self._lock:
             if self.unfit or self.closing: raise Unfit(self.unfit or 'the engine is closed')
@@ -135,7 +135,7 @@ class Engine:
         items: list[Item],
         timeout: float | None = None,
         force: bool = False,
-    ) -> Job:
+    ) -> PendingRequest:
         "`submit` for an event loop. A cancelled task cancels its items; those past their time are 'expired'."
         loop = asyncio.get_running_loop()
         answer = loop.create_future()
@@ -250,7 +250,7 @@ class Engine:
         if why := self._wrong(text): raise ValueError(why)
         text = self.emb.enough(text)
         pair.data = text, image
-        return id(pair) if size_of(text) > self.emb.glance else 0
+        return id(pair) if item_bytes(text) > self.emb.glance else 0
 
     def _tokenize(self, door) -> bool:
         lane = self.lanes['text']  # as many as the queue holds: their tokens are small
@@ -277,7 +277,7 @@ class Engine:
 
     def _wrong(self, text) -> str: # '' or why it is not tokenised
         if not isinstance(text, (str, bytes)): return f'{type(text).__name__} is no text'
-        size, most = size_of(text), self.options.max_text
+        size, most = item_bytes(text), self.options.max_text
         return f'{size:,} bytes of text; this server takes up to {most:,}' if size > most else ''
 
     def _length(self, n: int) -> int: # the bucket of a text of n tokens

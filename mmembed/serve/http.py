@@ -24,9 +24,9 @@ from .engine import Busy, Unfit, Unsuited
 from .queue import Item
 from . import open_inference as inference, tasks as scores
 from .openapi import (BINARY, FORM, PAGE_HEADERS, RAW, Classification, Embeddings, Hits, Live, ModelList, ModelRow, Ranking, Ready,
-                                   Reloaded, asks, described, gives, page)
+                                   Reloaded, asks, name_schemas, gives, page)
 from .service import Service
-from .schemas import ClassifyRequest, EmbeddingRequest, RankRequest, ReloadRequest, SearchRequest, StreamRequest, answered, check_model, error, few, made_by, misfit, plain_text, problem, read_json, reply, rows, run, timing, to_items, vector, verdict
+from .schemas import ClassifyRequest, EmbeddingRequest, RankRequest, ReloadRequest, SearchRequest, StreamRequest, answered, check_model, error, few, made_by, misfit, plain_text, problem, read_body, reply, embedding_rows, run, timing, to_items, vector, verdict
 
 # %% ../../nbs/serve/12_http.ipynb #09cf9413
 def app(service: Service) -> Edge:
@@ -38,7 +38,7 @@ def app(service: Service) -> Edge:
     async def parsed(request: Request, model):
         kind = request.headers.get('content-type', 'application/json').partition(';')[0].strip().lower()
         if kind != 'application/json' and not kind.endswith('+json'): raise HTTPException(415, f'content type {kind[:60]!r} is not JSON')
-        asked = read_json(model, await request.body())
+        asked = read_body(model, await request.body())
         check_model(getattr(asked, 'model', None), service)
         return asked
 
@@ -86,7 +86,7 @@ def app(service: Service) -> Edge:
                             {'x-shape': f'{len(table)},{width}', 'x-status': ','.join(i.status for i in items)}, 'application/octet-stream')
         tokens = sum(i.tokens for i in items)
         status = answered(items)
-        body = dict(object='list', model=service.name, artifact=made_by(items, service), data=rows(items, **how),
+        body = dict(object='list', model=service.name, artifact=made_by(items, service), data=embedding_rows(items, **how),
                     usage=dict(prompt_tokens=tokens, total_tokens=tokens))
         if status != 200: body['error'] = error(status, next(i.error or i.status for i in items))
         return reply(body, status, **head)
@@ -177,7 +177,7 @@ def app(service: Service) -> Edge:
     async def gone(request, e): return problem(499, 'the client has gone')
 
     inference.routes(api, service, embed)
-    described(api, inference.InferenceRequest)
+    name_schemas(api, inference.InferenceRequest)
     @api.get('/docs', include_in_schema=False)
     async def docs(): return HTMLResponse(page(api.openapi()), headers=PAGE_HEADERS)
     inner = Direct(api, {'/v1/embeddings': embeddings, '/rank': rank, '/classify': classify, '/search': search})
@@ -220,7 +220,7 @@ async def _stream(service: Service, socket: WebSocket, window: int = 16):
                 if not held: raise service.crowded()
                 if message.get('bytes') is not None: items, how = [Item('image', message['bytes'])], {}
                 else:
-                    asked = read_json(StreamRequest, message['text'])
+                    asked = read_body(StreamRequest, message['text'])
                     rid = number if asked.id is None else asked.id
                     check_model(asked.model, service)
                     if (asked.dimensions or 0) > service.emb.dim: raise HTTPException(422, f'dimensions: the model has {service.emb.dim}')
@@ -229,7 +229,7 @@ async def _stream(service: Service, socket: WebSocket, window: int = 16):
                     how = dict(dimensions=asked.dimensions, encoding=asked.encoding_format)
                 items = await run(service, items, span=socket.state.span)
                 socket.state.seen['items'] += len(items)
-                out = dict(id=rid, artifact=made_by(items, service), data=rows(items, **how))
+                out = dict(id=rid, artifact=made_by(items, service), data=embedding_rows(items, **how))
             except Exception as e:
                 code, why, retry = verdict(e)
                 if rid == number and message.get('text'): rid = _named(message['text'], number)

@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/serve/openapi.html.md"""
 # %% auto #0
 __all__ = ['ERRORS', 'Status', 'RAW', 'FORM', 'BINARY', 'SCRIPT', 'STYLE', 'PAGE_HEADERS', 'ErrorDetail', 'Problem',
            'EmbeddingRow', 'Usage', 'Embeddings', 'ModelRow', 'ModelList', 'RankRow', 'Ranking', 'LabelRow', 'ClassRow',
-           'Classification', 'Hit', 'Hits', 'Live', 'Ready', 'Reloaded', 'asks', 'gives', 'described', 'page']
+           'Classification', 'Hit', 'Hits', 'Live', 'Ready', 'Reloaded', 'asks', 'gives', 'name_schemas', 'page']
 
 # %% ../../nbs/serve/08_openapi.ipynb #1a8d945a
 import base64
@@ -189,7 +189,7 @@ def gives(
     return {200: {'description': 'answered'} | (dict(model=model) if model else {}) | (dict(content=content) if content else {})} | out
 
 # %% ../../nbs/serve/08_openapi.ipynb #658dc125
-def described(
+def name_schemas(
     api: FastAPI, # with its routes
     *models: type, # of bodies that `asks` was given, besides those of `wire`
 ):

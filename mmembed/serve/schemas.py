@@ -7,9 +7,9 @@ Docs: https://mmembed.github.io/mmembed/serve/schemas.html.md"""
 # %% auto #0
 __all__ = ['Entry', 'ClassEntry', 'PART', 'TextEntry', 'ImageEntry', 'ImageURL', 'ImageURLEntry', 'TokensEntry',
            'EmbeddingRequest', 'RankRequest', 'PairEntry', 'ClassifyRequest', 'SearchRequest', 'ReloadRequest',
-           'StreamRequest', 'misfit', 'read_json', 'plain_text', 'UnknownModel', 'check_model', 'few', 'Refused',
-           'image_bytes', 'permitted', 'Downloads', 'to_item', 'to_items', 'run', 'vector', 'rows', 'timing', 'reply',
-           'error', 'problem', 'answered', 'made_by', 'verdict']
+           'StreamRequest', 'misfit', 'read_body', 'plain_text', 'UnknownModel', 'check_model', 'few', 'Refused',
+           'image_bytes', 'permitted', 'Downloads', 'to_item', 'to_items', 'run', 'vector', 'embedding_rows', 'timing',
+           'reply', 'error', 'problem', 'answered', 'made_by', 'verdict']
 
 # %% ../../nbs/serve/07_schemas.ipynb #2be68f7b
 import asyncio
@@ -30,7 +30,7 @@ from starlette.exceptions import HTTPException
 
 from ..core import markers
 from .engine import Busy, Unfit, Unsuited
-from .queue import Item, Job
+from .queue import Item, PendingRequest
 from .telemetry import seconds
 from .service import Service
 from .token_ids import text_of, token_table
@@ -137,7 +137,7 @@ def misfit(e: ValidationError) -> HTTPException: # 400 for what is no JSON, else
     return HTTPException(400 if last['type'] == 'json_invalid' else 422, f'{where}: {last["msg"]}' if where else last['msg'])
 
 # %% ../../nbs/serve/07_schemas.ipynb #9c8aa60a
-def read_json(
+def read_body(
     model: type,        # a pydantic model
     data: bytes | str,
 ):
@@ -345,7 +345,7 @@ async def run(
     bad = [i for i in items if isinstance(i.data, Refused)]
     await _in_parts(service, [i for i in items if not isinstance(i.data, Refused)], timeout, span)
     if bad:
-        lost = Job(bad, lambda job: None)
+        lost = PendingRequest(bad, lambda job: None)
         for i in bad: lost.settle(i, i.data.status, str(i.data))
         service.metrics.job(lost)
     for at, i in enumerate(items): i.index = at
@@ -362,7 +362,7 @@ def vector(
     return np.ascontiguousarray(cut / max(float(np.linalg.norm(cut)), 1e-12), np.float32)
 
 # %% ../../nbs/serve/07_schemas.ipynb #a76e19ae
-def rows(
+def embedding_rows(
     items: list[Item],
     dimensions: int | None = None,
     encoding: str | None = None, # 'float' by default, or 'base64': little-endian float32

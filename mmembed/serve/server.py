@@ -25,7 +25,7 @@ from pathlib import Path
 
 import uvicorn
 
-from .checks import checked
+from .checks import checked_config
 from .connection import Protocol
 from .engine import Options
 from .http import app
@@ -81,7 +81,7 @@ def serve(
     sock: socket.socket | None = None, # listening; a new one by default
 ) -> int: # exit status: 0 after a signal, `UNFIT` when a worker has died
     "Serve until a signal comes; raises `ValueError` for an option that cannot be, and `OSError` where it cannot listen."
-    checked(config)
+    checked_config(config)
     with hangups_kept(): return _started(config, sock)
 
 def _started(config, sock):
@@ -253,7 +253,7 @@ class running:
         wait: float = 120., # seconds until it must serve
         env: dict | None = None,
     ):
-        checked(config)
+        checked_config(config)
         program = 'import json, sys; from mmembed.serve.server import _alone; _alone()'
         self.process = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.DEVNULL if config.log else None, env=os.environ | (env or {}))

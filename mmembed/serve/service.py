@@ -29,9 +29,9 @@ from ..core.threads import memory
 from ..runtime.embedder import Embedder
 from ..runtime.artifact import read_card
 from ..core.errors import reason
-from .checks import checked
+from .checks import checked_config
 from .engine import Busy, Engine, Options, Unfit, Unsuited
-from .queue import Item, Job
+from .queue import Item, PendingRequest
 from .queue import Budget
 from .telemetry import Metrics, Tracer, open_log
 
@@ -177,7 +177,7 @@ class Service:
         tracer: Tracer | None = None,
     ):
         checked_keys(config.api_keys)
-        self.config, self.on_unfit = checked(config), on_unfit
+        self.config, self.on_unfit = checked_config(config), on_unfit
         self.name = config.name or Path(config.artifact).stem  # of the model, also after a reload
         self.log = open_log(config.log)
         self.metrics, self.tracer = Metrics(), tracer or Tracer(config.traces, config.trace_ratio)
@@ -234,7 +234,7 @@ class Service:
         items: list[Item],
         timeout: float | None = None, # seconds, at most the configured ones
         span=None,                    # of the request
-    ) -> Job: # every item settled
+    ) -> PendingRequest: # every item settled
         "Embeds `items`; raises `Busy` or `Unfit`. The engine that was in force at the start answers, also during a reload."
         timeout = min(timeout or 1e9, self.config.engine.timeout)
         pin = _PIN.get()

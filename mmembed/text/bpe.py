@@ -16,7 +16,7 @@ import torch
 from tokenizers import normalizers
 from torch import Tensor, nn
 
-from ..core.errors import meant
+from ..core.errors import did_you_mean
 from .byte_level import ByteFront, open_clip_rules, pattern_classes
 from .nfc import nfc_rules
 from .hash_table import VocabTable, ended
@@ -331,7 +331,7 @@ def open_clip_text_config(
     import open_clip
     if name.replace('/', '-') not in open_clip.list_models():  # it would look for any other name on the hub
         raise ValueError(f'open_clip knows no model {name!r}; open_clip.list_models() lists them'
-                         f'{meant(name, open_clip.list_models())}')
+                         f'{did_you_mean(name, open_clip.list_models())}')
     return open_clip.get_model_config(name.replace('/', '-'))['text_cfg']
 
 # %% ../../nbs/text/08_bpe.ipynb #5a10ef0a

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .nfc import Nfc, NormalizedLike, nfc_rules
 from .pretokenize import AddedTokens, first_from, last_before
 from .hash_table import ExpandTable, PageTable, ended
-from .unicode import ADDED, CLASS_SHIFT, MAX_ADDED, N_CODES, Codes, Located, Utf8, _code_points, probe_normalizer, probed
+from .unicode import ADDED, CLASS_SHIFT, MAX_ADDED, N_CODES, Codes, Located, Utf8, code_points, probe_normalizer, probed
 
 # %% ../../nbs/text/07_byte_level.ipynb #1817e2d6
 SPACE, LETTER, NUMBER, OTHER, MARK = 0, 1, 2, 4, 10  # classes; MARK is an added token. Bit 1: never joined by CLIP's pattern; bit 3: by none
@@ -29,7 +29,7 @@ SPACE, LETTER, NUMBER, OTHER, MARK = 0, 1, 2, 4, 10  # classes; MARK is an added
 def _classes(
     replaced, # a function (pattern, replacement, text) -> text with every match of the pattern replaced
 ) -> np.ndarray:
-    codes = _code_points()
+    codes = code_points()
     text = ''.join(map(chr, codes))
     out = np.full(N_CODES, SPACE)  # what no part of the pattern matches is dropped like a space
     for pattern, kind, other in [(r'[\p{L}]', LETTER, '!'), (r'[\p{N}]', NUMBER, '!'), (r'[^\s\p{L}\p{N}]', OTHER, 'a')]:
@@ -68,13 +68,13 @@ def open_clip_rules() -> dict[str, np.ndarray]:
             for f in (fixes.fix_c1_controls, fixes.fix_latin_ligatures, fixes.fix_character_width, fixes.uncurl_quotes,
                       fixes.fix_line_breaks, fixes.remove_control_chars): text = f(text)
             return text
-        rest = _code_points()
+        rest = code_points()
         counts, images = probe_normalizer(NormalizedLike(lambda t: fix(fix(t))), rest[rest != 0xFFE8])
         fixed_images = np.insert(images, counts[:0xFFE8].sum(), 0x2502)  # the half-width form of the probe's own sentinel
         counts[0xFFE8] = 1
         lower = probe_normalizer(NormalizedLike(str.lower))
         classes = _classes(lambda p, other, t: regex.sub(p, other, t, flags=regex.IGNORECASE))
-        codes = _code_points()
+        codes = code_points()
         classes[[c for c in codes if chr(c).isspace()]] = SPACE
         after = np.array([(chr(c) + 'Σ').lower()[-1] == 'ς' for c in codes])      # a cased letter makes the Σ after it final
         through = np.array([('A' + chr(c) + 'Σ').lower()[-1] == 'ς' for c in codes])  # so does one behind an ignorable character

@@ -19,7 +19,7 @@ from tokenizers import normalizers
 from torch import Tensor, nn
 
 from .hash_table import ExpandTable, PageTable, VocabTable
-from .unicode import _SENTINEL, ADDED, MAX_ADDED, N_CODES, Codes, Utf8, _code_points, combining_ranks, probe_normalizer, probed
+from .unicode import SENTINEL, ADDED, MAX_ADDED, N_CODES, Codes, Utf8, code_points, combining_ranks, probe_normalizer, probed
 
 # %% ../../nbs/text/03_nfc.ipynb #602a32f5
 class NfcRules(NamedTuple):
@@ -33,7 +33,7 @@ class NfcRules(NamedTuple):
 # %% ../../nbs/text/03_nfc.ipynb #3d73eba5
 def _probe_nfc(nfc: Callable[[str], str], nfd: Callable[[str], str], ranks: np.ndarray) -> dict[str, np.ndarray]:
     "Asks `nfc` and `nfd`, functions of strings, about every code point."
-    codes = _code_points()
+    codes = code_points()
     counts, images = probe_normalizer(NormalizedLike(nfd))
     whole, composed = probe_normalizer(NormalizedLike(nfc))
     stable = np.ones(N_CODES, bool)
@@ -43,11 +43,11 @@ def _probe_nfc(nfc: Callable[[str], str], nfd: Callable[[str], str], ranks: np.n
     many = np.flatnonzero(stable & (counts > 1))
     first = counts.cumsum() - counts
     heads = [''.join(map(chr, images[first[c]:first[c] + counts[c] - 1])) for c in many]
-    heads = nfc(_SENTINEL.join(heads)).split(_SENTINEL)
+    heads = nfc(SENTINEL.join(heads)).split(SENTINEL)
     if any(len(h) != 1 for h in heads): raise ValueError('a character composes of more than two parts')
     last = images[first[many] + counts[many] - 1]
     pairs = np.stack([np.array([ord(h) for h in heads], np.int64).reshape(-1), last, many], 1)
-    ok = nfc(_SENTINEL.join(chr(a) + chr(b) for a, b, _ in pairs)).split(_SENTINEL)
+    ok = nfc(SENTINEL.join(chr(a) + chr(b) for a, b, _ in pairs)).split(SENTINEL)
     if ok != [chr(c) for c in many]: raise ValueError('a composite is not what its two parts compose to')
     touched = ~stable | (ranks > 0)
     touched[pairs[:, 1]] = True

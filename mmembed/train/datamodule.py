@@ -217,8 +217,8 @@ class PairData(LightningDataModule):
         columns: int = 4,
     ): # a matplotlib figure
         "The first `n` training pairs, pixels and tokens as the model sees them; see `mmembed.train.show`."
-        from mmembed.train.show import look, show_batch
-        return show_batch(look(self, n), columns)
+        from mmembed.train.show import first_rows, show_batch
+        return show_batch(first_rows(self, n), columns)
 
     def _repr_html_(self) -> str:
         parts = [('training', self.train), ('validation', self.valid), ('test', self.test)]

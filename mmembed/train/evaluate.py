@@ -19,9 +19,9 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer
 from ..core.settings import settings
-from ..models.metrics import answers, mean_average_precision
+from ..models.metrics import correct_images, mean_average_precision
 from .checkpoint import load_checkpoint, read_checkpoint
-from .config import TASKS, WrongCall, _sentence, settle
+from .config import TASKS, WrongCall, argument_error, absolute_paths
 from .datamodule import PairData
 from .modules import LitPairClassifier, plain_recall
 
@@ -85,7 +85,7 @@ def evaluate(
     about |= {'rows': len(data.valid), 'skipped': len(data.ledger)}
     if shell is LitPairClassifier: return {'figures': lit.figures, 'data': about, 'step': step}
     text, image, texts, index = lit.gallery
-    right = answers(texts, [data.valid.picture(i) for i in index])
+    right = correct_images(texts, [data.valid.picture(i) for i in index])
     scores = text[right.first_text] @ image[right.first_image].T
     found = {'text_to_image': mean_average_precision(scores, right.relevant), 'image_to_text': mean_average_precision(scores.T, right.relevant.T)}
     return {'recall': plain_recall(lit.recall), 'map': found, 'data': about, 'step': step}
@@ -134,13 +134,13 @@ def _data_config(kind: type, data: dict, argv: list[str]) -> Namespace:
     with tempfile.TemporaryDirectory() as d:
         (Path(d)/'data.yaml').write_text(yaml.safe_dump({'data': data}))
         try: config = _parser(kind).parse_args(['--config', f'{d}/data.yaml', *argv])
-        except ArgumentError as e: raise WrongCall(_sentence(e)) from None
-    settle(config)
+        except ArgumentError as e: raise WrongCall(argument_error(e)) from None
+    absolute_paths(config)
     return config.data
 
 def _made(kind: type, config: Namespace) -> PairData:
     try: return _parser(kind).instantiate_classes(Namespace(data=config)).data
-    except ArgumentError as e: raise ValueError(_sentence(e)) from None
+    except ArgumentError as e: raise ValueError(argument_error(e)) from None
 
 def _plain(value: Any) -> Any: return value.as_dict() if isinstance(value, Namespace) else value
 def _place(value: Any) -> Any: return os.path.realpath(value) if isinstance(value, str) and os.path.exists(value) else _plain(value)  # one file by two names

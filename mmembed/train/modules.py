@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..core.types import Embeddings, PairBatch
 from ..models.dual import DualEncoder
 from ..models.losses import InfoNCE, batch_sizes, distill, weighted
-from ..models.metrics import Recall, answers, both_ways, classification
+from ..models.metrics import Recall, correct_images, both_ways, classification
 from ..models.pair import PairClassifier
 from .finetune import add_lora, checkpointed, embed_in_chunks, lock, parameter_groups, shard, still
 
@@ -284,7 +284,7 @@ def judge(
     pictures: list | None = None, # N keys: equal for rows of one picture; by default each row has its own
 ) -> dict[str, dict[str, Recall]]: # kind, 'all' first: direction: figures
     "Recall both ways among every picture once and every caption once, ties against the model."
-    right = answers(same, list(range(len(same))) if pictures is None else pictures)
+    right = correct_images(same, list(range(len(same))) if pictures is None else pictures)
     text, image = text[right.first_text], image[right.first_image]
     result = {'all': both_ways(text, image, right.relevant)}
     for kind in sorted(set(kinds)) if len(set(kinds)) > 1 else []:

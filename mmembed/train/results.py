@@ -13,10 +13,10 @@ import torch
 
 from torch import Tensor, nn
 from ..data.source import Source
-from ..models.metrics import answers, ranks
+from ..models.metrics import correct_images, ranks
 
 from .datamodule import PairData
-from .show import _fonts, wrapped
+from .show import caption_fonts, wrapped
 from ..vision.pipeline import VisionPipeline
 
 # %% ../../nbs/train/12_results.ipynb #02e026c8
@@ -37,7 +37,7 @@ class Gallery(NamedTuple):
 
     def relevant(self) -> Tensor: # bool (N, N)
         "Captions that say the same are right for each other's images, and so are all captions of one image."
-        right = answers([self.source.text(i) for i in self.index], [self.source.picture(i) for i in self.index])
+        right = correct_images([self.source.text(i) for i in self.index], [self.source.picture(i) for i in self.index])
         return right.relevant[right.text][:, right.image]
 
 # %% ../../nbs/train/12_results.ipynb #0edf7ce8
@@ -75,7 +75,7 @@ def show_scores(
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
     n = min(n, len(g.index))
     scores = g.scores()[:n, :n]
-    with _fonts():
+    with caption_fonts():
         fig, ax = plt.subplots(figsize=(4 + 0.7*n, 1.6 + 0.7*n))
         shown = ax.imshow(scores.numpy(), cmap='viridis')
         ax.set_yticks(range(n), [wrapped(g.caption(i), 44, 2) for i in range(n)], fontsize=7, parse_math=False)
@@ -99,7 +99,7 @@ def _answers(g: Gallery, queries: list[int] | int, k: int, captions: bool, shape
     rows = list(range(min(queries, len(g.index)))) if isinstance(queries, int) else list(queries)
     scores, relevant = (x.T[rows] if captions else x[rows] for x in (g.scores(), g.relevant()))
     best = scores.topk(min(k, len(g.index)))
-    with _fonts():
+    with caption_fonts():
         fig, axes = plt.subplots(len(rows), len(shape['width_ratios']), figsize=(shape['width'], shape['height']*len(rows)), squeeze=False,
                                  gridspec_kw={'width_ratios': shape['width_ratios']})
         for line, row, rank, values, items, right in zip(axes, rows, ranks(scores, relevant).tolist(), best.values.tolist(), best.indices.tolist(), relevant):

@@ -23,7 +23,7 @@ from torch import nn
 
 from .datamodule import PairData
 from .checkpoint import load_checkpoint, read_checkpoint, write_weights
-from .config import TrainCLI, WrongCall, _note, _sentence
+from .config import TrainCLI, WrongCall, note_path, argument_error
 from .evaluate import show_figures
 
 # %% ../../nbs/train/11_run.ipynb #93bac309
@@ -58,7 +58,7 @@ def run(
             cli.leave_no_trace()
             raise
         if cli.best.best_model_score is None and cli.trainer.enable_validation and not cli.trainer.fast_dev_run: judge_the_last(cli)
-    if cli.trainer.is_global_zero and (started := os.environ.get('TORCHELASTIC_RUN_ID')): _note(cli.folder.parent, started).unlink(missing_ok=True)
+    if cli.trainer.is_global_zero and (started := os.environ.get('TORCHELASTIC_RUN_ID')): note_path(cli.folder.parent, started).unlink(missing_ok=True)
     path = cli.folder/('best.ckpt' if (cli.folder/'best.ckpt').is_file() else 'last.ckpt')
     if not path.is_file(): cli.trainer.save_checkpoint(path)
     note, _ = read_checkpoint(path)
@@ -124,7 +124,7 @@ def prepare(
         except MisconfigurationException as e: raise ValueError(_told(e)) from None
         except ArgumentError as e:
             files = ', '.join(v for k, v in zip(argv, argv[1:]) if k == '--config')
-            raise WrongCall(_sentence(e).replace('parsing config', f'parsing {files or "the configuration"}')) from None
+            raise WrongCall(argument_error(e).replace('parsing config', f'parsing {files or "the configuration"}')) from None
 
 # %% ../../nbs/train/11_run.ipynb #c54fad20
 def training_record(

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..core.errors import meant
+from ..core.errors import did_you_mean
 
 # %% ../../nbs/vision/05_presets.ipynb #b037d2dc
 def open_clip_preset(
@@ -29,7 +29,7 @@ def open_clip_preset(
         model, tags = open_clip.get_model_config(known), open_clip.list_pretrained_tags_by_model(known)
         if model is None:
             raise ValueError(f'open_clip knows no model {name!r}; open_clip.list_models() lists them'
-                             f'{meant(name, open_clip.list_models())}')
+                             f'{did_you_mean(name, open_clip.list_models())}')
         if pretrained is not None and pretrained not in tags:
             known = ', '.join(tags) or 'none'
             raise ValueError(f'open_clip knows no weights {pretrained!r} of {name}; it knows {known}')

@@ -14,7 +14,7 @@ import pytest
 from mmembed.cli import main as cli
 from mmembed.cli.main import COMMANDS, main, parser
 from mmembed.core.settings import config_names, config_path
-from mmembed.cli.options import described
+from mmembed.cli.options import describe_parameters
 from mmembed.train.pair_data import LabelData, MatchData
 from mmembed.train.datamodule import PairData
 
@@ -123,7 +123,7 @@ def test_a_wrong_call_says_what_is_meant(here, argv, status, says, capsys):
 def test_the_whole_help_explains_our_options(here, task, module, capsys):
     assert main(['train', '--config', 'pairs', '--task', task, '--help-all']) == 0
     text = capsys.readouterr().out
-    plain, options = ' '.join(text.split()), list(described(module, 'data.'))
+    plain, options = ' '.join(text.split()), list(describe_parameters(module, 'data.'))
     assert {o.name for o in options} >= {f'data.{p}' for p in inspect.signature(PairData).parameters}
     for o in options:
         assert f'--{o.name} ' in plain and o.help and o.help in plain, o

@@ -22,11 +22,11 @@ from mmembed.runtime.embedder import load
 from tests.exporters import tiny
 from tests.helpers import HANG
 
-pytestmark = pytest.mark.skipif(bool(host.missing()), reason=host.missing())
+pytestmark = pytest.mark.skipif(bool(host.why_no_host()), reason=host.why_no_host())
 
 
 @pytest.fixture(scope='module')
-def cli(): return host.build()
+def cli(): return host.build_host()
 
 
 def call(cli, *args, **env):
@@ -46,7 +46,7 @@ def test_verify_holds_cpp_to_the_model(cli):
 
 def test_answers_are_the_embedders(cli):
     emb, texts, images = load(tiny.artifact()), cases.texts(), [as_bytes(b) for b in cases.images().values()]
-    answers = host.ask(cli, tiny.artifact(), texts, images)
+    answers = host.ask_host(cli, tiny.artifact(), texts, images)
     tokens, want = emb.tokenize(texts), emb.encode_image(images, on_error='flag')
     assert [r['index'] for r in answers['text']] == list(range(len(texts))) and len(answers['image']) == len(images)
     text = emb.encode_text(texts)
@@ -67,11 +67,11 @@ def test_the_host_and_python_keep_one_choice(cli, tmp_path, monkeypatch):
     monkeypatch.delenv('MMEMBED_KERNELS', raising=False)
     ask = lambda *more: call(cli, tiny.artifact(), '--threads', torch.get_num_threads(), '--computes', *more).stdout
     says = {'onednn': 'fp32\n', 'torch': "fp32, linear layers by torch's own product\n"}
-    first, file = ask(), processor.folder()/f'{processor.described()}.json'
+    first, file = ask(), processor.choices_folder()/f'{processor.processor_name()}.json'
     made = json.loads(file.read_text())
     assert first == says[made['linear']] and set(made['ms']) == {'onednn', 'torch'} and [f.name for f in file.parent.iterdir()] == [file.name]
     processor._measured.cache_clear()
-    assert processor.chosen(timing=lambda: 1 / 0) == made['linear']
+    assert processor.choose_kernel(timing=lambda: 1 / 0) == made['linear']
     for choice in 'torch', 'onednn':
         file.write_text(json.dumps(dict(linear=choice)))
         assert ask() == says[choice] and ask('--kernels', 'torch') == says['torch'] and ask('--kernels', 'onednn') == says['onednn']
@@ -109,13 +109,13 @@ def picture(tmp_path):
 
 
 def test_the_header_in_a_program(picture):
-    done = call(host.build('mmembed_test'), tiny.artifact(), tiny.pair_artifact(), picture)
+    done = call(host.build_host('mmembed_test'), tiny.artifact(), tiny.pair_artifact(), picture)
     assert (done.returncode, done.stdout, done.stderr) == (0, 'ok\n', '')
 
 
 def test_thousands_of_calls_do_not_grow(picture):
     "Nine calls a round, good items and broken ones, after 40 rounds that may still fill caches, in each of four windows; benchmarks/README.md has more rounds."
-    done = call(host.build('mmembed_test'), '--leak', tiny.artifact(), tiny.pair_artifact(), picture, 200)
+    done = call(host.build_host('mmembed_test'), '--leak', tiny.artifact(), tiny.pair_artifact(), picture, 200)
     assert done.returncode == 0 and float(done.stdout.split()[1]) < 4, done
 
 
@@ -123,7 +123,7 @@ def test_pairs(cli):
     "Every built-in text with an image, broken ones too: the Embedder's scores and errors, ids and pixels, in batches of seven."
     emb, texts, files = load(tiny.pair_artifact(), batch_size=7), cases.texts(), list(cases.images().values())
     images = [as_bytes(files[i % len(files)]) for i in range(len(texts))]
-    answers, want = host.ask(cli, tiny.pair_artifact(), texts, images, batch=7), emb.scores(texts, images, on_error='flag')
+    answers, want = host.ask_host(cli, tiny.pair_artifact(), texts, images, batch=7), emb.scores(texts, images, on_error='flag')
     assert [r.get('error', '') for r in answers['pair']] == want.errors and 0 < want.ok.sum() < len(texts)
     got = torch.stack([r['scores'] for r in answers['pair'] if 'scores' in r])
     assert torch.allclose(got, want.scores[want.ok], atol=1e-5)
@@ -137,7 +137,7 @@ def test_pairs(cli):
 def test_stored_embeddings(cli, tmp_path):
     export(tiny.model(), tmp_path/'m.pt', fresh=False, cpp=cli, output='int8', labels=['a', 'b'])
     emb, file = load(tmp_path/'m.pt'), as_bytes(cases.images()['RGB.png'])
-    answers = host.ask(cli, tmp_path/'m.pt', [b'a', b'red'], [file])
+    answers = host.ask_host(cli, tmp_path/'m.pt', [b'a', b'red'], [file])
     assert answers['image'][0]['embedding'].dtype == torch.int8
     for got, want in ((answers['image'][0], emb.encode_image([file])[0]), (answers['text'][1], emb.encode_text(['a', 'red'])[1])):
         assert (got['embedding'].int() - want.int()).abs().max() <= 1
@@ -163,7 +163,7 @@ def test_times(cli):
 
 
 @pytest.fixture(scope='module')
-def server(): return host.build('example_server')
+def server(): return host.build_host('example_server')
 
 
 def lines(server, model, *requests, args=()):
@@ -330,4 +330,4 @@ def test_missing_image_operators_are_explained(cli):
 
 def test_the_build_is_kept(cli):
     before = cli.stat().st_mtime_ns
-    assert host.build() == cli == host.built() and cli.stat().st_mtime_ns == before
+    assert host.build_host() == cli == host.built() and cli.stat().st_mtime_ns == before

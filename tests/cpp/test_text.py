@@ -13,7 +13,7 @@ from mmembed.core.torchscript import quietly
 from mmembed.exporters.verify import cpp as host
 from mmembed.text.pipeline import TextPipeline
 
-pytestmark = pytest.mark.skipif(bool(host.missing()), reason=host.missing())
+pytestmark = pytest.mark.skipif(bool(host.why_no_host()), reason=host.why_no_host())
 CAPTIONS = ['a small red circle left of a large blue square', '一个红色的小圆在蓝色方块左边', 'Crème brûlée, naïve café!', 'ไทย ที่นี่', '각 한국어', "don't I'll"] * 9
 
 
@@ -44,7 +44,7 @@ def test_ids_are_pythons(family, tmp_path):
     quietly(torch.jit.script, tp.eval()).save(str(tmp_path/'pipeline.pt'))
     data, offsets = pack(texts())
     (tmp_path/'texts').write_bytes(struct.pack('q', len(texts())) + offsets.numpy().tobytes() + data.numpy().tobytes())
-    done = subprocess.run([host.build('mmembed_test'), '--tokenize', tmp_path/'pipeline.pt', tmp_path/'texts', tmp_path/'out', '300'], capture_output=True, text=True)
+    done = subprocess.run([host.build_host('mmembed_test'), '--tokenize', tmp_path/'pipeline.pt', tmp_path/'texts', tmp_path/'out', '300'], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, 'ok\n'), done.stderr[-500:]
     flat = torch.from_numpy(np.fromfile(tmp_path/'out', np.int64))
     at = 0

@@ -17,13 +17,13 @@ from tests.exporters import tiny
 from tests.helpers import data_path
 from tests.vision.conftest import FILES, picture, saved
 
-pytestmark = pytest.mark.skipif(bool(host.missing()), reason=host.missing())
+pytestmark = pytest.mark.skipif(bool(host.why_no_host()), reason=host.why_no_host())
 OPTIONS = {'torch': {}, 'pillow': dict(resize='pillow', resize_mode='longest', fill=(9, 8, 7), alpha='black'),
            'float': dict(resize='float', resize_mode='squash', interpolation='bilinear')}
 
 
 @pytest.fixture(scope='module')
-def cli(): return host.build()
+def cli(): return host.build_host()
 
 
 @pytest.fixture(scope='module', params=OPTIONS)
@@ -44,7 +44,7 @@ def compare(cli, artifact, images):
     emb, good, bad = load(path), 0, 0
     for start in range(0, len(images), 250):
         part = images[start:start + 250]
-        answers = host.ask(cli, path, images=part)['image']
+        answers = host.ask_host(cli, path, images=part)['image']
         assert [r['index'] for r in answers] == list(range(len(part)))
         for i, (row, image) in enumerate(zip(answers, part)):
             try: want = vp.preprocess(image)

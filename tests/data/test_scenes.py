@@ -7,7 +7,7 @@ import random
 import pytest
 from PIL import Image
 
-from mmembed.data.scenes import (COLOURS, HELD_OUT, RELATIONS, SHAPES, SIZES, Scene, Scenes, Thing, canonical, caption, draw,
+from mmembed.data.scenes import (COLOURS, HELD_OUT, RELATIONS, SHAPES, SIZES, Scene, Scenes, Thing, canonical_scene, caption, draw,
                                  is_held_out)
 
 
@@ -35,8 +35,8 @@ def test_captions_and_scenes_are_the_same_on_every_machine(scenes):
 
 def test_splits(scenes):
     train, valid = scenes.split()
-    seen = {canonical(scenes.scenes[i]) for i in train.rows}
-    held = [canonical(scenes.scenes[i]) for i in valid.rows]
+    seen = {canonical_scene(scenes.scenes[i]) for i in train.rows}
+    held = [canonical_scene(scenes.scenes[i]) for i in valid.rows]
     assert not seen & set(held) and len(set(held)) == len(held) == 1000
     assert not any(is_held_out(s) for s in seen)
     assert [valid.kind(i) for i in range(1000)] == ['unseen' if i % 4 == 3 else 'seen' for i in range(1000)]
@@ -48,15 +48,15 @@ def test_splits(scenes):
 
 def test_another_split_of_the_same_scenes_does_not_leak():
     a, b = Scenes(train=2000, valid=0, seed=1), Scenes(train=0, valid=500, seed=2)
-    assert not {canonical(s) for s in a.scenes} & {canonical(s) for s in b.scenes}
+    assert not {canonical_scene(s) for s in a.scenes} & {canonical_scene(s) for s in b.scenes}
 
 
 def test_canonical():
     rng = random.Random(0)
     for _ in range(500):
         a, b = (Thing(rng.choice([*SIZES]), rng.choice([*COLOURS]), rng.choice([*SHAPES])) for _ in range(2))
-        assert canonical(Scene(a, 'left of', b)) == canonical(Scene(b, 'right of', a)) == Scene(a, 'left of', b)
-        assert canonical(Scene(a, 'above', b)) == canonical(Scene(b, 'below', a)) == Scene(a, 'above', b)
+        assert canonical_scene(Scene(a, 'left of', b)) == canonical_scene(Scene(b, 'right of', a)) == Scene(a, 'left of', b)
+        assert canonical_scene(Scene(a, 'above', b)) == canonical_scene(Scene(b, 'below', a)) == Scene(a, 'above', b)
 
 
 @pytest.mark.parametrize('lang', ['en', 'zh'])
@@ -68,7 +68,7 @@ def test_every_caption_means_one_scene(lang):
             for relation in RELATIONS:
                 for way in range(4):
                     scene = Scene(a, relation, b)
-                    assert meanings.setdefault(caption(scene, lang, way), canonical(scene)) == canonical(scene)
+                    assert meanings.setdefault(caption(scene, lang, way), canonical_scene(scene)) == canonical_scene(scene)
     ways = {'en': 2*4 + 2*3, 'zh': 4*4}[lang]  # 'to the left of', but just 'above'
     assert len(meanings) == len(things)**2 * ways
 

@@ -17,7 +17,7 @@ pytest.importorskip('gradio', reason='gradio is not installed: pip install "mmem
 from gradio_client import Client, handle_file
 
 from mmembed.demo import gallery as pictures
-from mmembed.demo.app import serve
+from mmembed.demo.app import serve_page
 from mmembed.demo.handlers import Panels
 from mmembed.demo.gallery import Indexed, embed_files, embed_folder, embed_scenes
 
@@ -45,7 +45,7 @@ def page(folder):
         m.chdir(folder)
         emb = mm.load(folder/'tiny.pt')
         panels = Panels(emb, [embed_scenes(emb, 30), embed_folder(emb, folder/'photos')])
-    blocks, address = serve(panels, block=False)
+    blocks, address = serve_page(panels, block=False)
     yield panels, address
     blocks.close()
 
@@ -135,7 +135,7 @@ def test_own_pictures(client, folder, page):
 
 def test_the_artifact_alone_answers(folder):
     "No training code, no other framework: in a process of its own."
-    program = ("import sys, mmembed as mm; from mmembed.demo.app import build; from mmembed.demo.panels import Panels; from mmembed.demo.pictures import embed_scenes\n"
+    program = ("import sys, mmembed as mm; from mmembed.demo.app import build_page; from mmembed.demo.panels import Panels; from mmembed.demo.pictures import embed_scenes\n"
                f"emb = mm.load({str(folder/'tiny.pt')!r}); build(Panels(emb, [embed_scenes(emb, 4)]))\n"
                "import json; print(json.dumps([m for m in ('lightning', 'transformers', 'open_clip', 'torchvision', 'matplotlib', 'mmembed.train.run', 'mmembed.models.dual', 'mmembed.train.datamodule') if m in sys.modules]))")
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=HANG)
@@ -154,7 +154,7 @@ def indexed(folder):
             table.write(f'large-{i}.png,a {colour} wall,{2000 + i}\n')
     emb = mm.load(folder/'tiny.pt')
     panels = Panels(emb, [Indexed(Index.build(emb, str(folder/'large.csv'), folder/'index', columns=['year'])), embed_scenes(emb, 12)])
-    blocks, address = serve(panels, block=False)
+    blocks, address = serve_page(panels, block=False)
     yield panels, address
     blocks.close()
 

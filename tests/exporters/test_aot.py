@@ -16,7 +16,7 @@ from mmembed.exporters import aot as compiled
 from mmembed.exporters.verify import cpp as host
 from mmembed.exporters.artifact import assemble
 from mmembed.exporters.card import make_card
-from mmembed.exporters.variants import PRECISIONS, SAME, Variant
+from mmembed.exporters.variants import DTYPES, SAME, Variant
 from mmembed.exporters.int8 import Int8Linear, exact_products, int8_steps
 from mmembed.exporters.verify.report import VerifyError
 from mmembed.exporters.export import export
@@ -29,7 +29,7 @@ from tests.helpers import built_once
 from tests.exporters import tiny
 
 logging.getLogger('torch.__trace').setLevel(logging.ERROR)  # or pytest keeps every size that the tracer thinks about
-pytestmark = pytest.mark.skipif(bool(compiled.missing()), reason=compiled.missing())
+pytestmark = pytest.mark.skipif(bool(compiled.why_no_compiler()), reason=compiled.why_no_compiler())
 
 
 @functools.cache
@@ -39,9 +39,9 @@ def package():
 
 
 def test_every_host_answers_as_the_model():
-    report = verify(package(), tiny.model(), cpp=host.build() if not host.missing() else False).check()
+    report = verify(package(), tiny.model(), cpp=host.build_host() if not host.why_no_host() else False).check()
     rows = {(r.stage, r.what): r for r in report.rows}
-    for stage in ('compiled', 'fresh process', *(() if host.missing() else ('c++',))):
+    for stage in ('compiled', 'fresh process', *(() if host.why_no_host() else ('c++',))):
         assert rows[stage, 'token ids'].n > 1000 and rows[stage, 'pixels'].n > 10000 and rows[stage, 'text embedding'].n > 1000
         assert rows[stage, 'token ids'].difference == rows[stage, 'pixels'].difference == rows[stage, 'image status'].difference == 0
 
@@ -94,7 +94,7 @@ def test_towers_in_float32_answer_as_those_of_half_precision(precision):
     tokens, pixels = artifact.text_pipeline(['a small red circle', 'x']), torch.rand(2, 3, 48, 48)
     def ask():
         with torch.no_grad(): return artifact.model.encode_text(tokens), artifact.model.encode_image(pixels)
-    assert dtypes(artifact) == {PRECISIONS[precision]}
+    assert dtypes(artifact) == {DTYPES[precision]}
     before = ask()
     compiled.widened_towers(artifact.model)
     assert dtypes(artifact) == {torch.float32}

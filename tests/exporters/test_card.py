@@ -5,7 +5,7 @@ import zipfile
 import pytest
 import torch
 
-from mmembed.exporters.card import canonical, make_card, sha256, summary
+from mmembed.exporters.card import canonical_json, make_card, sha256, abridged
 from mmembed.runtime.artifact import read_card
 from mmembed.exporters.export import export
 from mmembed.models.towers import ConvNet
@@ -61,17 +61,17 @@ def test_the_card_says_what_it_must():
 
 def test_a_large_vocabulary_is_not_in_the_card():
     tokenizer = {'vocab': {f'token{i}': i for i in range(30000)}, 'lower': True}
-    short = summary({'tokenizer': tokenizer})
+    short = abridged({'tokenizer': tokenizer})
     assert len(json.dumps(short)) < 200 and short['tokenizer']['lower'] is True and short['tokenizer']['vocab']['count'] == 30000
     tokenizer['vocab']['token7'] = 8
-    assert summary({'tokenizer': tokenizer}) != short
+    assert abridged({'tokenizer': tokenizer}) != short
 
 
 def test_training_record_holds_no_examples_and_no_paths(tmp_path):
     record = {'config': {'data': {'path': str(tmp_path/'pairs.csv')}, 'home': '~/x', 'lr': 1e-3}, 'metrics': {'loss': float('inf'), 'recall@1': torch.tensor(.5)}}
     card = make_card(tiny.model(), 24, training=record)
     assert card['training'] == {'config': {'data': {'path': 'pairs.csv'}, 'home': 'x', 'lr': 1e-3}, 'metrics': {'loss': None, 'recall@1': .5}}
-    assert str(tmp_path) not in canonical(card)
+    assert str(tmp_path) not in canonical_json(card)
     with pytest.raises(ValueError, match="'captions'.*never examples"): make_card(tiny.model(), 24, training={'captions': ['a']})
     with pytest.raises(TypeError, match='training.config.f is function'): make_card(tiny.model(), 24, training={'config': {'f': lambda: 0}})
 

@@ -10,7 +10,7 @@ import mmembed as mm
 from mmembed.cli.train import calibration
 from mmembed.exporters.artifact import assemble
 from mmembed.exporters.convolutions import Int8Conv, Largest, Span, converted, int8_convolutions, safe_step, traced
-from mmembed.exporters.variants import FULL, SAME, Variant, prepared
+from mmembed.exporters.variants import PRECISION_BOUNDS, SAME, Variant, prepared
 from mmembed.exporters.export import export
 from mmembed.core.torchscript import quietly
 from mmembed.models.dual import DualEncoder
@@ -84,11 +84,11 @@ def answered(path):
 
 def test_a_file_is_verified_and_multiplies_bytes(made):
     report, path = made
-    assert report.ok and next(r for r in report.rows if r.what == 'image cosine').difference <= FULL['int8']
+    assert report.ok and next(r for r in report.rows if r.what == 'image cosine').difference <= PRECISION_BOUNDS['int8']
     x, int8, float32 = answered(path)
     assert int8 and not float32
     want = prepared(model()).model.encode_image(model().vision_pipeline(images()))
-    assert (1 - F.cosine_similarity(torch.tensor(x), want)).max() < FULL['int8']
+    assert (1 - F.cosine_similarity(torch.tensor(x), want)).max() < PRECISION_BOUNDS['int8']
 
 
 def test_one_file_has_one_answer_on_avx2(made, elsewhere):

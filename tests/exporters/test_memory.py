@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from mmembed.core.torchscript import quietly
 from mmembed.exporters.verify import samples as cases
-from mmembed.exporters.artifact import assemble, save, size_of
+from mmembed.exporters.artifact import assemble, save, storage_bytes
 from mmembed.exporters.int8 import Int8Embedding, int8_linear, with_linear_attention
 from mmembed.exporters.variants import Variant, prepared
 from mmembed.runtime.artifact import prepack, read_card, records_hash, records_of
@@ -26,7 +26,7 @@ from tests.helpers import needs_exact_int8
 from tests.exporters import tiny
 
 
-def towers(artifact): return size_of(artifact.model)
+def towers(artifact): return storage_bytes(artifact.model)
 
 
 def block():
@@ -38,7 +38,7 @@ def block():
 def test_an_export_has_the_weights_of_the_model_and_no_copies():
     model = tiny.model()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    own, shared, copied = size_of(model), towers(assemble(model, share=True)), towers(assemble(model))
+    own, shared, copied = storage_bytes(model), towers(assemble(model, share=True)), towers(assemble(model))
     new = sum(n for at, n in shared.items() if at not in own)
     assert new < .1 * sum(shared.values()) and not own.keys() & copied.keys()
     assert all(p.requires_grad for p in model.parameters())
@@ -58,11 +58,11 @@ def test_a_variant_of_shared_weights_leaves_the_model_as_it_is(v):
 
 def test_attention_made_of_linear_layers_shares_its_weights():
     tower = nn.Sequential(block()).requires_grad_(False)
-    own, x = size_of(tower), torch.randn(3, 5, 32)
+    own, x = storage_bytes(tower), torch.randn(3, 5, 32)
     want = tower(x)
     found = with_linear_attention(tower)
     assert torch.allclose(found(x), want, atol=1e-5)
-    assert size_of(found).keys() <= own.keys() and not any(p.requires_grad for p in found.parameters())
+    assert storage_bytes(found).keys() <= own.keys() and not any(p.requires_grad for p in found.parameters())
 
 
 def test_layers_that_are_packed_give_up_what_they_were_packed_from():
@@ -112,7 +112,7 @@ def test_weights_stay_in_the_file(made):
     if sys.platform != 'linux': pytest.skip('mappings are read from /proc')
     path, images = made().resolve(), [cases.images()['quality 75.jpg']]
     e, want = load(path, mmap=True), load(path)
-    at, held = mapped_at(path), size_of(e.module)
+    at, held = mapped_at(path), storage_bytes(e.module)
     inside = sum(n for place, n in held.items() if any(place in m for m in at))
     assert inside == sum(held.values()) > 0
     if e.pairs: assert torch.equal(e.scores(['a red circle'], images), want.scores(['a red circle'], images))
@@ -146,11 +146,11 @@ def test_verification_has_the_weights_once(monkeypatch):
     real = module.opened
     def watched(*args, **kwargs):
         found = real(*args, **kwargs)
-        held.append(size_of(found))
+        held.append(storage_bytes(found))
         return found
     monkeypatch.setattr(module, 'opened', watched)
     assert module.verify(tiny.artifact(), model, fresh=False, cpp=False).ok
-    own = size_of(model)
+    own = storage_bytes(model)
     assert sum(n for at, n in held[0].items() if at in own) > .9 * sum(own.values())
     report = module.verify(tiny.other(), model, fresh=False, cpp=False)
     assert not report.ok and 'model' in {r.what for r in report.failures}
@@ -166,10 +166,10 @@ def test_an_int8_table_is_a_quarter_and_near():
             self.out = nn.Linear(64, 8)
         def forward(self, ids): return self.out(self.words(ids) + self.places(ids % 16))
     tower, ids = Texts().eval().requires_grad_(False), torch.randint(3000, (4, 7))
-    words, capped, whole = tower.words, tower.capped, sum(size_of(tower.words).values())
+    words, capped, whole = tower.words, tower.capped, sum(storage_bytes(tower.words).values())
     assert int8_linear(tower, ids) == 1
     assert isinstance(tower.words, Int8Embedding) and type(tower.places) is nn.Embedding and tower.capped is capped
-    assert sum(size_of(tower.words).values()) < .27 * whole
+    assert sum(storage_bytes(tower.words).values()) < .27 * whole
     assert nn.functional.cosine_similarity(tower.words(ids), words(ids), dim=-1).min() > .9999
     scripted = quietly(torch.jit.script, tower.words)
     assert torch.equal(scripted(ids), tower.words(ids)) and scripted(ids[:0]).shape == (0, 7, 64)

@@ -6,7 +6,7 @@ import torch
 
 from mmembed import load
 from mmembed.core.torchscript import quietly
-from mmembed.exporters.variants import PRECISIONS, SAME
+from mmembed.exporters.variants import DTYPES, SAME
 from mmembed.exporters.int8 import Int8Linear, int8_steps
 from mmembed.exporters.export import export
 from mmembed.runtime.artifact import prepack
@@ -136,7 +136,7 @@ def test_a_traced_tower_is_widened_with_what_tracing_wrote_down(precision, tmp_p
         monkeypatch.setattr('mmembed.runtime.artifact.multiplies', lambda p: own)
         emb = load(tmp_path/'m.pt')
         answers[own] = emb.encode_text(texts)
-        assert {p.dtype for p in emb.module.model.net.text.parameters() if p.numel()} == {torch.float32 if not own else PRECISIONS[precision]}
+        assert {p.dtype for p in emb.module.model.net.text.parameters() if p.numel()} == {torch.float32 if not own else DTYPES[precision]}
         assert emb.computes.startswith('fp32: ') is not own
     bound = SAME[precision]
     torch.testing.assert_close(answers[True], answers[False], atol=bound, rtol=bound)

@@ -11,7 +11,7 @@ from mmembed.exporters.artifact import assemble
 from mmembed.runtime.artifact import read_card
 from mmembed.core.quantize import unstored
 from mmembed.exporters.steps import Steps, read_classes
-from mmembed.exporters.variants import FULL, Variant, prepared
+from mmembed.exporters.variants import PRECISION_BOUNDS, Variant, prepared
 from mmembed.exporters.int8 import Int8Linear, channel_peaks, evened, int8_linear
 from mmembed.exporters.verify.report import VerifyError
 from mmembed.exporters.export import export
@@ -83,7 +83,7 @@ def test_int8_bears_loud_channels():
     assert int8_linear(plain.text) == 8
     assert torch.allclose(model.encode_text(tokens), want, atol=1e-5)
     def off(net): return float(1 - F.cosine_similarity(want, net.encode_text(tokens)).min())
-    assert off(evened) < FULL['int8'] / 20 and off(plain) > FULL['int8']
+    assert off(evened) < PRECISION_BOUNDS['int8'] / 20 and off(plain) > PRECISION_BOUNDS['int8']
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from mmembed.models.metrics import answers, both_ways, mean_average_precision, ranks, recall_at_k
+from mmembed.models.metrics import correct_images, both_ways, mean_average_precision, ranks, recall_at_k
 
 
 def by_hand(row, right):
@@ -89,7 +89,7 @@ def test_several_captions_by_hand(levels):
     for _ in range(20):
         rows = rng.randint(2, 14)
         captions, pictures = ([rng.randrange(n) for _ in range(rows)] for n in (rng.randint(1, 14), rng.randint(1, 8)))
-        right = answers(captions, pictures)
+        right = correct_images(captions, pictures)
         shown = list(dict.fromkeys(pictures))
         said = list(dict.fromkeys(captions))
         for keys, different, of, first in ((pictures, shown, right.image, right.first_image), (captions, said, right.text, right.first_text)):
@@ -109,7 +109,7 @@ def test_several_captions_by_hand(levels):
 
 
 def test_mistakes():
-    with pytest.raises(ValueError, match='2 captions and 3 pictures'): answers(['a', 'b'], [1, 2, 3])
+    with pytest.raises(ValueError, match='2 captions and 3 pictures'): correct_images(['a', 'b'], [1, 2, 3])
     for f, message in [(lambda: ranks(torch.randn(3, 2)), '3 queries need as many items, got 2'),
                        (lambda: ranks(torch.randn(2, 2), torch.ones(3, 2).bool()), r'relevant is \(3, 2\), scores \(2, 2\)'),
                        (lambda: ranks(torch.randn(1, 2), torch.zeros(1, 2).bool()), 'query 0 has no relevant item'),

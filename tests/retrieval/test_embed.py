@@ -26,7 +26,7 @@ from mmembed.data.source import Source
 from mmembed.exporters.export import export
 from mmembed.data.webdataset import ShardRows
 from mmembed.data.tables import Table
-from mmembed.data.open import excerpt, open_source, read_lines, survey
+from mmembed.data.open import excerpt, open_source, read_lines, survey_names
 from mmembed.retrieval.embed import embed
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer

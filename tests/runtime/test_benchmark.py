@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from mmembed.runtime.benchmark import in_turns, measure, samples
+from mmembed.runtime.benchmark import in_turns, measure, benchmark_items
 from mmembed.cli.main import main
 from mmembed.exporters.verify import samples as cases
 
@@ -32,4 +32,4 @@ def test_threads_are_left_as_they_were():
 def test_contestants_take_turns():
     order = []
     in_turns({'a': lambda: order.append('a'), 'b': lambda: order.append('b')}, 2)
-    assert order == ['a', 'b'] * 3 and len(samples(None, 20)[1]) == 20
+    assert order == ['a', 'b'] * 3 and len(benchmark_items(None, 20)[1]) == 20

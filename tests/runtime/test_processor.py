@@ -15,14 +15,14 @@ from mmembed.core.torchscript import quietly
 from mmembed.exporters.onednn import Linear
 from mmembed.exporters.variants import SAME
 from mmembed.runtime.artifact import prepack
-from mmembed.runtime.processor import chosen, described, folder
+from mmembed.runtime.processor import choose_kernel, processor_name, choices_folder
 
 from tests.exporters import tiny
 from tests.exporters.test_processors import called
 
 TORCH, ONEDNN = dict(onednn=.021, torch=.018), dict(onednn=.018, torch=.021)
 OWN = "fp32, linear layers by torch's own product"
-SAYS = 'import sys, json; from mmembed.runtime.processor import chosen; print(chosen(timing=lambda: json.loads(sys.argv[1])))'
+SAYS = 'import sys, json; from mmembed.runtime.processor import choose_kernel; print(chosen(timing=lambda: json.loads(sys.argv[1])))'
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def kept(tmp_path, monkeypatch):
     processor._measured.cache_clear()
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # as those that `elsewhere` starts, whatever tests before left here
-    yield folder()
+    yield choices_folder()
     torch.set_num_threads(before)
     processor._measured.cache_clear()
 
@@ -46,9 +46,9 @@ def elsewhere(times):
 
 def test_the_first_choice_is_kept_for_all_processes(kept):
     assert [elsewhere(TORCH), elsewhere(ONEDNN)] == ['torch', 'torch']
-    assert [f.name for f in kept.iterdir()] == [f'{described()}.json']
-    assert chosen(timing=never) == 'torch'
-    assert json.loads((kept/f'{described()}.json').read_text()) == {'linear': 'torch', 'ms': {'onednn': 21.0, 'torch': 18.0}}
+    assert [f.name for f in kept.iterdir()] == [f'{processor_name()}.json']
+    assert choose_kernel(timing=never) == 'torch'
+    assert json.loads((kept/f'{processor_name()}.json').read_text()) == {'linear': 'torch', 'ms': {'onednn': 21.0, 'torch': 18.0}}
 
 
 def test_processes_that_time_at_once_agree(kept):
@@ -57,23 +57,23 @@ def test_processes_that_time_at_once_agree(kept):
 
 
 def test_what_is_close_is_not_decided_by_chance(kept):
-    assert chosen(timing=lambda: dict(onednn=.0100, torch=.0096)) == 'onednn'
+    assert choose_kernel(timing=lambda: dict(onednn=.0100, torch=.0096)) == 'onednn'
 
 
 def test_threads_and_limits_are_asked_apart(kept, monkeypatch):
     before = torch.get_num_threads()
     try:
-        names = [torch.set_num_threads(n) or described() for n in (1, 2)]
+        names = [torch.set_num_threads(n) or processor_name() for n in (1, 2)]
     finally: torch.set_num_threads(before)
     monkeypatch.setenv('ONEDNN_MAX_CPU_ISA', 'AVX2' if os.environ.get('ONEDNN_MAX_CPU_ISA') != 'AVX2' else 'SSE41')
-    assert len({*names, described()}) == 3
+    assert len({*names, processor_name()}) == 3
 
 
 @pytest.mark.parametrize('content', ['', 'half of {"lin', '[]', '{"linear": "mkl"}', '{"linear": 3}', b'\xff\xfe'])
 def test_a_damaged_file_is_replaced(kept, content):
     kept.mkdir(parents=True)
-    (file := kept/f'{described()}.json').write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert chosen(timing=lambda: TORCH) == 'torch' and elsewhere(ONEDNN) == 'torch'
+    (file := kept/f'{processor_name()}.json').write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert choose_kernel(timing=lambda: TORCH) == 'torch' and elsewhere(ONEDNN) == 'torch'
     assert json.loads(file.read_text())['linear'] == 'torch' and len(list(kept.iterdir())) == 1
 
 
@@ -81,8 +81,8 @@ def test_a_damaged_file_is_replaced(kept, content):
 def test_a_place_that_cannot_be_used_does_no_harm(kept, place, monkeypatch):
     if place == 'a file': kept.parents[1].joinpath('mmembed').write_text('')
     if place == 'relative': monkeypatch.setenv('XDG_CACHE_HOME', 'here')
-    if place == 'a folder for the file': (kept/f'{described()}.json').mkdir(parents=True)
-    assert chosen(timing=lambda: TORCH) == 'torch'
+    if place == 'a folder for the file': (kept/f'{processor_name()}.json').mkdir(parents=True)
+    assert choose_kernel(timing=lambda: TORCH) == 'torch'
     assert not Path('here').exists()
 
 

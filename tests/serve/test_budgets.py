@@ -22,7 +22,7 @@ from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import Embedder
 from mmembed.serve.engine import Engine, Options
 from mmembed.serve.queue import Item
-from mmembed.serve.queue import Job
+from mmembed.serve.queue import PendingRequest
 from mmembed.serve.protobuf import message, methods
 from mmembed.serve.server import running
 from mmembed.serve.service import Config, Service
@@ -63,7 +63,7 @@ def test_a_client_gets_no_more_time_than_the_server_gives(monkeypatch):
     asked, most = (None, HANG / 2, 1e6), [HANG, HANG / 2, HANG]
     async def told(items, timeout=None, *_):
         given.append(timeout)
-        return Job(items, None)
+        return PendingRequest(items, None)
     async def left(seconds): return Downloads(service, seconds).end - asyncio.get_running_loop().time()
     try:
         monkeypatch.setattr(service.engine, 'run', told)

@@ -13,7 +13,7 @@ from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import load
 from mmembed.serve.engine import Busy
 from mmembed.serve.queue import Item
-from mmembed.serve.queue import Job
+from mmembed.serve.queue import PendingRequest
 from mmembed.serve.server import running
 from mmembed.serve.token_ids import text_of, token_table
 from mmembed.serve.schemas import _in_parts, run
@@ -233,7 +233,7 @@ def test_tables_of_token_ids(tmp_path, tiktoken, capsys):
 def test_a_request_in_parts_is_numbered_as_a_whole():
     class Service:
         config = config('/dev/null', queue=2)
-        async def run(self, items, timeout, span): Job(items, lambda job: None)
+        async def run(self, items, timeout, span): PendingRequest(items, lambda job: None)
     items = [Item('text', 'a') for _ in range(5)]
     assert [i.index for i in asyncio.run(run(Service(), items))] == [0, 1, 2, 3, 4]
 

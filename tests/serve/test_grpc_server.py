@@ -45,7 +45,7 @@ def code(f, *args, **kw):
 
 
 def test_the_compiled_description_is_in_step():
-    assert (protos.folder()/'compiled.binpb').read_bytes() == protos.compiled()
+    assert (protos.proto_folder()/'compiled.binpb').read_bytes() == protos.compiled()
 
 
 def test_every_text_and_file(channel, emb):

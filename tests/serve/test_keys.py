@@ -74,7 +74,7 @@ def test_every_call_needs_a_key(locked, service, name):
 @pytest.mark.parametrize('content', ['', '\n \n', ' \t ', '\ufeff\n'])
 def test_a_key_file_without_a_key_starts_no_server(tmp_path, content, monkeypatch, capsys):
     monkeypatch.setattr('mmembed.serve.server.serve', lambda config: pytest.fail('a server has started'))
-    monkeypatch.setattr('mmembed.serve.ray.run', lambda config, **cluster: pytest.fail('a server has started'))
+    monkeypatch.setattr('mmembed.serve.ray.run_cluster', lambda config, **cluster: pytest.fail('a server has started'))
     (tmp_path/'keys.txt').write_text(content)
     monkeypatch.setenv('MMEMBED_API_KEYS', 'k')  # the option is stronger, so its file decides
     for more in ([], ['--ray']):

@@ -7,7 +7,7 @@ from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import Embedder
 from mmembed.serve.engine import Engine, Options
 from mmembed.serve.queue import Item
-from mmembed.serve.queue import Job, Lane
+from mmembed.serve.queue import PendingRequest, Lane
 
 from tests.exporters import tiny
 from tests.helpers import HANG, until
@@ -15,7 +15,7 @@ from tests.helpers import HANG, until
 
 def offer(lane, data, count=1, key=0, **kw):
     "One request of `count` items that all hold `data`."
-    job = Job([Item('text', data) for _ in range(count)], lambda job: None, **kw)
+    job = PendingRequest([Item('text', data) for _ in range(count)], lambda job: None, **kw)
     lane.expect(count), lane.put(job.items, [key] * count)
     return job
 
@@ -105,7 +105,7 @@ def test_an_urgent_request_goes_before_all_singles():
 def test_an_item_is_settled_once():
     "Whoever comes second changes nothing, and the request ends with its last item."
     done, items = [], [Item('text', 'a'), Item('text', 'b')]
-    job = Job(items, done.append)
+    job = PendingRequest(items, done.append)
     assert job.settle(items[0], 'ok', value=1) and not job.settle(items[0], 'expired', 'too late')
     assert (items[0].status, items[0].error, items[0].value) == ('ok', '', 1) and not done
     assert job.settle(items[1], 'failed', 'no luck') and done == [job]
@@ -115,7 +115,7 @@ def test_an_item_is_settled_once():
 def test_a_settled_job_leads_to_nobody():
     "What waits for the garbage collector does not keep an engine alive."
     seen = []
-    job = Job([Item('text', 'a')], seen.append)
+    job = PendingRequest([Item('text', 'a')], seen.append)
     assert job.settle(job.items[0], 'ok') and seen == [job] and job.done is None
 
 

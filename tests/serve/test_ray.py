@@ -17,7 +17,7 @@ from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import Embedder
 from mmembed.serve.client import Client
 from mmembed.serve.transport import ServiceError
-from mmembed.serve.ray import app
+from mmembed.serve.ray import ray_app
 
 from tests.exporters import tiny
 from tests.helpers import HANG, free_port, until
@@ -25,7 +25,7 @@ from tests.helpers import HANG, free_port, until
 
 def start(artifact):
     args = dict(artifact=artifact, min_replicas=2, max_replicas=3, num_cpus=.5, per_node=1, batch=8, decoders=1, log=os.devnull)
-    serve.run(app(args), name='mmembed', route_prefix='/')
+    serve.run(ray_app(args), name='mmembed', route_prefix='/')
 
 
 @pytest.fixture(scope='module')

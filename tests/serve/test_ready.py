@@ -9,7 +9,7 @@ from mmembed.runtime.embedder import Embedder
 from mmembed.serve import service as module
 from mmembed.serve.engine import Engine, Options
 from mmembed.serve.queue import Item
-from mmembed.serve.queue import Job
+from mmembed.serve.queue import PendingRequest
 from mmembed.serve.service import Canary, Config, Service
 from mmembed.serve.schemas import to_items
 
@@ -59,7 +59,7 @@ def test_large_requests_are_read_and_answered_one_at_a_time(service, monkeypatch
             turns += 1
 
     async def settled(items, timeout):
-        job = Job(items, lambda job: None)
+        job = PendingRequest(items, lambda job: None)
         for i in items: job.settle(i, 'invalid', 'no text')
         return job
 

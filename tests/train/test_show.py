@@ -11,7 +11,7 @@ from mmembed.data.scenes import Scenes
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
 from mmembed.train.results import Gallery, gallery, show_captions, show_results, show_scores
-from mmembed.train.show import levels, look, show_batch, wrapped
+from mmembed.train.show import levels, first_rows, show_batch, wrapped
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 
@@ -39,16 +39,16 @@ def test_levels_come_back(mean, std):
 
 
 def test_seen_is_what_the_loader_gives(data):
-    seen = look(data, 6, epoch=2)
+    seen = first_rows(data, 6, epoch=2)
     rows = data.rows(data.train, True)
     assert all(x.equal(rows[2, i].levels) for i, x in enumerate(seen.levels()))
     assert seen.names == [f'scene train {i}' for i in range(6)] and seen.label(0) == ''
     for i, tokens in enumerate(seen.tokens()):
         ids = data.text_pipeline([data.train.text(i)]).ids[0]
         assert tokens == [data.text_pipeline.token(t) for t in ids if t]
-    plain = look(data, 4, training=False)
+    plain = first_rows(data, 4, training=False)
     assert plain.levels()[3].equal(data.vision_pipeline.preprocess(data.valid.image(3)))
-    html = look(MatchData(source=data.source, text_pipeline=data.text_pipeline, vision_pipeline=data.vision_pipeline), 3)._repr_html_()
+    html = first_rows(MatchData(source=data.source, text_pipeline=data.text_pipeline, vision_pipeline=data.vision_pipeline), 3)._repr_html_()
     assert html.count('<img') == 3 and '<b>mismatch</b>' in html and html.count('<b>match</b>') == 2
     assert '<table>' in data._repr_html_() and 'no processes besides' in data._repr_html_()
 
@@ -59,7 +59,7 @@ def test_hostile_names_and_captions_are_escaped(data):
         def text(self, i): return '<script>$\\frac{$ 一'
     bad = PairData(source=Hostile(train=4, valid=2), text_pipeline=TextPipeline.learn(['<script>$\\frac{$ 一'], vocab_size=60, max_length=30),
                    vision_pipeline=data.vision_pipeline)
-    seen = look(bad, 2)
+    seen = first_rows(bad, 2)
     assert '<script' not in seen._repr_html_()
     matplotlib.pyplot.close(show_batch(seen))  # a dollar sign is no formula
 
@@ -84,7 +84,7 @@ def test_figures(data, model):
         assert f'right one: rank {rank} of 12' in fig.axes[0].texts[0].get_text()
         fig = show_captions(g, 2, k=3)
         assert len(fig.axes[1].texts) == 3
-        show_batch(look(data, 3), columns=2)
+        show_batch(first_rows(data, 3), columns=2)
     matplotlib.pyplot.close('all')
 
 
@@ -104,6 +104,6 @@ def test_broken_rows(data, model):
     class Broken(Scenes):
         def image(self, i): return super().image(i)[:100 if i in (0, 5) else None]
     bad = PairData(source=Broken(train=4, valid=4), batch_size=2, text_pipeline=data.text_pipeline, vision_pipeline=data.vision_pipeline)
-    with pytest.raises(ValueError, match='scene train 0: '): look(bad)
+    with pytest.raises(ValueError, match='scene train 0: '): first_rows(bad)
     assert gallery(model, bad).index == [0, 2, 3]
     assert wrapped('a b c d e f', 3, 2) == 'a b\nc …'

@@ -14,7 +14,7 @@ import torch
 
 from ...core.packing import as_bytes
 from ..verify import samples as cases
-from .builder import EXTENSIONS, Graph, placed, tensor, value, written
+from .builder import EXTENSIONS_DOMAIN, Graph, placed, tensor, value, write_graph
 from ..verify.onnx import LEVELS, elsewhere
 from ...core.errors import reason
 
@@ -83,7 +83,7 @@ def _decoded(g: Graph, file) -> list: # -> images uint8 (M,), sizes int64 (1, 2)
     png = g.op('And', g.op('And', _begins(g, file, PNG), _ends(g, file, PNG_END)), _all(g, g.op('Equal', place, _bytes(g, 0))))  # no lines in turns
     good, bad = Graph(name='good'), Graph(name='bad')
     ends = good.op('Reshape', good.op('Expand', _bytes(good, *JPEG_END), good.ints(33000, 2)), good.ints(-1))  # a length that reads past the end finds one
-    x = _rgb(good, good.op('DecodeImage', good.op('Concat', file, ends, axis=0), domain=EXTENSIONS, color_space='rgb'))
+    x = _rgb(good, good.op('DecodeImage', good.op('Concat', file, ends, axis=0), domain=EXTENSIONS_DOMAIN, color_space='rgb'))
     x = _turned(good, x, good.op('Where', jpeg, _orientation(good, file), good.number(1)))
     size = good.op('Unsqueeze', good.op('Shape', x, start=0, end=2), good.ints(0))
     good.graph.outputs.extend([placed(good.op('Reshape', x, good.ints(-1)), torch.uint8, -1), placed(size, torch.int64, -1, 2)])
@@ -108,7 +108,7 @@ def add_files(
     outputs = g.absorb(part, 'image', images=images, sizes=sizes)
     for v, (name, dtype, shape) in zip(outputs, named): v.name, v.dtype, v.shape = name, dtype, shape
     g.graph.outputs.extend(outputs)
-    written(g.model(), source.with_name('files.onnx'), card)
+    write_graph(g.model(), source.with_name('files.onnx'), card)
     return source.with_name('files.onnx')
 
 # %% ../../../nbs/exporters/onnx/03_files.ipynb #ae913bc2

@@ -98,7 +98,7 @@ def fresh(
         args = path, card, f'{d}/asked.pt', f'{d}/told.pt', str(decode), str(torch.get_num_threads()), device
         done = subprocess.run([sys.executable, '-I', '-W', 'ignore', '-c', program(), *args],
                               capture_output=True, text=True, errors='replace', cwd=d)
-        if done.returncode: raise RuntimeError(host._last(done))
+        if done.returncode: raise RuntimeError(host.last_line(done))
         return torch.load(f'{d}/told.pt', map_location='cpu')
 
 # %% ../../../nbs/exporters/verify/03_hosts.ipynb #462dabaa
@@ -113,12 +113,12 @@ def cpp(
     out, texts, images = {}, [t.numpy().tobytes() for t in asked['texts']], asked['images']
     pairs = 'labels' in read_card(path)
     if pairs: # pixels of every image, then text i with good image i, from the start again
-        once = host.ask(exe, path, (), images)['image']
+        once = host.ask_host(exe, path, (), images)['image']
         out['pixels', 1], out['image status', 1] = [r['pixels'] for r in once if 'pixels' in r], [r.get('error', '') for r in once]
         good = [x for x, r in zip(images, once) if 'pixels' in r]
         images = [good[i % len(good)] for i in range(len(texts))] if good else []
     for size in asked['sizes']:
-        a = host.ask(exe, path, texts, images, batch=size)
+        a = host.ask_host(exe, path, texts, images, batch=size)
         batches = [a['text'][i:i+size] for i in range(0, len(a['text']), size)]
         good = [r for r in a['image'] if 'pixels' in r]
         out['token ids', size] = [torch.stack([r[k] for r in b]) for b in batches for k in ('ids', 'mask')]

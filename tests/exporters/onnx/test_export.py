@@ -16,7 +16,7 @@ from mmembed.core.packing import pack
 from mmembed.exporters.verify import samples as cases
 from mmembed.exporters.onnx import export as graphs
 from mmembed.exporters.graph import vision as pixels
-from mmembed.exporters.onnx.builder import written
+from mmembed.exporters.onnx.builder import write_graph
 from mmembed.exporters.onnx.model import OnnxModel
 from mmembed.exporters.onnx.export import export_onnx
 from mmembed.exporters.onnx.builder import intact, read_onnx_card
@@ -171,7 +171,7 @@ def test_files_of_another_model_and_no_files(made, pairs, tmp_path):
 def test_numbers_beside_the_file(made, tmp_path):
     "Weights above the limit of a protocol buffer: onnxruntime finds them, the hash covers them."
     import onnx_ir as ir
-    written(ir.load(made[1]/'text.onnx'), tmp_path/'text.onnx', json.dumps(read_onnx_card(made[1]/'text.onnx')), 1000)
+    write_graph(ir.load(made[1]/'text.onnx'), tmp_path/'text.onnx', json.dumps(read_onnx_card(made[1]/'text.onnx')), 1000)
     data = tmp_path/'text.onnx.data'
     assert data.stat().st_size > 10 * (tmp_path/'text.onnx').stat().st_size > 0 and intact(tmp_path/'text.onnx')
     assert np.array_equal(OnnxModel(tmp_path).encode_text(tiny.CAPTIONS), OnnxModel(made[1]).encode_text(tiny.CAPTIONS))

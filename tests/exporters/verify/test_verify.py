@@ -16,7 +16,7 @@ from mmembed.core.torchscript import quietly
 from mmembed.exporters.verify import samples as cases
 from mmembed.exporters.artifact import save
 from mmembed.exporters.verify.hosts import program
-from mmembed.exporters.verify.report import BOUNDS, Report, Row, VerifyError
+from mmembed.exporters.verify.report import BOUNDS, Report, Comparison, VerifyError
 from mmembed.exporters.export import export
 from mmembed.exporters.verify.verify import verify
 from mmembed.models.towers import ConvNet
@@ -253,7 +253,7 @@ def test_report_in_three_forms():
     said = json.loads(report.to_json())
     assert said['ok'] is True and said['short_hash'] in str(report) and 'verified' in str(report) and len(said['rows']) == len(report.rows)
     assert said['not_run'] == ['fresh process', 'c++: not asked for'] and 'not run: c++' in str(report)
-    bad = Report(report.path, report.card, [*report.rows, Row('c++', 'pixels', 0, float('inf'), 0., 'shape <1>')], 1.)
+    bad = Report(report.path, report.card, [*report.rows, Comparison('c++', 'pixels', 0, float('inf'), 0., 'shape <1>')], 1.)
     assert not bad.ok and 'FAILED: shape <1>' in str(bad) and 'FAILED: shape &lt;1&gt;' in bad._repr_html_()
     assert json.loads(bad.to_json())['rows'][-1]['difference'] is None
 
