@@ -1,4 +1,5 @@
-"Requests that once ended, confused or filled the service, mixed into its load: `python -m benchmarks.serve ARTIFACT --soak 1200 --attacks`."
+"""Requests that once ended, confused or filled the service, mixed into its load: `python -m benchmarks.serve
+ARTIFACT --soak 1200 --attacks`."""
 import atexit
 import re
 import shutil
@@ -19,8 +20,12 @@ from websockets.sync.client import connect
 
 KEY = {'x-api-key': 'soak'}
 BUSY = {413, 422, 429, 503, 504}  # what the documentation allows for what is too much
-CONDITIONS = [' OR '.join(["id = 'x'"] * 50_000), f'id IN ({", ".join(map(str, range(200_000)))})', "id = 'x'" + ' IS TRUE' * 1000,
-              "repeat(id, 100000000) = 'x'"]
+CONDITIONS = [
+    ' OR '.join(["id = 'x'"] * 50_000),
+    f'id IN ({", ".join(map(str, range(200_000)))})',
+    "id = 'x'" + ' IS TRUE' * 1000,
+    "repeat(id, 100000000) = 'x'",
+]
 
 
 class Dripping(BaseHTTPRequestHandler):
@@ -108,8 +113,10 @@ class Attacks:
 
     def health(self, turn):
         with grpc.insecure_channel(self.server.grpc.removeprefix('grpc://')) as channel:
-            try: health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=f'{turn} ' * (4 << 20)))
-            except grpc.RpcError as e: return e.code().name, e.code().name in ('NOT_FOUND', 'RESOURCE_EXHAUSTED')
+            try:
+                health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=f'{turn} ' * (4 << 20)))
+            except grpc.RpcError as e:
+                return e.code().name, e.code().name in ('NOT_FOUND', 'RESOURCE_EXHAUSTED')
             return 'OK', False
 
     def drip(self, turn):

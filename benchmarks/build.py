@@ -2,9 +2,12 @@
 
     python -m benchmarks.build
 
-Each is built in a process of its own, first with an empty cache folder (the reference is asked about every code point), then with the
-one that left. Printed, in CPU seconds of one thread (what an idle machine would need): imports (torch and the libraries that the kind needs), the pipeline cold and warm; MiB of
-buffers, MiB of the saved file. Vocabularies of 32,000 are trained on the texts of the data folder where it is at hand."""
+Each is built in a process of its own, first with an empty cache folder (the reference is asked about every code
+point), then with the
+one that left. Printed, in CPU seconds of one thread (what an idle machine would need): imports (torch and the
+libraries that the kind needs), the pipeline cold and warm; MiB of
+buffers, MiB of the saved file. Vocabularies of 32,000 are trained on the texts of the data folder where it is at
+hand."""
 import argparse
 import io
 import json
@@ -37,8 +40,16 @@ def prepare(folder, quick=False):
     if minilm(): minilm().save(str(folder/'wordpiece.json'))
     gpt2_tokenizer(lines, size).save(str(folder/'bpe.json'))
     (folder/'words.json').write_text(json.dumps(learn_words(lines, size)))
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_prefix=str(folder/'unigram'), vocab_size=size, hard_vocab_limit=False,
-        byte_fallback=True, character_coverage=0.9995, minloglevel=2, max_sentence_length=1 << 16)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(folder / 'unigram'),
+        vocab_size=size,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        character_coverage=0.9995,
+        minloglevel=2,
+        max_sentence_length=1 << 16,
+    )
     vocab = json.loads((folder/'wordpiece.json').read_text())['model']['vocab'] if minilm() else {}
     if vocab: (folder/'vocab.txt').write_text('\n'.join(sorted(vocab, key=vocab.get)) + '\n', encoding='utf-8')
 
@@ -74,31 +85,55 @@ def one(folder, name):
     buffer = io.BytesIO()
     quietly(torch.jit.save, quietly(torch.jit.script, tp.eval()), buffer)
     tables = sum(b.numel() * b.element_size() for b in tp.buffers())
-    print(json.dumps(dict(imports=imported - start, built=built - imported, second=second, buffers=tables / 2**20, file=len(buffer.getvalue()) / 2**20)))
+    print(
+        json.dumps(
+            dict(
+                imports=imported - start,
+                built=built - imported,
+                second=second,
+                buffers=tables / 2**20,
+                file=len(buffer.getvalue()) / 2**20,
+            )
+        )
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--one', help=argparse.SUPPRESS)
     parser.add_argument('--folder', type=Path, help='keep the trained vocabularies here and use them again')
-    parser.add_argument('--quick', action='store_true', help='few texts, small vocabularies: to see that everything works')
+    parser.add_argument(
+        '--quick', action='store_true', help='few texts, small vocabularies: to see that everything works'
+    )
     args = begun(parser)
     if args.one: return one(args.folder, args.one)
     with tempfile.TemporaryDirectory() as d:
         folder = args.folder or Path(d)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder/'unigram.model').exists(): prepare(folder, args.quick)
-        print('| kind, source, entries | imports, s | cold, s | warm, s | second in a process, s | buffers, MiB | scripted file, MiB |\n|---|---|---|---|---|---|---|')
+        print(
+            '| kind, source, entries | imports, s | cold, s | warm, s | second in a process, s | buffers, MiB | '
+            'scripted file, MiB |\n|---|---|---|---|---|---|---|'
+        )
         for name in kinds(folder):
             cache = Path(d)/'cache'/name.replace(' ', '_')
             env = {**os.environ, 'XDG_CACHE_HOME': str(cache), 'OMP_NUM_THREADS': '1'}
             runs = []
             for _ in range(2):
-                done = subprocess.run([sys.executable, '-m', 'benchmarks.build', '--one', name, '--folder', str(folder)], env=env, capture_output=True, text=True)
+                done = subprocess.run(
+                    [sys.executable, '-m', 'benchmarks.build', '--one', name, '--folder', str(folder)],
+                    env=env,
+                    capture_output=True,
+                    text=True,
+                )
                 if done.returncode: raise SystemExit(f'{name}: {done.stderr[-500:]}')
                 runs.append(json.loads(done.stdout.splitlines()[-1]))
             cold, warm = runs
-            print(f'| {name} | {warm["imports"]:.1f} | {cold["built"]:.2f} | {warm["built"]:.2f} | {warm["second"]:.2f} | {warm["buffers"]:.1f} | {warm["file"]:.1f} |', flush=True)
+            print(
+                f'| {name} | {warm["imports"]:.1f} | {cold["built"]:.2f} | {warm["built"]:.2f} | {warm["second"]:.2f} '
+                f'| {warm["buffers"]:.1f} | {warm["file"]:.1f} |',
+                flush=True,
+            )
 
 
 if __name__ == '__main__': main()

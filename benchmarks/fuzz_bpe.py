@@ -2,8 +2,10 @@
 
     python -m benchmarks.fuzz_bpe --n 200000
 
-prints a line a tokenizer and set of texts: texts compared, texts whose ids differ. Exits 1 if any differ. `open_clip` is compared
-on the texts that need none of its guesses (HTML entities, wrongly decoded text); `open_clip, cleaned` on all, after `open_clip_clean`."""
+prints a line a tokenizer and set of texts: texts compared, texts whose ids differ. Exits 1 if any differ.
+`open_clip` is compared
+on the texts that need none of its guesses (HTML entities, wrongly decoded text); `open_clip, cleaned` on all, after
+`open_clip_clean`."""
 import argparse
 import functools
 import json
@@ -21,17 +23,86 @@ from mmembed.text.bpe import CLIP_PATTERN, CLIP_STRINGS
 from mmembed.text.byte_level import needs_cleaning, open_clip_clean
 from mmembed.text.pipeline import TextPipeline
 
-ATOMS = ["'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'", "'S", "'ſ", "’s", "''", 'don’t', '<|startoftext|>', '<|endoftext|>', '<|ENDOFTEXT|>', '<|endof',
-         '<start_of_text>', '<end_of_text>', '<START_of_text>', '<ſtart_of_text>', '<end_of_text><end_of_text>', '<', '|>', '<mask>', '<s>', '</s>', '&amp;', '&',
-         'ΟΔΟΣ', 'Σ', 'ΑΣ.', 'aΣb', 'K', 'Å', 'ﬀ', 'ＡＢ', '“x”', 'e\u0301', 'a\u0323\u0302', '\u1112\u1161\u11ab', '각\u11a8', '\u0958', '  ', '\n\n', ' \t ',
-         '\u3000', '\x1c', '\x85', '\u200b', '1234', '½²', '\u0345', 'a\u0345s', '!\u0345', 'aaaaaaaaa', 'hahahahaha', '!!!!!!', '......', '_', 'ⅣⅤ', '🧑🏽‍🚀', 'tablecloth', 'Straßenbahn', 'ʼn', 'Ǆ']
+ATOMS = [
+    "'s",
+    "'t",
+    "'re",
+    "'ve",
+    "'m",
+    "'ll",
+    "'d",
+    "'",
+    "'S",
+    "'ſ",
+    "’s",
+    "''",
+    'don’t',
+    '<|startoftext|>',
+    '<|endoftext|>',
+    '<|ENDOFTEXT|>',
+    '<|endof',
+    '<start_of_text>',
+    '<end_of_text>',
+    '<START_of_text>',
+    '<ſtart_of_text>',
+    '<end_of_text><end_of_text>',
+    '<',
+    '|>',
+    '<mask>',
+    '<s>',
+    '</s>',
+    '&amp;',
+    '&',
+    'ΟΔΟΣ',
+    'Σ',
+    'ΑΣ.',
+    'aΣb',
+    'K',
+    'Å',
+    'ﬀ',
+    'ＡＢ',
+    '“x”',
+    'e\u0301',
+    'a\u0323\u0302',
+    '\u1112\u1161\u11ab',
+    '각\u11a8',
+    '\u0958',
+    '  ',
+    '\n\n',
+    ' \t ',
+    '\u3000',
+    '\x1c',
+    '\x85',
+    '\u200b',
+    '1234',
+    '½²',
+    '\u0345',
+    'a\u0345s',
+    '!\u0345',
+    'aaaaaaaaa',
+    'hahahahaha',
+    '!!!!!!',
+    '......',
+    '_',
+    'ⅣⅤ',
+    '🧑🏽‍🚀',
+    'tablecloth',
+    'Straßenbahn',
+    'ʼn',
+    'Ǆ',
+]
 
 
 def bpe_texts(n, seed=0):
     "`n` strings of what the patterns look at, mixed with the strings of fuzz_text."
     rng, others = random.Random(seed), random_texts(n, seed)
-    mixed = [''.join(rng.choice(ATOMS) if rng.random() < .7 else rng.choice(' abcdeilmrstvwz\'') * rng.randrange(1, 3) for _ in range(rng.randrange(1, 12)))
-             for _ in range(n // 2)]
+    mixed = [
+        ''.join(
+            rng.choice(ATOMS) if rng.random() < 0.7 else rng.choice(' abcdeilmrstvwz\'') * rng.randrange(1, 3)
+            for _ in range(rng.randrange(1, 12))
+        )
+        for _ in range(n // 2)
+    ]
     return mixed + others[:n - len(mixed)]
 
 
@@ -42,12 +113,20 @@ def clip_tokenizer(listed=True, normalized=False):
     vocab = {**t.encoder, **dict(zip(CLIP_STRINGS, t.all_special_ids))}
     for s in ('<start_of_text>', '<end_of_text>'): del vocab[s]
     tok = Tokenizer(models.BPE(vocab, list(t.bpe_ranks), end_of_word_suffix='</w>', unk_token='<|endoftext|>'))
-    tok.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r'\s+'), ' '), normalizers.Lowercase()])
+    tok.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r'\s+'), ' '), normalizers.Lowercase()]
+    )
     pattern = '|'.join([*(s.replace('|', r'\|') for s in CLIP_STRINGS * listed), CLIP_PATTERN])
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), 'removed', invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tok.add_special_tokens([AddedToken(CLIP_STRINGS[0], normalized=normalized), AddedToken(CLIP_STRINGS[1], normalized=False)])
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), 'removed', invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tok.add_special_tokens(
+        [AddedToken(CLIP_STRINGS[0], normalized=normalized), AddedToken(CLIP_STRINGS[1], normalized=False)]
+    )
     tok.decoder = decoders.ByteLevel()
-    tok.post_processor = processors.RobertaProcessing((CLIP_STRINGS[1], 49407), (CLIP_STRINGS[0], 49406), trim_offsets=False, add_prefix_space=False)
+    tok.post_processor = processors.RobertaProcessing(
+        (CLIP_STRINGS[1], 49407), (CLIP_STRINGS[0], 49406), trim_offsets=False, add_prefix_space=False
+    )
     return tok
 
 
@@ -56,8 +135,15 @@ def gpt2_tokenizer(texts, vocab_size=8000, prefix=False):
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=prefix), decoders.ByteLevel()
     special = ['<s>', '<pad>', '</s>', '<unk>', AddedToken('<mask>', lstrip=True, normalized=False)]
-    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tok.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=special,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     tok.post_processor = processors.RobertaProcessing(('</s>', 2), ('<s>', 0), add_prefix_space=prefix)
     return tok
 
@@ -110,14 +196,27 @@ def main():
     torch.set_num_threads(1)
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'
     root = data_root()/'text'
-    sets = {'random strings': bpe_texts(args.n, args.seed), 'broken UTF-8': random_bytes(args.n // 4, args.seed), 'code points': code_points(),
-            'between letters': [f'a{c}b' for c in code_points()]}
+    sets = {
+        'random strings': bpe_texts(args.n, args.seed),
+        'broken UTF-8': random_bytes(args.n // 4, args.seed),
+        'code points': code_points(),
+        'between letters': [f'a{c}b' for c in code_points()],
+    }
     if root.exists(): sets['real corpora'] = real_lines(root)
     learn_from = sets.get('real corpora', sets['random strings'])[:60_000]
-    checks = [(name, TextPipeline(json.loads(tok.to_str())), tok) for name, tok in [
-        ('CLIP, transformers today', clip_tokenizer()), ('CLIP, as on the hub', clip_tokenizer(False, True)),
-        ('GPT-2 style', gpt2_tokenizer(learn_from, 30_000)), ('GPT-2 style, prefix space', gpt2_tokenizer(learn_from, prefix=True))]]
-    checks += [('open_clip', TextPipeline.from_open_clip('ViT-B-32'), None), ('open_clip, cleaned', TextPipeline.from_open_clip('ViT-B-32', cleaned=True), None)]
+    checks = [
+        (name, TextPipeline(json.loads(tok.to_str())), tok)
+        for name, tok in [
+            ('CLIP, transformers today', clip_tokenizer()),
+            ('CLIP, as on the hub', clip_tokenizer(False, True)),
+            ('GPT-2 style', gpt2_tokenizer(learn_from, 30_000)),
+            ('GPT-2 style, prefix space', gpt2_tokenizer(learn_from, prefix=True)),
+        ]
+    ]
+    checks += [
+        ('open_clip', TextPipeline.from_open_clip('ViT-B-32'), None),
+        ('open_clip, cleaned', TextPipeline.from_open_clip('ViT-B-32', cleaned=True), None),
+    ]
     total = 0
     for name, tp, tok in checks:
         if args.only not in name: continue
@@ -130,7 +229,9 @@ def main():
                 texts = in_graph(texts)
                 wrong = open_clip_differences(scripted.tokenize, texts, batch)
             total += len(wrong)
-            print(f'{name:26} {what:16} {len(texts):>9,} texts {len(wrong):>5} differ', *map(ascii, wrong[:3]), flush=True)
+            print(
+                f'{name:26} {what:16} {len(texts):>9,} texts {len(wrong):>5} differ', *map(ascii, wrong[:3]), flush=True
+            )
     sys.exit(total > 0)
 
 

@@ -2,12 +2,15 @@
 
     python -m benchmarks.fuzz_exits --n 20000
 
-prints a line a family (what was exported, in how many seconds, to how many KiB) and a line a set of texts: texts compared, and the
-texts whose ids or mask differ, in the program and in onnxruntime. Exits 1 if any differ, or if an operator is not ONNX's own.
+prints a line a family (what was exported, in how many seconds, to how many KiB) and a line a set of texts: texts
+compared, and the
+texts whose ids or mask differ, in the program and in onnxruntime. Exits 1 if any differ, or if an operator is not
+ONNX's own.
 
     python -m benchmarks.fuzz_exits --whole
 
-exports a small model of each family with its ONNX files instead, for a DualEncoder with labels, a PairClassifier and `decode=False`, and prints what
+exports a small model of each family with its ONNX files instead, for a DualEncoder with labels, a PairClassifier and
+`decode=False`, and prints what
 `verify` found in onnxruntime: built-in texts and pictures in batches of 0, 1, 3 and 64."""
 import argparse
 import functools
@@ -30,11 +33,51 @@ from mmembed.core.torchscript import quietly
 from mmembed.exporters.graph.program import export_program, operators, text_to_onnx
 from mmembed.text.pipeline import TextPipeline
 
-LONG = ['q' * 5000, ''.join(random.Random(1).choices('abcdeilnorst', k=5000)), 'un' * 2500, '一' * 1700, 'e\u0301' * 2500, '!?' * 2500, ' ' * 5000]
-AWKWARD = ['', ' ', '\0', 'a', 'q' * 101, 'q' * 100, 'un' * 300, '[[SEP][MASK]]', '[[S[[SEP]]]]', 'aabaaba aaaaa abababa',
-    '<l> x <l><r>  <r> <w>y <w>', '[SEP]' * 70, '\U0001d15e\u0301\U0001d16d', 'a\u0323\u0301\u0302', '\u0301\u0323', b'\xff', b'\xe2\x82',
-    b'\xf0\x9f', '\ufffd', '각', 'a \t\n b', "?!'?!", 'a\0', '\0a\0', "it's they'll", "'", "'l", '<|endoftext|>', '<end_of_text>!<end_of_text>',
-    '<mask> <s>', 'ΟΔΟΣ', 'Σ.', '\u1112\u1161\u11ab', '\u0958']
+LONG = [
+    'q' * 5000,
+    ''.join(random.Random(1).choices('abcdeilnorst', k=5000)),
+    'un' * 2500,
+    '一' * 1700,
+    'e\u0301' * 2500,
+    '!?' * 2500,
+    ' ' * 5000,
+]
+AWKWARD = [
+    '',
+    ' ',
+    '\0',
+    'a',
+    'q' * 101,
+    'q' * 100,
+    'un' * 300,
+    '[[SEP][MASK]]',
+    '[[S[[SEP]]]]',
+    'aabaaba aaaaa abababa',
+    '<l> x <l><r>  <r> <w>y <w>',
+    '[SEP]' * 70,
+    '\U0001d15e\u0301\U0001d16d',
+    'a\u0323\u0301\u0302',
+    '\u0301\u0323',
+    b'\xff',
+    b'\xe2\x82',
+    b'\xf0\x9f',
+    '\ufffd',
+    '각',
+    'a \t\n b',
+    "?!'?!",
+    'a\0',
+    '\0a\0',
+    "it's they'll",
+    "'",
+    "'l",
+    '<|endoftext|>',
+    '<end_of_text>!<end_of_text>',
+    '<mask> <s>',
+    'ΟΔΟΣ',
+    'Σ.',
+    '\u1112\u1161\u11ab',
+    '\u0958',
+]
 
 
 @functools.cache
@@ -56,13 +99,30 @@ def uncased():
 def cased():
     "bert-base-chinese's vocabulary where it is at hand, cased."
     path = data_root()/'text'/'vocab'/'bert-base-chinese-vocab.txt'
-    vocab = {t: i for i, t in enumerate(path.read_text(encoding='utf-8').rstrip('\n').split('\n'))} if path.exists() else learnt()
+    vocab = (
+        {t: i for i, t in enumerate(path.read_text(encoding='utf-8').rstrip('\n').split('\n'))}
+        if path.exists()
+        else learnt()
+    )
     return json.loads(bert_tokenizer(vocab, lowercase=False).to_str())
 
 
 def words():
     "A whole-word vocabulary."
-    vocab = {'[UNK]': 0, 'a': 1, 'b': 2, '一': 3, "'": 4, 'é': 5, '?!': 6, 'ab': 7, '[PAD]': 8, 'the': 9, '。': 10, '.': 11}
+    vocab = {
+        '[UNK]': 0,
+        'a': 1,
+        'b': 2,
+        '一': 3,
+        "'": 4,
+        'é': 5,
+        '?!': 6,
+        'ab': 7,
+        '[PAD]': 8,
+        'the': 9,
+        '。': 10,
+        '.': 11,
+    }
     tok = Tokenizer(models.WordLevel(vocab, unk_token='[UNK]'))
     tok.normalizer, tok.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
     tok.add_special_tokens(['[PAD]'])
@@ -75,11 +135,16 @@ FAMILIES = {  # name -> the pipeline
     'whole words': lambda: TextPipeline(words(), max_length=3000),
     'CLIP, open_clip': lambda: TextPipeline.from_open_clip('ViT-B-32'),
     'CLIP, tokenizer.json': lambda: TextPipeline(json.loads(clip_tokenizer().to_str()), max_length=3000),
-    'GPT-2 style': lambda: TextPipeline(json.loads(gpt2_tokenizer(random_texts(400, seed=5) + ['unaffable words'] * 9, 3000, prefix=True).to_str()), max_length=3000)}
+    'GPT-2 style': lambda: TextPipeline(
+        json.loads(gpt2_tokenizer(random_texts(400, seed=5) + ['unaffable words'] * 9, 3000, prefix=True).to_str()),
+        max_length=3000,
+    ),
+}
 
 
 def lattices():
-    "Families whose references are packages of their own: the models of `fuzz_unigram`, as a .model and as a tokenizer.json, and jieba's words."
+    """Families whose references are packages of their own: the models of `fuzz_unigram`, as a .model and as a
+    tokenizer.json, and jieba's words."""
     import jieba
     from benchmarks import fuzz_segment, fuzz_unigram
     def model():
@@ -87,10 +152,17 @@ def lattices():
         return fuzz_unigram.multilingual(real, cache) if real.exists() else fuzz_unigram.learn(fuzz_unigram.LINES)
     def chinese(hmm):
         words = sorted({w for t in fuzz_segment.random_texts(2000, seed=3) for w in jieba.lcut(t)})
-        return TextPipeline.from_jieba({w: i for i, w in enumerate(['[PAD]', '[UNK]', *words])}, max_length=3000, hmm=hmm)
-    return {'sentencepiece': lambda: TextPipeline.from_sentencepiece(model(), max_length=3000),
-        'Unigram, tokenizer.json': lambda: TextPipeline(json.loads(fuzz_unigram.as_file(model(), 'converted, bytes').to_str()), max_length=3000),
-        'jieba, HMM=False': lambda: chinese(False), 'jieba, HMM=True': lambda: chinese(True)}
+        return TextPipeline.from_jieba(
+            {w: i for i, w in enumerate(['[PAD]', '[UNK]', *words])}, max_length=3000, hmm=hmm
+        )
+    return {
+        'sentencepiece': lambda: TextPipeline.from_sentencepiece(model(), max_length=3000),
+        'Unigram, tokenizer.json': lambda: TextPipeline(
+            json.loads(fuzz_unigram.as_file(model(), 'converted, bytes').to_str()), max_length=3000
+        ),
+        'jieba, HMM=False': lambda: chinese(False),
+        'jieba, HMM=True': lambda: chinese(True),
+    }
 
 
 def onnx_runner(path):
@@ -99,7 +171,9 @@ def onnx_runner(path):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     s = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
-    def run(data, offsets): return tuple(map(torch.from_numpy, s.run(None, dict(data=data.numpy(), offsets=offsets.numpy()))))
+
+    def run(data, offsets):
+        return tuple(map(torch.from_numpy, s.run(None, dict(data=data.numpy(), offsets=offsets.numpy()))))
     return run
 
 
@@ -129,8 +203,13 @@ def small_model(tp, pairs):
     from mmembed.vision.pipeline import VisionPipeline
     tp.max_length = 48
     torch.manual_seed(0)
-    text, image = TextTransformer(tp, width=32, depth=1, heads=2), ConvNet(VisionPipeline(size=48), channels=(8, 16), width=32)
-    return (PairClassifier(text, image, ['mismatch', 'match'], dim=24) if pairs else DualEncoder(text, image, dim=24)).eval()
+    text, image = (
+        TextTransformer(tp, width=32, depth=1, heads=2),
+        ConvNet(VisionPipeline(size=48), channels=(8, 16), width=32),
+    )
+    return (
+        PairClassifier(text, image, ['mismatch', 'match'], dim=24) if pairs else DualEncoder(text, image, dim=24)
+    ).eval()
 
 
 def whole(families):
@@ -139,12 +218,32 @@ def whole(families):
     failed = 0
     for i, (name, make) in enumerate(families.items()):
         pairs, began = i % 2 > 0, time.process_time()
-        options = {} if pairs else dict(labels=['a cat', 'a dog', 'a red circle'], top_k=2, threshold=.2, decode=i % 3 > 0)
+        options = (
+            {} if pairs else dict(labels=['a cat', 'a dog', 'a red circle'], top_k=2, threshold=0.2, decode=i % 3 > 0)
+        )
         with tempfile.TemporaryDirectory() as d:
-            try: rows = [r for r in export(small_model(make().eval(), pairs), Path(d)/'m.pt', onnx=Path(d)/'g', fresh=False, cpp=False, **options).rows if r.stage == 'onnx']
-            except (RuntimeError, ValueError, TypeError) as e: rows, failed = [], failed + (print(f'{name}: {e}') or 1)
+            try:
+                rows = [
+                    r
+                    for r in export(
+                        small_model(make().eval(), pairs),
+                        Path(d) / 'm.pt',
+                        onnx=Path(d) / 'g',
+                        fresh=False,
+                        cpp=False,
+                        **options,
+                    ).rows
+                    if r.stage == 'onnx'
+                ]
+            except (RuntimeError, ValueError, TypeError) as e:
+                rows, failed = [], failed + (print(f'{name}: {e}') or 1)
         told = ', '.join(f'{r.what} {r.difference:.2g}' for r in rows if r.n > 1)
-        if rows: print(f'{name}, {"pairs" if pairs else "two towers"}{", ".join([""] + sorted(options))}: {time.process_time() - began:.0f} s of CPU, {told}', flush=True)
+        if rows:
+            print(
+                f'{name}, {"pairs" if pairs else "two towers"}{", ".join([""] + sorted(options))}: '
+                f'{time.process_time() - began:.0f} s of CPU, {told}',
+                flush=True,
+            )
     return failed
 
 
@@ -161,8 +260,13 @@ def main():
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'
     if args.whole: sys.exit(whole({k: v for k, v in {**FAMILIES, **lattices()}.items() if args.only in k}) > 0)
     root = data_root()/'text'
-    sets = {'awkward': AWKWARD + LONG, 'random strings': bpe_texts(args.n, args.seed), 'broken UTF-8': random_bytes(args.n // 4, args.seed),
-        'code points': code_points(), 'between letters': [f'a{c}b' for c in code_points(7)]}
+    sets = {
+        'awkward': AWKWARD + LONG,
+        'random strings': bpe_texts(args.n, args.seed),
+        'broken UTF-8': random_bytes(args.n // 4, args.seed),
+        'code points': code_points(),
+        'between letters': [f'a{c}b' for c in code_points(7)],
+    }
     if root.exists(): sets['real corpora'] = real_lines(root)
     total = 0
     for name, make in {**FAMILIES, **lattices()}.items():
@@ -173,14 +277,24 @@ def main():
             program, onnx = exits(tp, path)
             foreign, size = set(operators(path)) - {''}, path.stat().st_size >> 10
         total += len(foreign)
-        print(f'{name}: both exits in {time.perf_counter() - began:.0f} s, ONNX {size:,} KiB, domains beside ONNX\'s own: {sorted(foreign) or "none"}', flush=True)
+        print(
+            f'{name}: both exits in {time.perf_counter() - began:.0f} s, ONNX {size:,} KiB, domains beside ONNX\'s '
+            f'own: {sorted(foreign) or "none"}',
+            flush=True,
+        )
         scripted = quietly(torch.jit.script, tp)
         for what, texts in sets.items():
             batch = 20_000 if what in ('code points', 'between letters') else 256
             wrong = [differing(run, scripted.tokenize, texts, batch) for run in (program, onnx)]
-            if what == 'awkward': wrong = [w + differing(run, scripted.tokenize, texts, 1) for w, run in zip(wrong, (program, onnx))]
+            if what == 'awkward':
+                wrong = [w + differing(run, scripted.tokenize, texts, 1) for w, run in zip(wrong, (program, onnx))]
             total += sum(map(len, wrong))
-            print(f'  {what:16} {len(texts):>9,} texts, differ: {len(wrong[0])} in the program, {len(wrong[1])} in onnxruntime', *map(ascii, sum(wrong, [])[:3]), flush=True)
+            print(
+                f'  {what:16} {len(texts):>9,} texts, differ: {len(wrong[0])} in the program, {len(wrong[1])} in '
+                f'onnxruntime',
+                *map(ascii, sum(wrong, [])[:3]),
+                flush=True,
+            )
     sys.exit(total > 0)
 
 

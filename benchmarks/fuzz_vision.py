@@ -3,7 +3,8 @@
     python -m benchmarks.fuzz_vision --n 50000
     python -m benchmarks.fuzz_vision --n 50000 --heic     # nothing but HEIC, through libheif
 
-Each file is decoded in a child process; the parent notices a child that dies or takes longer than --limit seconds for one
+Each file is decoded in a child process; the parent notices a child that dies or takes longer than --limit seconds
+for one
 file, names the file (it can be made again from its number and the seed) and goes on. Exits with 1 if there was any.
 Seeds are generated files of every kind and, where `MMEMBED_DATA` has them, the awkward files of its `images`.
 """
@@ -44,12 +45,20 @@ def seeds(heic=False):
     more = dict(save_all=True, append_images=[rgb.rotate(90), rgb.rotate(180)])
     made = {}
     for name, image, format, options in [
-        ('jpeg', rgb, 'JPEG', dict(exif=exif)), ('jpeg-progressive', rgb, 'JPEG', dict(progressive=True)),
-        ('jpeg-gray', rgb.convert('L'), 'JPEG', {}), ('jpeg-cmyk', rgb.convert('CMYK'), 'JPEG', {}),
-        ('png', rgb, 'PNG', dict(exif=exif)), ('png-rgba', alpha, 'PNG', {}), ('png-palette', rgb.quantize(16), 'PNG', {}),
-        ('apng', rgb, 'PNG', more), ('gif', rgb.quantize(16), 'GIF', {}), ('gif-animated', rgb.quantize(64), 'GIF', more),
-        ('webp', rgb, 'WEBP', dict(exif=exif)), ('webp-lossless', alpha, 'WEBP', dict(lossless=True)),
-        ('webp-animated', rgb, 'WEBP', dict(exif=exif) | more), ('avif', alpha, 'AVIF', dict(exif=exif)),
+        ('jpeg', rgb, 'JPEG', dict(exif=exif)),
+        ('jpeg-progressive', rgb, 'JPEG', dict(progressive=True)),
+        ('jpeg-gray', rgb.convert('L'), 'JPEG', {}),
+        ('jpeg-cmyk', rgb.convert('CMYK'), 'JPEG', {}),
+        ('png', rgb, 'PNG', dict(exif=exif)),
+        ('png-rgba', alpha, 'PNG', {}),
+        ('png-palette', rgb.quantize(16), 'PNG', {}),
+        ('apng', rgb, 'PNG', more),
+        ('gif', rgb.quantize(16), 'GIF', {}),
+        ('gif-animated', rgb.quantize(64), 'GIF', more),
+        ('webp', rgb, 'WEBP', dict(exif=exif)),
+        ('webp-lossless', alpha, 'WEBP', dict(lossless=True)),
+        ('webp-animated', rgb, 'WEBP', dict(exif=exif) | more),
+        ('avif', alpha, 'AVIF', dict(exif=exif)),
         ('avif-animated', rgb, 'AVIF', more),
     ]:
         f = io.BytesIO()
@@ -76,7 +85,10 @@ def mutate(files, names, seed, i):
         kind = rng.randrange(8)
         if kind == 0: b[at] = rng.randrange(256)
         elif kind == 1: b[at] ^= 1 << rng.randrange(8)
-        elif kind == 2: b[at:at + 4] = rng.choice([b'\xff\xff\xff\xff', b'\0\0\0\0', b'\x7f\xff\xff\xff', b'\x80\0\0\0', b'\0\0\0\1'])
+        elif kind == 2:
+            b[at : at + 4] = rng.choice(
+                [b'\xff\xff\xff\xff', b'\0\0\0\0', b'\x7f\xff\xff\xff', b'\x80\0\0\0', b'\0\0\0\1']
+            )
         elif kind == 3: del b[at:at + rng.choice([1, 2, 8, 100])]
         elif kind == 4: b[at:at] = bytes(rng.randrange(256) for _ in range(rng.choice([1, 2, 8, 100])))
         elif kind == 5: b = b[:at]
@@ -120,7 +132,8 @@ def work(start, n, step, seed, max_pixels, state, totals, quiet, heic):
         else:
             h, w = out.shape[1:]
             assert out.dtype == torch.uint8 and out.shape[0] == 3 and h * w <= max_pixels, (i, info, out.shape)
-            assert heic or {h, w} == {info.height, info.width}, (i, info, out.shape)  # several pictures: each has its size
+            # several pictures: each has its size
+            assert heic or {h, w} == {info.height, info.width}, (i, info, out.shape)
             totals[2] += 1
         if i % 10 == 0:
             try: again = again_by(data)
@@ -147,7 +160,8 @@ def main():
     context = mp.get_context('spawn')
     print(f'{a.n:,} files from {len(names)} seeds, seed {a.seed}')
     jobs = []
-    for k in range(a.workers): jobs.append(dict(start=k, state=context.Array('d', [k, time.time() + 60]), totals=context.Array('d', 6)))
+    for k in range(a.workers):
+        jobs.append(dict(start=k, state=context.Array('d', [k, time.time() + 60]), totals=context.Array('d', 6)))
     def begin(j, start):
         j['state'][0], j['state'][1] = start, time.time() + 60  # the child needs time to import
         args = start, a.n, a.workers, a.seed, a.max_pixels, j['state'], j['totals'], not a.verbose, a.heic
@@ -171,8 +185,11 @@ def main():
                 else: running.remove(j)
     refused, failed, decoded = (int(sum(j['totals'][k] for j in jobs)) for k in range(3))
     print(f'refused by the header {refused:,}, by the decoder {failed:,}, decoded {decoded:,}')
-    print(f'slowest file {max(j["totals"][3] for j in jobs):.2f} s, peak memory of a process '
-          f'{max(j["totals"][4] for j in jobs):.0f} MB ({max(j["totals"][5] for j in jobs):.0f} MB before the first file), {time.time() - began:.0f} s in all')
+    print(
+        f'slowest file {max(j["totals"][3] for j in jobs):.2f} s, peak memory of a process '
+        f'{max(j["totals"][4] for j in jobs):.0f} MB ({max(j["totals"][5] for j in jobs):.0f} MB before the first '
+        f'file), {time.time() - began:.0f} s in all'
+    )
     print(f'{len(bad)} crashes, hangs or broken promises')
     return 1 if bad else 0
 

@@ -1,21 +1,28 @@
-"""The towers of one model under every acceleration, as tables: milliseconds of a batch, memory, and what it costs in accuracy.
+"""The towers of one model under every acceleration, as tables: milliseconds of a batch, memory, and what it costs in
+accuracy.
 
-    python -m benchmarks.gpu                                  # ViT-B-32, batches 1 to 16, on cuda; "not run" in every row where there is none
+    python -m benchmarks.gpu                                  # ViT-B-32, batches 1 to 16, on cuda; "not run" in
+    every row where there is none
     python -m benchmarks.gpu --checkpoint runs/quickstart/best.ckpt --data pairs.csv
-    python -m benchmarks.gpu --device cpu --quick             # a small model and two sizes: that the program itself works
+    python -m benchmarks.gpu --device cpu --quick             # a small model and two sizes: that the program itself
+    works
 
-Shapes: ids (B, 77) and levels uint8 (B, 3, 224, 224), B from 1 to 16, normalisation included; the median of the rounds, the device synchronised before and after each. Rows:
+Shapes: ids (B, 77) and levels uint8 (B, 3, 224, 224), B from 1 to 16, normalisation included; the median of the
+rounds, the device synchronised before and after each. Rows:
 
     eager fp32, bf16, fp16    the towers as Python runs them
     eager fp16 compile        and through torch.compile
     file fp32, bf16, fp16     what `mmembed export` writes, on this device
-    file fp16 math            --attention math; the others ask for one kernel (flash; memory-efficient where CLIP's causal mask forbids it)
+    file fp16 math            --attention math; the others ask for one kernel (flash; memory-efficient where CLIP's
+    causal mask forbids it)
     file fp16 graphs          --cuda-graphs 1,2,4,8,16
     file int8                 --quantize int8
     package fp32, int8        --compiled model.pt2, by AOTInductor; int8: the linear layers of the exported graph
-    onnx, onnx-cuda, tensorrt --onnx folder, by that provider of ONNX Runtime; from bytes of text, tokenizer included, and from decoded pictures
+    onnx, onnx-cuda, tensorrt --onnx folder, by that provider of ONNX Runtime; from bytes of text, tokenizer
+    included, and from decoded pictures
 
-Accuracy is held to the fp32 towers on the CPU: the worst cosine, and, with --data, recall at 1 of the same pairs. Weights of ViT-B-32 are random where none are given,
+Accuracy is held to the fp32 towers on the CPU: the worst cosine, and, with --data, recall at 1 of the same pairs.
+Weights of ViT-B-32 are random where none are given,
 which changes no time. Nothing is written but the table, and JSON with --json.
 """
 import argparse
@@ -34,10 +41,23 @@ from mmembed.core.types import Tokens
 from mmembed.exporters.cuda_graphs import eager_towers, why_not
 from mmembed.exporters.variants import Variant
 
-ROWS = {'eager fp32': {}, 'eager bf16': dict(precision='bf16'), 'eager fp16': dict(precision='fp16'), 'eager fp16 compile': dict(precision='fp16', compile=True),
-        'file fp32': {}, 'file bf16': dict(precision='bf16'), 'file fp16': dict(precision='fp16'), 'file fp16 math': dict(precision='fp16', attention='math'),
-        'file fp16 graphs': dict(precision='fp16', graphs=True), 'file int8': dict(quantize='int8'), 'package fp32': {}, 'package int8': dict(quantize='int8'),
-        'onnx': {}, 'onnx-cuda': {}, 'tensorrt': {}}
+ROWS = {
+    'eager fp32': {},
+    'eager bf16': dict(precision='bf16'),
+    'eager fp16': dict(precision='fp16'),
+    'eager fp16 compile': dict(precision='fp16', compile=True),
+    'file fp32': {},
+    'file bf16': dict(precision='bf16'),
+    'file fp16': dict(precision='fp16'),
+    'file fp16 math': dict(precision='fp16', attention='math'),
+    'file fp16 graphs': dict(precision='fp16', graphs=True),
+    'file int8': dict(quantize='int8'),
+    'package fp32': {},
+    'package int8': dict(quantize='int8'),
+    'onnx': {},
+    'onnx-cuda': {},
+    'tensorrt': {},
+}
 
 
 def clocked(f, device, rounds):
@@ -56,8 +76,11 @@ def clocked(f, device, rounds):
 def towers(row, model, device, sizes, folder):
     "text(texts, ids, mask) and image(levels) of a row."
     kind, more = row.split()[0], dict(ROWS[row])
-    if kind in ('onnx', 'onnx-cuda', 'tensorrt'): return onnx(model, folder, kind.removeprefix('onnx-').replace('onnx', 'cpu'), device)
-    name = {'package': 'aotinductor'}.get(kind) or next((k for k in ('compile', 'graphs', 'quantize') if k in more), 'sdpa').replace('quantize', 'int8')
+    if kind in ('onnx', 'onnx-cuda', 'tensorrt'):
+        return onnx(model, folder, kind.removeprefix('onnx-').replace('onnx', 'cpu'), device)
+    name = {'package': 'aotinductor'}.get(kind) or next(
+        (k for k in ('compile', 'graphs', 'quantize') if k in more), 'sdpa'
+    ).replace('quantize', 'int8')
     if why := why_not(name, device.type): raise RuntimeError(why)
     if kind == 'eager':
         compiled, vp = more.pop('compile', False), copy.deepcopy(model.vision_pipeline).to(device)
@@ -76,7 +99,9 @@ def onnx(model, folder, provider, device):
     provider_of(provider)
     export_onnx(model, folder)
     run = OnnxModel(folder, torch.get_num_threads(), provider)
-    def image(levels): return torch.from_numpy(run.encode_image(list(levels.permute(0, 2, 3, 1).contiguous().cpu().numpy())))
+
+    def image(levels):
+        return torch.from_numpy(run.encode_image(list(levels.permute(0, 2, 3, 1).contiguous().cpu().numpy())))
     return lambda texts, ids, mask: torch.from_numpy(run.encode_text(texts)), image
 
 
@@ -93,7 +118,10 @@ def measured(row, model, device, sizes, rounds, samples, folder):
         for b in sizes:
             ids, mask = (x[:b].contiguous() for x in words)
             x = pictures[:b].contiguous()
-            out['ms'][b] = clocked(lambda: text(texts[:b], ids, mask), device, rounds), clocked(lambda: image(x), device, rounds)
+            out['ms'][b] = (
+                clocked(lambda: text(texts[:b], ids, mask), device, rounds),
+                clocked(lambda: image(x), device, rounds),
+            )
         if pairs:
             said, (ids, mask), shown = pairs[0], [x.to(device) for x in pairs[1]], pairs[2]
             t = torch.cat([text(said[i:i+most], ids[i:i+most], mask[i:i+most]) for i in range(0, len(ids), most)])
@@ -106,11 +134,17 @@ def measured(row, model, device, sizes, rounds, samples, folder):
 
 def table(found, sizes, pairs):
     columns = [f'{k}, {b}' for b in sizes for k in ('texts', 'images')]
-    lines = [f'| ms a batch of | {" | ".join(columns)} | peak MiB | worst 1 - cosine |' + ' recall@1 |' * bool(pairs), '|---' * (len(columns) + 3 + bool(pairs)) + '|']
+    lines = [
+        f'| ms a batch of | {" | ".join(columns)} | peak MiB | worst 1 - cosine |' + ' recall@1 |' * bool(pairs),
+        '|---' * (len(columns) + 3 + bool(pairs)) + '|',
+    ]
     for row, x in found.items():
         if isinstance(x, str): lines.append(f'| {row} | not run: {x} |' + ' |' * (len(columns) + 1 + bool(pairs)))
         else:
-            cells = [f'{ms:.2f}' for b in sizes for ms in x['ms'][b]] + [f'{x["MiB"]:.0f}' if 'MiB' in x else '', f'{max(0., 1 - x["cosine"]):.1e}']
+            cells = [f'{ms:.2f}' for b in sizes for ms in x['ms'][b]] + [
+                f'{x["MiB"]:.0f}' if 'MiB' in x else '',
+                f'{max(0.0, 1 - x["cosine"]):.1e}',
+            ]
             lines.append(f'| {row} | {" | ".join(cells)} |' + (f' {x["recall"]:.1%} |' if pairs else ''))
     return '\n'.join(lines)
 
@@ -121,7 +155,9 @@ def small():
     from mmembed.models.towers import ConvNet, TextTransformer
     torch.manual_seed(0)
     tp = mm.TextPipeline.learn(['a photo of a small red circle'] * 9, vocab_size=60, max_length=77)
-    return DualEncoder(TextTransformer(tp, width=64, depth=2), ConvNet(mm.VisionPipeline(size=64), channels=(8, 16), width=64), dim=32)
+    return DualEncoder(
+        TextTransformer(tp, width=64, depth=2), ConvNet(mm.VisionPipeline(size=64), channels=(8, 16), width=64), dim=32
+    )
 
 
 def main(argv=None):
@@ -134,15 +170,20 @@ def main(argv=None):
     parser.add_argument('--quick', action='store_true', help='a small model, two sizes, two rounds')
     parser.add_argument('--weights', help="ViT-B-32's, a file; random without")
     parser.add_argument('--checkpoint', help='what mmembed train printed, instead of ViT-B-32')
-    parser.add_argument('--data', help='a table of pairs (.csv, .jsonl, .parquet) with a column image: recall of the first 1,000 is the task')
+    parser.add_argument(
+        '--data',
+        help='a table of pairs (.csv, .jsonl, .parquet) with a column image: recall of the first 1,000 is the task',
+    )
     parser.add_argument('--text-key', default='text', help='its column of captions')
     parser.add_argument('--json', help='where the figures go')
     args = parser.parse_args(argv)
     sizes, rounds = ([1, 2], 2) if args.quick else ([int(b) for b in args.sizes.split(',')], args.rounds)
     torch.set_num_threads(args.threads)
-    if unknown := set(args.rows.split(',')) - ROWS.keys(): raise SystemExit(f'no such rows: {", ".join(unknown)}; there are {", ".join(ROWS)}')
+    if unknown := set(args.rows.split(',')) - ROWS.keys():
+        raise SystemExit(f'no such rows: {", ".join(unknown)}; there are {", ".join(ROWS)}')
     device, found, pairs = torch.device(args.device), {}, None
-    if device.type == 'cuda' and not torch.cuda.is_available(): found = dict.fromkeys(args.rows.split(','), 'torch sees no CUDA device here')
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        found = dict.fromkeys(args.rows.split(','), 'torch sees no CUDA device here')
     else:
         if args.checkpoint:
             from mmembed.train.checkpoint import load_checkpoint
@@ -152,22 +193,39 @@ def main(argv=None):
             model = small() if args.quick else DualEncoder.from_open_clip('ViT-B-32', args.weights)
         model, tp, g = model.eval(), model.text_pipeline, torch.Generator().manual_seed(0)
         texts = [f'{i} ' + 'a photo of a small red circle beside a large blue square ' * 9 for i in range(16)]
-        tokens, levels = tp(texts), torch.randint(0, 256, (16, 3, *model.vision_pipeline.size), dtype=torch.uint8, generator=g)
-        with torch.no_grad(): want = model.encode_text(tokens), model.encode_image(model.vision_pipeline.normalize(levels))
+        tokens, levels = (
+            tp(texts),
+            torch.randint(0, 256, (16, 3, *model.vision_pipeline.size), dtype=torch.uint8, generator=g),
+        )
+        with torch.no_grad():
+            want = model.encode_text(tokens), model.encode_image(model.vision_pipeline.normalize(levels))
         if args.data:
             from mmembed.data.tables import PairsFile
             source = PairsFile(args.data, text_key=args.text_key)
             n = min(len(source), 1000)
             said = [source.text(i) for i in range(n)]
-            pairs = said, tp(said), torch.stack([model.vision_pipeline.preprocess(model.vision_pipeline.decode(source.image(i))) for i in range(n)])
+            pairs = (
+                said,
+                tp(said),
+                torch.stack(
+                    [model.vision_pipeline.preprocess(model.vision_pipeline.decode(source.image(i))) for i in range(n)]
+                ),
+            )
         for row in args.rows.split(','):
             with tempfile.TemporaryDirectory() as d:
-                try: found[row] = measured(row, model, device, sizes, rounds, (texts, tokens, levels, want, pairs), Path(d))
-                except Exception as e: found[row] = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:120]}'.replace('|', '/')
+                try:
+                    found[row] = measured(
+                        row, model, device, sizes, rounds, (texts, tokens, levels, want, pairs), Path(d)
+                    )
+                except Exception as e:
+                    found[row] = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:120]}'.replace('|', '/')
             print(row, found[row] if isinstance(found[row], str) else 'done', flush=True)
     where = torch.cuda.get_device_name(device) if device.type == 'cuda' and torch.cuda.is_available() else args.device
     print(f'\n{where}, torch {torch.__version__}\n\n{table(found, sizes, pairs)}')
-    if args.json: Path(args.json).write_text(json.dumps({'device': where, 'torch': torch.__version__, 'sizes': sizes, 'rows': found}, indent=1))
+    if args.json:
+        Path(args.json).write_text(
+            json.dumps({'device': where, 'torch': torch.__version__, 'sizes': sizes, 'rows': found}, indent=1)
+        )
     return found
 
 

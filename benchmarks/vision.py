@@ -4,11 +4,16 @@
     python -m benchmarks.vision --threads 1 --sides 500 2000 --rounds 15
     python -m benchmarks.vision --peer dali=PYTHON --peer matxscript=PYTHON --peer opencv=PYTHON
 
-Photos are re-encoded as JPEG (quality 90) with a longest side of 500, 1,000, 2,000 and 4,000 pixels; the source is the data
-folder's `figures` and `images` where `MMEMBED_DATA` has them (enlarged where they are smaller), otherwise generated pictures. Every
-contender gets the bytes of a file and gives float32 (3, 224, 224), normalised. Contenders take turns within a round, files
-in the same order, each after an untimed one, and a figure is the median over rounds of the ratio to Pillow + torchvision in the same round, so that
-a noisy machine harms all alike. Peers that want an environment of their own take part as processes that get the same files
+Photos are re-encoded as JPEG (quality 90) with a longest side of 500, 1,000, 2,000 and 4,000 pixels; the source is
+the data
+folder's `figures` and `images` where `MMEMBED_DATA` has them (enlarged where they are smaller), otherwise generated
+pictures. Every
+contender gets the bytes of a file and gives float32 (3, 224, 224), normalised. Contenders take turns within a round,
+files
+in the same order, each after an untimed one, and a figure is the median over rounds of the ratio to Pillow +
+torchvision in the same round, so that
+a noisy machine harms all alike. Peers that want an environment of their own take part as processes that get the same
+files
 in turn (`benchmarks/peers/vision_peer.py` says how to make their environments); what is not there is listed as not run.
 """
 import argparse
@@ -91,7 +96,9 @@ def contenders():
     try:
         from transformers import CLIPImageProcessor
         fast = CLIPImageProcessor()
-        found['transformers CLIPImageProcessor (fast)'] = lambda b: fast(Image.open(io.BytesIO(b)), return_tensors='pt')['pixel_values'][0]
+        found['transformers CLIPImageProcessor (fast)'] = lambda b: fast(
+            Image.open(io.BytesIO(b)), return_tensors='pt'
+        )['pixel_values'][0]
     except ImportError as e: missing['transformers CLIPImageProcessor (fast)'] = str(e)
 
     try:
@@ -115,8 +122,13 @@ class Peer:
     "A contender in another environment: it is told a folder, and answers with its CPU and wall seconds"
     def __init__(self, name, python, threads):
         self.name, program = name, Path(__file__).resolve().parent/'peers'/'vision_peer.py'
-        self.process = subprocess.Popen([python, program, name, str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [python, program, name, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def __call__(self, folder):
         "CPU and wall seconds for the folder; raises `RuntimeError` with what the peer said last."
@@ -181,7 +193,8 @@ def parts(files, rounds=9):
 
 
 def scaled(files, rounds=5):
-    "What decoding at an eighth to a half of the size would save, by Pillow's `draft`: milliseconds, and levels it is off."
+    """What decoding at an eighth to a half of the size would save, by Pillow's `draft`: milliseconds, and levels it
+    is off."""
     vp, whole, draft, off = VisionPipeline(), [], [], []
     for _ in range(rounds):
         for b in files:
@@ -193,12 +206,15 @@ def scaled(files, rounds=5):
             image.draft('RGB', (448, 448))
             image = image.convert('RGB')
             draft.append(time.process_time() - t)
-            if len(off) < len(files): off.append(float((vp([image])[0] - vp([full])[0]).mul(vp.std).mul(255).abs().max()))
+            if len(off) < len(files):
+                off.append(float((vp([image])[0] - vp([full])[0]).mul(vp.std).mul(255).abs().max()))
     return statistics.median(whole) * 1e3, statistics.median(draft) * 1e3, max(off)
 
 
 def batches(files, rounds):
-    "A batch of 16 in the scripted module: one after the other, by `parallel`, by two Python threads; wall milliseconds."
+    """A batch of 16 in the scripted module: one after the other, by `parallel`, by two Python threads.
+
+    Wall milliseconds."""
     scripted, pool = quietly(torch.jit.script, VisionPipeline()), ThreadPoolExecutor(2)
     xs = [as_bytes(b) for b in files][:16]
     ways = {'one after the other': lambda: scripted.preprocess_all(xs, False),
@@ -220,11 +236,18 @@ def main():
     p.add_argument('--threads', type=int, nargs='+', default=[1, 2])
     p.add_argument('--files', type=int, default=32)
     p.add_argument('--rounds', type=int, default=9)
-    p.add_argument('--peer', action='append', default=[], metavar='NAME=PYTHON', help=f'one of {", ".join(NAMES)}, and its interpreter')
+    p.add_argument(
+        '--peer',
+        action='append',
+        default=[],
+        metavar='NAME=PYTHON',
+        help=f'one of {", ".join(NAMES)}, and its interpreter',
+    )
     p.add_argument('--json', type=Path, help='write the figures here too')
     a = begun(p)
     for o in a.peer:
-        if o.split('=')[0] not in NAMES or '=' not in o: p.error(f'--peer wants NAME=PYTHON with NAME one of {", ".join(NAMES)}, got {o!r}')
+        if o.split('=')[0] not in NAMES or '=' not in o:
+            p.error(f'--peer wants NAME=PYTHON with NAME one of {", ".join(NAMES)}, got {o!r}')
     found, missing = contenders()
     print(f'{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}')
     base, results = next(iter(found)), []
@@ -237,20 +260,37 @@ def main():
             files = photos(side, n)
             seconds = measure(found, files, a.rounds, peers)
             clock = 'CPU time' if threads == 1 else 'wall time'
-            print(f'\n{side} px, {n} photos of {statistics.mean(map(len, files))/1e3:.0f} kB, {threads} thread{"s"*(threads > 1)}, {clock}')
+            print(
+                f'\n{side} px, {n} photos of {statistics.mean(map(len, files)) / 1e3:.0f} kB, {threads} '
+                f'thread{"s" * (threads > 1)}, {clock}'
+            )
             print(f'  {"":42}{"ms a photo":>11}{"times Pillow":>14}{"quartiles":>14}')
             for k, v in seconds.items():
                 ratios = sorted(b / s for b, s in zip(seconds[base], v))
                 low, high = ratios[len(ratios)//4], ratios[-1 - len(ratios)//4]
                 print(f'  {k:42}{statistics.median(v)*1e3:11.2f}{statistics.median(ratios):14.2f}{low:8.2f}-{high:.2f}')
-                results.append(dict(side=side, threads=threads, name=k, ms=statistics.median(v)*1e3, ratio=statistics.median(ratios)))
+                results.append(
+                    dict(
+                        side=side,
+                        threads=threads,
+                        name=k,
+                        ms=statistics.median(v) * 1e3,
+                        ratio=statistics.median(ratios),
+                    )
+                )
             print('  of mmembed, eager, CPU time:', ', '.join(f'{k} {v:.2f} ms' for k, v in parts(files).items()))
             if threads == 1 and side >= 1000:
                 whole, draft, off = scaled(files)
-                print(f'  Pillow decodes a photo in {whole:.2f} ms, by draft for 448 px in {draft:.2f} ms, then up to {off:.0f} levels off')
+                print(
+                    f'  Pillow decodes a photo in {whole:.2f} ms, by draft for 448 px in {draft:.2f} ms, then up to '
+                    f'{off:.0f} levels off'
+                )
         for peer in peers: peer.close()
     torch.set_num_threads(1)
-    print('\n16 photos of 500 px, scripted: ' + ', '.join(f'{k} {v:.1f} ms' for k, v in batches(photos(500, 16), a.rounds).items()))
+    print(
+        '\n16 photos of 500 px, scripted: '
+        + ', '.join(f'{k} {v:.1f} ms' for k, v in batches(photos(500, 16), a.rounds).items())
+    )
     for k in set(NAMES) - {o.split('=')[0] for o in a.peer}: print(f'not run: {NAMES[k]}: no --peer {k}=PYTHON')
     for k, v in missing.items(): print(f'not run: {k}: {v}')
     command = re.sub(r'/\S+', 'PATH', ' '.join(['python -m benchmarks.vision', *sys.argv[1:]]))

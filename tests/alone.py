@@ -1,6 +1,8 @@
-"""A test in a process of its own: what passes only because another test scripted or traced something before fails there.
+"""A test in a process of its own: what passes only because another test scripted or traced something before fails
+there.
 
-One process with the libraries loaded, in which nothing was ever made, is forked for each such test: that costs tens of milliseconds."""
+One process with the libraries loaded, in which nothing was ever made, is forked for each such test: that costs tens
+of milliseconds."""
 import atexit
 import functools
 import importlib
@@ -13,8 +15,19 @@ from pathlib import Path
 
 import pytest
 
-LIBRARIES = ['torch', 'torchvision', 'torchcodec', 'open_clip', 'timm', 'transformers', 'mmembed.exporters.verify.verify', 'mmembed.models.dual',
-             'mmembed.models.pair', 'mmembed.models.transformers']  # as a user's process loads them before it makes a model
+LIBRARIES = [
+    'torch',
+    'torchvision',
+    'torchcodec',
+    'open_clip',
+    'timm',
+    'transformers',
+    'mmembed.exporters.verify.verify',
+    'mmembed.models.dual',
+    # as a user's process loads them before it makes a model
+    'mmembed.models.pair',
+    'mmembed.models.transformers',
+]
 
 
 def alone(setup=lambda: None):
@@ -34,7 +47,13 @@ def alone(setup=lambda: None):
 def server():
     root = Path(__file__).resolve().parents[1]
     paths = os.pathsep.join([str(root), *(p for p in os.environ.get('PYTHONPATH', '').split(os.pathsep) if p)])
-    p = subprocess.Popen([sys.executable, '-m', 'tests.alone'], cwd=root, env=os.environ | {'PYTHONPATH': paths}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    p = subprocess.Popen(
+        [sys.executable, '-m', 'tests.alone'],
+        cwd=root,
+        env=os.environ | {'PYTHONPATH': paths},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     atexit.register(p.stdin.close)  # which ends it
     return p
 
@@ -72,7 +91,12 @@ def serve():
         os.close(send)
         with os.fdopen(receive, 'rb') as given: answer = given.read()
         _, status = os.waitpid(pid, 0)
-        pickle.dump(pickle.loads(answer) if answer else ('failed', f'the process ended with {os.waitstatus_to_exitcode(status)}'), answers)
+        pickle.dump(
+            pickle.loads(answer)
+            if answer
+            else ('failed', f'the process ended with {os.waitstatus_to_exitcode(status)}'),
+            answers,
+        )
         answers.flush()
 
 

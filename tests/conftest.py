@@ -10,7 +10,8 @@ from datetime import date
 from pathlib import Path
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # tests never reach for a hub
-os.environ.setdefault('MMEMBED_KERNELS', 'onednn')  # no test depends on a choice that is timed; those of the choice itself delete this
+# no test depends on a choice that is timed; those of the choice itself delete this
+os.environ.setdefault('MMEMBED_KERNELS', 'onednn')
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch: threads that wait must not spin
 cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
@@ -24,7 +25,8 @@ from mmembed.core.threads import give_back
 
 from tests.helpers import SHARED
 
-# As the runtimes have it. Both executors have quirks of their own: the notebooks run the profiling one, with functions written out in their callers.
+# As the runtimes have it. Both executors have quirks of their own: the notebooks run the profiling one, with functions
+# written out in their callers.
 torch._C._jit_set_profiling_mode(False)
 torch._C._get_graph_executor_optimize(False)
 FOLDER = pytest.StashKey()
@@ -32,7 +34,11 @@ WEEKLY = Path(__file__).resolve().parents[1]/'benchmarks'/'results'/'weekly.json
 
 
 def pytest_addoption(parser):
-    parser.addoption('--weekly', action='store_true', help=f'run the weekly set instead of the others, and record it in {WEEKLY.name}')
+    parser.addoption(
+        '--weekly',
+        action='store_true',
+        help=f'run the weekly set instead of the others, and record it in {WEEKLY.name}',
+    )
 
 
 def pytest_configure(config):
@@ -49,13 +55,16 @@ def pytest_report_header():
 
 
 def pytest_runtest_setup(item):
-    "Lightning's log handler keeps the stderr of the moment it was imported in, which a test that captures output has closed."
+    """Lightning's log handler keeps the stderr of the moment it was imported in, which a test that captures output
+    has closed."""
     for handler in logging.getLogger('lightning').handlers:
         if type(handler) is logging.StreamHandler: handler.stream = sys.stderr  # setStream would flush the closed one
 
 
 def pytest_runtest_teardown(item, nextitem):
-    "What a module's tests kept for one another goes with the last of them; and memory that is free goes back to the system, which glibc would keep."
+    """What a module's tests kept for one another goes with the last of them.
+
+    And memory that is free goes back to the system, which glibc would keep."""
     over = getattr(nextitem, 'module', None) is not item.module
     if over:
         for made in vars(item.module).values():
@@ -104,12 +113,30 @@ def pytest_collection_modifyitems(config, items):
 
 def record(stats):
     "Writes what the weekly set gave."
-    rows = {r.nodeid: dict(outcome=kind, seconds=round(r.duration, 1)) for kind in ('passed', 'failed', 'error', 'skipped') for r in stats.get(kind, [])
-            if r.when == 'call' or kind != 'passed'}
-    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=WEEKLY.parent, capture_output=True, text=True).stdout.strip()
+    rows = {
+        r.nodeid: dict(outcome=kind, seconds=round(r.duration, 1))
+        for kind in ('passed', 'failed', 'error', 'skipped')
+        for r in stats.get(kind, [])
+        if r.when == 'call' or kind != 'passed'
+    }
+    commit = subprocess.run(
+        ['git', 'rev-parse', '--short', 'HEAD'], cwd=WEEKLY.parent, capture_output=True, text=True
+    ).stdout.strip()
     last = json.loads(WEEKLY.read_text()) if WEEKLY.exists() else {}
     if last.get('commit') == commit: rows = last['tests'] | rows  # what is run again replaces its own row
-    WEEKLY.write_text(json.dumps(dict(date=date.today().isoformat(), commit=commit, processor=instruction_sets(), torch=torch.__version__, tests=rows), indent=1) + '\n')
+    WEEKLY.write_text(
+        json.dumps(
+            dict(
+                date=date.today().isoformat(),
+                commit=commit,
+                processor=instruction_sets(),
+                torch=torch.__version__,
+                tests=rows,
+            ),
+            indent=1,
+        )
+        + '\n'
+    )
 
 
 def last_weekly() -> str:

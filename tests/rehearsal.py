@@ -1,4 +1,5 @@
-"""A GPU that is none: tensors that say they lie elsewhere, compute on the CPU, and refuse to meet a tensor that has stayed there, as kernels of a GPU would.
+"""A GPU that is none: tensors that say they lie elsewhere, compute on the CPU, and refuse to meet a tensor that has
+stayed there, as kernels of a GPU would.
 
 Elsewhere is called 'meta', since torch would look for a driver before it makes a tensor on 'cuda'."""
 import copy
@@ -18,7 +19,9 @@ class Away(Tensor):
     "A tensor that lies elsewhere"
     @staticmethod
     def __new__(cls, x: Tensor):
-        made = torch.Tensor._make_wrapper_subclass(cls, x.shape, strides=x.stride(), storage_offset=x.storage_offset(), dtype=x.dtype, device=ELSEWHERE)
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, x.shape, strides=x.stride(), storage_offset=x.storage_offset(), dtype=x.dtype, device=ELSEWHERE
+        )
         made.here = x
         return made
 
@@ -45,7 +48,11 @@ class Rehearsal(TorchDispatchMode):
         away = any(isinstance(x, Away) for x in found)
         name, target = str(f), kwargs.get('device')
         mixed = away and any(not isinstance(x, Away) and x.dim() for x in found)
-        if mixed and not name.startswith(('aten.copy_', 'aten._to_copy')) and not (name.startswith('aten.index') and isinstance(args[0], Away)):
+        if (
+            mixed
+            and not name.startswith(('aten.copy_', 'aten._to_copy'))
+            and not (name.startswith('aten.index') and isinstance(args[0], Away))
+        ):
             raise Mixed(f'{name} got tensors of two devices: {[(type(x).__name__, tuple(x.shape)) for x in found]}')
         if target is not None: away, kwargs['device'] = torch.device(target) == ELSEWHERE, torch.device('cpu')
         if name.startswith('aten._local_scalar_dense') or name.startswith('aten.equal'): away = False
@@ -53,7 +60,13 @@ class Rehearsal(TorchDispatchMode):
         given = {id(here(x)): x for x in found}
         def back(x):
             if not isinstance(x, Tensor): return x
-            return given.get(id(x)) if id(x) in given and isinstance(given[id(x)], Away) == away else there(x) if away else x
+            return (
+                given.get(id(x))
+                if id(x) in given and isinstance(given[id(x)], Away) == away
+                else there(x)
+                if away
+                else x
+            )
         return tree_map(back, out)
 
 
@@ -63,6 +76,8 @@ def moved(module: nn.Module) -> nn.Module:
     for m in module.modules():
         for held in (m._parameters, m._buffers, m.__dict__):
             for k, v in held.items():
-                if isinstance(v, Tensor): held[k] = there(v)
-                elif isinstance(v, list) and v and all(isinstance(x, Tensor) for x in v): held[k] = [there(x) for x in v]
+                if isinstance(v, Tensor):
+                    held[k] = there(v)
+                elif isinstance(v, list) and v and all(isinstance(x, Tensor) for x in v):
+                    held[k] = [there(x) for x in v]
     return module

@@ -1,6 +1,8 @@
-"""README.md from nbs/index.ipynb, without Quarto: `python tools/readme.py` writes it, `--check` fails if it is out of step.
+"""README.md from nbs/index.ipynb, without Quarto: `python tools/readme.py` writes it, `--check` fails if it is out
+of step.
 
-The notebook is the first page of the site, too: its links to notebooks and pictures begin at nbs/, those to files are URLs. In README.md both begin at the root."""
+The notebook is the first page of the site, too: its links to notebooks and pictures begin at nbs/, those to files
+are URLs. In README.md both begin at the root."""
 import re
 import sys
 from pathlib import Path

@@ -1,8 +1,12 @@
-"""One contender of `python -m benchmarks.embed peers`: `python benchmarks/peers/embed.py NAME FOLDER ROWS`, in a process of its own.
+"""One contender of `python -m benchmarks.embed peers`: `python benchmarks/peers/embed.py NAME FOLDER ROWS`, in a
+process of its own.
 
-FOLDER holds what all share: `pictures/*.jpg`, `captions.txt`, `weights.pt` and `net.txt` (open_clip's state and name), `hf/` (the same weights for
-transformers), `photos.pt` and `captions.pt` (artifacts). Everybody warms up on 32 items and then embeds ROWS of them into a file; it prints the clock
-at the beginning and the end of that as JSON. The clock of Ray begins when its first worker has its first batch: starting it is not counted.
+FOLDER holds what all share: `pictures/*.jpg`, `captions.txt`, `weights.pt` and `net.txt` (open_clip's state and
+name), `hf/` (the same weights for
+transformers), `photos.pt` and `captions.pt` (artifacts). Everybody warms up on 32 items and then embeds ROWS of them
+into a file; it prints the clock
+at the beginning and the end of that as JSON. The clock of Ray begins when its first worker has its first batch:
+starting it is not counted.
 """
 import json
 import os
@@ -14,7 +18,8 @@ from pathlib import Path
 NAME, FOLDER, ROWS = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 ROOT = str(Path(__file__).resolve().parents[2])
 sys.path.insert(0, ROOT)
-sys.path = [p for p in sys.path if Path(p or '.').resolve() != Path(__file__).resolve().parent]  # its name is that of a module
+# its name is that of a module
+sys.path = [p for p in sys.path if Path(p or '.').resolve() != Path(__file__).resolve().parent]
 OUT = Path(tempfile.mkdtemp(dir=FOLDER))
 FILES = [str(f) for f in sorted((FOLDER/'pictures').glob('*.jpg'))]
 BATCH = 16
@@ -30,20 +35,32 @@ def ours(what):
     from mmembed.runtime.embedder import Embedder
     emb = Embedder(FOLDER/f'{what}.pt', batch_size=BATCH, deterministic=True)
     lines = (FOLDER/'captions.txt').read_bytes().splitlines()
-    def run(rows, out): embed(emb, Files(FOLDER/'pictures', [Path(f).name for f in FILES[:rows]]) if what == 'photos' else Lines(lines[:rows]), out,
-                              what='image' if what == 'photos' else 'text')
+
+    def run(rows, out):
+        embed(
+            emb,
+            Files(FOLDER / 'pictures', [Path(f).name for f in FILES[:rows]])
+            if what == 'photos'
+            else Lines(lines[:rows]),
+            out,
+            what='image' if what == 'photos' else 'text',
+        )
     run(32, OUT/'warm')
     return lambda: run(ROWS, OUT/'all')
 
 
 def open_clip_model():
     import open_clip
-    model, _, preprocess = open_clip.create_model_and_transforms((FOLDER/'net.txt').read_text(), pretrained=str(FOLDER/'weights.pt'))
+
+    model, _, preprocess = open_clip.create_model_and_transforms(
+        (FOLDER / 'net.txt').read_text(), pretrained=str(FOLDER / 'weights.pt')
+    )
     return model.eval(), preprocess
 
 
 def clip_inference():
-    "clip-retrieval's way: WebDataset shards, a DataLoader whose workers preprocess, batches through the model, .npy (github.com/rom1504/clip-retrieval)."
+    """clip-retrieval's way: WebDataset shards, a DataLoader whose workers preprocess, batches through the model,
+    .npy (github.com/rom1504/clip-retrieval)."""
     import numpy as np
     import webdataset as wds
     with wds.TarWriter(str(OUT/'x.tar')) as tar:
@@ -53,7 +70,10 @@ def clip_inference():
     def run():
         data = wds.WebDataset(str(OUT/'x.tar'), shardshuffle=False).decode('pil').to_tuple('jpg').map_tuple(preprocess)
         with torch.no_grad():
-            found = [model.encode_image(x, normalize=True) for (x,) in torch.utils.data.DataLoader(data, batch_size=BATCH, num_workers=1)]
+            found = [
+                model.encode_image(x, normalize=True)
+                for (x,) in torch.utils.data.DataLoader(data, batch_size=BATCH, num_workers=1)
+            ]
         np.save(OUT/'x.npy', torch.cat(found).numpy())
     return run
 
@@ -86,7 +106,10 @@ def ray_example():
     class Embed:
         def __init__(self, folder):
             import open_clip
-            self.model, _, self.preprocess = open_clip.create_model_and_transforms((folder/'net.txt').read_text(), pretrained=str(folder/'weights.pt'))
+
+            self.model, _, self.preprocess = open_clip.create_model_and_transforms(
+                (folder / 'net.txt').read_text(), pretrained=str(folder / 'weights.pt')
+            )
             self.model.eval()
             with torch.no_grad(): self.model.encode_image(torch.zeros(16, 3, 224, 224))
             self.stamp = folder/f'ray-{os.getpid()}'
@@ -99,15 +122,24 @@ def ray_example():
             return batch
     for old in FOLDER.glob('ray-*'): old.unlink()
     def run():
-        ray.data.read_images(str(OUT/'pictures'), mode='RGB').map_batches(Embed, batch_size=BATCH, fn_constructor_kwargs=dict(folder=FOLDER),
-            compute=ray.data.ActorPoolStrategy(size=1)).write_parquet(str(OUT/'x'))
+        ray.data.read_images(str(OUT / 'pictures'), mode='RGB').map_batches(
+            Embed,
+            batch_size=BATCH,
+            fn_constructor_kwargs=dict(folder=FOLDER),
+            compute=ray.data.ActorPoolStrategy(size=1),
+        ).write_parquet(str(OUT / 'x'))
         return min(float(f.read_text()) for f in FOLDER.glob('ray-*'))
     return run
 
 
 def main():
     what, name = NAME.split(':')
-    run = {'mmembed': lambda: ours(what), 'clip-inference': clip_inference, 'sentence-transformers': lambda: sentence_transformers(what), 'ray': ray_example}[name]()
+    run = {
+        'mmembed': lambda: ours(what),
+        'clip-inference': clip_inference,
+        'sentence-transformers': lambda: sentence_transformers(what),
+        'ray': ray_example,
+    }[name]()
     start = time.monotonic()
     begun = run()
     print(json.dumps(dict(start=begun or start, end=time.monotonic())), flush=True)

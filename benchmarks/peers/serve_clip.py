@@ -21,5 +21,10 @@ class Local(CLIPEncoder):
 
 
 if __name__ == '__main__':
-    os.environ.update(WEIGHTS=os.path.abspath(sys.argv[1]), THREADS=sys.argv[3], JINA_OPTOUT_TELEMETRY='1', NO_VERSION_CHECK='1')
-    with Flow(protocol='http', port=int(sys.argv[2])).add(uses=Local, uses_with=dict(name='ViT-B-32::laion2b_e16', device='cpu'), timeout_ready=-1) as f: f.block()
+    os.environ.update(
+        WEIGHTS=os.path.abspath(sys.argv[1]), THREADS=sys.argv[3], JINA_OPTOUT_TELEMETRY='1', NO_VERSION_CHECK='1'
+    )
+    with Flow(protocol='http', port=int(sys.argv[2])).add(
+        uses=Local, uses_with=dict(name='ViT-B-32::laion2b_e16', device='cpu'), timeout_ready=-1
+    ) as f:
+        f.block()

@@ -1,6 +1,8 @@
-"""LitServe (0.2.19) with dynamic batching, on an artifact of mmembed: what a framework's layer costs round the same computation.
+"""LitServe (0.2.19) with dynamic batching, on an artifact of mmembed: what a framework's layer costs round the same
+computation.
 
-    python benchmarks/peers/serve_litserve.py model.pt PORT THREADS     # in an environment with litserve and mmembed's packages
+    python benchmarks/peers/serve_litserve.py model.pt PORT THREADS     # in an environment with litserve and
+    mmembed's packages
 """
 import base64
 import sys
@@ -20,7 +22,10 @@ class Api(ls.LitAPI):
     def unbatch(self, output): return output
     def predict(self, batch):
         out = [None] * len(batch)
-        texts, images = [i for i, x in enumerate(batch) if isinstance(x, str)], [i for i, x in enumerate(batch) if not isinstance(x, str)]
+        texts, images = (
+            [i for i, x in enumerate(batch) if isinstance(x, str)],
+            [i for i, x in enumerate(batch) if not isinstance(x, str)],
+        )
         if texts:
             for i, v in zip(texts, self.emb.encode_text([batch[i] for i in texts])): out[i] = v
         if images:
@@ -31,4 +36,6 @@ class Api(ls.LitAPI):
 
 if __name__ == '__main__':
     api = Api(max_batch_size=16, batch_timeout=.002, api_path='/v1/embeddings')
-    ls.LitServer(api, accelerator='cpu', workers_per_device=1).run(port=int(sys.argv[2]), generate_client_file=False, log_level='error')
+    ls.LitServer(api, accelerator='cpu', workers_per_device=1).run(
+        port=int(sys.argv[2]), generate_client_file=False, log_level='error'
+    )

@@ -22,7 +22,10 @@ class App:
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=.002)
     async def many(self, entries):
         out = [None] * len(entries)
-        texts, images = [i for i, x in enumerate(entries) if isinstance(x, str)], [i for i, x in enumerate(entries) if not isinstance(x, str)]
+        texts, images = (
+            [i for i, x in enumerate(entries) if isinstance(x, str)],
+            [i for i, x in enumerate(entries) if not isinstance(x, str)],
+        )
         if texts:
             for i, v in zip(texts, self.emb.encode_text([entries[i] for i in texts])): out[i] = v
         if images:
@@ -35,7 +38,9 @@ class App:
 
 if __name__ == '__main__':
     path, port, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False, logging_level='error')
+    ray.init(
+        num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False, logging_level='error'
+    )
     serve.start(http_options=dict(host='127.0.0.1', port=port))
     serve.run(App.bind(os.path.abspath(path), threads), route_prefix='/v1/embeddings')
     while True: time.sleep(1)

@@ -1,10 +1,13 @@
-"""MATXScript's own example tokenizer, for `benchmarks/text.py --matxscript`: batches in on stdin, CPU seconds out on stdout.
+"""MATXScript's own example tokenizer, for `benchmarks/text.py --matxscript`: batches in on stdin, CPU seconds out on
+stdout.
 
-    python3.11 -m venv ENV && ENV/bin/pip install matxscript==1.8.1 "numpy<2" && git clone https://github.com/bytedance/matxscript SRC
+    python3.11 -m venv ENV && ENV/bin/pip install matxscript==1.8.1 "numpy<2" && git clone
+    https://github.com/bytedance/matxscript SRC
     ENV/bin/python benchmarks/peers/text_matxscript.py SRC VOCAB.txt [--plain | --words]
 
 `--plain` runs the same source uncompiled; `--words` is its first example, a table from words to ids, with the
-splitting and padding that this leaves to the caller compiled as well. A batch is a line with the number of texts, then a line each."""
+splitting and padding that this leaves to the caller compiled as well. A batch is a line with the number of texts,
+then a line each."""
 import importlib.util
 import sys
 import time

@@ -1,9 +1,11 @@
-"""Another tokenizer over the same tokenizer.json, for `benchmarks/text.py --family gpt2 --peer`: batches in on stdin, CPU seconds out on stdout.
+"""Another tokenizer over the same tokenizer.json, for `benchmarks/text.py --family gpt2 --peer`: batches in on
+stdin, CPU seconds out on stdout.
 
     python3.11 -m venv ENV && ENV/bin/pip install gigatoken tiktoken openvino openvino-tokenizers transformers
     ENV/bin/python benchmarks/peers/text_peer.py gigatoken | tiktoken | openvino TOKENIZER.json
 
-gigatoken and tiktoken give ragged ids, OpenVINO padded ones; special tokens are left to the caller by the first two. A batch is a line with the number of texts,
+gigatoken and tiktoken give ragged ids, OpenVINO padded ones; special tokens are left to the caller by the first two.
+A batch is a line with the number of texts,
 then a line each; the answer is CPU seconds and the number of ids."""
 import json
 import os

@@ -1,10 +1,13 @@
-"""A peer of `benchmarks/vision.py` in an environment of its own: photos in, float32 (3, 224, 224) out, and the time it took.
+"""A peer of `benchmarks/vision.py` in an environment of its own: photos in, float32 (3, 224, 224) out, and the time
+it took.
 
     python3.11 -m venv DALI && DALI/bin/pip install nvidia-dali-cuda120 numpy
     python3.11 -m venv MATX && MATX/bin/pip install matxscript==1.8.1 "numpy<2" pillow "opencv-python-headless<4.12"
-    python -m benchmarks.vision --peer dali=DALI/bin/python --peer matxscript=MATX/bin/python --peer opencv=MATX/bin/python
+    python -m benchmarks.vision --peer dali=DALI/bin/python --peer matxscript=MATX/bin/python --peer
+    opencv=MATX/bin/python
 
-Called with a peer's name and a number of threads. Each line on stdin names a folder; the answer is a line with the CPU and
+Called with a peer's name and a number of threads. Each line on stdin names a folder; the answer is a line with the
+CPU and
 the wall seconds that its *.jpg took. Reading the files is not timed.
 """
 import sys
@@ -34,7 +37,15 @@ def opencv(threads):
 def dali(threads):
     from nvidia.dali import fn, pipeline_def, types
     queue = []
-    @pipeline_def(batch_size=64, num_threads=threads, device_id=None, prefetch_queue_depth=1, exec_pipelined=False, exec_async=False)
+
+    @pipeline_def(
+        batch_size=64,
+        num_threads=threads,
+        device_id=None,
+        prefetch_queue_depth=1,
+        exec_pipelined=False,
+        exec_async=False,
+    )
     def pipeline():
         files = fn.external_source(source=lambda: queue.pop(), device='cpu', batch=True)
         x = fn.decoders.image(files, device='cpu', output_type=types.RGB)

@@ -23,11 +23,19 @@ def tree() -> argparse.ArgumentParser:
     for name in COMMANDS:
         group, _, last = name.rpartition(' ')
         if group not in places:
-            places[group] = places[''].add_parser(group, help=GROUPS[group], add_help=False).add_subparsers(metavar='COMMAND')
+            places[group] = (
+                places[''].add_parser(group, help=GROUPS[group], add_help=False).add_subparsers(metavar='COMMAND')
+            )
         places[group].add_parser(last, help=summary(name), add_help=False)
         leaf = places[group]._name_parser_map[last] = parser(name)
         for a in leaf._actions:
-            if a.nargs != 0 and a.choices is None and a.type in (None, str, path, path_or_name) and a.metavar not in ('N', 'X'): a.complete = shtab.FILE
+            if (
+                a.nargs != 0
+                and a.choices is None
+                and a.type in (None, str, path, path_or_name)
+                and a.metavar not in ('N', 'X')
+            ):
+                a.complete = shtab.FILE
     return root
 
 # %% ../../nbs/cli/10_completion.ipynb #e13f9934

@@ -17,7 +17,9 @@ from .main import near, path
 
 # %% ../../nbs/cli/09_demo.ipynb #1eca6b1f
 def demo(
-    artifact: Annotated[path, {'opt': False, 'nargs': '?'}] = None, # an exported file; by default quickstart.pt or demo.pt of the artifacts folder, trained for a moment where neither is there
+    # an exported file; by default quickstart.pt or demo.pt of the artifacts folder, trained for a moment where neither
+    # is there
+    artifact: Annotated[path, {'opt': False, 'nargs': '?'}] = None,
     images: path = None,        # a folder of pictures to search; by default generated scenes
     index: path = None,         # an index to search, as `mmembed index build` makes it
     limit: int = 20000,        # pictures of the folder at most, spread evenly
@@ -39,7 +41,9 @@ def demo(
     from mmembed.demo.gallery import Indexed, embed_folder, embed_scenes
     from mmembed.retrieval.embed import progress_bar
     from mmembed.runtime.embedder import load
-    if images and not Path(images).is_dir(): raise FileNotFoundError(f'{images} is no folder: --images wants one with pictures')
+
+    if images and not Path(images).is_dir():
+        raise FileNotFoundError(f'{images} is no folder: --images wants one with pictures')
     if limit < 1: raise ValueError(f'limit must be at least 1, got {limit}')
     if not artifact: print(f'artifact: {near(artifact := default_artifact())}', flush=True)
     emb, sets = load(artifact, device), []
@@ -49,6 +53,7 @@ def demo(
             sets.append(Indexed(Index(index, emb)))
         if images:
             with progress_bar() as progress: sets.append(embed_folder(emb, images, limit, threads, progress))
-            if bad := sets[-1].failed: print(f'{len(bad):,} files cannot be read, the first: {bad[0][0]}: {bad[0][1]}', flush=True)
+            if bad := sets[-1].failed:
+                print(f'{len(bad):,} files cannot be read, the first: {bad[0][0]}: {bad[0][1]}', flush=True)
         if not sets: sets.append(embed_scenes(emb))
     serve_page(Panels(emb, sets), host, port, max_upload, auth, open)

@@ -21,20 +21,26 @@ from .main import path, resumable, typed
 # %% ../../nbs/cli/06_embed.ipynb #9e91ff36
 def embed(
     artifact: path,              # an exported file
-    *source: str,               # image files; or one folder, table (.csv, .tsv, .jsonl, .parquet), 'shards-{000..099}.tar', hf:NAME, or - for standard input
-    Out: path = None,            # a folder for Parquet files, or a name that ends in .parquet, .npy, .safetensors or .lance; without it JSON lines are printed
+    # image files; or one folder, table (.csv, .tsv, .jsonl, .parquet), 'shards-{000..099}.tar', hf:NAME, or - for
+    # standard input
+    *source: str,
+    # a folder for Parquet files, or a name that ends in .parquet, .npy, .safetensors or .lance; without it JSON lines
+    # are printed
+    Out: path = None,
     text: str = None,           # a text, to be printed
     stdin: store_true = False,  # read texts from standard input, one a line: as `- --what text`
     what: Annotated[str, {'choices': ['image', 'text', 'both']}] = None, # which vectors; image by default
     keep: str = '',             # columns of the source to keep, separated by commas
-    precision: Annotated[str, {'choices': ['float32', 'float16', 'int8', 'binary']}] = 'float32', # of the vectors; Spark cannot read float16: see --spark
+    # of the vectors; Spark cannot read float16: see --spark
+    precision: Annotated[str, {'choices': ['float32', 'float16', 'int8', 'binary']}] = 'float32',
     id_key: str = None,         # column that names the rows
     image_key: str = None,      # column of images; image by default
     text_key: str = None,       # column of texts; text by default, txt in shards
     image_root: path = None,     # where the paths of a table begin; its folder by default
     null: store_true = False,   # what comes on standard input ends with a zero byte, as from find -print0
     unique: store_true = False, # refuse a source in which an id occurs twice
-    content_hash: store_true = False, # tell changed images by their bytes (reads them twice), not by size and time of their files
+    # tell changed images by their bytes (reads them twice), not by size and time of their files
+    content_hash: store_true = False,
     spark: store_true = False,  # write Parquet that Spark reads: float32 instead of float16
     rows: int = 8192,           # of a part: what a killed run may lose
     batch: int = 0,             # items that a tower sees at once; as in `mmembed serve`: 16, or 64 on a GPU
@@ -54,7 +60,13 @@ def embed(
     mmembed embed model.pt products.csv -o products.lance --what both --keep year,price
     find photos -newer last -print0 | mmembed embed model.pt - --null -o new.npy --precision float16
     mmembed embed model.pt 'shards-{000..999}.tar' -o vectors --engine ray --workers 2-16 --gpus 1"""
-    options = dict(keep=[k for k in keep.split(',') if k], id_key=id_key, image_key=image_key, text_key=text_key, image_root=image_root)
+    options = dict(
+        keep=[k for k in keep.split(',') if k],
+        id_key=id_key,
+        image_key=image_key,
+        text_key=text_key,
+        image_root=image_root,
+    )
     if stdin and Out: source, what = ('-', *source), 'text'
     if text is not None and Out: raise ValueError('--text is printed, not written: leave out -o')
     if not Out and (text is not None or stdin or not source or (not what and all(map(_is_image, source)))):
@@ -66,9 +78,11 @@ def embed(
     read_card(artifact)
     from mmembed.data.open import open_source
     found = open_source(list(source), what or 'image', null, **options)
-    if left := getattr(found, 'ignored', []): print(f'{len(left):,} files or samples are left out, such as {left[0]}', file=sys.stderr)
+    if left := getattr(found, 'ignored', []):
+        print(f'{len(left):,} files or samples are left out, such as {left[0]}', file=sys.stderr)
     if not Out:
-        if engine != 'local' or spark: raise ValueError(f'{"--spark is of" if spark else "--engine ray writes"} files: name them with -o')
+        if engine != 'local' or spark:
+            raise ValueError(f'{"--spark is of" if spark else "--engine ray writes"} files: name them with -o')
         return _print(artifact, found, what or 'image', options['keep'], batch, threads, device)
     from mmembed.retrieval.embed import embed as run, progress_bar
     from mmembed.retrieval.writers import embed_to
@@ -76,18 +90,44 @@ def embed(
     if engine == 'ray':
         from mmembed.retrieval.ray import embed_ray as run
         low, _, high = workers.partition('-')
-        if not (low.isdigit() and (high or low).isdigit() and 0 < int(low) <= int(high or low)): raise ValueError(f'--workers must be a number or a range such as 2-16, got {workers!r}')
+        if not (low.isdigit() and (high or low).isdigit() and 0 < int(low) <= int(high or low)):
+            raise ValueError(f'--workers must be a number or a range such as 2-16, got {workers!r}')
         more |= dict(workers=(int(low), int(high or low)), address=address, gpus=gpus, cpus=cpus)
-    with resumable(f'the parts that are whole stay in {Out}' + ('' if Path(Out).suffix == '' else '.parts')), progress_bar() as progress:
-        done = embed_to(artifact, found, Out, run, device, batch, progress, what=what or 'image', keep=options['keep'], precision=precision,
-                        shard_rows=rows, unique=unique, content_hash=content_hash, spark=spark, **more)
+    with (
+        resumable(f'the parts that are whole stay in {Out}' + ('' if Path(Out).suffix == '' else '.parts')),
+        progress_bar() as progress,
+    ):
+        done = embed_to(
+            artifact,
+            found,
+            Out,
+            run,
+            device,
+            batch,
+            progress,
+            what=what or 'image',
+            keep=options['keep'],
+            precision=precision,
+            shard_rows=rows,
+            unique=unique,
+            content_hash=content_hash,
+            spark=spark,
+            **more,
+        )
     print(typed(str(done)))
     if done.failed: raise SystemExit(1)
 
 def _is_image(name: str) -> bool:
     "Whether a word of the command line means an image file: whatever is no source of another kind."
     if name == '-' or name.startswith('hf:') or '.tar' in name: return False
-    return not Path(name).is_dir() and Path(name).suffix.lower() not in ('.csv', '.tsv', '.jsonl', '.ndjson', '.parquet', '.pq')
+    return not Path(name).is_dir() and Path(name).suffix.lower() not in (
+        '.csv',
+        '.tsv',
+        '.jsonl',
+        '.ndjson',
+        '.parquet',
+        '.pq',
+    )
 
 def _print_items(artifact, images, text, stdin, device):
     "JSON lines of single texts and image files, each with its token ids or its error."
@@ -101,7 +141,12 @@ def _print_items(artifact, images, text, stdin, device):
         print(json.dumps(dict(kind='text', index=i, ids=ids[mask > 0].tolist(), embedding=e.tolist())))
     done = emb.encode_image(images, on_error='flag')
     for i, (e, ok, error) in enumerate(zip(*done)):
-        print(json.dumps(dict(kind='image', index=i) | (dict(embedding=e.tolist()) if ok else dict(error=error)), ensure_ascii=False))
+        print(
+            json.dumps(
+                dict(kind='image', index=i) | (dict(embedding=e.tolist()) if ok else dict(error=error)),
+                ensure_ascii=False,
+            )
+        )
     if not done.ok.all(): raise SystemExit(1)
 
 def _print(artifact, source, what, keep, batch, threads, device):
@@ -116,7 +161,13 @@ def _print(artifact, source, what, keep, batch, threads, device):
         rows = {side: iter(v.tolist()) for side, v in vectors.items()}
         for n, i in enumerate(b.rows):
             found = dict(error=b.errors[n]) if b.errors[n] else {f'{side}_vector': next(v) for side, v in rows.items()}
-            print(json.dumps(dict(row=i, id=b.names[n]) | {k: v[n] for k, v in b.kept.items()} | found, ensure_ascii=False, default=str))
+            print(
+                json.dumps(
+                    dict(row=i, id=b.names[n]) | {k: v[n] for k, v in b.kept.items()} | found,
+                    ensure_ascii=False,
+                    default=str,
+                )
+            )
         sys.stdout.flush()
         failed += sum(map(bool, b.errors))
     if failed: raise SystemExit(1)

@@ -20,11 +20,15 @@ from ..train.run import training_record
 
 # %% ../../nbs/cli/04_export.ipynb #7f4434d3
 def export(
-    checkpoint: Annotated[path_or_name, {'opt': False, 'nargs': '?'}] = None, # what `mmembed train` printed: a .ckpt file; or a Hugging Face folder or name; for --triton alone, a file exported before
+    # what `mmembed train` printed: a .ckpt file; or a Hugging Face folder or name; for --triton alone, a file exported
+    # before
+    checkpoint: Annotated[path_or_name, {'opt': False, 'nargs': '?'}] = None,
     out: path = None,           # the artifact; by default <artifacts_path>/<name of the run>.pt
-    open_clip: str = None,     # instead of a checkpoint: ViT-B-32 or another model of open_clip's, local-dir:FOLDER, hf-hub:NAME
+    # instead of a checkpoint: ViT-B-32 or another model of open_clip's, local-dir:FOLDER, hf-hub:NAME
+    open_clip: str = None,
     weights: path_or_name = None,       # of that model: a file, or a name of open_clip's such as laion2b_s34b_b79k
-    image: path_or_name = None,         # for a Hugging Face folder with a text encoder alone: the folder whose image tower it was trained to meet
+    # for a Hugging Face folder with a text encoder alone: the folder whose image tower it was trained to meet
+    image: path_or_name = None,
     triton: path = None,        # write a Triton model repository to this folder, too
     triton_name: str = None,       # with --triton: what the models' names begin with; by default the file's name
     triton_device: str = None,     # with --triton: where the towers run: cpu, cuda or cuda:1; by default cpu
@@ -34,16 +38,20 @@ def export(
     triton_delay: int = None,      # with --triton: microseconds that a request may wait for others; by default 2000
     triton_warm_up: store_true = False, # with --triton: run each model before the server calls it ready
     triton_strings: store_true = False, # with --triton: models that take texts as BYTES, too
-    onnx: path = None,          # write ONNX files to this folder, too, and ask onnxruntime; with --triton of an exported file: where they are
-    onnx_files: store_true = False, # with --onnx: files.onnx, too, which takes JPEG and PNG files and wants onnxruntime-extensions
+    # write ONNX files to this folder, too, and ask onnxruntime; with --triton of an exported file: where they are
+    onnx: path = None,
+    # with --onnx: files.onnx, too, which takes JPEG and PNG files and wants onnxruntime-extensions
+    onnx_files: store_true = False,
     compiled: path = None,      # compile tokenizer and towers into this .pt2 file, too, and verify it
     no_decode: store_true = False, # leave the file decoders out, for hosts with libtorch alone
     precision: str = 'fp32',       # of the towers: fp32, bf16, fp16
     quantize: str = None,          # int8: linear layers and convolutions multiply int8 by int8
-    calibrate: path = None,        # with --quantize int8: a folder of images like those to come, for the ranges of convolutions
+    # with --quantize int8: a folder of images like those to come, for the ranges of convolutions
+    calibrate: path = None,
     fold: store_true = False,      # fold the normalisation into the first convolution
     trim: int = 0,                 # pad texts to multiples of this many tokens
-    deterministic: int = 0,        # rows of every batch that a tower sees, so that an embedding does not depend on its neighbours
+    # rows of every batch that a tower sees, so that an embedding does not depend on its neighbours
+    deterministic: int = 0,
     dim: int = None,               # numbers kept of an embedding
     output: str = 'float32',       # of embeddings: float32, int8, binary
     portable: store_true = False,  # towers in torch's own layers, for a torch without oneDNN (macOS on ARM)
@@ -69,28 +77,68 @@ def export(
     import mmembed as mm
     from mmembed.core.settings import settings
     sizes = [int(x) if x.strip().isdigit() else x for x in cuda_graphs.split(',')] if cuda_graphs else ()
-    served = dict(name=triton_name, device=triton_device, instances=triton_instances, preprocess=triton_preprocess, max_batch=triton_max_batch,
-                  delay_us=triton_delay, warm_up=triton_warm_up or None, strings=triton_strings or None)
+    served = dict(
+        name=triton_name,
+        device=triton_device,
+        instances=triton_instances,
+        preprocess=triton_preprocess,
+        max_batch=triton_max_batch,
+        delay_us=triton_delay,
+        warm_up=triton_warm_up or None,
+        strings=triton_strings or None,
+    )
     served = {k: v for k, v in served.items() if v is not None}
-    if served and not triton: raise ValueError(f'--triton-{next(iter(served)).replace("_us", "").replace("_", "-")} wants --triton FOLDER, where the models go')
+    if served and not triton:
+        raise ValueError(
+            f'--triton-{next(iter(served)).replace("_us", "").replace("_", "-")} wants --triton FOLDER, where the '
+            f'models go'
+        )
     if onnx_files and not onnx: raise ValueError('--onnx-files wants --onnx FOLDER, where image.onnx lies')
     made = is_artifact(checkpoint) if (triton or onnx) and checkpoint else False
-    if made and not triton: raise ValueError(f'--onnx wants the model that {checkpoint} was exported from: its checkpoint, its folder, or --open-clip MODEL')
-    if compiled and (made or Path(compiled).suffix != '.pt2'): raise ValueError(f'--compiled wants a model, and a file that ends in .pt2: got {checkpoint if made else compiled}')
+    if made and not triton:
+        raise ValueError(
+            f'--onnx wants the model that {checkpoint} was exported from: its checkpoint, its folder, or --open-clip '
+            f'MODEL'
+        )
+    if compiled and (made or Path(compiled).suffix != '.pt2'):
+        raise ValueError(
+            f'--compiled wants a model, and a file that ends in .pt2: got {checkpoint if made else compiled}'
+        )
     if not made:
         model, name, training = exportable(checkpoint, open_clip, weights, image)
         out = out or Path(settings().artifacts_path)/f'{name}.pt'
         names = [x.strip() for x in labels.split(',')] if labels else None
         if calibrate and quantize != 'int8': raise ValueError('--calibrate goes with --quantize int8')
         with working('exporting, and asking every host the same'):
-            options = dict(decode=not no_decode, training=training, cpp=cpp, precision=precision, quantize=quantize, calibrate=calibration(calibrate) if calibrate else (), fold=fold,
-                trim=trim, deterministic=deterministic, dim=dim, output=output, portable=portable, attention=attention, labels=names, top_k=top_k, threshold=threshold)
+            options = dict(
+                decode=not no_decode,
+                training=training,
+                cpp=cpp,
+                precision=precision,
+                quantize=quantize,
+                calibrate=calibration(calibrate) if calibrate else (),
+                fold=fold,
+                trim=trim,
+                deterministic=deterministic,
+                dim=dim,
+                output=output,
+                portable=portable,
+                attention=attention,
+                labels=names,
+                top_k=top_k,
+                threshold=threshold,
+            )
             report = mm.export(model, out, onnx=onnx, onnx_files=onnx_files, device=device, graphs=sizes, **options)
         print(report.to_json() if json else report)
         if not json: print(f'\n{near(out)} ({Path(out).stat().st_size / 1e6:.1f} MB)')
-        if onnx and not json: print(f'ONNX: {", ".join(p.name for p in sorted(Path(onnx).glob("*.onnx")))} and embed.py, which runs them, in {near(onnx)}')
+        if onnx and not json:
+            print(
+                f'ONNX: {", ".join(p.name for p in sorted(Path(onnx).glob("*.onnx")))} and embed.py, which runs them, '
+                f'in {near(onnx)}'
+            )
         if compiled:
-            with working('compiling tokenizer and towers, and asking them the same'): report = mm.export(model, compiled, **options)
+            with working('compiling tokenizer and towers, and asking them the same'):
+                report = mm.export(model, compiled, **options)
             if not json: print(f'\n{report}\n\n{near(compiled)} ({Path(compiled).stat().st_size / 1e6:.1f} MB)')
     if triton:
         from mmembed.exporters.triton import export_triton
@@ -107,7 +155,12 @@ def is_artifact(path: str | Path) -> bool:
 # %% ../../nbs/cli/04_export.ipynb #d66656f3
 def saved_model(path: str) -> bool:
     "Whether `path` is a folder, or looks like a name on the hub."
-    return Path(path).is_dir() or not Path(path).exists() and bool(re.fullmatch(r'[A-Za-z0-9][\w.-]*/[\w.-]+', path)) and Path(path).suffix not in ('.ckpt', '.safetensors', '.pt')
+    return (
+        Path(path).is_dir()
+        or not Path(path).exists()
+        and bool(re.fullmatch(r'[A-Za-z0-9][\w.-]*/[\w.-]+', path))
+        and Path(path).suffix not in ('.ckpt', '.safetensors', '.pt')
+    )
 
 # %% ../../nbs/cli/04_export.ipynb #c09db78e
 def exportable(
@@ -117,16 +170,30 @@ def exportable(
     image: str | None = None, # for a Hugging Face folder with a text encoder alone
 ) -> tuple: # the model, a name for its file, what its card says of the training
     "What `export` is asked to freeze; raises `ValueError` for neither or both, and for a model without weights."
-    if bool(checkpoint) == bool(open_clip): raise ValueError('name either a checkpoint of `mmembed train`, a Hugging Face folder, or --open-clip MODEL')
+    if bool(checkpoint) == bool(open_clip):
+        raise ValueError('name either a checkpoint of `mmembed train`, a Hugging Face folder, or --open-clip MODEL')
     if checkpoint:
         if weights: raise ValueError('--weights goes with --open-clip; a checkpoint has its own')
         if saved_model(checkpoint):
             from mmembed.models.dual import DualEncoder
             model = DualEncoder.from_transformers(checkpoint, image).eval()
-            return model, re.sub(r'[^A-Za-z0-9.-]+', '-', Path(checkpoint).resolve().name), dict(config={k: v for k, v in (('hugging_face', checkpoint), ('image', image)) if v})
+            return (
+                model,
+                re.sub(r'[^A-Za-z0-9.-]+', '-', Path(checkpoint).resolve().name),
+                dict(config={k: v for k, v in (('hugging_face', checkpoint), ('image', image)) if v}),
+            )
         if image: raise ValueError('--image goes with a Hugging Face folder')
         from mmembed.train.checkpoint import load_checkpoint
         return load_checkpoint(checkpoint), Path(checkpoint).resolve().parent.name, training_record(Path(checkpoint))
-    if not weights and ':' not in open_clip: raise ValueError(f'--open-clip {open_clip} wants --weights: a file, or a name of open_clip\'s; without it the weights are random')
+    if not weights and ':' not in open_clip:
+        raise ValueError(
+            f'--open-clip {open_clip} wants --weights: a file, or a name of open_clip\'s; without it the weights are '
+            f'random'
+        )
     from mmembed.models.dual import DualEncoder
-    return DualEncoder.from_open_clip(open_clip, weights).eval(), re.sub(r'[^A-Za-z0-9.-]+', '-', open_clip), dict(config=dict(open_clip=open_clip, weights=weights))
+
+    return (
+        DualEncoder.from_open_clip(open_clip, weights).eval(),
+        re.sub(r'[^A-Za-z0-9.-]+', '-', open_clip),
+        dict(config=dict(open_clip=open_clip, weights=weights)),
+    )

@@ -18,7 +18,9 @@ from .main import path, path_or_name, working
 # %% ../../nbs/cli/05_inspect.ipynb #09b6cb1a
 def verify(
     artifact: path,            # an exported file
-    data: path_or_name = None,         # pairs of your own to ask about, too, named as `mmembed train` takes them: a table, a folder of classes, shards, hf:NAME
+    # pairs of your own to ask about, too, named as `mmembed train` takes them: a table, a folder of classes, shards,
+    # hf:NAME
+    data: path_or_name = None,
     samples: int = 100,       # pairs of it, evenly spread
     cpp: store_true = False,  # compile the C++ host and ask it, too
     onnx: path = None,         # a folder with the same model's ONNX files: ask onnxruntime, too
@@ -52,7 +54,8 @@ def info(
 # %% ../../nbs/cli/05_inspect.ipynb #e280f341
 def bench(
     artifact: path,                # an exported file
-    data: path = None,             # a folder of images, and a captions.txt with one text a line; made-up ones by default
+    # a folder of images, and a captions.txt with one text a line; made-up ones by default
+    data: path = None,
     batches: str = '1,2,4,8,16,32,64', # batch sizes
     threads: str = '1',           # of one torch operation, as 1,2
     rounds: int = 5,              # of which the median counts

@@ -25,7 +25,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Callable
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch: threads that spin while they wait slow a busy machine down
+# before torch: threads that spin while they wait slow a busy machine down
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 # %% ../../nbs/cli/01_main.ipynb #fcd9fa5e
 COMMANDS = {
@@ -72,13 +73,30 @@ def usage(
         first, _, second = name.partition(' ')
         if group and first == group: rows.append((second, summary(name)))
         elif not group and second:
-            if first not in seen: rows.append((first, f'{GROUPS[first]}: ' + ', '.join(n.partition(' ')[2] for n in COMMANDS if n.startswith(first + ' '))))
+            if first not in seen:
+                rows.append(
+                    (
+                        first,
+                        f'{GROUPS[first]}: '
+                        + ', '.join(n.partition(' ')[2] for n in COMMANDS if n.startswith(first + ' ')),
+                    )
+                )
             seen.add(first)
         elif not group: rows.append((name, summary(name)))
     called, what = f'mmembed {group}'.strip(), GROUPS[group] + '.' if group else 'Train on exactly what you serve.'
-    return '\n'.join([f'usage: {called} COMMAND [options]', '', what, '', *(f'  {n:11} {text}' for n, text in rows), '',
-        f'{called} COMMAND --help tells the options of one, with examples. MMEMBED_DEBUG=1 shows the trace of an error.',
-        'Exit status: 0 done; 1 an error, or items that failed; 2 a wrong call; 130 interrupted.'])
+    return '\n'.join(
+        [
+            f'usage: {called} COMMAND [options]',
+            '',
+            what,
+            '',
+            *(f'  {n:11} {text}' for n, text in rows),
+            '',
+            f'{called} COMMAND --help tells the options of one, with examples. MMEMBED_DEBUG=1 shows the trace of an '
+            f'error.',
+            'Exit status: 0 done; 1 an error, or items that failed; 2 a wrong call; 130 interrupted.',
+        ]
+    )
 
 def summary(name: str) -> str: return inspect.getdoc(command(name)).splitlines()[0]
 
@@ -86,7 +104,9 @@ def summary(name: str) -> str: return inspect.getdoc(command(name)).splitlines()
 class Formatter(argparse.RawDescriptionHelpFormatter):
     "Leaves examples as they are written, and does not say that a flag is off by default."
     def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=28, width=min(120, max(60, shutil.get_terminal_size((100, 24)).columns)))
+        super().__init__(
+            prog, max_help_position=28, width=min(120, max(60, shutil.get_terminal_size((100, 24)).columns))
+        )
 
     def _get_help_string(self, action): return re.sub(r' \(default: (False|\'\')?\)$', '', action.help or '')
     def _expand_help(self, action): return self._get_help_string(action)
@@ -94,16 +114,24 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     "A wrong call ends in one sentence, with the command that tells more."
     def error(self, message):
-        self.exit(2, f'mmembed: error: {message}{nearest_option(message, self)}; `{self.prog} --help` tells the options\n')
+        self.exit(
+            2, f'mmembed: error: {message}{nearest_option(message, self)}; `{self.prog} --help` tells the options\n'
+        )
 
 def nearest_option(
     message: str,                # that an option is not known
     p: argparse.ArgumentParser,  # whose options there are
 ) -> str:
-    "Find the option nearest to the one that a message names, as words to add to it; '' if none is near, or the message is of another kind."
+    """Find the option nearest to the one that a message names, as words to add to it.
+
+    '' if none is near, or the message is of another kind."""
     if not (typed := re.search(r"unrecognized arguments:.*?--([\w.-]+)|[Oo]ption '([\w.-]+)'", message)): return ''
-    known, keys = [o.removeprefix('--') for o in p._option_string_actions if o.startswith('--')], re.findall(r'(?:key|[Gg]roup) ["\']([\w.]+)["\']', message)
-    prefix = '' if typed[1] else ''.join(f'{k}.' for k in keys)  # what stands in a configuration is named within its group
+    known, keys = (
+        [o.removeprefix('--') for o in p._option_string_actions if o.startswith('--')],
+        re.findall(r'(?:key|[Gg]roup) ["\']([\w.]+)["\']', message),
+    )
+    # what stands in a configuration is named within its group
+    prefix = '' if typed[1] else ''.join(f'{k}.' for k in keys)
     near = get_close_matches(prefix + (typed[1] or typed[2]), [k for k in known if k.startswith(prefix)], 1, .7)
     return f'; is --{near[0]} meant?' if near else ''
 
@@ -164,7 +192,8 @@ def main(
         return 1
     except Exception as e:
         if os.environ.get('MMEMBED_DEBUG'): raise
-        if isinstance(e, OSError) and e.filename is None and e.errno in DISK_FULL and output_fails(): e.filename = 'standard output'
+        if isinstance(e, OSError) and e.filename is None and e.errno in DISK_FULL and output_fails():
+            e.filename = 'standard output'
         print(f'mmembed: error: {typed(sentence(e))}', file=sys.stderr)
         return 1
 
@@ -177,7 +206,8 @@ def open_streams():
         except OSError: os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
     for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
         if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, mode, encoding='utf-8'))
-    if getattr(sys.stdout, 'errors', '') == 'strict': sys.stdout.reconfigure(errors='surrogateescape')  # file names that are not UTF-8
+    # file names that are not UTF-8
+    if getattr(sys.stdout, 'errors', '') == 'strict': sys.stdout.reconfigure(errors='surrogateescape')
 
 def output_fails() -> bool:
     "Tell whether standard output can no longer be written to; what is left of it is then dropped."
@@ -222,16 +252,19 @@ def unknown(
 ) -> str:
     "What to say about them: the nearest command, or all."
     typed = ' '.join(argv[:2 if argv[0] in GROUPS else 1])
-    if near := get_close_matches(typed, [*COMMANDS, *GROUPS], 1): return f'there is no command {typed!r}; is `mmembed {near[0]}` meant?'
+    if near := get_close_matches(typed, [*COMMANDS, *GROUPS], 1):
+        return f'there is no command {typed!r}; is `mmembed {near[0]}` meant?'
     return f'there is no command {typed!r}; there are {", ".join(COMMANDS)}'
 
 # %% ../../nbs/cli/01_main.ipynb #93678b39
-EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)  # what our own code raises for a mistake
+# what our own code raises for a mistake
+EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)
 
 def sentence(e: BaseException) -> str:
     "An exception in one line."
     if isinstance(e, OSError) and e.strerror: return f'{e.filename}: {e.strerror}' if e.filename else e.strerror
-    if not isinstance(e, EXPECTED): return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}; this may be a fault of mmembed: MMEMBED_DEBUG=1 shows its trace"
+    if not isinstance(e, EXPECTED):
+        return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}; this may be a fault of mmembed: MMEMBED_DEBUG=1 shows its trace"
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
     if not lines: return type(e).__name__
     return ' '.join(lines) if len(' '.join(lines)) < 400 else lines[-1]
@@ -242,11 +275,13 @@ def quiet():
     warnings.filterwarnings('ignore', category=FutureWarning, module='torch')
     warnings.filterwarnings('ignore', category=DeprecationWarning)
     warnings.filterwarnings('ignore', module='lightning')
-    for name in ('pytorch', 'fabric'): logging.getLogger(f'lightning.{name}.utilities.rank_zero').setLevel(logging.WARNING)
+    for name in ('pytorch', 'fabric'):
+        logging.getLogger(f'lightning.{name}.utilities.rank_zero').setLevel(logging.WARNING)
 
 # %% ../../nbs/cli/01_main.ipynb #407653f7
 def path(name: str) -> str:
-    "An option that names a file or folder, as an absolute path: what works in a folder of its own, as another process does, finds it too."
+    """An option that names a file or folder, as an absolute path: what works in a folder of its own, as another
+    process does, finds it too."""
     return os.path.abspath(name) + '/' * name.endswith('/') if name else name  # the stroke says that it is a folder
 
 def path_or_name(name: str) -> str:
@@ -265,8 +300,10 @@ def typed(text: str) -> str:
 @contextmanager
 def resumable(kept: str):
     "Says after Ctrl-C what is kept and how to go on."
-    try: yield
-    except KeyboardInterrupt: raise KeyboardInterrupt(f'stopped; {kept}, and the same command goes on from there') from None
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f'stopped; {kept}, and the same command goes on from there') from None
 
 def working(what: str):
     "A context that says on a terminal's standard error what is going on, until it ends; nothing elsewhere."

@@ -42,7 +42,10 @@ def describe_parameters(
         choices, metavar = _values(p.annotation)
         yield Option(prefix + name, found[name].docment or '', p.default, choices, metavar)
     handed_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if handed_on and inspect.isclass(f): yield from (o for o in describe_parameters(f.__mro__[1], prefix) if o.name.removeprefix(prefix) not in parameters)
+    if handed_on and inspect.isclass(f):
+        yield from (
+            o for o in describe_parameters(f.__mro__[1], prefix) if o.name.removeprefix(prefix) not in parameters
+        )
 
 def _values(kind: Any) -> tuple[tuple, str]: # choices, and what stands for a value
     "What an option of this type takes."
@@ -75,7 +78,8 @@ def run_options() -> Iterator[Option]:
     p = LightningArgumentParser(default_env=False)
     before = len(p._actions)
     TrainCLI.add_arguments_to_parser(None, p)
-    for a in p._actions[before:]: yield Option(a.dest, a.help or '', a.default, *_values(getattr(a, '_typehint', None) or a.type))
+    for a in p._actions[before:]:
+        yield Option(a.dest, a.help or '', a.default, *_values(getattr(a, '_typehint', None) or a.type))
 
 # %% ../../nbs/cli/02_options.ipynb #2c94119b
 def named_options(
@@ -105,7 +109,9 @@ def _at(path: str) -> Any:
 def with_configs(
     argv: list[str], # words of a command line
 ) -> list[str]:
-    "`argv` with the full path of each shipped configuration that `--config` names; raises `FileNotFoundError` for one that is not there."
+    """`argv` with the full path of each shipped configuration that `--config` names.
+
+    Raises `FileNotFoundError` for one that is not there."""
     out, follows = [], False
     for word in argv:
         if follows: word = _config_file(word)
@@ -118,7 +124,8 @@ def with_configs(
 def _config_file(word: str) -> str:
     path = Path(word).expanduser()
     if path.exists(): return str(path)
-    if path.parent not in (Path(), Path('configs')) or path.suffix not in ('', '.yaml', '.yml'): raise FileNotFoundError(f'no configuration {word}')
+    if path.parent not in (Path(), Path('configs')) or path.suffix not in ('', '.yaml', '.yml'):
+        raise FileNotFoundError(f'no configuration {word}')
     try: return str(config_path(path.stem))
     except FileNotFoundError as e: raise FileNotFoundError(f'no configuration {word}: {e}') from None
 
@@ -130,20 +137,40 @@ def train_parser(
     import yaml
     from mmembed.train.config import TASKS, task_of
     shell, data, _ = TASKS[task_of(argv)]
-    p = Parser('mmembed train', formatter_class=Formatter, usage='mmembed train --config FILE [--option value ...]', allow_abbrev=False)
+    p = Parser(
+        'mmembed train',
+        formatter_class=Formatter,
+        usage='mmembed train --config FILE [--option value ...]',
+        allow_abbrev=False,
+    )
     own = p.add_argument_group('the run')
-    own.add_argument('--config', metavar='FILE', help='where to begin: a file, or the name of a configuration that comes with mmembed: ' + ', '.join(config_names()))
+    own.add_argument(
+        '--config',
+        metavar='FILE',
+        help='where to begin: a file, or the name of a configuration that comes with mmembed: '
+        + ', '.join(config_names()),
+    )
     own.add_argument('--seed_everything', metavar='N', help='seed of torch, numpy and Python; true: a random one')
     for o in run_options(): _add(own, o)
-    own.add_argument('--print_config', action='store_true', help='print the whole configuration, with these options, and stop')
+    own.add_argument(
+        '--print_config', action='store_true', help='print the whole configuration, with these options, and stop'
+    )
     own.add_argument('--help-all', action='store_true', help='print this')
-    groups = [('the model and how it learns', describe_parameters(shell, 'model.')), ('the data', describe_parameters(data, 'data.')), ("Lightning's Trainer", trainer_options())]
-    files = [v for k, v in zip(argv, argv[1:]) if k in ('--config', '-c')] + [a.removeprefix('--config=') for a in argv if a.startswith('--config=')]
+    groups = [
+        ('the model and how it learns', describe_parameters(shell, 'model.')),
+        ('the data', describe_parameters(data, 'data.')),
+        ("Lightning's Trainer", trainer_options()),
+    ]
+    files = [v for k, v in zip(argv, argv[1:]) if k in ('--config', '-c')] + [
+        a.removeprefix('--config=') for a in argv if a.startswith('--config=')
+    ]
     for f in files:
         try: found = list(named_options(yaml.safe_load(Path(f).read_text(encoding='utf-8'))))
         except (OSError, ValueError, yaml.YAMLError): continue
         for first in dict.fromkeys(o.name.rpartition('.')[0] for o in found):
-            groups.append((f'{first}, as {Path(f).name} has it', [o for o in found if o.name.rpartition('.')[0] == first]))
+            groups.append(
+                (f'{first}, as {Path(f).name} has it', [o for o in found if o.name.rpartition('.')[0] == first])
+            )
     for title, options in groups:
         group = p.add_argument_group(title)
         for o in options:
@@ -162,5 +189,16 @@ def add_data_options(
 
 def _add(group, o: Option):
     import argparse
-    default = '' if o.default in (inspect.Parameter.empty, None, '') or o.default == [] else f' (default: {str(o.default).lower() if isinstance(o.default, bool) else o.default})'
-    group.add_argument(f'--{o.name}', metavar=o.metavar, choices=[str(c) for c in o.choices] or None, default=argparse.SUPPRESS, help=(o.help + default).strip().replace('%', '%%'))
+
+    default = (
+        ''
+        if o.default in (inspect.Parameter.empty, None, '') or o.default == []
+        else f' (default: {str(o.default).lower() if isinstance(o.default, bool) else o.default})'
+    )
+    group.add_argument(
+        f'--{o.name}',
+        metavar=o.metavar,
+        choices=[str(c) for c in o.choices] or None,
+        default=argparse.SUPPRESS,
+        help=(o.help + default).strip().replace('%', '%%'),
+    )

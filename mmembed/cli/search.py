@@ -23,7 +23,13 @@ def _command(name: str, **options):
             text, examples = split_doc(f)
             p = Parser(f'mmembed {name}', description=text, epilog=examples, formatter_class=Formatter)
             for key, (kind, what, more) in options.items():
-                flag = [key] if kind == 'positional' else [*(['-o', '--out'] if key == 'out' else ['-k'] if key == 'k' else [f"--{key.replace('_', '-')}"])]
+                flag = (
+                    [key]
+                    if kind == 'positional'
+                    else [
+                        *(['-o', '--out'] if key == 'out' else ['-k'] if key == 'k' else [f"--{key.replace('_', '-')}"])
+                    ]
+                )
                 if kind == 'flag': more = more | dict(action='store_true')
                 p.add_argument(*flag, help=what, **more)
             return p
@@ -34,20 +40,26 @@ def _command(name: str, **options):
 
 def _one(what: str): return 'positional', what, dict(type=path)
 def _many(what: str, least: str = '+'): return 'positional', what, dict(nargs=least)
-def _text(what: str, default=None, **more): return 'option', what, dict(default=default, type=type(default) if default is not None else str, **more)
+def _text(what: str, default=None, **more):
+    return 'option', what, dict(default=default, type=type(default) if default is not None else str, **more)
 def _path(what: str, type=path, **more): return 'option', what, dict(type=type, **more)
 def _flag(what: str): return 'flag', what, {}
 
 SOURCE = dict(
     keep=_text('columns of the source to filter by, separated by commas', ''),
-    on_duplicate=_text('ids that come twice: raise, skip (the first stays) or, in add, replace', 'raise', choices=['raise', 'skip', 'replace']),
+    on_duplicate=_text(
+        'ids that come twice: raise, skip (the first stays) or, in add, replace',
+        'raise',
+        choices=['raise', 'skip', 'replace'],
+    ),
     thumbnails=_text('pixels of the longer side; 0: none', 112),
     prefix=_text('put before every id', ''),
     threads=_text('that decode; 0: one a core', 0),
     image_key=_text('column of a table that holds paths of pictures'),
     text_key=_text('column that holds captions'),
     image_root=_path('where the paths of a table begin; its folder by default'),
-    id_key=_text('column that names the rows'))
+    id_key=_text('column that names the rows'),
+)
 
 def _source(args) -> dict:
     given = {k: getattr(args, k) for k in ('image_key', 'text_key', 'id_key', 'image_root') if getattr(args, k)}
@@ -63,9 +75,15 @@ def _told(index, what: str, known: int = 0):
     if len(bad) > known: raise SystemExit(1)
 
 # %% ../../nbs/cli/07_search.ipynb #c0a70772
-@_command('index build', artifact=_one('an exported file'), source=_many('a folder, table, tar shards, hf:NAME, image files, or what `mmembed embed` wrote'),
-    out=_path('the folder of the index', required=True), side=_text('what is indexed: image or text', 'image', choices=['image', 'text']),
-    overwrite=_flag('replace an index that is there, when the new one is ready'), **SOURCE)
+@_command(
+    'index build',
+    artifact=_one('an exported file'),
+    source=_many('a folder, table, tar shards, hf:NAME, image files, or what `mmembed embed` wrote'),
+    out=_path('the folder of the index', required=True),
+    side=_text('what is indexed: image or text', 'image', choices=['image', 'text']),
+    overwrite=_flag('replace an index that is there, when the new one is ready'),
+    **SOURCE,
+)
 def build(args):
     """Embed a source and index it in a folder. Run again after a kill it goes on.
 
@@ -76,11 +94,26 @@ def build(args):
     from mmembed.retrieval.embed import progress_bar
     if args.on_duplicate == 'replace': raise ValueError('there is nothing to replace in a new index: raise or skip')
     with resumable('what is embedded is kept'), progress_bar() as progress:
-        index = Index.build(args.artifact, _single(args.source), args.out, args.side, overwrite=args.overwrite, on_duplicate=args.on_duplicate, progress=progress, **_source(args))
+        index = Index.build(
+            args.artifact,
+            _single(args.source),
+            args.out,
+            args.side,
+            overwrite=args.overwrite,
+            on_duplicate=args.on_duplicate,
+            progress=progress,
+            **_source(args),
+        )
     n = len(index)
     _told(index, f"{n:,} {args.side}{'' if n == 1 else 's'} in {near(args.out)}")
 
-@_command('index add', index=_one('a folder that `index build` made'), source=_many('as for build'), model=_path('the artifact, where it has moved'), **SOURCE)
+@_command(
+    'index add',
+    index=_one('a folder that `index build` made'),
+    source=_many('as for build'),
+    model=_path('the artifact, where it has moved'),
+    **SOURCE,
+)
 def add(args):
     """Embed more and add it in one step; searches go on meanwhile.
 
@@ -97,7 +130,12 @@ def add(args):
 def _single(source: list[str]): return source[0] if len(source) == 1 else source
 
 # %% ../../nbs/cli/07_search.ipynb #5788099c
-@_command('index delete', index=_one('a folder that `index build` made'), ids=_many('of the rows', '*'), filter=_text('an SQL condition, instead of ids'))
+@_command(
+    'index delete',
+    index=_one('a folder that `index build` made'),
+    ids=_many('of the rows', '*'),
+    filter=_text('an SQL condition, instead of ids'),
+)
 def delete(args):
     """Delete rows by id or by a condition.
 
@@ -119,11 +157,17 @@ def info(args):
     index = Index(args.index)
     if args.json: print(json.dumps(index.info(), indent=1, ensure_ascii=False))
     else:
-        for k, v in index.info().items(): print(f'{k:12} {", ".join(f"{one_line(a)}: {b}" for a, b in v.items()) if isinstance(v, dict) else v}')
+        for k, v in index.info().items():
+            print(f'{k:12} {", ".join(f"{one_line(a)}: {b}" for a, b in v.items()) if isinstance(v, dict) else v}')
 
-@_command('index failures', index=_one('a folder that `index build` made'), json=_flag('print them as JSON lines'),
-    retry=_path('embed those again that this source holds, and add them', type=path_or_name), model=_path('the artifact, where it has moved'),
-    **{k: v for k, v in SOURCE.items() if k != 'on_duplicate'})
+@_command(
+    'index failures',
+    index=_one('a folder that `index build` made'),
+    json=_flag('print them as JSON lines'),
+    retry=_path('embed those again that this source holds, and add them', type=path_or_name),
+    model=_path('the artifact, where it has moved'),
+    **{k: v for k, v in SOURCE.items() if k != 'on_duplicate'},
+)
 def failures(args):
     """List what could not be indexed and why, or try it again.
 
@@ -139,7 +183,8 @@ def failures(args):
             n = index.retry(args.retry, progress=progress, **_source(args))
         return _told(index, f'{n:,} added to {near(args.index)}, {len(index):,} there now')
     bad = index.bad()
-    for row in bad: print(json.dumps(row, ensure_ascii=False) if args.json else f"{one_line(row['id'])}: {one_line(row['error'])}")
+    for row in bad:
+        print(json.dumps(row, ensure_ascii=False) if args.json else f"{one_line(row['id'])}: {one_line(row['error'])}")
     if not bad and not args.json: print('no failures')
 
 @_command('index compact', index=_one('a folder that `index build` made'))
@@ -152,9 +197,15 @@ def compact(args):
     freed = max(0, index.compact())
     print(f"{freed:,} bytes freed, {index.info()['bytes']:,} left in {near(args.index)}")
 
-@_command('index approximate', index=_one('a folder that `index build` made'), kind=_text('ivf_flat, ivf_sq, ivf_pq, hnsw_flat, hnsw_sq or hnsw_pq', 'hnsw_sq'),
-    recall=_text('share of the 10 nearest rows to find', .95), queries=_path('a table of texts as people will ask them, which recall is then measured with', type=path_or_name),
-    text_key=_text('its column that holds them'), model=_path('the artifact, where it has moved'))
+@_command(
+    'index approximate',
+    index=_one('a folder that `index build` made'),
+    kind=_text('ivf_flat, ivf_sq, ivf_pq, hnsw_flat, hnsw_sq or hnsw_pq', 'hnsw_sq'),
+    recall=_text('share of the 10 nearest rows to find', 0.95),
+    queries=_path('a table of texts as people will ask them, which recall is then measured with', type=path_or_name),
+    text_key=_text('its column that holds them'),
+    model=_path('the artifact, where it has moved'),
+)
 def approximate(args):
     """Make searches of many rows fast, and measure what they miss.
 
@@ -174,8 +225,14 @@ def _texts(index, where: str, text_key: str | None):
     return index.embedder().encode_text([source.text(i * len(source) // n) for i in range(n)])
 
 # %% ../../nbs/cli/07_search.ipynb #2839164c
-@_command('index duplicates', index=_one('a folder that `index build` made'), threshold=_text('cosine from which two rows are near', .95),
-    neighbours=_text('look only at so many nearest rows of each; 0: compare all with all', 0), json=_flag('print groups of ids as JSON'), open=_flag('show them in a browser'))
+@_command(
+    'index duplicates',
+    index=_one('a folder that `index build` made'),
+    threshold=_text('cosine from which two rows are near', 0.95),
+    neighbours=_text('look only at so many nearest rows of each; 0: compare all with all', 0),
+    json=_flag('print groups of ids as JSON'),
+    open=_flag('show them in a browser'),
+)
 def duplicates(args):
     """Find rows that are nearly the same.
 
@@ -183,7 +240,13 @@ def duplicates(args):
     from mmembed.retrieval.index import Index
     _shown(Index(args.index).duplicates(args.threshold, neighbours=args.neighbours or None), args)
 
-@_command('index clusters', index=_one('a folder that `index build` made'), n=_text('clusters', 10), json=_flag('print groups of ids as JSON'), open=_flag('show them in a browser'))
+@_command(
+    'index clusters',
+    index=_one('a folder that `index build` made'),
+    n=_text('clusters', 10),
+    json=_flag('print groups of ids as JSON'),
+    open=_flag('show them in a browser'),
+)
 def clusters(args):
     """Sort rows into groups that are alike.
 
@@ -191,7 +254,12 @@ def clusters(args):
     from mmembed.retrieval.index import Index
     _shown(Index(args.index).clusters(args.n), args)
 
-@_command('index export', index=_one('a folder that `index build` made'), out=_path('the FAISS file', required=True), kind=_text('flat or hnsw', 'flat', choices=['flat', 'hnsw']))
+@_command(
+    'index export',
+    index=_one('a folder that `index build` made'),
+    out=_path('the FAISS file', required=True),
+    kind=_text('flat or hnsw', 'flat', choices=['flat', 'hnsw']),
+)
 def export(args):
     """Write the vectors as a FAISS file, with the ids in a JSON file beside it.
 
@@ -208,16 +276,29 @@ def _shown(found, args):
 
 def _browser(page: str):
     import webbrowser
-    with tempfile.NamedTemporaryFile('w', prefix='mmembed-search-', suffix='.html', delete=False, encoding='utf-8') as f: f.write(page)
+
+    with tempfile.NamedTemporaryFile(
+        'w', prefix='mmembed-search-', suffix='.html', delete=False, encoding='utf-8'
+    ) as f:
+        f.write(page)
     webbrowser.open(Path(f.name).as_uri())
 
 # %% ../../nbs/cli/07_search.ipynb #23e64ac8
-@_command('search', index=_one('a folder that `index build` made'), query=_many('texts and image files: several are a sum', '*'),
+@_command(
+    'search',
+    index=_one('a folder that `index build` made'),
+    query=_many('texts and image files: several are a sum', '*'),
     minus=('option', 'a text or image file to take away; may come several times', dict(action='append', default=[])),
-    weights=_text('of the queries, separated by commas: 1,0.5', ''), k=_text('rows to find', 10),
-    filter=_text('an SQL condition on the columns: "year > 2020", "taken >= date \'2024-12-31\'"'), words=_text('full-text on the captions, alone or besides a query'),
-    like=_text('the id of a row in the index, instead of a query'), exact=_flag('compare with every row'), model=_path('the artifact, where it has moved'),
-    json=_flag('print rows as JSON'), open=_flag('show thumbnails in a browser'))
+    weights=_text('of the queries, separated by commas: 1,0.5', ''),
+    k=_text('rows to find', 10),
+    filter=_text('an SQL condition on the columns: "year > 2020", "taken >= date \'2024-12-31\'"'),
+    words=_text('full-text on the captions, alone or besides a query'),
+    like=_text('the id of a row in the index, instead of a query'),
+    exact=_flag('compare with every row'),
+    model=_path('the artifact, where it has moved'),
+    json=_flag('print rows as JSON'),
+    open=_flag('show thumbnails in a browser'),
+)
 def search(args):
     """Find the nearest rows of texts, pictures and sums of them.
 

@@ -31,14 +31,16 @@ def serve(
     max_items: int = 2048,      # of a request
     max_body: int = 64,         # megabytes of a request
     max_pixels: int = 1 << 25,  # of an image, or the artifact's own limit where that is less
-    max_held: int = 0,          # megabytes of requests that are held at once, more are answered 429; by default a sixteenth of the memory
+    # megabytes of requests that are held at once, more are answered 429; by default a sixteenth of the memory
+    max_held: int = 0,
     api_keys: path = None,       # a file with one key a line; or the variable MMEMBED_API_KEYS, separated by commas
     tls_cert: path = None,       # PEM file
     tls_key: path = None,        # PEM file
     cors: str = '',             # origins that browsers may call from, separated by commas
     fetch_hosts: str = '',      # that image URLs may name, separated by commas: host (ports 80, 443), host:port, host:*
     index: path = None,          # an index for /search
-    token_ids: path = None,      # the table of the token ids that clients send for texts: a file of tiktoken or a tokenizer.json
+    # the table of the token ids that clients send for texts: a file of tiktoken or a tokenizer.json
+    token_ids: path = None,
     any_model: store_true = False, # answer whatever model a request names; else 404 for another name
     log: path = None,            # a file for the access log; standard error by default
     traces: str = None,         # OTLP endpoint: http://host:4318 or grpc://host:4317
@@ -53,21 +55,56 @@ def serve(
     mmembed serve model.pt
     mmembed serve model.pt --host 0.0.0.0 --grpc-port 8001 --replicas 4 --api-keys keys.txt
     mmembed serve model.pt --ray --replicas 2 --max-replicas 8"""
-    try: from mmembed.serve.service import Config; from mmembed.serve.engine import Options; from mmembed.serve.server import serve as run
-    except ImportError as e: raise ImportError(f'the server needs more packages ({e}): pip install "mmembed[serve]"') from None
+    try:
+        from mmembed.serve.service import Config
+        from mmembed.serve.engine import Options
+        from mmembed.serve.server import serve as run
+    except ImportError as e:
+        raise ImportError(f'the server needs more packages ({e}): pip install "mmembed[serve]"') from None
     from mmembed.runtime.artifact import read_card
     from mmembed.serve.checks import checked_config
     from mmembed.serve.token_ids import token_table
     from mmembed.serve.service import read_keys
     listed = lambda text: tuple(x.strip() for x in text.split(',') if x.strip())
     keys = read_keys(api_keys)
-    if max_replicas and not ray: raise ValueError('max_replicas goes with ray: without it the number of replicas is fixed')
-    options = Options(batch=batch or (64 if device.startswith('cuda') else 16), wait=wait_ms / 1e3, queue=queue, decoders=decoders, timeout=timeout,
-                      max_pixels=max_pixels)
-    config = Config(artifact, host, port, grpc_port, name, device, threads, replicas, deterministic, options, max_body << 20, max_items,
-        api_keys=keys, tls_cert=tls_cert, tls_key=tls_key, cors=listed(cors), fetch_hosts=listed(fetch_hosts),
-        index=index, token_ids=token_ids, any_model=any_model, log=log, traces=traces, trace_ratio=trace_ratio, drain=drain, grace=grace,
-        bodies=max_held << 20)
+    if max_replicas and not ray:
+        raise ValueError('max_replicas goes with ray: without it the number of replicas is fixed')
+    options = Options(
+        batch=batch or (64 if device.startswith('cuda') else 16),
+        wait=wait_ms / 1e3,
+        queue=queue,
+        decoders=decoders,
+        timeout=timeout,
+        max_pixels=max_pixels,
+    )
+    config = Config(
+        artifact,
+        host,
+        port,
+        grpc_port,
+        name,
+        device,
+        threads,
+        replicas,
+        deterministic,
+        options,
+        max_body << 20,
+        max_items,
+        api_keys=keys,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        cors=listed(cors),
+        fetch_hosts=listed(fetch_hosts),
+        index=index,
+        token_ids=token_ids,
+        any_model=any_model,
+        log=log,
+        traces=traces,
+        trace_ratio=trace_ratio,
+        drain=drain,
+        grace=grace,
+        bodies=max_held << 20,
+    )
     checked_config(config, here=False)
     read_card(artifact)  # what is no artifact ends here, with one sentence
     if token_ids: token_table(token_ids)  # and so does what is no table

@@ -42,12 +42,17 @@ def train(argv: list[str]):
     mmembed train --config configs/pairs.yaml --data.path pairs.csv --trainer.max_epochs 5"""
     if {'-h', '--help'} & set(argv):
         text, examples = split_doc(train)
-        return print(f'usage: mmembed train --config FILE [--option value ...]\n\n{text}\n\noptions, the usual ones:\n{OFTEN}\n\n{examples}')
+        return print(
+            f'usage: mmembed train --config FILE [--option value ...]\n\n{text}\n\noptions, the usual '
+            f'ones:\n{OFTEN}\n\n{examples}'
+        )
     argv = with_configs(argv)
     if '--help-all' in argv: return train_parser(argv).print_help()
     from mmembed.train.config import WrongCall
     from mmembed.train.run import run
-    if not any(re.match(r'(--config|-c|--model[.]model)\b', a) for a in argv): train_parser().error(WITHOUT % ', '.join(config_names()))
+
+    if not any(re.match(r'(--config|-c|--model[.]model)\b', a) for a in argv):
+        train_parser().error(WITHOUT % ', '.join(config_names()))
     try: path = near(run(argv).checkpoint)
     except WrongCall as e: train_parser(argv).error(str(e))
     print(f'checkpoint: {path}\nnext: mmembed export {path}')
@@ -73,8 +78,15 @@ def evaluate(argv: list[str]):
     if args.json: print(json.dumps(found, indent=1))
     else:
         show_figures(found)
-        if 'map' in found: print('mean average precision: ' + ', '.join(f"{k.replace('_', ' ')} {v:.1%}" for k, v in found['map'].items()))
-        skipped, step = (f', {about["skipped"]:,} skipped' if about['skipped'] else '', f'; weights of step {found["step"]:,}' if found['step'] is not None else '')
+        if 'map' in found:
+            print(
+                'mean average precision: '
+                + ', '.join(f"{k.replace('_', ' ')} {v:.1%}" for k, v in found['map'].items())
+            )
+        skipped, step = (
+            f', {about["skipped"]:,} skipped' if about['skipped'] else '',
+            f'; weights of step {found["step"]:,}' if found['step'] is not None else '',
+        )
         print(f'judged: {about["rows"]:,} rows of {place_name(about["path"])}, part {about["part"]}{skipped}{step}')
     out = Path(args.out or figures_path(args.checkpoint, about))
     with naming(out): out.write_text(json.dumps(found, indent=1))
@@ -88,8 +100,16 @@ def eval_parser(
     parser = Parser('mmembed eval', description=text, formatter_class=Formatter, allow_abbrev=False,
         epilog=f'Options that begin with --data. change the data, as in `mmembed train`.\n\n{examples}')
     parser.add_argument('checkpoint', type=path, help='what `mmembed train` printed: a .ckpt or .safetensors file')
-    parser.add_argument('--part', choices=['train', 'valid', 'test', 'all'], help='rows to judge: by default valid, and all of another file')
-    parser.add_argument('--out', type=path, help='where the figures go; by default <checkpoint>.json, for other rows <checkpoint>.<part or file>.json')
+    parser.add_argument(
+        '--part',
+        choices=['train', 'valid', 'test', 'all'],
+        help='rows to judge: by default valid, and all of another file',
+    )
+    parser.add_argument(
+        '--out',
+        type=path,
+        help='where the figures go; by default <checkpoint>.json, for other rows <checkpoint>.<part or file>.json',
+    )
     parser.add_argument('--json', action='store_true', help='print the figures as JSON instead of tables')
     if data: add_data_options(parser)
     return parser
@@ -131,7 +151,9 @@ def calibration(
     folder: str | Path,
     most: int = 32,
 ) -> list[bytes]:
-    "Read the images of `folder` and its folders, `most` of them, evenly chosen by name. Raises `ValueError` where there is none."
+    """Read the images of `folder` and its folders, `most` of them, evenly chosen by name.
+
+    Raises `ValueError` where there is none."""
     from mmembed.data.folders import image_files
     found = image_files(Path(folder))[0] if Path(folder).is_dir() else []
     if not found: raise ValueError(f'--calibrate {folder}: there are no images')
@@ -184,7 +206,8 @@ def show_matches(
     picked = [i * len(captions) // queries for i in range(queries)]
     order = emb.score([captions[i] for i in picked], images).argsort(1, descending=True)
     table = Table(title=f'Text -> image among {len(captions):,} held-out pictures')
-    for c in ('query', 'best match (its true caption)', 'place of the right one'): table.add_column(c, justify='right' if 'place' in c else 'left')
+    for c in ('query', 'best match (its true caption)', 'place of the right one'):
+        table.add_column(c, justify='right' if 'place' in c else 'left')
     for i, found in zip(picked, order):
         table.add_row(captions[i], captions[found[0]], f'{int(torch.where(found == i)[0]) + 1}')
     Console(width=120).print(table)

@@ -18,7 +18,8 @@ def attend(
     q: Tensor, # (B, H, L, D)
     k: Tensor, # (B, H, N, D)
     v: Tensor, # (B, H, N, D)
-    mask: Optional[Tensor] = None, # of 2 axes or more, broadcast to (B, H, L, N): bool, what may be attended to, or added to the scores
+    # of 2 axes or more, broadcast to (B, H, L, N): bool, what may be attended to, or added to the scores
+    mask: Optional[Tensor] = None,
     fused: bool = True,            # in one kernel, if torch has one for these inputs
 ) -> Tensor: # (B, H, L, D)
     "Softmax of the scaled products of `q` and `k`, times `v`; zeros for a row that may attend to nothing. It scripts."
@@ -32,7 +33,9 @@ def attend(
 def _attend_bf16(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor]) -> Tensor:
     if q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] < 25000:  # measured: from here on the conversions cost more
         if mask is not None and mask.dtype != torch.bool: mask = mask.float()
-        return torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)
+        return torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(
+            q.dtype
+        )
     scores = torch.matmul(q, k.transpose(2, 3)).float() * q.shape[3] ** -.5
     if mask is None: return torch.matmul(scores.softmax(-1).to(v.dtype), v)
     if mask.dtype != torch.bool: return torch.matmul((scores + mask).softmax(-1).to(v.dtype), v)

@@ -39,7 +39,8 @@ def text_lengths(
 ) -> list[int]: # rising, the last one is `most`
     "The lengths to which texts are filled."
     sizes = [min(step or most, most)]
-    while sizes[-1] < most: sizes.append(min(most, sizes[-1] + max(1, step // 2) if fine and sizes[-1] < 4 * step else 2 * sizes[-1]))
+    while sizes[-1] < most:
+        sizes.append(min(most, sizes[-1] + max(1, step // 2) if fine and sizes[-1] < 4 * step else 2 * sizes[-1]))
     return sizes
 
 # %% ../../nbs/core/04_batching.ipynb #f8343a74
@@ -50,4 +51,9 @@ def join_tokens(
 ) -> Tokens: # ids and mask int64 (sum of rows, longest)
     "Tokenised batches as one."
     length = max(length, *(b.ids.shape[1] for b in batches))
-    return Tokens(*(torch.cat([lengthened(x, length, value) for x in column]) for column, value in zip(zip(*batches), (pad_id, 0))))
+    return Tokens(
+        *(
+            torch.cat([lengthened(x, length, value) for x in column])
+            for column, value in zip(zip(*batches), (pad_id, 0))
+        )
+    )

@@ -56,7 +56,8 @@ def whole_number(
     least: int,
 ) -> int:
     "`value`; raises `TypeError` for what is no whole number, `ValueError` for one below `least`."
-    if isinstance(value, bool) or not hasattr(value, '__index__'): raise TypeError(f'{name} must be a whole number, got {value!r}')
+    if isinstance(value, bool) or not hasattr(value, '__index__'):
+        raise TypeError(f'{name} must be a whole number, got {value!r}')
     if value < least: raise ValueError(f'{name} must be {f"at least {least}" if least else "0 or more"}, got {value}')
     return index(value)
 

@@ -47,7 +47,11 @@ def draft(
         finally: os.close(handle)
     except OSError as e:
         if e.errno is None: raise
-        raise OSError(e.errno, f'{os.strerror(e.errno)}; what was written before is kept, and the same command goes on from there', str(path)) from None
+        raise OSError(
+            e.errno,
+            f'{os.strerror(e.errno)}; what was written before is kept, and the same command goes on from there',
+            str(path),
+        ) from None
 
 def write_whole(
     path: Path,
@@ -62,7 +66,9 @@ def alone(
     folder: Path,
     name: str = '.lock',
 ):
-    "One job at a time in a folder; the lock ends with its process, however that ends. Raises `ValueError` for the second."
+    """One job at a time in a folder; the lock ends with its process, however that ends.
+
+    Raises `ValueError` for the second."""
     with (folder/name).open('w') as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError: raise ValueError(f'another job is writing to {folder}') from None

@@ -50,7 +50,8 @@ def opaque(
 
 # %% ../../nbs/core/10_images.ipynb #42b29f8a
 def as_image(
-    item,                 # a file as bytes, a path or uint8 (N,); a PIL image; a uint8 array or tensor (H, W), (H, W, C) or (C, H, W)
+    # a file as bytes, a path or uint8 (N,); a PIL image; a uint8 array or tensor (H, W), (H, W, C) or (C, H, W)
+    item,
     alpha: str = 'white', # what shows through transparent pixels: 'white', 'black', or 'drop' for their hidden colours
 ) -> Tensor: # uint8 (N,), a file, or uint8 (3, H, W), decoded RGB
     "`item` as an artifact takes it; raises `TypeError`, `ValueError`, or `OSError` as `open` does."
@@ -68,8 +69,10 @@ def _rgb(x: Tensor, alpha: str, last: bool) -> Tensor: # last: (H, W, C) is trie
     known, flat = (1, 3, 4), x.dtype == torch.uint8 and x.ndim == 1
     first, end = x.ndim == 3 and x.shape[0] in known, x.ndim == 3 and x.shape[2] in known
     if x.dtype != torch.uint8 or not (flat or x.numel() and (first or end or x.ndim == 2)):
-        raise ValueError('an image must be uint8: a file (N,), or pixels (H, W), (H, W, C) or (C, H, W) of 1, 3 or 4 channels, '
-                         f'got {str(x.dtype).removeprefix("torch.")} {tuple(x.shape)}')
+        raise ValueError(
+            'an image must be uint8: a file (N,), or pixels (H, W), (H, W, C) or (C, H, W) of 1, 3 or 4 channels, '
+            f'got {str(x.dtype).removeprefix("torch.")} {tuple(x.shape)}'
+        )
     if flat: return x
     if x.ndim == 2: x = x[None]
     elif end and (last or not first): x = x.permute(2, 0, 1)

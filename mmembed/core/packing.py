@@ -47,7 +47,8 @@ def pack(
     `TypeError` for a bare string (a list is meant) and for an item that is neither `str` nor `bytes`, naming it."""
     if isinstance(texts, (str, bytes)):
         raise TypeError(f'texts is a single {type(texts).__name__}; pass a list of texts: [{texts[:40]!r}]')
-    if isinstance(texts, (dict, set, frozenset)) or not hasattr(texts, '__iter__'): raise TypeError(f'texts is {type(texts).__name__}, not a list of texts')
+    if isinstance(texts, (dict, set, frozenset)) or not hasattr(texts, '__iter__'):
+        raise TypeError(f'texts is {type(texts).__name__}, not a list of texts')
     texts = list(texts)
     try: whole = ''.join(texts)
     except TypeError: whole = None

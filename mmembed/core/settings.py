@@ -31,9 +31,11 @@ def settings(
     start: str | Path | None = None, # where the search begins; the current folder by default
     **overrides,                     # fields that win over the file
 ) -> Settings:
-    """Return the defaults in force below `start`: `overrides`, then the nearest settings.ini with a section `[mmembed]`, then the built-in ones.
+    """Return the defaults in force below `start`: `overrides`, then the nearest settings.ini with a section
+    `[mmembed]`, then the built-in ones.
 
-    Relative paths in a settings.ini are relative to that file. Raises `ValueError` for a key or value that is not known."""
+    Relative paths in a settings.ini are relative to that file. Raises `ValueError` for a key or value that is not
+    known."""
     here = Path(start or Path.cwd()).resolve()
     found = (_read_settings(folder/'settings.ini') for folder in [here, *here.parents])
     values = next((v for v in found if v is not None), {})
@@ -50,10 +52,13 @@ def _read_settings(path: Path) -> dict | None: # None: it is not there, or anoth
         if not ours: return None
         raise ValueError(f"{path} cannot be read: {' '.join(str(e).split())}") from None
     if parser.has_section('mmembed'): values = dict(parser['mmembed'])
-    elif parser.has_section('DEFAULT') and parser['DEFAULT'] and set(parser['DEFAULT']) <= set(Settings._fields): values = dict(parser['DEFAULT'])  # as mmembed wrote it before
+    # as mmembed wrote it before
+    elif parser.has_section('DEFAULT') and parser['DEFAULT'] and set(parser['DEFAULT']) <= set(Settings._fields):
+        values = dict(parser['DEFAULT'])
     else: return None
     for k, v in values.items():
-        if k not in Settings._fields: raise ValueError(f'{path}: unknown key {k!r}; known: {", ".join(Settings._fields)}')
+        if k not in Settings._fields:
+            raise ValueError(f'{path}: unknown key {k!r}; known: {", ".join(Settings._fields)}')
         if k == 'seed':
             if not v.isdigit(): raise ValueError(f'{path}: seed must be a whole number, got {v!r}')
             values[k] = int(v)
@@ -62,8 +67,12 @@ def _read_settings(path: Path) -> dict | None: # None: it is not there, or anoth
 
 # %% ../../nbs/core/13_settings.ipynb #1c0e0be0
 def config_places() -> list[Path]:
-    "List the folders of shipped configurations: beside the package in a checkout, under the environment's share/ in an installation."
-    return [Path(mmembed.__file__).resolve().parent.parent/'configs', Path(sysconfig.get_path('data'))/'share'/'mmembed'/'configs']
+    """List the folders of shipped configurations: beside the package in a checkout, under the environment's share/
+    in an installation."""
+    return [
+        Path(mmembed.__file__).resolve().parent.parent / 'configs',
+        Path(sysconfig.get_path('data')) / 'share' / 'mmembed' / 'configs',
+    ]
 
 # %% ../../nbs/core/13_settings.ipynb #9f1e0f60
 def config_names() -> list[str]:
@@ -78,4 +87,7 @@ def config_path(
     for p in config_places():
         if (p/f'{name}.yaml').is_file(): return p/f'{name}.yaml'
     near = get_close_matches(name, config_names(), 1)
-    raise FileNotFoundError(f'{name}.yaml is not among the configurations that come with mmembed' + (f'; is {near[0]}.yaml meant?' if near else f': {", ".join(config_names())}'))
+    raise FileNotFoundError(
+        f'{name}.yaml is not among the configurations that come with mmembed'
+        + (f'; is {near[0]}.yaml meant?' if near else f': {", ".join(config_names())}')
+    )

@@ -22,14 +22,17 @@ from .errors import whole_number
 
 # %% ../../nbs/core/12_threads.ipynb #4b4367ce
 def give_back():
-    "Have the system get what was freed: glibc keeps it, a hundred megabytes after a load. Nothing where there is another `malloc`."
+    """Have the system get what was freed: glibc keeps it, a hundred megabytes after a load.
+
+    Nothing where there is another `malloc`."""
     import ctypes
     if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'malloc_trim'): libc.malloc_trim(0)
 
 class steady:
     "No gradients, no autocast of the caller's, and functions of TorchScript left apart, as long as the block runs"
     def __enter__(self):
-        self.inlined = torch._C._get_graph_executor_optimize(False)  # of this thread; what is called first is kept as it is then
+        # of this thread; what is called first is kept as it is then
+        self.inlined = torch._C._get_graph_executor_optimize(False)
         self.cast = [torch.autocast(kind, enabled=False) for kind in ('cpu', 'cuda') if torch.is_autocast_enabled(kind)]
         for cast in self.cast: cast.__enter__()
         self.before = torch.is_grad_enabled()
@@ -68,9 +71,16 @@ def memory() -> int:
     "Return how many bytes of memory this process may use, which a container or `ulimit` may make fewer than there are."
     import resource
     limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
-    found = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'), *(n for n in limits if n != resource.RLIM_INFINITY)]
+    found = [
+        os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'),
+        *(n for n in limits if n != resource.RLIM_INFINITY),
+    ]
     own = next((line[3:].strip() for line in _lines('/proc/self/cgroup') if line.startswith('0::')), '')
-    for path in (f'/sys/fs/cgroup{own}/memory.max', '/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_bytes'):
+    for path in (
+        f'/sys/fs/cgroup{own}/memory.max',
+        '/sys/fs/cgroup/memory.max',
+        '/sys/fs/cgroup/memory/memory.limit_in_bytes',
+    ):
         found += [int(line) for line in _lines(path) if line.strip().isdecimal()]
     return min(found)
 
@@ -96,7 +106,13 @@ def watched(
     from rich.console import Console
     from rich.progress import track
     total = len(items) if hasattr(items, '__len__') else None
-    return track(items, progress if isinstance(progress, str) else 'embedding', total=total, console=Console(stderr=True), transient=True)
+    return track(
+        items,
+        progress if isinstance(progress, str) else 'embedding',
+        total=total,
+        console=Console(stderr=True),
+        transient=True,
+    )
 
 # %% ../../nbs/core/12_threads.ipynb #f8bbe865
 def thread_pool(

@@ -40,15 +40,23 @@ def register_image_ops(
 # %% ../../nbs/core/11_torchcodec.ipynb #3202edcc
 @cache
 def silence_decoders():
-    "Have libjpeg and libpng of torchcodec's wheel print nowhere, once they are loaded; on Linux with 64 bits alone, elsewhere they go on printing."
+    """Have libjpeg and libpng of torchcodec's wheel print nowhere, once they are loaded.
+
+    On Linux with 64 bits alone, elsewhere they go on printing."""
     import ctypes
     if sys.platform != 'linux' or ctypes.sizeof(ctypes.c_void_p) != 8: return
     libc, page = ctypes.CDLL(None), os.sysconf('SC_PAGE_SIZE')
     libc.fopen.restype = ctypes.c_void_p
     nowhere = ctypes.c_void_p(libc.fopen(b'/dev/null', b'w'))
-    def protect(slot: int, how: int): return libc.mprotect(ctypes.c_void_p(slot - slot % page), ctypes.c_size_t(page), how)
+
+    def protect(slot: int, how: int):
+        return libc.mprotect(ctypes.c_void_p(slot - slot % page), ctypes.c_size_t(page), how)
     maps = [line.split(maxsplit=5) for line in Path('/proc/self/maps').read_text(errors='surrogateescape').splitlines()]
-    loaded = {m[5]: int(m[0].split('-')[0], 16) for m in maps if len(m) == 6 and '/torchcodec.libs/' in m[5] and int(m[2], 16) == 0}
+    loaded = {
+        m[5]: int(m[0].split('-')[0], 16)
+        for m in maps
+        if len(m) == 6 and '/torchcodec.libs/' in m[5] and int(m[2], 16) == 0
+    }
     for path, base in loaded.items():
         for place, fixed in _stderr_of(Path(path).read_bytes()):
             if protect(base + place, 3): continue  # to read and to write
@@ -56,10 +64,17 @@ def silence_decoders():
             if fixed: protect(base + place, 1)
     return nowhere  # kept as long as the cache is
 
-def _stderr_of(elf: bytes) -> list[tuple[int, bool]]: # where a library keeps the address of `stderr`, and whether the loader makes that read-only
+def _stderr_of(
+    elf: bytes,
+) -> list[
+    tuple[int, bool]
+]:  # where a library keeps the address of `stderr`, and whether the loader makes that read-only
     at, size, count = *unpack_from('<Q', elf, 32), *unpack_from('<HH', elf, 54)
-    parts = [unpack_from('<IIQQQQQ', elf, at + i * size) for i in range(count)]  # type, flags, offset, address, -, bytes in the file, in memory
-    def offset(address): return next(address - p[3] + p[2] for p in parts if p[0] == 1 and p[3] <= address < p[3] + p[5])
+    # type, flags, offset, address, -, bytes in the file, in memory
+    parts = [unpack_from('<IIQQQQQ', elf, at + i * size) for i in range(count)]
+
+    def offset(address):
+        return next(address - p[3] + p[2] for p in parts if p[0] == 1 and p[3] <= address < p[3] + p[5])
     start, length = next((p[2], p[5]) for p in parts if p[0] == 2)
     table = dict(unpack_from('<qQ', elf, start + i) for i in range(0, length, 16))
     names, symbols, moves = (offset(table[k]) for k in (5, 6, 7))
@@ -67,7 +82,8 @@ def _stderr_of(elf: bytes) -> list[tuple[int, bool]]: # where a library keeps th
     for i in range(moves, moves + table[8], 24):
         place, info = unpack_from('<QQ', elf, i)
         name = names + unpack_from('<I', elf, symbols + 24 * (info >> 32))[0]
-        if elf[name:name + 7] == b'stderr\0': found.append((place, any(p[0] == 0x6474e552 and p[3] <= place < p[3] + p[6] for p in parts)))
+        if elf[name : name + 7] == b'stderr\0':
+            found.append((place, any(p[0] == 0x6474E552 and p[3] <= place < p[3] + p[6] for p in parts)))
     return found
 
 # %% ../../nbs/core/11_torchcodec.ipynb #1e5aa258

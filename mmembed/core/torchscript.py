@@ -27,7 +27,8 @@ def frozen(
     scripted: torch.jit.ScriptModule, # in eval mode
     **kwargs, # of `torch.jit.freeze`
 ) -> torch.jit.ScriptModule:
-    "Freeze `scripted`, with every function written out in its callers, as freezing wants it, whatever this thread leaves apart."
+    """Freeze `scripted`, with every function written out in its callers, as freezing wants it, whatever this thread
+    leaves apart."""
     before = torch._C._get_graph_executor_optimize(True)
     try: return quietly(torch.jit.freeze, scripted, **kwargs)
     finally: torch._C._get_graph_executor_optimize(before)

@@ -23,8 +23,10 @@ class Encoding(NamedTuple):
     "A tokenised batch with all that is known of each token"
     ids: Tensor          # int64 (B, L) vocabulary indices
     mask: Tensor         # int64 (B, L): 1 for a token, 0 for padding
-    segment_ids: Tensor  # int64 (B, L): 0 for the first text of a pair, 1 for the second, as the tokenizer's template says
-    spans: Tensor        # int64 (B, L, 2): the bytes [begin, end) of its text that a token came from; (0, 0) for special tokens
+    # int64 (B, L): 0 for the first text of a pair, 1 for the second, as the tokenizer's template says
+    segment_ids: Tensor
+    # int64 (B, L, 2): the bytes [begin, end) of its text that a token came from; (0, 0) for special tokens
+    spans: Tensor
 
 # %% ../../nbs/core/01_types.ipynb #b6552ded
 class ImageInfo(NamedTuple):

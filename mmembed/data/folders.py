@@ -33,7 +33,8 @@ def image_files(
 ) -> tuple[list[str], list[str]]: # image files and other files, relative to `folder`
     """Find all files below `folder` by ending, sorted; leaves out what is hidden or `of_system`.
 
-    Each folder is read once, however many links lead to it, by its own path rather than by that of a link. A folder below that cannot
+    Each folder is read once, however many links lead to it, by its own path rather than by that of a link. A folder
+    below that cannot
     be read stands among the other files, with the reason; `OSError` is raised where that is `folder` itself."""
     found: tuple[list, list] = [], []
     starts, seen = [Path(folder)], set()
@@ -43,7 +44,8 @@ def image_files(
     for start in starts:  # links are followed when everything that needs none is read
         for place, folders, files in os.walk(start, onerror=unreadable):
             here = os.stat(place)
-            here = (here.st_dev, here.st_ino) if here.st_ino else os.path.realpath(place)  # some network drives have no numbers
+            # some network drives have no numbers
+            here = (here.st_dev, here.st_ino) if here.st_ino else os.path.realpath(place)
             if here in seen:
                 folders.clear()
                 continue
@@ -65,9 +67,11 @@ class ClassFolder(Source):
         path: str | Path,                                    # the folder; else in `settings().data_path`
         templates: list[str] | tuple = ('a photo of a {}',), # captions, with {} where the class goes
         names: dict[str, str] | None = None,                 # folder: class in words; by default '_' becomes a space
-        parts: dict | None = None, # folder: 'train', 'valid', 'test', or None: left out; {}: folders are classes whatever their names
+        # folder: 'train', 'valid', 'test', or None: left out; {}: folders are classes whatever their names
+        parts: dict | None = None,
     ):
-        """Raises `FileNotFoundError` for a missing folder, `ValueError` for one without sub-folders of images, for a folder
+        """Raises `FileNotFoundError` for a missing folder, `ValueError` for one without sub-folders of images, for a
+        folder
         beside parts that is not a part, and for two folders of one class, such as `hot_dog` and `hot dog`."""
         self.path, self.templates = find_folder(path), tuple(templates)
         files, self.ignored = image_files(self.path)
@@ -90,10 +94,17 @@ class ClassFolder(Source):
         named = [] if parts == {} else [f for f in deep if f in self.meaning or part_named(f)]
         others = [f for f in deep if f not in named]
         if named and not others and not any(any(deep[f]) for f in named):
-            raise ValueError(f'{self.path}: {", ".join(named)} hold images, but no folders of classes; parts={{}} if they are the classes')
+            raise ValueError(
+                f'{self.path}: {", ".join(named)} hold images, but no folders of classes; parts={{}} if they are the '
+                f'classes'
+            )
         if others and (parts_here := [f for f in named if f in self.meaning or all(deep[f])]):
-            raise ValueError(f'{self.path}: beside {", ".join(parts_here)} lies {others[0]}, neither training, validation nor test: say '
-                             f"what it is, as parts={{{others[0]!r}: 'train'}}, or None to leave it out; parts={{}} if all are classes")
+            raise ValueError(
+                f'{self.path}: beside {", ".join(parts_here)} lies {others[0]}, neither training, validation nor test: '
+                f'say '
+                f"what it is, as parts={{{others[0]!r}: 'train'}}, or None to leave it out; parts={{}} if all are "
+                f"classes"
+            )
         return bool(named) and not others
 
     def _words(self, folders: list[str], names: dict[str, str]) -> dict[str, str]:
@@ -103,8 +114,10 @@ class ClassFolder(Source):
         for f, word in words.items():
             other = first.setdefault(word, f)
             if other != f and not (f in names and other in names):
-                raise ValueError(f'{self.path}: the folders {other!r} and {f!r} are both the class {word!r}: give them other '
-                                 f'names=, or both this one if they are the same')
+                raise ValueError(
+                    f'{self.path}: the folders {other!r} and {f!r} are both the class {word!r}: give them other '
+                    f'names=, or both this one if they are the same'
+                )
         return words
 
     def __len__(self) -> int: return len(self.files)

@@ -23,7 +23,10 @@ from ..core.packing import as_bytes
 from ..core.files import read_bytes
 from ..core.settings import settings
 from .folders import of_system
-from .source import NO_CAPTION, NO_LABEL, PART_NAMES, Source, as_text, captions_of, check_groups, column_parts, from_template, part_in, part_meaning, part_named
+from mmembed.data.source import (
+    NO_CAPTION, NO_LABEL, PART_NAMES, Source, as_text, captions_of, check_groups, column_parts, from_template, part_in,
+    part_meaning, part_named,
+)
 from .tables import no_column, empty_row, plain_column
 
 # %% ../../nbs/data/04_hub.ipynb #60b94072
@@ -46,8 +49,13 @@ def load_hub(
             return found if isinstance(found, datasets.DatasetDict) else datasets.DatasetDict(train=found)
         files = [path] if path.is_file() and path.suffix == '.parquet' else \
             sorted(f for f in path.glob('**/*.parquet') if not any(map(of_system, f.relative_to(path).parts)))
-        if files: return datasets.DatasetDict({
-            part: datasets.Dataset.from_parquet([str(f) for f in members]) for part, members in _parts(files, path).items()})
+        if files:
+            return datasets.DatasetDict(
+                {
+                    part: datasets.Dataset.from_parquet([str(f) for f in members])
+                    for part, members in _parts(files, path).items()
+                }
+            )
         if path.exists(): raise ValueError(f'{path} is neither a folder of `save_to_disk` nor of Parquet files')
     try: found = datasets.load_dataset(str(name), config, revision=revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
@@ -59,12 +67,15 @@ def load_hub(
 
 # %% ../../nbs/data/04_hub.ipynb #f3c23c8d
 def _parts(files: list[Path], folder: Path) -> dict[str, list[Path]]:
-    "Files by part: all before the number in `train-00000-of-00003.parquet`, else the word that names one, else the name."
+    """Files by part: all before the number in `train-00000-of-00003.parquet`, else the word that names one, else the
+    name."""
     found: dict[str, list] = {}
     for f in files:
         numbered = re.match(r'(.+)-\d{5}-of-\d{5}', f.name)
         inside = f.relative_to(folder).as_posix() if f != folder else f.name
-        found.setdefault(numbered[1] if numbered else part_in(inside) or re.sub(r'[-._ 0-9]+$', '', f.stem), []).append(f)
+        found.setdefault(numbered[1] if numbered else part_in(inside) or re.sub(r'[-._ 0-9]+$', '', f.stem), []).append(
+            f
+        )
     if not any(map(part_in, found)): return {'train': files}
     order = [*PART_NAMES, '']
     return dict(sorted(found.items(), key=lambda item: order.index(part_named(item[0]))))
@@ -75,29 +86,38 @@ class HubData(Source):
     captioned = True  # whether the captions are wanted
 
     def __init__(self,
-        name: str | Path | Any,               # a folder, a Parquet file, a name on the hub, a `Dataset` or a `DatasetDict`
+        # a folder, a Parquet file, a name on the hub, a `Dataset` or a `DatasetDict`
+        name: str | Path | Any,
         image_key: str = 'image',             # column of images: files, bytes or paths
-        text_key: str | None = 'text',        # column of captions, or of lists, each of whose captions is a row; None: from labels
+        # column of captions, or of lists, each of whose captions is a row; None: from labels
+        text_key: str | None = 'text',
         split_key: str | None = None,         # column of parts, instead of the data set's own; see `PairsFile`
         label_key: str | None = None,         # column of classes
         templates: list[str] | tuple = ('a photo of a {}',), # captions for `text_key=None`
         config: str | None = None,            # of a data set that has several
         revision: str | None = None,          # of a data set on the hub
         group_key: str | None = None,         # column whose equal values stay on one side of a split
-        parts: dict | None = None,            # names of parts that are not known: 'train', 'valid', 'test', None: left out
+        # names of parts that are not known: 'train', 'valid', 'test', None: left out
+        parts: dict | None = None,
     ):
         """Raises `FileNotFoundError` for a data set that is neither here nor reachable, `ValueError` for a missing
         column, listing those there are, and for an empty data set."""
         datasets = _datasets()
-        own = {'train': name} if isinstance(name, datasets.Dataset) else name if isinstance(name, datasets.DatasetDict) \
+        own = (
+            {'train': name}
+            if isinstance(name, datasets.Dataset)
+            else name
+            if isinstance(name, datasets.DatasetDict)
             else load_hub(name, config, revision)
+        )
         if not (text_key or label_key): raise ValueError('HubData wants text_key or label_key')
         self.title = str(name) if isinstance(name, (str, Path)) else 'a data set'
         self.templates, self.of_classes = tuple(templates), not text_key
         wanted = {'image': image_key, 'text': text_key, 'group': group_key, 'label': label_key, 'split': split_key}
         self.parts = {part: self._columns(d, wanted) for part, d in own.items() if len(d)}
         captions = {part: self._captions(part) for part in self.parts} if text_key and self.captioned else {}
-        self.rows, self.empty = [], []  # (part, row, caption in its cell, from 1, or 0 for the only one); rows without a caption
+        # (part, row, caption in its cell, from 1, or 0 for the only one); rows without a caption
+        self.rows, self.empty = [], []
         for part, d in self.parts.items():
             for i, n in enumerate(captions.get(part) or [1] * len(d['image'][1])):
                 if n == 0: self.empty.append(len(self.rows))
@@ -122,7 +142,11 @@ class HubData(Source):
 
     def _different(self, role: str) -> list:
         "The values that a column has, each once."
-        return list(dict.fromkeys(v for part, d in self.parts.items() for v in self._names(part, role, d[role][1].unique(d[role][0]))))
+        return list(
+            dict.fromkeys(
+                v for part, d in self.parts.items() for v in self._names(part, role, d[role][1].unique(d[role][0]))
+            )
+        )
 
     def _names(self, part: str, role: str, values: list) -> list:
         "Names for the numbers of a column of classes; -1 is none, as `datasets` has it."
@@ -199,7 +223,9 @@ class HubRows(HubData):
     ):
         self.captioned = what != 'image'
         self.keep, self.id_key = {k: text_key if k == 'text' else k for k in keep}, id_key
-        super().__init__(name, image_key if what != 'text' else text_key, text_key if what != 'image' else image_key, **options)
+        super().__init__(
+            name, image_key if what != 'text' else text_key, text_key if what != 'image' else image_key, **options
+        )
 
     def _columns(self, d: Any, wanted: dict) -> dict:
         more = {f'keep {k}': c for k, c in self.keep.items()} | ({'id': self.id_key} if self.id_key else {})
@@ -217,7 +243,11 @@ class HubRows(HubData):
 
     def digest(self) -> bytes:
         "A hash of everything that a job takes from the data set itself: `datasets` has one for each column of a part."
-        found = [(part, role, key, d._fingerprint) for part, columns in self.parts.items() for role, (key, d) in columns.items()]
+        found = [
+            (part, role, key, d._fingerprint)
+            for part, columns in self.parts.items()
+            for role, (key, d) in columns.items()
+        ]
         return hashlib.blake2b(json.dumps([found, self.rows]).encode(), digest_size=16).digest()
 
     def excerpt(self, rows: range) -> 'HubRows':

@@ -57,19 +57,28 @@ def read_lines(
     if what != 'text': lines = [line for line in lines if line]
     if not lines: raise ValueError('there is nothing on standard input')
     if what == 'text': return Lines(lines)
-    if what == 'image' and not lines[0].startswith(b'{"'): return Files(Path.cwd(), [os.fsdecode(line) for line in lines])
+    if what == 'image' and not lines[0].startswith(b'{"'):
+        return Files(Path.cwd(), [os.fsdecode(line) for line in lines])
     import io
     import pyarrow as pa
-    wanted, id_key = [options.get(f'{k}_key') or k for k in ('image', 'text') if what in (k, 'both')], options.get('id_key')
+
+    wanted, id_key = (
+        [options.get(f'{k}_key') or k for k in ('image', 'text') if what in (k, 'both')],
+        options.get('id_key'),
+    )
     texts = list(dict.fromkeys([*wanted, *([id_key] if id_key else [])]))
     try: table = read_json_lines(io.BytesIO(b'\n'.join(lines)), texts, None if id_key in wanted else id_key)
     except (ValueError, pa.ArrowException) as e: raise ValueError(f'standard input: {str(e).splitlines()[0]}') from None
-    if missing := [k for k in texts if table[k].null_count == len(table) and WHY not in table.column_names]: raise no_column('standard input', missing[0], table.column_names)
-    return Table('standard input', what, image_root=options.pop('image_root', None) or Path.cwd(), table=table, **options)
+    if missing := [k for k in texts if table[k].null_count == len(table) and WHY not in table.column_names]:
+        raise no_column('standard input', missing[0], table.column_names)
+    return Table(
+        'standard input', what, image_root=options.pop('image_root', None) or Path.cwd(), table=table, **options
+    )
 
 # %% ../../nbs/data/07_open.ipynb #0de092b4
 def open_source(
-    where: str | Path | list,  # a folder, a table, tar shards with {0..9} or *, `hf:NAME`, `-`: standard input, image files
+    # a folder, a table, tar shards with {0..9} or *, `hf:NAME`, `-`: standard input, image files
+    where: str | Path | list,
     what: str = 'image',       # 'image', 'text' or 'both'
     null: bool = False,        # names on standard input end with a zero byte
     stream=None,               # instead of standard input
@@ -82,7 +91,8 @@ def open_source(
     name = str(where)
     if name == '-': return read_lines(stream or sys.stdin.buffer, what, null, **options)
     path, kind = Path(name).expanduser(), source_kind(where, options.get('image_key'))
-    if kind == 'hub': return HubRows(name.removeprefix('hf:'), what, **_only(options, 'image_key', 'text_key', 'id_key', 'keep'))
+    if kind == 'hub':
+        return HubRows(name.removeprefix('hf:'), what, **_only(options, 'image_key', 'text_key', 'id_key', 'keep'))
     if kind == 'shards': return ShardRows(name, what, **_only(options, 'text_key', 'id_key', 'keep'))
     if kind == 'image': return Files(Path.cwd(), [name])
     if kind == 'table': return Table(path, what, **options)
@@ -90,7 +100,8 @@ def open_source(
     return Files(path)
 
 def _only(options: dict, *known: str) -> dict:
-    if more := [k for k in options if k not in known]: raise ValueError(f'{more[0]} is for tables; this source has no such option')
+    if more := [k for k in options if k not in known]:
+        raise ValueError(f'{more[0]} is for tables; this source has no such option')
     return options
 
 # %% ../../nbs/data/07_open.ipynb #6c5b39bf
@@ -127,7 +138,8 @@ def changed(
     rows: range,
 ) -> str:
     "The file of many rows, such as a tar shard, that has changed since the source was opened; '' for none."
-    if isinstance(source, Part): return next((c for i in rows if (c := changed(source.source, range(source.rows[i], source.rows[i] + 1)))), '')
+    if isinstance(source, Part):
+        return next((c for i in rows if (c := changed(source.source, range(source.rows[i], source.rows[i] + 1)))), '')
     return source.changed(rows) if hasattr(source, 'changed') else ''
 
 # %% ../../nbs/data/07_open.ipynb #e3dfee53
@@ -136,7 +148,9 @@ BY_CONTENT = 'content ' # begins a hash for which images were read
 class NameSurvey(NamedTuple):
     "What a walk over all names tells"
     rows: int
-    hash: str      # of the rows' number, their names in order, what the source itself holds, and of what tells that an image has changed
+    # of the rows' number, their names in order, what the source itself holds, and of what tells that an image has
+    # changed
+    hash: str
     repeated: int  # rows whose name another row before them has
     example: str   # such a name
 
@@ -197,11 +211,15 @@ def source_kind(
     "Tell which kind of source `where` names; raises `TypeError` for what is not a name."
     if is_dataset(where): return 'hub'
     if not isinstance(where, (str, Path)):
-        raise TypeError(f'{type(where).__name__} is not a name of data: write a table in memory to a CSV or Parquet file; want the path of a file or folder, shards such as train-{{000..031}}.tar, or hf:NAME')
+        raise TypeError(
+            f'{type(where).__name__} is not a name of data: write a table in memory to a CSV or Parquet file; want the '
+            f'path of a file or folder, shards such as train-{{000..031}}.tar, or hf:NAME'
+        )
     name, given = str(where), Path(where).expanduser()
     if name.startswith('hf:'): return 'hub'
     path = next((p for p in (given, Path(settings().data_path)/given) if p.exists()), given)
-    if path.is_dir(): return 'hub' if any((path/f).is_file() for f in ('dataset_info.json', 'dataset_dict.json')) else 'folder'
+    if path.is_dir():
+        return 'hub' if any((path / f).is_file() for f in ('dataset_info.json', 'dataset_dict.json')) else 'folder'
     if '.tar' in name: return 'shards'
     if path.is_file() and path.suffix.lower() in ENDINGS: return 'image'
     return 'hub' if _holds_images(path, image_key or 'image') else 'table'
@@ -217,34 +235,70 @@ def _holds_images(path: Path, key: str) -> bool:
     import pyarrow.parquet as pq
     try: schema = pq.read_schema(path)
     except pa.ArrowException as e: raise ValueError(f'{path}: {str(e).splitlines()[0]}') from None
-    return key in schema.names and not any(f(schema.field(key).type) for f in (pa.types.is_string, pa.types.is_large_string))
+    return key in schema.names and not any(
+        f(schema.field(key).type) for f in (pa.types.is_string, pa.types.is_large_string)
+    )
 
 # %% ../../nbs/data/07_open.ipynb #403b0f1a
 def open_pairs(
-    path: str | Path | Any,        # a .jsonl, .csv, .tsv or .parquet file, a folder of classes, shards as 'train-{000..031}.tar', or 'hf:NAME'
+    # a .jsonl, .csv, .tsv or .parquet file, a folder of classes, shards as 'train-{000..031}.tar', or 'hf:NAME'
+    path: str | Path | Any,
     image_key: str = 'image',      # column of images, or of their paths
-    text_key: str | None = 'text', # column of captions, in shards a part ('txt') or 'json:field'; None: made from labels
-    on_error: str = 'raise',       # of a table: a missing image stops here; 'skip': it is a row that `missing` names, as in other sources
-    **options,                     # of `PairsFile`, `ClassFolder`, `Shards` or `HubData`: label_key, split_key, group_key, templates, ...
+    # column of captions, in shards a part ('txt') or 'json:field'; None: made from labels
+    text_key: str | None = 'text',
+    # of a table: a missing image stops here; 'skip': it is a row that `missing` names, as in other sources
+    on_error: str = 'raise',
+    # of `PairsFile`, `ClassFolder`, `Shards` or `HubData`: label_key, split_key, group_key, templates, ...
+    **options,
 ) -> Source:
-    "Open the pairs that `path` names; raises `ValueError` for an option that this source has not, and what the source raises."
+    """Open the pairs that `path` names.
+
+    Raises `ValueError` for an option that this source has not, and what the source raises."""
     options = {k: v for k, v in options.items() if v is not None and v != []}
     kind = source_kind(path, image_key)
-    if kind == 'image': raise ValueError(f'{path} is a single image: want a table, a folder of classes, shards, or hf:NAME')
+    if kind == 'image':
+        raise ValueError(f'{path} is a single image: want a table, a folder of classes, shards, or hf:NAME')
     if kind == 'table': return PairsFile(path, image_key, text_key, on_error=on_error, **options)
     if kind == 'folder' and _of_parquet(path): kind, path = 'hub', f'hf:{path}'
     if kind == 'hub':
-        _check(type(path).__name__ if is_dataset(path) else path, 'a data set of Hugging Face', options, 'split_key', 'group_key', 'label_key', 'templates', 'parts', 'config', 'revision')
+        _check(
+            type(path).__name__ if is_dataset(path) else path,
+            'a data set of Hugging Face',
+            options,
+            'split_key',
+            'group_key',
+            'label_key',
+            'templates',
+            'parts',
+            'config',
+            'revision',
+        )
         return HubData(path if is_dataset(path) else str(path).removeprefix('hf:'), image_key, text_key, **options)
-    odd = {k: v for k, v, usual in (('image_key', image_key, 'image'), ('text_key', text_key, 'text')) if v not in (usual, None)}
+    odd = {
+        k: v
+        for k, v, usual in (('image_key', image_key, 'image'), ('text_key', text_key, 'text'))
+        if v not in (usual, None)
+    }
     if kind == 'shards':
-        _check(path, 'shards', options | {k: v for k, v in odd.items() if k == 'image_key'}, 'split_key', 'group_key', 'label_key', 'templates', 'parts', 'index', 'options')
+        _check(
+            path,
+            'shards',
+            options | {k: v for k, v in odd.items() if k == 'image_key'},
+            'split_key',
+            'group_key',
+            'label_key',
+            'templates',
+            'parts',
+            'index',
+            'options',
+        )
         return Shards(str(path), _caption_part(str(path)) if text_key == 'text' else text_key, **options)
     _check(path, 'a folder of classes', options | odd, 'templates', 'names', 'parts')
     return ClassFolder(path, **options)
 
 def _check(path, what: str, options: dict, *known: str):
-    if more := [k for k in options if k not in known]: raise ValueError(f'{path} is {what}, which has no {more[0]}: leave out {more[0]}={options[more[0]]!r}')
+    if more := [k for k in options if k not in known]:
+        raise ValueError(f'{path} is {what}, which has no {more[0]}: leave out {more[0]}={options[more[0]]!r}')
 
 def _of_parquet(folder: str | Path) -> bool:
     "Whether a folder holds Parquet files, as a copy of a data set on the hub does."

@@ -85,7 +85,13 @@ def _yes_or_no(key: str, values: Iterable[str]) -> dict[str, str]:
     "What the values of a column such as `is_train` mean; {} if it is not one."
     words = [w.lower() for w in re.findall('[A-Z]?[a-z]+|[A-Z]+', key)]
     words = [w for w in words if w not in ('is', 'in', 'for', 'set', 'split', 'part', 'row', 'data')]
-    part = 'valid' if words in (['held', 'out'], ['heldout'], ['holdout']) else part_named(words[0]) if len(words) == 1 else ''
+    part = (
+        'valid'
+        if words in (['held', 'out'], ['heldout'], ['holdout'])
+        else part_named(words[0])
+        if len(words) == 1
+        else ''
+    )
     if not part or not all(v.lower() in YES + NO for v in values): return {}
     return {v: part if v.lower() in YES else 'valid' if part == 'train' else 'train' for v in values}
 
@@ -100,11 +106,15 @@ def column_parts(
     found = _yes_or_no(key, values) | part_meaning(parts, values, f'{where}, {key}')
     if unknown := [v for v in values if v not in found and not part_named(v)]:
         if all(v.lower() in YES + NO for v in values):
-            raise ValueError(f'{where}: {key} holds {_some(values)}, which does not say what is training: call it is_train '
-                             f"or is_valid, or say parts={{{values[0]!r}: 'train', {values[-1]!r}: 'valid'}}; "
-                             'if they are groups, give it as group_key')
-        raise ValueError(f'{where}: {key} is {unknown[0]!r}, not a part such as train, val or test: say what it is with parts; '
-                         f'to keep rows of one {key} together, give it as group_key')
+            raise ValueError(
+                f'{where}: {key} holds {_some(values)}, which does not say what is training: call it is_train '
+                f"or is_valid, or say parts={{{values[0]!r}: 'train', {values[-1]!r}: 'valid'}}; "
+                'if they are groups, give it as group_key'
+            )
+        raise ValueError(
+            f'{where}: {key} is {unknown[0]!r}, not a part such as train, val or test: say what it is with parts; '
+            f'to keep rows of one {key} together, give it as group_key'
+        )
     return found
 
 def check_groups(
@@ -192,7 +202,8 @@ class Source(Dataset):
     def missing(self,
         modality: str, # 'text' or 'image'
     ) -> dict[int, str]: # row: reason
-        "Name the rows whose caption is empty, or whose image is not there, as far as that is known without opening the images."
+        """Name the rows whose caption is empty, or whose image is not there, as far as that is known without opening
+        the images."""
         return {}
 
     def left_out(self) -> dict[str, str]: # name: reason
@@ -209,7 +220,8 @@ class Source(Dataset):
         Whole groups are on either side, chosen by a hash of the group's name: adding rows moves no other row.
         Raises `ValueError` for parts of which one is neither training, validation nor test."""
         divided = self.divided()
-        if held_out := divided.get('valid') or divided.get('test'): return Part(self, divided['train']), Part(self, held_out)
+        if held_out := divided.get('valid') or divided.get('test'):
+            return Part(self, divided['train']), Part(self, held_out)
         rows: tuple[list, list] = [], []
         for i in divided.get('train', range(len(self))): rows[_unit(self.group(i)) < share].append(i)
         return Part(self, rows[0]), Part(self, rows[1])
@@ -222,7 +234,8 @@ class Source(Dataset):
         return found | ({'test': Part(self, divided['test'])} if divided.get('valid') and divided.get('test') else {})
 
     of_classes = False           # whether captions only name a class: training may then mirror the images
-    meaning: dict | None = None  # parts that `PART_NAMES` does not have: name: 'train', 'valid', 'test', or None to leave out
+    # parts that `PART_NAMES` does not have: name: 'train', 'valid', 'test', or None to leave out
+    meaning: dict | None = None
 
     def divided(self) -> dict[str, list[int]]: # 'train', 'valid', 'test': rows
         "List the rows of each part where the data name several; {} where they name none, or one that is all there is."
@@ -230,7 +243,8 @@ class Source(Dataset):
         for i in range(len(self)): rows.setdefault(self.part(i), []).append(i)
         if len(rows) < 2: return {}
         found: dict[str, list[int]] = {}
-        for name, part in what_parts(rows, self.meaning, repr(self)).items(): found.setdefault(part, []).extend(rows[name])
+        for name, part in what_parts(rows, self.meaning, repr(self)).items():
+            found.setdefault(part, []).extend(rows[name])
         return {part: sorted(found[part]) for part in PART_NAMES if part in found}
 
 # %% ../../nbs/data/01_source.ipynb #14643785
@@ -303,7 +317,8 @@ def captions_of(
         if isinstance(value, str): return [value]
     if hasattr(value, 'tolist'): value = value.tolist()  # an array of numpy's
     if not isinstance(value, (list, tuple)): raise ValueError(f'{type(value).__name__}, not text: {str(value)[:60]}')
-    if wrong := [v for v in value if isinstance(v, (list, tuple))]: raise ValueError(f'a list in a list, not text: {str(wrong[0])[:60]}')
+    if wrong := [v for v in value if isinstance(v, (list, tuple))]:
+        raise ValueError(f'a list in a list, not text: {str(wrong[0])[:60]}')
     return [text for v in value for text in captions_of(v)]
 
 def _written_list(text: str) -> list | str:

@@ -22,7 +22,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..core.files import read_bytes
-from .source import Source, captions_of, NO_CAPTION, NO_LABEL, find_file, as_text, check_groups, column_parts, from_template
+from mmembed.data.source import (
+    Source, captions_of, NO_CAPTION, NO_LABEL, find_file, as_text, check_groups, column_parts, from_template,
+)
 
 # %% ../../nbs/data/02_tables.ipynb #932ab880
 def plain_column(
@@ -36,8 +38,12 @@ def plain_column(
     if pa.types.is_integer(t) and t != pa.uint64(): return column.cast(pa.int64())
     if pa.types.is_floating(t): return column.cast(pa.float64())
     if pa.types.is_timestamp(t) or pa.types.is_date(t): return column.cast(pa.timestamp('us'), safe=False)
-    if pa.types.is_string(t) or pa.types.is_large_string(t) or pa.types.is_string_view(t): return column.cast(pa.large_string())
-    text = [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str) for v in column.to_pylist()]
+    if pa.types.is_string(t) or pa.types.is_large_string(t) or pa.types.is_string_view(t):
+        return column.cast(pa.large_string())
+    text = [
+        v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str)
+        for v in column.to_pylist()
+    ]
     return pa.array(text, pa.large_string())
 
 # %% ../../nbs/data/02_tables.ipynb #da3b6045
@@ -48,14 +54,21 @@ def read_json_lines(
     texts: list[str],        # columns that hold texts, or lists of texts
     id_key: str | None = None, # one of them in which a number is a name as well
 ): # pyarrow.Table
-    "Read lines of JSON. A text that is none leaves its row without one, with the reason in `WHY`; raises `ValueError` for a line that is no object."
+    """Read lines of JSON. A text that is none leaves its row without one, with the reason in `WHY`.
+
+    Raises `ValueError` for a line that is no object."""
     import pyarrow as pa
     import pyarrow.json
     def read(source, lists=(), longest=0):
         known = pa.schema({k: pa.list_(pa.string()) if k in lists else pa.string() for k in texts})
-        return pa.json.read_json(source, pa.json.ReadOptions(block_size=max(1 << 20, 2*longest)), pa.json.ParseOptions(explicit_schema=known))
+        return pa.json.read_json(
+            source,
+            pa.json.ReadOptions(block_size=max(1 << 20, 2 * longest)),
+            pa.json.ParseOptions(explicit_schema=known),
+        )
     try: return read(file)
-    except pa.ArrowInvalid as e: lists = [k for k in texts if f'/{k})' in str(e)]  # "Column(/text) changed from string to array in row 0"
+    # "Column(/text) changed from string to array in row 0"
+    except pa.ArrowInvalid as e: lists = [k for k in texts if f'/{k})' in str(e)]
     if hasattr(file, 'seek'): file.seek(0)
     try:
         if lists: return read(file, lists)
@@ -74,7 +87,11 @@ def _row_by_row(data: bytes, texts: list[str], id_key: str | None) -> tuple[list
         if not line.strip(): continue
         try: row = json.loads(line.decode('utf-8', 'surrogateescape'))
         except json.JSONDecodeError as e: raise ValueError(f'line {n}: not JSON ({e.msg})') from None
-        if not isinstance(row, dict): raise ValueError(f'line {n}: want an object like {{"image": ..., "text": ...}}, got {line.strip()[:60].decode("utf-8", "replace")}')
+        if not isinstance(row, dict):
+            raise ValueError(
+                f'line {n}: want an object like {{"image": ..., "text": ...}}, got '
+                f'{line.strip()[:60].decode("utf-8", "replace")}'
+            )
         wrong = None
         for k in texts:
             if k == id_key and not isinstance(row.get(k), (str, type(None))): row[k] = json.dumps(row[k])
@@ -100,7 +117,11 @@ def _of_one_kind(values: list) -> list:
     "The same, or texts of all of them where numbers, texts and others are mixed."
     values = [None if isinstance(v, float) and not math.isfinite(v) else v for v in values]
     whole = lambda v: isinstance(v, bool) or not isinstance(v, int) or abs(v) < 1 << 63
-    kinds = {'number' if isinstance(v, (int, float)) and not isinstance(v, bool) else type(v).__name__ for v in values if v is not None}
+    kinds = {
+        'number' if isinstance(v, (int, float)) and not isinstance(v, bool) else type(v).__name__
+        for v in values
+        if v is not None
+    }
     if len(kinds) < 2 and all(map(whole, values)): return values
     return [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
 
@@ -117,15 +138,22 @@ def _read_table(path: Path, columns: list[str], texts: list[str], id_key: str | 
             if missing := [k for k in columns if k not in names]: raise no_column(path, missing[0], names)
             return pq.read_table(path, columns=columns)
         if kind in ('.jsonl', '.ndjson'):
-            try: found = read_json_lines(path, texts, id_key)
-            except ValueError as e: raise e if isinstance(e, pa.ArrowException) else ValueError(f'{path}, {e}') from None
+            try:
+                found = read_json_lines(path, texts, id_key)
+            except ValueError as e:
+                raise e if isinstance(e, pa.ArrowException) else ValueError(f'{path}, {e}') from None
         elif kind in ('.csv', '.tsv'):
             parse = pa.csv.ParseOptions(delimiter=',' if kind == '.csv' else '\t', newlines_in_values=True)
-            found = pa.csv.read_csv(path, parse_options=parse, convert_options=pa.csv.ConvertOptions(column_types=strings))
+            found = pa.csv.read_csv(
+                path, parse_options=parse, convert_options=pa.csv.ConvertOptions(column_types=strings)
+            )
         else: raise ValueError(f'{path}: want a .jsonl, .csv, .tsv or .parquet file, got {kind or "no ending"!r}')
     except pa.ArrowException as e: raise ValueError(f'{path}: {str(e).strip().splitlines()[0]}') from None
     for k in columns:
-        if k not in found.column_names or (k in texts and found[k].null_count == len(found) > 0 and WHY not in found.column_names): raise no_column(path, k, found.column_names)
+        if k not in found.column_names or (
+            k in texts and found[k].null_count == len(found) > 0 and WHY not in found.column_names
+        ):
+            raise no_column(path, k, found.column_names)
     return found.select(columns + [k for k in [WHY] if k in found.column_names])
 
 # %% ../../nbs/data/02_tables.ipynb #2927a333
@@ -141,7 +169,9 @@ def _one_text_a_row(table, key: str): # the table and, where cells had several t
     cells = [captions_of(v) if v is None or isinstance(v, (str, list)) else [v] for v in column.to_pylist()]
     numbers = [n if len(c) > 1 else 0 for c in cells for n in range(1, max(len(c), 1) + 1)]
     rows = [i for i, c in enumerate(cells) for _ in c or [None]]
-    return table.take(rows).set_column(where, key, [pa.array([t for c in cells for t in c or [None]])]), numbers if any(numbers) else None
+    return table.take(rows).set_column(where, key, [pa.array([t for c in cells for t in c or [None]])]), numbers if any(
+        numbers
+    ) else None
 
 # %% ../../nbs/data/02_tables.ipynb #820c1b5d
 class Table(Source):
@@ -151,12 +181,14 @@ class Table(Source):
         what: str = 'image',                  # 'image', 'text' or 'both': which columns there must be
         image_key: str = 'image',             # column that holds paths of image files
         text_key: str = 'text',               # column that holds texts
-        id_key: str | None = None,            # column that names the rows; the path of the image by default, without images the number
+        # column that names the rows; the path of the image by default, without images the number
+        id_key: str | None = None,
         keep: list | tuple = (),              # further columns
         image_root: str | Path | None = None, # where the image paths begin; the folder of `path` by default
         table=None,                           # pyarrow: the rows, instead of the file's
     ):
-        "Raises `FileNotFoundError`, and `ValueError` for what cannot be read, for a column that is missing, and for no rows."
+        """Raises `FileNotFoundError`, and `ValueError` for what cannot be read, for a column that is missing, and
+        for no rows."""
         import pyarrow as pa
         self.path = Path(path).expanduser()
         self.root = Path(image_root).expanduser().resolve() if image_root else self.path.resolve().parent
@@ -166,19 +198,29 @@ class Table(Source):
         texts = list(dict.fromkeys(self.roles.values()))
         if table is None:
             if not self.path.is_file(): raise FileNotFoundError(f'no such file: {self.path}')
-            table = _read_table(self.path, list(dict.fromkeys([*texts, *self.keep.values()])), texts, id_key if id_key not in (roles['image'], roles['text']) else None)
+            table = _read_table(
+                self.path,
+                list(dict.fromkeys([*texts, *self.keep.values()])),
+                texts,
+                id_key if id_key not in (roles['image'], roles['text']) else None,
+            )
         if not len(table): raise ValueError(f'{self.path} holds no rows')
         self.numbers: list[int] | None = None
         try:
             if 'text' in self.roles: table, self.numbers = _one_text_a_row(table, text_key)
         except ValueError as e: raise ValueError(f'{self.path}: {text_key} holds {e}') from None
-        columns = {k: table[k].combine_chunks() if table[k].num_chunks != 1 else table[k].chunk(0) for k in table.column_names}
-        try: self.columns = {k: c.cast(pa.large_string()) if k in texts else plain_column(c) for k, c in columns.items()}
-        except pa.ArrowException as e: raise ValueError(f'{self.path}: {str(e).splitlines()[0]}') from None
+        columns = {
+            k: table[k].combine_chunks() if table[k].num_chunks != 1 else table[k].chunk(0) for k in table.column_names
+        }
+        try:
+            self.columns = {k: c.cast(pa.large_string()) if k in texts else plain_column(c) for k, c in columns.items()}
+        except pa.ArrowException as e:
+            raise ValueError(f'{self.path}: {str(e).splitlines()[0]}') from None
 
     def _cell(self, role: str, i: int) -> str:
         value = self.columns[self.roles[role]][i].as_py()
-        if value is None: raise ValueError(WHY in self.columns and self.columns[WHY][i].as_py() or f'{self.roles[role]} is empty')
+        if value is None:
+            raise ValueError(WHY in self.columns and self.columns[WHY][i].as_py() or f'{self.roles[role]} is empty')
         return value
 
     def __len__(self) -> int: return len(next(iter(self.columns.values())))
@@ -207,7 +249,8 @@ class Table(Source):
 
     def excerpt(self, rows: range) -> 'Table':
         part = copy.copy(self)
-        part.columns = {k: c.take(list(rows)) for k, c in self.columns.items()}  # a slice would be sent with the whole column
+        # a slice would be sent with the whole column
+        part.columns = {k: c.take(list(rows)) for k, c in self.columns.items()}
         if self.numbers: part.numbers = self.numbers[rows.start:rows.stop]
         return part
 
@@ -291,16 +334,19 @@ class PairsFile(Source):
         path: str | Path,                     # .jsonl, .csv, .tsv or .parquet; else in `settings().data_path`
         image_key: str = 'image',             # column that holds paths of image files
         text_key: str | None = 'text',        # column that holds captions, `name.*` for several; None: from the label
-        split_key: str | None = None,         # column of parts: train, val, test; or `is_train`, `is_valid` with 0 and 1
+        # column of parts: train, val, test; or `is_train`, `is_valid` with 0 and 1
+        split_key: str | None = None,
         image_root: str | Path | None = None, # where the image paths begin; the folder of `path` by default
         label_key: str | None = None,         # column that holds a class
         templates: list[str] | tuple = ('a photo of a {}',), # captions for `text_key=None`
         near_key: str | None = None,          # column whose equal values are alike (see `Source.near`)
         group_key: str | None = None,         # column whose equal values stay on one side of a split
         parts: dict | None = None,            # other values of `split_key`: 'train', 'valid', 'test', None: left out
-        on_error: Literal['raise', 'skip'] = 'raise', # a missing image: stop here, or keep the row, which `missing` names
+        # a missing image: stop here, or keep the row, which `missing` names
+        on_error: Literal['raise', 'skip'] = 'raise',
     ):
-        """Raises `FileNotFoundError` for a missing file or image (with 'skip' only if all are missing), `ValueError` for what cannot be read, naming the
+        """Raises `FileNotFoundError` for a missing file or image (with 'skip' only if all are missing), `ValueError`
+        for what cannot be read, naming the
         line, for a missing column, listing those there are, and for an empty table."""
         self.path = find_file(path)
         self.root = Path(image_root) if image_root else self.path.parent
@@ -345,7 +391,9 @@ class PairsFile(Source):
                 absent.setdefault(k, (place, row))
             image = row.get(image_key)
             if not isinstance(image, str) and as_text(image):
-                raise ValueError(f'{self.path}, {place}: {image_key} is {type(image).__name__}, not text: {str(image)[:60]}')
+                raise ValueError(
+                    f'{self.path}, {place}: {image_key} is {type(image).__name__}, not text: {str(image)[:60]}'
+                )
             for kind, cell in found or [('', None)]:
                 try: texts = captions_of(cell)
                 except ValueError as e: raise ValueError(f'{self.path}, {place}: {text_key} is {e}') from None
@@ -379,7 +427,10 @@ class PairsFile(Source):
 
     def missing(self, modality: str) -> dict[int, str]:
         if modality == 'image':
-            return {i: f'there is no file {self.root/self.images[i]}' if self.images[i] else 'there is no image' for i in self.gone}
+            return {
+                i: f'there is no file {self.root / self.images[i]}' if self.images[i] else 'there is no image'
+                for i in self.gone
+            }
         texts, reason = (self.labels, NO_LABEL) if self.texts is None else (self.texts, NO_CAPTION)
         return {i: reason for i, text in enumerate(texts) if not text.strip()}
 

@@ -22,7 +22,10 @@ from torch import Tensor
 
 from ..core.packing import as_bytes
 from .folders import ENDINGS, of_system
-from .source import NO_CAPTION, NO_LABEL, Source, as_text, captions_of, check_groups, column_parts, from_template, part_in, part_meaning
+from mmembed.data.source import (
+    NO_CAPTION, NO_LABEL, Source, as_text, captions_of, check_groups, column_parts, from_template, part_in,
+    part_meaning,
+)
 from .tables import hash_column, plain_column
 
 # %% ../../nbs/data/05_webdataset.ipynb #47b21ea0
@@ -97,7 +100,8 @@ class Shards(Source):
         index: str | Path | None = None,     # folder that keeps what lies where; None: look through at each start
         options: dict | None = None,         # of the store, as `fsspec` takes them
         group_key: str | None = None,        # 'json:field' whose equal values stay on one side of a split, or 'shard'
-        parts: dict | None = None,           # names of parts that are not known: 'train', 'valid', 'test', None: left out
+        # names of parts that are not known: 'train', 'valid', 'test', None: left out
+        parts: dict | None = None,
     ):
         """Raises `FileNotFoundError` for a shard that is missing, `ValueError` for one that is no tar file or is
         truncated, for JSON that cannot be read, and if there is no sample with an image and a caption."""
@@ -129,8 +133,11 @@ class Shards(Source):
         texts = _texts(s, text_key, place) if text_key else [from_template(label or '', self.templates, s.key)]
         if not s.image or not texts or (label_key and not label):
             self.ignored.append(f"{place} has no {'image' if not s.image else label_key if texts else text_key}")
-            self.unused[f'{Path(self.urls[n]).name}: {s.key}'] = \
-                'there is no image' if not s.image else f'{NO_LABEL if texts else NO_CAPTION} ({label_key if texts else text_key})'
+            self.unused[f'{Path(self.urls[n]).name}: {s.key}'] = (
+                'there is no image'
+                if not s.image
+                else f'{NO_LABEL if texts else NO_CAPTION} ({label_key if texts else text_key})'
+            )
             return
         for number, text in enumerate(texts, 1):
             self.numbers.append(number if len(texts) > 1 else 0)
@@ -147,7 +154,9 @@ class Shards(Source):
     def __len__(self) -> int: return len(self.keys)
     def text(self, i: int) -> str: return self.texts[i]
     def picture(self, i: int) -> str: return f'{Path(self.urls[self.places[i][0]]).name}: {self.keys[i]}'
-    def name(self, i: int) -> str: return self.picture(i) + (f' ({self.numbers[i]})' if self.numbers and self.numbers[i] else '')
+
+    def name(self, i: int) -> str:
+        return self.picture(i) + (f' ({self.numbers[i]})' if self.numbers and self.numbers[i] else '')
     def left_out(self) -> dict[str, str]: return self.unused
     def label(self, i: int) -> str: return self.labels[i]
     def group(self, i: int) -> str: return self.groups[i] if self.groups else self.picture(i)
@@ -166,7 +175,9 @@ class Shards(Source):
 
 # %% ../../nbs/data/05_webdataset.ipynb #72c70d3a
 def _shard_parts(urls: list[str]) -> list[str]:
-    "The part of each shard: the word of its name that names one, else of the folders that tell it from others; '' if none has one."
+    """The part of each shard: the word of its name that names one, else of the folders that tell it from others.
+
+    '' if none has one."""
     split = [url.split('/') for url in urls]
     same = next((n for n, names in enumerate(zip(*split)) if len(set(names)) > 1), min(map(len, split)) - 1)
     found = [part_in('/'.join(names[same:])) for names in split]
@@ -229,8 +240,10 @@ class ShardRows(Shards):
         self.kept: dict[str, Any] = {k: [] for k in keep}
         super().__init__(urls, text_key=text_key, **options)
         for k, values in self.kept.items():
-            try: self.kept[k] = plain_column(pa.array(values))
-            except pa.ArrowException: self.kept[k] = pa.array([None if v is None else str(v) for v in values], pa.large_string())
+            try:
+                self.kept[k] = plain_column(pa.array(values))
+            except pa.ArrowException:
+                self.kept[k] = pa.array([None if v is None else str(v) for v in values], pa.large_string())
         self.stamps = {url: self._stamp(url) for url in self.urls}
 
     def _add(self, n: int, s, text_key, *_):

@@ -90,19 +90,57 @@ svg.mm-spectrum rect {fill: var(--color-accent)}
 def theme() -> gr.themes.Base:
     "Gradio's plain theme in fonts that every machine has."
     system = ['system-ui', '-apple-system', 'Segoe UI', 'Roboto', 'sans-serif']
-    plain = gr.themes.Soft(primary_hue='teal', secondary_hue='teal', neutral_hue='slate', font=system, font_mono=['ui-monospace', 'Consolas', 'monospace'])
-    text = dict(body_text_color_subdued='*neutral_600', block_info_text_color='*neutral_600', input_placeholder_color='*neutral_500', block_title_text_color='*neutral_700',
-                block_label_text_color='*primary_800', color_accent='*primary_700', link_text_color='*secondary_700', link_text_color_hover='*secondary_800')
-    dark = dict(body_text_color_subdued='*neutral_300', block_info_text_color='*neutral_300', input_placeholder_color='*neutral_300', block_title_text_color='*neutral_100',
-                block_title_background_fill='*primary_800', block_label_text_color='*neutral_100', block_label_background_fill='*primary_800')
-    button = {f'button_primary_{part}{mode}': shade for mode in ('', '_dark') for part, shade in (
-        ('background_fill', '*primary_700'), ('background_fill_hover', '*primary_800'), ('border_color', '*primary_700'), ('text_color', 'white'))}
+    plain = gr.themes.Soft(
+        primary_hue='teal',
+        secondary_hue='teal',
+        neutral_hue='slate',
+        font=system,
+        font_mono=['ui-monospace', 'Consolas', 'monospace'],
+    )
+    text = dict(
+        body_text_color_subdued='*neutral_600',
+        block_info_text_color='*neutral_600',
+        input_placeholder_color='*neutral_500',
+        block_title_text_color='*neutral_700',
+        block_label_text_color='*primary_800',
+        color_accent='*primary_700',
+        link_text_color='*secondary_700',
+        link_text_color_hover='*secondary_800',
+    )
+    dark = dict(
+        body_text_color_subdued='*neutral_300',
+        block_info_text_color='*neutral_300',
+        input_placeholder_color='*neutral_300',
+        block_title_text_color='*neutral_100',
+        block_title_background_fill='*primary_800',
+        block_label_text_color='*neutral_100',
+        block_label_background_fill='*primary_800',
+    )
+    button = {
+        f'button_primary_{part}{mode}': shade
+        for mode in ('', '_dark')
+        for part, shade in (
+            ('background_fill', '*primary_700'),
+            ('background_fill_hover', '*primary_800'),
+            ('border_color', '*primary_700'),
+            ('text_color', 'white'),
+        )
+    }
     return plain.set(**text, **{f'{k}_dark': v for k, v in dark.items()}, **button)
 
 # %% ../../nbs/demo/05_app.ipynb #5eedef95
 def image_input(label: str, name: str, **kwargs) -> gr.Image:
     "An upload that gives the path of the file as it came."
-    image = gr.Image(label=label, elem_id=f'mm-{name}', type='filepath', image_mode=None, sources=['upload', 'clipboard'], buttons=['fullscreen'], height=kwargs.pop('height', 240), **kwargs)
+    image = gr.Image(
+        label=label,
+        elem_id=f'mm-{name}',
+        type='filepath',
+        image_mode=None,
+        sources=['upload', 'clipboard'],
+        buttons=['fullscreen'],
+        height=kwargs.pop('height', 240),
+        **kwargs,
+    )
     image.preprocess = lambda payload: payload.path if payload is not None else None
     return image
 
@@ -116,20 +154,56 @@ def search_tab(panels: Panels, pictures: gr.Dropdown):
     "Query, button, results; a result that is clicked opens large, and can become the query."
     first = panels.columns_of(pictures.value)
     with gr.Row(elem_classes='mm-ask'):
-        text = gr.Textbox('', label='Text', placeholder='what to look for', lines=1, max_lines=6, max_length=100_000, scale=1, min_width=160, submit_btn=False)
+        text = gr.Textbox(
+            '',
+            label='Text',
+            placeholder='what to look for',
+            lines=1,
+            max_lines=6,
+            max_length=100_000,
+            scale=1,
+            min_width=160,
+            submit_btn=False,
+        )
         go = gr.Button('Search', variant='primary', min_width=84, scale=0)
         clear = gr.Button('Clear', min_width=64, scale=0)
     with gr.Accordion('By an image, and more', open=True) as more, gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=280):
-            if some := examples_of(panels): gr.Examples([[s] for s in some], [text], label='Try', api_visibility='private')
+            if some := examples_of(panels):
+                gr.Examples([[s] for s in some], [text], label='Try', api_visibility='private')
             with gr.Row(visible=first is not None) as asked_of_an_index:
-                words = gr.Textbox('', label='Words in the captions', placeholder='alone, or beside what is looked for', lines=1, max_lines=2, max_length=10_000, min_width=200)
-                where = gr.Textbox('', label='Filter', placeholder=_named(first), lines=1, max_lines=3, max_length=10_000, min_width=200)
+                words = gr.Textbox(
+                    '',
+                    label='Words in the captions',
+                    placeholder='alone, or beside what is looked for',
+                    lines=1,
+                    max_lines=2,
+                    max_length=10_000,
+                    min_width=200,
+                )
+                where = gr.Textbox(
+                    '',
+                    label='Filter',
+                    placeholder=_named(first),
+                    lines=1,
+                    max_lines=3,
+                    max_length=10_000,
+                    min_width=200,
+                )
             top = gr.Slider(1, 60, value=12, step=1, label='Results')
         with gr.Column(scale=1, min_width=240): image = image_input('An image, or text and image', 'search', height=180)
     picked, place = (gr.Textbox(visible=False, label=name) for name in ('row', 'place'))
     status = gr.HTML()
-    found = gr.Gallery(show_label=False, columns=4, elem_classes='mm-found', object_fit='contain', height='auto', allow_preview=False, interactive=False, buttons=[])
+    found = gr.Gallery(
+        show_label=False,
+        columns=4,
+        elem_classes='mm-found',
+        object_fit='contain',
+        height='auto',
+        allow_preview=False,
+        interactive=False,
+        buttons=[],
+    )
     with gr.Accordion('Numbers', open=False): rows = gr.JSON(show_label=False)
     with gr.Column(visible=False, elem_id='mm-large') as large:
         with gr.Row():
@@ -142,8 +216,13 @@ def search_tab(panels: Panels, pictures: gr.Dropdown):
         return [a.show or [] for a in answers], [a.rows for a in answers], [a.status for a in answers]
     inputs, outputs = [text, image, picked, top, pictures, where, words], [found, rows, status]
     asked = dict(fn=search, inputs=inputs, outputs=outputs, batch=True, max_batch_size=16, show_progress='minimal')
-    gr.on([go.click, text.submit, where.submit, words.submit], **asked, api_name='search',
-          api_description='Pictures nearest to a text, an image, both, or a row of the pictures; with a filter and words where they are an index.')
+    gr.on(
+        [go.click, text.submit, where.submit, words.submit],
+        **asked,
+        api_name='search',
+        api_description='Pictures nearest to a text, an image, both, or a row of the pictures; with a filter and words '
+                        'where they are an index.',
+    )
     def enlarged(rows, key, event: gr.SelectData):
         try: file, said = panels.large(rows[event.index], key)
         except (ValueError, OSError) as e: raise gr.Error(str(e)) from None
@@ -151,16 +230,30 @@ def search_tab(panels: Panels, pictures: gr.Dropdown):
     def chosen(row, key):
         try: return '', str(panels.of(key).thumb(panels.emb, int(row))), row, gr.Column(visible=False)
         except (ValueError, OSError) as e: raise gr.Error(str(e)) from None
-    found.select(enlarged, [rows, pictures], [large, shown, told, place], api_visibility='private', show_progress='minimal')
-    alike.click(chosen, [place, pictures], [text, image, picked, large], api_visibility='private').then(**asked, api_visibility='private')
+
+    found.select(
+        enlarged, [rows, pictures], [large, shown, told, place], api_visibility='private', show_progress='minimal'
+    )
+    alike.click(chosen, [place, pictures], [text, image, picked, large], api_visibility='private').then(
+        **asked, api_visibility='private'
+    )
     close.click(lambda: gr.Column(visible=False), None, large, api_visibility='private', show_progress='hidden')
-    for changed in (image.upload, image.clear, text.input): changed(lambda: '', None, picked, api_visibility='private', show_progress='hidden')
+    for changed in (image.upload, image.clear, text.input):
+        changed(lambda: '', None, picked, api_visibility='private', show_progress='hidden')
     image.upload(lambda: '', None, picked, api_visibility='private').then(**asked, api_visibility='private')
-    clear.click(lambda: ('', None, '', '', '', [], None, ''), None, [text, image, picked, where, words, found, rows, status], api_visibility='private')
+    clear.click(
+        lambda: ('', None, '', '', '', [], None, ''),
+        None,
+        [text, image, picked, where, words, found, rows, status],
+        api_visibility='private',
+    )
     def other(key):
         names = panels.columns_of(key)
         return gr.Row(visible=names is not None), gr.Textbox(value='', placeholder=_named(names)), ''
-    pictures.change(other, pictures, [asked_of_an_index, where, words], api_visibility='private', show_progress='hidden')
+
+    pictures.change(
+        other, pictures, [asked_of_an_index, where, words], api_visibility='private', show_progress='hidden'
+    )
     return more
 
 def _named(columns: str | None) -> str | None: return f'an SQL condition on {columns}' if columns else None
@@ -174,26 +267,62 @@ def match_tab(panels: Panels):
         def run(*values):
             a = f(*values)
             return a.rows, a.status, a.show or ''
-        gr.on([button.click, *more], run, inputs, [rows, status, show], api_name=name, api_description=about, show_progress='minimal')
+
+        gr.on(
+            [button.click, *more],
+            run,
+            inputs,
+            [rows, status, show],
+            api_name=name,
+            api_description=about,
+            show_progress='minimal',
+        )
     with gr.Tabs():
         with gr.Tab('Several texts'):
             with gr.Row():
                 image = image_input('Image', 'match')
-                texts = gr.Textbox(label='Texts, one a line', lines=8, max_lines=16, value='\n'.join(examples_of(panels)[:3]))
-            wired(gr.Button('Compare', variant='primary'), panels.match_texts, [image, texts], 'match_texts', 'How well each line of text fits an image.')
+                texts = gr.Textbox(
+                    label='Texts, one a line', lines=8, max_lines=16, value='\n'.join(examples_of(panels)[:3])
+                )
+            wired(
+                gr.Button('Compare', variant='primary'),
+                panels.match_texts,
+                [image, texts],
+                'match_texts',
+                'How well each line of text fits an image.',
+            )
         with gr.Tab('Several images'):
             with gr.Row():
                 text = gr.Textbox(label='Text', lines=1, max_lines=6, value=(examples_of(panels) or [''])[0])
-                files = gr.File(label=f'Images, at most {MAX_IMAGES}', file_count='multiple', height=200, elem_id='mm-files')
-            wired(gr.Button('Compare', variant='primary'), panels.match_images, [text, files], 'match_images', 'How well a text fits each image.', text.submit)
+                files = gr.File(
+                    label=f'Images, at most {MAX_IMAGES}', file_count='multiple', height=200, elem_id='mm-files'
+                )
+            wired(
+                gr.Button('Compare', variant='primary'),
+                panels.match_images,
+                [text, files],
+                'match_images',
+                'How well a text fits each image.',
+                text.submit,
+            )
         if panels.pairs: return
         with gr.Tab('Classes'):
             with gr.Row():
                 image = image_input('Image', 'classify')
                 with gr.Column():
-                    classes = gr.Textbox(label='Classes, one a line or separated by commas', lines=4, value='circle, square, triangle, star, cross, ring')
+                    classes = gr.Textbox(
+                        label='Classes, one a line or separated by commas',
+                        lines=4,
+                        value='circle, square, triangle, star, cross, ring',
+                    )
                     templates = gr.Textbox(label='Templates, {} is the class', lines=3, value='a photo of a {}\na {}')
-            wired(gr.Button('Classify', variant='primary'), panels.classify, [image, classes, templates], 'classify', 'Zero-shot classification with templates.')
+            wired(
+                gr.Button('Classify', variant='primary'),
+                panels.classify,
+                [image, classes, templates],
+                'classify',
+                'Zero-shot classification with templates.',
+            )
 
 # %% ../../nbs/demo/05_app.ipynb #a8732d4e
 def inside_tab(panels: Panels):
@@ -203,7 +332,16 @@ def inside_tab(panels: Panels):
             image = image_input('Image', 'inside')
             see = gr.Button('Look at the image', variant='primary')
             status = gr.HTML()
-            shown = gr.Gallery(show_label=False, columns=3, elem_classes='mm-found', object_fit='contain', height='auto', interactive=False, buttons=['fullscreen'], format='png')
+            shown = gr.Gallery(
+                show_label=False,
+                columns=3,
+                elem_classes='mm-found',
+                object_fit='contain',
+                height='auto',
+                interactive=False,
+                buttons=['fullscreen'],
+                format='png',
+            )
             with gr.Accordion('Numbers', open=False): rows = gr.JSON(show_label=False)
         with gr.Column(min_width=300):
             text = gr.Textbox(label='Text', lines=6, max_lines=12, placeholder='a text, as long as you like')
@@ -216,10 +354,25 @@ def inside_tab(panels: Panels):
     def read_it(text):
         a = panels.inside_text(text)
         return a.rows, a.status, a.show or ''
-    gr.on([see.click, image.upload], look_at, [image], [rows, status, shown], api_name='inside_image', show_progress='minimal',
-          api_description='The picture that the model sees, and what is lost on the way.')
-    gr.on([read.click, text.submit], read_it, [text], [numbers, said, tokens], api_name='inside_text', show_progress='minimal',
-          api_description='Tokens with ids and places, and what is cut away.')
+
+    gr.on(
+        [see.click, image.upload],
+        look_at,
+        [image],
+        [rows, status, shown],
+        api_name='inside_image',
+        show_progress='minimal',
+        api_description='The picture that the model sees, and what is lost on the way.',
+    )
+    gr.on(
+        [read.click, text.submit],
+        read_it,
+        [text],
+        [numbers, said, tokens],
+        api_name='inside_text',
+        show_progress='minimal',
+        api_description='Tokens with ids and places, and what is cut away.',
+    )
 
 # %% ../../nbs/demo/05_app.ipynb #0e39512d
 def embeddings_tab(panels: Panels, pictures: gr.Dropdown) -> dict:
@@ -234,7 +387,16 @@ def embeddings_tab(panels: Panels, pictures: gr.Dropdown) -> dict:
     def vector(text, image):
         a, path = panels.vector(text, image)
         return a.rows, a.status, a.show or '', path
-    gr.on([go.click, text.submit], vector, [text, image], [rows, status, drawn, file], api_name='embed', api_description='The vector of a text or an image.', show_progress='minimal')
+
+    gr.on(
+        [go.click, text.submit],
+        vector,
+        [text, image],
+        [rows, status, drawn, file],
+        api_name='embed',
+        api_description='The vector of a text or an image.',
+        show_progress='minimal',
+    )
     gr.Markdown('### The pictures')
     with gr.Row():
         draw = gr.Button('Draw the map', variant='primary', min_width=140)
@@ -249,8 +411,10 @@ def embeddings_tab(panels: Panels, pictures: gr.Dropdown) -> dict:
     def download(key):
         try: return panels.download(key)
         except (ValueError, OSError) as e: raise gr.Error(str(e)) from None
-    save.click(download, [pictures], [all_file], api_name='download', api_description='All vectors of the pictures as .npz.'
-        ).success(lambda: gr.File(visible=True), None, [all_file], api_visibility='private', show_progress='hidden')
+
+    save.click(
+        download, [pictures], [all_file], api_name='download', api_description='All vectors of the pictures as .npz.'
+    ).success(lambda: gr.File(visible=True), None, [all_file], api_visibility='private', show_progress='hidden')
     asked = dict(fn=overview, inputs=[pictures], outputs=[numbers, told, heat, plane], show_progress='minimal')
     draw.click(**asked, api_name='overview', api_description='Similarities of some pictures, and a map of many.')
     return asked
@@ -263,14 +427,26 @@ def own_pictures(panels: Panels, pictures: gr.Dropdown):
         said = gr.HTML()
     def index(files, progress=gr.Progress()):
         try:
-            if len(files or []) > MAX_UPLOAD: raise ValueError(f'{len(files)} pictures are too many for this page: at most {MAX_UPLOAD}.')
-            mine = embed_files(panels.emb, files or [], progress=lambda done, n: progress((done, n), desc='embedding', unit='pictures'))
+            if len(files or []) > MAX_UPLOAD:
+                raise ValueError(f'{len(files)} pictures are too many for this page: at most {MAX_UPLOAD}.')
+            mine = embed_files(
+                panels.emb, files or [], progress=lambda done, n: progress((done, n), desc='embedding', unit='pictures')
+            )
         except (ValueError, OSError) as e: return gr.skip(), error_answer(e).status
         key = panels.add(mine)
         bad = ''.join(error_answer(f'{Path(n).name}: {e}').status for n, e in mine.failed[:10])
         shared = [k for k in panels.sets if k not in panels.own]
-        return gr.Dropdown(choices=[*shared, key], value=key), f'<div class="mm-status">{len(mine):,} pictures can be searched</div>{bad}'
-    files.upload(index, [files], [pictures, said], api_name='index', api_description='Embed image files, to be searched under the name that comes back.')
+        return gr.Dropdown(
+            choices=[*shared, key], value=key
+        ), f'<div class="mm-status">{len(mine):,} pictures can be searched</div>{bad}'
+
+    files.upload(
+        index,
+        [files],
+        [pictures, said],
+        api_name='index',
+        api_description='Embed image files, to be searched under the name that comes back.',
+    )
 
 # %% ../../nbs/demo/05_app.ipynb #320b55f7
 ON_LOAD = """() => {
@@ -283,14 +459,21 @@ def build_page(
 ) -> gr.Blocks:
     "The page, not yet served."
     card = panels.emb.card
-    about = f'{panels.emb.path.name} · {card["short_hash"]} · {card["parameters"]/1e6:.1f} M parameters · {card["dim"]} {"labels" if panels.pairs else "dimensions"}'
+    about = f'{panels.emb.path.name} · {card["short_hash"]} · {card["parameters"] / 1e6:.1f} M parameters · {card["dim"]} {"labels" if panels.pairs else "dimensions"}'
     with gr.Blocks(title='mmembed', analytics_enabled=False, delete_cache=(3600, 24*3600)) as page:
         gr.Markdown(f'# mmembed\n{about}', elem_id='mm-title')
         if panels.pairs:
             with gr.Tab('Match'): match_tab(panels)
             with gr.Tab('Look inside'): inside_tab(panels)
             return page
-        pictures = gr.Dropdown([*panels.sets], value=next(iter(panels.sets), None), label='Pictures', allow_custom_value=True, interactive=True, elem_id='mm-pictures')
+        pictures = gr.Dropdown(
+            [*panels.sets],
+            value=next(iter(panels.sets), None),
+            label='Pictures',
+            allow_custom_value=True,
+            interactive=True,
+            elem_id='mm-pictures',
+        )
         wide = gr.Checkbox(visible=False, label='wide')
         with gr.Tab('Search'):
             more = search_tab(panels, pictures)
@@ -299,7 +482,14 @@ def build_page(
         with gr.Tab('Look inside'): inside_tab(panels)
         with gr.Tab('Embeddings') as tab: drawn = embeddings_tab(panels, pictures)
         tab.select(**drawn, api_visibility='private')
-        page.load(lambda wide: gr.Accordion(open=wide), wide, more, js=ON_LOAD, api_visibility='private', show_progress='hidden')
+        page.load(
+            lambda wide: gr.Accordion(open=wide),
+            wide,
+            more,
+            js=ON_LOAD,
+            api_visibility='private',
+            show_progress='hidden',
+        )
     return page
 
 # %% ../../nbs/demo/05_app.ipynb #9be5ca77
@@ -317,8 +507,23 @@ def serve_page(
     page = build_page(panels).queue(max_size=128, default_concurrency_limit=2)
     user, colon, password = (auth or '').partition(':')
     if auth and not (user and password): raise ValueError('auth wants user:password')
-    _, address, _ = page.launch(server_name=host, server_port=port, max_file_size=max_file_size, auth=(user, password) if auth else None, inbrowser=browser,
-        prevent_thread_lock=True, quiet=True, show_error=True, share=False, ssr_mode=False, pwa=False, theme=theme(), css=CSS, footer_links=[], enable_monitoring=False)
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        max_file_size=max_file_size,
+        auth=(user, password) if auth else None,
+        inbrowser=browser,
+        prevent_thread_lock=True,
+        quiet=True,
+        show_error=True,
+        share=False,
+        ssr_mode=False,
+        pwa=False,
+        theme=theme(),
+        css=CSS,
+        footer_links=[],
+        enable_monitoring=False,
+    )
     if block:
         print(f'the demo answers at {address} (Ctrl-C ends it)', flush=True)
         page.block_thread()
@@ -337,8 +542,17 @@ def default_artifact(
     from mmembed.train.run import training_record
     from mmembed.train.run import run
     rows, epochs = (64, 1) if small else (3000, 6)
-    options = {'name': 'demo', 'data.source.init_args.train': rows, 'data.source.init_args.valid': 100, 'data.workers': 0, 'data.batch_size': 64 if small else 128,
-               'trainer.max_epochs': epochs, 'trainer.check_val_every_n_epoch': epochs}
-    done = run(['--config', str(config_path('quickstart')), *(w for k, v in options.items() for w in (f'--{k}', str(v)))])
+    options = {
+        'name': 'demo',
+        'data.source.init_args.train': rows,
+        'data.source.init_args.valid': 100,
+        'data.workers': 0,
+        'data.batch_size': 64 if small else 128,
+        'trainer.max_epochs': epochs,
+        'trainer.check_val_every_n_epoch': epochs,
+    }
+    done = run(
+        ['--config', str(config_path('quickstart')), *(w for k, v in options.items() for w in (f'--{k}', str(v)))]
+    )
     mm.export(done.model, folder/'demo.pt', training=training_record(done.checkpoint))
     return folder/'demo.pt'

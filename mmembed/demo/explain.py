@@ -58,10 +58,14 @@ def look_image(
     pale[top:h - top, left:w - left] = False
     shown[:, pale] = (shown[:, pale].int()*3//10 + 178).byte()
     with torch.no_grad(): x = emb.module.vision_pipeline.normalize(levels[None].to(emb.device))[0].float().cpu()
-    facts = dict(file=f'{info.format.upper()}, {info.width} × {info.height}, {info.bits} bits, {info.channels or "?"} channels',
-        upright=f'{w} × {h}', model_sees=f'{size[1]} × {size[0]}', resize=f'{rule["resize_mode"]}, {rule["interpolation"]}',
-        kept=f'{high*wide:.0%} of the picture',
-        normalised=', '.join(f'{c} {v.mean():+.2f} ± {v.std():.2f}' for c, v in zip(('red', 'green', 'blue'), x)))
+    facts = dict(
+        file=f'{info.format.upper()}, {info.width} × {info.height}, {info.bits} bits, {info.channels or "?"} channels',
+        upright=f'{w} × {h}',
+        model_sees=f'{size[1]} × {size[0]}',
+        resize=f'{rule["resize_mode"]}, {rule["interpolation"]}',
+        kept=f'{high * wide:.0%} of the picture',
+        normalised=', '.join(f'{c} {v.mean():+.2f} ± {v.std():.2f}' for c, v in zip(('red', 'green', 'blue'), x)),
+    )
     return InsideImage(facts, image_warnings(info, rule, h, w, _transparent(image)), shown, levels, x)
 
 # %% ../../nbs/demo/03_explain.ipynb #44e15b8a
@@ -73,25 +77,47 @@ def image_warnings(
 ) -> list[str]:
     "A sentence for every loss."
     said, (high, wide), size = [], kept(h, w, rule), rule['size']
-    if high*wide < 0.995: said.append(f'{1 - high*wide:.0%} of the picture is cut away ({"left and right" if wide < high else "above and below"}).')
-    if rule['resize_mode'] == 'squash' and not 0.8 < (h/size[0])/(w/size[1]) < 1.25: said.append(f'{w} × {h} is squashed to {size[1]} × {size[0]}: shapes are distorted.')
-    if rule['resize_mode'] == 'longest' and abs(h/size[0] - w/size[1]) > 0.05*h/size[0]: said.append('The rest of the square is filled with a margin.')
-    if max(size[0]/h, size[1]/w) > 1.5 and rule['resize_mode'] != 'longest': said.append(f'The picture is smaller than the model wants and is enlarged {max(size[0]/h, size[1]/w):.1f} times.')
+    if high * wide < 0.995:
+        said.append(
+            f'{1 - high * wide:.0%} of the picture is cut away '
+            f'({"left and right" if wide < high else "above and below"}).'
+        )
+    if rule['resize_mode'] == 'squash' and not 0.8 < (h / size[0]) / (w / size[1]) < 1.25:
+        said.append(f'{w} × {h} is squashed to {size[1]} × {size[0]}: shapes are distorted.')
+    if rule['resize_mode'] == 'longest' and abs(h / size[0] - w / size[1]) > 0.05 * h / size[0]:
+        said.append('The rest of the square is filled with a margin.')
+    if max(size[0] / h, size[1] / w) > 1.5 and rule['resize_mode'] != 'longest':
+        said.append(
+            f'The picture is smaller than the model wants and is enlarged {max(size[0] / h, size[1] / w):.1f} times.'
+        )
     if transparent:
-        behind = {'drop': 'transparency is dropped, and the colours hidden under it show'}.get(rule['alpha'], f'transparent parts are drawn on {rule["alpha"]}')
+        behind = {'drop': 'transparency is dropped, and the colours hidden under it show'}.get(
+            rule['alpha'], f'transparent parts are drawn on {rule["alpha"]}'
+        )
         said.append(f'The picture has transparency: {behind}.')
-    if info.orientation > 1: said.append(f'The camera says how to turn the picture (EXIF orientation {info.orientation}): it is turned upright.')
+    if info.orientation > 1:
+        said.append(
+            f'The camera says how to turn the picture (EXIF orientation {info.orientation}): it is turned upright.'
+        )
     if info.frames > 1: said.append('The file is an animation: the model sees the first frame.')
     if info.bits > 8: said.append(f'{info.bits} bits a channel are rounded to 8.')
     if info.format == 'jpeg' and info.channels == 4: said.append('The JPEG is CMYK: its colours are converted to RGB.')
-    if info.channels in (1, 2) and info.format in ('jpeg',): said.append('The picture is grey: the three channels are equal.')
+    if info.channels in (1, 2) and info.format in ('jpeg',):
+        said.append('The picture is grey: the three channels are equal.')
     return said
 
 # %% ../../nbs/demo/03_explain.ipynb #16d388f4
 def _transparent(image) -> bool:
     "Whether a file says that some of its pixels are."
     from PIL import Image
-    data = Path(image) if isinstance(image, (str, Path)) else io.BytesIO(bytes(image)) if isinstance(image, (bytes, bytearray)) else None
+
+    data = (
+        Path(image)
+        if isinstance(image, (str, Path))
+        else io.BytesIO(bytes(image))
+        if isinstance(image, (bytes, bytearray))
+        else None
+    )
     if data is None: return False
     try:
         with Image.open(data) as im: return im.mode in ('RGBA', 'LA', 'PA') or 'transparency' in im.info
@@ -138,10 +164,16 @@ def look_text(
     special = sum(t.begin == t.end for t in tokens)
     facts = dict(characters=len(text), bytes=len(data), tokens=n, special=special, longest=most, padded_to=len(ids))
     said = []
-    if not text.strip(): said.append('The text is empty: only special tokens reach the model, and every empty text has this embedding.')
+    if not text.strip():
+        said.append('The text is empty: only special tokens reach the model, and every empty text has this embedding.')
     if rest: said.append(f'The model reads {most} tokens: the last {len(rest)} characters are cut away.')
-    if lost := [t.piece for t in tokens if not t.known]: said.append(f'{len(lost)} of {n - special} tokens are not in the vocabulary and look alike to the model: {", ".join(lost[:8])}.')
-    if '\ufffd' in data.decode('utf-8', 'replace'): said.append('The text holds bytes or code points that are no valid UTF-8: they read as �.')
+    if lost := [t.piece for t in tokens if not t.known]:
+        said.append(
+            f'{len(lost)} of {n - special} tokens are not in the vocabulary and look alike to the model: '
+            f'{", ".join(lost[:8])}.'
+        )
+    if '\ufffd' in data.decode('utf-8', 'replace'):
+        said.append('The text holds bytes or code points that are no valid UTF-8: they read as �.')
     return InsideText(facts, said, tokens, rest)
 
 # %% ../../nbs/demo/03_explain.ipynb #bf2dbea4
@@ -165,6 +197,9 @@ def token_html(
     for t in inside.tokens:
         word = escape(t.piece) if t.piece else '<i>special</i>'
         tint = f'hsl({t.place*67 % 360} 65% {88 if t.known else 76}%)' if t.piece else '#ddd'
-        marks += (f'<span class="mm-token" style="background:{tint}" title="token {t.place}: id {t.id}, bytes {t.begin} to {t.end}">'
-                  f'{word}<small>{t.id}</small></span>')
+        marks += (
+            f'<span class="mm-token" style="background:{tint}" title="token {t.place}: id {t.id}, bytes {t.begin} to '
+            f'{t.end}">'
+            f'{word}<small>{t.id}</small></span>'
+        )
     return f'<div class="mm-tokens">{marks}<s>{escape(inside.rest)}</s></div>'

@@ -62,7 +62,10 @@ class Pictures:
         "The pictures whose vectors are nearest."
         if not len(self): return [[] for _ in queries]
         best = (queries.cpu() @ self.vectors.T).topk(min(top, len(self)))
-        return [[ImageHit(i, self.names[i], c) for i, c in zip(*rows)] for rows in zip(best.indices.tolist(), best.values.tolist())]
+        return [
+            [ImageHit(i, self.names[i], c) for i, c in zip(*rows)]
+            for rows in zip(best.indices.tolist(), best.values.tolist())
+        ]
 
     def find(self,
         query: Tensor | None, # float32 (D,), of unit length; None: by words alone
@@ -71,11 +74,13 @@ class Pictures:
         words: str = '',      # to be found in the captions
     ) -> list[ImageHit]: # best first
         "The pictures nearest to one query; raises `ValueError` for a condition or words that cannot be asked here."
-        if where or words or query is None: raise ValueError('A filter and words are for an index: start the demo with --index.')
+        if where or words or query is None:
+            raise ValueError('A filter and words are for an index: start the demo with --index.')
         return self.nearest(query[None], top)[0]
 
     @property
-    def columns(self) -> str | None: return None  # what a filter can name, in words; None where there is nothing to filter
+    # what a filter can name, in words; None where there is nothing to filter
+    def columns(self) -> str | None: return None
 
     @property
     def version(self) -> int: return 0  # another one after every change of the pictures
@@ -108,7 +113,8 @@ class Pictures:
             if path not in made: made.append(path)
             while len(made) > 2: made.pop(0).unlink(missing_ok=True)
 
-    def _decoded(self, emb: Embedder, row: int, side: int) -> Tensor: return emb.decode(self.read(row)) # uint8 (3, H, W)
+    # uint8 (3, H, W)
+    def _decoded(self, emb: Embedder, row: int, side: int) -> Tensor: return emb.decode(self.read(row))
 
     def map(self,
         rows: list[int],  # of the collection
@@ -118,7 +124,8 @@ class Pictures:
         x = x - x.mean(0)
         values, axes = torch.linalg.eigh(x.T @ x)
         axes = axes[:, [-1, -2]] if x.shape[1] > 1 else axes[:, [-1, -1]]
-        axes = axes * torch.where(axes.gather(0, axes.abs().argmax(0, keepdim=True)) < 0, -1., 1.)  # one sign of the two
+        # one sign of the two
+        axes = axes * torch.where(axes.gather(0, axes.abs().argmax(0, keepdim=True)) < 0, -1., 1.)
         at = x @ axes
         span = (at.amax(0) - at.amin(0)).clamp(min=1e-9)
         share = (values.clamp(min=0)/values.clamp(min=0).sum().clamp(min=1e-12)).tolist()
@@ -145,7 +152,9 @@ def embed_source(
     vectors, errors = _embedded(emb, source, threads, progress)
     return _pictures(source, title, names or [readable_id(source.name(i)) for i in range(len(source))], vectors, errors)
 
-def _embedded(emb: Embedder, source: Source, threads: int, progress) -> tuple[Tensor, list[str]]: # float32 (N, D); '' or why a row has none
+def _embedded(
+    emb: Embedder, source: Source, threads: int, progress
+) -> tuple[Tensor, list[str]]:  # float32 (N, D); '' or why a row has none
     with tempfile.TemporaryDirectory() as d:
         ledger = embed(emb, source, d, threads=threads, progress=progress).ledger
         failed = [json.loads(line) for line in ledger.read_text(encoding='utf-8').splitlines()]
@@ -170,7 +179,9 @@ def embed_folder(
     source = Files(Path(folder).expanduser().resolve())
     if limit and limit < len(source):
         source = Files(source.path, [source.files[i * len(source.files)//limit] for i in range(limit)])
-    name = hashlib.blake2b(f'{emb.card["content_hash"]} {source.path}'.encode('utf-8', 'surrogateescape'), digest_size=8).hexdigest()
+    name = hashlib.blake2b(
+        f'{emb.card["content_hash"]} {source.path}'.encode('utf-8', 'surrogateescape'), digest_size=8
+    ).hexdigest()
     kept = Path(settings().artifacts_path)/'demo'/name
     kept.mkdir(parents=True, exist_ok=True)
     with alone(kept):
@@ -180,11 +191,19 @@ def embed_folder(
         for at in range(0, len(new), CHUNK):
             part = Files(source.path, new[at:at + CHUNK])
             before = [_stamp(source.path/f) for f in part.files]
-            vectors, errors = _embedded(emb, part, threads, progress and (lambda ready, _: progress(at + ready, len(new))))
+            vectors, errors = _embedded(
+                emb, part, threads, progress and (lambda ready, _: progress(at + ready, len(new)))
+            )
             known |= dict(zip(part.files, zip(before, vectors, errors)))
             _keep(kept/'vectors.npz', {f: k for f, k in known.items() if k[0] and (source.path/f).exists()})
     rows = [known[f] for f in source.files]
-    return _pictures(source, source.path.name, [readable_id(f) for f in source.files], torch.stack([v for _, v, _ in rows]), [e for *_, e in rows])
+    return _pictures(
+        source,
+        source.path.name,
+        [readable_id(f) for f in source.files],
+        torch.stack([v for _, v, _ in rows]),
+        [e for *_, e in rows],
+    )
 
 CHUNK = 4096 # files after which the vectors are written: what a killed start may lose
 
@@ -192,7 +211,9 @@ def _stamp(path: Path) -> str: # '' for a file that cannot be looked at
     try: return stamp(path)
     except OSError: return ''
 
-def _known(path: Path) -> dict[str, tuple[str, Tensor, str]]: # file: stamp, float32 (D,), '' or why it could not be read
+def _known(
+    path: Path,
+) -> dict[str, tuple[str, Tensor, str]]:  # file: stamp, float32 (D,), '' or why it could not be read
     try:
         with np.load(path) as kept: rows, vectors = json.loads(bytes(kept['files'])), torch.from_numpy(kept['vectors'])
     except (OSError, ValueError, KeyError, BadZipFile): return {}
@@ -201,7 +222,11 @@ def _known(path: Path) -> dict[str, tuple[str, Tensor, str]]: # file: stamp, flo
 def _keep(path: Path, known: dict[str, tuple[str, Tensor, str]]):
     rows = np.frombuffer(json.dumps([(f, s, e) for f, (s, _, e) in known.items()]).encode(), np.uint8)
     with draft(path) as temporary, temporary.open('wb') as out:
-        np.savez(out, files=rows, vectors=np.stack([v.numpy() for _, v, _ in known.values()]) if known else np.zeros((0, 0), 'f'))
+        np.savez(
+            out,
+            files=rows,
+            vectors=np.stack([v.numpy() for _, v, _ in known.values()]) if known else np.zeros((0, 0), 'f'),
+        )
 
 # %% ../../nbs/demo/01_gallery.ipynb #67c615cc
 def embed_files(
@@ -228,7 +253,10 @@ def embed_scenes(
 # %% ../../nbs/demo/01_gallery.ipynb #d1ae409c
 class Indexed(Pictures):
     "The rows of an `Index`, as they are at every call: rows that come get the next numbers, those that go keep theirs"
-    def __init__(self, index): # of `mmembed.retrieval.index`; raises `ValueError` where another artifact made it than its model
+
+    def __init__(
+        self, index
+    ):  # of `mmembed.retrieval.index`; raises `ValueError` where another artifact made it than its model
         super().__init__(f'index {index.folder.name}', [], torch.zeros(0, index.about.dim), self._thumbnail)
         self.index, self._row = index, {}
         index.embedder()
@@ -249,12 +277,23 @@ class Indexed(Pictures):
                 self.names.append(name)
             return self._row[name]
 
-    def nearest(self, queries: Tensor, top: int = 12) -> list[list[ImageHit]]: return [self.find(q, top) for q in queries]
+    def nearest(self, queries: Tensor, top: int = 12) -> list[list[ImageHit]]:
+        return [self.find(q, top) for q in queries]
 
     def find(self, query: Tensor | None, top: int = 12, where: str = '', words: str = '') -> list[ImageHit]:
         self.index.embedder()  # raises where the index has been built anew by another artifact
-        found = self.index.search(None if query is None else query.cpu().numpy(), top, where.strip() or None, words=words.strip() or None)
-        return [ImageHit(self._number(r['id']), r['id'], None if query is None else r['score'], str(r.get('text') or r.get('label') or '')) for r in found]
+        found = self.index.search(
+            None if query is None else query.cpu().numpy(), top, where.strip() or None, words=words.strip() or None
+        )
+        return [
+            ImageHit(
+                self._number(r['id']),
+                r['id'],
+                None if query is None else r['score'],
+                str(r.get('text') or r.get('label') or ''),
+            )
+            for r in found
+        ]
 
     @property
     def columns(self) -> str: return ', '.join(c for c in self.index.columns if c != 'file')
@@ -273,9 +312,11 @@ class Indexed(Pictures):
         try: return self.index.vector_of(name)
         except KeyError: raise self._gone(name) from None
 
-    def _gone(self, name: str) -> ValueError: return ValueError(f'{one_line(name)} has been deleted from {self.title} meanwhile')
+    def _gone(self, name: str) -> ValueError:
+        return ValueError(f'{one_line(name)} has been deleted from {self.title} meanwhile')
 
-    def some(self, rows: list[int]) -> Tensor: return torch.stack([torch.tensor(self._vector(self.names[i])).float() for i in rows])
+    def some(self, rows: list[int]) -> Tensor:
+        return torch.stack([torch.tensor(self._vector(self.names[i])).float() for i in rows])
     def every(self) -> tuple[list[str], Tensor]: return self.index.vectors()
 
     def _thumbnail(self, row: int):

@@ -64,7 +64,8 @@ def lines_of(
     found = [t.strip() for t in (text or '').splitlines() if t.strip()]
     if not found: raise ValueError('Type at least one text, one a line.')
     if len(found) > most: raise ValueError(f'{len(found)} texts are too many for this page: at most {most}.')
-    if any(len(t) > MAX_CHARACTERS for t in found): raise ValueError(f'A text is longer than {MAX_CHARACTERS:,} characters.')
+    if any(len(t) > MAX_CHARACTERS for t in found):
+        raise ValueError(f'A text is longer than {MAX_CHARACTERS:,} characters.')
     return found
 
 # %% ../../nbs/demo/04_handlers.ipynb #2a2cf632
@@ -86,7 +87,9 @@ class Panels:
         if key in self.sets: return self.sets[key]
         raise ValueError(f'These pictures are no longer held: {key!r}. Choose others, or add yours again.')
 
-    def columns_of(self, key: str | None) -> str | None: # what a filter can name there; None where there is nothing to filter
+    def columns_of(
+        self, key: str | None
+    ) -> str | None:  # what a filter can name there; None where there is nothing to filter
         return self.sets[key].columns if key in self.sets else None
 
     def add(self, pictures: Pictures) -> str:
@@ -106,7 +109,8 @@ class Panels:
         filters: list[str] | None = None, # SQL conditions on the columns of an index, '' for none
         words: list[str] | None = None,   # to be found in the captions of an index, '' for none
     ) -> list[Answer]:
-        "The pictures nearest to each query: a text, an image, a picture found before, or text and image together (their sum)."
+        """The pictures nearest to each query: a text, an image, a picture found before, or text and image together
+        (their sum)."""
         clock, n = Clock(), len(texts)
         filters, words = ([(x or '').strip() for x in given or ['']*n] for given in (filters, words))
         vectors: list[list[Tensor]] = [[] for _ in range(n)]
@@ -114,9 +118,12 @@ class Panels:
         for i in range(n):
             try:
                 pictures = self.of(keys[i])
-                if rows[i]: vectors[i].append(pictures.some([_row(pictures, rows[i])])[0])
-                elif not (texts[i] or '').strip() and not images[i] and not words[i]: raise ValueError('Type a text or give an image to search for.')
-                if len(texts[i] or '') > MAX_CHARACTERS: raise ValueError(f'The text is longer than {MAX_CHARACTERS:,} characters.')
+                if rows[i]:
+                    vectors[i].append(pictures.some([_row(pictures, rows[i])])[0])
+                elif not (texts[i] or '').strip() and not images[i] and not words[i]:
+                    raise ValueError('Type a text or give an image to search for.')
+                if len(texts[i] or '') > MAX_CHARACTERS:
+                    raise ValueError(f'The text is longer than {MAX_CHARACTERS:,} characters.')
             except (ValueError, OSError) as e: errors[i] = e
         said = [i for i in range(n) if (texts[i] or '').strip() and not errors[i]]
         if said:
@@ -145,7 +152,11 @@ class Panels:
             shown, gone = self._shown(pictures, [h.row for h in hits])
             hits = [h for h in hits if h.row in shown]
             show = [(str(shown[h.row]), ' · '.join(self.told(h))) for h in hits]
-            answers.append(Answer([h._asdict() for h in hits], clock.status(f'{len(hits)} of {len(pictures):,} pictures' + gone), show))
+            answers.append(
+                Answer(
+                    [h._asdict() for h in hits], clock.status(f'{len(hits)} of {len(pictures):,} pictures' + gone), show
+                )
+            )
         return answers
 
     def _shown(self, pictures: Pictures, rows: list[int], side: int = 320) -> tuple[dict[int, Path], str]:
@@ -168,7 +179,9 @@ class Panels:
         key: str,        # pictures
         side: int = 1600 # pixels at most
     ) -> tuple[str, str]: # a JPEG file, and what is said of it, as HTML
-        "A found picture as large as its file is; raises `ValueError` for pictures that are not held, or cannot be read any more."
+        """A found picture as large as its file is.
+
+        Raises `ValueError` for pictures that are not held, or cannot be read any more."""
         file = self.of(key).thumb(self.emb, row['row'], side)
         return str(file), '<br>'.join(f'<span>{escape(part)}</span>' for part in self.told(ImageHit(**row)))
 
@@ -190,7 +203,8 @@ class Panels:
         try:
             if not (text or '').strip(): raise ValueError('Type a text to compare the images with.')
             if not images: raise ValueError('Give at least one image.')
-            if len(images) > MAX_IMAGES: raise ValueError(f'{len(images)} images are too many for this page: at most {MAX_IMAGES}.')
+            if len(images) > MAX_IMAGES:
+                raise ValueError(f'{len(images)} images are too many for this page: at most {MAX_IMAGES}.')
             return self._matched(images, [text.strip()], Clock())
         except (ValueError, OSError) as e: return error_answer(e)
 
@@ -202,22 +216,43 @@ class Panels:
         clock.lap('image')
         if not done.ok.any(): raise ValueError(_plain(done.errors[0], images[0]))
         good, bad = done.ok.nonzero().flatten().tolist(), [(images[i], e) for i, e in enumerate(done.errors) if e]
-        cosines, scores = (t @ done.embedding[good].T).flatten().cpu(), self.emb.score(t, done.embedding[good]).flatten().cpu()
+        cosines, scores = (
+            (t @ done.embedding[good].T).flatten().cpu(),
+            self.emb.score(t, done.embedding[good]).flatten().cpu(),
+        )
         shares = scores.sigmoid() if self.emb.card['logit_bias'] else scores.softmax(0)
         clock.lap('score')
         names = texts if len(images) == 1 else [Path(images[i]).name for i in good]
-        rows = sorted((dict(label=n, probability=p, cosine=c, score=s, index=i) for i, (n, p, c, s) in enumerate(zip(names, shares.tolist(), cosines.tolist(), scores.tolist()))),
-                      key=lambda r: -r['score'])
+        rows = sorted(
+            (
+                dict(label=n, probability=p, cosine=c, score=s, index=i)
+                for i, (n, p, c, s) in enumerate(zip(names, shares.tolist(), cosines.tolist(), scores.tolist()))
+            ),
+            key=lambda r: -r['score'],
+        )
         rows += [dict(label=Path(p).name, error=_plain(e, p)) for p, e in bad]
-        return Answer(rows, clock.status('sigmoid of the score' if self.emb.card['logit_bias'] else 'softmax of the scores'), _bars(rows))
+        return Answer(
+            rows,
+            clock.status('sigmoid of the score' if self.emb.card['logit_bias'] else 'softmax of the scores'),
+            _bars(rows),
+        )
 
     def _paired(self, images: list, texts: list[str], clock: Clock) -> Answer:
         pairs = [(t, i) for t in texts for i in images]
         scores = self.emb.scores([Text(t) for t, _ in pairs], [i for _, i in pairs]).softmax(1).cpu()
         clock.lap('pairs')
         labels = list(self.emb.card['labels'])
-        rows = sorted((dict(label=t if len(images) == 1 else Path(i).name, probability=p[-1].item(), all=dict(zip(labels, p.tolist())))
-                       for (t, i), p in zip(pairs, scores)), key=lambda r: -r['probability'])
+        rows = sorted(
+            (
+                dict(
+                    label=t if len(images) == 1 else Path(i).name,
+                    probability=p[-1].item(),
+                    all=dict(zip(labels, p.tolist())),
+                )
+                for (t, i), p in zip(pairs, scores)
+            ),
+            key=lambda r: -r['probability'],
+        )
         return Answer(rows, clock.status(f'probability of “{labels[-1]}”'), _bars(rows))
 
     def classify(self,
@@ -231,7 +266,8 @@ class Panels:
             if not image: raise ValueError('Give an image to classify.')
             names = lines_of(re.sub('[,;，；]', '\n', classes or ''))
             forms = lines_of(templates or '{}', 32)
-            if wrong := [f for f in forms if '{}' not in f]: raise ValueError(f'A template needs {{}} where the class goes: {wrong[0]!r}.')
+            if wrong := [f for f in forms if '{}' not in f]:
+                raise ValueError(f'A template needs {{}} where the class goes: {wrong[0]!r}.')
             t = self.emb.encode_text([Text(f.replace('{}', n)) for n in names for f in forms])
             t = normalize(t.view(len(names), len(forms), -1).mean(1), dim=1)
             clock.lap(f'{len(names)*len(forms)} prompts')
@@ -239,8 +275,13 @@ class Panels:
             clock.lap('image')
             scores = self.emb.score(t, v).flatten().cpu()
         except (ValueError, OSError) as e: return error_answer(_plain(e, image))
-        rows = sorted((dict(label=n, probability=p, cosine=c, score=s) for n, p, c, s in
-                       zip(names, scores.softmax(0).tolist(), (t @ v.T).flatten().tolist(), scores.tolist())), key=lambda r: -r['score'])
+        rows = sorted(
+            (
+                dict(label=n, probability=p, cosine=c, score=s)
+                for n, p, c, s in zip(names, scores.softmax(0).tolist(), (t @ v.T).flatten().tolist(), scores.tolist())
+            ),
+            key=lambda r: -r['score'],
+        )
         return Answer(rows, clock.status(f'{len(names)} classes, {len(forms)} templates'), _bars(rows))
 
     def inside_image(self, image) -> Answer: # `show`: uint8 (3, H, W) pictures with captions
@@ -251,18 +292,25 @@ class Panels:
             seen = look_image(self.emb, image)
         except (ValueError, OSError) as e: return error_answer(_plain(e, image))
         clock.lap('probe, decode, resize, normalise')
-        show = [(seen.upright, 'upright; pale: cut away'), (seen.seen, f'what the model sees, {seen.facts["model_sees"]}'), (heat(seen.normalised), 'normalised: grey is 0')]
+        show = [
+            (seen.upright, 'upright; pale: cut away'),
+            (seen.seen, f'what the model sees, {seen.facts["model_sees"]}'),
+            (heat(seen.normalised), 'normalised: grey is 0'),
+        ]
         return Answer(dict(facts=seen.facts, warnings=seen.warnings), clock.status() + _facts(seen), show)
 
     def inside_text(self, text: str) -> Answer: # `show`: HTML
         "What becomes of a text: its tokens with ids and places."
         clock = Clock()
         try:
-            if len(text or '') > MAX_CHARACTERS: raise ValueError(f'The text is longer than {MAX_CHARACTERS:,} characters.')
+            if len(text or '') > MAX_CHARACTERS:
+                raise ValueError(f'The text is longer than {MAX_CHARACTERS:,} characters.')
             inside = look_text(self.emb, text or '')
         except ValueError as e: return error_answer(e)
         clock.lap('tokenise')
-        rows = dict(facts=inside.facts, warnings=inside.warnings, rest=inside.rest, tokens=[t._asdict() for t in inside.tokens])
+        rows = dict(
+            facts=inside.facts, warnings=inside.warnings, rest=inside.rest, tokens=[t._asdict() for t in inside.tokens]
+        )
         return Answer(rows, clock.status() + _facts(inside), token_html(inside))
 
     def vector(self,
@@ -274,7 +322,8 @@ class Panels:
         clock = Clock()
         try:
             if bool((text or '').strip()) == bool(image): raise ValueError('Give either a text or an image.')
-            if len(text or '') > MAX_CHARACTERS: raise ValueError(f'The text is longer than {MAX_CHARACTERS:,} characters.')
+            if len(text or '') > MAX_CHARACTERS:
+                raise ValueError(f'The text is longer than {MAX_CHARACTERS:,} characters.')
             v = (self.emb.encode_image([image]) if image else self.emb.encode_text([Text(text)]))[0].cpu()
         except (ValueError, OSError) as e: return error_answer(_plain(e, image)), None
         clock.lap('image' if image else 'text')
@@ -304,9 +353,18 @@ class Panels:
         except (ValueError, OSError) as e: return error_answer(e), ''
         heat = heat_table(x @ x.T, names, [thumbs[i] for i in some])
         clock.lap('projection')
-        what = f'{len(rows)} of {len(there):,} pictures mapped{gone}' + (f', {len(pictures.failed)} could not be read' if pictures.failed else '')
-        found = dict(names=[pictures.names[i] for i in rows], at=at.tolist(), variance=shares, heat=dict(names=names, cosines=(x @ x.T).tolist()))
-        return Answer(found, clock.status(what), heat), thumb_map(at, [pictures.names[i] for i in rows], [thumbs[i] for i in rows], shares)
+        what = f'{len(rows)} of {len(there):,} pictures mapped{gone}' + (
+            f', {len(pictures.failed)} could not be read' if pictures.failed else ''
+        )
+        found = dict(
+            names=[pictures.names[i] for i in rows],
+            at=at.tolist(),
+            variance=shares,
+            heat=dict(names=names, cosines=(x @ x.T).tolist()),
+        )
+        return Answer(found, clock.status(what), heat), thumb_map(
+            at, [pictures.names[i] for i in rows], [thumbs[i] for i in rows], shares
+        )
 
     def download(self, key: str) -> str: # an .npz with `vectors` and `names`
         "All vectors of some pictures; raises `ValueError` for pictures that are not held."
@@ -324,15 +382,27 @@ def _plain(e: Exception | str, path) -> str:
     return text if Path(str(path)).name in text else f'{Path(str(path)).name}: {text}'
 
 def _bars(rows: list[dict]) -> str:
-    good = [r | dict(share=r['probability'], note=f'cosine {r["cosine"]:.3f}, score {r["score"]:.2f}' if 'cosine' in r else '') for r in rows if 'error' not in r]
+    good = [
+        r
+        | dict(
+            share=r['probability'], note=f'cosine {r["cosine"]:.3f}, score {r["score"]:.2f}' if 'cosine' in r else ''
+        )
+        for r in rows
+        if 'error' not in r
+    ]
     return bars(good) + ''.join(f'<div class="mm-bad">{escape(r["error"])}</div>' for r in rows if 'error' in r)
 
 def _facts(inside) -> str:
     warned = ''.join(f'<li>{escape(w)}</li>' for w in inside.warnings)
-    facts = ''.join(f'<tr><th>{k.replace("_", " ")}</th><td>{escape(str(v))}</td></tr>' for k, v in inside.facts.items())
-    return (f'<ul class="mm-warn">{warned}</ul>' if warned else '<div class="mm-good">Nothing is lost.</div>') + f'<table class="mm-facts">{facts}</table>'
+    facts = ''.join(
+        f'<tr><th>{k.replace("_", " ")}</th><td>{escape(str(v))}</td></tr>' for k, v in inside.facts.items()
+    )
+    return (
+        f'<ul class="mm-warn">{warned}</ul>' if warned else '<div class="mm-good">Nothing is lost.</div>'
+    ) + f'<table class="mm-facts">{facts}</table>'
 
-def _spread(rows: list[int], k: int) -> list[int]: return [rows[i*len(rows)//min(len(rows), k)] for i in range(min(len(rows), k))]
+def _spread(rows: list[int], k: int) -> list[int]:
+    return [rows[i * len(rows) // min(len(rows), k)] for i in range(min(len(rows), k))]
 
 def _row(pictures: Pictures, given: str) -> int:
     "A row by its number; raises `ValueError` for one that was never there."

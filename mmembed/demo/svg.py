@@ -20,9 +20,16 @@ def bars(
     rows: list[dict], # 'label', 'share' (0 to 1), 'note'; best first
 ) -> str:
     "A bar for each row."
-    return '<div class="mm-bars">' + ''.join(
-        f'<div><span class="mm-label">{escape(r["label"])}</span><span class="mm-track"><span style="width:{100*max(0, min(1, r["share"])):.1f}%"></span></span>'
-        f'<b>{r["share"]:.1%}</b><small>{escape(r["note"])}</small></div>' for r in rows) + '</div>'
+    return (
+        '<div class="mm-bars">'
+        + ''.join(
+            f'<div><span class="mm-label">{escape(r["label"])}</span><span class="mm-track"><span '
+            f'style="width:{100 * max(0, min(1, r["share"])):.1f}%"></span></span>'
+            f'<b>{r["share"]:.1%}</b><small>{escape(r["note"])}</small></div>'
+            for r in rows
+        )
+        + '</div>'
+    )
 
 # %% ../../nbs/demo/02_svg.ipynb #90d8c848
 VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # matplotlib's, at five points
@@ -34,7 +41,10 @@ def colour(
     x = min(max(x, 0.), 1.)*4
     i = min(int(x), 3)
     rgb = [round(a + (b - a)*(x - i)) for a, b in zip(VIRIDIS[i], VIRIDIS[i + 1])]
-    light = sum(w * (v/12.92 if v <= .04045 else ((v + .055)/1.055)**2.4) for w, v in zip((.2126, .7152, .0722), (c/255 for c in rgb)))
+    light = sum(
+        w * (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4)
+        for w, v in zip((0.2126, 0.7152, 0.0722), (c / 255 for c in rgb))
+    )
     return f'rgb({", ".join(map(str, rgb))})', '#000' if light > .179 else '#fff'
 
 def data_url(path: Path) -> str: return 'data:image/jpeg;base64,' + base64.b64encode(Path(path).read_bytes()).decode()
@@ -71,9 +81,12 @@ def thumb_map(
     "Thumbnails where their vectors lie, as SVG."
     marks = ''
     for (x, y), name, src in zip(at.tolist(), names, thumbs):
-        marks += (f'<image href="{src}" x="{20 + x*(width - side - 40):.1f}" y="{10 + (1 - y)*(height - side - 40):.1f}" width="{side}" height="{side}">'
-                  f'<title>{escape(name)}</title></image>')
-    axis = f'<text x="{width//2}" y="{height - 8}" text-anchor="middle">first component, {shares[0]:.0%} of the variance (second, upwards: {shares[1]:.0%})</text>'
+        marks += (
+            f'<image href="{src}" x="{20 + x * (width - side - 40):.1f}" y="{10 + (1 - y) * (height - side - 40):.1f}" '
+            f'width="{side}" height="{side}">'
+            f'<title>{escape(name)}</title></image>'
+        )
+    axis = f'<text x="{width // 2}" y="{height - 8}" text-anchor="middle">first component, {shares[0]:.0%} of the variance (second, upwards: {shares[1]:.0%})</text>'
     return f'<svg class="mm-map" viewBox="0 0 {width} {height}" role="img" aria-label="projection of {len(names)} pictures">{marks}{axis}</svg>'
 
 # %% ../../nbs/demo/02_svg.ipynb #86cb39a1
@@ -82,5 +95,8 @@ def spectrum(
 ) -> str:
     "A vector as bars above and below zero, as SVG."
     most = max(v.abs().max().item(), 1e-9)
-    steps = ''.join(f'<rect x="{i}" y="{50 - max(x, 0)/most*48:.2f}" width="0.8" height="{abs(x)/most*48:.2f}"/>' for i, x in enumerate(v.tolist()))
+    steps = ''.join(
+        f'<rect x="{i}" y="{50 - max(x, 0) / most * 48:.2f}" width="0.8" height="{abs(x) / most * 48:.2f}"/>'
+        for i, x in enumerate(v.tolist())
+    )
     return f'<svg class="mm-spectrum" viewBox="0 0 {len(v)} 100" preserveAspectRatio="none" role="img" aria-label="{len(v)} values">{steps}</svg>'

@@ -34,14 +34,21 @@ from ..runtime.artifact import multiplies, records_hash, records_of
 
 # %% ../../nbs/exporters/10_aot.ipynb #06b849f9
 class KnownForm(nn.Module):
-    "What the tokenizer does to a few texts whose words are all known: every byte is asked as if a word began there, which a compiler makes one pass of"
+    """What the tokenizer does to a few texts whose words are all known: every byte is asked as if a word began
+    there, which a compiler makes one pass of"""
     def __init__(self, tp: nn.Module): # a `TextPipeline` with a table of words
         super().__init__()
-        self.words, self.max_length, self.step, self.pad_id = tp.words, tp.max_length, tp.pad_to or tp.max_length, tp.pad_id
+        self.words, self.max_length, self.step, self.pad_id = (
+            tp.words,
+            tp.max_length,
+            tp.pad_to or tp.max_length,
+            tp.pad_id,
+        )
         self.head, self.tail, self.mix = tp.single.ids[0], tp.single.ids[2], tp.words.mix.tolist()
 
     def forward(self, data: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        "Packed UTF-8 of at least a byte -> ids and mask int64 (B, max_length), how much of these is the batch, and whether all words are known."
+        """Packed UTF-8 of at least a byte -> ids and mask int64 (B, max_length), how much of these is the batch, and
+        whether all words are known."""
         w, n, rows, width = self.words, data.shape[0], offsets.shape[0] - 1, self.max_length
         x = torch.cat([w.before.long(), data.long(), w.behind.long()])
         code, after = w.codes.long()[x], w.after.long()[x]
@@ -56,14 +63,19 @@ class KnownForm(nn.Module):
         by = w.multiplier[(mixed >> w.bucket_shift) & w.bucket_mask]
         slot, table = ((mixed * by) >> w.slot_shift) & w.slot_mask, w.rows
         first = begins[:n] != 0
-        known = (table[slot, 0] == key[0]) & (table[slot, 1] == key[1]) & (begins[:n] & 96 == 0)  # neither an odd byte nor two spaces
+        # neither an odd byte nor two spaces
+        known = (table[slot, 0] == key[0]) & (table[slot, 1] == key[1]) & (begins[:n] & 96 == 0)
         till = torch.cat([offsets[:1], first.long().cumsum(0)])
         at = till[offsets]
         row = torch.bucketize(torch.arange(n), offsets[1:], right=True)
         room = width - len(self.head) - len(self.tail)
         place = till[:n] - at[row]
         place = torch.where(first & (place < room), row * width + len(self.head) + place, rows * width)
-        ids = torch.full((rows * width + 1,), self.pad_id, dtype=torch.int64).index_put((place,), table[slot, 2])[:-1].view(rows, width)
+        ids = (
+            torch.full((rows * width + 1,), self.pad_id, dtype=torch.int64)
+            .index_put((place,), table[slot, 2])[:-1]
+            .view(rows, width)
+        )
         total = ((at[1:] - at[:-1]).clamp(max=room) + len(self.head) + len(self.tail)).unsqueeze(1)
         column = torch.arange(width)
         for j, t in enumerate(self.head): ids = torch.where(column == j, t, ids)
@@ -75,12 +87,21 @@ class KnownForm(nn.Module):
 def programs(
     artifact: nn.Module, # of `assemble(..., script=False)`
 ) -> dict[str, torch.export.ExportedProgram]:
-    "'tokenize', 'known' where there is a table of words, and 'text' and 'image' or 'pair'. Raises `ValueError` for what has no exported form."
+    """'tokenize', 'known' where there is a table of words, and 'text' and 'image' or 'pair'.
+
+    Raises `ValueError` for what has no exported form."""
     tp, encoder, D = artifact.text_pipeline, artifact.model, torch.export.Dim
-    if encoder.rows: raise ValueError('deterministic: a package takes batches of any size; load it with mm.load(..., deterministic=True) instead')
+    if encoder.rows:
+        raise ValueError(
+            'deterministic: a package takes batches of any size; load it with mm.load(..., deterministic=True) instead'
+        )
     if any(isinstance(m, Int8Linear) for m in encoder.modules()) and (int8_steps() or not exact_products()):
-        raise ValueError("quantize='int8': a package multiplies by torch._int_mm, which has no kernel on this processor; export a .pt, which takes oneDNN's")
-    for tower in (encoder.net.text, encoder.net.image): with_linear_attention(tower)  # torch's own module has one form for one row and another for more
+        raise ValueError(
+            "quantize='int8': a package multiplies by torch._int_mm, which has no kernel on this processor; export a "
+            ".pt, which takes oneDNN's"
+        )
+    # torch's own module has one form for one row and another for more
+    for tower in (encoder.net.text, encoder.net.image): with_linear_attention(tower)
     out, tokens = {'tokenize': unsized(export_program(tp))}, tp(['two words', 'a text that is longer', ''])
     if tp.words.some:
         sizes = {0: D('N', min=1)}, {0: D('rows', min=1)}
@@ -93,8 +114,10 @@ def programs(
     made = [('pair', PairForm(*seen), (*tokens, levels), texts + images)] if hasattr(artifact, 'score_pairs') else \
         [('text', TextForm(encoder), tuple(tokens), texts), ('image', ImageForm(*seen), (levels,), images)]
     for name, form, inputs, shapes in made:
-        try: out[name] = exported(form.eval(), inputs, shapes)
-        except Exception as e: raise ValueError(f'the {name} tower has no exported form: {str(e).strip().splitlines()[0]}') from None
+        try:
+            out[name] = exported(form.eval(), inputs, shapes)
+        except Exception as e:
+            raise ValueError(f'the {name} tower has no exported form: {str(e).strip().splitlines()[0]}') from None
     return out
 
 # %% ../../nbs/exporters/10_aot.ipynb #30a77cb6
@@ -107,7 +130,8 @@ def cpu_options(
     "The compiler's options for a kind of processor; raises `ValueError` for one that is not known."
     cpu = cpu or torch.backends.cpu.get_cpu_capability()
     known = cpu in CPUS
-    if not known and cpu != torch.backends.cpu.get_cpu_capability(): raise ValueError(f'cpu must be {" or ".join(CPUS)}, got {cpu!r}')
+    if not known and cpu != torch.backends.cpu.get_cpu_capability():
+        raise ValueError(f'cpu must be {" or ".join(CPUS)}, got {cpu!r}')
     march, bits = CPUS.get(cpu, (None, None))
     return {'cpp.march': march, 'cpp.simdlen': 1 if scalar else bits}
 
@@ -115,7 +139,8 @@ def computed_in(
     precision: str, # of the artifact's variant
     cpu: str = '',  # as in `cpu_options`
 ) -> str: # 'fp32', 'bf16' or 'fp16'
-    "Return what the towers of a package multiply in: `precision`, or 'fp32' where the kind of processor that it is compiled for would emulate it."
+    """Return what the towers of a package multiply in: `precision`, or 'fp32' where the kind of processor that it is
+    compiled for would emulate it."""
     return precision if cpu != 'AVX2' and multiplies(precision) else 'fp32'
 
 def widened_towers(
@@ -134,17 +159,25 @@ def why_no_compiler() -> str:
 # %% ../../nbs/exporters/10_aot.ipynb #b2b5c2f1
 @contextmanager
 def packed_convolutions():
-    "The compiler brings weights of convolutions into oneDNN's order, however many rows come; by itself it leaves that to every call when their number is open."
+    """The compiler brings weights of convolutions into oneDNN's order, however many rows come.
+
+    By itself it leaves that to every call when their number is open."""
     from torch._inductor.fx_passes import mkldnn_fusion as fusion
     free, kind = getattr(fusion, 'has_free_symbols', None), getattr(fusion, 'CpuMkldnnDeviceOp', None)
     if not (free and hasattr(kind, 'pack_conv_weight')): return (yield)  # another torch: it does as it does
     packed = kind.pack_conv_weight
     def pack(self, graph, transposed, weight, args, size):
         return packed(self, graph, transposed, weight, args, [1 if free(n) else n for n in size])
-    with patch.object(fusion, 'has_free_symbols', lambda x: not isinstance(x, torch.Size) and free(x)), patch.object(kind, 'pack_conv_weight', pack): yield
+
+    with (
+        patch.object(fusion, 'has_free_symbols', lambda x: not isinstance(x, torch.Size) and free(x)),
+        patch.object(kind, 'pack_conv_weight', pack),
+    ):
+        yield
 
 # %% ../../nbs/exporters/10_aot.ipynb #15b4270a
-QUICK = {'aot_inductor.compile_wrapper_opt_level': 'O0', 'cpp.simdlen': 1} # further options, to try things out: compiles in half the time
+# further options, to try things out: compiles in half the time
+QUICK = {'aot_inductor.compile_wrapper_opt_level': 'O0', 'cpp.simdlen': 1}
 
 def shared_library(
     program: torch.export.ExportedProgram,
@@ -154,10 +187,21 @@ def shared_library(
     options: dict = {},    # further ones, of the compiler
 ) -> list[Path]: # the shared library, and what it wants beside it
     "`program` as a shared library, in torch's folder for what it compiles."
-    every = {'aot_inductor.package': True, 'aot_inductor.metadata': metadata, 'aot_inductor.enable_line_tables': False, 'scalar_asserts': False,
-        'cpp.vec_isa_ok': True, **({'cpp.threads': 1} if scalar else {'cpp.dynamic_threads': True, 'freezing': True})}
-    with torch.no_grad(), packed_convolutions():  # with gradients the compiler would not bring weights into oneDNN's order
-        files = torch._inductor.aot_compile(program.module(check_guards=False), *program.example_inputs, options=every | cpu_options(cpu, scalar) | options)
+    every = {
+        'aot_inductor.package': True,
+        'aot_inductor.metadata': metadata,
+        'aot_inductor.enable_line_tables': False,
+        'scalar_asserts': False,
+        'cpp.vec_isa_ok': True,
+        **({'cpp.threads': 1} if scalar else {'cpp.dynamic_threads': True, 'freezing': True}),
+    }
+    # with gradients the compiler would not bring weights into oneDNN's order
+    with torch.no_grad(), packed_convolutions():
+        files = torch._inductor.aot_compile(
+            program.module(check_guards=False),
+            *program.example_inputs,
+            options=every | cpu_options(cpu, scalar) | options,
+        )
     return [Path(f) for f in files if not str(f).endswith('.cpp')]
 
 # %% ../../nbs/exporters/10_aot.ipynb #a62a4f8a
@@ -189,7 +233,10 @@ def rest_of(
     artifact: nn.Module, # of `assemble(..., script=False)`, used up
 ) -> nn.Module: # the same without towers, not yet scripted
     "The artifact with its towers and its tokenizer taken out."
-    artifact.model, artifact.text_pipeline = Elsewhere(getattr(artifact.model, 'output', 'float32')), Untokenized(artifact.text_pipeline)
+    artifact.model, artifact.text_pipeline = (
+        Elsewhere(getattr(artifact.model, 'output', 'float32')),
+        Untokenized(artifact.text_pipeline),
+    )
     return artifact.eval()
 
 # %% ../../nbs/exporters/10_aot.ipynb #4699d13a
@@ -206,7 +253,8 @@ def check_name(
     path: str | Path, # where a package is to be written
 ):
     "Raise `ValueError` for a path that is not UTF-8, to which torch writes no package."
-    if str(path).encode('utf-8', 'ignore').decode() != str(path): raise ValueError(f'{str(path)!r}: torch writes a package only where the path is UTF-8')
+    if str(path).encode('utf-8', 'ignore').decode() != str(path):
+        raise ValueError(f'{str(path)!r}: torch writes a package only where the path is UTF-8')
 
 def save_package(
     artifact: nn.Module, # of `assemble(..., script=False)`, used up
@@ -217,7 +265,8 @@ def save_package(
 ) -> dict: # the card
     """Compiles the artifact's tokenizer and towers and writes them into one package with the rest of it.
 
-    Raises `RuntimeError` where there is no C++ compiler, `ValueError` for a model that cannot be exported or an unknown `cpu`."""
+    Raises `RuntimeError` where there is no C++ compiler, `ValueError` for a model that cannot be exported or an
+    unknown `cpu`."""
     from torch._inductor.utils import fresh_cache
     from torch.export.pt2_archive._package import PT2ArchiveWriter
     if why := why_no_compiler(): raise RuntimeError(why)
@@ -228,11 +277,23 @@ def save_package(
     made, mark = programs(artifact), {'mmembed': card['short_hash']}
     with fresh_cache():
         files = {name: shared_library(p, cpu, name in ('tokenize', 'known'), mark, options) for name, p in made.items()}
-        for f in sum(files.values(), []): f.write_bytes(nameless(f.read_bytes(), [Path(torch.__file__).parents[1], os.environ['TORCHINDUCTOR_CACHE_DIR']]))
+        for f in sum(files.values(), []):
+            f.write_bytes(
+                nameless(f.read_bytes(), [Path(torch.__file__).parents[1], os.environ['TORCHINDUCTOR_CACHE_DIR']])
+            )
         rest = rest_of(artifact)
-        card = card | {'tensors_sha256': sha256(dict(rest.named_buffers(remove_duplicate=False))),
-            'compiled': {'torch': torch.__version__, 'cpu': cpu or torch.backends.cpu.get_cpu_capability(), 'system': sys.platform, 'multiplies': multiplied,
-                'programs_sha256': {k: sha256(next(f for f in v if f.suffix == '.so').read_bytes()) for k, v in files.items()}}}
+        card = card | {
+            'tensors_sha256': sha256(dict(rest.named_buffers(remove_duplicate=False))),
+            'compiled': {
+                'torch': torch.__version__,
+                'cpu': cpu or torch.backends.cpu.get_cpu_capability(),
+                'system': sys.platform,
+                'multiplies': multiplied,
+                'programs_sha256': {
+                    k: sha256(next(f for f in v if f.suffix == '.so').read_bytes()) for k, v in files.items()
+                },
+            },
+        }
         inner = Path(path).with_name(Path(path).name + '.rest')
         rest.identity = ''
         rest = quietly(torch.jit.script, rest)
@@ -255,4 +316,6 @@ def program_hashes(
 ) -> dict[str, str]: # by program
     "SHA-256 of every shared library in it."
     with zipfile.ZipFile(path) as z:
-        return {n.split('/')[-2]: sha256(z.read(n)) for n in z.namelist() if '/data/aotinductor/' in n and n.endswith('.so')}
+        return {
+            n.split('/')[-2]: sha256(z.read(n)) for n in z.namelist() if '/data/aotinductor/' in n and n.endswith('.so')
+        }

@@ -57,7 +57,10 @@ class Served(nn.Module):
         self.before_text, self.before_image = steps.before_text or SameTexts(), steps.before_image or Same()
         self.dim, self.folded, self.identity = dim, folded, '{}'
         self.names, self.top_k = list(classes.names), classes.top_k
-        self.seams = seams(text_pipeline) if isinstance(text_pipeline, TextPipeline) and steps.before_text is None else ''  # for hosts that cut long texts
+        # for hosts that cut long texts
+        self.seams = (
+            seams(text_pipeline) if isinstance(text_pipeline, TextPipeline) and steps.before_text is None else ''
+        )
         self.register_buffer('thresholds', torch.tensor(classes.thresholds))
         scale, bias = getattr(model.net, 'logit_scale', None), getattr(model.net, 'logit_bias', None)
         self.sigmoid = bias is not None
@@ -103,7 +106,8 @@ class Served(nn.Module):
 
     @torch.jit.export
     def count_pixels(self, image: Tensor) -> int:
-        "Return width times height as the header says, 0 where it cannot be read: a number, which costs a host less than an `ImageInfo`."
+        """Return width times height as the header says, 0 where it cannot be read: a number, which costs a host less
+        than an `ImageInfo`."""
         info = self.probe(image)
         return info.width * info.height if info.error == '' else 0
 
@@ -112,7 +116,9 @@ class Served(nn.Module):
         "One image, as `encode_image` takes it, to uint8 (3, S, S). For hosts that give every item its own status."
         rgb = self.vision_pipeline.decode(image) if image.dim() == 1 else image
         rgb = self.before_image(rgb)
-        return self.vision_pipeline.transform(rgb.to(self.vision_pipeline.mean.device) if self.vision_pipeline.resize == 'float' else rgb)
+        return self.vision_pipeline.transform(
+            rgb.to(self.vision_pipeline.mean.device) if self.vision_pipeline.resize == 'float' else rgb
+        )
 
     @torch.jit.export
     def levels(self, images: list[Tensor]) -> list[Tensor]:
@@ -151,8 +157,17 @@ class Served(nn.Module):
 # %% ../../nbs/exporters/08_artifact.ipynb #a29afb3c
 class Artifact(Served):
     "Both pipelines and both towers of a DualEncoder in one module that scripts: raw bytes in, embeddings out"
-    def __init__(self, model: nn.Module, text_pipeline: nn.Module, vision_pipeline: nn.Module, dim: int, steps: Steps, classes: Classes,
-                 folded: bool = False):
+
+    def __init__(
+        self,
+        model: nn.Module,
+        text_pipeline: nn.Module,
+        vision_pipeline: nn.Module,
+        dim: int,
+        steps: Steps,
+        classes: Classes,
+        folded: bool = False,
+    ):
         super().__init__(model, text_pipeline, vision_pipeline, dim, steps, classes, folded)
         self.kind = {'int8': torch.int8, 'binary': torch.uint8}.get(model.output, torch.float32)
         self.slab = model.rows or model.slab  # rows that the image tower sees at once on a CPU
@@ -186,7 +201,8 @@ class Artifact(Served):
         if not torch.jit.is_scripting():
             pixels = self.normalized(pixels)
             return self.model.encode_image(pixels) if pixels.shape[0] > 0 else self.none()
-        slab = self.slab if self.logit_scale.device.type == 'cpu' else max(1, pixels.shape[0])  # so that the numbers stay in the cache
+        # so that the numbers stay in the cache
+        slab = self.slab if self.logit_scale.device.type == 'cpu' else max(1, pixels.shape[0])
         done: list[Tensor] = []
         for p in pixels.split(slab):
             p = self.normalized(p)
@@ -211,7 +227,8 @@ class Artifact(Served):
 
     @torch.jit.export
     def class_probability(self, embedding: Tensor) -> Tensor:
-        "float32 (B, C) of embeddings (B, D) of images, or of texts: softmax of the scores, or sigmoid where the model has a bias."
+        """float32 (B, C) of embeddings (B, D) of images, or of texts: softmax of the scores, or sigmoid where the
+        model has a bias."""
         if len(self.names) == 0: raise ValueError('this artifact has no labels: export it with labels=')
         scores = self.logit_scale * (self.unit(embedding, 'embedding', 'B') @ self.classes.T) + self.logit_bias
         return scores.sigmoid() if self.sigmoid else scores.softmax(-1)
@@ -244,7 +261,8 @@ class PairArtifact(Served):
 
     @torch.jit.export
     def score_pairs(self, data: Tensor, offsets: Tensor, pixels: Tensor) -> Tensor:
-        "Scores float32 (B, C) of the texts `data[offsets[i]:offsets[i+1]]` with pixels (B, 3, S, S), levels or normalised."
+        """Scores float32 (B, C) of the texts `data[offsets[i]:offsets[i+1]]` with pixels (B, 3, S, S), levels or
+        normalised."""
         tokens, pixels = self.tokenize(data, offsets), self.normalized(pixels)
         if tokens.ids.shape[0] != pixels.shape[0]:
             raise ValueError(f'{tokens.ids.shape[0]} texts and {pixels.shape[0]} images are no pairs')
@@ -259,7 +277,8 @@ class PairArtifact(Served):
     @torch.jit.export
     def classify_scores(self, scores: Tensor, top_k: int = 0) -> Labelled:
         "The labels of scores (B, C), for hosts that score item by item."
-        if scores.dim() != 2 or scores.shape[1] != self.dim: raise ValueError(f'scores must have the shape (B, {self.dim})')
+        if scores.dim() != 2 or scores.shape[1] != self.dim:
+            raise ValueError(f'scores must have the shape (B, {self.dim})')
         return self.pick(scores.softmax(-1), top_k)
 
 # %% ../../nbs/exporters/08_artifact.ipynb #4495f1da
@@ -318,7 +337,9 @@ def trace_image(
             try: off = float((traced(x) - tower(x)).abs().max())
             except RuntimeError as e: off = str(e).strip().splitlines()[-1]
             if isinstance(off, str) or not off <= bound:
-                raise ValueError(f'the image tower {type(tower).__name__}, traced with two images, is wrong for {b}: {off}')
+                raise ValueError(
+                    f'the image tower {type(tower).__name__}, traced with two images, is wrong for {b}: {off}'
+                )
     return traced
 
 def _scripted(tower: nn.Module, size: tuple) -> nn.Module:
@@ -335,7 +356,11 @@ def scriptable(
     if getattr(model.text, 'traceable', False):
         texts = ['two', 'a text that is a good deal longer than the other one'], ['one'], ['', 'three', 'texts ' * 30]
         model.text = trace_text(model.text, [tp(list(t)) for t in texts])
-    model.image = trace_image(model.image, vp.size) if getattr(model.image, 'traceable', False) else _scripted(model.image, vp.size)
+    model.image = (
+        trace_image(model.image, vp.size)
+        if getattr(model.image, 'traceable', False)
+        else _scripted(model.image, vp.size)
+    )
     return model
 
 # %% ../../nbs/exporters/08_artifact.ipynb #a2ee9c00
@@ -345,18 +370,23 @@ def assemble(
     variant: Variant = Variant(),
     steps: Steps = Steps(),       # of the user's
     classes: Classes | None = None, # names of classes; a PairClassifier's by default
-    script: bool = True, # False: the towers as they are, for eager Python; else their layers are those of `export.kernels`
+    # False: the towers as they are, for eager Python; else their layers are those of `export.kernels`
+    script: bool = True,
     share: bool = False, # weights that the variant leaves alone are those of `model`, not copies
     calibrate: Sequence = (), # as in `prepared`
 ) -> Served: # not yet scripted
-    """The `Artifact` of a DualEncoder, the `PairArtifact` of a PairClassifier. Raises `TypeError` for a model whose towers carry no pipelines,
-    `ValueError` for one whose pictures are not float32, as its towers' weights are, and for options that do not go with the model."""
+    """The `Artifact` of a DualEncoder, the `PairArtifact` of a PairClassifier. Raises `TypeError` for a model whose
+    towers carry no pipelines,
+    `ValueError` for one whose pictures are not float32, as its towers' weights are, and for options that do not go
+    with the model."""
     for name in ('text_pipeline', 'vision_pipeline'):
         if not isinstance(getattr(model, name, None), nn.Module):
             raise TypeError(f'{type(model).__name__} has no {name}: an artifact holds the preprocessing, '
                             'so its towers must carry it')
     if model.vision_pipeline.dtype != 'float32':
-        raise ValueError(f"the vision pipeline gives {model.vision_pipeline.dtype}, the towers take float32: give it dtype='float32'")
+        raise ValueError(
+            f"the vision pipeline gives {model.vision_pipeline.dtype}, the towers take float32: give it dtype='float32'"
+        )
     steps, p = tried(steps), prepared(model, variant, script, share, calibrate, decode)
     if not classes: classes = read_classes(getattr(model, 'labels', None))
     p.vision_pipeline.file_decode = decode
@@ -379,9 +409,13 @@ def _width(encoder: Encoder, tp: nn.Module, steps: Steps) -> int:
     encoder.output, output = 'float32', encoder.output
     try:
         with torch.no_grad(): x = encoder.encode_text(tp(['x', 'y']))
-    except RuntimeError as e: raise ValueError(f'after: {type(steps.after).__name__} fails on embeddings: {str(e).strip().splitlines()[0]}') from None
+    except RuntimeError as e:
+        raise ValueError(
+            f'after: {type(steps.after).__name__} fails on embeddings: {str(e).strip().splitlines()[0]}'
+        ) from None
     finally: encoder.output = output
-    if x.dim() != 2 or len(x) != 2: raise ValueError(f'after: must give (B, D) for (B, D), gave {tuple(x.shape)} for 2 rows')
+    if x.dim() != 2 or len(x) != 2:
+        raise ValueError(f'after: must give (B, D) for (B, D), gave {tuple(x.shape)} for 2 rows')
     return x.shape[1]
 
 def _class_rows(artifact: Artifact, classes: Classes) -> Tensor: # float32 (C, D), unit length
@@ -393,11 +427,19 @@ def _class_rows(artifact: Artifact, classes: Classes) -> Tensor: # float32 (C, D
 
 def _pairs(scorer: Scorer, p: PreparedModel, steps: Steps, classes: Classes) -> PairArtifact:
     v = p.variant
-    if v.dim or v.output != 'float32': raise ValueError(f'dim and output are about embeddings, this model scores pairs: got {v.words()}')
-    if classes.names != list(p.model.labels): raise ValueError(f'labels: the model has its own, {", ".join(p.model.labels)}')
-    artifact = PairArtifact(scorer, p.text_pipeline, p.vision_pipeline, len(classes.names), steps, classes, v.fold).eval()
-    with torch.no_grad(): out = artifact.score_pairs(*pack_str(['x']), torch.zeros(1, 3, *p.vision_pipeline.size, dtype=torch.uint8))
-    if out.shape != (1, len(classes.names)): raise ValueError(f'after: must give a score for each of {len(classes.names)} labels, gave {tuple(out.shape)} for one pair')
+    if v.dim or v.output != 'float32':
+        raise ValueError(f'dim and output are about embeddings, this model scores pairs: got {v.words()}')
+    if classes.names != list(p.model.labels):
+        raise ValueError(f'labels: the model has its own, {", ".join(p.model.labels)}')
+    artifact = PairArtifact(
+        scorer, p.text_pipeline, p.vision_pipeline, len(classes.names), steps, classes, v.fold
+    ).eval()
+    with torch.no_grad():
+        out = artifact.score_pairs(*pack_str(['x']), torch.zeros(1, 3, *p.vision_pipeline.size, dtype=torch.uint8))
+    if out.shape != (1, len(classes.names)):
+        raise ValueError(
+            f'after: must give a score for each of {len(classes.names)} labels, gave {tuple(out.shape)} for one pair'
+        )
     return artifact
 
 # %% ../../nbs/exporters/08_artifact.ipynb #20444e2a
@@ -437,14 +479,17 @@ def save(
     card: str,        # identity card, JSON
     own: bool = True, # the archive is the artifact itself, not a part of a package
 ):
-    "Writes `scripted` and its card to `path`, without source paths; the card's `records_sha256`, where it has one, becomes that of the file."
+    """Writes `scripted` and its card to `path`, without source paths.
+
+    The card's `records_sha256`, where it has one, becomes that of the file."""
     path = Path(path)
     rough = path.with_name(f'{path.name}.rough')
     try:
         with naming(path): room_for(rough, sum(storage_bytes(scripted).values()) + (32 << 20))
         with named(rough) as plain:
             quietly(torch.jit.save, scripted, str(plain), _extra_files={'card.json': card})
-            with naming(path): _rewritten(Path(plain), path, json.loads(card).get('records_sha256', '').encode() if own else b'')
+            with naming(path):
+                _rewritten(Path(plain), path, json.loads(card).get('records_sha256', '').encode() if own else b'')
     finally: rough.unlink(missing_ok=True)
 
 def _apart(code: dict[str, bytes]) -> dict[str, bytes]: # source files by name
@@ -459,10 +504,13 @@ def _apart(code: dict[str, bytes]) -> dict[str, bytes]: # source files by name
             own = f'{module}/{function}'
             while f'code/{own}.py' in code: own += '_'  # that of a loaded artifact, which is a part of this one
             alone = len(heads) == 1 and own == f'{module}/{function}'
-            if head[1] == b'class' or alone or [h[2] for h in heads].count(head[2]) > 1: out[name] += text[head.start():end]
+            if head[1] == b'class' or alone or [h[2] for h in heads].count(head[2]) > 1:
+                out[name] += text[head.start() : end]
             else:
                 out[f'code/{own}.py'] = text[head.start():end]
-                moved[f'{module}/{function}'.replace('/', '.').encode()] = f'{own}/{function}'.replace('/', '.').encode()
+                moved[f'{module}/{function}'.replace('/', '.').encode()] = f'{own}/{function}'.replace(
+                    '/', '.'
+                ).encode()
     def renamed(text): return re.sub(rb'\b__torch__[\w.]+', lambda m: moved.get(m[0], m[0]), text)
     return {name: renamed(text) for name, text in out.items() if text}
 
@@ -478,7 +526,8 @@ def _rewritten(plain: Path, path: Path, old: bytes): # a record at a time: an ar
         out = _Out(f)
         writer = torch._C.PyTorchFileWriter(out)
         for name, record in kept():
-            if name in ('.data/version', 'version'): writer.set_min_version(int(bytes(record)))  # of the operators: an old one is read as they were then
+            # of the operators: an old one is read as they were then
+            if name in ('.data/version', 'version'): writer.set_min_version(int(bytes(record)))
             if name in ('version', 'byteorder') or name.startswith('.data/'): continue  # the writer adds them itself
             if old and name in ('extra/card.json', 'data.pkl'): record = bytes(record).replace(old, new)
             elif isinstance(record, bytes) or len(record) < 1 << 20: record = bytes(record)

@@ -79,13 +79,27 @@ def _training(training: dict | None) -> dict:
     return _plain(training or {})
 
 # %% ../../nbs/exporters/01_card.ipynb #916fffba
-BESIDE = ('short_hash', 'content_hash', 'pixels', 'tokenizer', 'versions', 'training', 'tensors_sha256', 'records_sha256', 'graphs', 'compiled') # entries that the content hash leaves out
+# entries that the content hash leaves out
+BESIDE = (
+    'short_hash',
+    'content_hash',
+    'pixels',
+    'tokenizer',
+    'versions',
+    'training',
+    'tensors_sha256',
+    'records_sha256',
+    'graphs',
+    'compiled',
+)
 
 def content_hash(
     card: dict,
 ) -> str:
     "The hash over the entries of `card` that decide the numbers: all but those of `BESIDE`."
-    return sha256(canonical_json({k: v for k, v in card.items() if k not in BESIDE} | {'short_hash': '', 'content_hash': ''}))
+    return sha256(
+        canonical_json({k: v for k, v in card.items() if k not in BESIDE} | {'short_hash': '', 'content_hash': ''})
+    )
 
 # %% ../../nbs/exporters/01_card.ipynb #b564b62d
 def _versions() -> dict:
@@ -99,7 +113,9 @@ def _versions() -> dict:
 def _dtype(model: nn.Module, variant: dict) -> str:
     "The types that the towers' weights have in the file."
     if 'precision' in variant: return {'bf16': 'bfloat16', 'fp16': 'float16'}[variant['precision']]
-    names = {str(t.dtype).removeprefix('torch.') for t in model.parameters()} | ({variant['quantize']} if 'quantize' in variant else set())
+    names = {str(t.dtype).removeprefix('torch.') for t in model.parameters()} | (
+        {variant['quantize']} if 'quantize' in variant else set()
+    )
     return ' '.join(sorted(names))
 
 # %% ../../nbs/exporters/01_card.ipynb #80c2de1d
@@ -121,15 +137,26 @@ def make_card(
     scale, bias, labels = (getattr(model, k, None) for k in ('logit_scale', 'logit_bias', 'labels'))
     towers = getattr(model, 'towers', None) or (model.text, model.image)
     card = {
-        'format': 'mmembed', 'format_version': FORMAT_VERSION, 'short_hash': '', 'content_hash': '',
-        'kind': type(model).__name__, 'decode': decode, 'dim': dim, 'normalized': labels is None and 'after' not in (steps or {}),
+        'format': 'mmembed',
+        'format_version': FORMAT_VERSION,
+        'short_hash': '',
+        'content_hash': '',
+        'kind': type(model).__name__,
+        'decode': decode,
+        'dim': dim,
+        'normalized': labels is None and 'after' not in (steps or {}),
         'dtype': _dtype(model, variant or {}),
-        'logit_scale': 1. if scale is None else float(scale.detach().float().exp()),
-        'logit_bias': 0. if bias is None else float(bias.detach()),
-        'max_length': tp.max_length, 'vocab_size': tp.vocab_size, 'image_size': list(vp.size),
+        'logit_scale': 1.0 if scale is None else float(scale.detach().float().exp()),
+        'logit_bias': 0.0 if bias is None else float(bias.detach()),
+        'max_length': tp.max_length,
+        'vocab_size': tp.vocab_size,
+        'image_size': list(vp.size),
         'parameters': sum(p.numel() for p in model.parameters()),
-        'text_tower': type(towers[0]).__name__, 'image_tower': type(towers[1]).__name__,
-        'preprocessing_sha256': sha256(canonical_json(tp.spec()), tp.state_dict(), canonical_json(rule), vp.state_dict()),
+        'text_tower': type(towers[0]).__name__,
+        'image_tower': type(towers[1]).__name__,
+        'preprocessing_sha256': sha256(
+            canonical_json(tp.spec()), tp.state_dict(), canonical_json(rule), vp.state_dict()
+        ),
         'weights_sha256': sha256(model.state_dict()),
         **{k: v for k, v in (('variant', variant), ('steps', steps), ('classes', classes)) if v},
     } | ({} if labels is None else {'labels': list(labels)})

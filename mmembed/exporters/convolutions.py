@@ -41,7 +41,9 @@ def stepped(x: Tensor, step: float, zero: int) -> Tensor:
 
 # %% ../../nbs/exporters/05_convolutions.ipynb #f403c83c
 class ToBytes(nn.Module):
-    "float32 as bytes, where convolutions multiply them: on a CPU with oneDNN; elsewhere and in exported graphs float32 that is rounded alike"
+    """float32 as bytes, where convolutions multiply them: on a CPU with oneDNN.
+
+    Elsewhere and in exported graphs float32 that is rounded alike"""
     def __init__(self, span: Span):
         super().__init__()
         self.step, self.offset = span
@@ -51,7 +53,12 @@ class ToBytes(nn.Module):
         x: Tensor, # float32 (B, C, H, W)
     ) -> Tensor: # uint8, channels last
         if not self.quick(): return stepped(x, self.step, self.offset)
-        return torch.add(self.zero, x, alpha=1 / self.step).clamp_(0, 255).to(torch.uint8).contiguous(memory_format=torch.channels_last)
+        return (
+            torch.add(self.zero, x, alpha=1 / self.step)
+            .clamp_(0, 255)
+            .to(torch.uint8)
+            .contiguous(memory_format=torch.channels_last)
+        )
 
     def quick(self) -> bool:
         if not torch.jit.is_scripting():
@@ -64,7 +71,8 @@ class Values(nn.Module):
         super().__init__()
         self.step, self.zero = span
 
-    def forward(self, x: Tensor) -> Tensor: return x if x.dtype != torch.uint8 else x.float().sub_(self.zero).mul_(self.step)
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.dtype != torch.uint8 else x.float().sub_(self.zero).mul_(self.step)
 
 # %% ../../nbs/exporters/05_convolutions.ipynb #a18b331c
 class Largest(nn.Module):
@@ -72,7 +80,13 @@ class Largest(nn.Module):
     def __init__(self, pool: nn.MaxPool2d):
         super().__init__()
         def two(v): return [v, v] if isinstance(v, int) else list(v)
-        self.kernel, self.stride, self.padding, self.ceil = two(pool.kernel_size), two(pool.stride), two(pool.padding), pool.ceil_mode
+
+        self.kernel, self.stride, self.padding, self.ceil = (
+            two(pool.kernel_size),
+            two(pool.stride),
+            two(pool.padding),
+            pool.ceil_mode,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != torch.uint8: return F.max_pool2d(x, self.kernel, self.stride, self.padding, ceil_mode=self.ceil)
@@ -103,11 +117,13 @@ def safe_step(
     tops = [flat.abs().amax((1, 2))]
     for x in flat.clamp(min=0), (-flat).clamp(min=0):
         if weight.shape[1] > 4: tops.append((x[:, :-1] + x[:, 1:]).amax((1, 2)))
-        elif flat[0].numel() > 1 and weight.shape[1] > 1: tops.append(x.flatten(1).topk(2).values.sum(1))  # pixels: their order is not known
+        # pixels: their order is not known
+        elif flat[0].numel() > 1 and weight.shape[1] > 1: tops.append(x.flatten(1).topk(2).values.sum(1))
     return torch.stack(tops).amax(0).clamp(min=1e-12) / 127
 
 # %% ../../nbs/exporters/05_convolutions.ipynb #c8434af2
-ACTS = {'none': 'none', 'relu': 'relu', 'relu6': 'relu', 'hardswish': 'hardswish', 'silu': 'swish'} # and what oneDNN calls them; a byte ends at 6 by itself
+# and what oneDNN calls them; a byte ends at 6 by itself
+ACTS = {'none': 'none', 'relu': 'relu', 'relu6': 'relu', 'hardswish': 'hardswish', 'silu': 'swish'}
 
 class Int8Conv(nn.Module):
     "A convolution of bytes, with what follows it: the sum with another tensor of bytes, and an activation"
@@ -118,8 +134,10 @@ class Int8Conv(nn.Module):
         act: str = 'none',          # one of `ACTS`
         other: Optional[Span] = None, # of what is added, if anything is
         keep: bool = False,         # what is added is used again, so it is copied: oneDNN writes into it
-        size: Optional[list[int]] = None, # (B, in, H, W) of what it usually gets, upon which the order of weights depends
-        mean: Optional[Tensor] = None,    # (in,) of its input: what rounding the weights takes from the outputs in the mean is put into the bias
+        # (B, in, H, W) of what it usually gets, upon which the order of weights depends
+        size: Optional[list[int]] = None,
+        # (in,) of its input: what rounding the weights takes from the outputs in the mean is put into the bias
+        mean: Optional[Tensor] = None,
     ):
         super().__init__()
         weight = layer.weight.detach()
@@ -135,7 +153,11 @@ class Int8Conv(nn.Module):
         self.stride, self.padding, self.dilation = (list(v) for v in (layer.stride, layer.padding, layer.dilation))
         self.groups, self.act, self.post, self.size = layer.groups, act, ACTS[act], list(size or [0])
         self.coded, self.keep, self.packed = out is not None, keep, torch.empty(0, dtype=torch.int8)
-        (self.x_step, self.x_zero), (self.out_step, self.out_zero), (self.sum_step, self.sum_zero) = span, out or (1., 0), other or (1., 0)
+        (self.x_step, self.x_zero), (self.out_step, self.out_zero), (self.sum_step, self.sum_zero) = (
+            span,
+            out or (1.0, 0),
+            other or (1.0, 0),
+        )
 
     def forward(self,
         x: Tensor, # uint8 (B, in, H, W), as `ToBytes` gives it
@@ -145,15 +167,62 @@ class Int8Conv(nn.Module):
         packed = self.packed if self.packed.numel() > 0 else self.ordered()
         kind = torch.uint8 if self.coded else torch.float32
         if other is None:
-            return torch.ops.onednn.qconv2d_pointwise(x, self.x_step, self.x_zero, packed, self.step, self.zeros, self.bias, self.stride, self.padding, self.dilation,
-                                                      self.groups, self.out_step, self.out_zero, kind, self.post, [], '')
+            return torch.ops.onednn.qconv2d_pointwise(
+                x,
+                self.x_step,
+                self.x_zero,
+                packed,
+                self.step,
+                self.zeros,
+                self.bias,
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.groups,
+                self.out_step,
+                self.out_zero,
+                kind,
+                self.post,
+                [],
+                '',
+            )
         if self.keep: other = other.clone()
-        return torch.ops.onednn.qconv2d_pointwise(x, self.x_step, self.x_zero, packed, self.step, self.zeros, other, self.bias, self.stride, self.padding, self.dilation,
-                                                  self.groups, self.out_step, self.out_zero, kind, self.sum_step, self.sum_zero, 'sum', 1., self.post, [], '')
+        return torch.ops.onednn.qconv2d_pointwise(
+            x,
+            self.x_step,
+            self.x_zero,
+            packed,
+            self.step,
+            self.zeros,
+            other,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.out_step,
+            self.out_zero,
+            kind,
+            self.sum_step,
+            self.sum_zero,
+            'sum',
+            1.0,
+            self.post,
+            [],
+            '',
+        )
 
     def plain(self, x: Tensor, other: Optional[Tensor]) -> Tensor:
         "The same of float32 that is rounded to what bytes could hold."
-        y = F.conv2d(x, self.weight.to(self.step.dtype) * self.step[:, None, None, None], self.bias, self.stride, self.padding, self.dilation, self.groups)
+        y = F.conv2d(
+            x,
+            self.weight.to(self.step.dtype) * self.step[:, None, None, None],
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+        )
         if other is not None: y = y + other
         if self.act == 'relu': y = F.relu(y)
         elif self.act == 'relu6': y = F.relu6(y)
@@ -164,7 +233,17 @@ class Int8Conv(nn.Module):
     def ordered(self) -> Tensor:
         size: Optional[list[int]] = None
         if len(self.size) == 4: size = self.size
-        return torch.ops.onednn.qconv_prepack(self.weight, self.step, self.x_step, self.x_zero, self.stride, self.padding, self.dilation, self.groups, size)
+        return torch.ops.onednn.qconv_prepack(
+            self.weight,
+            self.step,
+            self.x_step,
+            self.x_zero,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            size,
+        )
 
     @torch.jit.export
     def pack(self):
@@ -176,7 +255,9 @@ class Int8Conv(nn.Module):
 # %% ../../nbs/exporters/05_convolutions.ipynb #ca8586a6
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, name: str) -> bool:
-        return isinstance(m, (torch.jit.ScriptModule, Int8Linear, Int8Embedding, SelfAttention)) or super().is_leaf_module(m, name)
+        return isinstance(
+            m, (torch.jit.ScriptModule, Int8Linear, Int8Embedding, SelfAttention)
+        ) or super().is_leaf_module(m, name)
 
 def traced(
     net: nn.Module, # in eval mode
@@ -190,7 +271,12 @@ def _fold(made: fx.GraphModule):
     from torch.nn.utils.fusion import fuse_conv_bn_eval
     layers, calls = dict(made.named_modules()), [n.target for n in made.graph.nodes if n.op == 'call_module']
     for node in list(made.graph.nodes):
-        if node.op != 'call_module' or type(layers[node.target]) is not nn.BatchNorm2d or layers[node.target].running_mean is None: continue
+        if (
+            node.op != 'call_module'
+            or type(layers[node.target]) is not nn.BatchNorm2d
+            or layers[node.target].running_mean is None
+        ):
+            continue
         before = node.args[0]
         if before.op != 'call_module' or type(layers[before.target]) is not nn.Conv2d or len(before.users) > 1: continue
         if calls.count(before.target) > 1: continue
@@ -210,7 +296,8 @@ class _Watch(fx.Interpreter):
 
     def run_node(self, n: fx.Node):
         x = super().run_node(n)
-        if n.op == 'call_module' and type(self.submodules[n.target]) is nn.Conv2d: self.means.setdefault(n, []).append(self.env[n.args[0]].mean((0, 2, 3)))
+        if n.op == 'call_module' and type(self.submodules[n.target]) is nn.Conv2d:
+            self.means.setdefault(n, []).append(self.env[n.args[0]].mean((0, 2, 3)))
         if isinstance(x, Tensor) and x.is_floating_point() and x.numel():
             low, high = self.ends.get(n, (float('inf'), -float('inf')))
             self.ends[n], self.shapes[n] = (min(low, float(x.min())), max(high, float(x.max()))), list(x.shape)
@@ -220,7 +307,15 @@ class _Watch(fx.Interpreter):
 class _Unit:
     "A convolution with what is computed with it"
     def __init__(self, conv: fx.Node, layer: nn.Conv2d):
-        self.conv, self.layer, self.last, self.act, self.other, self.keep, self.inner = conv, layer, conv, 'none', None, False, []
+        self.conv, self.layer, self.last, self.act, self.other, self.keep, self.inner = (
+            conv,
+            layer,
+            conv,
+            'none',
+            None,
+            False,
+            [],
+        )
 
     @property
     def source(self) -> fx.Node: return self.conv.args[0]
@@ -233,13 +328,23 @@ class _Plan:
         self.nodes, self.layers, watch = list(made.graph.nodes), dict(made.named_modules()), _Watch(made)
         with torch.no_grad():
             for x in batches: watch.run(x)
-        self.ends, self.shapes, self.means = watch.ends, watch.shapes, {n: torch.stack(x).mean(0) for n, x in watch.means.items()}
+        self.ends, self.shapes, self.means = (
+            watch.ends,
+            watch.shapes,
+            {n: torch.stack(x).mean(0) for n, x in watch.means.items()},
+        )
         units = self.units()
         self.count = len(units)
         self.use = {u.conv: u for u in units if u.layer.groups == 1 and not skip(u.layer)}
         lasts = {u.last for u in self.use.values()}
         for u in units:
-            if u.layer.groups == u.layer.in_channels == u.layer.out_channels > 1 and not skip(u.layer) and self.origin(u.source) in lasts and self.feeds(u): self.use[u.conv] = u
+            if (
+                u.layer.groups == u.layer.in_channels == u.layer.out_channels > 1
+                and not skip(u.layer)
+                and self.origin(u.source) in lasts
+                and self.feeds(u)
+            ):
+                self.use[u.conv] = u
         while alone := [n for n, u in self.use.items() if not self.given(u.source) and not self.feeds(u)]:
             for n in alone: del self.use[n]
         self.lasts = {u.last: u for u in self.use.values()}
@@ -250,19 +355,34 @@ class _Plan:
     def activation(self, n: fx.Node) -> str:
         "One of `ACTS` or nothing."
         m = self.module(n)
-        if m is not None: return {nn.ReLU: 'relu', nn.ReLU6: 'relu6', nn.Hardswish: 'hardswish', nn.SiLU: 'silu'}.get(type(m), '')
-        if n.op == 'call_function': return {F.relu: 'relu', torch.relu: 'relu', F.relu6: 'relu6', F.hardswish: 'hardswish', F.silu: 'silu'}.get(n.target, '')
+        if m is not None:
+            return {nn.ReLU: 'relu', nn.ReLU6: 'relu6', nn.Hardswish: 'hardswish', nn.SiLU: 'silu'}.get(type(m), '')
+        if n.op == 'call_function':
+            return {F.relu: 'relu', torch.relu: 'relu', F.relu6: 'relu6', F.hardswish: 'hardswish', F.silu: 'silu'}.get(
+                n.target, ''
+            )
         return 'relu' if n.op == 'call_method' and n.target in ('relu', 'relu_') else ''
 
     def same(self, n: fx.Node) -> bool: # it gives back what it gets
         return type(self.module(n)) in (nn.Identity, nn.Dropout) or n.op == 'call_function' and n.target is F.dropout
 
     def joins(self, n: fx.Node) -> bool:
-        return n.op == 'call_function' and n.target is torch.cat and isinstance(n.args[0], (list, tuple)) and all(isinstance(x, fx.Node) for x in n.args[0])
+        return (
+            n.op == 'call_function'
+            and n.target is torch.cat
+            and isinstance(n.args[0], (list, tuple))
+            and all(isinstance(x, fx.Node) for x in n.args[0])
+        )
 
     def passes(self, n: fx.Node) -> bool: # bytes in, bytes out
         m = self.module(n)
-        return self.same(n) or self.joins(n) or type(m) is nn.MaxPool2d and m.dilation in (1, (1, 1)) and not m.return_indices
+        return (
+            self.same(n)
+            or self.joins(n)
+            or type(m) is nn.MaxPool2d
+            and m.dilation in (1, (1, 1))
+            and not m.return_indices
+        )
 
     def sources(self, n: fx.Node) -> list[fx.Node]: return list(n.args[0]) if self.joins(n) else [n.args[0]]
 
@@ -270,8 +390,12 @@ class _Plan:
         while self.passes(n) and not self.joins(n): n = n.args[0]
         return n
 
-    def given(self, n: fx.Node) -> bool: # as bytes, without a way of its own
-        return any(n is u.last for u in self.use.values()) or self.passes(n) and all(self.given(s) for s in self.sources(n))
+    def given(self, n: fx.Node) -> bool:  # as bytes, without a way of its own
+        return (
+            any(n is u.last for u in self.use.values())
+            or self.passes(n)
+            and all(self.given(s) for s in self.sources(n))
+        )
 
     def feeds(self, u: _Unit) -> bool: # another convolution of int8
         ahead = list(u.last.users)
@@ -280,15 +404,28 @@ class _Plan:
         return any(n in self.use for n in ahead)
 
     def adds(self, n: fx.Node) -> bool:
-        if n.op != 'call_function' or n.target not in (operator.add, operator.iadd, torch.add) or len(n.args) != 2 or n.kwargs: return False
+        if (
+            n.op != 'call_function'
+            or n.target not in (operator.add, operator.iadd, torch.add)
+            or len(n.args) != 2
+            or n.kwargs
+        ):
+            return False
         a, b = n.args
-        return isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b and a in self.shapes and self.shapes[a] == self.shapes.get(b)
+        return (
+            isinstance(a, fx.Node)
+            and isinstance(b, fx.Node)
+            and a is not b
+            and a in self.shapes
+            and self.shapes[a] == self.shapes.get(b)
+        )
 
     def units(self) -> list[_Unit]:
         place, taken, found = {n: i for i, n in enumerate(self.nodes)}, set(), []
         for n in self.nodes:
             c = self.module(n)
-            if type(c) is not nn.Conv2d or isinstance(c.padding, str) or c.padding_mode != 'zeros' or len(n.args) != 1: continue
+            if type(c) is not nn.Conv2d or isinstance(c.padding, str) or c.padding_mode != 'zeros' or len(n.args) != 1:
+                continue
             unit, (after, *more) = _Unit(n, c), [*n.users, None]
             found.append(unit)
             if any(more) or after is None: continue
@@ -299,7 +436,11 @@ class _Plan:
                 taken.add(after)
                 unit.other = after.args[1] if after.args[0] is n else after.args[0]
                 around = [unit.other, *unit.other.users]
-                unit.keep = unit.other is unit.source or any(place[x] > place[after] for x in around) or any(self.same(x) for x in around)
+                unit.keep = (
+                    unit.other is unit.source
+                    or any(place[x] > place[after] for x in around)
+                    or any(self.same(x) for x in around)
+                )
                 unit.extend(after)
                 follows, *more = [*after.users, None]
                 if not any(more) and follows is not None and self.activation(follows) == 'relu':
@@ -357,8 +498,16 @@ def converted(
         if n in inner: continue
         if unit := plan.lasts.get(n):
             inputs = [as_codes(x) for x in (unit.source, unit.other) if x is not None]
-            layer = Int8Conv(unit.layer, plan.span(unit.source), plan.span(n) if plan.coded[n] else None, unit.act, plan.span(unit.other) if unit.other is not None else None,
-                             unit.keep, plan.shapes[unit.source], plan.means[unit.conv])
+            layer = Int8Conv(
+                unit.layer,
+                plan.span(unit.source),
+                plan.span(n) if plan.coded[n] else None,
+                unit.act,
+                plan.span(unit.other) if unit.other is not None else None,
+                unit.keep,
+                plan.shapes[unit.source],
+                plan.means[unit.conv],
+            )
             (codes if plan.coded[n] else floats)[n] = put('conv', layer, *inputs)
         elif not plan.coded[n]: floats[n] = graph.node_copy(n, as_float)
         elif plan.same(n): codes[n] = codes[n.args[0]]
@@ -397,11 +546,27 @@ def _by_steps(tower, pixels, asked, limit, script) -> tuple[int, str]:
             count += found
             before.append((owner, key, part))
             setattr(owner, key, made)
-        if not count: return 0, f'{total} convolutions of the image tower stay float32: they stand alone between float32 layers, or torch.fx cannot list their calls'
-        worst = max(float((1 - F.cosine_similarity(w.double(), tower(x).flatten(1).double())).max()) for w, x in zip(want, asked))
-        if worst <= limit: return count, f'{total - count} of {total} convolutions of the image tower stay float32' if count < total else ''
+        if not count:
+            return (
+                0,
+                f'{total} convolutions of the image tower stay float32: they stand alone between float32 layers, or '
+                f'torch.fx cannot list their calls',
+            )
+        worst = max(
+            float((1 - F.cosine_similarity(w.double(), tower(x).flatten(1).double())).max())
+            for w, x in zip(want, asked)
+        )
+        if worst <= limit:
+            return (
+                count,
+                f'{total - count} of {total} convolutions of the image tower stay float32' if count < total else '',
+            )
         for owner, key, part in before: setattr(owner, key, part)
-    return 0, f'{total} convolutions of the image tower stay float32: in int8 its answers lose {worst:.2g} of their cosine, {limit:.2g} is allowed; give pictures of your own to calibrate='
+    return (
+        0,
+        f'{total} convolutions of the image tower stay float32: in int8 its answers lose {worst:.2g} of their cosine, '
+        f'{limit:.2g} is allowed; give pictures of your own to calibrate=',
+    )
 
 def _parts(tower: nn.Module, pixels: list[Tensor]) -> list[tuple]: # owner, name, module, what it gets
     "The largest parts of `tower` that can be traced and hold two convolutions or more."

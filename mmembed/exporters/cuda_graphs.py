@@ -24,17 +24,27 @@ class Acceleration(NamedTuple):
     option: str
     what: str
 
-ACCELERATIONS = {k: Acceleration(*v) for k, v in {
-    'fp16': ("export(precision='fp16')", 'weights and activations of 16 bits'),
-    'bf16': ("export(precision='bf16')", 'likewise, with the range of fp32'),
-    'int8': ("export(quantize='int8')", 'linear layers and convolutions multiply int8 by int8; in a .pt2, linear layers of the torch.export graph'),
-    'sdpa': ("export(attention='sdpa'), the default", 'attention in one kernel: flash, or memory-efficient where there is a mask'),
-    'math': ("export(attention='math')", 'attention as products and a softmax, one after the other'),
-    'graphs': ('export(graphs=(1, 2, 4, 8, 16))', 'batches of a few sizes, each captured once as a CUDA graph'),
-    'aotinductor': ("export(model, 'model.pt2')", 'tokenizer and towers compiled ahead of time'),
-    'onnx-cuda': ("OnnxModel(folder, device='cuda')", "ONNX Runtime's CUDA provider"),
-    'tensorrt': ("OnnxModel(folder, device='tensorrt')", "ONNX Runtime's TensorRT provider"),
-    'compile': ('eager_towers(compile=True)', 'torch.compile, of eager Python alone')}.items()}
+ACCELERATIONS = {
+    k: Acceleration(*v)
+    for k, v in {
+        'fp16': ("export(precision='fp16')", 'weights and activations of 16 bits'),
+        'bf16': ("export(precision='bf16')", 'likewise, with the range of fp32'),
+        'int8': (
+            "export(quantize='int8')",
+            'linear layers and convolutions multiply int8 by int8; in a .pt2, linear layers of the torch.export graph',
+        ),
+        'sdpa': (
+            "export(attention='sdpa'), the default",
+            'attention in one kernel: flash, or memory-efficient where there is a mask',
+        ),
+        'math': ("export(attention='math')", 'attention as products and a softmax, one after the other'),
+        'graphs': ('export(graphs=(1, 2, 4, 8, 16))', 'batches of a few sizes, each captured once as a CUDA graph'),
+        'aotinductor': ("export(model, 'model.pt2')", 'tokenizer and towers compiled ahead of time'),
+        'onnx-cuda': ("OnnxModel(folder, device='cuda')", "ONNX Runtime's CUDA provider"),
+        'tensorrt': ("OnnxModel(folder, device='tensorrt')", "ONNX Runtime's TensorRT provider"),
+        'compile': ('eager_towers(compile=True)', 'torch.compile, of eager Python alone'),
+    }.items()
+}
 
 # %% ../../nbs/exporters/11_cuda_graphs.ipynb #b1bb9a69
 def why_not(
@@ -90,8 +100,15 @@ class _Waits(TorchDispatchMode):
         super().__init__()
         self.found = []
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        tags, index = f.tags, f.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
-        shaped = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]) if index else torch.Tag.dynamic_output_shape in tags
+        tags, index = (
+            f.tags,
+            f.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_),
+        )
+        shaped = (
+            any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+            if index
+            else torch.Tag.dynamic_output_shape in tags
+        )
         if shaped or torch.Tag.data_dependent_output in tags: self.found.append(str(f.overloadpacket))
         return f(*args, **kwargs or {})
 
@@ -101,8 +118,14 @@ def waits(
     "Which tower asks the host between two kernels, and by what; empty when none does, so that they can be captured."
     tp, vp, encoder = artifact.text_pipeline, artifact.vision_pipeline, artifact.model
     pixels, (ids, mask) = torch.zeros(2, 3, *vp.size), tp(['two words', 'a text'])
-    calls = {'towers': lambda: encoder(Tokens(ids, mask), pixels)} if hasattr(artifact, 'score_pairs') else {
-        'text tower': lambda: encoder.encode_text(Tokens(ids, mask)), 'image tower': lambda: encoder.encode_image(pixels)}
+    calls = (
+        {'towers': lambda: encoder(Tokens(ids, mask), pixels)}
+        if hasattr(artifact, 'score_pairs')
+        else {
+            'text tower': lambda: encoder.encode_text(Tokens(ids, mask)),
+            'image tower': lambda: encoder.encode_image(pixels),
+        }
+    )
     for name, call in calls.items():
         with torch.no_grad(), _Waits() as mode: call()
         if mode.found: return f'the {name} cannot be captured: {mode.found[0]} waits for the GPU'
@@ -119,5 +142,7 @@ def left_behind(
         for method in part._c._method_names():
             for node in part._c._get_method(method).graph.findAllNodes('prim::Constant', True):
                 if node.output().type().str() != 'Device' or node.s('value') == 'meta': continue
-                found += [f'{name or "artifact"}.{method}: {u.user.kind()} on {node.s("value")}' for u in node.output().uses()]
+                found += [
+                    f'{name or "artifact"}.{method}: {u.user.kind()} on {node.s("value")}' for u in node.output().uses()
+                ]
     return found

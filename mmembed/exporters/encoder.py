@@ -37,7 +37,8 @@ class Encoder(nn.Module):
         if not torch.jit.is_scripting():
             if self.rows == 0: return self.finish(self.net.encode_text(tokens))
         ids, mask, rows = tokens.ids, tokens.mask, tokens.ids.shape[0]
-        if self.rows > 0: ids, mask, rows = lengthened(ids, self.length, self.pad_id), lengthened(mask, self.length, 0), self.rows
+        if self.rows > 0:
+            ids, mask, rows = lengthened(ids, self.length, self.pad_id), lengthened(mask, self.length, 0), self.rows
         done: list[Tensor] = []
         for i in range(0, ids.shape[0], rows):
             part, marks = ids[i:i+rows], mask[i:i+rows]
@@ -54,7 +55,8 @@ class Encoder(nn.Module):
         done: list[Tensor] = []
         for i in range(0, pixels.shape[0], rows):
             part = pixels[i:i+rows]
-            x = self.net.encode_image(filled(part, rows) if self.rows > 0 else part)  # the one call: TorchScript writes each out, in several copies
+            # the one call: TorchScript writes each out, in several copies
+            x = self.net.encode_image(filled(part, rows) if self.rows > 0 else part)
             done.append(self.finish(x)[:part.shape[0]])
         return torch.cat(done)
 
@@ -76,7 +78,8 @@ class Scorer(nn.Module):
         if not torch.jit.is_scripting():
             if self.rows == 0: return self.after(self.net(tokens, pixels).float())
         ids, mask, rows = tokens.ids, tokens.mask, tokens.ids.shape[0]
-        if self.rows > 0: ids, mask, rows = lengthened(ids, self.length, self.pad_id), lengthened(mask, self.length, 0), self.rows
+        if self.rows > 0:
+            ids, mask, rows = lengthened(ids, self.length, self.pad_id), lengthened(mask, self.length, 0), self.rows
         done: list[Tensor] = []
         for i in range(0, ids.shape[0], rows):
             part, marks, picture = ids[i:i+rows], mask[i:i+rows], pixels[i:i+rows]
@@ -102,4 +105,6 @@ class ImageForm(nn.Module):
 
 class PairForm(ImageForm):
     "ids, mask and levels to scores"
-    def forward(self, ids: Tensor, mask: Tensor, levels: Tensor) -> Tensor: return self.encoder(Tokens(ids, mask), self.pixels(levels))
+
+    def forward(self, ids: Tensor, mask: Tensor, levels: Tensor) -> Tensor:
+        return self.encoder(Tokens(ids, mask), self.pixels(levels))

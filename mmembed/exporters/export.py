@@ -40,36 +40,56 @@ def export(
     texts: Sequence[str | bytes] = (), images: Sequence[bytes] = (), # samples of your own to verify on
     fresh: bool = True,              # as in `verify`
     cpp: bool | str | Path | None = None, # as in `verify`
-    precision: str = 'fp32', quantize: str | None = None, fold: bool = False, trim: int = 0, deterministic: int = 0, # as in `Variant`
+    # as in `Variant`
+    precision: str = 'fp32', quantize: str | None = None, fold: bool = False, trim: int = 0, deterministic: int = 0,
     dim: int | None = None, output: str = 'float32', portable: bool = False, attention: str = 'sdpa', # as in `Variant`
     labels: dict | Sequence[str] | None = None, templates: Sequence[str] = ('a photo of a {}.',), # as in `read_classes`
     top_k: int = 5, threshold: float | dict = 0., # as in `read_classes`
-    before_text: nn.Module | None = None, before_image: nn.Module | None = None, after: nn.Module | None = None, # as in `Steps`
+    # as in `Steps`
+    before_text: nn.Module | None = None, before_image: nn.Module | None = None, after: nn.Module | None = None,
     device: str = 'cpu',             # on which the file is verified beside the CPU
     samples: Sequence[tuple] = (),   # as in `verify`
     onnx: str | Path | None = None,  # a folder for the model as ONNX, as `export_onnx` writes it
     onnx_files: bool = False,        # files.onnx there, too, as `add_files` writes it
     cpu: str = '',                   # for a `path` that ends in .pt2, as in `save_package`
-    calibrate: Sequence[bytes | Tensor] = (), # with quantize='int8': twenty or so images (files or decoded RGB) like those to come, for the ranges of convolutions
+    # with quantize='int8': twenty or so images (files or decoded RGB) like those to come, for the ranges of
+    # convolutions
+    calibrate: Sequence[bytes | Tensor] = (),
     graphs: Sequence[int] = (),      # batch sizes that a host on a GPU captures as CUDA graphs, as in `Captured`
 ) -> Report:
-    """Scripts `model` with its pipelines into one file at `path`, or compiles it where that ends in `.pt2`; verifies the file, and returns the report.
+    """Scripts `model` with its pipelines into one file at `path`, or compiles it where that ends in `.pt2`; verifies
+    the file, and returns the report.
 
-    A file that fails does not stay: what was at `path` before remains, and `VerifyError` names the stage. Raises `ValueError` and `TypeError` for
+    A file that fails does not stay: what was at `path` before remains, and `VerifyError` names the stage. Raises
+    `ValueError` and `TypeError` for
     options that do not go with the model."""
-    path, variant = Path(path), Variant(precision, quantize or '', fold, trim, deterministic, dim or 0, output, portable, attention)
+    path, variant = (
+        Path(path),
+        Variant(precision, quantize or '', fold, trim, deterministic, dim or 0, output, portable, attention),
+    )
     if path.is_dir(): raise ValueError(f'path must name a file, {path} is a folder')
-    if onnx_files and not onnx: raise ValueError('onnx_files: files.onnx stands beside image.onnx; name their folder with onnx=')
+    if onnx_files and not onnx:
+        raise ValueError('onnx_files: files.onnx stands beside image.onnx; name their folder with onnx=')
     steps = tried(Steps(before_text, before_image, after))
     own = getattr(model, 'labels', None)
-    classes = read_classes(own if labels is None else labels, tuple(templates) if isinstance(templates, (list, tuple)) else templates, top_k, threshold)
+    classes = read_classes(
+        own if labels is None else labels,
+        tuple(templates) if isinstance(templates, (list, tuple)) else templates,
+        top_k,
+        threshold,
+    )
     if own is not None: classes = classes._replace(prompts=[])
     package, graphs = path.suffix == '.pt2', sizes_of(graphs)
     if package: check_name(path)
-    if package and (graphs or device != 'cpu'): raise ValueError(f'{path.name} is compiled for the CPU: graphs and device go with a TorchScript file')
+    if package and (graphs or device != 'cpu'):
+        raise ValueError(f'{path.name} is compiled for the CPU: graphs and device go with a TorchScript file')
     artifact = assemble(model, decode, variant, steps, classes, script=not package, share=True, calibrate=calibrate)
     said = classes.words() if labels is not None or own is not None and (top_k, threshold) != (5, 0.) else None
-    card = make_card(model, artifact.dim, decode, training, variant.changes(), steps.words(), said) | {'tensors_sha256': sha256(all_tensors(artifact)), 'records_sha256': '0' * 64} | ({'graphs': list(graphs)} if graphs else {})
+    card = (
+        make_card(model, artifact.dim, decode, training, variant.changes(), steps.words(), said)
+        | {'tensors_sha256': sha256(all_tensors(artifact)), 'records_sha256': '0' * 64}
+        | ({'graphs': list(graphs)} if graphs else {})
+    )
     if graphs and (why := waits(artifact)): raise ValueError(f'graphs: {why}')
     artifact.identity = json.dumps(card, indent=1, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,8 +102,22 @@ def export(
         else: save(quietly(torch.jit.script, artifact), temporary, artifact.identity)
         del artifact
         give_back()
-        report = verify(temporary, model, texts, images, fresh, cpp, (0, 1, 3, 64), samples, steps, labels if own is None else None, templates, device,
-                        graphs if onnx else None, calibrate)
+        report = verify(
+            temporary,
+            model,
+            texts,
+            images,
+            fresh,
+            cpp,
+            (0, 1, 3, 64),
+            samples,
+            steps,
+            labels if own is None else None,
+            templates,
+            device,
+            graphs if onnx else None,
+            calibrate,
+        )
         report.path = path
         report.check()
         os.replace(temporary, path)

@@ -26,7 +26,9 @@ def evened(
     weight: Tensor, # (out, in)
     peak: Tensor,   # (in,): the largest size of each input
 ) -> Tensor: # (in,): what the inputs are multiplied by, and the columns of the weights divided by
-    "Numbers that make inputs and weights equally hard to round, quarter powers of two; 1 everywhere if no input was seen."
+    """Numbers that make inputs and weights equally hard to round, quarter powers of two.
+
+    1 everywhere if no input was seen."""
     top = float(peak.max())
     if not 0 < top < float('inf'): return torch.ones_like(peak)
     columns = weight.detach().abs().amax(0)
@@ -48,12 +50,16 @@ def multiplied(
 ) -> Tensor: # float32 (N, out)
     "Multiply `codes - zero` by `weight.T * step` with oneDNN's quantised linear layer."
     zeros = torch.zeros(step.shape[0], dtype=torch.int32)
-    return torch.ops.onednn.qlinear_pointwise(codes, 1., zero, weight, step, zeros, None, 1., 0, torch.float32, 'none', [], 'none')
+    return torch.ops.onednn.qlinear_pointwise(
+        codes, 1.0, zero, weight, step, zeros, None, 1.0, 0, torch.float32, 'none', [], 'none'
+    )
 
 def int8_steps() -> int:
-    """Return into how many steps this processor wants the range of an input divided for `multiplied`, 0 where it wants `torch._int_mm`.
+    """Return into how many steps this processor wants the range of an input divided for `multiplied`, 0 where it
+    wants `torch._int_mm`.
 
-    126 where oneDNN adds pairs of products in int16 (AVX2, AVX-512 without VNNI): 7 bits never saturate there. 254 where it is exact (AVX-VNNI).
+    126 where oneDNN adds pairs of products in int16 (AVX2, AVX-512 without VNNI): 7 bits never saturate there. 254
+    where it is exact (AVX-VNNI).
     0 where torch calls such a kernel itself (AVX-512 VNNI, ARM)."""
     if torch.ops.mkldnn._is_mkldnn_acl_supported(): return 0
     largest, weight = torch.full((64, 64), 254, dtype=torch.uint8), torch.full((64, 64), 127, dtype=torch.int8)
@@ -63,7 +69,8 @@ def int8_steps() -> int:
 
 # %% ../../nbs/exporters/03_int8.ipynb #8663f050
 class Int8Linear(nn.Module):
-    "A linear layer that multiplies int8 by int8, by the kernel that is quick on the processor it runs on, and a GELU behind it if asked for"
+    """A linear layer that multiplies int8 by int8, by the kernel that is quick on the processor it runs on, and a
+    GELU behind it if asked for"""
     portable: torch.jit.Final[bool]
 
     def __init__(self,
@@ -101,7 +108,8 @@ class Int8Linear(nn.Module):
         if torch.jit.is_scripting():
             if rows.shape[0] > self.slab:
                 out = torch.empty((rows.shape[0], self.step.shape[0]), dtype=x.dtype, device=x.device)
-                for i in range(0, rows.shape[0], self.slab): out[i:i+self.slab] = self.rows(rows[i:i+self.slab], steps, packed)
+                for i in range(0, rows.shape[0], self.slab):
+                    out[i : i + self.slab] = self.rows(rows[i : i + self.slab], steps, packed)
                 return out.view(shape)
         return self.rows(rows, steps, packed).view(shape)
 
@@ -129,14 +137,16 @@ class Int8Linear(nn.Module):
         self.steps = self.choose()
         if self.portable: return
         else:
-            if self.steps == 0 and self.step.device.type == 'cpu' and not torch.ops.mkldnn._is_mkldnn_acl_supported(): self.steps = 254
+            if self.steps == 0 and self.step.device.type == 'cpu' and not torch.ops.mkldnn._is_mkldnn_acl_supported():
+                self.steps = 254
             if self.steps == 0: return
             self.packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
             self.weight = torch.empty(0, dtype=torch.int8)
 
     @torch.jit.export
     def widen(self):
-        "Multiply in float32 from now on, by the weights as int8 has rounded them: for a portable file where `torch._int_mm` is a plain loop."
+        """Multiply in float32 from now on, by the weights as int8 has rounded them: for a portable file where
+        `torch._int_mm` is a plain loop."""
         if self.wide.numel() > 0: return
         self.wide = self.weight.float() * self.step[:, None] * self.scale
         self.weight = torch.empty(0, dtype=torch.int8)
@@ -166,11 +176,19 @@ class SelfAttention(nn.Module):
     "`nn.MultiheadAttention` of one sequence with itself, made of linear layers that share its weights"
     def __init__(self, attention: nn.MultiheadAttention):
         super().__init__()
-        width, self.heads, self.batch_first, self.fused = attention.embed_dim, attention.num_heads, attention.batch_first, True
+        width, self.heads, self.batch_first, self.fused = (
+            attention.embed_dim,
+            attention.num_heads,
+            attention.batch_first,
+            True,
+        )
         self.qkv, self.out = nn.Linear(width, 3*width, device='meta'), nn.Linear(width, width, device='meta')
         for layer, weight, bias in ((self.qkv, attention.in_proj_weight, attention.in_proj_bias),
                                     (self.out, attention.out_proj.weight, attention.out_proj.bias)):
-            layer.weight, layer.bias = weight, nn.Parameter(weight.new_zeros(len(weight)), False) if bias is None else bias
+            layer.weight, layer.bias = (
+                weight,
+                nn.Parameter(weight.new_zeros(len(weight)), False) if bias is None else bias,
+            )
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False,
                 attn_mask: Optional[Tensor] = None) -> tuple[Tensor, Optional[Tensor]]:
@@ -194,8 +212,11 @@ def with_linear_attention(
     for block in list(tower.modules()):
         name = _BLOCKS.get(type(block).__name__)
         attention = getattr(block, name, None) if name else None
-        plain = isinstance(attention, nn.MultiheadAttention) and attention._qkv_same_embed_dim and attention.bias_k is None
-        if plain and not hasattr(block, 'ln_1_kv') and not attention.add_zero_attn: setattr(block, name, SelfAttention(attention).eval())
+        plain = (
+            isinstance(attention, nn.MultiheadAttention) and attention._qkv_same_embed_dim and attention.bias_k is None
+        )
+        if plain and not hasattr(block, 'ln_1_kv') and not attention.add_zero_attn:
+            setattr(block, name, SelfAttention(attention).eval())
     return tower
 
 def _linears(tower: nn.Module) -> list[tuple]:
@@ -232,7 +253,9 @@ def int8_linear(
     peaks = channel_peaks(tower, *inputs)  # while the GELUs are still in their places
     mark_gelus(tower)
     found = _linears(tower)
-    for owner, key, table in [(m, k, x) for m in tower.modules() for k, x in m.named_children() if type(x) is nn.Embedding]:
+    for owner, key, table in [
+        (m, k, x) for m in tower.modules() for k, x in m.named_children() if type(x) is nn.Embedding
+    ]:
         if table.max_norm is None and table.weight.numel() >= TABLE: setattr(owner, key, Int8Embedding(table))
     for owner, key, layer in found:
         made = Int8Linear(layer, peaks.get(layer), hasattr(layer, 'gelu'), portable).eval()
@@ -252,20 +275,32 @@ class AttentionLayer(TorchFunctionMode):
         return self._answer(*args, **kwargs or {}) if attends and self.f else f(*args, **kwargs or {})
 
     def _answer(self, query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
-        if scale is not None and abs(scale * query.shape[-1] ** .5 - 1) > 1e-6: query = query * (scale * query.shape[-1] ** .5)
+        if scale is not None and abs(scale * query.shape[-1] ** 0.5 - 1) > 1e-6:
+            query = query * (scale * query.shape[-1] ** 0.5)
         if enable_gqa: key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         if is_causal: attn_mask = torch.ones_like(query[0, 0] @ key[0, 0].T).tril() > 0
         return self.f(query, key, value, attn_mask)
 
 # %% ../../nbs/exporters/03_int8.ipynb #d30055ac
 def mark_gelus(tower: nn.Module):
-    "Marks linear layers with a GELU right behind them, and takes it away: open_clip's and torchvision's `Sequential`, Hugging Face's BERT."
+    """Marks linear layers with a GELU right behind them, and takes it away: open_clip's and torchvision's
+    `Sequential`, Hugging Face's BERT."""
     for m in tower.modules():
         row = list(m.named_children())
-        pairs = zip(row, row[1:]) if isinstance(m, nn.Sequential) else [(('dense', m.dense), ('intermediate_act_fn', m.intermediate_act_fn))] if (
-            hasattr(m, 'dense') and isinstance(getattr(m, 'intermediate_act_fn', None), nn.Module)) else []
+        pairs = (
+            zip(row, row[1:])
+            if isinstance(m, nn.Sequential)
+            else [(('dense', m.dense), ('intermediate_act_fn', m.intermediate_act_fn))]
+            if (hasattr(m, 'dense') and isinstance(getattr(m, 'intermediate_act_fn', None), nn.Module))
+            else []
+        )
         for (_, linear), (name, after) in pairs:
-            exact = type(after) is nn.GELU and after.approximate == 'none' or type(after).__name__ == 'GELUActivation' and getattr(after, 'act', None) is F.gelu
+            exact = (
+                type(after) is nn.GELU
+                and after.approximate == 'none'
+                or type(after).__name__ == 'GELUActivation'
+                and getattr(after, 'act', None) is F.gelu
+            )
             if type(linear) is nn.Linear and exact:
                 linear.gelu = True
                 setattr(m, name, nn.Identity())

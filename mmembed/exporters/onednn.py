@@ -40,8 +40,9 @@ class Linear(nn.Module):
 
     def forward(self,
         x: Tensor, # (..., in)
-    ) -> Tensor: # (..., out)
-        if self.packed.numel() > 0: return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, self.post, [], self.kind)
+    ) -> Tensor:  # (..., out)
+        if self.packed.numel() > 0:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, self.post, [], self.kind)
         if supported(self.weight) and not (self.own and self.weight.dtype == torch.float32):
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.post, [], self.kind)
         y = F.linear(x, self.weight, self.bias)
@@ -56,7 +57,8 @@ class Linear(nn.Module):
 # %% ../../nbs/exporters/04_onednn.ipynb #d6ee8864
 class Conv(nn.Module):
     "`nn.Conv2d`, and a ReLU behind it if asked for, by oneDNN on a CPU, channels last"
-    size: list[int] # (1, in, H, W) of what it usually gets, upon which the order of weights depends; nothing if not known
+    # (1, in, H, W) of what it usually gets, upon which the order of weights depends; nothing if not known
+    size: list[int]
 
     def __init__(self,
         layer: nn.Conv2d,   # padded with zeros by numbers; its weights are shared
@@ -73,9 +75,13 @@ class Conv(nn.Module):
     ) -> Tensor: # (B, out, H', W')
         x = x.contiguous(memory_format=torch.channels_last)
         if self.packed.numel() > 0:
-            return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, self.padding, self.stride, self.dilation, self.groups, self.post, [], '')
+            return torch.ops.mkldnn._convolution_pointwise(
+                x, self.packed, self.bias, self.padding, self.stride, self.dilation, self.groups, self.post, [], ''
+            )
         if supported(self.weight):
-            return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups, self.post, [], '')
+            return torch.ops.mkldnn._convolution_pointwise(
+                x, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups, self.post, [], ''
+            )
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         return F.relu(y) if self.relu else y
 
@@ -84,7 +90,9 @@ class Conv(nn.Module):
         if not supported(self.weight): return
         size: Optional[list[int]] = None
         if len(self.size) > 0: size = self.size
-        self.packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, self.padding, self.stride, self.dilation, self.groups, size)
+        self.packed = torch.ops.mkldnn._reorder_convolution_weight(
+            self.weight, self.padding, self.stride, self.dilation, self.groups, size
+        )
         self.weight = torch.empty(0)
 
 # %% ../../nbs/exporters/04_onednn.ipynb #2be55eaa
@@ -121,20 +129,29 @@ def quick(
     if pixels is not None: _look(tower, pixels)
     for owner in list(tower.modules()):
         for name, layer in list(owner.named_children()):
-            if (found := _kernel(owner, layer)) is not None: setattr(owner, name, quietly(torch.jit.script, found.eval()))
+            if (found := _kernel(owner, layer)) is not None:
+                setattr(owner, name, quietly(torch.jit.script, found.eval()))
     return tower
 
 def _kernel(owner: nn.Module, layer: nn.Module) -> nn.Module | None:
-    if type(layer) is nn.Linear and not isinstance(owner, (nn.MultiheadAttention, nn.TransformerEncoderLayer)): return Linear(layer, hasattr(layer, 'gelu'))
+    if type(layer) is nn.Linear and not isinstance(owner, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+        return Linear(layer, hasattr(layer, 'gelu'))
     if type(layer) is not nn.Conv2d or isinstance(layer.padding, str) or layer.padding_mode != 'zeros': return None
-    side_by_side = layer.stride == layer.kernel_size != (1, 1) and not any(layer.padding) and layer.groups == 1 and layer.dilation == (1, 1)
+    side_by_side = (
+        layer.stride == layer.kernel_size != (1, 1)
+        and not any(layer.padding)
+        and layer.groups == 1
+        and layer.dilation == (1, 1)
+    )
     return Patches(layer) if side_by_side and not hasattr(layer, 'relu') else Conv(layer, hasattr(layer, 'relu'))
 
 # %% ../../nbs/exporters/04_onednn.ipynb #ebada027
 def folded(
     net: nn.Module, # in eval mode
 ) -> nn.Module:
-    "`net` with every batch normalisation in the convolution before it, and ReLUs marked there; `net` itself where that cannot be found out."
+    """`net` with every batch normalisation in the convolution before it, and ReLUs marked there.
+
+    `net` itself where that cannot be found out."""
     from torch.fx import Graph, GraphModule
     from torch.fx.experimental.optimization import fuse
     if not any(isinstance(m, nn.BatchNorm2d) for m in net.modules()): return net
@@ -155,14 +172,23 @@ def folded(
 # %% ../../nbs/exporters/04_onednn.ipynb #38daf071
 def _look(tower: nn.Module, pixels: Tensor):
     "Tells every convolution the shape that it gets."
-    hooks = [m.register_forward_pre_hook(lambda m, x: setattr(m, 'sees', list(x[0].shape))) for m in tower.modules() if type(m) is nn.Conv2d]
+    hooks = [
+        m.register_forward_pre_hook(lambda m, x: setattr(m, 'sees', list(x[0].shape)))
+        for m in tower.modules()
+        if type(m) is nn.Conv2d
+    ]
     with torch.no_grad(): tower(pixels)
     for h in hooks: h.remove()
 
 # %% ../../nbs/exporters/04_onednn.ipynb #3f974f85
-_SELF = [(kind + end, names) for names, kinds, end in (
-    (('query', 'key', 'value'), ('Bert', 'Roberta', 'XLMRoberta', 'Camembert', 'Electra'), 'SelfAttention'), (('q_proj', 'k_proj', 'v_proj'), ('CLIP', 'Siglip', 'ViT'), 'Attention'))
-    for kind in kinds]  # of transformers, which ask for all three of the same rows, in this order
+_SELF = [
+    (kind + end, names)
+    for names, kinds, end in (
+        (('query', 'key', 'value'), ('Bert', 'Roberta', 'XLMRoberta', 'Camembert', 'Electra'), 'SelfAttention'),
+        (('q_proj', 'k_proj', 'v_proj'), ('CLIP', 'Siglip', 'ViT'), 'Attention'),
+    )
+    for kind in kinds
+]  # of transformers, which ask for all three of the same rows, in this order
 
 # %% ../../nbs/exporters/04_onednn.ipynb #71e4623a
 class _First(nn.Module):
@@ -171,7 +197,8 @@ class _First(nn.Module):
         super().__init__()
         self.layer, self.made = nn.Linear(1, 1, layers[0].bias is not None), []
         self.layer.weight = nn.Parameter(torch.cat([x.weight.detach() for x in layers]), False)
-        if layers[0].bias is not None: self.layer.bias = nn.Parameter(torch.cat([x.bias.detach() for x in layers]), False)
+        if layers[0].bias is not None:
+            self.layer.bias = nn.Parameter(torch.cat([x.bias.detach() for x in layers]), False)
 
     def forward(self, x: Tensor) -> Tensor:
         self.made[:] = [x, *self.layer(x).chunk(3, -1)]
@@ -179,19 +206,26 @@ class _First(nn.Module):
 
 # %% ../../nbs/exporters/04_onednn.ipynb #de5ab6ec
 class _Other(nn.Module):
-    def __init__(self, made: list, place: int): super().__init__(), setattr(self, 'made', made), setattr(self, 'place', place)
+    def __init__(self, made: list, place: int):
+        super().__init__(), setattr(self, 'made', made), setattr(self, 'place', place)
     def forward(self, x: Tensor) -> Tensor:
-        if not self.made or self.made[0] is not x: raise RuntimeError('this attention asks for keys or values of other rows than its queries')
+        if not self.made or self.made[0] is not x:
+            raise RuntimeError('this attention asks for keys or values of other rows than its queries')
         y = self.made[self.place]
         if self.place == 3: self.made.clear()
         return y
 
 # %% ../../nbs/exporters/04_onednn.ipynb #78f91a86
 def _together(tower: nn.Module):
-    "Query, key and value of transformers' towers as one layer: a product of few rows spends a third of its time on being called."
+    """Query, key and value of transformers' towers as one layer: a product of few rows spends a third of its time on
+    being called."""
     for m in tower.modules():
         for kind, names in _SELF:
             layers = [getattr(m, n, None) for n in names] if type(m).__name__ == kind else [None]
-            if any(type(x) is not nn.Linear for x in layers) or len({(x.weight.shape, x.bias is None) for x in layers}) > 1: continue
+            if (
+                any(type(x) is not nn.Linear for x in layers)
+                or len({(x.weight.shape, x.bias is None) for x in layers}) > 1
+            ):
+                continue
             first = _First(layers)
             for place, n in enumerate(names): setattr(m, n, _Other(first.made, place + 1) if place else first)

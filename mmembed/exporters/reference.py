@@ -26,7 +26,8 @@ class Eager:
     "A model with its pipelines, behind the methods of an artifact"
     def __init__(
         self,
-        model: nn.Module,             # a DualEncoder or PairClassifier; left as it is, and its weights are used as long as this is
+        # a DualEncoder or PairClassifier; left as it is, and its weights are used as long as this is
+        model: nn.Module,
         variant: Variant = Variant(),
         steps: Steps = Steps(),
         classes: Classes | None = None, # for a DualEncoder with labels
@@ -38,16 +39,20 @@ class Eager:
             for tower in (net.text.float(), net.image.float()):
                 if hasattr(tower, 'dtype'): tower.dtype = torch.float32
         if variant.quantize and variant.portable and not multiplies('int8'):
-            for layer in (m for tower in (net.text, net.image) for m in tower.modules() if hasattr(m, 'widen')): layer.widen()
+            for layer in (m for tower in (net.text, net.image) for m in tower.modules() if hasattr(m, 'widen')):
+                layer.widen()
         self.before_text, self.before_image = steps.before_text or SameTexts(), steps.before_image or Same()
         pairs = hasattr(model, 'labels')
         self.names = list(model.labels) if pairs else classes.names if classes else []
-        self.tower = (Scorer if pairs else Encoder)(net, steps.after or Same(), variant, self.tp.max_length, self.tp.pad_id)
+        self.tower = (Scorer if pairs else Encoder)(
+            net, steps.after or Same(), variant, self.tp.max_length, self.tp.pad_id
+        )
         if pairs: self.score_pairs = self._score_pairs
         else: self.empty = self.tower.encode_text(self.tp(['x']))[:0].detach()
         if pairs or not self.names: return
         self.tower.output = 'float32'
-        with torch.no_grad(): self.rows = F.normalize(torch.stack([self.encode_text(p).mean(0) for p in classes.prompts]), dim=-1)
+        with torch.no_grad():
+            self.rows = F.normalize(torch.stack([self.encode_text(p).mean(0) for p in classes.prompts]), dim=-1)
         self.tower.output = variant.output
 
     def tokenize(self, data, offsets):
@@ -60,19 +65,31 @@ class Eager:
         return self.tower.encode_text(self.tokenize(data, offsets)) if len(offsets) > 1 else self.empty
     def encode_pixels(self, levels): return self.tower.encode_image(self.pixels(levels)) if len(levels) else self.empty
     def encode_text(self, texts): return self.encode_text_bytes(*self._packed(texts))
-    def encode_image(self, images): return self.encode_pixels(torch.stack([self.preprocess_image(x) for x in images]) if images else [])
+
+    def encode_image(self, images):
+        return self.encode_pixels(torch.stack([self.preprocess_image(x) for x in images]) if images else [])
     def _packed(self, texts):
         rows = [t.encode() for t in texts]
-        return torch.frombuffer(bytearray(b''.join(rows) or b'-'), dtype=torch.uint8)[:sum(map(len, rows))], torch.tensor([0, *map(len, rows)]).cumsum(0)
+        return torch.frombuffer(bytearray(b''.join(rows) or b'-'), dtype=torch.uint8)[
+            : sum(map(len, rows))
+        ], torch.tensor([0, *map(len, rows)]).cumsum(0)
     def score(self, text, image):
         bias, (text, image) = self._bias(), (unstored(x, self.variant.output) for x in (text, image))
         return self.tower.net.logit_scale.exp() * (text @ image.T) + (0 if bias is None else bias)
     def labels(self): return self.names
     def class_probability(self, x):
-        scores = self.tower.net.logit_scale.exp() * (unstored(x, self.variant.output) @ self.rows.T) + (0 if self._bias() is None else self._bias())
+        scores = self.tower.net.logit_scale.exp() * (unstored(x, self.variant.output) @ self.rows.T) + (
+            0 if self._bias() is None else self._bias()
+        )
         return scores.softmax(-1) if self._bias() is None else scores.sigmoid()
     def _bias(self): return getattr(self.tower.net, 'logit_bias', None)
     def _score_pairs(self, data, offsets, levels):
-        return self.tower(self.tokenize(data, offsets), self.pixels(levels)) if len(levels) else torch.zeros(0, len(self.names))
+        return (
+            self.tower(self.tokenize(data, offsets), self.pixels(levels))
+            if len(levels)
+            else torch.zeros(0, len(self.names))
+        )
     def __call__(self, texts, images):
-        return self._score_pairs(*self._packed(texts), torch.stack([self.preprocess_image(x) for x in images]) if images else [])
+        return self._score_pairs(
+            *self._packed(texts), torch.stack([self.preprocess_image(x) for x in images]) if images else []
+        )

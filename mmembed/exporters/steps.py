@@ -28,7 +28,9 @@ class Steps(NamedTuple):
 
     def words(self) -> dict:
         "Which steps there are, and a hash of each: of its code, its settings and its tensors."
-        return {k: {'class': type(m).__name__, 'sha256': step_hash(m)} for k, m in self._asdict().items() if m is not None}
+        return {
+            k: {'class': type(m).__name__, 'sha256': step_hash(m)} for k, m in self._asdict().items() if m is not None
+        }
 
 class SameTexts(nn.Module):
     "No step"
@@ -43,7 +45,9 @@ def step_hash(
     step: nn.Module, # that scripts
 ) -> str:
     "The first 16 digits of a SHA-256 of all that decides what `step` answers."
-    graph = re.sub(r'\s*#.*|___torch_mangle_\d+\.', '', str(quietly(torch.jit.script, copy.deepcopy(step).eval()).inlined_graph))
+    graph = re.sub(
+        r'\s*#.*|___torch_mangle_\d+\.', '', str(quietly(torch.jit.script, copy.deepcopy(step).eval()).inlined_graph)
+    )
     plain = {f'{name}.{k}': repr(v) for name, m in step.named_modules() for k, v in sorted(vars(m).items())
              if isinstance(v, (bool, int, float, str, list, tuple)) and not k.startswith('_') and k != 'training'}
     return sha256(graph, canonical_json(plain), step.state_dict())[:16]
@@ -52,28 +56,49 @@ def step_hash(
 def tried(
     steps: Steps,
 ) -> Steps:
-    "Copies in eval mode. Raises `TypeError` for a step that is no module or does not script, `ValueError` for one with another answer than it must have."
+    """Copies in eval mode.
+
+    Raises `TypeError` for a step that is no module or does not script, `ValueError` for one with another answer
+    than it must have."""
     def run(name, *inputs):
         step = getattr(steps, name)
         if not isinstance(step, nn.Module): raise TypeError(f'{name} is {type(step).__name__}, not an nn.Module')
         step = copy.deepcopy(step).cpu().eval().requires_grad_(False)
         try: scripted = quietly(torch.jit.script, step)
         except (RuntimeError, TypeError, OSError, torch.jit.frontend.NotSupportedError) as e:
-            raise TypeError(f'{name}: {type(step).__name__} cannot be scripted: {str(e).strip().splitlines()[0]}') from None
+            raise TypeError(
+                f'{name}: {type(step).__name__} cannot be scripted: {str(e).strip().splitlines()[0]}'
+            ) from None
         if name == 'after': return step, None
         try:
             with torch.no_grad(): return step, scripted(*inputs)
         except (RuntimeError, torch.jit.Error) as e:
-            raise ValueError(f'{name}: {type(step).__name__} fails on a sample: {str(e).strip().splitlines()[-1]}') from None
+            raise ValueError(
+                f'{name}: {type(step).__name__} fails on a sample: {str(e).strip().splitlines()[-1]}'
+            ) from None
     done = {}
     if steps.before_text is not None:
         done['before_text'], out = run('before_text', *pack(['a b', '', 'é']))
-        good = isinstance(out, tuple) and len(out) == 2 and out[0].dtype == torch.uint8 and out[1].dtype == torch.int64 and len(out[1]) == 4
+        good = (
+            isinstance(out, tuple)
+            and len(out) == 2
+            and out[0].dtype == torch.uint8
+            and out[1].dtype == torch.int64
+            and len(out[1]) == 4
+        )
         if not good or int(out[1][-1]) != len(out[0]):
-            raise ValueError('before_text: must give (data uint8 (N,), offsets int64 (B+1,)) for as many texts as it got')
+            raise ValueError(
+                'before_text: must give (data uint8 (N,), offsets int64 (B+1,)) for as many texts as it got'
+            )
     if steps.before_image is not None:
         done['before_image'], out = run('before_image', torch.zeros(3, 20, 30, dtype=torch.uint8))
-        if not isinstance(out, Tensor) or out.dtype != torch.uint8 or out.dim() != 3 or len(out) != 3 or not out.numel():
+        if (
+            not isinstance(out, Tensor)
+            or out.dtype != torch.uint8
+            or out.dim() != 3
+            or len(out) != 3
+            or not out.numel()
+        ):
             raise ValueError('before_image: must give uint8 (3, H, W)')
     if steps.after is not None: done['after'] = run('after')[0]
     return Steps(**done)
@@ -88,7 +113,10 @@ class Classes(NamedTuple):
 
     def words(self) -> dict:
         "For the card: everything."
-        return self._asdict() | {'prompts': sha256(canonical_json(self.prompts))[:16], 'examples': [p[0] for p in self.prompts[:3] if p]}
+        return self._asdict() | {
+            'prompts': sha256(canonical_json(self.prompts))[:16],
+            'examples': [p[0] for p in self.prompts[:3] if p],
+        }
 
 # %% ../../nbs/exporters/02_steps.ipynb #a4acc75c
 def read_classes(
@@ -97,12 +125,14 @@ def read_classes(
     top_k: int = 5,
     threshold: float | dict[str, float] = 0.,                 # of probability, for all or by name
 ) -> Classes:
-    "Raises `ValueError` for names that are not two or more, all different, and for a template, k or threshold that cannot be."
+    """Raises `ValueError` for names that are not two or more, all different, and for a template, k or threshold that
+    cannot be."""
     names = list(labels or [])
     if labels is not None and (isinstance(labels, str) or len(names) < 2 or len(set(names)) < len(names)):
         raise ValueError(f'labels must be two or more, all different, got {labels!r}')
     if isinstance(templates, str): templates = (templates,)
-    if bad := [t for t in templates if '{}' not in t]: raise ValueError(f'templates: {bad[0]!r} has no place {{}} for the label')
+    if bad := [t for t in templates if '{}' not in t]:
+        raise ValueError(f'templates: {bad[0]!r} has no place {{}} for the label')
     if top_k < 1: raise ValueError(f'top_k must be at least 1, got {top_k}')
     of = threshold if isinstance(threshold, dict) else dict.fromkeys(names, threshold)
     if bad := [k for k in of if k not in names]: raise ValueError(f'threshold: there is no label {bad[0]!r}')

@@ -89,7 +89,13 @@ class TritonStringPairs(nn.Module):
         return self.artifact.score_pairs(data, offsets, pixels)
 
 # %% ../../nbs/exporters/12_triton.ipynb #37c9901c
-TYPES = {torch.uint8: 'TYPE_UINT8', torch.int8: 'TYPE_INT8', torch.int32: 'TYPE_INT32', torch.int64: 'TYPE_INT64', torch.float32: 'TYPE_FP32'}
+TYPES = {
+    torch.uint8: 'TYPE_UINT8',
+    torch.int8: 'TYPE_INT8',
+    torch.int32: 'TYPE_INT32',
+    torch.int64: 'TYPE_INT64',
+    torch.float32: 'TYPE_FP32',
+}
 
 # %% ../../nbs/exporters/12_triton.ipynb #017b219d
 class Slot(NamedTuple):
@@ -103,13 +109,23 @@ class Slot(NamedTuple):
 
 # %% ../../nbs/exporters/12_triton.ipynb #469dd788
 def _slots(kind: str, slots: list[Slot]) -> str:
-    items = ('  {{ name: "{}" data_type: {} dims: [ {} ]{}{}{} }}'.format(s.name, s.type, ', '.join(map(str, s.dims)), ' allow_ragged_batch: true' * s.ragged,
-             ' reshape { shape: [ ] }' * s.flat, f' label_filename: "{s.labels}"' if s.labels else '') for s in slots)
+    items = (
+        '  {{ name: "{}" data_type: {} dims: [ {} ]{}{}{} }}'.format(
+            s.name,
+            s.type,
+            ', '.join(map(str, s.dims)),
+            ' allow_ragged_batch: true' * s.ragged,
+            ' reshape { shape: [ ] }' * s.flat,
+            f' label_filename: "{s.labels}"' if s.labels else '',
+        )
+        for s in slots
+    )
     return f'{kind} [\n' + ',\n'.join(items) + '\n]\n'
 
 def _first(slot: Slot) -> tuple[list[int], bytes | None]:
     "What a model is warmed up with: dims of one item, and its bytes; None: zeros."
-    if slot.type == 'TYPE_STRING': return [1], struct.pack('<I', 7) + b'a photo'  # as the protocol has it: length, then bytes
+    # as the protocol has it: length, then bytes
+    if slot.type == 'TYPE_STRING': return [1], struct.pack('<I', 7) + b'a photo'
     if slot.name == 'images': return [3], None                                    # one black pixel ...
     if slot.name == 'sizes': return [2], struct.pack('<2q', 1, 1)                 # ... high and wide
     if slot.ragged: return [7], b'a photo'
@@ -134,19 +150,30 @@ def config(
     delay_us: int = 2000, # that a request may wait for others
     instances: int = 1,   # on the device
     platform: str = 'pytorch_libtorch', # or 'onnxruntime_onnx'
-    warm_up: bool = False, # with one item, and with `max_batch`, before the model is ready; the items lie in its folder warmup
+    # with one item, and with `max_batch`, before the model is ready; the items lie in its folder warmup
+    warm_up: bool = False,
 ) -> str: # config.pbtxt
     "The configuration of a TorchScript or ONNX model; it batches when `max_batch` is more than 1."
-    text = f'name: "{name}"\nplatform: "{platform}"\nmax_batch_size: {max_batch}\n' + _slots('input', inputs) + _slots('output', outputs)
+    text = (
+        f'name: "{name}"\nplatform: "{platform}"\nmax_batch_size: {max_batch}\n'
+        + _slots('input', inputs)
+        + _slots('output', outputs)
+    )
     if offsets:
-        text += (f'batch_input [\n  {{ kind: BATCH_ACCUMULATED_ELEMENT_COUNT_WITH_ZERO target_name: "{offsets}" data_type: TYPE_INT32 '
-                 f'source_input: "{inputs[0].name}" }}\n]\n')
+        text += (
+            f'batch_input [\n  '
+            f'{{ kind: BATCH_ACCUMULATED_ELEMENT_COUNT_WITH_ZERO target_name: "{offsets}" data_type: TYPE_INT32 '
+            f'source_input: "{inputs[0].name}" }}\n]\n'
+        )
     if max_batch > 1: text += f'dynamic_batching {{ max_queue_delay_microseconds: {delay_us} }}\n'
     place = 'KIND_CPU' if device == 'cpu' else 'KIND_GPU' + (f' gpus: [ {device[5:]} ]' if ':' in device else '')
     text += f'instance_group [\n  {{ count: {instances} kind: {place} }}\n]\n'
     if warm_up: text += 'model_warmup [\n' + ',\n'.join(_warm_up(inputs, n) for n in sorted({1, max_batch})) + '\n]\n'
     if platform != 'pytorch_libtorch': return text
-    return text + ''.join(f'parameters {{ key: "{k}" value: {{ string_value: "true" }} }}\n' for k in ('INFERENCE_MODE', 'DISABLE_OPTIMIZED_EXECUTION'))
+    return text + ''.join(
+        f'parameters {{ key: "{k}" value: {{ string_value: "true" }} }}\n'
+        for k in ('INFERENCE_MODE', 'DISABLE_OPTIMIZED_EXECUTION')
+    )
 
 # %% ../../nbs/exporters/12_triton.ipynb #268c1205
 def ensemble(
@@ -157,9 +184,16 @@ def ensemble(
 ) -> str: # config.pbtxt
     "The configuration of a chain of models; one item a request, which the last model batches with those of others."
     table = lambda kind, names: ''.join(f' {kind} {{ key: "{k}" value: "{v}" }}' for k, v in names.items())
-    rows = ',\n'.join(f'    {{ model_name: "{m}" model_version: -1{table("input_map", i)}{table("output_map", o)} }}' for m, i, o in steps)
-    return (f'name: "{name}"\nplatform: "ensemble"\nmax_batch_size: 1\n' + _slots('input', inputs) + _slots('output', outputs)
-            + f'ensemble_scheduling {{\n  step [\n{rows}\n  ]\n}}\n')
+    rows = ',\n'.join(
+        f'    {{ model_name: "{m}" model_version: -1{table("input_map", i)}{table("output_map", o)} }}'
+        for m, i, o in steps
+    )
+    return (
+        f'name: "{name}"\nplatform: "ensemble"\nmax_batch_size: 1\n'
+        + _slots('input', inputs)
+        + _slots('output', outputs)
+        + f'ensemble_scheduling {{\n  step [\n{rows}\n  ]\n}}\n'
+    )
 
 # %% ../../nbs/exporters/12_triton.ipynb #ef1338b4
 def export_triton(
@@ -177,37 +211,78 @@ def export_triton(
 ) -> list[Path]: # the folders of the models
     """Writes the models of an artifact and their configurations, and runs each with what its configuration says.
 
-    A file beside a model (config.pbtxt, labels.txt, what warms it up) that was edited by hand since it was written stays; what would
-    stand there now is written beside it as config.pbtxt.new, with a warning that names both. Models of an earlier export that this
+    A file beside a model (config.pbtxt, labels.txt, what warms it up) that was edited by hand since it was written
+    stays; what would
+    stand there now is written beside it as config.pbtxt.new, with a warning that names both. Models of an earlier
+    export that this
     one does not write stay, with a warning.
 
-    Raises `ValueError` for a name or a device that is none, or a model that does not do what its configuration says, and as `read_card` does."""
+    Raises `ValueError` for a name or a device that is none, or a model that does not do what its configuration says,
+    and as `read_card` does."""
     card, folder = read_card(path), Path(folder)
     name = name or Path(path).stem
-    if not re.fullmatch(r'[A-Za-z0-9_.-]+', name): raise ValueError(f'name: {name!r} is none for Triton; letters, digits, _, . and - are')
-    if not re.fullmatch(r'cpu|cuda(:\d+)?', device): raise ValueError(f'device must be cpu, cuda or cuda:N, got {device!r}')
-    for option, value, least in (('max_batch', max_batch, 1), ('instances', instances, 1), ('preprocess', preprocess, 1), ('delay_us', delay_us, 0)):
+    if not re.fullmatch(r'[A-Za-z0-9_.-]+', name):
+        raise ValueError(f'name: {name!r} is none for Triton; letters, digits, _, . and - are')
+    if not re.fullmatch(r'cpu|cuda(:\d+)?', device):
+        raise ValueError(f'device must be cpu, cuda or cuda:N, got {device!r}')
+    for option, value, least in (
+        ('max_batch', max_batch, 1),
+        ('instances', instances, 1),
+        ('preprocess', preprocess, 1),
+        ('delay_us', delay_us, 0),
+    ):
         if value < least: raise ValueError(f'{option} must be at least {least}, got {value}')
     if card.get('decode', True): register_image_ops(card.get('pixels', {}).get('heic', False))
     artifact = quietly(torch.jit.load, str(path), map_location='cpu').eval()
     pairs, names = 'labels' in card, card.get('labels') or card.get('classes', {}).get('names', [])
-    out = [Slot('SCORES__0' if pairs else 'EMBEDDING__0', TYPES[_answer(artifact, card).dtype], [card['dim']], labels=LABELS * pairs)]
-    probable = [*out, Slot('CLASS_PROBABILITY__1', 'TYPE_FP32', [len(names)], labels=LABELS)] if names and not pairs else out
-    size, text, words = card['image_size'], Slot('TEXT__0', 'TYPE_UINT8', [-1], True), Slot('TEXT__0', 'TYPE_STRING', [1], flat=True)
+    out = [
+        Slot(
+            'SCORES__0' if pairs else 'EMBEDDING__0',
+            TYPES[_answer(artifact, card).dtype],
+            [card['dim']],
+            labels=LABELS * pairs,
+        )
+    ]
+    probable = (
+        [*out, Slot('CLASS_PROBABILITY__1', 'TYPE_FP32', [len(names)], labels=LABELS)] if names and not pairs else out
+    )
+    size, text, words = (
+        card['image_size'],
+        Slot('TEXT__0', 'TYPE_UINT8', [-1], True),
+        Slot('TEXT__0', 'TYPE_STRING', [1], flat=True),
+    )
     image = Slot('IMAGE__0', 'TYPE_UINT8', [-1] if card['decode'] else [3, -1, -1])
     levels = lambda place: Slot(f'PIXELS__{place}', 'TYPE_UINT8', [3, *size])
     how, done = dict(max_batch=max_batch, device=device, delay_us=delay_us, instances=instances, warm_up=warm_up), []
     def model(kind, module, inputs, outputs, **options):
         made = folder/f'{name}_{kind}'
         _save(made/'1', module(artifact), options.get('device', device))
-        _configure(made, config(made.name, inputs, outputs, **how | options), inputs if warm_up else [], names if any(s.labels for s in outputs) else [])
+        _configure(
+            made,
+            config(made.name, inputs, outputs, **how | options),
+            inputs if warm_up else [],
+            names if any(s.labels for s in outputs) else [],
+        )
         done.append(made)
-    def chain(kind, tower, taken, outputs): # of `preprocess` and a tower
-        made, given = folder/f'{name}_{kind}', [s._replace(name=s.name.split('__')[0], ragged=False, flat=False) for s in [*taken, image]]
+    def chain(kind, tower, taken, outputs):  # of `preprocess` and a tower
+        made, given = (
+            folder / f'{name}_{kind}',
+            [s._replace(name=s.name.split('__')[0], ragged=False, flat=False) for s in [*taken, image]],
+        )
         first = (f'{name}_preprocess', {'IMAGE__0': 'IMAGE'}, {'PIXELS__0': 'PIXELS'})
-        second = (f'{name}_{tower}', {s.name: s.name.split('__')[0] for s in taken} | {f'PIXELS__{dict(pairs=2, pairs_strings=1).get(tower, 0)}': 'PIXELS'}, {s.name: s.name.split('__')[0] for s in outputs})
+        second = (
+            f'{name}_{tower}',
+            {s.name: s.name.split('__')[0] for s in taken}
+            | {f'PIXELS__{dict(pairs=2, pairs_strings=1).get(tower, 0)}': 'PIXELS'},
+            {s.name: s.name.split('__')[0] for s in outputs},
+        )
         (made/'1').mkdir(parents=True, exist_ok=True)
-        _configure(made, ensemble(made.name, given, [s._replace(name=s.name.split('__')[0]) for s in outputs], [first, second]), [], names if any(s.labels for s in outputs) else [])
+        _configure(
+            made,
+            ensemble(made.name, given, [s._replace(name=s.name.split('__')[0]) for s in outputs], [first, second]),
+            [],
+            names if any(s.labels for s in outputs) else [],
+        )
         done.append(made)
     model('preprocess', TritonPreprocess, [image], [levels(0)], max_batch=1, device='cpu', instances=preprocess)
     if pairs:
@@ -222,36 +297,66 @@ def export_triton(
         chain('match', 'pairs', [text], out)
         if strings: chain('match_strings', 'pairs_strings', [words], out)
     else: chain('image', 'pixels', [], probable)
-    for kind in ('pairs', 'match', 'text', 'pixels', 'image', *(f'{k}_{x}' for x in ('strings', 'onnx') for k in ('text', 'pairs', 'match', 'image'))):
+    for kind in (
+        'pairs',
+        'match',
+        'text',
+        'pixels',
+        'image',
+        *(f'{k}_{x}' for x in ('strings', 'onnx') for k in ('text', 'pairs', 'match', 'image')),
+    ):
         left = folder/f'{name}_{kind}'
-        if left not in done and (left/'config.pbtxt').is_file(): warnings.warn(f'{left} is of an earlier export and stays as it was; this one does not write it')
+        if left not in done and (left / 'config.pbtxt').is_file():
+            warnings.warn(f'{left} is of an earlier export and stays as it was; this one does not write it')
     check_repository(folder)
     return done
 
 # %% ../../nbs/exporters/12_triton.ipynb #655af352
-def _onnx_models(folder: Path, name: str, graphs: Path, card: dict, answer: Slot, names: list[str], how: dict) -> list[Path]:
+def _onnx_models(
+    folder: Path, name: str, graphs: Path, card: dict, answer: Slot, names: list[str], how: dict
+) -> list[Path]:
     from mmembed.exporters.onnx.builder import read_onnx_card
-    slots = {'text': [Slot('data', 'TYPE_UINT8', [-1], True)], 'image': [Slot('images', 'TYPE_UINT8', [-1], True), Slot('sizes', 'TYPE_INT64', [2])]}
+
+    slots = {
+        'text': [Slot('data', 'TYPE_UINT8', [-1], True)],
+        'image': [Slot('images', 'TYPE_UINT8', [-1], True), Slot('sizes', 'TYPE_INT64', [2])],
+    }
     slots['pairs'], done = slots['text'] + slots['image'], []
     for kind in ['pairs'] if 'labels' in card else ['text', 'image']:
         source, made = graphs/f'{kind}.onnx', folder/f'{name}_{kind}_onnx'
-        if read_onnx_card(source)['content_hash'] != card['content_hash']: raise ValueError(f'onnx: {source} was exported from another model than {card["short_hash"]}')
+        if read_onnx_card(source)['content_hash'] != card['content_hash']:
+            raise ValueError(f'onnx: {source} was exported from another model than {card["short_hash"]}')
         (made/'1').mkdir(parents=True, exist_ok=True)
         _counted_in_32_bits(source, made/'1')
         out = answer._replace(name='scores' if kind == 'pairs' else 'embedding')
-        _configure(made, config(made.name, slots[kind], [out], offsets='' if kind == 'image' else 'offsets_32', platform='onnxruntime_onnx', **how),
-                   slots[kind] if how['warm_up'] else [], names)
+        _configure(
+            made,
+            config(
+                made.name,
+                slots[kind],
+                [out],
+                offsets='' if kind == 'image' else 'offsets_32',
+                platform='onnxruntime_onnx',
+                **how,
+            ),
+            slots[kind] if how['warm_up'] else [],
+            names,
+        )
         done.append(made)
     return done
 
 def _counted_in_32_bits(source: Path, folder: Path):
-    "The file with `offsets_32` instead of `offsets` and its first output alone, as model.onnx; numbers beside it come along."
+    """The file with `offsets_32` instead of `offsets` and its first output alone, as model.onnx.
+
+    Numbers beside it come along."""
     import onnx
     model = onnx.load(str(source), load_external_data=False)
     for x in model.graph.input:
         if x.name == 'offsets':
             x.name, x.type.tensor_type.elem_type = 'offsets_32', onnx.TensorProto.INT32
-            model.graph.node.insert(0, onnx.helper.make_node('Cast', ['offsets_32'], ['offsets'], to=onnx.TensorProto.INT64))
+            model.graph.node.insert(
+                0, onnx.helper.make_node('Cast', ['offsets_32'], ['offsets'], to=onnx.TensorProto.INT64)
+            )
     del model.graph.output[1:]
     (folder/'model.onnx').write_bytes(model.SerializeToString(deterministic=True))
     beside = source.with_name(f'{source.name}.data')
@@ -309,7 +414,8 @@ def read_pbtxt(
     def take(*wanted):
         nonlocal place
         got = tokens[place] if place < len(tokens) else ''
-        if wanted and got not in wanted: raise ValueError(f'{got or "the end"!r} where one of {" ".join(wanted)} should stand')
+        if wanted and got not in wanted:
+            raise ValueError(f'{got or "the end"!r} where one of {" ".join(wanted)} should stand')
         place += 1
         return got
     def value():
@@ -340,10 +446,19 @@ def read_pbtxt(
     return message('')
 
 # %% ../../nbs/exporters/12_triton.ipynb #cd65377c
-FIELDS = {'': 'name platform max_batch_size input output batch_input dynamic_batching instance_group parameters ensemble_scheduling model_warmup version_policy optimization response_cache default_model_filename',
-          'input': 'name data_type dims allow_ragged_batch reshape', 'output': 'name data_type dims label_filename reshape', 'batch_input': 'kind target_name data_type source_input',
-          'dynamic_batching': 'max_queue_delay_microseconds preferred_batch_size preserve_ordering priority_levels default_priority_level default_queue_policy', 'instance_group': 'count kind gpus name profile', 'parameters': 'key value', 'ensemble_scheduling': 'step',
-          'model_warmup': 'name batch_size inputs count'}
+FIELDS = {
+    '': 'name platform max_batch_size input output batch_input dynamic_batching instance_group parameters '
+        'ensemble_scheduling model_warmup version_policy optimization response_cache default_model_filename',
+    'input': 'name data_type dims allow_ragged_batch reshape',
+    'output': 'name data_type dims label_filename reshape',
+    'batch_input': 'kind target_name data_type source_input',
+    'dynamic_batching': 'max_queue_delay_microseconds preferred_batch_size preserve_ordering priority_levels '
+                        'default_priority_level default_queue_policy',
+    'instance_group': 'count kind gpus name profile',
+    'parameters': 'key value',
+    'ensemble_scheduling': 'step',
+    'model_warmup': 'name batch_size inputs count',
+}
 
 # %% ../../nbs/exporters/12_triton.ipynb #2bcb602e
 def check_repository(
@@ -359,7 +474,8 @@ def check_repository(
         for part, fields in FIELDS.items():
             for message in [read[name]] if not part else read[name].get(part, []):
                 for field in message:
-                    if field not in fields.split(): raise ValueError(f'{name}/config.pbtxt: unknown field {part}.{field}'.replace(' .', ' '))
+                    if field not in fields.split():
+                        raise ValueError(f'{name}/config.pbtxt: unknown field {part}.{field}'.replace(' .', ' '))
         if read[name]['name'] != [name]: raise ValueError(f'{name}/config.pbtxt: the name is {read[name]["name"]}')
     for name, c in read.items():
         _check_files(name, c, configs[name].parent)
@@ -370,7 +486,10 @@ def check_repository(
 # %% ../../nbs/exporters/12_triton.ipynb #6f5f5d08
 def _check_model(name: str, c: dict, path: Path):
     def fails(what): raise ValueError(f'{name}: {what}')
-    slots = c['input'] + [{'name': b['target_name'], 'data_type': b['data_type'], 'batch_input': b} for b in c.get('batch_input', [])]
+
+    slots = c['input'] + [
+        {'name': b['target_name'], 'data_type': b['data_type'], 'batch_input': b} for b in c.get('batch_input', [])
+    ]
     places = {}
     for s in slots:
         m = re.fullmatch(r'[A-Z]+__(\d+)', s['name'][0])
@@ -379,13 +498,15 @@ def _check_model(name: str, c: dict, path: Path):
     try: module = quietly(torch.jit.load, str(path)).eval()
     except (RuntimeError, ValueError) as e: fails(f'model.pt does not load: {reason(e)}')
     arguments = module.forward.schema.arguments[1:]
-    if sorted(places) != list(range(len(arguments))): fails(f'inputs {sorted(places)} for {len(arguments)} arguments of forward')
+    if sorted(places) != list(range(len(arguments))):
+        fails(f'inputs {sorted(places)} for {len(arguments)} arguments of forward')
     for rows in sorted({1, min(3, c['max_batch_size'][0])}):
         with torch.no_grad(): out = module(*(_made_up(places[i], rows) for i in range(len(arguments))))
         for i, (slot, x) in enumerate(zip(c['output'], (out,) if isinstance(out, Tensor) else out, strict=True)):
             if not slot['name'][0].endswith(f'__{i}'): fails(f'the output {slot["name"][0]} stands at {i}')
             want = [rows, *slot['dims']]
-            if list(x.shape) != want or TYPES.get(x.dtype) != slot['data_type'][0]: fails(f'{slot["name"][0]} is {TYPES.get(x.dtype)} {list(x.shape)}, not {slot["data_type"][0]} {want}')
+            if list(x.shape) != want or TYPES.get(x.dtype) != slot['data_type'][0]:
+                fails(f'{slot["name"][0]} is {TYPES.get(x.dtype)} {list(x.shape)}, not {slot["data_type"][0]} {want}')
 
 # %% ../../nbs/exporters/12_triton.ipynb #c658646d
 def _check_onnx(name: str, c: dict, path: Path):
@@ -394,26 +515,37 @@ def _check_onnx(name: str, c: dict, path: Path):
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, 1
     try: session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
-    except Exception as e: fails(f'model.onnx does not load: {reason(e)}')  # onnxruntime's errors have no class in common
-    slots = {s['name'][0]: s for s in c['input']} | {b['target_name'][0]: {'data_type': b['data_type'], 'batch_input': b} for b in c.get('batch_input', [])}
+    # onnxruntime's errors have no class in common
+    except Exception as e: fails(f'model.onnx does not load: {reason(e)}')
+    slots = {s['name'][0]: s for s in c['input']} | {
+        b['target_name'][0]: {'data_type': b['data_type'], 'batch_input': b} for b in c.get('batch_input', [])
+    }
     taken = {x.name: x for x in session.get_inputs()}
-    if set(slots) != set(taken): fails(f'inputs {", ".join(sorted(slots))} for a model that takes {", ".join(sorted(taken))}')
+    if set(slots) != set(taken):
+        fails(f'inputs {", ".join(sorted(slots))} for a model that takes {", ".join(sorted(taken))}')
     for k, s in slots.items():
         flat = 'batch_input' in s or bool(s.get('allow_ragged_batch'))
-        if len(taken[k].shape) != (1 if flat else 1 + len(s['dims'])): fails(f'{k} has {len(taken[k].shape)} dimensions in model.onnx')
+        if len(taken[k].shape) != (1 if flat else 1 + len(s['dims'])):
+            fails(f'{k} has {len(taken[k].shape)} dimensions in model.onnx')
     for rows in sorted({1, min(3, c['max_batch_size'][0])}):
-        given = {k: (_made_up(s, rows) if k != 'sizes' else torch.ones(rows, 2, dtype=torch.int64)).numpy() for k, s in slots.items()}  # pictures of one pixel
+        # pictures of one pixel
+        given = {
+            k: (_made_up(s, rows) if k != 'sizes' else torch.ones(rows, 2, dtype=torch.int64)).numpy()
+            for k, s in slots.items()
+        }
         try: out = session.run([s['name'][0] for s in c['output']], given)
         except Exception as e: fails(f'model.onnx does not take what config.pbtxt says: {reason(e)}')
         for slot, x in zip(c['output'], map(torch.from_numpy, out)):
             want = [rows, *slot['dims']]
-            if list(x.shape) != want or TYPES.get(x.dtype) != slot['data_type'][0]: fails(f'{slot["name"][0]} is {TYPES.get(x.dtype)} {list(x.shape)}, not {slot["data_type"][0]} {want}')
+            if list(x.shape) != want or TYPES.get(x.dtype) != slot['data_type'][0]:
+                fails(f'{slot["name"][0]} is {TYPES.get(x.dtype)} {list(x.shape)}, not {slot["data_type"][0]} {want}')
 
 # %% ../../nbs/exporters/12_triton.ipynb #1f3113dd
 def _made_up(slot: dict, rows: int) -> Tensor | list[str]: # as the server would hand it over
     if slot['data_type'] == ['TYPE_STRING']: return ['a'] * rows
     dtype = {v: k for k, v in TYPES.items()}[slot['data_type'][0]]
-    if 'batch_input' in slot: return torch.arange(rows + 1, dtype=dtype) * 3          # after ragged texts of three bytes
+    # after ragged texts of three bytes
+    if 'batch_input' in slot: return torch.arange(rows + 1, dtype=dtype) * 3
     if slot.get('allow_ragged_batch'): return torch.full((rows * 3,), 97, dtype=dtype)
     if slot['dims'] == [-1]: return torch.frombuffer(bytearray(DOT), dtype=dtype)[None]
     return torch.zeros(rows, *(d if d > 0 else 9 for d in slot['dims']), dtype=dtype)
@@ -425,14 +557,17 @@ def _check_ensemble(name: str, c: dict, read: dict):
         model = read.get(step['model_name'][0]) or fails(f'the model {step["model_name"][0]} is not in the repository')
         for kind, table in (('input', step['input_map']), ('output', step['output_map'])):
             slots = {s['name'][0]: s for s in model[kind]}
-            if {m['key'][0] for m in table} != set(slots): fails(f'{step["model_name"][0]} has the {kind}s {", ".join(slots)}')
+            if {m['key'][0] for m in table} != set(slots):
+                fails(f'{step["model_name"][0]} has the {kind}s {", ".join(slots)}')
             for m in table:
                 inner, outer = slots[m['key'][0]], m['value'][0]
                 if kind == 'output': known[outer] = inner
                 elif outer not in known: fails(f'{outer} comes from nowhere')
-                elif (known[outer]['data_type'], known[outer]['dims']) != (inner['data_type'], inner['dims']): fails(f'{outer} does not fit {m["key"][0]}')
+                elif (known[outer]['data_type'], known[outer]['dims']) != (inner['data_type'], inner['dims']):
+                    fails(f'{outer} does not fit {m["key"][0]}')
     for s in c['output']:
-        if s['name'][0] not in known or known[s['name'][0]]['dims'] != s['dims']: fails(f'the output {s["name"][0]} comes from nowhere')
+        if s['name'][0] not in known or known[s['name'][0]]['dims'] != s['dims']:
+            fails(f'the output {s["name"][0]} comes from nowhere')
 
 def _check_files(name: str, c: dict, folder: Path): # that the configuration names
     def fails(what): raise ValueError(f'{name}: {what}')
@@ -440,17 +575,27 @@ def _check_files(name: str, c: dict, folder: Path): # that the configuration nam
         if 'label_filename' not in s: continue
         path, want = folder/s['label_filename'][0], s['dims'][-1]
         if not path.is_file(): fails(f'there is no file {path.name} for the labels of {s["name"][0]}')
-        if (lines := len(path.read_bytes().splitlines())) != want: fails(f'{path.name} has {lines} lines for {want} labels of {s["name"][0]}')
+        if (lines := len(path.read_bytes().splitlines())) != want:
+            fails(f'{path.name} has {lines} lines for {want} labels of {s["name"][0]}')
     slots, width = {s['name'][0]: s for s in c['input']}, {v: k.itemsize for k, v in TYPES.items()}
     for sample in c.get('model_warmup', []):
-        about, given = f'the warm-up {sample["name"][0]}', {i['key'][0]: i['value'][0] for i in sample.get('inputs', [])}
-        if not 1 <= sample['batch_size'][0] <= max(1, c['max_batch_size'][0]): fails(f'{about} has more rows than a batch')
+        about, given = (
+            f'the warm-up {sample["name"][0]}',
+            {i['key'][0]: i['value'][0] for i in sample.get('inputs', [])},
+        )
+        if not 1 <= sample['batch_size'][0] <= max(1, c['max_batch_size'][0]):
+            fails(f'{about} has more rows than a batch')
         if set(given) != set(slots): fails(f'{about} has the inputs {", ".join(given)}')
         for key, value in given.items():
             dims, kind = value['dims'], value['data_type'][0]
-            if kind != slots[key]['data_type'][0] or len(dims) != len(slots[key]['dims']) or any(w not in (-1, d) for d, w in zip(dims, slots[key]['dims'])):
+            if (
+                kind != slots[key]['data_type'][0]
+                or len(dims) != len(slots[key]['dims'])
+                or any(w not in (-1, d) for d, w in zip(dims, slots[key]['dims']))
+            ):
                 fails(f'{about} gives {kind} {dims} for {key}')
             if 'input_data_file' not in value: continue
             path = folder/'warmup'/value['input_data_file'][0]
             if not path.is_file(): fails(f'{about} wants the file warmup/{path.name}')
-            if kind in width and path.stat().st_size != width[kind] * math.prod(dims): fails(f'warmup/{path.name} has {path.stat().st_size} bytes for {kind} {dims}')
+            if kind in width and path.stat().st_size != width[kind] * math.prod(dims):
+                fails(f'warmup/{path.name} has {path.stat().st_size} bytes for {kind} {dims}')

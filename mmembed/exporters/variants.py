@@ -44,8 +44,10 @@ class Variant(NamedTuple):
     deterministic: int = 0    # rows of every batch that a tower sees, filled up to max_length tokens; 0: as they come
     dim: int = 0              # numbers kept of an embedding, which is made unit length again; 0: all
     output: str = 'float32'   # of embeddings: 'float32', 'int8' (stretched to 127), 'binary' (one bit a number)
-    portable: bool = False    # towers in torch's own layers: slower, but it loads where torch has no oneDNN (macOS on ARM)
-    attention: str = 'sdpa'   # in one kernel (flash, where there is one), or 'math': products and a softmax, one after the other
+    # towers in torch's own layers: slower, but it loads where torch has no oneDNN (macOS on ARM)
+    portable: bool = False
+    # in one kernel (flash, where there is one), or 'math': products and a softmax, one after the other
+    attention: str = 'sdpa'
 
     def changes(self) -> dict:
         "The options that are not the default."
@@ -53,7 +55,13 @@ class Variant(NamedTuple):
 
     def words(self) -> str:
         "The changes in words."
-        return ', '.join(k if v is True else str(v) if k in ('precision', 'quantize') else f'{k} {v}' for k, v in self.changes().items()) or 'fp32'
+        return (
+            ', '.join(
+                k if v is True else str(v) if k in ('precision', 'quantize') else f'{k} {v}'
+                for k, v in self.changes().items()
+            )
+            or 'fp32'
+        )
 
     def full(self) -> 'Variant':
         "What this variant is held to: all bits, the same dimensions."
@@ -66,8 +74,10 @@ def checked_variant(
     "`v`; raises `ValueError` that names the option that is wrong."
     if v.precision not in DTYPES: raise ValueError(f'precision must be one of {", ".join(DTYPES)}, got {v.precision!r}')
     if v.quantize not in ('', 'int8'): raise ValueError(f"quantize must be 'int8' or nothing, got {v.quantize!r}")
-    if v.quantize and v.precision != 'fp32': raise ValueError(f"quantize='int8' wants precision='fp32', got {v.precision!r}")
-    if v.attention not in ATTENTION: raise ValueError(f'attention must be one of {", ".join(ATTENTION)}, got {v.attention!r}')
+    if v.quantize and v.precision != 'fp32':
+        raise ValueError(f"quantize='int8' wants precision='fp32', got {v.precision!r}")
+    if v.attention not in ATTENTION:
+        raise ValueError(f'attention must be one of {", ".join(ATTENTION)}, got {v.attention!r}')
     if v.output not in OUTPUTS: raise ValueError(f'output must be one of {", ".join(OUTPUTS)}, got {v.output!r}')
     for name in ('trim', 'deterministic', 'dim'):
         if getattr(v, name) < 0: raise ValueError(f'{name} must not be negative, got {getattr(v, name)}')
@@ -76,12 +86,15 @@ def checked_variant(
 # %% ../../nbs/exporters/06_variants.ipynb #dae31015
 SAME = {'fp32': 1e-5, 'bf16': 2e-2, 'fp16': 2e-3, 'int8': 2e-2}           # largest difference in an embedding
 PRECISION_BOUNDS = {'fp32': 1e-6, 'bf16': 1e-3, 'fp16': 1e-5, 'int8': 1e-2}           # 1 - cosine with the fp32 model
-STORED = {'float32': 0., 'int8': 1e-3}                                    # what the numbers of an embedding may add; binary: not bounded
+# what the numbers of an embedding may add; binary: not bounded
+STORED = {'float32': 0., 'int8': 1e-3}
 
 # %% ../../nbs/exporters/06_variants.ipynb #aff018a7
 def bounds(
     v: Variant,
-) -> tuple[float, float | None]: # largest difference to the same variant; 1 - cosine with the full model, None if there is none
+) -> tuple[
+    float, float | None
+]:  # largest difference to the same variant; 1 - cosine with the full model, None if there is none
     "What `verify` holds a variant to."
     kind = v.quantize or v.precision
     full = PRECISION_BOUNDS[kind] + STORED[v.output] if v.output in STORED else None
@@ -100,7 +113,12 @@ class HalfImage(nn.Module):
     "An image tower of lower precision"
     def __init__(self, tower: nn.Module, dtype: torch.dtype):
         super().__init__()
-        self.tower, self.width, self.dtype, self.traceable = tower.to(dtype), tower.width, dtype, getattr(tower, 'traceable', False)
+        self.tower, self.width, self.dtype, self.traceable = (
+            tower.to(dtype),
+            tower.width,
+            dtype,
+            getattr(tower, 'traceable', False),
+        )
 
     def forward(self, pixels: Tensor) -> Tensor: return self.tower(pixels.to(self.dtype)).float()
 
@@ -134,30 +152,40 @@ def in_steps(
     for name in some:
         tower = getattr(model, name)
         if getattr(tower, 'traceable', False): setattr(model, name, Attending(tower, partial(attend, fused=False)))
-        if calls(name): raise ValueError(f"attention='math': the {name} tower, {type(tower).__name__}, attends in a way of its own")
+        if calls(name):
+            raise ValueError(f"attention='math': the {name} tower, {type(tower).__name__}, attends in a way of its own")
 
 # %% ../../nbs/exporters/06_variants.ipynb #6065710c
 def fold_normalization(
     tower: nn.Module,           # an image tower, changed in place
     vision_pipeline: nn.Module, # its VisionPipeline
 ):
-    "Makes `tower` take levels 0 to 255 as float32. Raises `ValueError` if its first convolution pads, or does not come first."
+    """Makes `tower` take levels 0 to 255 as float32.
+
+    Raises `ValueError` if its first convolution pads, or does not come first."""
     pixels, first = torch.zeros(1, 3, *vision_pipeline.size), []
     def look(layer, inputs, _):
         if inputs[0].data_ptr() == pixels.data_ptr(): first.append(layer)
     hooks = [m.register_forward_hook(look) for m in tower.modules() if isinstance(m, nn.Conv2d)]
     with torch.no_grad(): tower(pixels)
     for h in hooks: h.remove()
-    if len(first) != 1: raise ValueError(f'fold: {type(tower).__name__} does not begin with one convolution of the pixels')
+    if len(first) != 1:
+        raise ValueError(f'fold: {type(tower).__name__} does not begin with one convolution of the pixels')
     conv, std = first[0], 255 * vision_pipeline.std.double()[None]
     if any(conv.padding) if not isinstance(conv.padding, str) else conv.padding != 'valid':
-        raise ValueError(f"fold: the first convolution of {type(tower).__name__} pads by {conv.padding}, and a margin of zeros is the mean colour only "
-                         'after normalisation')
-    if conv.groups != 1: raise ValueError(f'fold: the first convolution of {type(tower).__name__} has {conv.groups} groups')
+        raise ValueError(
+            f"fold: the first convolution of {type(tower).__name__} pads by {conv.padding}, and a margin of zeros is "
+            f"the mean colour only "
+            'after normalisation'
+        )
+    if conv.groups != 1:
+        raise ValueError(f'fold: the first convolution of {type(tower).__name__} has {conv.groups} groups')
     weight = conv.weight.detach().double()
     shift = -(weight * (vision_pipeline.mean / vision_pipeline.std).double()[None]).sum((1, 2, 3))
     conv.weight = nn.Parameter((weight / std).float(), requires_grad=False)
-    conv.bias = nn.Parameter((shift + (0 if conv.bias is None else conv.bias.detach().double())).float(), requires_grad=False)
+    conv.bias = nn.Parameter(
+        (shift + (0 if conv.bias is None else conv.bias.detach().double())).float(), requires_grad=False
+    )
 
 # %% ../../nbs/exporters/06_variants.ipynb #7d06e385
 class PreparedModel(NamedTuple):
@@ -170,10 +198,16 @@ class PreparedModel(NamedTuple):
 # %% ../../nbs/exporters/06_variants.ipynb #4884570b
 def copied(
     model: nn.Module,
-    share: bool = False, # its parameters, under other objects: a copy costs no memory, and is to be used before `model` changes
+    # its parameters, under other objects: a copy costs no memory, and is to be used before `model` changes
+    share: bool = False,
 ) -> nn.Module:
     "Return a deep copy of `model`; one that shares weights can be converted and cut up, and `model` stays as it is."
-    return copy.deepcopy(model, {id(p): nn.Parameter(p.detach(), False) for p in model.parameters() if type(p) is nn.Parameter} if share else None)
+    return copy.deepcopy(
+        model,
+        {id(p): nn.Parameter(p.detach(), False) for p in model.parameters() if type(p) is nn.Parameter}
+        if share
+        else None,
+    )
 
 def prepared(
     model: nn.Module,              # a DualEncoder or PairClassifier with its two pipelines; left as it is
@@ -184,8 +218,13 @@ def prepared(
     decode: bool = True,           # the built-in ones are files; False: decoded RGB
 ) -> PreparedModel:
     "`model` as `variant` has it. Raises `ValueError` for an option that this model does not allow."
-    v, tp, vp = checked_variant(variant), copy.deepcopy(model.text_pipeline).cpu(), copy.deepcopy(model.vision_pipeline).cpu()
-    if len(calibrate) and not v.quantize: raise ValueError("calibrate: images for quantize='int8', which was not asked for")
+    v, tp, vp = (
+        checked_variant(variant),
+        copy.deepcopy(model.text_pipeline).cpu(),
+        copy.deepcopy(model.vision_pipeline).cpu(),
+    )
+    if len(calibrate) and not v.quantize:
+        raise ValueError("calibrate: images for quantize='int8', which was not asked for")
     model = copied(model, share).cpu().eval().requires_grad_(False)
     for tower in (model.text, model.image, getattr(model.text, 'tower', None), *getattr(model, 'towers', ())):
         if hasattr(tower, 'pipeline'): object.__setattr__(tower, 'pipeline', None)  # the artifact holds it once
@@ -196,7 +235,8 @@ def prepared(
         how = dict(script=kernels, portable=v.portable)
         layers = int8_linear(model.text, texts, **how) + int8_linear(model.image, pixels, **how)
         convolutions, why = _convolutions(model.image, vp, v, kernels, calibrate, decode)
-        if not layers + convolutions: raise ValueError(f"quantize='int8': the towers have no linear layers{'; ' * bool(why)}{why}")
+        if not layers + convolutions:
+            raise ValueError(f"quantize='int8': the towers have no linear layers{'; ' * bool(why)}{why}")
         if why and kernels: warnings.warn(f"quantize='int8': {why}", stacklevel=2)
     if kernels and not v.portable:
         from mmembed.exporters.onednn import quick
@@ -207,7 +247,8 @@ def prepared(
         if kernels and v.precision == 'bf16' and v.attention == 'sdpa':
             quick_attention = quietly(torch.jit.script, attend)
             for name in ('text', 'image'):
-                if getattr(tower := getattr(model, name), 'traceable', False): setattr(model, name, Attending(tower, quick_attention))
+                if getattr(tower := getattr(model, name), 'traceable', False):
+                    setattr(model, name, Attending(tower, quick_attention))
         model.text, model.image = HalfText(model.text, dtype), HalfImage(model.image, dtype)
     return PreparedModel(model, tp, vp, v)
 
@@ -220,10 +261,14 @@ def _examples(tp: nn.Module, vp: nn.Module, fold: bool) -> tuple[Tokens, Tensor]
         tokens = tp.tokenize(torch.cat(texts), torch.tensor([0, *map(len, texts)]).cumsum(0))
         return Tokens(*tokens), levels.float() if fold else vp.normalize(levels)
 
-def _convolutions(tower: nn.Module, vp: nn.Module, v: Variant, script: bool, calibrate: Sequence, decode: bool) -> tuple[int, str]:
+def _convolutions(
+    tower: nn.Module, vp: nn.Module, v: Variant, script: bool, calibrate: Sequence, decode: bool
+) -> tuple[int, str]:
     "Makes those of an image tower int8, as `int8_convolutions` does; what `verify` will ask for is what it is held to."
     from mmembed.exporters.convolutions import int8_convolutions
-    if v.portable or not torch.backends.mkldnn.is_available() or sum(type(m) is nn.Conv2d for m in tower.modules()) < 2: return 0, ''
+
+    if v.portable or not torch.backends.mkldnn.is_available() or sum(type(m) is nn.Conv2d for m in tower.modules()) < 2:
+        return 0, ''
     if decode: register_image_ops()
     def batches(levels):
         return [x.float() if v.fold else vp.normalize(x) for x in torch.stack(levels).split(8)]
@@ -234,7 +279,9 @@ def _convolutions(tower: nn.Module, vp: nn.Module, v: Variant, script: bool, cal
     for i, x in enumerate(calibrate):
         try: given.append(vp.preprocess(x if isinstance(x, Tensor) else as_bytes(x)))
         except (RuntimeError, TypeError, ValueError) as e: raise ValueError(f'calibrate[{i}]: {reason(e)}') from None
-    return int8_convolutions(tower, batches(given or built_in), batches(built_in + given), PRECISION_BOUNDS['int8'] / 2, script)
+    return int8_convolutions(
+        tower, batches(given or built_in), batches(built_in + given), PRECISION_BOUNDS['int8'] / 2, script
+    )
 
 
 # %% ../../nbs/exporters/06_variants.ipynb #3362f1d7
@@ -245,7 +292,13 @@ def _trim(model: nn.Module, tp: nn.Module, bucket: int):
         whole = model.text(tp(texts))
         tp.pad_to = bucket
         short = tp(texts)
-        off = float((model.text(short) - whole)[..., :1, :].abs().max()) if whole.dim() == 3 else float((model.text(short) - whole).abs().max())
+        off = (
+            float((model.text(short) - whole)[..., :1, :].abs().max())
+            if whole.dim() == 3
+            else float((model.text(short) - whole).abs().max())
+        )
     if not off <= 1e-4 * max(1., float(whole.abs().max())):
         tp.pad_to = before
-        raise ValueError(f'trim={bucket}: the text tower reads its padding (a shorter row changes its answer by {off:.2g})')
+        raise ValueError(
+            f'trim={bucket}: the text tower reads its padding (a shorter row changes its answer by {off:.2g})'
+        )

@@ -34,7 +34,9 @@ class Tower(nn.Module):
 
     @classmethod
     def _from_spec(cls, args: dict) -> 'Tower':
-        return cls(cls.rule.from_spec(args.pop('pipeline')), **args) if cls.rule and args.get('pipeline') else cls(**args)
+        return (
+            cls(cls.rule.from_spec(args.pop('pipeline')), **args) if cls.rule and args.get('pipeline') else cls(**args)
+        )
 
 # %% ../../nbs/models/01_base.ipynb #474e1378
 def spec_of(
@@ -47,7 +49,9 @@ def spec_of(
 def class_path(
     module: nn.Module,
 ) -> str:
-    "Where its class is found; torch gives a module whose weights are sharded a class made on the fly, whose base is meant."
+    """Where its class is found.
+
+    Torch gives a module whose weights are sharded a class made on the fly, whose base is meant."""
     cls = next(c for c in type(module).__mro__ if not c.__module__.startswith('torch.distributed'))
     return f'{cls.__module__}.{cls.__qualname__}'
 
@@ -80,24 +84,41 @@ def check_inputs(
     tokens=None,            # what is given as `Tokens`; None: not asked about
     pixels: Tensor | None = None, # what is given as float (B, 3, H, W); None: not asked about
 ):
-    """Check what a model is given; raises `TypeError` for texts, files and the like, `ValueError` for ids beyond the model's and for shapes.
+    """Check what a model is given; raises `TypeError` for texts, files and the like, `ValueError` for ids beyond the
+    model's and for shapes.
 
     Ids are compared on the CPU alone: anywhere else it would stop the device."""
     if torch.jit.is_tracing() or torch.compiler.is_compiling(): return
     if tokens is not None:
         if not hasattr(tokens, 'ids') or not hasattr(tokens, 'mask'):
-            raise TypeError(f'a model takes Tokens, not {type(tokens).__name__}: model.text_pipeline(texts) makes them of texts')
-        if tokens.ids.dim() != 2: raise ValueError(f'token ids must have the shape (B, L), got {tuple(tokens.ids.shape)}')
+            raise TypeError(
+                f'a model takes Tokens, not {type(tokens).__name__}: model.text_pipeline(texts) makes them of texts'
+            )
+        if tokens.ids.dim() != 2:
+            raise ValueError(f'token ids must have the shape (B, L), got {tuple(tokens.ids.shape)}')
         known = getattr(getattr(text, 'pipeline', None), 'vocab_size', 0)
-        if known and tokens.ids.device.type == 'cpu' and tokens.ids.numel() and (most := int(tokens.ids.max())) >= known:
-            raise ValueError(f'token id {most:,} is beyond the {known:,} that this model knows: made by another tokenizer? '
-                             'model.text_pipeline(texts) makes its own')
+        if (
+            known
+            and tokens.ids.device.type == 'cpu'
+            and tokens.ids.numel()
+            and (most := int(tokens.ids.max())) >= known
+        ):
+            raise ValueError(
+                f'token id {most:,} is beyond the {known:,} that this model knows: made by another tokenizer? '
+                'model.text_pipeline(texts) makes its own'
+            )
     if pixels is not None:
         if not isinstance(pixels, Tensor):
-            raise TypeError(f'a model takes pixels, a float tensor (B, 3, H, W), not {type(pixels).__name__}: model.vision_pipeline(images) makes them of files')
+            raise TypeError(
+                f'a model takes pixels, a float tensor (B, 3, H, W), not {type(pixels).__name__}: '
+                f'model.vision_pipeline(images) makes them of files'
+            )
         if pixels.dim() != 4: raise ValueError(f'pixels must have the shape (B, 3, H, W), got {tuple(pixels.shape)}')
         if not pixels.is_floating_point():
-            raise TypeError(f'a model takes normalised pixels, float, not {str(pixels.dtype)[6:]}: model.vision_pipeline.normalize(pixels) makes them')
+            raise TypeError(
+                f'a model takes normalised pixels, float, not {str(pixels.dtype)[6:]}: '
+                f'model.vision_pipeline.normalize(pixels) makes them'
+            )
 
 # %% ../../nbs/models/01_base.ipynb #36c3b6c9
 import argparse
@@ -222,7 +243,8 @@ def places(
     state: Mapping[str, Tensor], # weights by name
     wanted: Collection[str],     # names
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    "Give every place in `state` that has all names wanted: how its names begin, and its weights under the names wanted."
+    """Give every place in `state` that has all names wanted: how its names begin, and its weights under the names
+    wanted."""
     names = {bare(w, _OUTER): w for w in wanted}
     if len(names) < len(wanted): names = {w: w for w in wanted}
     needed = [b for b in names if not b.endswith('num_batches_tracked')]  # which old files lack
@@ -243,11 +265,13 @@ def places(
 def read_weights(
     path: str | Path,                      # what `torch.save` wrote, a TorchScript archive or a .safetensors
     wanted: Collection[str] | None = None, # names that the model has: its weights are found under any wrappers
-    state: str | None = None,              # which of several states; None: an average if there is one, else the usual names
+    # which of several states; None: an average if there is one, else the usual names
+    state: str | None = None,
 ) -> dict[str, Tensor]:
     """Read the weights of a model from somebody else's file; warns which of several states was taken.
 
-    They come under the names wanted where the file has all of them. Raises `FileNotFoundError`, and `ValueError` for what
+    They come under the names wanted where the file has all of them. Raises `FileNotFoundError`, and `ValueError` for
+    what
     is no file of weights, for several states with no usual name, and for weights that hold NaN or infinity."""
     found = list(states(read_saved(path)))
     if not found: raise ValueError(f'{path} holds no weights')

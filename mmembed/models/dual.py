@@ -117,9 +117,11 @@ class DualEncoder(nn.Module):
     @classmethod
     def from_transformers(cls,
         folder: str | Path,              # of transformers or sentence-transformers, or a name on the hub
-        image: str | Path | None = None, # for a text encoder alone: the folder of the model whose image tower it was trained to meet
+        # for a text encoder alone: the folder of the model whose image tower it was trained to meet
+        image: str | Path | None = None,
     ) -> 'DualEncoder':
-        """A CLIP, a SigLIP or a BERT with an image tower as Hugging Face's libraries save it, with its pipelines, logit scale and bias.
+        """A CLIP, a SigLIP or a BERT with an image tower as Hugging Face's libraries save it, with its pipelines,
+        logit scale and bias.
 
         Raises `ValueError`, `FileNotFoundError` and `OSError` as `transformers_towers` does."""
         from mmembed.models.transformers import transformers_towers

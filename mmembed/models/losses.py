@@ -28,7 +28,8 @@ def info_nce(
 ) -> Tensor: # float32 ()
     """Mean cross-entropy of texts over images and images over texts; further matches share the target equally.
 
-    With `hard` a wrong pair counts `exp(hard * cosine-like standing)` times in the denominator, mean 1 over a row (arXiv:2301.02280, eq. 3)."""
+    With `hard` a wrong pair counts `exp(hard * cosine-like standing)` times in the denominator, mean 1 over a row
+    (arXiv:2301.02280, eq. 3)."""
     back = logits.T if columns is None else columns
     if not len(logits): return (logits.sum() + back.sum()) / 2  # 0, with a gradient: other processes wait for it
     target = torch.arange(first, first + len(logits), device=logits.device)
@@ -75,7 +76,8 @@ def harden(
     match: Tensor,  # bool (B, N): right pairs
     weight: float,  # how much the better-scoring wrong pairs count more; 0: no change
 ) -> Tensor: # float32 (B, N)
-    "`logits` with `log(w)` added to wrong pairs, `w` proportional to `exp(weight * logit)` and 1 on average over the row's wrong pairs."
+    """`logits` with `log(w)` added to wrong pairs, `w` proportional to `exp(weight * logit)` and 1 on average over
+    the row's wrong pairs."""
     wrong = logits.detach().masked_fill(match, -torch.inf) * weight
     many = (~match).sum(1, keepdim=True).clamp(min=1).log()
     return torch.where(match, logits, logits + wrong.log_softmax(1) + many) if not match.all() else logits
@@ -183,7 +185,8 @@ class InfoNCE(nn.Module):
 class SigmoidLoss(nn.Module):
     "`sigmoid_loss` over the batch of all processes; the model must have a `logit_bias`"
     def __init__(self,
-        share_targets: bool = True, # captions that occur twice are matches of each other's images, a picture's captions of it
+        # captions that occur twice are matches of each other's images, a picture's captions of it
+        share_targets: bool = True,
         reach: Literal['all', 'own'] = 'all', # negatives: those of all processes, or a process's own alone
     ):
         super().__init__()
@@ -194,8 +197,11 @@ class SigmoidLoss(nn.Module):
         tokens: Tokens | None = None, # of this process
         bias: Tensor | None = None,   # the model's; raises `ValueError` without it
         pictures: Tensor | None = None, # int64 (B,), of this process: equal for rows of one picture
-    ) -> Tensor: # float32 ()
-        if bias is None: raise ValueError('the sigmoid loss wants a model with a logit_bias: DualEncoder(..., logit_scale=10, logit_bias=-10)')
+    ) -> Tensor:  # float32 ()
+        if bias is None:
+            raise ValueError(
+                'the sigmoid loss wants a model with a logit_bias: DualEncoder(..., logit_scale=10, logit_bias=-10)'
+            )
         sizes, many = batch_sizes(len(out.text), out.text.device), processes() > 1 and self.reach == 'all'
         image = gather(out.image, sizes) if many else out.image
         same = same_rows(tokens, pictures, sizes if many else None) if self.share_targets else None

@@ -71,8 +71,12 @@ def both_ways(
 ) -> dict[str, Recall]: # 'text_to_image' and 'image_to_text'
     "Retrieval of images by text and of texts by image."
     scores = text @ image.T
-    return {'text_to_image': recall_at_k(scores, relevant, ks, rows),
-            'image_to_text': recall_at_k(scores.T, None if relevant is None else relevant.T, ks, rows if columns is None else columns)}
+    return {
+        'text_to_image': recall_at_k(scores, relevant, ks, rows),
+        'image_to_text': recall_at_k(
+            scores.T, None if relevant is None else relevant.T, ks, rows if columns is None else columns
+        ),
+    }
 
 # %% ../../nbs/models/08_metrics.ipynb #67a10ec3
 def mean_average_precision(
@@ -84,7 +88,8 @@ def mean_average_precision(
     if relevant is None: relevant = torch.eye(*scores.shape, dtype=torch.bool, device=scores.device)
     worth = scores.nan_to_num(nan=-torch.inf).masked_fill(scores.isnan() & ~relevant, torch.inf)
     order = relevant.to(torch.int8).argsort(dim=1, stable=True)              # wrong ones first,
-    order = order.gather(1, worth.gather(1, order).argsort(dim=1, descending=True, stable=True))  # so they lead among equals
+    # so they lead among equals
+    order = order.gather(1, worth.gather(1, order).argsort(dim=1, descending=True, stable=True))
     hit = relevant.gather(1, order).double()
     place = torch.arange(1, hit.shape[1] + 1, device=hit.device)
     return float(((hit.cumsum(1) / place) * hit).sum(1).div(hit.sum(1)).mean())
@@ -138,7 +143,8 @@ def classification(
     from torchmetrics.functional import classification as m
     C = scores.shape[1]
     scores = scores.masked_fill(scores.isnan(), torch.finfo(scores.dtype).min)
-    equal = (scores == scores.gather(1, target[:, None])).sum(1, keepdim=True) > 1  # a tie with the right class is no answer
+    # a tie with the right class is no answer
+    equal = (scores == scores.gather(1, target[:, None])).sum(1, keepdim=True) > 1
     own = torch.zeros_like(scores, dtype=torch.bool).scatter(1, target[:, None], True)
     ranked = torch.where(own & equal, torch.nextafter(scores, torch.full_like(scores, -torch.inf)), scores)
     out = {'accuracy': m.multiclass_accuracy(ranked, target, C, average='micro'),
@@ -146,5 +152,9 @@ def classification(
            'f1': m.multiclass_f1_score(ranked, target, C, average='macro')}
     with warnings.catch_warnings():  # about classes that the sample does not have
         warnings.simplefilter('ignore', UserWarning)
-        out['auc'] = m.binary_auroc(scores[:, 1] - scores[:, 0], target) if C == 2 else m.multiclass_auroc(scores.softmax(1), target, C)
+        out['auc'] = (
+            m.binary_auroc(scores[:, 1] - scores[:, 0], target)
+            if C == 2
+            else m.multiclass_auroc(scores.softmax(1), target, C)
+        )
     return {k: float(v) for k, v in out.items()}

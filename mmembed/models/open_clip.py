@@ -52,11 +52,14 @@ class OpenClipText(Tower):
         quick_gelu: bool = False,    # of the model's configuration
         net: nn.Module | None = None, # the tower itself, if it is there already
     ):
-        "Raises `ValueError` for a pipeline with more ids or longer texts than the model takes, or Hugging Face's encoder."
+        """Raises `ValueError` for a pipeline with more ids or longer texts than the model takes, or Hugging Face's
+        encoder."""
         super().__init__()
         from open_clip.model import CLIPTextCfg, _build_text_tower
         if config.get('hf_model_name'):
-            raise ValueError(f"the text tower is {config['hf_model_name']}: make it with bert() and give both towers to DualEncoder")
+            raise ValueError(
+                f"the text tower is {config['hf_model_name']}: make it with bert() and give both towers to DualEncoder"
+            )
         self.carry(pipeline, dim=dim, config=config, quick_gelu=quick_gelu)
         net = net or _build_text_tower(dim, CLIPTextCfg(**config), quick_gelu)
         net.output_tokens = False
@@ -77,7 +80,9 @@ class OpenClipText(Tower):
         ids: Tensor, # int64 (B, L)
         n: int,      # L, and one more for a token behind the text
     ) -> Tensor: # float32 (B * heads, n, n), to be added to the scores
-        "Zero where a position may look at another, -inf where that is padding; CoCa's published weights have it one place off."
+        """Zero where a position may look at another, -inf where that is padding.
+
+        CoCa's published weights have it one place off."""
         seen = ids != self.empty
         if self.appended:
             own = seen.new_ones([ids.shape[0], 1])
@@ -95,7 +100,8 @@ class OpenClipText(Tower):
         if self.appended:
             L, x = L + 1, torch.cat([x, self.net.cls_emb.expand(ids.shape[0], 1, -1)], 1)
         x = x + self.net.positional_embedding[:L]
-        if self.causal and self.padded: x = self.net.transformer(x, attn_mask=self.net.attn_mask[:L, :L] + self.hidden(ids, L))
+        if self.causal and self.padded:
+            x = self.net.transformer(x, attn_mask=self.net.attn_mask[:L, :L] + self.hidden(ids, L))
         elif self.causal: x = self.net.transformer(x, attn_mask=self.net.attn_mask[:L, :L])
         elif self.padded: x = self.net.transformer(x, attn_mask=self.hidden(ids, L))
         else: x = self.net.transformer(x, attn_mask=None)
@@ -150,7 +156,8 @@ def open_clip_towers(
 ) -> Parts:
     """The towers of an open_clip model with their pipelines; warns which of several states of a file was taken.
 
-    Raises `ValueError` for a name, tag or file that does not fit, or weights that hold NaN, `OSError` for a failed download."""
+    Raises `ValueError` for a name, tag or file that does not fit, or weights that hold NaN, `OSError` for a failed
+    download."""
     import open_clip
     name = _known(name)
     file = pretrained if pretrained and Path(pretrained).is_file() else None
@@ -168,7 +175,8 @@ def open_clip_towers(
         config = open_clip.get_model_config(name)
     except FileNotFoundError as e: raise ValueError(f'{name}: {e}') from None
     except RuntimeError as e: raise _refused(name, pretrained, e) from None
-    if not ours and (pretrained or ':' in name): finite(model.state_dict(), pretrained or name)  # open_clip leaves weights of CoCa as memory was
+    # open_clip leaves weights of CoCa as memory was
+    if not ours and (pretrained or ':' in name): finite(model.state_dict(), pretrained or name)
     tag = None if file else pretrained
     vision = vision_pipeline or VisionPipeline.from_open_clip(model if ':' in name else name, *([tag] if tag else []))
     text = text_pipeline or _clip_pipeline(name, config['text_cfg'])
@@ -183,9 +191,14 @@ def _known(name: str) -> str:
     import open_clip
     plain, models = name.replace('/', '-'), open_clip.list_models()
     if ':' in name or plain in models: return name if ':' in name else plain
-    hub = (f"; a model of the Hugging Face hub is from_transformers({name!r}), or 'hf-hub:{name}' where open_clip saved it"
-           if '/' in name else '')
-    raise ValueError(f'open_clip knows no model {name!r}; open_clip.list_models() lists them{did_you_mean(name, models) or hub}')
+    hub = (
+        f"; a model of the Hugging Face hub is from_transformers({name!r}), or 'hf-hub:{name}' where open_clip saved it"
+        if '/' in name
+        else ''
+    )
+    raise ValueError(
+        f'open_clip knows no model {name!r}; open_clip.list_models() lists them{did_you_mean(name, models) or hub}'
+    )
 
 def _fill(model: nn.Module, state: dict[str, Tensor]):
     "Weights of either layout into open_clip's model of two towers, as its own `load_checkpoint` does it with a path."
@@ -205,16 +218,22 @@ def _fill(model: nn.Module, state: dict[str, Tensor]):
 def _clip_pipeline(name: str, config: dict) -> TextPipeline:
     if ':' not in name: return TextPipeline.from_open_clip(name)
     folder, length = Path(name.partition(':')[2]), config.get('context_length', 77)
-    if (folder/'tokenizer.json').is_file(): return TextPipeline.from_tokenizer_file(str(folder/'tokenizer.json'), max_length=length, pad_to=8)
+    if (folder / 'tokenizer.json').is_file():
+        return TextPipeline.from_tokenizer_file(str(folder / 'tokenizer.json'), max_length=length, pad_to=8)
     if config.get('hf_tokenizer_name'):
-        raise ValueError(f"{name} wants the tokenizer {config['hf_tokenizer_name']}: pass text_pipeline=, made from its tokenizer.json")
+        raise ValueError(
+            f"{name} wants the tokenizer {config['hf_tokenizer_name']}: pass text_pipeline=, made from its "
+            f"tokenizer.json"
+        )
     return TextPipeline.from_open_clip('ViT-B-32', max_length=length)
 
 def _refused(name: str, pretrained: str | None, e: RuntimeError) -> Exception:
     lines = [s.strip() for s in str(e).splitlines() if s.strip()]
     if 'download' in lines[0] or 'HF Hub' in lines[0]:
-        return OSError(f'cannot download {pretrained or name} ({type(e.__cause__ or e).__name__}); give a local weights file, '
-                       'or pretrained=None for random weights')
+        return OSError(
+            f'cannot download {pretrained or name} ({type(e.__cause__ or e).__name__}); give a local weights file, '
+            'or pretrained=None for random weights'
+        )
     return ValueError(f'{pretrained} does not fit {name}: {lines[min(1, len(lines) - 1)][:200]}')
 
 @contextlib.contextmanager
@@ -230,7 +249,8 @@ class TimmTower(Tower):
     "A timm network without its classifier"
     rule = VisionPipeline
     def __init__(self,
-        pipeline: VisionPipeline | None, # decides the size of the pixels; None: the one that the network was evaluated with
+        # decides the size of the pixels; None: the one that the network was evaluated with
+        pipeline: VisionPipeline | None,
         name: str,                       # as `timm.create_model` knows it
         pooling: str | None = None,      # 'mean', 'max', 'cls' (transformers); None: the network's own
         net: nn.Module | None = None,    # the network itself, if it is there already
@@ -250,10 +270,13 @@ class TimmTower(Tower):
 def _timm(name: str, pooling: str | None, pretrained: bool = False) -> nn.Module:
     import timm
     kinds = {'mean': 'avg', 'max': 'max', 'cls': 'token'}
-    if pooling not in (None, *kinds): raise ValueError(f"pooling must be one of {', '.join(kinds)} or None, got {pooling!r}")
+    if pooling not in (None, *kinds):
+        raise ValueError(f"pooling must be one of {', '.join(kinds)} or None, got {pooling!r}")
     more = {} if pooling is None else {'global_pool': kinds[pooling]}
     if not timm.is_model(name):
-        raise ValueError(f'timm knows no model {name!r}; see timm.list_models(){did_you_mean(name, timm.list_models())}')
+        raise ValueError(
+            f'timm knows no model {name!r}; see timm.list_models(){did_you_mean(name, timm.list_models())}'
+        )
     try: return timm.create_model(name, pretrained=pretrained, num_classes=0, scriptable=True, **more)
     except (AssertionError, RuntimeError, TypeError) as e:
         raise ValueError(f'timm cannot make {name} with pooling={pooling!r}: {str(e) or type(e).__name__}') from None
@@ -268,12 +291,15 @@ def timm_rule(
     rule = dict(size=size, mean=c['mean'], std=c['std'], resize_mode=modes[c['crop_mode']],
                 interpolation=c['interpolation'] if c['interpolation'] != 'random' else 'bicubic')
     shortest = int(size[0] / c['crop_pct'])
-    return VisionPipeline(**rule | ({} if c['crop_mode'] != 'center' or shortest == size[0] else {'shortest': shortest}))
+    return VisionPipeline(
+        **rule | ({} if c['crop_mode'] != 'center' or shortest == size[0] else {'shortest': shortest})
+    )
 
 # %% ../../nbs/models/03_open_clip.ipynb #6d5b3321
 def timm_tower(
     name: str,                              # a timm model, such as 'vit_small_patch16_224' or 'resnet50.a1_in1k'
-    weights: str | None = None,             # a .pth, .bin or .safetensors file; 'DEFAULT' downloads timm's; None: random
+    # a .pth, .bin or .safetensors file; 'DEFAULT' downloads timm's; None: random
+    weights: str | None = None,
     pipeline: VisionPipeline | None = None, # by default the one that the network was evaluated with
     pooling: str | None = None,             # 'mean', 'max', 'cls' (transformers); None: the network's own
     state: str | None = None,               # which of several states of the file, see `read_weights`

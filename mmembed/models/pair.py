@@ -97,7 +97,11 @@ class ImageGrid(nn.Module):
         if isinstance(tower, ConvNet): parts = [tower.stem, tower.norm, nn.ReLU(), tower.blocks]
         elif isinstance(tower, TorchvisionTower) and (hasattr(tower.net, 'features') or hasattr(tower.net, 'layer4')):
             parts = [m for k, m in tower.net.named_children() if k not in ('avgpool', 'fc', 'classifier')]
-        else: raise ValueError(f"fusion='cross' wants a grid, which {type(tower).__name__} does not give; a torchvision convolutional network does")
+        else:
+            raise ValueError(
+                f"fusion='cross' wants a grid, which {type(tower).__name__} does not give; a torchvision convolutional "
+                f"network does"
+            )
         self.net = nn.Sequential(*parts)
         training = tower.training
         with torch.no_grad(): grid = self.net.eval()(torch.zeros(1, 3, *tower.pipeline.size))
@@ -165,24 +169,33 @@ class PairClassifier(nn.Module):
         text: nn.Module,       # a text tower
         image: nn.Module,      # an image tower
         labels: list[str],     # what the scores are of
-        fusion: str = 'late',  # 'late': two vectors; 'cosine': their cosine, too; 'cross': every token looks at every place
+        # 'late': two vectors; 'cosine': their cosine, too; 'cross': every token looks at every place
+        fusion: str = 'late',
         dim: int | None = 128, # in which they meet; None for 'cosine' of towers that share a space already
         dropout: float = 0.1,
         hidden: int | None = None, # for 'cosine': width of a second layer in each projection
     ):
         "Raises `ValueError` for fewer than two labels, equal ones, another fusion, or towers that cannot be crossed."
         super().__init__()
-        if len(labels) < 2 or len(set(labels)) < len(labels): raise ValueError(f'labels must be two or more, all different, got {labels}')
-        if fusion not in ('late', 'cosine', 'cross'): raise ValueError(f"fusion must be 'late', 'cosine' or 'cross', got {fusion!r}")
-        if fusion != 'cosine' and (hidden or not dim): raise ValueError(f"hidden and dim=None are for fusion='cosine', got fusion={fusion!r}")
-        if not dim and text.width != image.width: raise ValueError(f'dim=None wants towers of one width, got {text.width} and {image.width}')
+        if len(labels) < 2 or len(set(labels)) < len(labels):
+            raise ValueError(f'labels must be two or more, all different, got {labels}')
+        if fusion not in ('late', 'cosine', 'cross'):
+            raise ValueError(f"fusion must be 'late', 'cosine' or 'cross', got {fusion!r}")
+        if fusion != 'cosine' and (hidden or not dim):
+            raise ValueError(f"hidden and dim=None are for fusion='cosine', got fusion={fusion!r}")
+        if not dim and text.width != image.width:
+            raise ValueError(f'dim=None wants towers of one width, got {text.width} and {image.width}')
         more = {'hidden': hidden} if fusion == 'cosine' else {}
         object.__setattr__(self, 'towers', (text, image))
-        object.__setattr__(self, 'made_with', dict(labels=list(labels), fusion=fusion, dim=dim, dropout=dropout, **more))
+        object.__setattr__(
+            self, 'made_with', dict(labels=list(labels), fusion=fusion, dim=dim, dropout=dropout, **more)
+        )
         self.labels = list(labels)
         cross = fusion == 'cross'
         self.text, self.image = (TextSequence(text), ImageGrid(image)) if cross else (text, image)
-        self.fusion = {'late': Late, 'cosine': Cosine, 'cross': Cross}[fusion](self.text, self.image, len(labels), dim, dropout, **more)
+        self.fusion = {'late': Late, 'cosine': Cosine, 'cross': Cross}[fusion](
+            self.text, self.image, len(labels), dim, dropout, **more
+        )
 
     def forward(self,
         tokens: Tokens, # ids and mask, int64 (B, L)
@@ -199,9 +212,12 @@ class PairClassifier(nn.Module):
 
     @torch.jit.unused
     def spec(self) -> dict:
-        "How to make this model again, pipelines included, weights not: JSON-able. Raises `TypeError` for a tower that cannot tell."
+        """How to make this model again, pipelines included, weights not: JSON-able.
+
+        Raises `TypeError` for a tower that cannot tell."""
         for tower in self.towers:
-            if not isinstance(tower, Tower): raise TypeError(f'{type(tower).__name__} has no spec(): make it a Tower to rebuild it')
+            if not isinstance(tower, Tower):
+                raise TypeError(f'{type(tower).__name__} has no spec(): make it a Tower to rebuild it')
         return {'class_path': class_path(self),
                 'init_args': {'text': self.towers[0].spec(), 'image': self.towers[1].spec(), **self.made_with}}
 
@@ -214,13 +230,19 @@ class PairClassifier(nn.Module):
         encoder: nn.Module,               # a trained DualEncoder, whose towers it takes and whose projections it copies
         labels: list[str] = ['mismatch', 'match'],
         match: str | None = None,         # the label that a high cosine speaks for; the last by default
-        threshold: float | None = None,   # cosine at which its score is that of the others; by default as the encoder's bias has it, else 0
+        # cosine at which its score is that of the others; by default as the encoder's bias has it, else 0
+        threshold: float | None = None,
         dropout: float = 0.1,
     ) -> 'PairClassifier':
-        "A classifier whose scores are, before any training, the encoder's cosine; raises `ValueError` for a `match` that is no label."
+        """A classifier whose scores are, before any training, the encoder's cosine.
+
+        Raises `ValueError` for a `match` that is no label."""
         if match is not None and match not in labels: raise ValueError(f'match must be one of {labels}, got {match!r}')
-        self = cls(encoder.text, encoder.image, labels, 'cosine', encoder.heads['dim'], dropout, encoder.heads['hidden'])
-        for side in ('text_proj', 'image_proj'): getattr(self.fusion, side).load_state_dict(getattr(encoder, side).state_dict())
+        self = cls(
+            encoder.text, encoder.image, labels, 'cosine', encoder.heads['dim'], dropout, encoder.heads['hidden']
+        )
+        for side in ('text_proj', 'image_proj'):
+            getattr(self.fusion, side).load_state_dict(getattr(encoder, side).state_dict())
         with torch.no_grad():
             scale, bias = float(encoder.logit_scale.exp()), encoder.logit_bias
             if threshold is None: threshold = 0. if bias is None else -float(bias) / scale

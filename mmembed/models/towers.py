@@ -153,9 +153,12 @@ class TorchvisionTower(Tower):
         super().__init__()
         import torchvision
         self.carry(pipeline, name=name, pooling=pooling)
-        if name.lower() not in torchvision.models.list_models(module=torchvision.models):  # others would download a backbone
-            raise ValueError(f'torchvision knows no classifier {name!r}; see torchvision.models.list_models(torchvision.models)'
-                             f'{did_you_mean(name, torchvision.models.list_models(module=torchvision.models))}')
+        # others would download a backbone
+        if name.lower() not in torchvision.models.list_models(module=torchvision.models):
+            raise ValueError(
+                f'torchvision knows no classifier {name!r}; see torchvision.models.list_models(torchvision.models)'
+                f'{did_you_mean(name, torchvision.models.list_models(module=torchvision.models))}'
+            )
         self.net = torchvision.models.get_model(name, weights=None)
         self.head_key, self.width = _behead(self.net, name)
         if pooling == 'max': _max_pooled(self.net, name)
@@ -251,7 +254,8 @@ class Bert(Tower):
         config: dict,           # the encoder's own configuration
         pooling: str = 'mean',  # over tokens: 'mean', 'max', or 'cls', the first position
     ):
-        "Raises `ValueError` for another pooling, and for a pipeline with longer texts or more ids than the encoder takes."
+        """Raises `ValueError` for another pooling, and for a pipeline with longer texts or more ids than the encoder
+        takes."""
         super().__init__()
         from transformers import AutoConfig, AutoModel
         if pooling not in POOLINGS: raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")

@@ -66,10 +66,13 @@ class TransformersText(Tower):
         if not self.causal: ids = F.pad(ids, [0, self.length - ids.shape[1]], value=float(self.pad_id))
         L = ids.shape[1]
         x = self.embeddings(input_ids=ids, position_ids=(ids*0 + 1).cumsum(1) - 1)
-        x = self.encoder(inputs_embeds=x, attention_mask=self.later[:, :, :L, :L] if self.causal else None).last_hidden_state
+        x = self.encoder(
+            inputs_embeds=x, attention_mask=self.later[:, :, :L, :L] if self.causal else None
+        ).last_hidden_state
         x = self.norm(x)
         if not self.causal: return self.head(x[:, -1])
-        ends = ids if self.eos == 2 else ids == self.eos  # the first CLIPs have a wrong eos_token_id; the right one is the largest id
+        # the first CLIPs have a wrong eos_token_id; the right one is the largest id
+        ends = ids if self.eos == 2 else ids == self.eos
         at = ends.to(torch.int64).argmax(1)
         return self.head(x.gather(1, at[:, None, None].expand(-1, -1, x.shape[2]))[:, 0])
 
@@ -82,14 +85,16 @@ class ProjectedBert(Bert):
         pipeline: TextPipeline, # of the same tokenizer
         config: dict,           # the encoder's own configuration
         pooling: str,           # as in `Bert`
-        layers: list,           # of each: inputs, outputs, whether it has a bias, and '', 'Tanh', 'GELU' or 'ReLU' after it
+        # of each: inputs, outputs, whether it has a bias, and '', 'Tanh', 'GELU' or 'ReLU' after it
+        layers: list,
     ):
         "Raises `ValueError` for another activation."
         super().__init__(pipeline, config, pooling)
         self.carry(pipeline, config=config, pooling=pooling, layers=[list(x) for x in layers])
         parts = []
         for inputs, outputs, bias, act in layers:
-            if act not in _ACTIVATIONS: raise ValueError(f'a layer ends in {act}, which is none of {", ".join(filter(None, _ACTIVATIONS))}')
+            if act not in _ACTIVATIONS:
+                raise ValueError(f'a layer ends in {act}, which is none of {", ".join(filter(None, _ACTIVATIONS))}')
             parts += [nn.Linear(inputs, outputs, bias=bias), _ACTIVATIONS[act]()]
         self.head, self.width = nn.Sequential(*parts), layers[-1][1] if layers else self.width
 
@@ -145,14 +150,22 @@ def pixel_rule(
     "Raises `FileNotFoundError` if no file says the rule, `ValueError` for one that `VisionPipeline` cannot express."
     folder = Path(folder)
     if (folder/'preprocessor_config.json').is_file(): return VisionPipeline.from_transformers(folder)
-    config = json.loads((folder/'processor_config.json').read_text()) if (folder/'processor_config.json').is_file() else {}
+    config = (
+        json.loads((folder / 'processor_config.json').read_text())
+        if (folder / 'processor_config.json').is_file()
+        else {}
+    )
     if 'image_processor' not in config:
-        raise FileNotFoundError(f'{folder} does not say how pictures are prepared: neither preprocessor_config.json nor processor_config.json with an image_processor')
+        raise FileNotFoundError(
+            f'{folder} does not say how pictures are prepared: neither preprocessor_config.json nor '
+            f'processor_config.json with an image_processor'
+        )
     return VisionPipeline.from_transformers(config['image_processor'])
 
 def _words(folder: Path, longest: int, whole: bool = False) -> TextPipeline:
     tok, said = read_any(folder), folder/'tokenizer_config.json'
-    most = json.loads(said.read_text()).get('model_max_length') if said.is_file() else None  # transformers cuts there, whatever tokenizer.json says
+    # transformers cuts there, whatever tokenizer.json says
+    most = json.loads(said.read_text()).get('model_max_length') if said.is_file() else None
     return TextPipeline(tok, int(min(most or longest, stated(tok).max_length, longest)), 0 if whole else None)
 
 # %% ../../nbs/models/04_transformers.ipynb #747cfdae
@@ -169,17 +182,30 @@ def _read(folder: Path):
     from transformers import AutoModel, logging
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error(), logging.disable_progress_bar()
-    try: model, info = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32, output_loading_info=True)
+    try:
+        model, info = AutoModel.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
     finally:
         logging.set_verbosity(before)
         if bars: logging.enable_progress_bar()
-    if missing := sorted(info['missing_keys']): raise ValueError(f'{folder}: the weights lack {missing[0]}' + f' and {len(missing) - 1} more' * (len(missing) > 1))
+    if missing := sorted(info['missing_keys']):
+        raise ValueError(
+            f'{folder}: the weights lack {missing[0]}' + f' and {len(missing) - 1} more' * (len(missing) > 1)
+        )
     finite(model.state_dict(), folder)
     return model.eval()
 
 def _image(model: nn.Module, folder: Path) -> TransformersImage:
     net, head = model.vision_model, getattr(model, 'visual_projection', None)
-    return TransformersImage(pixel_rule(folder), type(net).__name__, net.config.to_dict(), None if head is None else head.out_features, net, head)
+    return TransformersImage(
+        pixel_rule(folder),
+        type(net).__name__,
+        net.config.to_dict(),
+        None if head is None else head.out_features,
+        net,
+        head,
+    )
 
 def _text(model: nn.Module, folder: Path) -> Tower:
     net, kind = model.text_model, model.config.model_type
@@ -187,9 +213,12 @@ def _text(model: nn.Module, folder: Path) -> Tower:
     if kind != 'vision-text-dual-encoder':
         head = getattr(model, 'text_projection', None)
         dim = net.head.out_features if head is None else head.out_features
-        return TransformersText(_words(folder, most, kind == 'siglip'), type(net).__name__, net.config.to_dict(), dim, net, head)
+        return TransformersText(
+            _words(folder, most, kind == 'siglip'), type(net).__name__, net.config.to_dict(), dim, net, head
+        )
     dense = getattr(getattr(net, 'pooler', None), 'dense', None)
-    if not isinstance(dense, nn.Linear): raise ValueError(f'{folder}: the text encoder {type(net).__name__} has no pooler of one dense layer')
+    if not isinstance(dense, nn.Linear):
+        raise ValueError(f'{folder}: the text encoder {type(net).__name__} has no pooler of one dense layer')
     layers = dense, model.text_projection
     shapes = [[x.in_features, x.out_features, x.bias is not None, act] for x, act in zip(layers, ('Tanh', ''))]
     tower = ProjectedBert(_words(folder, min(most, longest(net))), net.config.to_dict(), 'cls', shapes)
@@ -200,26 +229,38 @@ MODEL_TYPES = 'clip', 'siglip', 'vision-text-dual-encoder'
 
 def transformers_towers(
     folder: str | Path,               # of transformers or sentence-transformers, or a name on the hub
-    image: str | Path | None = None,  # for a text encoder alone: the folder of the model whose image tower it was trained to meet
+    # for a text encoder alone: the folder of the model whose image tower it was trained to meet
+    image: str | Path | None = None,
 ) -> Parts:
     """The towers of a saved model with their pipelines.
 
-    Raises `ValueError` for a model that mmembed cannot run, `FileNotFoundError` for a file that is not there, `OSError` for a hub name that cannot be downloaded."""
+    Raises `ValueError` for a model that mmembed cannot run, `FileNotFoundError` for a file that is not there,
+    `OSError` for a hub name that cannot be downloaded."""
     try: folder = Path(folder) if Path(folder).is_dir() else Path(from_hub(str(folder), HUB_FILES))
     except OSError as e: raise type(e)(f'{e}{_of_open_clip(str(folder))}') from None
     inside = sentence_modules(folder)
     body = folder/inside[0]['path'] if inside else folder
-    if not (body/'config.json').is_file(): raise FileNotFoundError(f'no config.json in {body}: want the folder of a model that transformers saved')
+    if not (body / 'config.json').is_file():
+        raise FileNotFoundError(f'no config.json in {body}: want the folder of a model that transformers saved')
     kind = json.loads((body/'config.json').read_text()).get('model_type')
     if kind not in MODEL_TYPES:
         if image is not None: return _beside(folder, inside, transformers_towers(image))
-        raise ValueError(f'{folder} holds a {kind}: mmembed makes one file of {", ".join(MODEL_TYPES)}; a text encoder that was trained to meet the image tower of such a model '
-                         'wants image=, the folder of that model; any other text encoder has to be trained with an image tower first')
+        raise ValueError(
+            f'{folder} holds a {kind}: mmembed makes one file of {", ".join(MODEL_TYPES)}; a text encoder that was '
+            f'trained to meet the image tower of such a model '
+            'wants image=, the folder of that model; any other text encoder has to be trained with an image tower first'
+        )
     if image is not None: raise ValueError(f'image={image}: {folder} has an image tower of its own')
-    if others := [m['type'] for m in inside[1:] if not m['type'].endswith('.Normalize')]: raise ValueError(f'{folder} has {others[0]} behind both towers')
+    if others := [m['type'] for m in inside[1:] if not m['type'].endswith('.Normalize')]:
+        raise ValueError(f'{folder} has {others[0]} behind both towers')
     model = _read(body)
     bias = getattr(model, 'logit_bias', None)
-    return Parts(_text(model, body), _image(model, body), float(model.logit_scale.detach().exp()), None if bias is None else float(bias.detach()))
+    return Parts(
+        _text(model, body),
+        _image(model, body),
+        float(model.logit_scale.detach().exp()),
+        None if bias is None else float(bias.detach()),
+    )
 
 # %% ../../nbs/models/04_transformers.ipynb #7247924d
 HUB_FILES = '*.json', '*.txt', '*.model', '*.safetensors' # of a folder on the hub
@@ -240,21 +281,48 @@ def _beside(folder: Path, modules: list[dict], parts: Parts) -> Parts:
         said = json.loads((place/'config.json').read_text()) if (place/'config.json').is_file() else {}
         if kind == 'Pooling': pooling = _pooling(said, folder)
         elif kind == 'Dense':
-            shapes.append([said['in_features'], said['out_features'], said.get('bias', True), said['activation_function'].rpartition('.')[2]])
+            shapes.append(
+                [
+                    said['in_features'],
+                    said['out_features'],
+                    said.get('bias', True),
+                    said['activation_function'].rpartition('.')[2],
+                ]
+            )
             states.append({k.removeprefix('linear.'): v for k, v in _weights(place).items()})
         elif kind != 'Normalize': raise ValueError(f'{folder}: the module {m["type"]} is not supported')
-    said = json.loads((body/'sentence_bert_config.json').read_text()) if (body/'sentence_bert_config.json').is_file() else {}
-    if said.get('do_lower_case'): raise ValueError(f'{folder}: do_lower_case=True is not supported; its tokenizer should do it')
+    said = (
+        json.loads((body / 'sentence_bert_config.json').read_text())
+        if (body / 'sentence_bert_config.json').is_file()
+        else {}
+    )
+    if said.get('do_lower_case'):
+        raise ValueError(f'{folder}: do_lower_case=True is not supported; its tokenizer should do it')
     net = _read(body)
     words = _words(body, min(said.get('max_seq_length') or 128, longest(net)))
     tower = ProjectedBert(words, net.config.to_dict(), pooling, shapes).filled(net, states)
-    if tower.width != parts.image.width: raise ValueError(f'{folder} gives {tower.width} numbers, the image tower {parts.image.width}')
+    if tower.width != parts.image.width:
+        raise ValueError(f'{folder} gives {tower.width} numbers, the image tower {parts.image.width}')
     return parts._replace(text=tower)
 
 def _pooling(said: dict, folder: Path) -> str:
-    names = {'cls': 'cls', 'mean': 'mean', 'max': 'max', 'pooling_mode_cls_token': 'cls', 'pooling_mode_mean_tokens': 'mean', 'pooling_mode_max_tokens': 'max'}
-    found = [said['pooling_mode']] if isinstance(said.get('pooling_mode'), str) else [k for k, v in said.items() if k.startswith('pooling_mode_') and v]
-    if len(found) != 1 or found[0] not in names: raise ValueError(f'{folder}: the pooling {" and ".join(found) or "none"} is not supported, only cls, mean and max')
+    names = {
+        'cls': 'cls',
+        'mean': 'mean',
+        'max': 'max',
+        'pooling_mode_cls_token': 'cls',
+        'pooling_mode_mean_tokens': 'mean',
+        'pooling_mode_max_tokens': 'max',
+    }
+    found = (
+        [said['pooling_mode']]
+        if isinstance(said.get('pooling_mode'), str)
+        else [k for k, v in said.items() if k.startswith('pooling_mode_') and v]
+    )
+    if len(found) != 1 or found[0] not in names:
+        raise ValueError(
+            f'{folder}: the pooling {" and ".join(found) or "none"} is not supported, only cls, mean and max'
+        )
     return names[found[0]]
 
 def _weights(folder: Path) -> dict[str, Tensor]:

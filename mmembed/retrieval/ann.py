@@ -21,7 +21,9 @@ from ..core.files import draft
 from .lance import asked, writing, write_table
 
 # %% ../../nbs/retrieval/10_ann.ipynb #8eaccc86
-KINDS = dict(ivf_flat='IvfFlat', ivf_sq='IvfSq', ivf_pq='IvfPq', hnsw_flat='HnswFlat', hnsw_sq='HnswSq', hnsw_pq='HnswPq')
+KINDS = dict(
+    ivf_flat='IvfFlat', ivf_sq='IvfSq', ivf_pq='IvfPq', hnsw_flat='HnswFlat', hnsw_sq='HnswSq', hnsw_pq='HnswPq'
+)
 
 class Measured(NamedTuple):
     "What an approximate index is worth"
@@ -37,8 +39,11 @@ class Measured(NamedTuple):
     rows: int          # of the index then
 
     def __str__(self):
-        return (f'{self.kind}: recall@{self.k} {self.recall:.3f} over {self.queries} queries, {self.fast_ms:.1f} ms a query '
-                f'(exact {self.exact_ms:.1f} ms), nprobes={self.nprobes}, refine={self.refine}, ef={self.ef}')
+        return (
+            f'{self.kind}: recall@{self.k} {self.recall:.3f} over {self.queries} queries, {self.fast_ms:.1f} ms a '
+            f'query '
+            f'(exact {self.exact_ms:.1f} ms), nprobes={self.nprobes}, refine={self.refine}, ef={self.ef}'
+        )
 
 # %% ../../nbs/retrieval/10_ann.ipynb #14fbc86b
 class Approximate:
@@ -48,33 +53,48 @@ class Approximate:
     _table: Any
 
     def __len__(self) -> int: raise NotImplementedError
-    def _nearest(self, vector: np.ndarray, k: int, where: str | None, exact: bool | None, knobs: dict | None = None) -> list[dict]: raise NotImplementedError
+
+    def _nearest(
+        self, vector: np.ndarray, k: int, where: str | None, exact: bool | None, knobs: dict | None = None
+    ) -> list[dict]:
+        raise NotImplementedError
 
     def approximate(self,
         kind: str = 'hnsw_sq',           # of `KINDS`
         recall: float = .95,             # to reach
         k: int = 10,                     # at which recall is measured
-        queries: Tensor | None = None,   # float32 (Q, D): of the kind that will be asked; by default 100 rows of the index, each without itself
+        # float32 (Q, D): of the kind that will be asked; by default 100 rows of the index, each without itself
+        queries: Tensor | None = None,
         partitions: int | None = None,   # by default one for 4,096 rows, and one for a million where there are graphs
         **options,                       # of LanceDB's configuration: m, ef_construction, num_sub_vectors, ...
     ) -> Measured:
-        """Makes an approximate index, and turns its knobs up until it finds that share of the nearest rows, or as far as they go.
+        """Makes an approximate index, and turns its knobs up until it finds that share of the nearest rows, or as
+        far as they go.
 
-        Rows added later are compared one by one until `optimize` of an addition takes them in. Raises `ValueError` for fewer than 256 rows,
+        Rows added later are compared one by one until `optimize` of an addition takes them in. Raises `ValueError`
+        for fewer than 256 rows,
         a share outside of 0 to 1 and no queries."""
         import lancedb.index as kinds
         if not 0 < recall <= 1: raise ValueError(f'recall is a share of 0 to 1, got {recall}')
         if queries is not None and not len(queries): raise ValueError('there are no queries to measure with')
         if kind not in KINDS: raise ValueError(f'kind must be one of {", ".join(KINDS)}, got {kind!r}')
         rows, graph = len(self), kind.startswith('hnsw')
-        if rows < 256: raise ValueError(f'an approximate index needs at least 256 rows, there are {rows}: exact search is the right one')
+        if rows < 256:
+            raise ValueError(
+                f'an approximate index needs at least 256 rows, there are {rows}: exact search is the right one'
+            )
         partitions = partitions or max(1, rows >> (20 if graph else 12))
         with writing(self.folder):
             config = getattr(kinds, KINDS[kind])(distance_type='cosine', num_partitions=partitions, **options)
             write_table(lambda: self._table.create_index('vector', config=config, replace=True, name='vector_idx'), [])
             rough = 5 if kind.endswith('pq') else 2 if kind.endswith('sq') else 0
-            steps = [dict(kind=kind, nprobes=min(partitions, 2**i), refine=rough * (1 + i//2), ef=32 * 2**i if graph else 0)
-                     for i in range(1, 12) if graph and i < 7 or not graph and 2**(i - 1) < partitions] or [dict(kind=kind, nprobes=1, refine=rough, ef=0)]
+            steps = [
+                dict(
+                    kind=kind, nprobes=min(partitions, 2**i), refine=rough * (1 + i // 2), ef=32 * 2**i if graph else 0
+                )
+                for i in range(1, 12)
+                if graph and i < 7 or not graph and 2 ** (i - 1) < partitions
+            ] or [dict(kind=kind, nprobes=1, refine=rough, ef=0)]
             best = None
             for knobs in steps:
                 found = self.measure(queries, k, knobs=knobs, truth=best and best[1])
@@ -98,13 +118,16 @@ class Approximate:
         more = k + (queries is None)
         def ask(exact):
             start, out = time.perf_counter(), []
-            for name, v in zip(names, x): out.append({r['id'] for r in self._nearest(np.asarray(v, 'f'), more, None, exact, knobs)} - {name})
+            for name, v in zip(names, x):
+                out.append({r['id'] for r in self._nearest(np.asarray(v, 'f'), more, None, exact, knobs)} - {name})
             return out, (time.perf_counter() - start) * 1e3 / max(1, len(out))
         exact, exact_ms = truth or ask(True)
         fast, fast_ms = ask(False)
         share = sum(len(a & b) for a, b in zip(exact, fast)) / max(1, sum(len(a) for a in exact))
         shown = {key: knobs[key] for key in ('kind', 'nprobes', 'refine', 'ef')}
-        return Measured(**shown, recall=share, k=k, queries=len(fast), exact_ms=exact_ms, fast_ms=fast_ms, rows=len(self)), (exact, exact_ms)
+        return Measured(
+            **shown, recall=share, k=k, queries=len(fast), exact_ms=exact_ms, fast_ms=fast_ms, rows=len(self)
+        ), (exact, exact_ms)
 
     def _knobs(self) -> dict | None:
         try: return json.loads((self.folder/'approximate.json').read_text())
@@ -114,4 +137,6 @@ class Approximate:
         rows = len(self)
         picked = np.random.default_rng(seed).choice(rows, min(n, rows), replace=False)
         found = asked(lambda: self._table.take_offsets(sorted(picked.tolist())).select(['id', 'vector']).to_arrow())
-        return found['id'].to_pylist(), found['vector'].combine_chunks().flatten().to_numpy().reshape(-1, self.about.dim)
+        return found['id'].to_pylist(), found['vector'].combine_chunks().flatten().to_numpy().reshape(
+            -1, self.about.dim
+        )

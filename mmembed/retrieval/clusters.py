@@ -23,7 +23,9 @@ class Grouping:
     about: About
 
     def _select(self, columns: list[str], where: str | None) -> Any: raise NotImplementedError
-    def _nearest(self, vector: np.ndarray, k: int, where: str | None, exact: bool | None) -> list[dict]: raise NotImplementedError
+
+    def _nearest(self, vector: np.ndarray, k: int, where: str | None, exact: bool | None) -> list[dict]:
+        raise NotImplementedError
     def thumbnails(self, ids: list[str]) -> dict[str, bytes]: raise NotImplementedError
 
     def vectors(self,
@@ -31,15 +33,22 @@ class Grouping:
     ) -> tuple[list[str], Tensor]: # ids, float32 (N, D)
         "All rows, or some, in memory."
         table = self._select(['id', 'vector'], where)
-        x = table['vector'].combine_chunks().flatten().to_numpy().reshape(-1, self.about.dim) if len(table) else np.zeros((0, self.about.dim), 'f')
+        x = (
+            table['vector'].combine_chunks().flatten().to_numpy().reshape(-1, self.about.dim)
+            if len(table)
+            else np.zeros((0, self.about.dim), 'f')
+        )
         return table['id'].to_pylist(), torch.from_numpy(x.copy())
 
     def duplicates(self,
         threshold: float = .95,       # cosine from which two rows are near
         where: str | None = None,     # an SQL condition
-        neighbours: int | None = None, # look only at so many nearest rows of each, by the approximate index: for more than some 50,000 rows
+        # look only at so many nearest rows of each, by the approximate index: for more than some 50,000 rows
+        neighbours: int | None = None,
     ) -> Groups: # scores are cosines with the first row of the group
-        "Groups of rows that are nearly the same, linked through each other. Exact: every row is compared with every other."
+        """Groups of rows that are nearly the same, linked through each other.
+
+        Exact: every row is compared with every other."""
         ids, x = self.vectors(where)
         if neighbours is None: pairs = near_pairs(x, threshold)
         else: pairs = self._near_pairs(ids, x, threshold, neighbours, where)
@@ -57,13 +66,17 @@ class Grouping:
         label, score = k_means(x.numpy(), n, seed)
         order = np.argsort(-score, kind='stable')
         groups = sorted(([i for i in order if label[i] == c] for c in range(n)), key=len, reverse=True)
-        return Groups([self._group([ids[i] for i in g], [float(score[i]) for i in g]) for g in groups if g], f'{len(ids):,} rows in {n} clusters')
+        return Groups(
+            [self._group([ids[i] for i in g], [float(score[i]) for i in g]) for g in groups if g],
+            f'{len(ids):,} rows in {n} clusters',
+        )
 
     def _near_pairs(self, ids: list, x: Tensor, threshold: float, k: int, where: str | None) -> tuple[Tensor, Tensor]:
         at, pairs = {name: i for i, name in enumerate(ids)}, set()
         for i, v in enumerate(x.numpy()):
             for row in self._nearest(v, k + 1, where, None):
-                if row['score'] >= threshold and row['id'] in at and at[row['id']] != i: pairs.add((min(i, at[row['id']]), max(i, at[row['id']])))
+                if row['score'] >= threshold and row['id'] in at and at[row['id']] != i:
+                    pairs.add((min(i, at[row['id']]), max(i, at[row['id']])))
         found = torch.tensor(sorted(pairs), dtype=torch.long).reshape(-1, 2)
         return found[:, 0], found[:, 1]
 

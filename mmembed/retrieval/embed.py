@@ -28,12 +28,25 @@ from ..data.source import Source, row_error
 from ..core.threads import cores
 from ..data.open import NameSurvey, changed, column_types, column_value, open_source, survey_names
 from ..runtime.embedder import TEXTS, Embedder
-from .parts import ERRORS, MANIFEST, Job, Vectors, check_part, each_shard, load_vectors, part_table, read_job, same_job, save_part, write_ledger
+from mmembed.retrieval.parts import (
+    ERRORS, MANIFEST, Job, Vectors, check_part, each_shard, load_vectors, part_table, read_job, same_job, save_part,
+    write_ledger,
+)
 from ..core.quantize import PRECISIONS, from_precision, to_precision
 from ..core.files import alone, write_whole
 
 # %% ../../nbs/retrieval/02_embed.ipynb #61f1eb5a
-_all_ = ['PRECISIONS', 'Job', 'Vectors', 'each_shard', 'from_precision', 'load_vectors', 'read_job', 'to_precision', 'open_source']
+_all_ = [
+    'PRECISIONS',
+    'Job',
+    'Vectors',
+    'each_shard',
+    'from_precision',
+    'load_vectors',
+    'read_job',
+    'to_precision',
+    'open_source',
+]
 
 # %% ../../nbs/retrieval/02_embed.ipynb #fdcec437
 class PreparedBatch(NamedTuple):
@@ -61,7 +74,9 @@ def prepare_batch(
     what: str = 'image',      # 'image', 'text' or 'both'
     keep: list | tuple = (),  # columns of the source
 ) -> PreparedBatch:
-    "Rows up to the doors of the towers; a row that cannot be read has an error, a mistake in the source's own code is raised."
+    """Rows up to the doors of the towers.
+
+    A row that cannot be read has an error, a mistake in the source's own code is raised."""
     names, kept, errors, levels, texts = [], {k: [] for k in keep}, [], [], []
     for i in rows:
         names.append(readable_id(source.name(i)))
@@ -102,11 +117,13 @@ def batches(
     threads: int = 2,         # that read and decode
 ) -> Iterator[tuple[PreparedBatch, dict[str, Tensor]]]: # with vectors float32 (good, D) by side, on the model's device
     "Prepared batches in order with what the towers gave; decoding runs ahead in threads."
-    size = max(embedder.batch_size, TEXTS) if what == 'text' else embedder.batch_size  # texts are tokenized in one call, and sorted by length
+    # texts are tokenized in one call, and sorted by length
+    size = max(embedder.batch_size, TEXTS) if what == 'text' else embedder.batch_size
     pool, waiting = thread_pool(threads), deque()
     todo = (part[i:i + size] for part in parts for i in range(0, len(part), size))
     def begin():
-        if (rows := next(todo, None)) is not None: waiting.append(pool.submit(prepare_batch, embedder, source, rows, what, keep))
+        if (rows := next(todo, None)) is not None:
+            waiting.append(pool.submit(prepare_batch, embedder, source, rows, what, keep))
     try:
         for _ in range(2 if what == 'text' else 2 * threads + 1): begin()
         while waiting:
@@ -153,13 +170,25 @@ def plan(
     if shard_rows < 1: raise ValueError(f'want shard_rows of at least 1, got {shard_rows}')
     to_precision(torch.zeros(1, 8), precision)
     types, taken = column_types(source, keep), {'row', 'id', 'error', 'image_vector', 'text_vector'}
-    if clash := sorted(taken & set(types)): raise ValueError(f'a kept column cannot be called {clash[0]}: the job has a column of that name')
+    if clash := sorted(taken & set(types)):
+        raise ValueError(f'a kept column cannot be called {clash[0]}: the job has a column of that name')
     if spark and precision == 'float16': precision = 'float32'
     if not len(source): raise ValueError(f'{source!r} holds no rows')
     found = survey_names(source, what, content_hash)
-    if unique and found.repeated: raise ValueError(f'{found.repeated:,} rows have the id of an earlier row, such as {found.example!r}')
-    return Job(model.card['content_hash'], found.hash, len(source), what, types, precision, model.dim, shard_rows, model.batch_size,
-               model.deterministic), found
+    if unique and found.repeated:
+        raise ValueError(f'{found.repeated:,} rows have the id of an earlier row, such as {found.example!r}')
+    return Job(
+        model.card['content_hash'],
+        found.hash,
+        len(source),
+        what,
+        types,
+        precision,
+        model.dim,
+        shard_rows,
+        model.batch_size,
+        model.deterministic,
+    ), found
 
 # %% ../../nbs/retrieval/02_embed.ipynb #85263684
 @contextmanager
@@ -205,11 +234,21 @@ def embed_parts(
         saver.shutdown(cancel_futures=True)
 
 def _finish_part(folder: Path, job: Job, k: int, source: Source, part: range, offset: int, done: list):
-    if gone := changed(source, part): raise ValueError(f'{gone} has changed while the job was running; the parts before it are kept')
+    if gone := changed(source, part):
+        raise ValueError(f'{gone} has changed while the job was running; the parts before it are kept')
     ready = [b for b, _ in done]
-    vectors = {side: torch.cat([v[side] for _, v in done if side in v] or [torch.zeros(0, job.dim)]).cpu() for side in job.sides()}
-    table = part_table(job, [i + offset for b in ready for i in b.rows], [n for b in ready for n in b.names],
-                       {c: [v for b in ready for v in b.kept[c]] for c in job.keep}, [e for b in ready for e in b.errors], vectors)
+    vectors = {
+        side: torch.cat([v[side] for _, v in done if side in v] or [torch.zeros(0, job.dim)]).cpu()
+        for side in job.sides()
+    }
+    table = part_table(
+        job,
+        [i + offset for b in ready for i in b.rows],
+        [n for b in ready for n in b.names],
+        {c: [v for b in ready for v in b.kept[c]] for c in job.keep},
+        [e for b in ready for e in b.errors],
+        vectors,
+    )
     save_part(folder, job, k, table)
 
 # %% ../../nbs/retrieval/02_embed.ipynb #bcdabbb1
@@ -226,17 +265,22 @@ def embed(
     device: str = 'cpu',           # for a `model` given by path
     unique: bool = False,          # refuse a source in which an id occurs twice
     progress=None,                 # called with (rows ready, rows) after each batch
-    content_hash: bool = False,    # tell changed images by their bytes, which reads them twice, and not by size and time of their files
-    spark: bool = False,           # write what Spark reads: float32 where `precision` is float16, which its reader of Parquet refuses
+    # tell changed images by their bytes, which reads them twice, and not by size and time of their files
+    content_hash: bool = False,
+    # write what Spark reads: float32 where `precision` is float16, which its reader of Parquet refuses
+    spark: bool = False,
 ) -> Done:
     """Embed a source into Parquet files, going on where an earlier run of the same job stopped.
 
     An image that has changed since that run makes it another job: nothing old is kept, and nothing mixed.
-    For a `model` given by path the vectors of a row do not depend on its neighbours; they are those of `mmembed serve --deterministic` with the
-    same batch. Raises `ValueError` for settings that make no sense and for a folder of another job or in use, `OSError` where nothing can be
+    For a `model` given by path the vectors of a row do not depend on its neighbours; they are those of `mmembed
+    serve --deterministic` with the
+    same batch. Raises `ValueError` for settings that make no sense and for a folder of another job or in use,
+    `OSError` where nothing can be
     written; what was written stays."""
     if threads < 0: raise ValueError(f'want 0 or more threads, got {threads}')
-    if not isinstance(model, Embedder): model = Embedder(model, device, batch_size=batch_size or service_batch(device), deterministic=True)
+    if not isinstance(model, Embedder):
+        model = Embedder(model, device, batch_size=batch_size or service_batch(device), deterministic=True)
     job, found = plan(model, source, what, keep, precision, shard_rows, unique, content_hash, spark)
     start, folder, ready = time.perf_counter(), Path(out), 0
     with open_job(folder, job) as todo:
@@ -247,7 +291,16 @@ def embed(
             if progress: progress(there + ready, job.rows)
         embed_parts(model, source, job, folder, todo, threads or cores(), tick)
         failed = write_ledger(folder, job)
-    return Done(folder, job.rows, job.rows - there, failed, found.repeated, found.example, folder/ERRORS, time.perf_counter() - start)
+    return Done(
+        folder,
+        job.rows,
+        job.rows - there,
+        failed,
+        found.repeated,
+        found.example,
+        folder / ERRORS,
+        time.perf_counter() - start,
+    )
 
 def service_batch(
     device: str, # where the towers run
@@ -275,7 +328,11 @@ def progress_bar(
             bar.update(task, completed=ready, total=rows, rate=f'{rate:,.0f} a second')
             if not console.is_terminal and rate and past - said >= every:
                 said = past
-                print(f'{ready:,} of {rows:,} rows, {rate:,.1f} a second, {duration((rows - ready)/rate)} left', file=sys.stderr, flush=True)
+                print(
+                    f'{ready:,} of {rows:,} rows, {rate:,.1f} a second, {duration((rows - ready) / rate)} left',
+                    file=sys.stderr,
+                    flush=True,
+                )
         yield show
 
 def duration(
@@ -283,4 +340,12 @@ def duration(
 ) -> str:
     "Seconds as one reads them."
     s = round(seconds)
-    return f'{s} s' if s < 60 else f'{s//60} min' if s < 3600 else f'{s//3600} h {s % 3600//60} min' if s < 86400 else f'{s/86400:.1f} days'
+    return (
+        f'{s} s'
+        if s < 60
+        else f'{s // 60} min'
+        if s < 3600
+        else f'{s // 3600} h {s % 3600 // 60} min'
+        if s < 86400
+        else f'{s / 86400:.1f} days'
+    )

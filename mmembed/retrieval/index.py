@@ -22,7 +22,9 @@ from .ann import KINDS, Approximate, Measured
 from ..data.source import Source
 from .clusters import Grouping
 from ..data.open import survey_names
-from .ingest import About, Rest, card_of, checked_rows, embedded, open_rows, ready_vectors, stream, with_thumbnails
+from mmembed.retrieval.ingest import (
+    About, Rest, card_of, checked_rows, embedded, open_rows, ready_vectors, stream, with_thumbnails,
+)
 from .embed import readable_id, service_batch
 from .query import Store
 from ..runtime.embedder import Embedder
@@ -36,14 +38,20 @@ class Index(Approximate, Grouping, Store):
     "A folder with vectors, columns and thumbnails, to be searched"
     def __init__(self,
         folder: str | Path,                         # that `Index.build` made
-        model: Embedder | str | Path | None = None, # for texts and pictures; by default the artifact that the index remembers
+        # for texts and pictures; by default the artifact that the index remembers
+        model: Embedder | str | Path | None = None,
     ):
-        "Raises `FileNotFoundError` where there is no index, `ValueError` for one of a newer format, `ImportError` without LanceDB."
+        """Raises `FileNotFoundError` where there is no index, `ValueError` for one of a newer format, `ImportError`
+        without LanceDB."""
         super().__init__(model)
         self.folder, self._version, self._about = Path(folder), None, None
-        if not (self.folder/'items.lance'/'_versions').is_dir() or not any((self.folder/'items.lance'/'_versions').iterdir()):
+        if not (self.folder / 'items.lance' / '_versions').is_dir() or not any(
+            (self.folder / 'items.lance' / '_versions').iterdir()
+        ):
             begun = any(self.folder.glob('.build-*')) or (self.folder/'items.lance').is_dir()
-            raise FileNotFoundError(f'{folder} holds no index' + (': its build did not finish; run it again to go on' if begun else ''))
+            raise FileNotFoundError(
+                f'{folder} holds no index' + (': its build did not finish; run it again to go on' if begun else '')
+            )
         self._db = connect(self.folder)
         self._table = self._db.open_table('items')
         self.about
@@ -60,7 +68,9 @@ class Index(Approximate, Grouping, Store):
     @classmethod
     def build(cls,
         model: Embedder | str | Path,     # an artifact
-        source,                           # a `Source`, a path for `open_source`, a folder of `mmembed embed`, a Parquet file or table with `id` and `vector`
+        # a `Source`, a path for `open_source`, a folder of `mmembed embed`, a Parquet file or table with `id` and
+        # `vector`
+        source,
         folder: str | Path,               # for the index
         side: str = 'image',              # 'image' or 'text': what is indexed
         columns: list | tuple = (),       # of the source, to filter by; captions and classes are kept anyway
@@ -72,14 +82,18 @@ class Index(Approximate, Grouping, Store):
         progress=None,                    # called with (rows ready, rows)
         **options,                        # of `open_source`
     ) -> 'Index':
-        """Embeds and indexes a source. Killed at any moment it leaves the index that was there, and goes on when run again.
+        """Embeds and indexes a source. Killed at any moment it leaves the index that was there, and goes on when run
+        again.
 
-        Raises `ValueError` for a folder that has an index or that another process writes to, vectors of another artifact or width,
+        Raises `ValueError` for a folder that has an index or that another process writes to, vectors of another
+        artifact or width,
         and ids that come twice; otherwise as `embed`. Rows that cannot be indexed are listed by `bad`."""
         if side not in ('image', 'text'): raise ValueError(f"side must be 'image' or 'text', got {side!r}")
-        if on_duplicate not in ('raise', 'skip'): raise ValueError(f"on_duplicate must be 'raise' or 'skip', got {on_duplicate!r}")
+        if on_duplicate not in ('raise', 'skip'):
+            raise ValueError(f"on_duplicate must be 'raise' or 'skip', got {on_duplicate!r}")
         source, keep = open_rows(source, side, columns, options)
-        if isinstance(source, Source) and not isinstance(model, Embedder): model = Embedder(model, batch_size=service_batch('cpu'), deterministic=True)
+        if isinstance(source, Source) and not isinstance(model, Embedder):
+            model = Embedder(model, batch_size=service_batch('cpu'), deterministic=True)
         folder, card, failed, bad = Path(folder), card_of(model), [], []
         path = model.path if isinstance(model, Embedder) else Path(model)
         about = About(card['content_hash'], card['dim'], side, str(path.resolve()))
@@ -112,17 +126,26 @@ class Index(Approximate, Grouping, Store):
         "What a filter can name."
         return {f.name: str(f.type) for f in self._table.schema if f.name not in ('vector', 'thumbnail')}
 
-    def _nearest(self, vector: np.ndarray, k: int, where: str | None, exact: bool | None, knobs: dict | None = None) -> list[dict]:
-        ask = self._table.search(vector, 'vector', 'vector').distance_type('cosine').limit(k).select([*self.columns, '_distance'])
+    def _nearest(
+        self, vector: np.ndarray, k: int, where: str | None, exact: bool | None, knobs: dict | None = None
+    ) -> list[dict]:
+        ask = (
+            self._table.search(vector, 'vector', 'vector')
+            .distance_type('cosine')
+            .limit(k)
+            .select([*self.columns, '_distance'])
+        )
         if where: ask = ask.where(whole_condition(where), prefilter=True)
         knobs = self._knobs() if knobs is None else knobs
         if exact or not knobs: ask = ask.bypass_vector_index()
         else:
             ask = ask.nprobes(knobs['nprobes'])
             if knobs['refine']: ask = ask.refine_factor(knobs['refine'])
-            if knobs['ef']: ask = ask.ef(max(knobs['ef'], k * max(1, knobs['refine'])))  # a graph must keep what is compared again
+            # a graph must keep what is compared again
+            if knobs['ef']: ask = ask.ef(max(knobs['ef'], k * max(1, knobs['refine'])))
         rows = asked(ask.to_list, where)
-        if len(rows) < k and knobs and not exact: return self._nearest(vector, k, where, True)  # what is left lies in other partitions
+        # what is left lies in other partitions
+        if len(rows) < k and knobs and not exact: return self._nearest(vector, k, where, True)
         return [{'id': row.pop('id'), 'score': 1 - row.pop('_distance')} | row for row in rows]
 
     def _by_words(self, words: str, k: int, where: str | None) -> list[dict]:
@@ -134,7 +157,10 @@ class Index(Approximate, Grouping, Store):
         return [{'id': row.pop('id'), 'score': row.pop('_score')} | row for row in rows]
 
     def _select(self, columns: list[str], where: str | None = None, ids: list[str] | None = None) -> pa.Table:
-        ask, condition = self._table.search().select(columns), (where and whole_condition(where)) if ids is None else among(ids)
+        ask, condition = (
+            self._table.search().select(columns),
+            (where and whole_condition(where)) if ids is None else among(ids),
+        )
         return asked((ask.where(condition) if condition else ask).to_arrow, where)
 
     def thumbnails(self, ids: list[str]) -> dict[str, bytes]:
@@ -163,18 +189,27 @@ def new_rows(source, there: set, prefix: str, on_duplicate: str):
     for i in range(len(source)):
         name = prefix + readable_id(source.name(i))
         if name in taken:
-            if on_duplicate == 'raise': raise ValueError(f'the id {name!r} {"is in the index already" if name in there else "comes twice"}; '
-                                                         'on_duplicate="skip" keeps the first, "replace" (in add) embeds such rows anew')
+            if on_duplicate == 'raise':
+                raise ValueError(
+                    f'the id {name!r} {"is in the index already" if name in there else "comes twice"}; '
+                    'on_duplicate="skip" keeps the first, "replace" (in add) embeds such rows anew'
+                )
             continue
         taken.add(name)
         keep.append(i)
     return source if len(keep) == len(source) else Rest(source, keep)
 
-def count_rows(model, card: dict, source, keep: list[str], about: About, work: Path, thumbnails: int, threads: int, progress):
+def count_rows(
+    model, card: dict, source, keep: list[str], about: About, work: Path, thumbnails: int, threads: int, progress
+):
     if not isinstance(source, Source): return ready_vectors(source, card, about.side)
     if not len(source): return iter(())
     batches = embedded(model, source, keep, work, about.side, threads, progress)
-    return with_thumbnails(batches, source, model, thumbnails, threads) if thumbnails and about.side == 'image' else batches
+    return (
+        with_thumbnails(batches, source, model, thumbnails, threads)
+        if thumbnails and about.side == 'image'
+        else batches
+    )
 
 # %% ../../nbs/retrieval/11_index.ipynb #3f6ec552
 @patch
@@ -200,7 +235,9 @@ def add(self: Index,
     with writing(self.folder):
         there = set(self.ids())
         source = new_rows(source, there, prefix, on_duplicate)
-        rows = count_rows(model, card, source, keep, about, work, thumbnails if 'thumbnail' in schema.names else 0, threads, progress)
+        rows = count_rows(
+            model, card, source, keep, about, work, thumbnails if 'thumbnail' in schema.names else 0, threads, progress
+        )
         if on_duplicate == 'replace': rows = checked_rows(rows, about.dim, bad, None, 'raise', prefix)
         else: rows = checked_rows(rows, about.dim, bad, set(there), on_duplicate, prefix)
         rows = (b if 'file' in schema.names or 'file' not in b.schema.names else b.drop_columns(['file']) for b in rows)
@@ -250,7 +287,8 @@ def retry(self: Index,
     progress=None,               # as in `Index.build`
     **options,                   # of `open_source`
 ) -> int: # rows added
-    """Embed and add the rows of `source` that `bad` lists, and no other. What fails again stays listed, with its new reason.
+    """Embed and add the rows of `source` that `bad` lists, and no other. What fails again stays listed, with its new
+    reason.
 
     Raises `ValueError` where no row of the source is listed, and for vectors that are ready; otherwise as `add`."""
     listed = {row['id'] for row in self.bad()}
@@ -258,7 +296,8 @@ def retry(self: Index,
     source, keep = open_rows(source, self.about.side, columns, options)
     if not isinstance(source, Source): raise ValueError('ready vectors cannot be tried again: add them')
     rows = [i for i in range(len(source)) if prefix + readable_id(source.name(i)) in listed]
-    if not rows: raise ValueError(f'none of the {len(listed):,} rows that failed is in this source; is a prefix missing?')
+    if not rows:
+        raise ValueError(f'none of the {len(listed):,} rows that failed is in this source; is a prefix missing?')
     return self.add(Rest(source, rows), keep, 'skip', thumbnails, prefix, threads, progress)
 
 @patch
@@ -270,7 +309,12 @@ def _list_bad(self: Index, new: list, fresh: bool = False):
     listed.update(new)
     if not listed and not has_table(self.folder, 'bad'): return
     text = lambda x: pa.array(list(x), pa.string())
-    write_table(lambda: self._db.create_table('bad', pa.table(dict(id=text(listed), error=text(listed.values()))), mode='overwrite'), [])
+    write_table(
+        lambda: self._db.create_table(
+            'bad', pa.table(dict(id=text(listed), error=text(listed.values()))), mode='overwrite'
+        ),
+        [],
+    )
 
 # %% ../../nbs/retrieval/11_index.ipynb #57a909c9
 @patch
@@ -287,16 +331,29 @@ def info(self: Index) -> dict:
     size = sum(f.stat().st_size for f in self.folder.rglob('*') if f.is_file())
     indexed = {i.name: i.index_type for i in self._table.list_indices()}
     stats = self._table.index_stats('vector_idx') if 'vector_idx' in indexed else None
-    return dict(folder=str(self.folder), items=len(self), bad=len(self.bad()), side=a.side, dim=a.dim, artifact=a.artifact, model=a.model,
-        columns=self.columns, thumbnails='thumbnail' in self._table.schema.names, full_text='FTS' in indexed.values(),
-        approximate=knobs and dict(knobs, waiting=stats.num_unindexed_rows if stats else 0), bytes=size, version=self.version,
-        unfinished=sorted(p.name for pattern in ('.build-*', '.add-*') for p in self.folder.glob(pattern)))
+    return dict(
+        folder=str(self.folder),
+        items=len(self),
+        bad=len(self.bad()),
+        side=a.side,
+        dim=a.dim,
+        artifact=a.artifact,
+        model=a.model,
+        columns=self.columns,
+        thumbnails='thumbnail' in self._table.schema.names,
+        full_text='FTS' in indexed.values(),
+        approximate=knobs and dict(knobs, waiting=stats.num_unindexed_rows if stats else 0),
+        bytes=size,
+        version=self.version,
+        unfinished=sorted(p.name for pattern in ('.build-*', '.add-*') for p in self.folder.glob(pattern)),
+    )
 
 @patch
 def compact(self: Index) -> int: # bytes that became free
     """Throw away old versions and what killed writers left, while no other process writes.
 
-    An `Index` that is in the middle of a search asks again by itself. Other programs that hold a version of the table open
+    An `Index` that is in the middle of a search asks again by itself. Other programs that hold a version of the
+    table open
     find its files gone."""
     with writing(self.folder):
         before = self.info()['bytes']

@@ -53,7 +53,8 @@ class About(NamedTuple):
         "Raises `ValueError` for what is no description, or of a newer format."
         try: d = json.loads(data or b'')
         except ValueError: raise ValueError(f'{where} is no index of mmembed') from None
-        if d.get('format', 0) > FORMAT: raise ValueError(f'{where} has format {d["format"]}; this mmembed reads up to {FORMAT}: upgrade mmembed')
+        if d.get('format', 0) > FORMAT:
+            raise ValueError(f'{where} has format {d["format"]}; this mmembed reads up to {FORMAT}: upgrade mmembed')
         return cls(**{k: d[k] for k in cls._fields if k in d})
 
 # %% ../../nbs/retrieval/06_ingest.ipynb #84818a38
@@ -67,7 +68,8 @@ def card_of(
 def _matrix(column: pa.Array, dim: int) -> tuple[np.ndarray, list[str]]: # float32 (n, dim), '' or a reason for each row
     kind, why = column.type, [''] * len(column)
     if pa.types.is_fixed_size_list(kind):
-        if kind.list_size != dim: raise ValueError(f'the vectors are {kind.list_size} wide; this index holds vectors of {dim}')
+        if kind.list_size != dim:
+            raise ValueError(f'the vectors are {kind.list_size} wide; this index holds vectors of {dim}')
         fits = np.asarray(column.is_valid())
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
         widths = column.value_lengths().to_pylist()
@@ -89,7 +91,8 @@ def checked_rows(
     on_duplicate: str = 'raise',       # 'raise', or 'skip': the first one stays
     prefix: str = '',                  # put before every id
 ) -> Iterator[pa.RecordBatch]: # without the bad rows; vectors float32, of unit length
-    "Raises `ValueError` for vectors of another width, for an id that comes twice and for a column that an index makes itself."
+    """Raises `ValueError` for vectors of another width, for an id that comes twice and for a column that an index
+    makes itself."""
     taken = set() if taken is None else taken
     for b in batches:
         b = pa.RecordBatch.from_pydict(dict(zip(b.schema.names, b.columns)))
@@ -103,7 +106,10 @@ def checked_rows(
             if not reason and not np.isfinite(length[k]): reason = 'the vector holds NaN or infinity'
             if not reason and length[k] < 1e-12: reason = 'the vector is zero'
             if not reason and name in taken:
-                if on_duplicate == 'raise': raise ValueError(f'the id {name!r} comes twice; on_duplicate="skip" keeps the first, "replace" the new one')
+                if on_duplicate == 'raise':
+                    raise ValueError(
+                        f'the id {name!r} comes twice; on_duplicate="skip" keeps the first, "replace" the new one'
+                    )
                 reason = 'another row has this id'
             if reason: bad.append((name or '', reason))
             else:
@@ -115,7 +121,8 @@ def checked_rows(
                        vector=pa.FixedSizeListArray.from_arrays(pa.array(x[keep].ravel()), dim))
         if 'row' in b.schema.names: columns['row'] = b['row'].take(pa.array(keep, pa.int64()))
         for name in b.schema.names:
-            if name in ('score', 'relevance'): raise ValueError(f'the index has a column {name!r} of its own; give that of the source another name')
+            if name in ('score', 'relevance'):
+                raise ValueError(f'the index has a column {name!r} of its own; give that of the source another name')
             if name not in ('row', 'id', 'vector', 'error'): columns[name] = b[name].take(pa.array(keep, pa.int64()))
         yield pa.RecordBatch.from_pydict(columns)
 
@@ -140,7 +147,8 @@ def ready_vectors(
     card: dict,     # of the artifact that made them
     side: str,      # 'image' or 'text'
 ) -> Iterator[pa.RecordBatch]: # with `id`, `vector` and everything else the source has
-    "Raises `ValueError` for what another artifact made, for a job that is not finished and for one that lacks this side."
+    """Raises `ValueError` for what another artifact made, for a job that is not finished and for one that lacks this
+    side."""
     import pyarrow.parquet as pq
     if isinstance(source, dict): source = pa.table(source)
     if isinstance(source, pa.RecordBatch): return iter([source])
@@ -149,7 +157,11 @@ def ready_vectors(
     path = Path(source)
     if (path/MANIFEST).is_file():
         job = read_job(path)
-        return (b for k in range(job.shards()) for b in _of_job(pq.ParquetFile(path/job.file(k)).iter_batches(8192), job, card, side, path))
+        return (
+            b
+            for k in range(job.shards())
+            for b in _of_job(pq.ParquetFile(path / job.file(k)).iter_batches(8192), job, card, side, path)
+        )
     if path.suffix == '.lance':
         import lancedb
         table = lancedb.connect(path.parent).open_table(path.stem)
@@ -159,12 +171,18 @@ def ready_vectors(
         schema, batches = file.schema_arrow, file.iter_batches(8192)
     if 'vector' in schema.names: return iter(batches)
     about = json.loads((schema.metadata or {}).get(b'mmembed', b'{}'))
-    if set(Job._fields) - set(about): raise ValueError(f'{path} has no column vector and does not say which artifact made it')
+    if set(Job._fields) - set(about):
+        raise ValueError(f'{path} has no column vector and does not say which artifact made it')
     return _of_job(batches, Job(**{k: about[k] for k in Job._fields}), card, side, path)
 
-def _of_job(batches: Iterable[pa.RecordBatch], job: Job, card: dict, side: str, where: Path) -> Iterator[pa.RecordBatch]:
+def _of_job(
+    batches: Iterable[pa.RecordBatch], job: Job, card: dict, side: str, where: Path
+) -> Iterator[pa.RecordBatch]:
     if job.artifact != card['content_hash']:
-        raise ValueError(f'{where} was embedded by artifact {job.artifact[:12]}, not by {card["content_hash"][:12]}: vectors of two models cannot be mixed')
+        raise ValueError(
+            f'{where} was embedded by artifact {job.artifact[:12]}, not by {card["content_hash"][:12]}: vectors of two '
+            f'models cannot be mixed'
+        )
     if side not in job.sides(): raise ValueError(f'{where} has vectors of {job.what}, not of {side}')
     for b in batches:
         columns = {n: c for n, c in zip(b.schema.names, b.columns) if not n.endswith('_vector')}
@@ -194,7 +212,8 @@ def open_rows(
             found = open_source(source, what=side, keep=list(columns), **options or {})
     keep = [c for c in ('text', 'label') if c not in columns and _has(found, c)] + list(columns)
     column_types(found, keep)
-    if clash := sorted(set(keep) & {*RESERVED, 'file'}): raise ValueError(f'the index has a column {clash[0]!r} of its own; give that of the source another name')
+    if clash := sorted(set(keep) & {*RESERVED, 'file'}):
+        raise ValueError(f'the index has a column {clash[0]!r} of its own; give that of the source another name')
     return found, keep
 
 def _has(source: Source, column: str) -> bool:
@@ -207,7 +226,8 @@ def _has(source: Source, column: str) -> bool:
 class Rest(Part):
     "Some rows of a source, with the columns that it keeps"
     def __getattr__(self, name):
-        if name in ('keep', 'kept', 'types', 'digest', 'version') and 'source' in self.__dict__: return getattr(self.source, name)
+        if name in ('keep', 'kept', 'types', 'digest', 'version') and 'source' in self.__dict__:
+            return getattr(self.source, name)
         raise AttributeError(name)
     def value(self, i: int, column: str): return self.source.value(self.rows[i], column)
 
@@ -262,7 +282,10 @@ def with_thumbnails(
         except (RuntimeError, ValueError, OSError): return None
     pool = thread_pool(threads or cores())
     try:
-        for b in batches: yield b.append_column('thumbnail', pa.array(list(pool.map(small, b['row'].to_pylist(), b['error'].to_pylist())), pa.binary()))
+        for b in batches:
+            yield b.append_column(
+                'thumbnail', pa.array(list(pool.map(small, b['row'].to_pylist(), b['error'].to_pylist())), pa.binary())
+            )
     finally: pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/retrieval/06_ingest.ipynb #998fca87
@@ -270,7 +293,8 @@ def stream(
     batches: Iterable[pa.RecordBatch], # of `checked_rows`
     about: About,                      # goes into the schema's metadata
     schema: pa.Schema | None = None,   # that of the table to add to; by default that of the first batch
-    failed: list | None = None,        # takes the error that ended the stream: libraries that read it pass on its text alone
+    # takes the error that ended the stream: libraries that read it pass on its text alone
+    failed: list | None = None,
 ) -> pa.RecordBatchReader:
     """Columns that the table has and the batches lack become null.
 
@@ -278,7 +302,10 @@ def stream(
     batches = (b.drop_columns(['row']) if 'row' in b.schema.names else b for b in batches)
     if schema is None:
         first = next(batches, None)
-        if first is None: first = pa.RecordBatch.from_pydict(dict(id=pa.array([], pa.string()), vector=pa.array([], pa.list_(pa.float32(), about.dim))))
+        if first is None:
+            first = pa.RecordBatch.from_pydict(
+                dict(id=pa.array([], pa.string()), vector=pa.array([], pa.list_(pa.float32(), about.dim)))
+            )
         schema, batches = first.schema, chain([first], batches)
     schema = schema.with_metadata({b'mmembed': about.to_bytes()})
     def fitted():
@@ -295,5 +322,7 @@ def _fit(b: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
         if field.name not in b.schema.names: return pa.nulls(len(b), field.type)
         try: return b[field.name].cast(field.type)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-            raise ValueError(f'column {field.name!r} holds {field.type} in the index and {b[field.name].type} here') from None
+            raise ValueError(
+                f'column {field.name!r} holds {field.type} in the index and {b[field.name].type} here'
+            ) from None
     return pa.RecordBatch.from_arrays([fit(f) for f in schema], schema=schema)

@@ -21,7 +21,8 @@ from typing import Any
 # %% ../../nbs/retrieval/08_lance.ipynb #d6011d9f
 def lancedb() -> Any: # the module
     "LanceDB; raises `ImportError` where it is missing."
-    for name in ('LANCE_LOG', 'LANCEDB_LOG'): os.environ.setdefault(name, 'error')  # before the import: it tells of every table it creates
+    # before the import: it tells of every table it creates
+    for name in ('LANCE_LOG', 'LANCEDB_LOG'): os.environ.setdefault(name, 'error')
     try: import lancedb
     except ImportError: raise ImportError('an index needs LanceDB: pip install "mmembed[search]"') from None
     return lancedb
@@ -70,7 +71,10 @@ def checked_condition(
     where: str,                                    # an SQL condition
     functions: frozenset[str] | None = FUNCTIONS,  # names that may be called, in lower case; None: any
 ) -> str: # the same
-    "Return `where`. Raises `ValueError` for too many characters, values or terms, a comment, another function, and for more than one condition."
+    """Return `where`.
+
+    Raises `ValueError` for too many characters, values or terms, a comment, another function, and for more than one
+    condition."""
     try: _hold(where, functions)
     except ValueError as e: raise ValueError(f'where={_shortened(where)!r}: {e}') from None
     return where
@@ -83,7 +87,9 @@ def _hold(where, functions):
         kind, text = term.lastgroup, term[0]
         if kind == 'comment': raise ValueError(f'a condition has no comments, this one has {text}')
         if functions is not None and name and text[0] == '(' and name.lower() not in functions | _WORDS:
-            raise ValueError(f'a condition cannot call {_shortened(name)}; it can call {", ".join(sorted(functions))}{_dates(name)}')
+            raise ValueError(
+                f'a condition cannot call {_shortened(name)}; it can call {", ".join(sorted(functions))}{_dates(name)}'
+            )
         depth += (text == '(') - (text == ')')
         if text == ';' or depth < 0: raise ValueError(f'a condition is one, this one ends before its {text!r}')
         name = text if kind == 'name' else ''
@@ -132,13 +138,15 @@ def asked(
 ) -> Any: # what `action` gives
     """Ask, and ask again where `Index.compact` of another process has thrown away what was being read.
 
-    Raises `ValueError` with the condition where `checked_condition` or LanceDB refuses it, `OSError` where a file stays missing."""
+    Raises `ValueError` with the condition where `checked_condition` or LanceDB refuses it, `OSError` where a file
+    stays missing."""
     if where: checked_condition(where)
     for _ in range(_TRIES):
         try: return action()
         except Exception as e:
             if not _GONE.search(str(e)):
-                if where: raise ValueError(f'where={_shortened(where)!r}: {said(e)}{_dates(_own(str(e), where))}') from None
+                if where:
+                    raise ValueError(f'where={_shortened(where)!r}: {said(e)}{_dates(_own(str(e), where))}') from None
                 raise
             missing = said(e)
     raise OSError(f'a file of the index is missing: {missing}')
@@ -147,7 +155,8 @@ def asked(
 def whole_condition(
     where: str, # that `checked_condition` has passed
 ) -> str:
-    "Write a condition so that LanceDB reads all of it: it leaves out, without a word, what follows the part that it understands."
+    """Write a condition so that LanceDB reads all of it: it leaves out, without a word, what follows the part that
+    it understands."""
     return f'({where})'
 
 def among(

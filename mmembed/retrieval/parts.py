@@ -21,7 +21,8 @@ from ..core.files import draft
 from ..core.quantize import from_precision, to_precision
 
 # %% ../../nbs/retrieval/01_parts.ipynb #91de2e53
-MANIFEST, ERRORS = '_manifest.json', '_errors.jsonl' # in a folder of parts: who reads it as one table passes over names that begin so
+# in a folder of parts: who reads it as one table passes over names that begin so
+MANIFEST, ERRORS = '_manifest.json', '_errors.jsonl'
 
 class Job(NamedTuple):
     "What decides the bytes of the result"
@@ -50,11 +51,19 @@ def same_job(
     "Raises `ValueError` where the manifest is of another job, with the first difference."
     try: there = json.loads(path.read_text(encoding='utf-8'))
     except ValueError: raise ValueError(f'{path} is not a manifest: choose another place') from None
-    for k, v in sorted(job._asdict().items(), key=lambda kv: kv[0] in ('source', 'rows')):  # last: another `what` looks at other things of it
+    # last: another `what` looks at other things of it
+    for k, v in sorted(job._asdict().items(), key=lambda kv: kv[0] in ('source', 'rows')):
         if there.get(k) != v:
-            hint = {'artifact': 'another model made the vectors in it', 'source': _source_hint(str(there.get(k)), str(v))}.get(k)
-            raise ValueError(f'{path.parent if path.name == MANIFEST else path} belongs to another job: {k} is {there.get(k)!r} there and {v!r} here'
-                             + (f' ({hint})' if hint else '') + '; choose another place')
+            hint = {
+                'artifact': 'another model made the vectors in it',
+                'source': _source_hint(str(there.get(k)), str(v)),
+            }.get(k)
+            raise ValueError(
+                f'{path.parent if path.name == MANIFEST else path} belongs to another job: {k} is {there.get(k)!r} '
+                f'there and {v!r} here'
+                + (f' ({hint})' if hint else '')
+                + '; choose another place'
+            )
 
 def _source_hint(there: str, here: str) -> str: # of two hashes of `survey`
     ways, (first, second) = ('size and time', 'content'), (h.startswith('content ') for h in (there, here))
@@ -97,9 +106,13 @@ def part_table(
     columns = {'row': rows, 'id': ids, **kept, 'error': errors}
     for field in schema:
         if not field.name.endswith('_vector') or field.name in kept: continue
-        values = torch.zeros(len(rows), field.type.list_size, dtype=to_precision(torch.zeros(1, 8), job.precision).dtype)
+        values = torch.zeros(
+            len(rows), field.type.list_size, dtype=to_precision(torch.zeros(1, 8), job.precision).dtype
+        )
         if good.any(): values[good] = to_precision(vectors[field.name.removesuffix('_vector')], job.precision)
-        columns[field.name] = pa.FixedSizeListArray.from_arrays(pa.array(values.flatten().numpy()), field.type.list_size, mask=pa.array((~good).numpy()))
+        columns[field.name] = pa.FixedSizeListArray.from_arrays(
+            pa.array(values.flatten().numpy()), field.type.list_size, mask=pa.array((~good).numpy())
+        )
     return pa.table([_column(columns[f.name], f) for f in schema], schema=schema)
 
 def _column(values, field):
@@ -139,7 +152,11 @@ def check_part(
     except (FileNotFoundError, pa.ArrowException): return False
     there = json.loads((about.metadata or {}).get(b'mmembed', b'{}'))
     differ = [f for f, v in job._asdict().items() if there.get(f) != v]
-    if differ: raise ValueError(f'{path} is of another job: {differ[0]} is {there.get(differ[0])!r} there and {job._asdict()[differ[0]]!r} here')
+    if differ:
+        raise ValueError(
+            f'{path} is of another job: {differ[0]} is {there.get(differ[0])!r} there and {job._asdict()[differ[0]]!r} '
+            f'here'
+        )
     return about.num_rows == len(job.shard(k))
 
 # %% ../../nbs/retrieval/01_parts.ipynb #2305e19c
@@ -208,7 +225,9 @@ def load_vectors(
     folder: str | Path,      # where `embed` wrote
     side: str | None = None, # 'image' or 'text'; None: the one there is
 ) -> Vectors:
-    "Everything a job wrote for one side; raises as `read_job`, and `ValueError` for a side it has not or parts of another job."
+    """Everything a job wrote for one side.
+
+    Raises as `read_job`, and `ValueError` for a side it has not or parts of another job."""
     job = read_job(folder)
     ids, vectors, ok = zip(*each_shard(folder, side or job.sides()[0]))
     return Vectors([i for part in ids for i in part], torch.cat(vectors), torch.cat(ok), job)

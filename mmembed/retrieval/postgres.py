@@ -39,7 +39,11 @@ def to_faiss(
     except ImportError: raise ImportError('this needs FAISS: pip install "mmembed[faiss]"') from None
     if kind not in ('flat', 'hnsw'): raise ValueError(f"kind must be 'flat' or 'hnsw', got {kind!r}")
     ids, x = index.vectors(where)
-    made = faiss.IndexFlatIP(index.about.dim) if kind == 'flat' else faiss.IndexHNSWFlat(index.about.dim, m, faiss.METRIC_INNER_PRODUCT)
+    made = (
+        faiss.IndexFlatIP(index.about.dim)
+        if kind == 'flat'
+        else faiss.IndexHNSWFlat(index.about.dim, m, faiss.METRIC_INNER_PRODUCT)
+    )
     if kind == 'hnsw': made.hnsw.efConstruction = ef_construction
     made.add(x.numpy())
     path = Path(path)
@@ -71,7 +75,8 @@ class PostgresIndex(Store):
     def __init__(self,
         url: str,                                   # of the database: 'postgresql://user@host/name'
         name: str = 'mmembed',                      # of the index and of its table
-        model: Embedder | str | Path | None = None, # for texts and pictures; by default the artifact that the index remembers
+        # for texts and pictures; by default the artifact that the index remembers
+        model: Embedder | str | Path | None = None,
     ):
         "Raises `FileNotFoundError` where there is no such index, `ConnectionError` without the server."
         super().__init__(model)
@@ -82,10 +87,20 @@ class PostgresIndex(Store):
     def about(self) -> About:
         "What the vectors are, also after another process has built the index anew."
         with self._db.transaction():
-            there, mark = self._db.execute("SELECT to_regclass('mmembed_about'), obj_description(to_regclass(quote_ident(%s)), 'pg_class')", [self.name]).fetchone()
-            row = self._db.execute('SELECT about FROM mmembed_about WHERE name = %s', [self.name]).fetchone() if there else None
+            there, mark = self._db.execute(
+                "SELECT to_regclass('mmembed_about'), obj_description(to_regclass(quote_ident(%s)), 'pg_class')",
+                [self.name],
+            ).fetchone()
+            row = (
+                self._db.execute('SELECT about FROM mmembed_about WHERE name = %s', [self.name]).fetchone()
+                if there
+                else None
+            )
         if not row: raise FileNotFoundError(f'the database has no index {self.name!r}')
-        if mark != self._mark(): raise FileNotFoundError(f'the table {self.name!r} is not the one that was built: it is gone, or another program made it')
+        if mark != self._mark():
+            raise FileNotFoundError(
+                f'the table {self.name!r} is not the one that was built: it is gone, or another program made it'
+            )
         return About.from_bytes(json.dumps(row[0]).encode(), self.name)
 
     @classmethod
@@ -100,7 +115,8 @@ class PostgresIndex(Store):
         on_duplicate: str = 'raise',      # ids that come twice: 'raise', or 'skip': the first stays
         overwrite: bool = False,          # an index of this name is replaced; a table that is not ours never is
         prefix: str = '',                 # put before every id
-        work: str | Path | None = None,   # a folder to embed in, where a killed build goes on; by default a temporary one
+        # a folder to embed in, where a killed build goes on; by default a temporary one
+        work: str | Path | None = None,
         threads: int = 0,                 # that decode
         progress=None,
         **options,                        # of `open_source`
@@ -116,13 +132,32 @@ class PostgresIndex(Store):
             path = model.path if isinstance(model, Embedder) else Path(model)
             card = card_of(model)
             about = About(card['content_hash'], card['dim'], side, str(path.resolve()))
-            reader, bad = _incoming(model, source, about, set(), columns, thumbnails, on_duplicate, prefix, Path(work or tmp), threads, progress, options)
+            reader, bad = _incoming(
+                model,
+                source,
+                about,
+                set(),
+                columns,
+                thumbnails,
+                on_duplicate,
+                prefix,
+                Path(work or tmp),
+                threads,
+                progress,
+                options,
+            )
             self._create(about, reader.schema)
             self._copy(self.name, reader)
             self._list_bad(bad)
-            self._db.execute(self._sql.SQL('CREATE INDEX ON {} USING hnsw (vector vector_cosine_ops)').format(self._id()))
+            self._db.execute(
+                self._sql.SQL('CREATE INDEX ON {} USING hnsw (vector vector_cosine_ops)').format(self._id())
+            )
             if 'text' in reader.schema.names:
-                self._db.execute(self._sql.SQL("CREATE INDEX ON {} USING gin (to_tsvector('simple', coalesce(text, '')))").format(self._id()))
+                self._db.execute(
+                    self._sql.SQL("CREATE INDEX ON {} USING gin (to_tsvector('simple', coalesce(text, '')))").format(
+                        self._id()
+                    )
+                )
             self._db.execute(self._sql.SQL('ANALYZE {}').format(self._id()))
         return self
 
@@ -137,13 +172,23 @@ class PostgresIndex(Store):
 
     def _free(self, overwrite: bool):
         "Raises `ValueError` where the name is not free, or its table not ours."
-        if not self._db.execute("SELECT pg_try_advisory_xact_lock(hashtext('mmembed'), hashtext(%s))", [self.name]).fetchone()[0]:
+        if not self._db.execute(
+            "SELECT pg_try_advisory_xact_lock(hashtext('mmembed'), hashtext(%s))", [self.name]
+        ).fetchone()[0]:
             raise ValueError(f'another process is building the index {self.name!r}')
-        there = self._db.execute("""SELECT obj_description(c.oid, 'pg_class') FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-            WHERE n.nspname = current_schema() AND c.relname = %s""", [self.name]).fetchone()
+        there = self._db.execute(
+            """SELECT obj_description(c.oid, 'pg_class') FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+            WHERE n.nspname = current_schema() AND c.relname = %s""",
+            [self.name],
+        ).fetchone()
         if there and there[0] != self._mark():
-            raise ValueError(f'the database has a table {self.name!r} that is not an index of mmembed: choose another name')
-        if there and not overwrite: raise ValueError(f'the database has an index {self.name!r}; add to it, choose another name, or overwrite it')
+            raise ValueError(
+                f'the database has a table {self.name!r} that is not an index of mmembed: choose another name'
+            )
+        if there and not overwrite:
+            raise ValueError(
+                f'the database has an index {self.name!r}; add to it, choose another name, or overwrite it'
+            )
 
     def _mark(self) -> str: return f'index of mmembed: {self.name}'  # the comment on a table that is ours
 
@@ -152,10 +197,17 @@ class PostgresIndex(Store):
         run(s.SQL('DROP TABLE IF EXISTS {}').format(self._id()))
         run('DELETE FROM mmembed_failures WHERE name = %s', [self.name])
         columns = [s.SQL('id text PRIMARY KEY'), s.SQL('vector vector({}) NOT NULL').format(s.Literal(about.dim))]
-        columns += [s.SQL('{} {}').format(s.Identifier(f.name), s.SQL(_sql_type(f.type))) for f in schema if f.name not in ('id', 'vector')]
+        columns += [
+            s.SQL('{} {}').format(s.Identifier(f.name), s.SQL(_sql_type(f.type)))
+            for f in schema
+            if f.name not in ('id', 'vector')
+        ]
         run(s.SQL('CREATE TABLE {} ({})').format(self._id(), s.SQL(', ').join(columns)))
         run(s.SQL('COMMENT ON TABLE {} IS {}').format(self._id(), s.Literal(self._mark())))
-        run('INSERT INTO mmembed_about VALUES (%s, %s) ON CONFLICT (name) DO UPDATE SET about = EXCLUDED.about', [self.name, about.to_bytes().decode()])
+        run(
+            'INSERT INTO mmembed_about VALUES (%s, %s) ON CONFLICT (name) DO UPDATE SET about = EXCLUDED.about',
+            [self.name, about.to_bytes().decode()],
+        )
 
     def _copy(self, table: str, reader: pa.RecordBatchReader) -> int:
         s, n = self._sql, 0
@@ -170,8 +222,13 @@ class PostgresIndex(Store):
         return n
 
     def _list_bad(self, bad: list):
-        self._db.execute('DELETE FROM mmembed_failures WHERE name = %s AND id = ANY(%s)', [self.name, [_cell(i) for i, _ in bad]])
-        with self._db.cursor() as c: c.executemany('INSERT INTO mmembed_failures VALUES (%s, %s, %s)', [[self.name, *map(_cell, row)] for row in bad])
+        self._db.execute(
+            'DELETE FROM mmembed_failures WHERE name = %s AND id = ANY(%s)', [self.name, [_cell(i) for i, _ in bad]]
+        )
+        with self._db.cursor() as c:
+            c.executemany(
+                'INSERT INTO mmembed_failures VALUES (%s, %s, %s)', [[self.name, *map(_cell, row)] for row in bad]
+            )
 
 # %% ../../nbs/retrieval/12_postgres.ipynb #6fb7f3ef
 NAME = 63 # bytes of a name: PostgreSQL cuts off the rest, and two names become one
@@ -179,7 +236,8 @@ NAME = 63 # bytes of a name: PostgreSQL cuts off the rest, and two names become 
 def _table_name(name: str) -> str:
     if not name or '\0' in name or len(name.encode('utf-8', 'surrogatepass')) > NAME:
         raise ValueError(f'the name of an index has 1 to {NAME} bytes, got {name!r}')
-    if name.startswith('mmembed_'): raise ValueError(f'names that begin with mmembed_ are for the tables that all indexes share, got {name!r}')
+    if name.startswith('mmembed_'):
+        raise ValueError(f'names that begin with mmembed_ are for the tables that all indexes share, got {name!r}')
     return name
 
 @contextmanager
@@ -194,17 +252,35 @@ def _said(e: Exception) -> str: return next(iter(str(e).strip().splitlines()), t
 
 def _connect(url: str):
     psycopg, register_vector = _psycopg()
-    try: db = psycopg.connect(url, autocommit=True)
-    except psycopg.OperationalError as e: raise ConnectionError(f'no PostgreSQL there: {str(e).strip().splitlines()[0]}') from None
+    try:
+        db = psycopg.connect(url, autocommit=True)
+    except psycopg.OperationalError as e:
+        raise ConnectionError(f'no PostgreSQL there: {str(e).strip().splitlines()[0]}') from None
     db.execute('SET standard_conforming_strings = on')  # a backslash ends no text of a condition
-    try: db.execute('CREATE EXTENSION IF NOT EXISTS vector')
-    except psycopg.Error as e: raise ConnectionError(f'this PostgreSQL has no pgvector: {str(e).splitlines()[0]}') from None
+    try:
+        db.execute('CREATE EXTENSION IF NOT EXISTS vector')
+    except psycopg.Error as e:
+        raise ConnectionError(f'this PostgreSQL has no pgvector: {str(e).splitlines()[0]}') from None
     register_vector(db)
     return db, psycopg.sql
 
-def _incoming(model, source, about: About, there: set, columns, thumbnails: int, on_duplicate: str, prefix: str, work: Path, threads: int, progress, options: dict):
+def _incoming(
+    model,
+    source,
+    about: About,
+    there: set,
+    columns,
+    thumbnails: int,
+    on_duplicate: str,
+    prefix: str,
+    work: Path,
+    threads: int,
+    progress,
+    options: dict,
+):
     source, keep = open_rows(source, about.side, columns, options)
-    if isinstance(source, Source) and not isinstance(model, Embedder): model = Embedder(model, batch_size=service_batch('cpu'), deterministic=True)
+    if isinstance(source, Source) and not isinstance(model, Embedder):
+        model = Embedder(model, batch_size=service_batch('cpu'), deterministic=True)
     source, bad = new_rows(source, there, prefix, on_duplicate), []
     rows = count_rows(model, card_of(model), source, keep, about, work/'vectors', thumbnails, threads, progress)
     taken, how = (set(), 'raise') if on_duplicate == 'replace' else (set(there), on_duplicate)
@@ -224,40 +300,72 @@ def add(self: PostgresIndex,
     **options,
 ) -> int: # rows added or replaced
     "One transaction. Raises as `Index.add`."
-    if on_duplicate not in ('raise', 'skip', 'replace'): raise ValueError(f"on_duplicate must be 'raise', 'skip' or 'replace', got {on_duplicate!r}")
+    if on_duplicate not in ('raise', 'skip', 'replace'):
+        raise ValueError(f"on_duplicate must be 'raise', 'skip' or 'replace', got {on_duplicate!r}")
     s, about = self._sql, self.about
     with tempfile.TemporaryDirectory() as tmp, _changing(self._db):
         self._db.execute(s.SQL('LOCK TABLE {} IN SHARE ROW EXCLUSIVE MODE').format(self._id()))
         model = self.embedder()
         there, known = set(self.ids()), self.columns
-        reader, bad = _incoming(model, source, about, there, columns, thumbnails if 'thumbnail' in known else 0, on_duplicate, prefix,
-                                Path(work or tmp), threads, progress, options)
-        if new := [n for n in reader.schema.names if n not in known]: raise ValueError(f'the index has no column {new[0]!r}; it has {", ".join(known)}')
+        reader, bad = _incoming(
+            model,
+            source,
+            about,
+            there,
+            columns,
+            thumbnails if 'thumbnail' in known else 0,
+            on_duplicate,
+            prefix,
+            Path(work or tmp),
+            threads,
+            progress,
+            options,
+        )
+        if new := [n for n in reader.schema.names if n not in known]:
+            raise ValueError(f'the index has no column {new[0]!r}; it has {", ".join(known)}')
         self._db.execute(s.SQL('CREATE TEMP TABLE incoming (LIKE {}) ON COMMIT DROP').format(self._id()))
         n, names = self._copy('incoming', reader), reader.schema.names
         update = s.SQL(', ').join(s.SQL('{0} = EXCLUDED.{0}').format(s.Identifier(c)) for c in names if c != 'id')
         listed = s.SQL(', ').join(map(s.Identifier, names))
-        self._db.execute(s.SQL('INSERT INTO {0} ({1}) SELECT {1} FROM incoming ON CONFLICT (id) DO UPDATE SET {2}').format(self._id(), listed, update))
-        self._db.execute(s.SQL('DELETE FROM mmembed_failures f USING incoming i WHERE f.name = {} AND f.id = i.id').format(s.Literal(self.name)))
+        self._db.execute(
+            s.SQL('INSERT INTO {0} ({1}) SELECT {1} FROM incoming ON CONFLICT (id) DO UPDATE SET {2}').format(
+                self._id(), listed, update
+            )
+        )
+        self._db.execute(
+            s.SQL('DELETE FROM mmembed_failures f USING incoming i WHERE f.name = {} AND f.id = i.id').format(
+                s.Literal(self.name)
+            )
+        )
         self._db.execute('DROP TABLE incoming')
         self._list_bad(bad)
     return n
 
 @patch
-def _delete(self: PostgresIndex, ids: list[str] | None, where: str | None) -> int: # one of the two, as `Store.delete` made sure
+def _delete(
+    self: PostgresIndex, ids: list[str] | None, where: str | None
+) -> int:  # one of the two, as `Store.delete` made sure
     self.about
     with _changing(self._db):
         if where is not None:
             self._db.execute(self._sql.SQL('LOCK TABLE {} IN SHARE ROW EXCLUSIVE MODE').format(self._id()))
             ids = self.ids(where)  # a condition is only ever read by
-        self._db.execute('DELETE FROM mmembed_failures WHERE name = %s AND id = ANY(%s)', [self.name, list(map(_cell, ids))])
-        return self._db.execute(self._sql.SQL('DELETE FROM {} WHERE id = ANY(%s)').format(self._id()), [list(map(_cell, ids))]).rowcount
+        self._db.execute(
+            'DELETE FROM mmembed_failures WHERE name = %s AND id = ANY(%s)', [self.name, list(map(_cell, ids))]
+        )
+        return self._db.execute(
+            self._sql.SQL('DELETE FROM {} WHERE id = ANY(%s)').format(self._id()), [list(map(_cell, ids))]
+        ).rowcount
 
 # %% ../../nbs/retrieval/12_postgres.ipynb #df640c7b
 @patch(as_prop=True)
 def columns(self: PostgresIndex) -> dict[str, str]: # name: type
     "What a filter can name."
-    rows = self._db.execute('SELECT column_name, data_type FROM information_schema.columns WHERE table_schema = current_schema() AND table_name = %s ORDER BY ordinal_position', [self.name])
+    rows = self._db.execute(
+        'SELECT column_name, data_type FROM information_schema.columns WHERE table_schema = current_schema() AND '
+        'table_name = %s ORDER BY ordinal_position',
+        [self.name],
+    )
     return dict(rows.fetchall())
 
 @patch
@@ -269,10 +377,16 @@ def _where(self: PostgresIndex, where: str | None):
 def _parsed(self: PostgresIndex, where: str):
     "Whether PostgreSQL reads one condition: in brackets of another kind, what closes our parentheses is an error."
     query = self._sql.SQL('SELECT (ARRAY[{}\n])::boolean[] FROM {} LIMIT 0')
-    self._db.execute(query.format(self._sql.SQL(checked_condition(where, functions=None).replace('%', '%%')), self._id()), [], binary=True)
+    self._db.execute(
+        query.format(self._sql.SQL(checked_condition(where, functions=None).replace('%', '%%')), self._id()),
+        [],
+        binary=True,
+    )
 
 @patch
-def _asked(self: PostgresIndex, query, values: list, where: str | None = None, settings: dict | None = None) -> list[dict]:
+def _asked(
+    self: PostgresIndex, query, values: list, where: str | None = None, settings: dict | None = None
+) -> list[dict]:
     "What one statement finds, without the right to change anything."
     psycopg, _ = _psycopg()
     try:
@@ -280,34 +394,49 @@ def _asked(self: PostgresIndex, query, values: list, where: str | None = None, s
             self._db.execute('SET TRANSACTION READ ONLY')
             for k, v in (settings or {}).items(): self._db.execute(f'SET LOCAL {k} = {v}')
             if where: self._parsed(where)
-            done = self._db.execute(query, values, binary=True)  # in that form PostgreSQL takes one statement, not several
+            # in that form PostgreSQL takes one statement, not several
+            done = self._db.execute(query, values, binary=True)
             return [dict(zip([c.name for c in done.description], row)) for row in done]
     except psycopg.Error as e:
         if where: raise ValueError(f'where={where!r}: {_said(e)}') from None
         raise
 
 @patch
-def _shown(self: PostgresIndex): return self._sql.SQL(', ').join(self._sql.Identifier(c) for c in self.columns if c not in ('vector', 'thumbnail'))
+def _shown(self: PostgresIndex):
+    return self._sql.SQL(', ').join(self._sql.Identifier(c) for c in self.columns if c not in ('vector', 'thumbnail'))
 
 @patch
 def _nearest(self: PostgresIndex, vector: np.ndarray, k: int, where: str | None, exact: bool | None) -> list[dict]:
-    settings = dict(enable_indexscan='off') if exact else {'hnsw.ef_search': min(1000, max(40, 2*k)), 'hnsw.iterative_scan': 'strict_order'}
+    settings = (
+        dict(enable_indexscan='off')
+        if exact
+        else {'hnsw.ef_search': min(1000, max(40, 2 * k)), 'hnsw.iterative_scan': 'strict_order'}
+    )
     query = self._sql.SQL('SELECT {}, 1 - (vector <=> %s) AS score FROM {} WHERE {} ORDER BY vector <=> %s LIMIT %s')
-    return self._asked(query.format(self._shown(), self._id(), self._where(where)), [vector, vector, k], where, settings=settings)
+    return self._asked(
+        query.format(self._shown(), self._id(), self._where(where)), [vector, vector, k], where, settings=settings
+    )
 
 @patch
 def _by_words(self: PostgresIndex, words: str, k: int, where: str | None) -> list[dict]:
     if 'text' not in self.columns: raise ValueError(f'{self.name} has no column of text to look for words in')
     query = self._sql.SQL("""SELECT {}, ts_rank(to_tsvector('simple', coalesce(text, '')), plainto_tsquery('simple', %s)) AS score FROM {}
         WHERE to_tsvector('simple', coalesce(text, '')) @@ plainto_tsquery('simple', %s) AND {} ORDER BY score DESC, id LIMIT %s""")
-    return self._asked(query.format(self._shown(), self._id(), self._where(where)), [_cell(words), _cell(words), k], where)
+    return self._asked(
+        query.format(self._shown(), self._id(), self._where(where)), [_cell(words), _cell(words), k], where
+    )
 
 @patch
 def ids(self: PostgresIndex,
     where: str | None = None, # an SQL condition
 ) -> list[str]:
     "Of all rows, or of some."
-    return [r['id'] for r in self._asked(self._sql.SQL('SELECT id FROM {} WHERE {} ORDER BY id').format(self._id(), self._where(where)), [], where)]
+    return [
+        r['id']
+        for r in self._asked(
+            self._sql.SQL('SELECT id FROM {} WHERE {} ORDER BY id').format(self._id(), self._where(where)), [], where
+        )
+    ]
 
 @patch
 def bad(self: PostgresIndex) -> list[dict]: # `id` and `error`
@@ -321,23 +450,40 @@ def vector_of(self: PostgresIndex,
     "Raises `KeyError` for an id that is not there."
     rows = self._asked(self._sql.SQL('SELECT vector FROM {} WHERE id = %s').format(self._id()), [_cell(id)])
     if not rows: raise KeyError(f'{self.name} has no row {id!r}')
-    return np.asarray(rows[0]['vector'].to_numpy() if hasattr(rows[0]['vector'], 'to_numpy') else rows[0]['vector'], 'f')
+    return np.asarray(
+        rows[0]['vector'].to_numpy() if hasattr(rows[0]['vector'], 'to_numpy') else rows[0]['vector'], 'f'
+    )
 
 @patch
 def thumbnails(self: PostgresIndex, ids: list[str]) -> dict[str, bytes]:
     if 'thumbnail' not in self.columns: return {}
-    rows = self._asked(self._sql.SQL('SELECT id, thumbnail FROM {} WHERE id = ANY(%s)').format(self._id()), [list(map(_cell, ids))])
+    rows = self._asked(
+        self._sql.SQL('SELECT id, thumbnail FROM {} WHERE id = ANY(%s)').format(self._id()), [list(map(_cell, ids))]
+    )
     return {r['id']: r['thumbnail'] for r in rows if r['thumbnail']}
 
 @patch
-def __len__(self: PostgresIndex) -> int: return self._db.execute(self._sql.SQL('SELECT count(*) FROM {}').format(self._id())).fetchone()[0]
+def __len__(self: PostgresIndex) -> int:
+    return self._db.execute(self._sql.SQL('SELECT count(*) FROM {}').format(self._id())).fetchone()[0]
 
 @patch
 def info(self: PostgresIndex) -> dict:
     "Rows, columns, and what made it."
     a = self.about
-    size = self._db.execute('SELECT pg_total_relation_size(%s::regclass)', [self._id().as_string(self._db)]).fetchone()[0]
-    return dict(name=self.name, items=len(self), bad=len(self.bad()), side=a.side, dim=a.dim, artifact=a.artifact, model=a.model, columns=self.columns, bytes=size)
+    size = self._db.execute('SELECT pg_total_relation_size(%s::regclass)', [self._id().as_string(self._db)]).fetchone()[
+        0
+    ]
+    return dict(
+        name=self.name,
+        items=len(self),
+        bad=len(self.bad()),
+        side=a.side,
+        dim=a.dim,
+        artifact=a.artifact,
+        model=a.model,
+        columns=self.columns,
+        bytes=size,
+    )
 
 @patch
 def close(self: PostgresIndex):
@@ -345,4 +491,7 @@ def close(self: PostgresIndex):
     self._db.close()
 
 @patch
-def __repr__(self: PostgresIndex): return f'PostgresIndex({self.name!r}, {len(self):,} rows, {self.about.dim} wide, artifact {self.about.artifact[:12]})'
+def __repr__(self: PostgresIndex):
+    return (
+        f'PostgresIndex({self.name!r}, {len(self):,} rows, {self.about.dim} wide, artifact {self.about.artifact[:12]})'
+    )

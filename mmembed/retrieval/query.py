@@ -27,10 +27,13 @@ from ..runtime.artifact import read_card
 class Query:
     "A weighted sum of texts, pictures and vectors"
     def __init__(self,
-        item,               # str: a text; Path, `Image`, bytes, PIL image, uint8 tensor or array: an image; float (D,): a vector; a `Query`
+        # str: a text; Path, `Image`, bytes, PIL image, uint8 tensor or array: an image; float (D,): a vector; a `Query`
+        item,
         weight: float = 1., # of it in the sum
     ):
-        self.terms: list = [(i, w*weight) for i, w in item.terms] if isinstance(item, Query) else [(item, float(weight))]
+        self.terms: list = (
+            [(i, w * weight) for i, w in item.terms] if isinstance(item, Query) else [(item, float(weight))]
+        )
 
     def __add__(self, other) -> 'Query':
         out = Query(self)
@@ -63,12 +66,15 @@ class Query:
         return out
 
 # %% ../../nbs/retrieval/07_query.ipynb #e212d779
-_UNPRINTED = re.compile('[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]')
+_UNPRINTED = re.compile(
+    '[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]'
+)
 
 def one_line(
     text: str, # an id, a caption or a name, from wherever
 ) -> str:
-    "Write `text` on one line: line ends, control characters, marks that turn the direction and half characters as escapes such as `\\n`."
+    """Write `text` on one line: line ends, control characters, marks that turn the direction and half characters as
+    escapes such as `\\n`."""
     return _UNPRINTED.sub(lambda m: m[0].encode('unicode_escape').decode(), str(text))
 
 def _name(item) -> str:
@@ -86,11 +92,14 @@ def _vector(item, model: Callable[[], Embedder]) -> np.ndarray:
         if not item.strip(): raise ValueError('the query is an empty text')
         return model().encode_text([item])[0].cpu().numpy()
     if item is None or isinstance(item, (int, float, list, tuple, dict)):
-        raise TypeError(f'{type(item).__name__} is no query: pass a text, a Path, bytes, a PIL image, an array, a vector or a Query')
+        raise TypeError(
+            f'{type(item).__name__} is no query: pass a text, a Path, bytes, a PIL image, an array, a vector or a Query'
+        )
     return model().encode_image([item])[0].cpu().numpy()
 
 def _unit(x: np.ndarray, dim: int) -> np.ndarray:
-    if x.shape != (dim,): raise ValueError(f'the query vector has the shape {x.shape}, the index holds vectors of {dim}')
+    if x.shape != (dim,):
+        raise ValueError(f'the query vector has the shape {x.shape}, the index holds vectors of {dim}')
     length = np.linalg.norm(x)
     if not np.isfinite(length) or length < 1e-12: raise ValueError('the query vector is zero, or holds NaN or infinity')
     return x / length
@@ -140,12 +149,20 @@ class Found(list):
 def _cell(row: dict, picture: bytes | None, width: int) -> str:
     what = row.get('text') or row.get('label') or ''
     hint = escape('\n'.join(f'{k}: {v}' for k, v in row.items() if v is not None and k != 'file'), quote=True)
-    image = f'<img style="max-width:{width}px" alt="" src="data:image/jpeg;base64,{base64.b64encode(picture).decode()}"><br>' if picture else ''
+    image = (
+        f'<img style="max-width:{width}px" alt="" '
+        f'src="data:image/jpeg;base64,{base64.b64encode(picture).decode()}"><br>'
+        if picture
+        else ''
+    )
     score = f'<b>{row["score"]:.3f}</b> ' if row.get('score') is not None else ''
-    return (f'<div title="{hint}" style="width:{width}px;font-size:11px;overflow-wrap:anywhere">{image}{score}'
-            f'<span style="opacity:.7">{escape(_short(one_line(row["id"])))}</span>{"<br>" + escape(_short(str(what), 60)) if what else ""}</div>')
+    return (
+        f'<div title="{hint}" style="width:{width}px;font-size:11px;overflow-wrap:anywhere">{image}{score}'
+        f'<span style="opacity:.7">{escape(_short(one_line(row["id"])))}</span>{"<br>" + escape(_short(str(what), 60)) if what else ""}</div>'
+    )
 
-def _short(text: str, most: int = 28) -> str: return text if len(text) <= most else '…' + text[1 - most:] if most < 40 else text[:most - 1] + '…'
+def _short(text: str, most: int = 28) -> str:
+    return text if len(text) <= most else '…' + text[1 - most :] if most < 40 else text[: most - 1] + '…'
 
 # %% ../../nbs/retrieval/07_query.ipynb #b0856f20
 class Groups(list):
@@ -159,12 +176,20 @@ class Groups(list):
 
     def __repr__(self):
         lines = [one_line(self.title)] if self.title else []
-        lines += [f"{len(g):6,}  {', '.join(_short(one_line(i)) for i in g.ids[:5])}{', ...' if len(g) > 5 else ''}" for g in self[:20]]
+        lines += [
+            f"{len(g):6,}  {', '.join(_short(one_line(i)) for i in g.ids[:5])}{', ...' if len(g) > 5 else ''}"
+            for g in self[:20]
+        ]
         return '\n'.join(lines + ([f'... {len(self) - 20} more groups'] if len(self) > 20 else [])) or 'no groups'
 
     def _repr_html_(self, most: int = 12, members: int = 8) -> str:
-        rows = ''.join(f'<div style="border-top:1px solid #8886;margin-top:6px">{len(g):,} {g._repr_html_(members, 84)}</div>' for g in self[:most])
-        return f'<div><b>{escape(self.title)}</b></div>{rows}' + (f'<div>{len(self) - most:,} more groups</div>' if len(self) > most else '')
+        rows = ''.join(
+            f'<div style="border-top:1px solid #8886;margin-top:6px">{len(g):,} {g._repr_html_(members, 84)}</div>'
+            for g in self[:most]
+        )
+        return f'<div><b>{escape(self.title)}</b></div>{rows}' + (
+            f'<div>{len(self) - most:,} more groups</div>' if len(self) > most else ''
+        )
 
 # %% ../../nbs/retrieval/07_query.ipynb #a8588494
 def near_pairs(
@@ -220,7 +245,8 @@ class Store:
     about: About  # of the vectors, in force now
 
     def __init__(self,
-        model: Embedder | str | Path | None = None, # for texts and pictures; by default the file that the index remembers
+        # for texts and pictures; by default the file that the index remembers
+        model: Embedder | str | Path | None = None,
     ): self._model, self._checked = model, None
 
     def check(self,
@@ -229,16 +255,21 @@ class Store:
         "Raises `ValueError` where it was another artifact than the one that made the index."
         mine, other = self.about.artifact, card['content_hash']
         if mine != other:
-            raise ValueError(f'artifact {other[:12]} cannot ask an index that artifact {mine[:12]} made: '
-                             'vectors of two models have nothing in common. Use the artifact of the index, or build the index again')
+            raise ValueError(
+                f'artifact {other[:12]} cannot ask an index that artifact {mine[:12]} made: '
+                'vectors of two models have nothing in common. Use the artifact of the index, or build the index again'
+            )
 
     def embedder(self) -> Embedder:
         "The model, loaded once; raises as `Embedder` and `check`."
         if self._model is None: self._model = self.about.model
         if not isinstance(self._model, Embedder):
             if not self._model or not Path(self._model).is_file():
-                raise FileNotFoundError(f'the artifact {self.about.artifact[:12]} that made this index is not at {str(self._model) or "any known place"}: '
-                                        'name it (--model, model=)')
+                raise FileNotFoundError(
+                    f'the artifact {self.about.artifact[:12]} that made this index is not at '
+                    f'{str(self._model) or "any known place"}: '
+                    'name it (--model, model=)'
+                )
             self.check(read_card(self._model))
             self._model = Embedder(self._model)
         self.check(self._model.card)
@@ -251,7 +282,8 @@ class Store:
         "One transaction. Raises `ValueError` for neither or both, and for a condition that is empty or none."
         if (ids is None) == (where is None): raise ValueError('want either ids or where')
         if isinstance(ids, str): raise TypeError(f'ids is a single str; pass a list: [{ids!r}]')
-        if where is not None and not where.strip(): raise ValueError("where is empty: it says which rows to delete; 'true' stands for all of them")
+        if where is not None and not where.strip():
+            raise ValueError("where is empty: it says which rows to delete; 'true' stands for all of them")
         return self._delete(ids and [readable_id(i) for i in ids], where)
 
     def search(self,
@@ -261,11 +293,16 @@ class Store:
         exact: bool | None = None,   # True: compare with every row, also where the index has something faster
         words: str | None = None,    # full-text on the captions: alone, or together with `query`
     ) -> Found:
-        "The nearest rows. With `query` and `words` two rankings are merged. Raises `ValueError` for what cannot be asked."
+        """The nearest rows. With `query` and `words` two rankings are merged.
+
+        Raises `ValueError` for what cannot be asked."""
         if k < 1: raise ValueError(f'k must be at least 1, got {k}')
         words = words and words.encode('utf-8', 'replace').decode()  # half characters are in no caption
-        if query is None and not (words or '').strip(): raise ValueError('nothing to search for: give a text, a picture or words')
-        title = ' and '.join([repr(Query(query))]*(query is not None) + [f'words {words!r}']*bool(words)) + (f' where {where}' if where else '')
+        if query is None and not (words or '').strip():
+            raise ValueError('nothing to search for: give a text, a picture or words')
+        title = ' and '.join([repr(Query(query))] * (query is not None) + [f'words {words!r}'] * bool(words)) + (
+            f' where {where}' if where else ''
+        )
         if query is None: return Found(self._by_words(words, k, where), title, self.thumbnails)
         vector = Query(query).vector(self.embedder, self.about.dim)
         if not words: return Found(self._nearest(vector, k, where, exact), title, self.thumbnails)
@@ -292,7 +329,8 @@ class Store:
         found = self._nearest(self.vector_of(id), k + 1, where, None)
         return Found([row for row in found if row['id'] != id][:k], f'like {one_line(id)}', self.thumbnails)
 
-    def _nearest(self, vector: np.ndarray, k: int, where: str | None, exact: bool | None) -> list[dict]: raise NotImplementedError
+    def _nearest(self, vector: np.ndarray, k: int, where: str | None, exact: bool | None) -> list[dict]:
+        raise NotImplementedError
     def _by_words(self, words: str, k: int, where: str | None) -> list[dict]: raise NotImplementedError
     def vector_of(self, id: str) -> np.ndarray: raise NotImplementedError
     def thumbnails(self, ids: list[str]) -> dict[str, bytes]: raise NotImplementedError

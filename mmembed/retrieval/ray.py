@@ -34,13 +34,17 @@ class PartWorker:
         self.job, self.folder, self.threads = Job(**job), Path(folder), threads
         self.emb = Embedder(artifact, device, cores, self.job.batch_size, deterministic=self.job.deterministic)
         if (mine := self.emb.card['content_hash']) != self.job.artifact:
-            raise ValueError(f'{artifact} on this machine is another model: {mine!r}, and the job is of {self.job.artifact!r}')
+            raise ValueError(
+                f'{artifact} on this machine is another model: {mine!r}, and the job is of {self.job.artifact!r}'
+            )
 
     def __call__(self, batch: dict) -> dict:
         for k, data in zip(batch['part'], batch['source']):
             rows = self.job.shard(int(k))
             if not check_part(self.folder, self.job, int(k)):  # it may have been written before its worker died
-                embed_parts(self.emb, pickle.loads(data), self.job, self.folder, [int(k)], self.threads, offset=rows.start)
+                embed_parts(
+                    self.emb, pickle.loads(data), self.job, self.folder, [int(k)], self.threads, offset=rows.start
+                )
         return {'part': batch['part'], 'rows': [len(self.job.shard(int(k))) for k in batch['part']]}
 
 # %% ../../nbs/retrieval/04_ray.ipynb #5dffccb4
@@ -68,25 +72,43 @@ def embed_ray(
     os.environ.update(RAY_USAGE_STATS_ENABLED='0', RAY_ENABLE_UV_RUN_RUNTIME_ENV='0')
     try: import ray.data
     except ImportError: raise ImportError('--engine ray wants Ray: pip install "mmembed[ray]"') from None
-    if not isinstance(model, Embedder): model = Embedder(model, batch_size=batch_size or service_batch(device), deterministic=True)
+    if not isinstance(model, Embedder):
+        model = Embedder(model, batch_size=batch_size or service_batch(device), deterministic=True)
     job, found = plan(model, source, what, keep, precision, shard_rows, unique, content_hash, spark)
     start, folder, ready, mine = time.perf_counter(), Path(out).resolve(), 0, not ray.is_initialized()
     with open_job(folder, job) as todo:
         there = job.rows - sum(len(job.shard(k)) for k in todo)
         try:
             if todo and mine: _connect(ray, address, workers[1], cpus, gpus)
-            for part in _results(ray, model, source, job, folder, todo, threads or int(cpus) + 1, device, workers, gpus, cpus):
+            for part in _results(
+                ray, model, source, job, folder, todo, threads or int(cpus) + 1, device, workers, gpus, cpus
+            ):
                 ready += int(part['rows'])
                 if progress: progress(there + ready, job.rows)
         finally:
             if mine: ray.shutdown()
         failed = write_ledger(folder, job)
-    return Done(folder, job.rows, job.rows - there, failed, found.repeated, found.example, folder/ERRORS, time.perf_counter() - start)
+    return Done(
+        folder,
+        job.rows,
+        job.rows - there,
+        failed,
+        found.repeated,
+        found.example,
+        folder / ERRORS,
+        time.perf_counter() - start,
+    )
 
 def _connect(ray, address: str | None, workers: int, cpus: float, gpus: float):
     small = {} if address else dict(num_cpus=max(1, round(workers * cpus + .5)), object_store_memory=200 << 20)
     if gpus and not address: small['num_gpus'] = max(1, round(workers * gpus + .49))
-    ray.init(address=address, include_dashboard=None if address else False, log_to_driver=False, logging_level='error', **small)
+    ray.init(
+        address=address,
+        include_dashboard=None if address else False,
+        log_to_driver=False,
+        logging_level='error',
+        **small,
+    )
 
 def _results(ray, model, source, job, folder, todo, threads, device, workers, gpus, cpus):
     "What the workers answer, part by part as they are done."
@@ -95,9 +117,21 @@ def _results(ray, model, source, job, folder, todo, threads, device, workers, gp
     context.enable_progress_bars, context.print_on_execution_start = False, False
     logging.getLogger('ray.data').setLevel(logging.ERROR)
     items = [dict(part=k, source=pickle.dumps(excerpt(source, job.shard(k)))) for k in todo]
-    data = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(PartWorker, batch_size=1, num_cpus=cpus, num_gpus=gpus or None,
+    data = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        PartWorker,
+        batch_size=1,
+        num_cpus=cpus,
+        num_gpus=gpus or None,
         compute=ray.data.ActorPoolStrategy(min_size=workers[0], max_size=workers[1], max_tasks_in_flight_per_actor=2),
-        fn_constructor_kwargs=dict(artifact=str(model.path.resolve()), job=job._asdict(), folder=str(folder), device=device, threads=threads, cores=max(1, int(cpus))))
+        fn_constructor_kwargs=dict(
+            artifact=str(model.path.resolve()),
+            job=job._asdict(),
+            folder=str(folder),
+            device=device,
+            threads=threads,
+            cores=max(1, int(cpus)),
+        ),
+    )
     try: yield from data.iter_rows()
     except ray.exceptions.RayError as e: raise _cause(e) from None
 
@@ -105,6 +139,7 @@ def _cause(e: BaseException) -> BaseException:
     "What went wrong in a worker, as if it had been here."
     seen = e
     while seen is not None:
-        if type(seen) in (ValueError, OSError, FileNotFoundError, PermissionError, RuntimeError, ImportError): return seen
+        if type(seen) in (ValueError, OSError, FileNotFoundError, PermissionError, RuntimeError, ImportError):
+            return seen
         seen = getattr(seen, 'cause', None) or seen.__cause__
     return RuntimeError(next((line for line in reversed(str(e).splitlines()) if line.strip()), type(e).__name__))

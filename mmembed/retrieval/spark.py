@@ -36,7 +36,9 @@ def predict_texts(
     "A maker of functions from texts (B,) to embeddings float32 (B, D)."
     def make_predict_fn():
         emb = Embedder(artifact, device, threads, service_batch(device), deterministic=True)
-        return lambda texts: _with_nan(emb.encode_text([Text(t) if isinstance(t, str) else t for t in texts], on_error='flag'))
+        return lambda texts: _with_nan(
+            emb.encode_text([Text(t) if isinstance(t, str) else t for t in texts], on_error='flag')
+        )
     return make_predict_fn
 
 def _bytes(f): return b'' if f is None else bytes(f)

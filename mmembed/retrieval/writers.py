@@ -38,7 +38,9 @@ def save_npy(
     with draft(path) as temporary, temporary.open('wb') as f:
         for _, values, _ in each_shard(folder, side or job.sides()[0]):
             if header is None:
-                header = np.lib.format.header_data_from_array_1_0(values.numpy()) | {'shape': (job.rows, values.shape[1])}
+                header = np.lib.format.header_data_from_array_1_0(values.numpy()) | {
+                    'shape': (job.rows, values.shape[1])
+                }
                 np.lib.format.write_array_header_1_0(f, header)
             f.write(values.numpy().data)
 
@@ -47,7 +49,8 @@ def save_safetensors(
     folder: Path,  # of parts
     path: Path,    # what is to be written
 ):
-    "The sides of a job as tensors `image` and `text`, with the manifest as metadata (format: github.com/huggingface/safetensors)."
+    """The sides of a job as tensors `image` and `text`, with the manifest as metadata (format:
+    github.com/huggingface/safetensors)."""
     job = read_job(folder)
     name = {'float32': 'F32', 'float16': 'F16', 'int8': 'I8', 'binary': 'U8'}[job.precision]
     header: dict = {'__metadata__': {k: v if isinstance(v, str) else json.dumps(v) for k, v in job._asdict().items()}}
@@ -84,7 +87,10 @@ def save_parquet(
     "The parts as one Parquet file, a row group each."
     import pyarrow.parquet as pq
     job = read_job(folder)
-    with draft(path) as temporary, pq.ParquetWriter(temporary, part_schema(job), compression='none', use_dictionary=False) as writer:
+    with (
+        draft(path) as temporary,
+        pq.ParquetWriter(temporary, part_schema(job), compression='none', use_dictionary=False) as writer,
+    ):
         for k in range(job.shards()): writer.write_table(pq.read_table(folder/job.file(k)))
 
 # %% ../../nbs/retrieval/03_writers.ipynb #4d1b7df8
@@ -103,10 +109,12 @@ def save_lance(
     schema = part_schema(job)
     db = lancedb.connect(path.parent)
     table = db.open_table(path.stem) if path.exists() else db.create_table(path.stem, schema=schema)
-    if json.loads((table.schema.metadata or {}).get(b'mmembed', b'{}')) != job._asdict(): raise ValueError(f'{path} is a table of another job: choose another name')
+    if json.loads((table.schema.metadata or {}).get(b'mmembed', b'{}')) != job._asdict():
+        raise ValueError(f'{path} is a table of another job: choose another name')
     there = table.count_rows()
     todo = [k for k in range(job.shards()) if job.shard(k).start >= there]
-    if there not in (job.rows, *(job.shard(k).start for k in todo[:1])): raise ValueError(f'{path} was changed by another program: it has {there:,} rows')
+    if there not in (job.rows, *(job.shard(k).start for k in todo[:1])):
+        raise ValueError(f'{path} was changed by another program: it has {there:,} rows')
     for i in range(0, len(todo), group):
         parts = (b for k in todo[i:i + group] for b in pq.read_table(folder/job.file(k)).to_batches())
         table.add(pa.RecordBatchReader.from_batches(schema, parts))
@@ -117,7 +125,12 @@ class Form(NamedTuple):
     save: Callable  # (parts, path)
     ids: bool       # whether the rows' names want a file of their own
 
-FORMS = {'.npy': Form(save_npy, True), '.safetensors': Form(save_safetensors, True), '.parquet': Form(save_parquet, False), '.lance': Form(save_lance, False)}
+FORMS = {
+    '.npy': Form(save_npy, True),
+    '.safetensors': Form(save_safetensors, True),
+    '.parquet': Form(save_parquet, False),
+    '.lance': Form(save_lance, False),
+}
 
 # %% ../../nbs/retrieval/03_writers.ipynb #41e596dc
 def form_of(
@@ -126,7 +139,10 @@ def form_of(
     "The form that an ending stands for; raises `ValueError` for one that looks like an ending and stands for none."
     if found := FORMS.get(out.suffix): return found
     if not out.suffix[1:2].isalpha(): return None  # as in run-1.5
-    raise ValueError(f'{out}: {out.suffix} is not a form that vectors are written in: want {", ".join(FORMS)}, or a folder, which has no ending or ends with /')
+    raise ValueError(
+        f'{out}: {out.suffix} is not a form that vectors are written in: want {", ".join(FORMS)}, or a folder, which '
+        f'has no ending or ends with /'
+    )
 
 # %% ../../nbs/retrieval/03_writers.ipynb #c502cebd
 def targets(
@@ -134,35 +150,50 @@ def targets(
     job: Job,
 ) -> dict[Path, str | None]: # file: the side that it holds, None for all
     "The files of vectors: two arrays for a job of both sides."
-    if out.suffix == '.npy' and job.what == 'both': return {out.with_suffix(f'.{side}.npy'): side for side in job.sides()}
+    if out.suffix == '.npy' and job.what == 'both':
+        return {out.with_suffix(f'.{side}.npy'): side for side in job.sides()}
     return {out: None}
 
 # %% ../../nbs/retrieval/03_writers.ipynb #f20a3e07
 def embed_to(
     model: Embedder | str | Path,  # an artifact
     source: Source,
-    out: str | Path,               # a folder of parts, there already or without an ending, or a file that ends as in `FORMS`
+    # a folder of parts, there already or without an ending, or a file that ends as in `FORMS`
+    out: str | Path,
     run=embed,                     # what makes the parts: `embed`, or `embed_ray`
     device: str = 'cpu',
     batch_size: int = 0,
     progress=None,
     **options,                     # of `run`
 ) -> Done:
-    """As `embed`, but `out` may be one file. Raises `ValueError` for a file of that name that is of another job, for an unknown ending,
+    """As `embed`, but `out` may be one file. Raises `ValueError` for a file of that name that is of another job, for
+    an unknown ending,
     and for `spark` beside an ending other than .parquet."""
     plain, out = str(out).endswith(('/', os.sep)), Path(out)
     form = None if plain or out.is_dir() and out.suffix != '.lance' else form_of(out)
-    if options.get('spark') and form not in (None, FORMS['.parquet']): raise ValueError(f'{out}: Spark reads Parquet: want a name that ends in .parquet, or a folder')
-    if not isinstance(model, Embedder): model = Embedder(model, device if run is embed else 'cpu', batch_size=batch_size or service_batch(device), deterministic=True)
+    if options.get('spark') and form not in (None, FORMS['.parquet']):
+        raise ValueError(f'{out}: Spark reads Parquet: want a name that ends in .parquet, or a folder')
+    if not isinstance(model, Embedder):
+        model = Embedder(
+            model, device if run is embed else 'cpu', batch_size=batch_size or service_batch(device), deterministic=True
+        )
     if form is None: return run(model, source, out, progress=progress, device=device, **options)
-    start, beside = time.perf_counter(), {kind: out.with_name(f'{out.name}.{kind}') for kind in ('manifest.json', 'errors.jsonl', 'ids.jsonl', 'parts')}
+    start, beside = (
+        time.perf_counter(),
+        {kind: out.with_name(f'{out.name}.{kind}') for kind in ('manifest.json', 'errors.jsonl', 'ids.jsonl', 'parts')},
+    )
     manifest, ledger, names, parts = beside.values()
-    about = {k: options[k] for k in ('what', 'keep', 'precision', 'shard_rows', 'unique', 'content_hash', 'spark') if k in options}
+    about = {
+        k: options[k]
+        for k in ('what', 'keep', 'precision', 'shard_rows', 'unique', 'content_hash', 'spark')
+        if k in options
+    }
     job, found = plan(model, source, **about)
     files = targets(out, job)
     if manifest.exists(): same_job(manifest, job)
     if not parts.exists() and (there := [f for f in files if f.exists()]):
-        if not manifest.exists(): raise ValueError(f'{there[0]} exists, and no manifest says that it is of this job: choose another name')
+        if not manifest.exists():
+            raise ValueError(f'{there[0]} exists, and no manifest says that it is of this job: choose another name')
         if len(there) == len(files):
             failed = sum(1 for _ in ledger.open()) if ledger.exists() else 0
             return Done(out, job.rows, 0, failed, found.repeated, found.example, ledger, time.perf_counter() - start)

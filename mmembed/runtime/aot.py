@@ -26,8 +26,11 @@ from ..core.errors import reason
 
 # %% ../../nbs/runtime/06_aot.ipynb #fcddf6f7
 class Packaged:
-    "A package of `export(model, 'model.pt2')`, loaded: what a loaded artifact answers to, tokenizer and towers compiled"
-    few, many = 512, 1536  # bytes of texts of which all words are likely to be known, and of those that the scripted tokenizer does sooner (measured)
+    """A package of `export(model, 'model.pt2')`, loaded: what a loaded artifact answers to, tokenizer and towers
+    compiled"""
+    # bytes of texts of which all words are likely to be known, and of those that the scripted tokenizer does sooner
+    # (measured)
+    few, many = 512, 1536
 
     def __init__(
         self,
@@ -35,19 +38,29 @@ class Packaged:
         card: dict,       # its identity card
         runners: int = 2, # calls of one program that may run at once
     ):
-        """Raises `ValueError` for a package that was compiled for another processor or another kind of machine, or to multiply in what this one would emulate, or that does not load."""
+        """Raises `ValueError` for a package that was compiled for another processor or another kind of machine, or
+        to multiply in what this one would emulate, or that does not load."""
         levels, made = ('DEFAULT', 'AVX2', 'AVX512'), card['compiled']
         here = torch.backends.cpu.get_cpu_capability()
         if made['cpu'] in levels and (here not in levels or levels.index(here) < levels.index(made['cpu'])):
-            raise ValueError(f"{path} was compiled for {made['cpu']}, this processor has {here}: export it here, or with cpu={here!r}")
+            raise ValueError(
+                f"{path} was compiled for {made['cpu']}, this processor has {here}: export it here, or with "
+                f"cpu={here!r}"
+            )
         if not multiplies(kind := made.get('multiplies', card.get('variant', {}).get('precision', 'fp32'))):
-            raise ValueError(f'{path} was compiled to multiply in {kind}, which this processor ({here}) would emulate: export it here, or take the .pt, which computes in fp32 here')
+            raise ValueError(
+                f'{path} was compiled to multiply in {kind}, which this processor ({here}) would emulate: export it '
+                f'here, or take the .pt, which computes in fp32 here'
+            )
         with zipfile.ZipFile(path) as z: rest = z.read(next(n for n in z.namelist() if n.endswith('/mmembed/rest.pt')))
         self.rest = quietly(torch.jit.load, io.BytesIO(rest), map_location='cpu').eval()
-        load = torch._C._aoti.AOTIModelPackageLoader  # C++'s own: `aoti_load_package` would import, and try, the compiler first
+        # C++'s own: `aoti_load_package` would import, and try, the compiler first
+        load = torch._C._aoti.AOTIModelPackageLoader
         try: self.programs = {name: load(str(path), name, False, runners, -1) for name in made['programs_sha256']}
         except (RuntimeError, OSError) as e:
-            raise ValueError(f"{path} was compiled for torch {made['torch']} and does not load into {torch.__version__}: {reason(e)}") from None
+            raise ValueError(
+                f"{path} was compiled for torch {made['torch']} and does not load into {torch.__version__}: {reason(e)}"
+            ) from None
         self.size, self.model = tuple(card['image_size']), self
         self.plain = self.rest.before_text.original_name == 'SameTexts'  # no step of the user's before the tokenizer
         self.kind = type(self.rest.tokenize(torch.empty(0, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)))
@@ -71,11 +84,15 @@ class Packaged:
         if 'known' in self.programs and 0 < len(data) <= self.few:
             ids, mask, width, sure = self._run('known', data, offsets)
             if sure: return self.kind(ids[:, :(n := int(width))].contiguous(), mask[:, :n].contiguous())
-        if 'known' in self.programs and len(data) > self.many: return self.kind(*self.rest.text_pipeline.pipeline.ids_and_mask(data, offsets))
+        if 'known' in self.programs and len(data) > self.many:
+            return self.kind(*self.rest.text_pipeline.pipeline.ids_and_mask(data, offsets))
         return self.kind(*self._run('tokenize', data, offsets))
 
-    def _sound(self, data: Tensor, offsets: Tensor) -> bool: # what is not goes to the rest, for its error or its answer to no texts
-        if data.dtype != torch.uint8 or offsets.dtype != torch.int64 or data.ndim != 1 or offsets.ndim != 1: return False
+    def _sound(
+        self, data: Tensor, offsets: Tensor
+    ) -> bool:  # what is not goes to the rest, for its error or its answer to no texts
+        if data.dtype != torch.uint8 or offsets.dtype != torch.int64 or data.ndim != 1 or offsets.ndim != 1:
+            return False
         at = offsets.tolist()
         return len(at) > 1 and at[0] == 0 and at[-1] == len(data) and all(a <= b for a, b in zip(at, at[1:]))
 
@@ -91,7 +108,10 @@ class Packaged:
     def normalized(self, pixels: Tensor) -> Tensor:
         "The levels as they are: the program normalises them. Raises `ValueError` for other pixels."
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, *self.size):
-            raise ValueError(f'pixels must be uint8 levels of the shape (B, 3, {self.size[0]}, {self.size[1]}): a package takes no others')
+            raise ValueError(
+                f'pixels must be uint8 levels of the shape (B, 3, {self.size[0]}, {self.size[1]}): a package takes no '
+                f'others'
+            )
         return pixels
 
     def encode_text(self, texts) -> Tensor:
@@ -100,8 +120,11 @@ class Packaged:
         return self.encode_text_bytes(*self._packed(texts))
 
     def encode_image(self, images: list[Tensor]) -> Tensor:
-        "Unit-length float32 (B, D); each image a file as uint8 (N,), or decoded RGB uint8 (3, H, W); or of levels, as `normalized` gives them."
-        if isinstance(images, Tensor): return torch.cat([self._run('image', x)[0] for x in images.split(8)]) # what eight need stays in the cache
+        """Unit-length float32 (B, D); each image a file as uint8 (N,), or decoded RGB uint8 (3, H, W).
+
+        Or of levels, as `normalized` gives them."""
+        # what eight need stays in the cache
+        if isinstance(images, Tensor): return torch.cat([self._run('image', x)[0] for x in images.split(8)])
         return self.encode_pixels(self._levels(images))
 
     def _score_pairs(self, data: Tensor, offsets: Tensor, pixels: Tensor) -> Tensor:
@@ -125,21 +148,26 @@ class Packaged:
     def _packed(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         rows = [t.encode('utf-8', 'surrogatepass') for t in texts]
         data = b''.join(rows)
-        return torch.frombuffer(bytearray(data or b'-'), dtype=torch.uint8)[:len(data)], torch.tensor([0, *map(len, rows)]).cumsum(0)
+        return torch.frombuffer(bytearray(data or b'-'), dtype=torch.uint8)[: len(data)], torch.tensor(
+            [0, *map(len, rows)]
+        ).cumsum(0)
 
 # %% ../../nbs/runtime/06_aot.ipynb #d7a1985c
 def mapped(
     path: str | Path, # an artifact of TorchScript
-    kept: Callable[[Tensor], Tensor] = lambda record: record, # what becomes a tensor's storage: the pages of its record, uint8 (N,), or other memory of the same bytes
+    # what becomes a tensor's storage: the pages of its record, uint8 (N,), or other memory of the same bytes
+    kept: Callable[[Tensor], Tensor] = lambda record: record,
 ) -> torch.jit.ScriptModule: # on the CPU
     "The module in the file, its weights left in the file. Raises `RuntimeError` where it cannot be loaded."
     code, storages = io.BytesIO(), torch._C.DeserializationStorageContext()
     writer = torch._C.PyTorchFileWriter(code)
     def pages(file, info) -> Tensor:
         file.seek(info.header_offset + 26)
-        start = info.header_offset + 30 + sum(unpack('<HH', file.read(4)))  # behind the record's own header, its name and padding
+        # behind the record's own header, its name and padding
+        start = info.header_offset + 30 + sum(unpack('<HH', file.read(4)))
         extra = start % mmap.ALLOCATIONGRANULARITY
-        own = mmap.mmap(file.fileno(), info.file_size + extra, access=mmap.ACCESS_COPY, offset=start - extra)  # what were written would stay in this process
+        # what were written would stay in this process
+        own = mmap.mmap(file.fileno(), info.file_size + extra, access=mmap.ACCESS_COPY, offset=start - extra)
         return torch.frombuffer(own, dtype=torch.uint8, offset=extra)
     with zipfile.ZipFile(path) as z, open(path, 'rb') as file:
         for info in z.infolist():
@@ -149,10 +177,14 @@ def mapped(
                 if info.file_size: storages.add_storage(name.removeprefix('data/'), kept(pages(file, info)))
             elif name.startswith('code/') and not name.endswith('.debug_pkl') or name in ('data.pkl', 'constants.pkl'):
                 record = z.read(info) if name != 'constants.pkl' else _renamed(z.read(info))
-                writer.write_record(f".data/ts_code/{'' if name.startswith('code/') else '0/'}{name}", record, len(record))
+                writer.write_record(
+                    f".data/ts_code/{'' if name.startswith('code/') else '0/'}{name}", record, len(record)
+                )
     writer.write_end_of_file()
     code.seek(0)
-    found = torch._C._import_ir_module_from_package(torch._C.CompilationUnit(), torch._C.PyTorchFileReader(code), storages, None, '0')
+    found = torch._C._import_ir_module_from_package(
+        torch._C.CompilationUnit(), torch._C.PyTorchFileReader(code), storages, None, '0'
+    )
     return torch.jit._recursive.wrap_cpp_module(found)
 
 def _renamed(constants: bytes) -> bytes: # a package has one folder of tensors, an artifact two, which count from 0 each
@@ -160,7 +192,11 @@ def _renamed(constants: bytes) -> bytes: # a package has one folder of tensors, 
     parts = []
     for (op, text, start), (_, _, end) in zip(steps, steps[1:]):
         name = f'constants/{text}'.encode()
-        parts.append(b'X' + len(name).to_bytes(4, 'little') + name if op.name == 'BINUNICODE' and text.isdecimal() else constants[start:end])
+        parts.append(
+            b'X' + len(name).to_bytes(4, 'little') + name
+            if op.name == 'BINUNICODE' and text.isdecimal()
+            else constants[start:end]
+        )
     return b''.join(parts)
 
 # %% ../../nbs/runtime/06_aot.ipynb #5508da71
@@ -169,7 +205,8 @@ def opened(
     card: dict,       # its identity card
     device: str | torch.device = 'cpu',
     graphs: tuple | None = None, # batch sizes to capture on a GPU; None: those that the card names
-    kept: Callable | None = None, # on the CPU: leave TorchScript's weights in the file, or where this finds them, as in `mapped`
+    # on the CPU: leave TorchScript's weights in the file, or where this finds them, as in `mapped`
+    kept: Callable | None = None,
 ):
     "The module in the file: TorchScript's, or a `Packaged`. Raises `ValueError` where it cannot be loaded."
     if 'compiled' not in card:
@@ -177,11 +214,16 @@ def opened(
             if kept and torch.device(device).type == 'cpu': return mapped(path, kept).eval()
             with named(path) as plain: found = quietly(torch.jit.load, str(plain), map_location=device).eval()
         except RuntimeError as e:
-            why = 'its towers call oneDNN, which this torch lacks; export it with portable=True' if 'builtin op: mkldnn' in str(e) else reason(e)
+            why = (
+                'its towers call oneDNN, which this torch lacks; export it with portable=True'
+                if 'builtin op: mkldnn' in str(e)
+                else reason(e)
+            )
             raise ValueError(f'{path} cannot be loaded: {why}') from None
         sizes = card.get('graphs', ()) if graphs is None else graphs
         if not sizes or torch.device(device).type != 'cuda': return found
         from mmembed.runtime.cuda_graphs import Captured
         return Captured(found, card, sizes)
-    if torch.device(device).type != 'cpu': raise ValueError(f'{path} was compiled for the CPU, not for {device}: load the TorchScript artifact there')
+    if torch.device(device).type != 'cpu':
+        raise ValueError(f'{path} was compiled for the CPU, not for {device}: load the TorchScript artifact there')
     with named(path) as plain: return Packaged(plain, card)

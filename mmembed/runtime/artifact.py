@@ -32,9 +32,18 @@ class Card(dict):
     "An identity card: plain JSON values, and in a notebook a table"
     def _repr_html_(self) -> str:
         def cell(v): return escape(str(v) if isinstance(v, str | int | float) else json.dumps(v, ensure_ascii=False))
-        def rows(d): return ''.join(f'<tr><td style="text-align:left">{escape(str(k))}</td><td style="text-align:left">{cell(v)}</td></tr>' for k, v in d.items())
+
+        def rows(d):
+            return ''.join(
+                f'<tr><td style="text-align:left">{escape(str(k))}</td><td style="text-align:left">{cell(v)}</td></tr>'
+                for k, v in d.items()
+            )
         flat = {k: v for k, v in self.items() if not isinstance(v, dict)}
-        deep = ''.join(f'<details><summary>{escape(k)}</summary><table>{rows(v)}</table></details>' for k, v in self.items() if isinstance(v, dict))
+        deep = ''.join(
+            f'<details><summary>{escape(k)}</summary><table>{rows(v)}</table></details>'
+            for k, v in self.items()
+            if isinstance(v, dict)
+        )
         return f'<table>{rows(flat)}</table>{deep}'
 
 # %% ../../nbs/runtime/02_artifact.ipynb #4bb6375d
@@ -43,8 +52,10 @@ def read_card(
 ) -> Card:
     """The identity card of the artifact at `path`, without loading the model.
 
-    Raises `FileNotFoundError`, `PermissionError`, or `ValueError` for a file that is no artifact, truncated, of a newer format, or whose card lacks an entry."""
-    if not isinstance(path, (str, os.PathLike)): raise TypeError(f'path must be a str or a Path, got {type(path).__name__}')
+    Raises `FileNotFoundError`, `PermissionError`, or `ValueError` for a file that is no artifact, truncated, of a
+    newer format, or whose card lacks an entry."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f'path must be a str or a Path, got {type(path).__name__}')
     path = Path(path)
     if path.is_dir(): raise ValueError(f'{path} is not an mmembed artifact: it is a folder')
     if not path.is_file(): raise FileNotFoundError(f'{path} not found: no such artifact')
@@ -59,18 +70,25 @@ def read_card(
     version = card.get('format_version')
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise ValueError(f'{path} has format {version}; this mmembed reads up to {FORMAT_VERSION}: upgrade mmembed')
-    if card.get('format') != 'mmembed': raise ValueError(f'{path} is not an mmembed artifact: its card is not an mmembed card')
+    if card.get('format') != 'mmembed':
+        raise ValueError(f'{path} is not an mmembed artifact: its card is not an mmembed card')
     for key, kind in NEEDED.items():
         if type(card.get(key)) is kind: continue
-        raise ValueError(f'{path} has an identity card that is damaged: {key} is ' + (repr(card[key])[:60] if key in card else 'missing'))
+        raise ValueError(
+            f'{path} has an identity card that is damaged: {key} is '
+            + (repr(card[key])[:60] if key in card else 'missing')
+        )
     return Card(card)
 
 # %% ../../nbs/runtime/02_artifact.ipynb #a5b2ad55
 def records_of(
     file: str | Path | BinaryIO, # an artifact
-    reuse: bool = False, # contents lie in one buffer, which the next record overwrites: for files as large as the memory
+    # contents lie in one buffer, which the next record overwrites: for files as large as the memory
+    reuse: bool = False,
 ) -> Iterator[tuple[str, bytes | memoryview]]:
-    "Yield every record's name, without the archive's own folder, and its content; raises `zipfile.BadZipFile` where a record's CRC is wrong."
+    """Yield every record's name, without the archive's own folder, and its content.
+
+    Raises `zipfile.BadZipFile` where a record's CRC is wrong."""
     with zipfile.ZipFile(file) as z:
         buffer = memoryview(bytearray(max((i.file_size for i in z.infolist()), default=0) if reuse else 0))
         for info in z.infolist():
@@ -81,7 +99,9 @@ def records_of(
                 if at != info.file_size: raise zipfile.BadZipFile(f'{name} is cut off')
                 yield name, buffer[:at]
 
-def _filled(source, buffer) -> int: # a megabyte at a time: a record that is read whole leaves a hole of its size in malloc's heap
+def _filled(
+    source, buffer
+) -> int:  # a megabyte at a time: a record that is read whole leaves a hole of its size in malloc's heap
     at = 0
     while data := source.read(1 << 20): buffer[at:at + len(data)], at = data, at + len(data)
     return at
@@ -91,12 +111,16 @@ def records_hash(
 ) -> str:
     """SHA-256 over the names and contents of all records of an artifact, its card included.
 
-    The value of `records_sha256` in the card counts as zeros. Left out is torch's own sum, which follows from the rest."""
+    The value of `records_sha256` in the card counts as zeros. Left out is torch's own sum, which follows from the
+    rest."""
     lines = []
     for name, data in records:
         if name == '.data/serialization_id': continue
-        if name == 'mmembed/rest.pt': data = records_hash(records_of(io.BytesIO(data))).encode()  # an archive in a package, with the same card
-        elif name in ('extra/card.json', 'data.pkl'): data = re.sub(rb'("records_sha256": ")[0-9a-f]{64}(?=")', rb'\g<1>' + b'0' * 64, bytes(data))
+        # an archive in a package, with the same card
+        if name == 'mmembed/rest.pt':
+            data = records_hash(records_of(io.BytesIO(data))).encode()
+        elif name in ('extra/card.json', 'data.pkl'):
+            data = re.sub(rb'("records_sha256": ")[0-9a-f]{64}(?=")', rb'\g<1>' + b'0' * 64, bytes(data))
         lines.append(f'{hashlib.sha256(data).hexdigest()} {name}\n')
     return hashlib.sha256(''.join(sorted(lines)).encode()).hexdigest()
 
@@ -116,10 +140,16 @@ def checked_artifact(
     load: Callable, # without arguments
 ):
     "What `load` returns; raises `ValueError` where the file is not as it was written."
-    def tell(record: str): raise ValueError(f'{path} is damaged: {record} is not as it was written; copy it anew, or export it again') from None
+
+    def tell(record: str):
+        raise ValueError(
+            f'{path} is damaged: {record} is not as it was written; copy it anew, or export it again'
+        ) from None
     if check and 'records_sha256' in card:
-        try: found = records_hash(records_of(path, reuse=True))
-        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError): tell(damaged(path) or 'a record')
+        try:
+            found = records_hash(records_of(path, reuse=True))
+        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError):
+            tell(damaged(path) or 'a record')
         if found != card['records_sha256']: tell('a record, of code or data,')
     elif check and (record := damaged(path)): tell(record)
     try: return load()
@@ -134,16 +164,21 @@ def device_of(
     "The device; raises `ValueError` for what is none, or is not there."
     try: found = torch.device(device)
     except (RuntimeError, TypeError): found = None
-    if not found or found.type == 'meta': raise ValueError(f"device must be 'cpu', 'cuda', 'cuda:1' or the like, got {device!r}")
-    if found.type == 'cuda' and not torch.cuda.is_available(): raise ValueError(f'device={str(found)!r}: torch sees no CUDA device here')
+    if not found or found.type == 'meta':
+        raise ValueError(f"device must be 'cpu', 'cuda', 'cuda:1' or the like, got {device!r}")
+    if found.type == 'cuda' and not torch.cuda.is_available():
+        raise ValueError(f'device={str(found)!r}: torch sees no CUDA device here')
     return found
 
 # %% ../../nbs/runtime/02_artifact.ipynb #e0619fa9
 def prepack(
     module, # an artifact, loaded, on the CPU
-    kernel: str = 'onednn', # 'torch': linear layers in float32 multiply by torch's own product, their weights as they are
+    # 'torch': linear layers in float32 multiply by torch's own product, their weights as they are
+    kernel: str = 'onednn',
 ) -> int: # how many layers are packed
-    "Bring the weights of an artifact's layers into oneDNN's order; the plain ones are given up, so it is not to be saved or moved again."
+    """Bring the weights of an artifact's layers into oneDNN's order.
+
+    The plain ones are given up, so it is not to be saved or moved again."""
     layers = [m for m in module.modules() if hasattr(m, 'pack')] if torch.backends.mkldnn.is_available() else []
     with torch.no_grad():  # with gradients, what is packed would keep what it was packed from
         for m in layers:
@@ -154,33 +189,56 @@ def prepack(
 def chooses(
     layer, # of an artifact
 ) -> bool:
-    "Whether it can multiply by oneDNN or by torch's own product: linear layers in float32, of files since there is this choice."
+    """Whether it can multiply by oneDNN or by torch's own product: linear layers in float32, of files since there is
+    this choice."""
     return hasattr(layer, 'own') and layer.weight.dtype == torch.float32
 
 # %% ../../nbs/runtime/02_artifact.ipynb #fdb4f560
 def multiplies(
     precision: str, # 'fp32', 'bf16', 'fp16', or 'int8' by `torch._int_mm`
 ) -> bool:
-    "Whether this processor has the instructions, and torch's oneDNN uses them; True for a kind of processor where that is not known."
+    """Whether this processor has the instructions, and torch's oneDNN uses them.
+
+    True for a kind of processor where that is not known."""
     if precision not in ('bf16', 'fp16', 'int8') or not hasattr(torch.cpu, 'get_capabilities'): return True
     found = torch.cpu.get_capabilities()
     if found.get('architecture') != 'x86_64': return precision != 'int8' or torch.backends.mkldnn.is_available()
-    if precision == 'int8': return torch.backends.mkldnn.is_available() and bool(found.get('avx512_vnni')) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if not torch.backends.mkldnn.is_available() or not found.get(f'avx512_{precision}') and not found.get(f'amx_{precision}'): return False
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported() if precision == 'bf16' else torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    if precision == 'int8':
+        return (
+            torch.backends.mkldnn.is_available()
+            and bool(found.get('avx512_vnni'))
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
+    if (
+        not torch.backends.mkldnn.is_available()
+        or not found.get(f'avx512_{precision}')
+        and not found.get(f'amx_{precision}')
+    ):
+        return False
+    return (
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if precision == 'bf16'
+        else torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    )
 
 def widened(
     module,     # an artifact, loaded, on the CPU, not called yet; changed in place
     card: dict, # its identity card
 ):
-    "`module` with towers that compute in float32, weights, traced constants and conversions, if it is of a precision that this processor does not multiply."
+    """`module` with towers that compute in float32, weights, traced constants and conversions, if it is of a
+    precision that this processor does not multiply."""
     variant = card.get('variant', {})
     if 'compiled' in card: return module
     if 'quantize' in variant and variant.get('portable') and not multiplies('int8'):
         for part in (m for m in module.modules() if hasattr(m, 'widen')): part.widen()
     if multiplies(variant.get('precision', 'fp32')): return module
     half, float32 = (torch.float16, torch.bfloat16), 6  # TorchScript has numbers for types: 5 and 15 for these two
-    def dtype(use): return use.user.kind().startswith('aten::') and torch._C.parse_schema(use.user.schema()).arguments[use.offset].name == 'dtype'
+
+    def dtype(use):
+        return (
+            use.user.kind().startswith('aten::')
+            and torch._C.parse_schema(use.user.schema()).arguments[use.offset].name == 'dtype'
+        )
     for part in (p for name in ('text', 'image') for p in getattr(module.model.net, name).to(torch.float32).modules()):
         if getattr(part, 'dtype', None) in (5, 15): part.dtype = float32
         for graph in (part._c._get_method(m).graph for m in part._c._method_names()):
@@ -202,9 +260,22 @@ def computes(
     variant, compiled = card.get('variant', {}), 'compiled' in card
     precision, here = variant.get('precision', 'fp32'), torch.backends.cpu.get_cpu_capability()
     if torch.device(device).type != 'cpu': return variant.get('quantize') or precision
-    if compiled and (made := card['compiled'].get('multiplies', precision)) != precision: return f'{made}: compiled for a processor that does not multiply {precision}'
+    if compiled and (made := card['compiled'].get('multiplies', precision)) != precision:
+        return f'{made}: compiled for a processor that does not multiply {precision}'
     if not multiplies(precision): return f'fp32: this processor ({here}) does not multiply {precision}'
-    if 'quantize' not in variant: return precision + (", linear layers by torch's own product" if module is not None and any(getattr(m, 'own', False) for m in module.modules()) else '')
-    if variant.get('portable') and not multiplies('int8'): return f'fp32: torch has no int8 kernel for this processor ({here}), and a portable file calls no oneDNN'
-    steps = {m.steps for m in module.modules() if hasattr(m, 'steps') and hasattr(m, 'pack')} if module is not None and not compiled else set()
-    return f'int8, inputs of {7 if 126 in steps else 8} bits by oneDNN ({here})' if max(steps, default=0) > 0 else 'int8'
+    if 'quantize' not in variant:
+        return precision + (
+            ", linear layers by torch's own product"
+            if module is not None and any(getattr(m, 'own', False) for m in module.modules())
+            else ''
+        )
+    if variant.get('portable') and not multiplies('int8'):
+        return f'fp32: torch has no int8 kernel for this processor ({here}), and a portable file calls no oneDNN'
+    steps = (
+        {m.steps for m in module.modules() if hasattr(m, 'steps') and hasattr(m, 'pack')}
+        if module is not None and not compiled
+        else set()
+    )
+    return (
+        f'int8, inputs of {7 if 126 in steps else 8} bits by oneDNN ({here})' if max(steps, default=0) > 0 else 'int8'
+    )

@@ -24,9 +24,16 @@ from ..core.packing import as_bytes, pack
 from .embedder import Embedder, load
 
 # %% ../../nbs/runtime/08_benchmark.ipynb #df87946f
-SAMPLE_TEXTS = ['a photo of a cat', 'two children play football on a wet field in the rain', 'a red double-decker bus crosses the bridge near the old parliament',
-            'a plate of pasta with basil', 'an aerial view of terraced rice fields at sunrise', 'a man in a blue jacket repairs a bicycle', 'a diagram of the water cycle',
-            'the interior of a library with wooden shelves and green lamps']
+SAMPLE_TEXTS = [
+    'a photo of a cat',
+    'two children play football on a wet field in the rain',
+    'a red double-decker bus crosses the bridge near the old parliament',
+    'a plate of pasta with basil',
+    'an aerial view of terraced rice fields at sunrise',
+    'a man in a blue jacket repairs a bicycle',
+    'a diagram of the water cycle',
+    'the interior of a library with wooden shelves and green lamps',
+]
 
 # %% ../../nbs/runtime/08_benchmark.ipynb #442f447b
 def pictures(n: int) -> list[bytes]: # JPEG files
@@ -38,7 +45,10 @@ def pictures(n: int) -> list[bytes]: # JPEG files
         w, h = ((640, 480), (500, 375), (800, 600), (480, 640))[i % 4]
         g = torch.Generator().manual_seed(i)
         coarse = torch.rand(1, 3, 12, 16, generator=g)
-        x = torch.nn.functional.interpolate(coarse, (h, w), mode='bicubic').clamp(0, 1)[0] * 255 + torch.randn(3, h, w, generator=g) * 9
+        x = (
+            torch.nn.functional.interpolate(coarse, (h, w), mode='bicubic').clamp(0, 1)[0] * 255
+            + torch.randn(3, h, w, generator=g) * 9
+        )
         out = io.BytesIO()
         Image.fromarray(x.clamp(0, 255).byte().permute(1, 2, 0).numpy()).save(out, 'JPEG', quality=85)
         files.append(out.getvalue())
@@ -54,15 +64,24 @@ def benchmark_items(
     texts, images = [c.encode() for c in SAMPLE_TEXTS], None
     if folder:
         folder = Path(folder)
-        images = [p.read_bytes() for p in sorted(folder.rglob('*')) if p.suffix.lower() in ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.avif')][:n]
+        images = [
+            p.read_bytes()
+            for p in sorted(folder.rglob('*'))
+            if p.suffix.lower() in ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.avif')
+        ][:n]
         if not images: raise ValueError(f'{folder} holds no images')
-        if (folder/'captions.txt').is_file(): texts = [t for t in (folder/'captions.txt').read_bytes().splitlines() if t.strip()][:n] or texts
+        if (folder / 'captions.txt').is_file():
+            texts = [t for t in (folder / 'captions.txt').read_bytes().splitlines() if t.strip()][:n] or texts
     images = images or pictures(min(n, 16))
     if not decode:
         import io
         import numpy as np
         from PIL import Image
-        images = [torch.from_numpy(np.array(Image.open(io.BytesIO(x)).convert('RGB')).transpose(2, 0, 1).copy()) for x in images]
+
+        images = [
+            torch.from_numpy(np.array(Image.open(io.BytesIO(x)).convert('RGB')).transpose(2, 0, 1).copy())
+            for x in images
+        ]
     return [texts[i % len(texts)] for i in range(n)], [images[i % len(images)] for i in range(n)]
 
 # %% ../../nbs/runtime/08_benchmark.ipynb #706093cd
@@ -97,9 +116,18 @@ def sides(
         def call():
             with torch.no_grad(): return done(f())
         return call
-    if emb.pairs: return {'pair': lambda: done(emb.scores(texts, images, decoders=0)), 'pair tower': bare(lambda: m.model(tokens, pixels))}
-    return {'text': lambda: done(emb.encode_text(texts)), 'text tower': bare(lambda: m.model.encode_text(tokens)),
-            'image': lambda: done(emb.encode_image(images, decoders=0)), 'image tower': bare(lambda: m.model.encode_image(pixels))}
+
+    if emb.pairs:
+        return {
+            'pair': lambda: done(emb.scores(texts, images, decoders=0)),
+            'pair tower': bare(lambda: m.model(tokens, pixels)),
+        }
+    return {
+        'text': lambda: done(emb.encode_text(texts)),
+        'text tower': bare(lambda: m.model.encode_text(tokens)),
+        'image': lambda: done(emb.encode_image(images, decoders=0)),
+        'image tower': bare(lambda: m.model.encode_image(pixels)),
+    }
 
 # %% ../../nbs/runtime/08_benchmark.ipynb #213c1ca8
 def measure(
@@ -111,9 +139,12 @@ def measure(
     rounds: int = 5,
     cold: bool = True,         # a fresh process, too
 ) -> dict: # 'rows': a dict for each number of threads, batch size and kind; 'cold', 'machine', 'artifact'
-    "The figures of an artifact on this machine; raises `ValueError` for a batch size, rounds or threads below 1, and as `load` does."
+    """The figures of an artifact on this machine.
+
+    Raises `ValueError` for a batch size, rounds or threads below 1, and as `load` does."""
     for name, values in (('batches', batches), ('threads', threads), ('rounds', [rounds])):
-        if not values or min(values) < 1: raise ValueError(f'{name} must be at least 1, got {", ".join(map(str, values))}')
+        if not values or min(values) < 1:
+            raise ValueError(f'{name} must be at least 1, got {", ".join(map(str, values))}')
     before, rows = torch.get_num_threads(), []
     emb = load(path, device, batch_size=max(64, *batches))
     texts, images = benchmark_items(data, max(batches), emb.card.get('decode', True))
@@ -125,11 +156,30 @@ def measure(
                 times = in_turns(sides(emb, texts[:b], images[:b]), rounds)
                 for kind in [k for k in times if not k.endswith('tower')]:
                     (wall, cpu), (tower_wall, tower_cpu) = times[kind], times[f'{kind} tower']
-                    rows.append(dict(kind=kind, threads=t, batch=b, per_second=b / wall, ms=1e3 * wall, cpu_ms_an_item=1e3 * cpu / b,
-                                     added=wall / tower_wall - 1, added_cpu=cpu / tower_cpu - 1))
+                    rows.append(
+                        dict(
+                            kind=kind,
+                            threads=t,
+                            batch=b,
+                            per_second=b / wall,
+                            ms=1e3 * wall,
+                            cpu_ms_an_item=1e3 * cpu / b,
+                            added=wall / tower_wall - 1,
+                            added_cpu=cpu / tower_cpu - 1,
+                        )
+                    )
     finally: torch.set_num_threads(before)
-    return dict(artifact=emb.card['short_hash'], machine=dict(cores=os.cpu_count(), torch=torch.__version__, capability=torch.backends.cpu.get_cpu_capability(),
-                device=str(emb.device), computes=emb.computes), rows=rows) | (dict(cold=cold_start(path, device)) if cold else {})
+    return dict(
+        artifact=emb.card['short_hash'],
+        machine=dict(
+            cores=os.cpu_count(),
+            torch=torch.__version__,
+            capability=torch.backends.cpu.get_cpu_capability(),
+            device=str(emb.device),
+            computes=emb.computes,
+        ),
+        rows=rows,
+    ) | (dict(cold=cold_start(path, device)) if cold else {})
 
 # %% ../../nbs/runtime/08_benchmark.ipynb #2de46132
 def cold_start(
@@ -164,15 +214,26 @@ print(json.dumps(times))
         file = Path(d)/'x.jpg'
         file.write_bytes(pictures(1)[0])
         picture = str(file) if read_card(path).get('decode', True) else ''
-        done = subprocess.run([sys.executable, '-W', 'ignore', '-c', program, str(Path(path).resolve()), device, picture], capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(f'a fresh process does not answer: {(done.stderr.strip().splitlines() or ["?"])[-1]}')
+        done = subprocess.run(
+            [sys.executable, '-W', 'ignore', '-c', program, str(Path(path).resolve()), device, picture],
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
+        raise RuntimeError(f'a fresh process does not answer: {(done.stderr.strip().splitlines() or ["?"])[-1]}')
     return json.loads(done.stdout.splitlines()[-1])
 
 # %% ../../nbs/runtime/08_benchmark.ipynb #9ffb16eb
 def table(found: dict) -> str: # what `measure` gave
     "The figures for reading."
-    lines = [f"{'':6} {'threads':>7} {'batch':>5} {'a second':>9} {'ms a batch':>10} {'CPU ms an item':>14} {'preprocessing adds':>19}"]
-    lines += [f"{r['kind']:6} {r['threads']:7} {r['batch']:5} {r['per_second']:9.1f} {r['ms']:10.2f} {r['cpu_ms_an_item']:14.2f} {r['added']:9.1%} ({r['added_cpu']:.1%} CPU)"
-              for r in found['rows']]
+    lines = [
+        f"{'':6} {'threads':>7} {'batch':>5} {'a second':>9} {'ms a batch':>10} {'CPU ms an item':>14} "
+        f"{'preprocessing adds':>19}"
+    ]
+    lines += [
+        f"{r['kind']:6} {r['threads']:7} {r['batch']:5} {r['per_second']:9.1f} {r['ms']:10.2f} "
+        f"{r['cpu_ms_an_item']:14.2f} {r['added']:9.1%} ({r['added_cpu']:.1%} CPU)"
+        for r in found['rows']
+    ]
     if 'cold' in found: lines.append('fresh process: ' + ', '.join(f'{k} {v:.0f} ms' for k, v in found['cold'].items()))
     return '\n'.join(lines)

@@ -43,7 +43,8 @@ class Graphed:
         "The answer; raises `ValueError` for a batch that is larger than any captured."
         rows = len(x[0])
         size = next((n for n in self.graphs if n >= rows), 0)
-        if not size: raise ValueError(f'a batch of {rows} is larger than those captured: {", ".join(map(str, self.graphs))}')
+        if not size:
+            raise ValueError(f'a batch of {rows} is larger than those captured: {", ".join(map(str, self.graphs))}')
         inputs, graph, out = self.graphs[size]
         for mine, given in zip(inputs, x): mine.copy_(filled(given, size))
         if graph is None: out = self.f(*inputs)
@@ -56,7 +57,8 @@ def sizes_of(
 ) -> tuple[int, ...]: # in order
     "Raises `ValueError` for what are no sizes."
     found = (sizes,) if isinstance(sizes, int) else tuple(sizes)
-    if not all(type(n) is int and n > 0 for n in found): raise ValueError(f'graphs must be batch sizes such as (1, 2, 4, 8), got {sizes!r}')
+    if not all(type(n) is int and n > 0 for n in found):
+        raise ValueError(f'graphs must be batch sizes such as (1, 2, 4, 8), got {sizes!r}')
     return tuple(sorted(set(found)))
 
 # %% ../../nbs/runtime/05_cuda_graphs.ipynb #6f3f3c06
@@ -72,15 +74,23 @@ class Captured:
         self.device, self.pad_id = rest.logit_scale.device, rest.text_pipeline.pad_id
         self.lengths = text_lengths(rest.text_pipeline.pad_to, card['max_length'], False)
         words = {n: (torch.ones(1, n, dtype=torch.int64, device=self.device),) * 2 for n in self.lengths}
-        levels = torch.zeros(1, 3, *card['image_size'], dtype=torch.uint8, device=self.device).contiguous(memory_format=torch.channels_last)
+        levels = torch.zeros(1, 3, *card['image_size'], dtype=torch.uint8, device=self.device).contiguous(
+            memory_format=torch.channels_last
+        )
         pool, made = torch.cuda.graph_pool_handle() if self.device.type == 'cuda' else None, {}
         tower = rest.model
         if 'labels' in card:
-            self.score_pairs, score = self._score_pairs, lambda ids, mask, x: tower(Tokens(ids, mask), rest.normalized(x))
+            self.score_pairs, score = (
+                self._score_pairs,
+                lambda ids, mask, x: tower(Tokens(ids, mask), rest.normalized(x)),
+            )
             made = {n: Graphed(score, (*words[n], levels), self.sizes, pool) for n in self.lengths}
         else:
             self.image = Graphed(lambda x: tower.encode_image(rest.normalized(x)), (levels,), self.sizes, pool)
-            made = {n: Graphed(lambda ids, mask: tower.encode_text(Tokens(ids, mask)), words[n], self.sizes, pool) for n in self.lengths}
+            made = {
+                n: Graphed(lambda ids, mask: tower.encode_text(Tokens(ids, mask)), words[n], self.sizes, pool)
+                for n in self.lengths
+            }
         self.text = made  # by length
 
     def __getattr__(self, name): # what is not captured
@@ -110,7 +120,11 @@ class Captured:
 
     def normalized(self, pixels: Tensor) -> Tensor:
         "uint8 levels as they are: the graph normalises them. Other pixels as the artifact has it."
-        return pixels.to(self.device) if pixels.dtype == torch.uint8 and self._fits(len(pixels)) else self.rest.normalized(pixels)
+        return (
+            pixels.to(self.device)
+            if pixels.dtype == torch.uint8 and self._fits(len(pixels))
+            else self.rest.normalized(pixels)
+        )
 
     def encode_image(self, images) -> Tensor:
         "Unit-length float32 (B, D) of images, or of what `normalized` gave."
@@ -120,11 +134,20 @@ class Captured:
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         "Unit-length float32 (B, D) of (B, 3, S, S): uint8 levels, or float32 that is normalised already."
-        fits = pixels.dtype == torch.uint8 and pixels.ndim == 4 and pixels.shape[1:] == self.image.graphs[self.sizes[0]][0][0].shape[1:]
-        return self.encode_image(self.normalized(pixels)) if fits and self._fits(len(pixels)) else self.rest.encode_pixels(pixels)
+        fits = (
+            pixels.dtype == torch.uint8
+            and pixels.ndim == 4
+            and pixels.shape[1:] == self.image.graphs[self.sizes[0]][0][0].shape[1:]
+        )
+        return (
+            self.encode_image(self.normalized(pixels))
+            if fits and self._fits(len(pixels))
+            else self.rest.encode_pixels(pixels)
+        )
 
     def _score_pairs(self, data: Tensor, offsets: Tensor, pixels: Tensor) -> Tensor:
-        if not self._fits(len(pixels)) or len(pixels) != len(offsets) - 1 or pixels.dtype != torch.uint8: return self.rest.score_pairs(data, offsets, pixels)
+        if not self._fits(len(pixels)) or len(pixels) != len(offsets) - 1 or pixels.dtype != torch.uint8:
+            return self.rest.score_pairs(data, offsets, pixels)
         return self._words(self.rest.tokenize(data, offsets), self.normalized(pixels))
 
     def __call__(self, *args, **kwargs) -> Tensor:

@@ -30,23 +30,41 @@ from ..core.images import DOT, as_image
 from ..core.threads import ahead, decoders as threads_for, watched
 from .inputs import enough, items_of, name_of, pixels_of, rows_of, text_error, tokens_of
 from ..core.errors import whole_number
-from .results import Encoded, Profile, Ranking, Scored, Similarity, check, failed, as_numpy, policy, ranking, settle, stages
+from mmembed.runtime.results import (
+    Encoded, Profile, Ranking, Scored, Similarity, check, failed, as_numpy, policy, ranking, settle, stages,
+)
 from .cuda_graphs import sizes_of
 from .aot import opened
 from .processor import choose_kernel
 
 # %% ../../nbs/runtime/07_embedder.ipynb #d94979f5
-_all_ = ['FORMAT_VERSION', 'read_card', 'reason', 'register_image_ops', 'Encoded', 'Scored', 'Ranking', 'Similarity', 'Profile'] # found here too
+# found here too
+_all_ = [
+    'FORMAT_VERSION',
+    'read_card',
+    'reason',
+    'register_image_ops',
+    'Encoded',
+    'Scored',
+    'Ranking',
+    'Similarity',
+    'Profile',
+]
 
 # %% ../../nbs/runtime/07_embedder.ipynb #f58bdc72
-TEXTS, BYTES = 8192, 1 << 20  # texts that are tokenized in one call, in which a word costs a third of what it costs among 1,024, and how much of them, which bounds memory (measured)
+# texts that are tokenized in one call, in which a word costs a third of what it costs among 1,024, and how much of
+# them, which bounds memory (measured)
+TEXTS, BYTES = 8192, 1 << 20
 
 # %% ../../nbs/runtime/07_embedder.ipynb #f12a7ee4
 def portions(
     texts: list[str | bytes],
 ) -> list[list]: # all of them in order
-    "Split `texts` into lists of at most `BYTES` characters or bytes, or of a single longer text; a list in which one is no text stays whole."
-    if not all(isinstance(t, (str, bytes, bytearray, memoryview)) for t in texts) or sum(map(len, texts)) <= BYTES: return [texts]
+    """Split `texts` into lists of at most `BYTES` characters or bytes, or of a single longer text.
+
+    A list in which one is no text stays whole."""
+    if not all(isinstance(t, (str, bytes, bytearray, memoryview)) for t in texts) or sum(map(len, texts)) <= BYTES:
+        return [texts]
     out, room = [[]], BYTES
     for t in texts:
         if len(t) > room and out[-1]: out, room = [*out, []], BYTES
@@ -63,35 +81,68 @@ class Embedder:
         device: str | torch.device = 'cpu',
         threads: int | None = None,     # for one torch operation, process-wide; None leaves torch's own setting
         batch_size: int = 64,           # rows that the towers see at once
-        deterministic: bool = False,    # every batch filled up to batch_size rows; texts to a length that is their own. A file exported so does it itself
-        graphs: Sequence[int] | None = None, # batch sizes whose towers become CUDA graphs on a GPU; None: as the file was exported
-        kernels: str | None = None,     # what multiplies in float32 on a CPU: 'onednn', 'torch', or 'auto' for the quicker one; None: as MMEMBED_KERNELS says, or 'auto'
-        check: bool = False,            # before loading, hold every record to the card's SHA-256, or to its CRC where an older card has none
-        mmap: bool = False,             # leave weights in the file, shared with other processes, where no layer wants them in an order of its own
+        # every batch filled up to batch_size rows; texts to a length that is their own. A file exported so does it
+        # itself
+        deterministic: bool = False,
+        # batch sizes whose towers become CUDA graphs on a GPU; None: as the file was exported
+        graphs: Sequence[int] | None = None,
+        # what multiplies in float32 on a CPU: 'onednn', 'torch', or 'auto' for the quicker one; None: as
+        # MMEMBED_KERNELS says, or 'auto'
+        kernels: str | None = None,
+        # before loading, hold every record to the card's SHA-256, or to its CRC where an older card has none
+        check: bool = False,
+        # leave weights in the file, shared with other processes, where no layer wants them in an order of its own
+        mmap: bool = False,
     ):
-        self.given = dict(device=str(device), threads=threads, batch_size=batch_size, deterministic=deterministic, graphs=graphs, kernels=kernels, check=check, mmap=mmap)
+        self.given = dict(
+            device=str(device),
+            threads=threads,
+            batch_size=batch_size,
+            deterministic=deterministic,
+            graphs=graphs,
+            kernels=kernels,
+            check=check,
+            mmap=mmap,
+        )
         self.card = read_card(path)
         own = self.card.get('variant', {}).get('deterministic', 0)  # rows to which the file fills its batches
         self.deterministic, self.fills = bool(deterministic or own), bool(deterministic and not own)
-        self.path, self.device, self.batch_size = Path(path), device_of(device), whole_number('batch_size', batch_size, 1)
-        if graphs and sizes_of(graphs) and self.device.type != 'cuda': raise ValueError(f"graphs want device='cuda', got {str(self.device)!r}")
+        self.path, self.device, self.batch_size = (
+            Path(path),
+            device_of(device),
+            whole_number('batch_size', batch_size, 1),
+        )
+        if graphs and sizes_of(graphs) and self.device.type != 'cuda':
+            raise ValueError(f"graphs want device='cuda', got {str(self.device)!r}")
         if threads is not None: torch.set_num_threads(whole_number('threads', threads, 1))
         choose_kernel(kernels, fixed=True)  # a wrong word is refused before anything is loaded
         if self.card.get('decode', True):
             register_image_ops(self.card.get('pixels', {}).get('heic', False))
             silence_decoders()
         torch._C._jit_set_profiling_mode(False)  # process-wide; its recompilations make the first calls slow
-        self.module = checked_artifact(path, self.card, check, lambda: opened(path, self.card, self.device, graphs, (lambda record: record) if mmap else None))
+        self.module = checked_artifact(
+            path,
+            self.card,
+            check,
+            lambda: opened(path, self.card, self.device, graphs, (lambda record: record) if mmap else None),
+        )
         self.graphs: tuple = getattr(self.module, 'sizes', ())  # batch sizes that are captured; none on a CPU
         if self.device.type == 'cpu': self._settle(kernels)
         give_back()
         self.computes = computes(self.card, self.module, self.device) # in what the towers multiply, in a line
         self.dim = self.module.dim
         self.pairs = 'labels' in self.card             # it scores pairs
-        self.labels: list[str] = self.module.labels() if hasattr(self.module, 'labels') else []  # what it can say of an item or of a pair; empty without
-        self.glance = max(1024, 16 * self.card['max_length']) # bytes of a text that are tokenized without asking whether fewer would do
+        # what it can say of an item or of a pair; empty without
+        self.labels: list[str] = self.module.labels() if hasattr(self.module, 'labels') else []
+        # bytes of a text that are tokenized without asking whether fewer would do
+        self.glance = max(1024, 16 * self.card['max_length'])
         self._seams = re.compile(seams.encode()) if (seams := getattr(self.module, 'seams', '')) else None
-        self.lengths = [self.card['max_length']] if own else text_lengths(self.module.text_pipeline.pad_to, self.card['max_length'])  # to which texts are filled
+        # to which texts are filled
+        self.lengths = (
+            [self.card['max_length']]
+            if own
+            else text_lengths(self.module.text_pipeline.pad_to, self.card['max_length'])
+        )
 
     def _settle(self, kernels: str | None): # weights and kernels for this processor
         widened(self.module, self.card)
@@ -103,7 +154,10 @@ class Embedder:
         texts: Iterable[str | bytes],
     ) -> Tokens: # ids and mask int64 (B, L)
         "The token ids that the text tower sees."
-        with steady(): done = [Tokens(*self.module.tokenize(*self._packed(part))) for part in portions(list(items_of(texts, 'texts')))]
+        with steady():
+            done = [
+                Tokens(*self.module.tokenize(*self._packed(part))) for part in portions(list(items_of(texts, 'texts')))
+            ]
         return done[0] if len(done) == 1 else join_tokens(done, self.module.text_pipeline.pad_id)
 
     def enough(
@@ -120,7 +174,10 @@ class Embedder:
         progress: bool | str = False,  # a bar on standard error
         numpy: bool = False,           # arrays for tensors
     ) -> Tensor | Encoded: # (B, D) for 'raise', else `Encoded`
-        "Embeddings of unit length. An item fails when it is neither `str` nor `bytes`, or is a `str` that names an image and is not marked as `Text`."
+        """Embeddings of unit length.
+
+        An item fails when it is neither `str` nor `bytes`, or is a `str` that names an image and is not marked as
+        `Text`."""
         self._embeds(), policy(on_error)
         done, errors, rows = [], [], []
         def flush():
@@ -136,7 +193,8 @@ class Embedder:
 
     def encode_image(
         self,
-        images: Iterable,              # each a file's bytes or path, uint8 (N,) or (3, H, W), a PIL image, an array (H, W, 3)
+        # each a file's bytes or path, uint8 (N,) or (3, H, W), a PIL image, an array (H, W, 3)
+        images: Iterable,
         on_error: str = 'raise',       # 'raise', 'flag' or 'skip'
         progress: bool | str = False,  # a bar on standard error
         decoders: int | None = None,   # threads that decode while the towers compute; None: one a core, 0: none
@@ -161,7 +219,9 @@ class Embedder:
     ) -> Tensor: # float32 (B, D)
         "The second half of `encode_text`; more than batch_size rows go through the tower sorted by length."
         self._embeds()
-        tokens = Tokens(*(x.to(self.device) for x in tokens_of(tokens, self.card['vocab_size'], self.card['max_length'])))
+        tokens = Tokens(
+            *(x.to(self.device) for x in tokens_of(tokens, self.card['vocab_size'], self.card['max_length']))
+        )
         rows = len(tokens.ids)
         if not rows: return self._nothing
         if not self.fills and rows <= self.batch_size:
@@ -176,7 +236,8 @@ class Embedder:
 
     def encode_pixels(
         self,
-        pixels: Tensor, # uint8 (B, 3, S, S), as `preprocess` gives them; or float32 that is normalised, if the towers are not compiled
+        # uint8 (B, 3, S, S), as `preprocess` gives them; or float32 that is normalised, if the towers are not compiled
+        pixels: Tensor,
     ) -> Tensor: # float32 (B, D)
         "The second half of `encode_image`; more than batch_size rows go through the tower in parts."
         self._embeds()
@@ -230,8 +291,13 @@ class Embedder:
         images, # images, or their embeddings float32 (I, D)
         numpy: bool = False, # an array for the tensor
     ) -> Tensor: # float32 (T, I)
-        "`logit_scale * cosine + logit_bias` of every text with every image; NaN where an embedding is zeros, as `encode_image` gives one for an item that failed."
-        text, image = self._embedded(texts, 'texts', self.encode_text), self._embedded(images, 'images', self.encode_image)
+        """`logit_scale * cosine + logit_bias` of every text with every image.
+
+        NaN where an embedding is zeros, as `encode_image` gives one for an item that failed."""
+        text, image = (
+            self._embedded(texts, 'texts', self.encode_text),
+            self._embedded(images, 'images', self.encode_image),
+        )
         with steady(): scores = self.module.score(text, image)
         return as_numpy(scores.masked_fill(failed(text)[:, None] | failed(image), torch.nan), numpy)
 
@@ -243,7 +309,9 @@ class Embedder:
         by: str = 'text',  # 'text': the best images of every text; 'image': the best texts of every image
         numpy: bool = False, # arrays for tensors
     ) -> Ranking:
-        "The best matches of every text (or image), with a softmax over the candidates; a sigmoid if the model has a bias, as SigLIP has."
+        """The best matches of every text (or image), with a softmax over the candidates.
+
+        A sigmoid if the model has a bias, as SigLIP has."""
         if by not in ('text', 'image'): raise ValueError(f"by must be 'text' or 'image', got {by!r}")
         scores = self.score(texts, images)
         return as_numpy(ranking(scores if by == 'text' else scores.T, top_k, bool(self.card.get('logit_bias'))), numpy)
@@ -261,7 +329,9 @@ class Embedder:
         levels = self._good(images) if image is None else [None] * len(images)
         if image is None: image = self.encode_pixels(stack_levels(levels)) if levels else self._nothing
         scores = self.score(texts if text is None else text, image)
-        return Similarity(((scores - self.module.logit_bias) / self.module.logit_scale).detach().cpu(), rows, names, levels)
+        return Similarity(
+            ((scores - self.module.logit_bias) / self.module.logit_scale).detach().cpu(), rows, names, levels
+        )
 
     def scores(
         self,
@@ -280,22 +350,29 @@ class Embedder:
             rows.clear(), levels.clear()
         texts = iter(items_of(texts, 'texts'))
         for x, error in self._decoded(images, progress, decoders):
-            try: t = next(texts)
-            except StopIteration: raise ValueError(f'{len(errors)} texts are fewer than the images: pairs want one text an image') from None
+            try:
+                t = next(texts)
+            except StopIteration:
+                raise ValueError(
+                    f'{len(errors)} texts are fewer than the images: pairs want one text an image'
+                ) from None
             errors.append(text_error(t) or error)
             check(errors, on_error, 'pairs')
             if not errors[-1]: rows.append(t), levels.append(x)
             if len(rows) == self.batch_size: flush()
-        if next(texts, self) is not self: raise ValueError(f'{len(errors)} images are fewer than the texts: pairs want one text an image')
+        if next(texts, self) is not self:
+            raise ValueError(f'{len(errors)} images are fewer than the texts: pairs want one text an image')
         flush()
         return as_numpy(settle(done, errors, self._nothing, on_error, Scored, float('nan')), numpy)
 
     def classify(
         self,
-        texts: Iterable[str | bytes], # as in `scores`
-        images: Iterable,             # as in `scores`
-        top_k: int = 0,               # 0: as many as the artifact says
-    ) -> list[list[tuple[str, float]]]: # for each pair its labels that reach their thresholds, and their probabilities, best first
+        texts: Iterable[str | bytes],  # as in `scores`
+        images: Iterable,  # as in `scores`
+        top_k: int = 0,  # 0: as many as the artifact says
+    ) -> list[
+        list[tuple[str, float]]
+    ]:  # for each pair its labels that reach their thresholds, and their probabilities, best first
         "The labels that fit each pair."
         self._judges(), self._labelled(top_k)
         return self._picked('classify_scores', self.scores(texts, images), top_k)
@@ -344,13 +421,17 @@ class Embedder:
         for t in texts:
             errors.append(text_error(t))
             check(errors, 'raise', 'texts')
-        if self.pairs and texts and images and len(texts) != len(images): raise ValueError(f'{len(texts)} texts and {len(images)} images are no pairs')
+        if self.pairs and texts and images and len(texts) != len(images):
+            raise ValueError(f'{len(texts)} texts and {len(images)} images are no pairs')
         self._good(images)
         return stages(self, texts, [self._as_image(x) for x in images], repeats)
 
     def _decoded(self, images: Iterable, progress, decoders: int | None):
         items = items_of(images, 'images')
-        with closing(ahead(self._level, watched(items, progress), threads_for(items, decoders), 2 * self.batch_size)) as levels: yield from levels
+        with closing(
+            ahead(self._level, watched(items, progress), threads_for(items, decoders), 2 * self.batch_size)
+        ) as levels:
+            yield from levels
 
     def _as_image(self, image) -> Tensor: return as_image(image, self.card.get('pixels', {}).get('alpha', 'white'))
 
@@ -374,15 +455,24 @@ class Embedder:
     def _pairs(self, texts: list, levels: Tensor) -> Tensor:
         with steady():
             if not self.fills: return self.module.score_pairs(*self._packed(texts), levels)
-            tokens = join_tokens([Tokens(*self.module.tokenize(*self._packed(texts)))], self.module.text_pipeline.pad_id, self.card['max_length'])
-            return self.module.model(Tokens(*map(self._filled, tokens)), self.module.normalized(self._filled(levels)))[:len(texts)].float()
+            tokens = join_tokens(
+                [Tokens(*self.module.tokenize(*self._packed(texts)))],
+                self.module.text_pipeline.pad_id,
+                self.card['max_length'],
+            )
+            return self.module.model(Tokens(*map(self._filled, tokens)), self.module.normalized(self._filled(levels)))[
+                : len(texts)
+            ].float()
 
-    def _packed(self, texts: list) -> tuple: return pack([self.enough(t) if hasattr(t, '__len__') else t for t in texts])
+    def _packed(self, texts: list) -> tuple:
+        return pack([self.enough(t) if hasattr(t, '__len__') else t for t in texts])
 
     def _full(self, text: bytes) -> bool: # whether it has as many tokens as are kept
         with steady(): return int(self.module.tokenize(*pack([text]))[1].sum()) == self.card['max_length']
 
-    def _lengths(self, tokens: Tokens) -> Tensor: # int64 (B,): the length to which a row is filled, which only its own tokens decide
+    def _lengths(
+        self, tokens: Tokens
+    ) -> Tensor:  # int64 (B,): the length to which a row is filled, which only its own tokens decide
         used = (tokens.mask * torch.arange(1, tokens.mask.shape[1] + 1, device=tokens.mask.device)).amax(1)
         sizes = torch.tensor(self.lengths, device=used.device)
         return sizes[torch.bucketize(used, sizes[:-1])]
@@ -400,14 +490,20 @@ class Embedder:
     def _picked(self, method: str, rows: Tensor, top_k: int) -> list:
         with steady(): found = getattr(self.module, method)(rows, top_k)
         bad = (failed(rows) if method == 'classify_embedding' else rows.isnan().any(1)).tolist()
-        return [[] if b else list(zip(labels, p)) for labels, p, b in zip(found.labels, found.probability.tolist(), bad)]
+        return [
+            [] if b else list(zip(labels, p)) for labels, p, b in zip(found.labels, found.probability.tolist(), bad)
+        ]
 
     def _labelled(self, top_k: int):
         if not self.labels: raise TypeError(f'{self.path.name} has no labels: export it with labels=')
         whole_number('top_k', top_k, 0)
 
     def _embeds(self):
-        if self.pairs: raise TypeError(f'{self.path.name} scores pairs and has no embeddings: call scores(texts, images) or classify(texts, images)')
+        if self.pairs:
+            raise TypeError(
+                f'{self.path.name} scores pairs and has no embeddings: call scores(texts, images) or classify(texts, '
+                f'images)'
+            )
 
     def _judges(self):
         if not self.pairs: raise TypeError(f'{self.path.name} embeds and scores no pairs: call score(texts, images)')
@@ -430,7 +526,9 @@ class Embedder:
 
 def _again(kind: type, path: str, content_hash: str, given: dict) -> Embedder: # unpickled, where the file is there too
     if (found := read_card(path)['content_hash']) != content_hash:
-        raise ValueError(f'{path} is another artifact than the one that was pickled: {found[:12]}, not {content_hash[:12]}')
+        raise ValueError(
+            f'{path} is another artifact than the one that was pickled: {found[:12]}, not {content_hash[:12]}'
+        )
     return kind(path, **given)
 
 # %% ../../nbs/runtime/07_embedder.ipynb #aaed0704
@@ -442,6 +540,7 @@ def load(
 ) -> Embedder:
     """The artifact at `path`, ready to answer.
 
-    Raises `FileNotFoundError`, `ValueError` (no artifact, truncated, damaged, newer format, no such device) or `ImportError` (no torchcodec).
+    Raises `FileNotFoundError`, `ValueError` (no artifact, truncated, damaged, newer format, no such device) or
+    `ImportError` (no torchcodec).
     Switches TorchScript's profiling executor off, process-wide: it would recompile in the first calls."""
     return Embedder(path, device, threads, **kwargs)

@@ -27,7 +27,11 @@ def text_error(
 ) -> str: # empty for a text
     "Why this is no text."
     if isinstance(text, str): return markers.doubt(text)
-    return '' if isinstance(text, (bytes, bytearray, memoryview)) else f'{type(text).__name__} is no text: pass str or bytes'
+    return (
+        ''
+        if isinstance(text, (bytes, bytearray, memoryview))
+        else f'{type(text).__name__} is no text: pass str or bytes'
+    )
 
 # %% ../../nbs/runtime/03_inputs.ipynb #c6cf4613
 def enough(
@@ -52,7 +56,13 @@ def name_of(
 ) -> str:
     "What to call an item in a table."
     if isinstance(item, bytes) and b'\0' not in item[:64] and len(item) < 4096: return item.decode(errors='replace')
-    return Path(item).name if isinstance(item, Path) or isinstance(item, str) and Path(item).is_file() else item if isinstance(item, str) else str(i)
+    return (
+        Path(item).name
+        if isinstance(item, Path) or isinstance(item, str) and Path(item).is_file()
+        else item
+        if isinstance(item, str)
+        else str(i)
+    )
 
 # %% ../../nbs/runtime/03_inputs.ipynb #43f0c952
 def items_of(
@@ -88,14 +98,18 @@ def tokens_of(
     if not (isinstance(tokens, tuple) and len(tokens) == 2 and all(isinstance(x, Tensor) for x in tokens)):
         raise TypeError(f'tokens must be Tokens(ids, mask), as tokenize gives them, got {type(tokens).__name__}')
     ids, mask = tokens
-    if ids.dtype != torch.int64 or ids.ndim != 2: raise ValueError(f'tokens.ids must be int64 (B, L), got {shape_of(ids)}')
-    if mask.dtype != torch.int64 or mask.shape != ids.shape: raise ValueError(f'tokens.mask must be int64 {tuple(ids.shape)} as tokens.ids is, got {shape_of(mask)}')
+    if ids.dtype != torch.int64 or ids.ndim != 2:
+        raise ValueError(f'tokens.ids must be int64 (B, L), got {shape_of(ids)}')
+    if mask.dtype != torch.int64 or mask.shape != ids.shape:
+        raise ValueError(f'tokens.mask must be int64 {tuple(ids.shape)} as tokens.ids is, got {shape_of(mask)}')
     if not len(ids): return Tokens(ids, mask)
     if not 1 <= ids.shape[1] <= most: raise ValueError(f'tokens must be 1 to {most} a row, got {ids.shape[1]}')
     for name, x, limit in (('ids', ids, vocab), ('mask', mask, 2)):
         if x.min() < 0 or x.max() >= limit:
             row = int(((x < 0) | (x >= limit)).any(1).nonzero()[0])
-            raise ValueError(f'tokens.{name}[{row}] must be 0 to {limit - 1}, got {int(x[row].min())} to {int(x[row].max())}')
+            raise ValueError(
+                f'tokens.{name}[{row}] must be 0 to {limit - 1}, got {int(x[row].min())} to {int(x[row].max())}'
+            )
     return Tokens(ids, mask)
 
 # %% ../../nbs/runtime/03_inputs.ipynb #2afe9fdb
@@ -105,9 +119,17 @@ def pixels_of(
     floats: bool = True, # it takes normalised float32, too
 ) -> Tensor:
     "`pixels`, fit for an image tower; raises `TypeError` or `ValueError`."
-    if not isinstance(pixels, Tensor): raise TypeError(f'pixels must be a tensor, as preprocess gives them, got {type(pixels).__name__}')
-    if pixels.dtype not in (torch.uint8, torch.float32)[:1 + floats] or pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, *size):
-        raise ValueError(f"pixels must be uint8{' or normalised float32' if floats else ''} (B, 3, {size[0]}, {size[1]}), got {shape_of(pixels)}")
+    if not isinstance(pixels, Tensor):
+        raise TypeError(f'pixels must be a tensor, as preprocess gives them, got {type(pixels).__name__}')
+    if (
+        pixels.dtype not in (torch.uint8, torch.float32)[: 1 + floats]
+        or pixels.ndim != 4
+        or tuple(pixels.shape[1:]) != (3, *size)
+    ):
+        raise ValueError(
+            f"pixels must be uint8{' or normalised float32' if floats else ''} (B, 3, {size[0]}, {size[1]}), got "
+            f"{shape_of(pixels)}"
+        )
     return pixels
 
 # %% ../../nbs/runtime/03_inputs.ipynb #0f566a9a
@@ -121,5 +143,8 @@ def rows_of(
     if type(x).__module__ == 'numpy' and getattr(x, 'ndim', 0) == 2 and x.dtype.kind in 'fiu': x = torch.from_numpy(x)
     if not isinstance(x, Tensor): return None
     if x.ndim != 2 or x.shape[1] != dim or x.dtype != dtype:
-        raise ValueError(f'{name}: embeddings must have the shape (B, {dim}) and the type {str(dtype).removeprefix("torch.")}, got {shape_of(x)}')
+        raise ValueError(
+            f'{name}: embeddings must have the shape (B, {dim}) and the type {str(dtype).removeprefix("torch.")}, got '
+            f'{shape_of(x)}'
+        )
     return x

@@ -27,11 +27,15 @@ KERNELS = 'auto', 'onednn', 'torch' # what `choose_kernel` can be told
 def timed(
     seconds: float = .05, # that the turns take together
 ) -> dict[str, float]: # seconds of one product, by kernel
-    "Time a linear layer of 768 to 1,536 on 256 rows, with oneDNN and with torch's own product, on the threads that torch has now."
+    """Time a linear layer of 768 to 1,536 on 256 rows, with oneDNN and with torch's own product, on the threads that
+    torch has now."""
     g = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.rand(*shape, generator=g) - .5 for shape in ((256, 768), (1536, 768), (1536,)))
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
-    ways = {'onednn': lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, 'gelu', [], 'none'), 'torch': lambda: F.gelu(F.linear(x, weight, bias))}
+    ways = {
+        'onednn': lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, 'gelu', [], 'none'),
+        'torch': lambda: F.gelu(F.linear(x, weight, bias)),
+    }
     best, end = dict.fromkeys(ways, float('inf')), time.perf_counter() + seconds
     for turn in range(100):
         for name, f in ways.items():
@@ -42,17 +46,22 @@ def timed(
     return best
 
 # %% ../../nbs/runtime/01_processor.ipynb #3f3b8421
-LIMITS = 'ATEN_CPU_CAPABILITY', 'ONEDNN_MAX_CPU_ISA', 'DNNL_MAX_CPU_ISA', 'MKL_ENABLE_INSTRUCTIONS' # variables that hold instructions back
+# variables that hold instructions back
+LIMITS = 'ATEN_CPU_CAPABILITY', 'ONEDNN_MAX_CPU_ISA', 'DNNL_MAX_CPU_ISA', 'MKL_ENABLE_INSTRUCTIONS'
 
 def processor_name() -> str:
-    "Name this processor, its instruction sets, torch's version and its threads, in characters that a file's name may have."
+    """Name this processor, its instruction sets, torch's version and its threads, in characters that a file's name
+    may have."""
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
     flags = ','.join(sorted(k for k, v in found.items() if v is True) + [os.environ.get(k, '') for k in LIMITS])
     name = f"{found.get('cpu_name') or 'processor'} {torch.backends.cpu.get_cpu_capability()} {zlib.crc32(flags.encode()):08x}"
-    return re.sub('[^A-Za-z0-9.]+', '-', f"{name} torch {torch.__version__.partition('+')[0]} threads {torch.get_num_threads()}")
+    return re.sub(
+        '[^A-Za-z0-9.]+', '-', f"{name} torch {torch.__version__.partition('+')[0]} threads {torch.get_num_threads()}"
+    )
 
 # %% ../../nbs/runtime/01_processor.ipynb #429e5bf5
-MARGIN = .95 # of oneDNN's time, which torch's own product must stay below to be chosen: a tie is never decided by chance
+# of oneDNN's time, which torch's own product must stay below to be chosen: a tie is never decided by chance
+MARGIN = .95
 
 def choices_folder() -> Path | None:
     "Return where choices are kept, None where there is no such place."
@@ -91,8 +100,14 @@ def choose_kernel(
     fixed: bool = False,               # without timing: 'onednn', unless one of the two is named
     timing: Callable | None = None,    # without arguments: seconds by kernel; None: `timed`
 ) -> str: # 'onednn' or 'torch'
-    "Choose what the linear layers of an exported tower multiply by. Raises `ValueError` for a name that is none of the three."
-    source, kernels = ('kernels', kernels) if kernels is not None else ('MMEMBED_KERNELS', os.environ.get('MMEMBED_KERNELS') or 'auto')
+    """Choose what the linear layers of an exported tower multiply by.
+
+    Raises `ValueError` for a name that is none of the three."""
+    source, kernels = (
+        ('kernels', kernels)
+        if kernels is not None
+        else ('MMEMBED_KERNELS', os.environ.get('MMEMBED_KERNELS') or 'auto')
+    )
     if kernels not in KERNELS: raise ValueError(f'{source} must be one of {", ".join(KERNELS)}, got {kernels!r}')
     if not torch.backends.mkldnn.is_available(): return 'torch'
     if kernels != 'auto' or fixed: return 'onednn' if kernels == 'auto' else kernels

@@ -67,7 +67,8 @@ def check(
 # %% ../../nbs/runtime/04_results.ipynb #1e4660bf
 def policy(on_error: str):
     "Raises `ValueError` for what is none of the three."
-    if on_error not in ('raise', 'flag', 'skip'): raise ValueError(f"on_error must be 'raise', 'flag' or 'skip', got {on_error!r}")
+    if on_error not in ('raise', 'flag', 'skip'):
+        raise ValueError(f"on_error must be 'raise', 'flag' or 'skip', got {on_error!r}")
 
 # %% ../../nbs/runtime/04_results.ipynb #328ed24e
 def as_numpy(
@@ -83,8 +84,14 @@ def as_numpy(
 def failed(
     rows: Tensor, # embeddings (B, D)
 ) -> Tensor: # bool (B,)
-    "Tell the rows of items that failed: zeros, which an embedding of unit length never is. An embedding of bits may be, so none is told."
-    return torch.zeros(len(rows), dtype=torch.bool, device=rows.device) if rows.dtype == torch.uint8 else (rows == 0).all(1)
+    """Tell the rows of items that failed: zeros, which an embedding of unit length never is.
+
+    An embedding of bits may be, so none is told."""
+    return (
+        torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        if rows.dtype == torch.uint8
+        else (rows == 0).all(1)
+    )
 
 class Ranking(NamedTuple):
     "The best matches of every query, best first"
@@ -93,9 +100,21 @@ class Ranking(NamedTuple):
     probability: Tensor  # float32 (Q, K): softmax over all candidates, or sigmoid of each score
 
     def _repr_html_(self):
-        cell = lambda i, p, s: f'<td style="text-align:left;background:{shade(float(p))}">{int(i)} <small>{float(p):.0%}, {float(s):.2f}</small></td>'
-        rows = (f'<tr><th>{q}</th>' + ''.join(map(cell, *row)) + '</tr>' for q, row in enumerate(zip(self.index, self.probability, self.score)))
-        return '<table><tr><th>query</th>' + ''.join(f'<th>{k + 1}</th>' for k in range(self.index.shape[1])) + '</tr>' + ''.join(rows) + '</table>'
+        cell = lambda i, p, s: (
+            f'<td style="text-align:left;background:{shade(float(p))}">{int(i)} <small>{float(p):.0%}, '
+            f'{float(s):.2f}</small></td>'
+        )
+        rows = (
+            f'<tr><th>{q}</th>' + ''.join(map(cell, *row)) + '</tr>'
+            for q, row in enumerate(zip(self.index, self.probability, self.score))
+        )
+        return (
+            '<table><tr><th>query</th>'
+            + ''.join(f'<th>{k + 1}</th>' for k in range(self.index.shape[1]))
+            + '</tr>'
+            + ''.join(rows)
+            + '</table>'
+        )
 
 # %% ../../nbs/runtime/04_results.ipynb #8a5c1a91
 def shade(
@@ -112,7 +131,9 @@ def ranking(
     top_k: int,
     sigmoid: bool,       # pairs are judged one by one
 ) -> Ranking:
-    "The `top_k` best candidates of every query; equal scores in the order of the candidates, those that failed (NaN) last, with probability 0."
+    """The `top_k` best candidates of every query.
+
+    Equal scores in the order of the candidates, those that failed (NaN) last, with probability 0."""
     whole_number('top_k', top_k, 1)
     known = scores.masked_fill(scores.isnan(), -torch.inf)
     order = known.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
@@ -129,17 +150,29 @@ class Similarity(NamedTuple):
 
     def _repr_html_(self):
         low, high = limits(self.cosine)
-        head = ''.join('<th style="text-align:center">' + (f'<img src="data:image/png;base64,{thumbnail(x)}" title="{escape(n)}">' if x is not None else escape(n))
-                       + '</th>' for n, x in zip(self.images, self.levels))
-        cell = lambda c: f'<td style="text-align:center;background:{shade((float(c) - low) / (high - low))}">{float(c):.3f}</td>'
-        rows = (f'<tr><th style="text-align:left">{escape(t)}</th>' + ''.join(map(cell, row)) + '</tr>' for t, row in zip(self.texts, self.cosine))
+        head = ''.join(
+            '<th style="text-align:center">'
+            + (f'<img src="data:image/png;base64,{thumbnail(x)}" title="{escape(n)}">' if x is not None else escape(n))
+            + '</th>'
+            for n, x in zip(self.images, self.levels)
+        )
+        cell = lambda c: (
+            f'<td style="text-align:center;background:{shade((float(c) - low) / (high - low))}">{float(c):.3f}</td>'
+        )
+        rows = (
+            f'<tr><th style="text-align:left">{escape(t)}</th>' + ''.join(map(cell, row)) + '</tr>'
+            for t, row in zip(self.texts, self.cosine)
+        )
         return f'<table><tr><th></th>{head}</tr>' + ''.join(rows) + '</table>'
 
     def plot(self, ax=None):
         "A matplotlib heat map on `ax`, or on axes of its own; returns the axes."
         if ax is None:
             import matplotlib.pyplot as plt
-            _, ax = plt.subplots(figsize=(1.5 + .7 * max(1, len(self.images)), 1 + .4 * max(1, len(self.texts))), layout='constrained')
+
+            _, ax = plt.subplots(
+                figsize=(1.5 + 0.7 * max(1, len(self.images)), 1 + 0.4 * max(1, len(self.texts))), layout='constrained'
+            )
         ax.figure.colorbar(ax.imshow(self.cosine.cpu(), cmap='Blues', aspect='auto'), ax=ax, label='cosine')
         ax.set_xticks(range(len(self.images)), self.images, rotation=45, ha='right')
         ax.set_yticks(range(len(self.texts)), self.texts)
@@ -182,12 +215,21 @@ class Profile(NamedTuple):
     def shares(self) -> dict: # text, image: what preprocessing adds to the tower's own time
         "Preprocessing in parts of the towers' time; `None` where there was nothing to do."
         share = lambda before, tower: before / tower if tower else None
-        return {'text': share(self.tokenize, self.text_tower), 'image': share(self.decode + self.transform + self.normalize, self.image_tower)}
+        return {
+            'text': share(self.tokenize, self.text_tower),
+            'image': share(self.decode + self.transform + self.normalize, self.image_tower),
+        }
 
     def __str__(self):
         lines = [f'{k:12} {v:9.3f} ms' for k, v in self._asdict().items() if isinstance(v, float)]
         added = ', '.join(f'{k} {v:.1%}' for k, v in self.shares.items() if v is not None)
-        return '\n'.join([f'{self.texts} texts, {self.images} images', *lines, f"preprocessing adds to the towers' own time: {added}"])
+        return '\n'.join(
+            [
+                f'{self.texts} texts, {self.images} images',
+                *lines,
+                f"preprocessing adds to the towers' own time: {added}",
+            ]
+        )
     __repr__ = __str__
 
 # %% ../../nbs/runtime/04_results.ipynb #84c81fa2
@@ -214,9 +256,12 @@ def stages(
             tokens = Tokens(*clock('tokenize', m.tokenize, *pack(texts)))
             if not emb.pairs: clock('text_tower', lambda: m.model.encode_text(tokens))
         if images:
-            rgb = clock('decode', lambda: [emb.decode(x) for x in images]) if any(x.ndim == 1 for x in images) else images
+            rgb = (
+                clock('decode', lambda: [emb.decode(x) for x in images]) if any(x.ndim == 1 for x in images) else images
+            )
             levels = torch.stack(clock('transform', lambda: [emb.preprocess(x) for x in rgb]))
-            pixels = clock('normalize', getattr(m, 'normalized', m.vision_pipeline.normalize), levels)  # older files have no method for it
+            # older files have no method for it
+            pixels = clock('normalize', getattr(m, 'normalized', m.vision_pipeline.normalize), levels)
             if not emb.pairs: clock('image_tower', m.model.encode_image, pixels)
             elif texts: clock('image_tower', m.model, tokens, pixels)
     return Profile(len(texts), len(images), **ms)

@@ -19,12 +19,32 @@ from .engine import Options
 
 # %% ../../nbs/serve/04_checks.ipynb #198a1325
 MOST = 2**31 - 1
-WHOLE = dict( # the least and the most of each whole number
-    port=(0, 65_535), grpc_port=(0, 65_535), threads=(1, 4096), replicas=(1, 4096), max_body=(1, MOST), max_items=(1, MOST),
-    max_connections=(1, MOST), batch=(1, 65_536), queue=(1, MOST), queue_bytes=(1, 2**63 - 1), decoders=(0, 4096),
-    max_pixels=(0, 2**63 - 1), pixels=(0, 2**63 - 1), bodies=(0, 2**63 - 1), max_text=(1, MOST))
-REAL = dict( # the same of numbers; times are seconds
-    timeout=(.001, 1e6), body_timeout=(.001, 1e6), stall=(.001, 1e6), wait=(0, 1e6), drain=(0, 1e6), grace=(0, 1e6), trace_ratio=(0, 1))
+WHOLE = dict(  # the least and the most of each whole number
+    port=(0, 65_535),
+    grpc_port=(0, 65_535),
+    threads=(1, 4096),
+    replicas=(1, 4096),
+    max_body=(1, MOST),
+    max_items=(1, MOST),
+    max_connections=(1, MOST),
+    batch=(1, 65_536),
+    queue=(1, MOST),
+    queue_bytes=(1, 2**63 - 1),
+    decoders=(0, 4096),
+    max_pixels=(0, 2**63 - 1),
+    pixels=(0, 2**63 - 1),
+    bodies=(0, 2**63 - 1),
+    max_text=(1, MOST),
+)
+REAL = dict(  # the same of numbers; times are seconds
+    timeout=(0.001, 1e6),
+    body_timeout=(0.001, 1e6),
+    stall=(0.001, 1e6),
+    wait=(0, 1e6),
+    drain=(0, 1e6),
+    grace=(0, 1e6),
+    trace_ratio=(0, 1),
+)
 
 # %% ../../nbs/serve/04_checks.ipynb #0b504027
 def _typed(name: str, value, usual): # what is wrong with `value`, '' for nothing
@@ -37,20 +57,24 @@ def _typed(name: str, value, usual): # what is wrong with `value`, '' for nothin
         if type(value) not in (int, float) or not least <= value <= most: return f'a number from {least:g} to {most:g}'
     elif isinstance(usual, bool): return '' if isinstance(value, bool) else 'True or False'
     elif isinstance(usual, tuple) and not hasattr(usual, '_fields'):
-        if not isinstance(value, (tuple, list)) or not all(isinstance(v, str) and v for v in value): return 'a tuple of str'
+        if not isinstance(value, (tuple, list)) or not all(isinstance(v, str) and v for v in value):
+            return 'a tuple of str'
     elif isinstance(usual, str) and not isinstance(value, str): return 'a str'
     return ''
 
 # %% ../../nbs/serve/04_checks.ipynb #958912c5
 def _addresses(o: dict):
     host = o.get('host', '')
-    if 'host' in o and not re.fullmatch(r'[\w.:%-]+', host): raise ValueError(f'host must be a name or an address to listen on, got {host!r}')
-    if o['port'] and o['port'] == o.get('grpc_port'): raise ValueError(f'port and grpc_port are both {o["port"]}: each protocol needs its own')
+    if 'host' in o and not re.fullmatch(r'[\w.:%-]+', host):
+        raise ValueError(f'host must be a name or an address to listen on, got {host!r}')
+    if o['port'] and o['port'] == o.get('grpc_port'):
+        raise ValueError(f'port and grpc_port are both {o["port"]}: each protocol needs its own')
     for origin in o.get('cors', ()):
         if origin != '*' and not re.fullmatch(r'[a-z][a-z\d+.-]*://[^/\s]+', origin):
             raise ValueError(f"cors: an origin is '*' or like 'https://app.example', without a path, got {origin!r}")
     for name in o.get('fetch_hosts', ()):
-        if re.search(r'[\s/@]', name): raise ValueError(f"fetch_hosts: a host is like 'images.example', without scheme and path, got {name!r}")
+        if re.search(r'[\s/@]', name):
+            raise ValueError(f"fetch_hosts: a host is like 'images.example', without scheme and path, got {name!r}")
     if url := o.get('traces'):
         try: parts = urlsplit(url)
         except ValueError: parts = urlsplit('')
@@ -68,15 +92,20 @@ def _files(o: dict):
     for name in ('tls_cert', 'tls_key'):
         if o.get(name) and not Path(o[name]).is_file(): raise ValueError(f'{name}: there is no file {str(o[name])!r}')
     if o.get('tls_cert'):
-        try: ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(o['tls_cert'], o['tls_key'], password='')
-        except (OSError, ValueError) as e: raise ValueError(f'tls_cert and tls_key are not a certificate and its key in PEM: {e}') from None
-    if (table := o.get('token_ids')) and not Path(table).is_file(): raise ValueError(f'token_ids: there is no file {str(table)!r}')
-    if (index := o.get('index')) and '://' not in str(index) and not Path(index).exists(): raise ValueError(f'index: there is none at {str(index)!r}')
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(o['tls_cert'], o['tls_key'], password='')
+        except (OSError, ValueError) as e:
+            raise ValueError(f'tls_cert and tls_key are not a certificate and its key in PEM: {e}') from None
+    if (table := o.get('token_ids')) and not Path(table).is_file():
+        raise ValueError(f'token_ids: there is no file {str(table)!r}')
+    if (index := o.get('index')) and '://' not in str(index) and not Path(index).exists():
+        raise ValueError(f'index: there is none at {str(index)!r}')
     if log := o.get('log'):
         path = Path(log)
         if path.is_dir(): raise ValueError(f'log: {str(log)!r} is a folder')
         if not path.parent.is_dir(): raise ValueError(f'log: there is no folder {str(path.parent)!r}')
-        if not os.access(path if path.exists() else path.parent, os.W_OK): raise ValueError(f'log: {str(log)!r} cannot be written')
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ValueError(f'log: {str(log)!r} cannot be written')
 
 # %% ../../nbs/serve/04_checks.ipynb #865a2d17
 def checked_config(
@@ -84,7 +113,8 @@ def checked_config(
     here: bool = True, # whether this machine is to serve it: its files and its device are looked at
 ): # the same
     "Return `config`; raises `ValueError`, with one sentence, for an option that cannot be or does not fit to another."
-    if not isinstance(config.engine, Options): raise ValueError(f'engine must be Options, got {type(config.engine).__name__}')
+    if not isinstance(config.engine, Options):
+        raise ValueError(f'engine must be Options, got {type(config.engine).__name__}')
     o, usual = config._asdict() | config.engine._asdict(), config._field_defaults | config.engine._field_defaults
     for name, value in o.items():
         if wanted := _typed(name, value, usual.get(name)): raise ValueError(f'{name} must be {wanted}, got {value!r}')

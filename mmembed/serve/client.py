@@ -66,10 +66,18 @@ class Client:
         if urlsplit(url).scheme not in ('http', 'https', 'grpc', 'grpcs'):
             raise ValueError(f'url must begin with http://, https://, grpc:// or grpcs://, got {url[:80]!r}')
         if url.startswith('grpcs') and not verify:
-            raise ValueError('grpcs:// cannot leave TLS unverified: pass the certificates as verify=FILE, or use https://')
+            raise ValueError(
+                'grpcs:// cannot leave TLS unverified: pass the certificates as verify=FILE, or use https://'
+            )
         if batch_size < 1 or prefetch < 1: raise ValueError('batch_size and prefetch must be at least 1')
         self.url, self.api_key, self.batch_size, self.prefetch = url.rstrip('/'), api_key, batch_size, prefetch
-        self.retries, self.timeout, self.dimensions, self.verify, self.batch_bytes = retries, timeout, dimensions, verify, batch_bytes
+        self.retries, self.timeout, self.dimensions, self.verify, self.batch_bytes = (
+            retries,
+            timeout,
+            dimensions,
+            verify,
+            batch_bytes,
+        )
         self._lock, self._pid, self._loop, self._way = threading.Lock(), 0, None, None
 
     # ---- one after another ------------------------------------------------------------------------------------------
@@ -95,7 +103,9 @@ class Client:
         on_error: Callable | None = None,    # of every item that failed,
         on_always: Callable | None = None,   # and of every item
     ) -> np.ndarray | EncodedItems: # float32 (B, D) for 'raise', else `EncodedItems`
-        "Embeddings of unit length, in order. Raises `ServiceError`; with errors='raise' also `ValueError` for the first bad item."
+        """Embeddings of unit length, in order. Raises `ServiceError`.
+
+        With errors='raise' also `ValueError` for the first bad item."""
         made = _Collector(errors, on_done, on_error, on_always)
         total = len(items) if hasattr(items, '__len__') else None
         with _bar(progress, total) as advance:
@@ -120,14 +130,19 @@ class Client:
         "The nearest neighbours in the server's index."
         return self._submit(self._search(query, top_k, where)).result()
 
-    def classify(self,
-        items: Iterable,           # texts or images; pairs (text, image) for an artifact that scores them
-        labels: list | None = None, # by default the artifact's own
-        template: str = '{}',      # 'a photo of a {}'
+    def classify(
+        self,
+        items: Iterable,  # texts or images; pairs (text, image) for an artifact that scores them
+        labels: list | None = None,  # by default the artifact's own
+        template: str = '{}',  # 'a photo of a {}'
         top_k: int | None = None,
-    ) -> list[list[tuple[str, float]]]: # for each item its labels and their probabilities, best first; empty where it failed
+    ) -> list[
+        list[tuple[str, float]]
+    ]:  # for each item its labels and their probabilities, best first; empty where it failed
         "What the items are; `batch_size` of them a request."
-        return list(self._flow(self._chunks(items, pairs=True), lambda chunk: self._classify(chunk, labels, template, top_k)))
+        return list(
+            self._flow(self._chunks(items, pairs=True), lambda chunk: self._classify(chunk, labels, template, top_k))
+        )
 
     def info(self) -> dict:
         "The identity card of the artifact that the server runs."
@@ -139,9 +154,14 @@ class Client:
     ) -> dict[str, float]: # milliseconds, the median of each
         "Where the time of a request goes: `round_trip`, `network` and the server's stages."
         items = list(_batch(items)) if items is not None else ['a photograph of a clock']
-        if not items or n < 1: raise ValueError(f'profile needs items and n of at least 1, got {len(items)} items and n={n}')
+        if not items or n < 1:
+            raise ValueError(f'profile needs items and n of at least 1, got {len(items)} items and n={n}')
         rows = [self._submit(self._timed(items[k % len(items)])).result() for k in range(n + 2)][2:]
-        keys = [k for k in ('round_trip', 'network', 'queue', 'decode', 'transform', 'tokenize', 'forward', 'total') if any(k in r for r in rows)]
+        keys = [
+            k
+            for k in ('round_trip', 'network', 'queue', 'decode', 'transform', 'tokenize', 'forward', 'total')
+            if any(k in r for r in rows)
+        ]
         return {k: round(float(np.median([r.get(k, 0.) for r in rows])), 3) for k in keys}
 
     # ---- with await --------------------------------------------------------------------------------------------------
@@ -158,7 +178,9 @@ class Client:
         finally:
             for f in waiting: f.cancel()
 
-    async def aencode(self, items, errors: str = 'raise', on_done=None, on_error=None, on_always=None) -> np.ndarray | EncodedItems:
+    async def aencode(
+        self, items, errors: str = 'raise', on_done=None, on_error=None, on_always=None
+    ) -> np.ndarray | EncodedItems:
         "`encode` for an event loop."
         made = _Collector(errors, on_done, on_error, on_always)
         async for r in self.astream(items): made.add(r)
@@ -172,7 +194,9 @@ class Client:
         "`search` for an event loop."
         return await asyncio.wrap_future(self._submit(self._search(query, top_k, where)))
 
-    async def aclassify(self, items, labels: list | None = None, template: str = '{}', top_k: int | None = None) -> list:
+    async def aclassify(
+        self, items, labels: list | None = None, template: str = '{}', top_k: int | None = None
+    ) -> list:
         "`classify` for an event loop."
         return await asyncio.to_thread(self.classify, items, labels, template, top_k)
 
@@ -189,7 +213,10 @@ class Client:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def _again(self, ask):
-        if self._way is None: self._way = (Grpc if self.url.startswith('grpc') else Http)(self.url, self.timeout, self.api_key, self.verify)
+        if self._way is None:
+            self._way = (Grpc if self.url.startswith('grpc') else Http)(
+                self.url, self.timeout, self.api_key, self.verify
+            )
         for attempt in range(self.retries + 1):
             try: return await ask(self._way)
             except ServiceError as e:
@@ -209,8 +236,12 @@ class Client:
 
     async def _rows(self, way, items): return (await way.encode(items, self.dimensions))[0]
 
-    async def _halves(self, ask, items, lost): # lost: what stands before the reason in the row of an item that is too large
-        "Rows of `items`; what is too much at once for the server is sent in halves, what is too large alone fails alone."
+    async def _halves(
+        self, ask, items, lost
+    ):  # lost: what stands before the reason in the row of an item that is too large
+        """Rows of `items`.
+
+        What is too much at once for the server is sent in halves, what is too large alone fails alone."""
         try: return await self._again(lambda way: ask(way, items))
         except ServiceError as e:
             if not e.large: raise
@@ -228,12 +259,16 @@ class Client:
         q, found = content(query), []
         for chunk in self._chunks(candidates, most=len(candidates)):
             wire = [item for _, item, error in chunk if not error]
-            rows = iter(await self._halves(lambda way, items: way.rank(q, items), wire, (float('nan'),)) if wire else ())
+            rows = iter(
+                await self._halves(lambda way, items: way.rank(q, items), wire, (float('nan'),)) if wire else ()
+            )
             found += [(float('nan'), error) if error else next(rows) for _, _, error in chunk]
         score = np.array([-np.inf if error else s for s, error in found])  # what failed comes last
         share = np.exp(score - max((s for s, error in found if not error), default=0.))
         share /= share.sum() or 1.
-        return [Match(int(k), found[k][0], float(share[k]), found[k][1]) for k in np.argsort(-score, kind='stable')][:top_k]
+        return [Match(int(k), found[k][0], float(share[k]), found[k][1]) for k in np.argsort(-score, kind='stable')][
+            :top_k
+        ]
 
     async def _search(self, query, top_k, where):
         q = content(query)
@@ -245,16 +280,25 @@ class Client:
         return [[] if error else [(label, p) for label, p, _ in next(rows)] for _, _, error in chunk]
 
     async def _labelled(self, items, labels, template, top_k):
-        "Of each item its (label, probability, score); what is too much at once is sent in halves of the items, then of the labels."
+        """Of each item its (label, probability, score).
+
+        What is too much at once is sent in halves of the items, then of the labels."""
         try: return await self._again(lambda way: way.classify(items, labels, template, top_k))
         except ServiceError as e:
             if not e.large: raise
         if len(items) > 1:
             half = len(items) // 2
-            return [row for part in (items[:half], items[half:]) for row in await self._labelled(part, labels, template, top_k)]
-        if not labels or len(labels) == 1 or not (await self._labelled(items, labels[:1], template, None))[0]: return [[]]
+            return [
+                row
+                for part in (items[:half], items[half:])
+                for row in await self._labelled(part, labels, template, top_k)
+            ]
+        if not labels or len(labels) == 1 or not (await self._labelled(items, labels[:1], template, None))[0]:
+            return [[]]
         half = len(labels) // 2
-        found = [x for part in (labels[:half], labels[half:]) for x in (await self._labelled(items, part, template, None))[0]]
+        found = [
+            x for part in (labels[:half], labels[half:]) for x in (await self._labelled(items, part, template, None))[0]
+        ]
         share = np.exp(np.array([score for *_, score in found]) - max(score for *_, score in found))
         rows = [(label, float(p), score) for (label, _, score), p in zip(found, share / share.sum())]
         return [sorted(rows, key=lambda x: -x[2])[:top_k]]
@@ -293,8 +337,16 @@ class Client:
 class _Collector:
     "Results to what `encode` gives back"
     def __init__(self, errors, on_done, on_error, on_always):
-        if errors not in ('raise', 'flag', 'skip'): raise ValueError(f"errors must be 'raise', 'flag' or 'skip', got {errors!r}")
-        self.how, self.done, self.error, self.always, self.rows, self.errors = errors, on_done, on_error, on_always, [], []
+        if errors not in ('raise', 'flag', 'skip'):
+            raise ValueError(f"errors must be 'raise', 'flag' or 'skip', got {errors!r}")
+        self.how, self.done, self.error, self.always, self.rows, self.errors = (
+            errors,
+            on_done,
+            on_error,
+            on_always,
+            [],
+            [],
+        )
 
     def add(self, r: Result):
         good = r.status == 'ok'
@@ -315,8 +367,11 @@ class _Collector:
 # %% ../../nbs/serve/18_client.ipynb #5fcfbe3a
 def _batch(items):
     "`items` if it is a batch; a single item, easily passed by mistake, is refused."
-    if isinstance(items, (str, bytes, bytearray, memoryview, Path, np.ndarray, dict)) or not isinstance(items, Iterable) \
-        or type(items).__module__.split('.')[0] == 'PIL':
+    if (
+        isinstance(items, (str, bytes, bytearray, memoryview, Path, np.ndarray, dict))
+        or not isinstance(items, Iterable)
+        or type(items).__module__.split('.')[0] == 'PIL'
+    ):
         raise TypeError(f'items is a single {type(items).__name__}; pass a list: [item]')
     return items
 

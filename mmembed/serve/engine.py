@@ -80,11 +80,14 @@ class Engine:
         pipeline = emb.module.text_pipeline
         self.kinds = ('pair',) if emb.pairs else ('text', 'image')
         self._pad_id = pipeline.pad_id
-        self._lengths = emb.lengths if emb.deterministic else text_lengths(pipeline.pad_to, emb.card['max_length'], fine=False)
+        self._lengths = (
+            emb.lengths if emb.deterministic else text_lengths(pipeline.pad_to, emb.card['max_length'], fine=False)
+        )
         self.lanes = {kind: Lane(o.batch, o.wait, room=4 * o.batch) for kind in self.kinds}
         self.first = {k: Lane(1, then=self.lanes[k]) for k in self.kinds}
         if 'text' in self.first:
-            for name in ('text', 'long'): self.first[name] = Lane(4 * o.batch, o.wait / 2, then=self.lanes['text'], bytes=TURN_BYTES)
+            for name in ('text', 'long'):
+                self.first[name] = Lane(4 * o.batch, o.wait / 2, then=self.lanes['text'], bytes=TURN_BYTES)
         self.waiting = dict.fromkeys(self.kinds, 0)
         self.pace = dict.fromkeys(self.kinds, 0.)  # seconds that a tower needs for an item, a running mean
         cores = max(1, decoders(None, None))
@@ -94,10 +97,14 @@ class Engine:
         self.bytes, self.unfit, self.closing = 0, '', False
         self._lock, self._jobs, self._busy = threading.Lock(), set(), {}
         self._holders, self._retired, self._left = 0, False, threading.Condition(self._lock)
-        self._threads = [threading.Thread(target=self._work, args=(name, step, *args), name=name, daemon=True)
-                         for name, step, *args in [*[(f'tokenize {k}', self._tokenize, k) for k in self.first if k in ('text', 'long')],
-                             *[(k, self._forward, k) for k in self.kinds],
-                             *[(f'decode-{i}', self._decode, self.kinds[-1]) for i in range(o.decoders or cores)]]]
+        self._threads = [
+            threading.Thread(target=self._work, args=(name, step, *args), name=name, daemon=True)
+            for name, step, *args in [
+                *[(f'tokenize {k}', self._tokenize, k) for k in self.first if k in ('text', 'long')],
+                *[(k, self._forward, k) for k in self.kinds],
+                *[(f'decode-{i}', self._decode, self.kinds[-1]) for i in range(o.decoders or cores)],
+            ]
+        ]
         for t in self._threads: t.start()
 
     def submit(self,
@@ -109,10 +116,16 @@ class Engine:
         "Admits all `items` or none; raises `Busy`, `Unfit` or `Unsuited`."
         if not items: raise ValueError('there are no items')
         if any(i.kind not in self.waiting for i in items):
-            raise Unsuited('this artifact scores pairs of a text and an image: ask for their labels' if self.emb.pairs else 'this artifact embeds, and scores no pairs')
+            raise Unsuited(
+                'this artifact scores pairs of a text and an image: ask for their labels'
+                if self.emb.pairs
+                else 'this artifact embeds, and scores no pairs'
+            )
         count = {k: sum(i.kind == k for i in items) for k in self.waiting}
         size = sum(i.size for i in items)
-        job = PendingRequest(items, self._finished, time.perf_counter() + (timeout or self.options.timeout), urgent=force)
+        job = PendingRequest(
+            items, self._finished, time.perf_counter() + (timeout or self.options.timeout), urgent=force
+        )
         job.answer = done
         with self._lock:
             if self.unfit or self.closing: raise Unfit(self.unfit or 'the engine is closed')
@@ -160,8 +173,10 @@ class Engine:
         now = time.perf_counter()
         for t in self._threads:
             since = self._busy.get(t.name)
-            if not t.is_alive() and not self.closing: self._fail(f'worker {t.name} is dead')
-            elif since and now - since > self.options.stall: self._fail(f'worker {t.name} is stuck for {now - since:.0f} s')
+            if not t.is_alive() and not self.closing:
+                self._fail(f'worker {t.name} is dead')
+            elif since and now - since > self.options.stall:
+                self._fail(f'worker {t.name} is stuck for {now - since:.0f} s')
         return self.unfit
 
     def enter(self) -> bool: # False when it is out of force
@@ -350,7 +365,9 @@ class Engine:
                     seconds = max(i.times['forward'][1] - i.times['forward'][0] for i in done) / max(done[0].batch, 1)
                     self.pace[k] = self.pace[k] + .05 * (seconds - self.pace[k]) if self.pace[k] else seconds
                     self.lanes[k].patience = min(self.pace[k] * self.options.batch, PATIENCE)
-                    if self._short and self.pace[k]: self.lanes[k].largest = min(self.options.batch, 8 * max(1, round(TURN / self.pace[k] / 8)))  # a tower computes eight at a time
+                    # a tower computes eight at a time
+                    if self._short and self.pace[k]:
+                        self.lanes[k].largest = min(self.options.batch, 8 * max(1, round(TURN / self.pace[k] / 8)))
             self.bytes -= size
             self._jobs.discard(job)
         job.total = now - job.arrival
@@ -361,4 +378,8 @@ def out_of_memory(
 ) -> bool:
     "Whether memory is what was missing: then no later call can be trusted either."
     text = str(e)
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or 'out of memory' in text or "can't allocate memory" in text
+    return (
+        isinstance(e, (MemoryError, torch.OutOfMemoryError))
+        or 'out of memory' in text
+        or "can't allocate memory" in text
+    )

@@ -50,7 +50,15 @@ class Refusal(Exception):
     def __init__(self, code, text: str, retry: float = 0.): super().__init__(text); self.code, self.retry = code, retry
 
 # %% ../../nbs/serve/14_grpc_server.ipynb #45167446
-CODES = {404: 'FAILED_PRECONDITION', 413: 'RESOURCE_EXHAUSTED', 429: 'RESOURCE_EXHAUSTED', 500: 'INTERNAL', 503: 'UNAVAILABLE', 504: 'DEADLINE_EXCEEDED'} # of HTTP's; any other: INVALID_ARGUMENT
+# of HTTP's; any other: INVALID_ARGUMENT
+CODES = {
+    404: 'FAILED_PRECONDITION',
+    413: 'RESOURCE_EXHAUSTED',
+    429: 'RESOURCE_EXHAUSTED',
+    500: 'INTERNAL',
+    503: 'UNAVAILABLE',
+    504: 'DEADLINE_EXCEEDED',
+}
 
 # %% ../../nbs/serve/14_grpc_server.ipynb #cfedfabe
 def refusal(e: Exception) -> Refusal:
@@ -75,32 +83,53 @@ class Methods:
         if q.dimensions > dim: raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, f'dimensions: the model has {dim}')
         few(len(q.items), self.service.config)
         items = await self._embed(seen)(engine_items(q.items))
-        return self.m['EncodeResponse'](id=q.id, artifact=made_by(items, self.service), timing_ms=_timing(items), results=[
-            self.m['Result'](index=i.index, status=STATUS[i.status], error=i.error,
-                embedding=vector(i.value, q.dimensions).astype('<f4').tobytes() if i.status == 'ok' else b'') for i in items])
+        return self.m['EncodeResponse'](
+            id=q.id,
+            artifact=made_by(items, self.service),
+            timing_ms=_timing(items),
+            results=[
+                self.m['Result'](
+                    index=i.index,
+                    status=STATUS[i.status],
+                    error=i.error,
+                    embedding=vector(i.value, q.dimensions).astype('<f4').tobytes() if i.status == 'ok' else b'',
+                )
+                for i in items
+            ],
+        )
 
     async def Rank(self, q, seen):
         if not q.candidates: raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, 'candidates: there are none')
         few(len(q.candidates) + 1, self.service.config)
         query, *candidates = engine_items([q.query, *q.candidates])
         rows, items = await scores.rank(self.service, self._embed(seen), query, candidates, q.top_k)
-        return self.m['RankResponse'](id=q.id, artifact=made_by(items, self.service), results=self._rows('Ranked', rows))
+        return self.m['RankResponse'](
+            id=q.id, artifact=made_by(items, self.service), results=self._rows('Ranked', rows)
+        )
 
     async def Classify(self, q, seen):
         if not q.items: raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, 'items: there are none')
         few(len(q.items) + len(q.labels), self.service.config)
-        rows, items = await scores.classify(self.service, self._embed(seen), engine_items(q.items), list(q.labels), q.template or '{}', q.top_k)
-        return self.m['ClassifyResponse'](id=q.id, artifact=made_by(items, self.service), results=self._rows('Classified', rows))
+        rows, items = await scores.classify(
+            self.service, self._embed(seen), engine_items(q.items), list(q.labels), q.template or '{}', q.top_k
+        )
+        return self.m['ClassifyResponse'](
+            id=q.id, artifact=made_by(items, self.service), results=self._rows('Classified', rows)
+        )
 
     async def Search(self, q, seen):
         if q.top_k > 1000: raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, 'top_k: at most 1000')
-        rows, items = await scores.search(self.service, self._embed(seen), *engine_items([q.query]), q.top_k or 10, q.where or None)
+        rows, items = await scores.search(
+            self.service, self._embed(seen), *engine_items([q.query]), q.top_k or 10, q.where or None
+        )
         return self.m['SearchResponse'](id=q.id, artifact=made_by(items, self.service), results=[
             self.m['Hit'](id=str(r['id']), score=r['score'], row=orjson.dumps(r)) for r in rows])
 
     async def Info(self, q, seen):
         card = self.service.card
-        return self.m['InfoResponse'](name=self.service.name, artifact=card['short_hash'], card=json.dumps(card), dimensions=card['dim'])
+        return self.m['InfoResponse'](
+            name=self.service.name, artifact=card['short_hash'], card=json.dumps(card), dimensions=card['dim']
+        )
 
     # ---- the Open Inference Protocol -------------------------------------------------------------------------------
     async def ServerLive(self, q, seen): return self.v2('ServerLiveResponse')(live=not self.service.engine.health())
@@ -134,10 +163,21 @@ class Methods:
     async def ModelInfer(self, q, seen):
         self._known(q.model_name)
         raw = q.raw_input_contents
-        if raw and len(raw) != len(q.inputs): raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, f'{len(q.inputs)} inputs, {len(raw)} raw contents')
-        given = [(t.name, t.datatype, list(t.shape), inference.byte_strings(raw[k]) if raw else list(t.contents.bytes_contents)) for k, t in enumerate(q.inputs)]
+        if raw and len(raw) != len(q.inputs):
+            raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, f'{len(q.inputs)} inputs, {len(raw)} raw contents')
+        given = [
+            (
+                t.name,
+                t.datatype,
+                list(t.shape),
+                inference.byte_strings(raw[k]) if raw else list(t.contents.bytes_contents),
+            )
+            for k, t in enumerate(q.inputs)
+        ]
         items = await self._embed(seen)(inference.tensor_items(self.service, given))
-        out = self.v2('ModelInferResponse')(model_name=self.service.name, model_version=made_by(items, self.service), id=q.id)
+        out = self.v2('ModelInferResponse')(
+            model_name=self.service.name, model_version=made_by(items, self.service), id=q.id
+        )
         for name, datatype, shape, values in inference.output_tensors(self.service, items, {o.name for o in q.outputs}):
             out.outputs.add(name=name, datatype=datatype, shape=shape)
             out.raw_output_contents.append(inference.raw(values))
@@ -152,7 +192,8 @@ class Methods:
         return embed
 
     def _known(self, name):
-        if name != self.service.name and not self.service.config.any_model: raise Refusal(grpc.StatusCode.NOT_FOUND, f'there is no model {name[:60]!r}; there is {self.service.name!r}')
+        if name != self.service.name and not self.service.config.any_model:
+            raise Refusal(grpc.StatusCode.NOT_FOUND, f'there is no model {name[:60]!r}; there is {self.service.name!r}')
 
 # %% ../../nbs/serve/14_grpc_server.ipynb #e776290c
 def _timing(items) -> dict:
@@ -164,14 +205,18 @@ def _timing(items) -> dict:
 # %% ../../nbs/serve/14_grpc_server.ipynb #13431afa
 def parsed(kind: type, data: bytes): # a message
     "The message in `data`; raises `Refusal`."
-    try: return kind.FromString(data)
-    except DecodeError: raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, f'the bytes are no {kind.DESCRIPTOR.full_name}') from None
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, f'the bytes are no {kind.DESCRIPTOR.full_name}') from None
 
 # %% ../../nbs/serve/14_grpc_server.ipynb #b4637445
 def _carried(answer: type): # functions from an answer, and from an id and a `Refusal`, to a message of the stream
     if 'failure' in answer.DESCRIPTOR.fields_by_name:
         Failure = message('mmembed.v1.Failure')
-        return lambda out: out, lambda rid, r: answer(id=rid, failure=Failure(code=r.code.value[0], message=str(r), retry_after=r.retry))
+        return lambda out: out, lambda rid, r: answer(
+            id=rid, failure=Failure(code=r.code.value[0], message=str(r), retry_after=r.retry)
+        )
     def whole(out):
         out.parameters['triton_final_response'].bool_param = True
         return answer(infer_response=out)
@@ -190,10 +235,19 @@ class Calls:
         meta = {k: v for k, v in context.invocation_metadata() if isinstance(v, str)}
         key = meta.get('x-api-key') or meta.get('authorization', '').removeprefix('Bearer ')
         rid, left = request_id(meta.get('x-request-id')), context.time_remaining()
-        seen = dict(id=rid, items=0, start=time.perf_counter(), timeout=None if left is None else max(left, .001), code='OK', name=name,
-                    client=context.peer())
+        seen = dict(
+            id=rid,
+            items=0,
+            start=time.perf_counter(),
+            timeout=None if left is None else max(left, 0.001),
+            code='OK',
+            name=name,
+            client=context.peer(),
+        )
         method = f'{self.of[name]}/{name}'
-        seen['span'] = self.service.tracer.begin(method, meta, **{'rpc.system.name': 'grpc', 'rpc.method': method, 'client.address': context.peer()})
+        seen['span'] = self.service.tracer.begin(
+            method, meta, **{'rpc.system.name': 'grpc', 'rpc.method': method, 'client.address': context.peer()}
+        )
         self.running += 1
         self.idle.clear()
         context.set_trailing_metadata([('x-request-id', rid)])
@@ -227,13 +281,16 @@ class Calls:
                 r = self._explained(e, seen)
                 code = r.code.name
                 extra = [('x-request-id', seen['id'])]
-                if r.retry: extra += [('retry-after', f'{r.retry:.1f}'), ('grpc-retry-pushback-ms', str(int(r.retry * 1e3)))]
+                if r.retry:
+                    extra += [('retry-after', f'{r.retry:.1f}'), ('grpc-retry-pushback-ms', str(int(r.retry * 1e3)))]
                 await context.abort(r.code, str(r), tuple(extra))
             finally: self._done(seen, code)
         return method
 
     def streaming(self, name, kind, answer, window=16):
-        "The same over a stream. Triton's clients tell answers by their order, ours by their id: those go out as they are ready."
+        """The same over a stream.
+
+        Triton's clients tell answers by their order, ours by their id: those go out as they are ready."""
         work, (whole, failed), ordered = getattr(self.methods, name), _carried(answer), name == 'ModelInfer'
         async def method(requests, context):
             seen = await self._seen(name, context)
@@ -276,7 +333,8 @@ class Calls:
 
     def _explained(self, e, seen):
         r = refusal(e)
-        if r.code is grpc.StatusCode.INTERNAL: self.service.log.error('error', exc_info=e, extra=dict(fields=dict(id=seen['id'], path=seen['name'])))
+        if r.code is grpc.StatusCode.INTERNAL:
+            self.service.log.error('error', exc_info=e, extra=dict(fields=dict(id=seen['id'], path=seen['name'])))
         return r
 
     def handler(self, service: str):
@@ -345,8 +403,14 @@ async def start(
 ) -> tuple[Listener, int]: # and the port, where the configuration says 0
     "A gRPC server that has started; raises `OSError` when the port is taken."
     c, calls = service.config, Calls(service)
-    server = grpc.aio.server(options=[('grpc.max_receive_message_length', c.max_body), ('grpc.max_send_message_length', -1),
-        ('grpc.so_reuseport', int(c.replicas > 1)), ('grpc.max_concurrent_streams', 1024)])
+    server = grpc.aio.server(
+        options=[
+            ('grpc.max_receive_message_length', c.max_body),
+            ('grpc.max_send_message_length', -1),
+            ('grpc.so_reuseport', int(c.replicas > 1)),
+            ('grpc.max_concurrent_streams', 1024),
+        ]
+    )
     server.add_generic_rpc_handlers(tuple(calls.handler(s) for s in SERVICES))
     health_pb2_grpc.add_HealthServicer_to_server(_Health(service, calls.stopping), server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server, pool=pool())

@@ -23,10 +23,31 @@ from .middleware import Direct, Edge, Gone, attended
 from .engine import Busy, Unfit, Unsuited
 from .queue import Item
 from . import open_inference as inference, tasks as scores
-from .openapi import (BINARY, FORM, PAGE_HEADERS, RAW, Classification, Embeddings, Hits, Live, ModelList, ModelRow, Ranking, Ready,
-                                   Reloaded, asks, name_schemas, gives, page)
+from mmembed.serve.openapi import (
+    BINARY,
+    FORM,
+    PAGE_HEADERS,
+    RAW,
+    Classification,
+    Embeddings,
+    Hits,
+    Live,
+    ModelList,
+    ModelRow,
+    Ranking,
+    Ready,
+    Reloaded,
+    asks,
+    name_schemas,
+    gives,
+    page,
+)
 from .service import Service
-from .schemas import ClassifyRequest, EmbeddingRequest, RankRequest, ReloadRequest, SearchRequest, StreamRequest, answered, check_model, error, few, made_by, misfit, plain_text, problem, read_body, reply, embedding_rows, run, timing, to_items, vector, verdict
+from mmembed.serve.schemas import (
+    ClassifyRequest, EmbeddingRequest, RankRequest, ReloadRequest, SearchRequest, StreamRequest, answered, check_model,
+    error, few, made_by, misfit, plain_text, problem, read_body, reply, embedding_rows, run, timing, to_items, vector,
+    verdict,
+)
 
 # %% ../../nbs/serve/12_http.ipynb #09cf9413
 def app(service: Service) -> Edge:
@@ -37,7 +58,8 @@ def app(service: Service) -> Edge:
 
     async def parsed(request: Request, model):
         kind = request.headers.get('content-type', 'application/json').partition(';')[0].strip().lower()
-        if kind != 'application/json' and not kind.endswith('+json'): raise HTTPException(415, f'content type {kind[:60]!r} is not JSON')
+        if kind != 'application/json' and not kind.endswith('+json'):
+            raise HTTPException(415, f'content type {kind[:60]!r} is not JSON')
         asked = read_body(model, await request.body())
         check_model(getattr(asked, 'model', None), service)
         return asked
@@ -52,7 +74,9 @@ def app(service: Service) -> Edge:
 
     async def entries(request: Request) -> tuple[list[Item], dict]:
         kind = request.headers.get('content-type', 'application/json').partition(';')[0].strip().lower()
-        query = {k: request.query_params[k] for k in ('dimensions', 'encoding_format', 'model') if k in request.query_params}
+        query = {
+            k: request.query_params[k] for k in ('dimensions', 'encoding_format', 'model') if k in request.query_params
+        }
         if kind == 'multipart/form-data': items = await _form(request, config)
         elif kind == 'text/plain':
             items = [Item('text', plain_text(await request.body(), request.headers['content-type']))]
@@ -76,18 +100,31 @@ def app(service: Service) -> Edge:
         200 when at least one item succeeded. As JSON; or a multipart form, or one file or text as the body; with
         `Accept: application/octet-stream` the vectors come as little-endian float32, zeros where an item failed."""
         items, how = await entries(request)
-        if (how['dimensions'] or 0) > service.emb.dim: raise HTTPException(422, f'dimensions: the model has {service.emb.dim}')
+        if (how['dimensions'] or 0) > service.emb.dim:
+            raise HTTPException(422, f'dimensions: the model has {service.emb.dim}')
         items = await embed(request, items)
         head = dict(Server_Timing=timing(items), X_Artifact=made_by(items, service))
         if request.headers.get('accept') == 'application/octet-stream' and answered(items) == 200:
             width = how['dimensions'] or service.emb.dim
-            table = np.stack([np.zeros(width, np.float32) if i.value is None else vector(i.value, how['dimensions']) for i in items])
-            return Response(table.astype('<f4').tobytes(), 200, {k.replace('_', '-'): v for k, v in head.items()} |
-                            {'x-shape': f'{len(table)},{width}', 'x-status': ','.join(i.status for i in items)}, 'application/octet-stream')
+            table = np.stack(
+                [np.zeros(width, np.float32) if i.value is None else vector(i.value, how['dimensions']) for i in items]
+            )
+            return Response(
+                table.astype('<f4').tobytes(),
+                200,
+                {k.replace('_', '-'): v for k, v in head.items()}
+                | {'x-shape': f'{len(table)},{width}', 'x-status': ','.join(i.status for i in items)},
+                'application/octet-stream',
+            )
         tokens = sum(i.tokens for i in items)
         status = answered(items)
-        body = dict(object='list', model=service.name, artifact=made_by(items, service), data=embedding_rows(items, **how),
-                    usage=dict(prompt_tokens=tokens, total_tokens=tokens))
+        body = dict(
+            object='list',
+            model=service.name,
+            artifact=made_by(items, service),
+            data=embedding_rows(items, **how),
+            usage=dict(prompt_tokens=tokens, total_tokens=tokens),
+        )
         if status != 200: body['error'] = error(status, next(i.error or i.status for i in items))
         return reply(body, status, **head)
 
@@ -103,7 +140,11 @@ def app(service: Service) -> Edge:
         return reply(_model(service))
 
     def scored(found: list[dict], items: list[Item], status: int = 200, **more):
-        return reply(dict(model=service.name, artifact=made_by(items, service), **more, results=found), status, Server_Timing=timing(items))
+        return reply(
+            dict(model=service.name, artifact=made_by(items, service), **more, results=found),
+            status,
+            Server_Timing=timing(items),
+        )
 
     @api.post('/rank', responses=gives(Ranking), openapi_extra=asks(RankRequest), tags=['scores'])
     async def rank(request: Request):
@@ -114,17 +155,31 @@ def app(service: Service) -> Edge:
         found, items = await scores.rank(service, partial(embed, request), query, candidates, asked.top_k)
         return scored(found, items, kind=query.kind)
 
-    @api.post('/classify', responses=gives(Classification, partial=(422, 500, 503, 504)), openapi_extra=asks(ClassifyRequest), tags=['scores'])
+    @api.post(
+        '/classify',
+        responses=gives(Classification, partial=(422, 500, 503, 504)),
+        openapi_extra=asks(ClassifyRequest),
+        tags=['scores'],
+    )
     async def classify(request: Request):
-        "For each input the labels by probability. Each label is put into `template`: 'a photo of a {}'; without labels the artifact's own."
+        """For each input the labels by probability. Each label is put into `template`: 'a photo of a {}'.
+
+        Without labels the artifact's own."""
         asked = await parsed(request, ClassifyRequest)
         listed = asked.input if isinstance(asked.input, list) else [asked.input]
         few(len(listed) + len(asked.labels or ()), config)
         items = await fetched(request, listed)
-        found, items = await scores.classify(service, partial(embed, request), items, asked.labels, asked.template or '{}', asked.top_k)
+        found, items = await scores.classify(
+            service, partial(embed, request), items, asked.labels, asked.template or '{}', asked.top_k
+        )
         return scored(found, items, answered(items))
 
-    @api.post('/search', responses=gives(Hits, more={404: 'no index is loaded'}), openapi_extra=asks(SearchRequest), tags=['scores'])
+    @api.post(
+        '/search',
+        responses=gives(Hits, more={404: 'no index is loaded'}),
+        openapi_extra=asks(SearchRequest),
+        tags=['scores'],
+    )
     async def search(request: Request):
         "The nearest neighbours of the query in the index."
         asked = await parsed(request, SearchRequest)
@@ -136,13 +191,19 @@ def app(service: Service) -> Edge:
         "The identity card of the artifact."
         return reply(service.card)
 
-    @api.get('/livez', tags=['service'], responses=gives(Live, 503) | {503: dict(description='a worker is dead or stuck: restart', model=Live)})
+    @api.get(
+        '/livez',
+        tags=['service'],
+        responses=gives(Live, 503) | {503: dict(description='a worker is dead or stuck: restart', model=Live)},
+    )
     async def live():
         "Whether this process can still answer; if not, it is about to end."
         why = service.engine.health()
         return reply(dict(live=not why, reason=why), 503 if why else 200)
 
-    @api.get('/readyz', tags=['service'], responses=gives(Ready, 503) | {503: dict(description='not ready', model=Ready)})
+    @api.get(
+        '/readyz', tags=['service'], responses=gives(Ready, 503) | {503: dict(description='not ready', model=Ready)}
+    )
     async def ready():
         "Whether a canary, sent through the real queue, came back as the right vectors."
         why = await service.ready()
@@ -153,10 +214,16 @@ def app(service: Service) -> Edge:
         "For Prometheus."
         return Response(service.metrics.page(), media_type='text/plain; version=0.0.4; charset=utf-8')
 
-    @api.post('/admin/reload', responses=gives(Reloaded, more={403: 'the server has no API key'}), openapi_extra=asks(ReloadRequest), tags=['service'])
+    @api.post(
+        '/admin/reload',
+        responses=gives(Reloaded, more={403: 'the server has no API key'}),
+        openapi_extra=asks(ReloadRequest),
+        tags=['service'],
+    )
     async def reload(request: Request):
         "Loads an artifact and changes to it without dropping a request. Needs an API key, and a server that has one."
-        if not config.api_keys: raise HTTPException(403, 'reloading over HTTP needs a server with an API key; SIGHUP works without')
+        if not config.api_keys:
+            raise HTTPException(403, 'reloading over HTTP needs a server with an API key; SIGHUP works without')
         asked = await parsed(request, ReloadRequest)
         try: done = await service.reload(asked.artifact)
         except (ValueError, OSError, ImportError) as e: raise HTTPException(422, f'not reloaded: {e}') from None
@@ -181,11 +248,27 @@ def app(service: Service) -> Edge:
     @api.get('/docs', include_in_schema=False)
     async def docs(): return HTMLResponse(page(api.openapi()), headers=PAGE_HEADERS)
     inner = Direct(api, {'/v1/embeddings': embeddings, '/rank': rank, '/classify': classify, '/search': search})
-    return Edge(inner, service, {r.path.replace('{name}', service.name) for r in api.routes if not set('{:') & set(r.path.replace('{name}', ''))})
+    return Edge(
+        inner,
+        service,
+        {
+            r.path.replace('{name}', service.name)
+            for r in api.routes
+            if not set('{:') & set(r.path.replace('{name}', ''))
+        },
+    )
 
 # %% ../../nbs/serve/12_http.ipynb #a5ea98a7
 def _model(service) -> dict:
-    return dict(id=service.name, object='model', created=0, owned_by='mmembed', artifact=service.card['short_hash'], dimensions=service.emb.dim, computes=service.emb.computes)
+    return dict(
+        id=service.name,
+        object='model',
+        created=0,
+        owned_by='mmembed',
+        artifact=service.card['short_hash'],
+        dimensions=service.emb.dim,
+        computes=service.emb.computes,
+    )
 
 # %% ../../nbs/serve/12_http.ipynb #4cc7457e
 def _timeout(request: Request) -> float | None:
@@ -198,9 +281,12 @@ def _timeout(request: Request) -> float | None:
 # %% ../../nbs/serve/12_http.ipynb #7c74178b
 async def _form(request: Request, config) -> list[Item]:
     out = []
-    async with request.form(max_files=config.max_items, max_fields=config.max_items, max_part_size=config.max_body) as form:
+    async with request.form(
+        max_files=config.max_items, max_fields=config.max_items, max_part_size=config.max_body
+    ) as form:
         for name, value in form.multi_items():
-            if name not in ('image', 'text'): raise HTTPException(422, f'parts are called image or text, not {name[:40]!r}')
+            if name not in ('image', 'text'):
+                raise HTTPException(422, f'parts are called image or text, not {name[:40]!r}')
             data = value if isinstance(value, str) else await value.read()
             if name == 'text' and isinstance(data, bytes): data = plain_text(data, value.content_type or 'text/plain')
             if name == 'image' and isinstance(data, str): data = data.encode()
@@ -223,7 +309,8 @@ async def _stream(service: Service, socket: WebSocket, window: int = 16):
                     asked = read_body(StreamRequest, message['text'])
                     rid = number if asked.id is None else asked.id
                     check_model(asked.model, service)
-                    if (asked.dimensions or 0) > service.emb.dim: raise HTTPException(422, f'dimensions: the model has {service.emb.dim}')
+                    if (asked.dimensions or 0) > service.emb.dim:
+                        raise HTTPException(422, f'dimensions: the model has {service.emb.dim}')
                     listed = asked.input if isinstance(asked.input, list) else [asked.input]
                     items = await to_items(listed, service)
                     how = dict(dimensions=asked.dimensions, encoding=asked.encoding_format)
@@ -233,8 +320,15 @@ async def _stream(service: Service, socket: WebSocket, window: int = 16):
             except Exception as e:
                 code, why, retry = verdict(e)
                 if rid == number and message.get('text'): rid = _named(message['text'], number)
-                out = dict(id=rid, error=error(code, why, getattr(e, 'code', None)) | ({} if retry is None else dict(retry_after=round(retry, 1))))
-                if code == 500: service.log.error('error', exc_info=e, extra=dict(fields=dict(id=socket.state.id, path='/v1/stream')))
+                out = dict(
+                    id=rid,
+                    error=error(code, why, getattr(e, 'code', None))
+                    | ({} if retry is None else dict(retry_after=round(retry, 1))),
+                )
+                if code == 500:
+                    service.log.error(
+                        'error', exc_info=e, extra=dict(fields=dict(id=socket.state.id, path='/v1/stream'))
+                    )
             service.unpin()
             await socket.send_text(orjson.dumps(out, option=orjson.OPT_SERIALIZE_NUMPY).decode())
         except (WebSocketDisconnect, RuntimeError): pass  # it left before its answer

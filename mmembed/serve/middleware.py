@@ -47,9 +47,13 @@ class Edge:
         state['headers'] = headers
         route = path if path in self.routes else 'other'
         state['id'] = rid = request_id(headers.get('x-request-id'))
-        named, attributes = http_span(scope, headers, route if route != 'other' else '') if service.tracer.on else ('', {})
+        named, attributes = (
+            http_span(scope, headers, route if route != 'other' else '') if service.tracer.on else ('', {})
+        )
         state['span'] = span = service.tracer.begin(named, headers, **attributes) if route not in OPEN else None
-        state['seen'] = seen = dict(status=499, items=0, bytes=0, held=0, refused=False, began=False, asked=False, start=start)
+        state['seen'] = seen = dict(
+            status=499, items=0, bytes=0, held=0, refused=False, began=False, asked=False, start=start
+        )
 
         async def answer(message):
             if message['type'].endswith('http.response.start'):
@@ -73,16 +77,35 @@ class Edge:
             service.metrics.request_seconds.labels(kind, route).observe(took)
             service.tracer.end(span, seen['status'], request_id=rid)
             if path not in OPEN:
-                service.log.info('request', extra=dict(fields=dict(id=rid, protocol=kind, method=scope.get('method', ''),
-                    path=path, status=seen['status'], items=seen['items'], bytes=seen['bytes'], seconds=round(took, 5),
-                    client=(scope.get('client') or ('',))[0])))
+                service.log.info(
+                    'request',
+                    extra=dict(
+                        fields=dict(
+                            id=rid,
+                            protocol=kind,
+                            method=scope.get('method', ''),
+                            path=path,
+                            status=seen['status'],
+                            items=seen['items'],
+                            bytes=seen['bytes'],
+                            seconds=round(took, 5),
+                            client=(scope.get('client') or ('',))[0],
+                        )
+                    ),
+                )
 
     async def _checked(self, scope, receive, send):
         state = scope['state']
         headers = state['headers']
         try:
             if refusal := self._refusal(scope, headers):
-                await refusal(scope, receive, draining(receive, send, self.service.config.body_timeout) if refusal.status_code in (413, 429) else send)
+                await refusal(
+                    scope,
+                    receive,
+                    draining(receive, send, self.service.config.body_timeout)
+                    if refusal.status_code in (413, 429)
+                    else send,
+                )
             elif scope['type'] == 'websocket': await self.inner(scope, receive, send)  # each message has its own engine
             else:
                 if scope['method'] == 'HEAD': scope = scope | {'method': 'GET'}  # the server below sends no body to one
@@ -93,7 +116,8 @@ class Edge:
         except Exception as e:
             state['seen']['status'] = 500
             self.service.log.error('error', exc_info=e, extra=dict(fields=dict(id=state['id'], path=scope['path'])))
-            if not state['seen']['began'] and scope['type'] == 'http': await problem(500, 'internal error')(scope, receive, send)
+            if not state['seen']['began'] and scope['type'] == 'http':
+                await problem(500, 'internal error')(scope, receive, send)
 
     def _refusal(self, scope, headers) -> Response | None: # the answer to a request that goes no further
         config, guarded = self.service.config, scope['path'] not in OPEN
@@ -117,7 +141,9 @@ class Edge:
             return problem(415, f'content encoding {given!r} is not known, only gzip and deflate',
                            Accept_Encoding='gzip, deflate')
 
-    def _body(self, seen: dict, receive, codings: list, share: float): # an ASGI receive: in time, bounded, without its coding
+    def _body(
+        self, seen: dict, receive, codings: list, share: float
+    ):  # an ASGI receive: in time, bounded, without its coding
         config, whole = self.service.config, False
         if codings: receive = inflated(receive, codings[0], config.max_body)
         async def body():
@@ -194,7 +220,9 @@ def draining(
     send,           # ASGI
     seconds: float, # at most
 ): # an ASGI send
-    "Give an answer before the request has come whole; the rest is thrown away for a while, since closing at once would take the answer with it."
+    """Give an answer before the request has come whole.
+
+    The rest is thrown away for a while, since closing at once would take the answer with it."""
     async def sent(message):
         if message['type'] != 'http.response.body' or message.get('more_body'): return await send(message)
         await send(message | dict(more_body=True))

@@ -30,8 +30,14 @@ from .schemas import Refused, few, image_bytes, made_by, read_body, reply, verdi
 def signature(service: Service) -> tuple[list, list]: # inputs and outputs, each (name, datatype, shape)
     "What the model takes and gives."
     emb, many = service.emb, [-1]
-    if emb.pairs: out = [('scores', 'FP32', [-1, len(emb.labels)]), ('status', 'BYTES', many)]
-    else: out = [t for k in ('text', 'image') for t in ((f'{k}_embedding', 'FP32', [-1, emb.dim]), (f'{k}_status', 'BYTES', many))]
+    if emb.pairs:
+        out = [('scores', 'FP32', [-1, len(emb.labels)]), ('status', 'BYTES', many)]
+    else:
+        out = [
+            t
+            for k in ('text', 'image')
+            for t in ((f'{k}_embedding', 'FP32', [-1, emb.dim]), (f'{k}_status', 'BYTES', many))
+        ]
     return [(k, 'BYTES', many) for k in ('text', 'image')], out
 
 # %% ../../nbs/serve/11_open_inference.ipynb #326b1203
@@ -42,7 +48,8 @@ def tensor_items(
     "The engine's items; raises `HTTPException`."
     found: dict = {}
     for name, datatype, shape, values in given:
-        if name not in ('text', 'image') or name in found: raise HTTPException(400, f'inputs are text and image, not {name[:40]!r}')
+        if name not in ('text', 'image') or name in found:
+            raise HTTPException(400, f'inputs are text and image, not {name[:40]!r}')
         if datatype != 'BYTES': raise HTTPException(400, f'{name} must be BYTES, not {datatype[:40]!r}')
         if values is None or len(values) != int(np.prod(shape, dtype=object) if shape else 1):
             raise HTTPException(400, f'{name}: the contents do not fit the shape {shape}')
@@ -50,7 +57,8 @@ def tensor_items(
     if not any(found.values()): raise HTTPException(400, 'inputs: there are none')
     few(sum(map(len, found.values())), service.config)
     if not service.emb.pairs: return [Item(k, v) for k, values in found.items() for v in values]
-    if len(found) < 2 or len(found['text']) != len(found['image']): raise HTTPException(400, 'this model takes as many texts as images')
+    if len(found) < 2 or len(found['text']) != len(found['image']):
+        raise HTTPException(400, 'this model takes as many texts as images')
     return [Item('pair', (t, v)) for t, v in zip(found['text'], found['image'])]
 
 # %% ../../nbs/serve/11_open_inference.ipynb #7487adec
@@ -59,14 +67,18 @@ def output_tensors(
     items: list[Item],       # settled
     wanted: tuple | set = (), # names; none: all of the kinds that were asked
 ) -> list: # of (name, datatype, shape, values: float32 (N, D), or list of bytes)
-    "What the items became: zeros where one failed, and its status 'invalid: why'; raises `HTTPException` for an output that does not exist."
+    """What the items became: zeros where one failed, and its status 'invalid: why'.
+
+    Raises `HTTPException` for an output that does not exist."""
     _, out = signature(service)
-    if unknown := set(wanted) - {name for name, *_ in out}: raise HTTPException(400, f'outputs are {", ".join(n for n, *_ in out)}, not {sorted(unknown)[0][:40]!r}')
+    if unknown := set(wanted) - {name for name, *_ in out}:
+        raise HTTPException(400, f'outputs are {", ".join(n for n, *_ in out)}, not {sorted(unknown)[0][:40]!r}')
     made = []
     for name, datatype, shape in out:
         mine = items if service.emb.pairs else [i for i in items if name.startswith(i.kind)]
         if not mine or wanted and name not in wanted: continue
-        if datatype == 'BYTES': values = [(i.status if i.status == 'ok' else f'{i.status}: {i.error}').encode() for i in mine]
+        if datatype == 'BYTES':
+            values = [(i.status if i.status == 'ok' else f'{i.status}: {i.error}').encode() for i in mine]
         else: values = np.stack([np.zeros(shape[1], '<f4') if i.value is None else i.value.astype('<f4') for i in mine])
         made.append((name, datatype, [len(mine), *shape[1:]], values))
     return made
@@ -86,7 +98,9 @@ def byte_strings(data: bytes) -> list[bytes] | None: # None when `data` is not i
 # %% ../../nbs/serve/11_open_inference.ipynb #d14a4942
 def raw(values) -> bytes: # of `output_tensors`
     "A tensor as it goes over the wire."
-    return values.tobytes() if isinstance(values, np.ndarray) else b''.join(struct.pack('<I', len(s)) + s for s in values)
+    return (
+        values.tobytes() if isinstance(values, np.ndarray) else b''.join(struct.pack('<I', len(s)) + s for s in values)
+    )
 
 # %% ../../nbs/serve/11_open_inference.ipynb #30da759e
 def configuration(service: Service) -> dict: # as Triton's `ModelConfig`
@@ -99,18 +113,33 @@ def configuration(service: Service) -> dict: # as Triton's `ModelConfig`
 
 # %% ../../nbs/serve/11_open_inference.ipynb #50dda1b8
 def statistics(service: Service) -> dict: # as Triton's `ModelStatistics`: counts, and sums in nanoseconds
-    "Return what became of all items since the start, in every process of the server, and the time they spent in each stage."
+    """Return what became of all items since the start, in every process of the server, and the time they spent in
+    each stage."""
     found = Counter()  # samples of the metrics by name and stage or status
     for m in service.metrics.collect():
         for s in m.samples: found[s.name, s.labels.get('stage') or s.labels.get('status', '')] += s.value
     good = int(found['mmembed_items_total', 'ok'])
     lost = sum(int(n) for (name, status), n in found.items() if name == 'mmembed_items_total' and status != 'ok')
-    def spent(*stages): return dict(count=good, ns=round(sum(found['mmembed_stage_seconds_sum', s] for s in stages) * 1e9))
-    stats = dict(success=spent('total'), fail=dict(count=lost, ns=0), queue=spent('queue'), compute_infer=spent('forward'),
-                 compute_input=spent('decode', 'transform', 'tokenize'), **dict.fromkeys(('compute_output', 'cache_hit', 'cache_miss'), dict(count=0, ns=0)))
-    return dict(name=service.name, version=service.card['short_hash'], inference_stats=stats, inference_count=good, batch_stats=[],
-                last_inference=round(found['mmembed_last_item_timestamp_seconds', ''] * 1e3),
-                execution_count=int(found['mmembed_batch_items_count', '']))
+
+    def spent(*stages):
+        return dict(count=good, ns=round(sum(found['mmembed_stage_seconds_sum', s] for s in stages) * 1e9))
+    stats = dict(
+        success=spent('total'),
+        fail=dict(count=lost, ns=0),
+        queue=spent('queue'),
+        compute_infer=spent('forward'),
+        compute_input=spent('decode', 'transform', 'tokenize'),
+        **dict.fromkeys(('compute_output', 'cache_hit', 'cache_miss'), dict(count=0, ns=0)),
+    )
+    return dict(
+        name=service.name,
+        version=service.card['short_hash'],
+        inference_stats=stats,
+        inference_count=good,
+        batch_stats=[],
+        last_inference=round(found['mmembed_last_item_timestamp_seconds', ''] * 1e3),
+        execution_count=int(found['mmembed_batch_items_count', '']),
+    )
 
 # %% ../../nbs/serve/11_open_inference.ipynb #034a1cda
 async def index(
@@ -119,7 +148,18 @@ async def index(
 ) -> list[dict]: # as Triton's `ModelIndex`
     "Return the one model there is, and whether it is ready."
     why = await service.ready()
-    return [] if ready and why else [dict(name=service.name, version=service.card['short_hash'], state='UNAVAILABLE' if why else 'READY', reason=why)]
+    return (
+        []
+        if ready and why
+        else [
+            dict(
+                name=service.name,
+                version=service.card['short_hash'],
+                state='UNAVAILABLE' if why else 'READY',
+                reason=why,
+            )
+        ]
+    )
 
 # %% ../../nbs/serve/11_open_inference.ipynb #a1a8e732
 class TensorRequest(BaseModel):
@@ -160,7 +200,9 @@ def _told(work): # this protocol's errors are sentences
         try: return await work(request, **kw)
         except (HTTPException, Busy, Unfit, Unsuited, ValidationError) as e:
             code, message, retry = verdict(e)
-            return reply(dict(error=message), code, **({} if retry is None else dict(Retry_After=f'{max(1, round(retry))}')))
+            return reply(
+                dict(error=message), code, **({} if retry is None else dict(Retry_After=f'{max(1, round(retry))}'))
+            )
     return endpoint
 
 # %% ../../nbs/serve/11_open_inference.ipynb #5628c866
@@ -170,7 +212,11 @@ def _read(body: bytes, head: int): # an InferenceRequest and the tensors of its 
     for t in asked.inputs:
         size = t.parameters.get('binary_data_size')
         if size is not None:
-            if not head or not isinstance(size, int) or size < 0: raise HTTPException(400, f'{t.name[:40]}: binary_data_size wants a number and the header Inference-Header-Content-Length')
+            if not head or not isinstance(size, int) or size < 0:
+                raise HTTPException(
+                    400,
+                    f'{t.name[:40]}: binary_data_size wants a number and the header Inference-Header-Content-Length',
+                )
             values, at = byte_strings(body[at:at+size]) if at + size <= len(body) else None, at + size
         else: values = _strings(t.data or [], t.name == 'image')
         found.append((t.name, t.datatype, t.shape, values))
@@ -200,11 +246,19 @@ def _written(service, asked, items):
         if wanted.get(name, all_binary):
             tail.append(raw(values))
             row['parameters'] = dict(binary_data_size=len(tail[-1]))
-        else: row['data'] = values.ravel() if isinstance(values, np.ndarray) else [v.decode('utf-8', 'replace') for v in values]
+        else:
+            row['data'] = (
+                values.ravel() if isinstance(values, np.ndarray) else [v.decode('utf-8', 'replace') for v in values]
+            )
         outputs.append(row)
     out = reply(dict(model_name=service.name, model_version=made_by(items, service), id=asked.id, outputs=outputs))
     if not tail: return out
-    return Response(out.body + b''.join(tail), 200, {'Inference-Header-Content-Length': str(len(out.body))}, 'application/octet-stream')
+    return Response(
+        out.body + b''.join(tail),
+        200,
+        {'Inference-Header-Content-Length': str(len(out.body))},
+        'application/octet-stream',
+    )
 
 # %% ../../nbs/serve/11_open_inference.ipynb #cce5ada0
 def routes(
@@ -217,7 +271,11 @@ def routes(
         version = request.path_params.get('version', service.card['short_hash'])
         same = name == service.name or service.config.any_model
         if not same or version != service.card['short_hash']:
-            raise HTTPException(404, f'there is no model {name[:60]!r} of this version; there is {service.name!r}, {service.card["short_hash"]}')
+            raise HTTPException(
+                404,
+                f'there is no model {name[:60]!r} of this version; there is {service.name!r}, '
+                f'{service.card["short_hash"]}',
+            )
     def error(*codes): return {c: dict(description=ERRORS.get(c, 'another model'), model=InferenceError) for c in codes}
     def at(method, path, *codes, **kw):
         def register(work):
@@ -274,7 +332,15 @@ def routes(
         "What the model takes and gives."
         known(request, name)
         inputs, outputs = ([dict(zip(('name', 'datatype', 'shape'), t)) for t in side] for side in signature(service))
-        return reply(dict(name=service.name, versions=[service.card['short_hash']], platform='mmembed', inputs=inputs, outputs=outputs))
+        return reply(
+            dict(
+                name=service.name,
+                versions=[service.card['short_hash']],
+                platform='mmembed',
+                inputs=inputs,
+                outputs=outputs,
+            )
+        )
 
     @at('get', '/v2/models/{name}/ready', 401, 404, 503)
     async def model_ready(request: Request, name: str):

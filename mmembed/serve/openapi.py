@@ -28,7 +28,9 @@ class _Answer(BaseModel): model_config = ConfigDict(extra='forbid')
 class ErrorDetail(_Answer):
     "What went wrong"
     message: str
-    type: Literal['invalid_request_error', 'authentication_error', 'permission_error', 'rate_limit_error', 'server_error']
+    type: Literal[
+        'invalid_request_error', 'authentication_error', 'permission_error', 'rate_limit_error', 'server_error'
+    ]
     param: Literal['model'] | None
     code: int | Literal['model_not_found']
 
@@ -38,9 +40,20 @@ class Problem(_Answer):
     error: ErrorDetail
 
 # %% ../../nbs/serve/08_openapi.ipynb #eb864ad0
-ERRORS = {400: 'not readable', 401: 'no valid API key', 404: 'another model', 408: 'sent too slowly', 413: 'too large', 415: 'unknown content type or encoding',
-    422: 'does not fit the schema, or no item could be embedded', 429: 'the queue is full; see Retry-After', 500: 'failed', 501: 'unknown transfer encoding',
-    503: 'not able to answer; see Retry-After', 504: 'timed out'}
+ERRORS = {
+    400: 'not readable',
+    401: 'no valid API key',
+    404: 'another model',
+    408: 'sent too slowly',
+    413: 'too large',
+    415: 'unknown content type or encoding',
+    422: 'does not fit the schema, or no item could be embedded',
+    429: 'the queue is full; see Retry-After',
+    500: 'failed',
+    501: 'unknown transfer encoding',
+    503: 'not able to answer; see Retry-After',
+    504: 'timed out',
+}
 
 # %% ../../nbs/serve/08_openapi.ipynb #a1b83a6d
 Status = Literal['ok', 'invalid', 'expired', 'failed', 'unavailable', 'cancelled']
@@ -162,8 +175,18 @@ class Reloaded(_Answer):
 
 # %% ../../nbs/serve/08_openapi.ipynb #cf98d4dc
 RAW = {k: {'schema': {'type': 'string', 'format': 'binary'}} for k in ('application/octet-stream', 'text/plain')}
-FORM = {'multipart/form-data': {'schema': {'type': 'object', 'description': 'parts `image` (files) and `text`, in order',
-    'properties': {'image': {'type': 'array', 'items': {'type': 'string', 'format': 'binary'}}, 'text': {'type': 'array', 'items': {'type': 'string'}}}}}}
+FORM = {
+    'multipart/form-data': {
+        'schema': {
+            'type': 'object',
+            'description': 'parts `image` (files) and `text`, in order',
+            'properties': {
+                'image': {'type': 'array', 'items': {'type': 'string', 'format': 'binary'}},
+                'text': {'type': 'array', 'items': {'type': 'string'}},
+            },
+        }
+    }
+}
 BINARY = {'application/octet-stream': {'schema': {'type': 'string', 'format': 'binary'}}}
 
 # %% ../../nbs/serve/08_openapi.ipynb #5a4dd5a1
@@ -172,8 +195,15 @@ def asks(
     *others: dict, # content type -> media type object
 ) -> dict: # `openapi_extra` of a route
     "The body of a request."
-    schema = {k: v for k, v in model.model_json_schema(ref_template='#/components/schemas/{model}').items() if k != '$defs'}
-    return {'requestBody': {'required': True, 'content': {'application/json': {'schema': schema}} | {k: v for o in others for k, v in o.items()}}}
+    schema = {
+        k: v for k, v in model.model_json_schema(ref_template='#/components/schemas/{model}').items() if k != '$defs'
+    }
+    return {
+        'requestBody': {
+            'required': True,
+            'content': {'application/json': {'schema': schema}} | {k: v for o in others for k, v in o.items()},
+        }
+    }
 
 # %% ../../nbs/serve/08_openapi.ipynb #2b0e5a1c
 def gives(
@@ -186,7 +216,11 @@ def gives(
     "The answers of a route."
     texts = {c: ERRORS[c] for c in codes or ERRORS} | (more or {})
     out = {c: dict(description=t, model=model | Problem if c in partial else Problem) for c, t in texts.items()}
-    return {200: {'description': 'answered'} | (dict(model=model) if model else {}) | (dict(content=content) if content else {})} | out
+    return {
+        200: {'description': 'answered'}
+        | (dict(model=model) if model else {})
+        | (dict(content=content) if content else {})
+    } | out
 
 # %% ../../nbs/serve/08_openapi.ipynb #658dc125
 def name_schemas(
@@ -199,7 +233,9 @@ def name_schemas(
         if not api.openapi_schema:
             found = plain()
             asked = EmbeddingRequest, RankRequest, ClassifyRequest, SearchRequest, ReloadRequest, *models
-            _, defs = TypeAdapter.json_schemas([(m, 'validation', TypeAdapter(m)) for m in asked], ref_template='#/components/schemas/{model}')
+            _, defs = TypeAdapter.json_schemas(
+                [(m, 'validation', TypeAdapter(m)) for m in asked], ref_template='#/components/schemas/{model}'
+            )
             found.setdefault('components', {}).setdefault('schemas', {}).update(defs.get('$defs', {}))
         return api.openapi_schema
     api.openapi = openapi
@@ -226,9 +262,11 @@ pre, output { font: 13px/1.4 monospace; white-space: pre-wrap; overflow-wrap: an
 :root { color-scheme: light dark } pre, output { max-height: 30em }
 details details { margin-left: 1em } td { vertical-align: top; padding-right: 1em }
 """
-PAGE_HEADERS = {'content-security-policy': "default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; "
+PAGE_HEADERS = {
+    'content-security-policy': "default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-    f"script-src 'sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}'"}
+    f"script-src 'sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}'"
+}
 
 # %% ../../nbs/serve/08_openapi.ipynb #e5b78840
 def page(

@@ -28,7 +28,8 @@ def compiled() -> bytes:
     with tempfile.TemporaryDirectory() as d:
         names = sorted(p.name for p in proto_folder().glob('*.proto'))
         include = Path(grpc_tools.__file__).parent/'_proto'
-        if protoc.main(['', f'-I{proto_folder()}', f'-I{include}', f'--descriptor_set_out={d}/out', *names]): raise ValueError('protoc refused the .proto files')
+        if protoc.main(['', f'-I{proto_folder()}', f'-I{include}', f'--descriptor_set_out={d}/out', *names]):
+            raise ValueError('protoc refused the .proto files')
         return (Path(d)/'out').read_bytes()
 
 # %% ../../nbs/serve/13_protobuf.ipynb #55b6dd28
@@ -57,5 +58,12 @@ def methods(
 ) -> dict: # name -> (class of the request, of the answer, streams in, streams out)
     "The methods of a service."
     found = pool().FindServiceByName(service).methods
-    return {m.name: (message(m.input_type.full_name), message(m.output_type.full_name), m.client_streaming, m.server_streaming)
-            for m in found}
+    return {
+        m.name: (
+            message(m.input_type.full_name),
+            message(m.output_type.full_name),
+            m.client_streaming,
+            m.server_streaming,
+        )
+        for m in found
+    }

@@ -32,14 +32,35 @@ def item_bytes(
 # %% ../../nbs/serve/01_queue.ipynb #fbf52522
 class Item:
     "One text or image of a request, with what became of it"
-    __slots__ = ('kind', 'data', 'job', 'index', 'size', 'ready', 'tokens', 'value', 'status', 'error', 'times', 'batch', 'since')
+
+    __slots__ = (
+        'kind',
+        'data',
+        'job',
+        'index',
+        'size',
+        'ready',
+        'tokens',
+        'value',
+        'status',
+        'error',
+        'times',
+        'batch',
+        'since',
+    )
 
     def __init__(self,
         kind: str,     # 'text' or 'image'
         data: Any,     # str or bytes; for an image whatever `Embedder.preprocess` takes
         size: int | None = None, # bytes, for the limits on what waits; `item_bytes(data)` by default
     ):
-        self.kind, self.data, self.size, self.job, self.index = kind, data, item_bytes(data) if size is None else size, None, 0
+        self.kind, self.data, self.size, self.job, self.index = (
+            kind,
+            data,
+            item_bytes(data) if size is None else size,
+            None,
+            0,
+        )
         self.ready = self.value = None  # what the towers take; float32 (D,), the embedding
         self.tokens, self.status, self.error, self.batch, self.since = 0, '', '', 0, 0.
         self.times: dict[str, tuple[float, float]] = {}  # stage -> (begin, end), seconds of `time.perf_counter`
@@ -96,7 +117,9 @@ class _Bucket: # items that may share a batch: a queue for each request, in the 
         if not queue: del self.queues[item.job]
         self.size -= 1
 
-    def rank(self, job: PendingRequest) -> tuple: # least: who has had the fewest places; of equals the smallest, then the oldest
+    def rank(
+        self, job: PendingRequest
+    ) -> tuple:  # least: who has had the fewest places; of equals the smallest, then the oldest
         return -1 if job.urgent else job.had.get(self.lane, 0), len(self.queues[job]), job.arrival
 
 # %% ../../nbs/serve/01_queue.ipynb #e66795e2
@@ -256,7 +279,9 @@ class Lane:
 # %% ../../nbs/serve/01_queue.ipynb #46093134
 class Budget:
     "An amount of which no more is held than there is; what alone is more than that has room when nothing else is held"
-    def __init__(self, room: int): self.room, self.held, self._queue, self._changed = room, 0, deque(), threading.Condition()
+
+    def __init__(self, room: int):
+        self.room, self.held, self._queue, self._changed = room, 0, deque(), threading.Condition()
 
     def fits(self, n: int, share: float = 1.) -> bool:
         "Return whether there is room for `n` now, in so much of all the room."

@@ -21,8 +21,10 @@ from .service import Config, Service, checked_keys, needed_keys, read_keys
 # %% ../../nbs/serve/19_ray.ipynb #cf75811d
 def _serve():
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
-    try: from ray import serve
-    except ImportError: raise ImportError('replicas on several machines need Ray: pip install "mmembed[serve,ray]"') from None
+    try:
+        from ray import serve
+    except ImportError:
+        raise ImportError('replicas on several machines need Ray: pip install "mmembed[serve,ray]"') from None
     return serve
 
 # %% ../../nbs/serve/19_ray.ipynb #89e62d87
@@ -32,7 +34,9 @@ class Replica:
         self.fields, self.service = fields | dict(engine=Options(**fields.get('engine', {}))), None
 
     async def reconfigure(self, wanted: dict): # `artifact`
-        "Starts the service; later changes it to another artifact, without a restart. Ray calls it on every replica when the application is deployed."
+        """Starts the service; later changes it to another artifact, without a restart.
+
+        Ray calls it on every replica when the application is deployed."""
         if self.service is None:
             self.service = Service(Config(wanted['artifact'], **self.fields))
             self.door = asgi(self.service)
@@ -45,7 +49,10 @@ class Replica:
     async def where(self) -> dict:
         "The process and node that this replica runs on, and its artifact."
         import ray
-        return dict(pid=os.getpid(), node=ray.get_runtime_context().get_node_id(), artifact=self.service.card['short_hash'])
+
+        return dict(
+            pid=os.getpid(), node=ray.get_runtime_context().get_node_id(), artifact=self.service.card['short_hash']
+        )
 
     def __del__(self):
         if self.service: self.service.close()
@@ -62,7 +69,8 @@ class Door:
         await _serve().get_replica_context().servable_object.door(scope, receive, send)
 
 # %% ../../nbs/serve/19_ray.ipynb #19a9c327
-CLUSTER = dict(replicas=1, min_replicas=0, max_replicas=0, target=32, num_cpus=1., num_gpus=0., per_node=0) # what Ray is told, not the service
+# what Ray is told, not the service
+CLUSTER = dict(replicas=1, min_replicas=0, max_replicas=0, target=32, num_cpus=1., num_gpus=0., per_node=0)
 
 # %% ../../nbs/serve/19_ray.ipynb #cf555625
 def options(
@@ -70,32 +78,53 @@ def options(
 ) -> tuple[dict, dict]: # for `serve.deployment`, for `Replica`
     """What Ray and what a replica is told.
 
-    With `max_replicas` their number follows the load: so many that `target` requests are under way in each. Raises `ValueError`
-    for a name that is not known, for what cannot be, without an artifact, and for `api_keys` or MMEMBED_API_KEYS without a key."""
+    With `max_replicas` their number follows the load: so many that `target` requests are under way in each. Raises
+    `ValueError`
+    for a name that is not known, for what cannot be, without an artifact, and for `api_keys` or MMEMBED_API_KEYS
+    without a key."""
     args = dict(args)
-    if not args.get('artifact'): raise ValueError('artifact: name an exported file, which every node can read under this path')
+    if not args.get('artifact'):
+        raise ValueError('artifact: name an exported file, which every node can read under this path')
     known = {k: type(v) for k, v in CLUSTER.items()}
     made = CLUSTER | {k: kind(args.pop(k)) for k, kind in known.items() if k in args}
     engine = {k: _typed(v, Options._field_defaults[k]) for k, v in args.items() if k in Options._fields}
-    fields = {k: _typed(v, Config._field_defaults.get(k, '')) for k, v in args.items() if k in Config._fields and k != 'engine'}
-    if unknown := set(args) - set(engine) - set(fields): raise ValueError(f'unknown options: {", ".join(sorted(unknown))}')
+    fields = {
+        k: _typed(v, Config._field_defaults.get(k, ''))
+        for k, v in args.items()
+        if k in Config._fields and k != 'engine'
+    }
+    if unknown := set(args) - set(engine) - set(fields):
+        raise ValueError(f'unknown options: {", ".join(sorted(unknown))}')
     keys = needed_keys(checked_keys(fields['api_keys']), 'api_keys') if 'api_keys' in fields else read_keys()
     if keys: fields['api_keys'] = keys
     if 'threads' in fields: fields['threads'] = int(fields['threads'])
     elif made['num_cpus'] >= 1: fields['threads'] = int(made['num_cpus'])
-    for k, least in dict(replicas=1, min_replicas=0, max_replicas=0, target=1, num_cpus=0, num_gpus=0, per_node=0).items():
+    for k, least in dict(
+        replicas=1, min_replicas=0, max_replicas=0, target=1, num_cpus=0, num_gpus=0, per_node=0
+    ).items():
         if not made[k] >= least: raise ValueError(f'{k} must be {least} or more, got {made[k]}')
     if made['max_replicas'] and max(made['replicas'], made['min_replicas']) > made['max_replicas']:
-        raise ValueError(f"max_replicas ({made['max_replicas']}) is less than replicas ({made['replicas']}) or min_replicas ({made['min_replicas']})")
+        raise ValueError(
+            f"max_replicas ({made['max_replicas']}) is less than replicas ({made['replicas']}) or min_replicas "
+            f"({made['min_replicas']})"
+        )
     checked_config(Config(**fields | dict(engine=Options(**engine))), here=False)  # the nodes have the files
     fields = {k: v for k, v in fields.items() if k != 'artifact'} | dict(engine=engine)
-    out = dict(name='mmembed', ray_actor_options=dict(num_cpus=made['num_cpus'], num_gpus=made['num_gpus']), health_check_period_s=5,
-               max_ongoing_requests=engine.get('queue', Options().queue),
-               user_config=dict(artifact=os.path.abspath(args['artifact'])))
+    out = dict(
+        name='mmembed',
+        ray_actor_options=dict(num_cpus=made['num_cpus'], num_gpus=made['num_gpus']),
+        health_check_period_s=5,
+        max_ongoing_requests=engine.get('queue', Options().queue),
+        user_config=dict(artifact=os.path.abspath(args['artifact'])),
+    )
     if made['per_node']: out['max_replicas_per_node'] = made['per_node']
     if made['max_replicas']:
-        out['autoscaling_config'] = dict(min_replicas=made['min_replicas'] or 1, max_replicas=made['max_replicas'], target_ongoing_requests=made['target'],
-                                         initial_replicas=max(made['replicas'], made['min_replicas'], 1))
+        out['autoscaling_config'] = dict(
+            min_replicas=made['min_replicas'] or 1,
+            max_replicas=made['max_replicas'],
+            target_ongoing_requests=made['target'],
+            initial_replicas=max(made['replicas'], made['min_replicas'], 1),
+        )
     else: out['num_replicas'] = made['replicas']
     return out, fields
 
@@ -120,23 +149,38 @@ def run_cluster(
     config: Config,
     **cluster, # of `CLUSTER`
 ) -> int: # exit status
-    """Starts the application on the cluster that `RAY_ADDRESS` names, or on one of this machine's own, and waits for a signal.
+    """Starts the application on the cluster that `RAY_ADDRESS` names, or on one of this machine's own, and waits for
+    a signal.
 
     gRPC, TLS and draining are the proxy's matter there; raises `ValueError` when they are asked for."""
     serve, _ = _serve(), checked_config(config, here=False)
-    if config.grpc_port is not None or config.tls_cert: raise ValueError('under Ray the service speaks HTTP and WebSocket: leave out grpc_port and tls_cert')
+    if config.grpc_port is not None or config.tls_cert:
+        raise ValueError('under Ray the service speaks HTTP and WebSocket: leave out grpc_port and tls_cert')
     import ray
-    fields = {k: v for k, v in config._asdict().items() if k not in ('engine', 'host', 'port', 'grpc_port', 'replicas') and v != Config._field_defaults.get(k)}
+
+    fields = {
+        k: v
+        for k, v in config._asdict().items()
+        if k not in ('engine', 'host', 'port', 'grpc_port', 'replicas') and v != Config._field_defaults.get(k)
+    }
     engine = {k: v for k, v in config.engine._asdict().items() if v != Options._field_defaults[k]}
     args = fields | engine | dict(replicas=config.replicas) | cluster
     options(args)  # what cannot be ends here, before a cluster is asked
-    ray.init(address=os.environ.get('RAY_ADDRESS', 'local'), ignore_reinit_error=True, log_to_driver=False, logging_level='error',
-             **({} if 'RAY_ADDRESS' in os.environ else dict(include_dashboard=False)))
+    ray.init(
+        address=os.environ.get('RAY_ADDRESS', 'local'),
+        ignore_reinit_error=True,
+        log_to_driver=False,
+        logging_level='error',
+        **({} if 'RAY_ADDRESS' in os.environ else dict(include_dashboard=False)),
+    )
     serve.start(http_options=dict(host=config.host, port=config.port), logging_config=dict(log_level='WARNING'))
     stop = threading.Event()
     for sig in (signal.SIGTERM, signal.SIGINT): signal.signal(sig, lambda *_: stop.set())
     serve.run(ray_app(args), name='mmembed', route_prefix='/')
-    print(json.dumps(dict(event='serving', host=config.host, http=config.port, pid=os.getpid(), nodes=len(ray.nodes()))), flush=True)
+    print(
+        json.dumps(dict(event='serving', host=config.host, http=config.port, pid=os.getpid(), nodes=len(ray.nodes()))),
+        flush=True,
+    )
     while not stop.wait(1): pass
     serve.delete('mmembed')
     ray.shutdown()

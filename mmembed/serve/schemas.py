@@ -134,7 +134,9 @@ def misfit(e: ValidationError) -> HTTPException: # 400 for what is no JSON, else
     "What is wrong with a request, with its place."
     last = e.errors(include_url=False, include_input=False, include_context=False)[-1]  # of a union, the fullest form
     where = '.'.join(str(x) for x in last['loc'] if isinstance(x, int) or x.isidentifier() and x not in ('str', 'list'))
-    return HTTPException(400 if last['type'] == 'json_invalid' else 422, f'{where}: {last["msg"]}' if where else last['msg'])
+    return HTTPException(
+        400 if last['type'] == 'json_invalid' else 422, f'{where}: {last["msg"]}' if where else last['msg']
+    )
 
 # %% ../../nbs/serve/07_schemas.ipynb #9c8aa60a
 def read_body(
@@ -207,7 +209,8 @@ def image_bytes(
     "The file in `text`; raises `Refused`."
     if text[:5].lower() == 'data:':
         head, comma, text = text.partition(',')
-        if not comma or not head.lower().endswith(';base64'): raise Refused('a data URL must be data:image/...;base64,...')
+        if not comma or not head.lower().endswith(';base64'):
+            raise Refused('a data URL must be data:image/...;base64,...')
     try: return b64decode(text, validate=True)
     except (binascii.Error, ValueError): raise Refused('the image is not valid base64') from None
 
@@ -280,8 +283,12 @@ def _length(text: str) -> int: return int(text) if text.isdecimal() and len(text
 
 # %% ../../nbs/serve/07_schemas.ipynb #28ee091c
 def _from_ids(ids, path):
-    if not path: raise HTTPException(400, 'the input is token ids, which mean nothing to this model: send the text itself (in LangChain: '
-                                     'check_embedding_ctx_length=False), or start the server with --token-ids FILE, the table they come from')
+    if not path:
+        raise HTTPException(
+            400,
+            'the input is token ids, which mean nothing to this model: send the text itself (in LangChain: '
+            'check_embedding_ctx_length=False), or start the server with --token-ids FILE, the table they come from',
+        )
     try: text = text_of(ids, token_table(path))
     except ValueError as e: return Item('text', Refused(e))
     return Item('text', text)
@@ -293,7 +300,9 @@ async def to_item(
 ) -> Item:
     "The engine's item; one that is refused carries a `Refused`, for which `run` gives it a status."
     if isinstance(entry, str):
-        why = markers.doubt(entry, False, 'an entry of type image or image_url for the image', 'one of type text for the words')
+        why = markers.doubt(
+            entry, False, 'an entry of type image or image_url for the image', 'one of type text for the words'
+        )
         return Item('text', Refused(why) if why else entry)
     if entry.type == 'text': return Item('text', entry.text)
     if entry.type == 'tokens': return _from_ids(entry.ids, downloads.config.token_ids)
@@ -320,7 +329,9 @@ async def to_items(
 PART = 256 # items of a request that are in the queue at once
 
 async def _in_parts(service, items, timeout, span):
-    "`service.run` for items that may be more than the queue holds. Only the first part is turned away when it is full: later ones wait."
+    """`service.run` for items that may be more than the queue holds.
+
+    Only the first part is turned away when it is full: later ones wait."""
     options = service.config.engine
     part, end = min(PART, options.queue), time.perf_counter() + min(timeout or options.timeout, options.timeout)
     at = 0
@@ -371,10 +382,18 @@ def embedding_rows(
     out = []
     for i in items:
         # where base64 was asked for, an empty string: OpenAI's client for Node decodes whatever is there
-        row = dict(object='embedding', index=i.index, kind=i.kind, status=i.status, embedding='' if encoding == 'base64' else None)
+        row = dict(
+            object='embedding',
+            index=i.index,
+            kind=i.kind,
+            status=i.status,
+            embedding='' if encoding == 'base64' else None,
+        )
         if i.status == 'ok':
             v = vector(i.value, dimensions)
-            row['embedding'] = v if encoding != 'base64' else b2a_base64(v.astype('<f4', copy=False), newline=False).decode()
+            row['embedding'] = (
+                v if encoding != 'base64' else b2a_base64(v.astype('<f4', copy=False), newline=False).decode()
+            )
         else: row['error'] = i.error
         out.append(row)
     return out
@@ -423,7 +442,9 @@ def made_by(items: list[Item], service: Service) -> str: # the short hash
     return next((i.job.hash for i in items if hasattr(i.job, 'hash')), service.card['short_hash'])
 
 # %% ../../nbs/serve/07_schemas.ipynb #34c0a555
-def verdict(e: Exception) -> tuple[int, str, float | None]: # HTTP status, one sentence, seconds after which to ask again
+def verdict(
+    e: Exception,
+) -> tuple[int, str, float | None]:  # HTTP status, one sentence, seconds after which to ask again
     "What a client is told of `e`."
     if isinstance(e, ValidationError): e = misfit(e)
     if isinstance(e, HTTPException): return e.status_code, str(e.detail), 2. if e.status_code == 503 else None

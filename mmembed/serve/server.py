@@ -80,7 +80,9 @@ def serve(
     config: Config,
     sock: socket.socket | None = None, # listening; a new one by default
 ) -> int: # exit status: 0 after a signal, `UNFIT` when a worker has died
-    "Serve until a signal comes; raises `ValueError` for an option that cannot be, and `OSError` where it cannot listen."
+    """Serve until a signal comes.
+
+    Raises `ValueError` for an option that cannot be, and `OSError` where it cannot listen."""
     checked_config(config)
     with hangups_kept(): return _started(config, sock)
 
@@ -124,9 +126,22 @@ async def _serve(config: Config, sock: socket.socket) -> int:
             os.kill(os.getppid(), signal.SIGHUP)  # the supervisor passes it on to all
         service.tell = tell
     tls = dict(ssl_certfile=config.tls_cert, ssl_keyfile=config.tls_key) if config.tls_cert else {}
-    http = _Server(uvicorn.Config(app(service), http=Protocol, ws='websockets-sansio', ws_max_size=config.max_body, lifespan='off', log_config=None,
-        access_log=False, timeout_keep_alive=65, timeout_graceful_shutdown=int(config.grace), limit_concurrency=config.max_connections,
-        server_header=False, **tls))
+    http = _Server(
+        uvicorn.Config(
+            app(service),
+            http=Protocol,
+            ws='websockets-sansio',
+            ws_max_size=config.max_body,
+            lifespan='off',
+            log_config=None,
+            access_log=False,
+            timeout_keep_alive=65,
+            timeout_graceful_shutdown=int(config.grace),
+            limit_concurrency=config.max_connections,
+            server_header=False,
+            **tls,
+        )
+    )
     ports, rpc = dict(http=sock.getsockname()[1]), None
     if config.grpc_port is not None:
         from mmembed.serve import grpc_server
@@ -134,8 +149,20 @@ async def _serve(config: Config, sock: socket.socket) -> int:
     serving = asyncio.ensure_future(http.serve([sock]))
     while not http.started and not serving.done(): await asyncio.sleep(.01)
     why = await service.ready()
-    print(json.dumps(dict(event='serving', host=config.host, **ports, pid=os.getpid(), artifact=service.card['short_hash'],
-                          computes=service.emb.computes, ready=not why)), flush=True)
+    print(
+        json.dumps(
+            dict(
+                event='serving',
+                host=config.host,
+                **ports,
+                pid=os.getpid(),
+                artifact=service.card['short_hash'],
+                computes=service.emb.computes,
+                ready=not why,
+            )
+        ),
+        flush=True,
+    )
     parent = os.getppid()
     while not stop.is_set() and not serving.done():
         if config.replicas > 1 and os.getppid() != parent: break  # the supervisor has died
@@ -183,7 +210,8 @@ class Supervisor:
         config = self.config._replace(artifact=told.read_text()) if told.is_file() else self.config
         program = 'from mmembed.serve.server import _child; _child()'
         command = [sys.executable, '-W', 'ignore', '-c', program, str(self.sock.fileno())]
-        with hangups_kept(): p = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[self.sock.fileno()], env=env)
+        with hangups_kept():
+            p = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[self.sock.fileno()], env=env)
         p.stdin.write(json.dumps(config, default=str).encode())
         p.stdin.close()
         self.children[number] = p, time.monotonic()
@@ -191,7 +219,13 @@ class Supervisor:
     def run(self) -> int: # exit status
         "Until a signal comes, or no process stays alive."
         take_over()
-        self._say('supervising', pid=os.getpid(), http=self.config.port, grpc=self.config.grpc_port, replicas=self.config.replicas)
+        self._say(
+            'supervising',
+            pid=os.getpid(),
+            http=self.config.port,
+            grpc=self.config.grpc_port,
+            replicas=self.config.replicas,
+        )
         for sig in (signal.SIGTERM, signal.SIGINT): signal.signal(sig, self._stop)
         signal.signal(signal.SIGHUP, lambda *_: self._send(signal.SIGHUP))
         hangups_wanted()
@@ -255,8 +289,13 @@ class running:
     ):
         checked_config(config)
         program = 'import json, sys; from mmembed.serve.server import _alone; _alone()'
-        self.process = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL if config.log else None, env=os.environ | (env or {}))
+        self.process = subprocess.Popen(
+            [sys.executable, '-W', 'ignore', '-c', program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL if config.log else None,
+            env=os.environ | (env or {}),
+        )
         self.process.stdin.write(json.dumps(config, default=str).encode())
         self.process.stdin.close()
         self.said: list = []

@@ -65,7 +65,8 @@ class Config(NamedTuple):
     trace_ratio: float = 1.
     drain: float = 0.                # seconds between "not ready" and closing the door, for balancers to notice
     grace: float = 30.               # seconds to answer what is running then
-    bodies: int = 0                  # bytes of requests that are held at once; 0: a sixteenth of the memory, at most 1 GB
+    # bytes of requests that are held at once; 0: a sixteenth of the memory, at most 1 GB
+    bodies: int = 0
 
 # %% ../../nbs/serve/05_service.ipynb #0eaebf8c
 def read_keys(
@@ -99,21 +100,35 @@ def checked_keys(
 def canary_png() -> bytes:
     "A small PNG, made here so that nothing needs to be read."
     rows = b''.join(b'\0' + bytes((x * 7 ^ y * 5) & 255 for x in range(3 * 32)) for y in range(32))
-    def chunk(name, data): return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+
+    def chunk(name, data):
+        return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
     head = struct.pack('>IIBBBBB', 32, 32, 8, 2, 0, 0, 0)
     return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
 
 # %% ../../nbs/serve/05_service.ipynb #ec971e9a
-CANARY = 5. # seconds between two canaries; more where one takes long, since they are to cost no more than a twentieth of the time
+# seconds between two canaries; more where one takes long, since they are to cost no more than a twentieth of the time
+CANARY = 5.
 
 # %% ../../nbs/serve/05_service.ipynb #715ab21c
 class Canary:
     "Two items whose vectors are known"
     def __init__(self, emb: Embedder):
-        picture = canary_png() if emb.card.get('decode', True) else torch.arange(3 * 32 * 32).view(3, 32, 32).to(torch.uint8)
+        picture = (
+            canary_png() if emb.card.get('decode', True) else torch.arange(3 * 32 * 32).view(3, 32, 32).to(torch.uint8)
+        )
         text, self.scores = 'a photograph of a canary', emb.pairs
         self.items = (('pair', (text, picture)),) if emb.pairs else (('text', text), ('image', picture))
-        self.want = (emb.scores([text], [picture]) if emb.pairs else torch.cat([emb.encode_text([text]), emb.encode_image([picture])])).float().cpu().numpy()
+        self.want = (
+            (
+                emb.scores([text], [picture])
+                if emb.pairs
+                else torch.cat([emb.encode_text([text]), emb.encode_image([picture])])
+            )
+            .float()
+            .cpu()
+            .numpy()
+        )
 
     def sing(self,
         engine: Engine,
@@ -235,7 +250,9 @@ class Service:
         timeout: float | None = None, # seconds, at most the configured ones
         span=None,                    # of the request
     ) -> PendingRequest: # every item settled
-        "Embeds `items`; raises `Busy` or `Unfit`. The engine that was in force at the start answers, also during a reload."
+        """Embeds `items`; raises `Busy` or `Unfit`.
+
+        The engine that was in force at the start answers, also during a reload."""
         timeout = min(timeout or 1e9, self.config.engine.timeout)
         pin = _PIN.get()
         if not pin or pin.service is not self:
@@ -260,7 +277,9 @@ class Service:
         async with self._gate: await asyncio.sleep(0)
 
     async def ready(self) -> str: # '' or why not
-        "Whether the last canary came back right and every worker is alive; answers at once, whatever waits in the queue."
+        """Whether the last canary came back right and every worker is alive.
+
+        Answers at once, whatever waits in the queue."""
         return self._unready()
 
     def _unready(self) -> str: return 'shutting down' if self.draining else self.engine.health() or self._verdict
@@ -284,8 +303,10 @@ class Service:
     ) -> dict: # the hashes before and after
         """Loads an artifact beside the old one, tries it, and swaps them.
 
-        Requests that run are answered by the old one, which ends with the last of them, at the latest after `grace` seconds.
-        Raises as `Embedder` does, or `ValueError` when the canary fails or the index is another artifact's; the old one stays then."""
+        Requests that run are answered by the old one, which ends with the last of them, at the latest after `grace`
+        seconds.
+        Raises as `Embedder` does, or `ValueError` when the canary fails or the index is another artifact's; the old
+        one stays then."""
         async with self._loading:
             before, path = self.engine.emb.card['short_hash'], path or self.config.artifact
             try:
@@ -313,12 +334,17 @@ class Service:
         score = self.emb.score(torch.from_numpy(query[None]), torch.from_numpy(np.stack(candidates)))
         return score[0].cpu().numpy(), score.softmax(-1)[0].cpu().numpy()
 
-    def labelled(self,
+    def labelled(
+        self,
         values: list,  # float32 (C,), scores of pairs, or (D,), embeddings
-        top_k: int = 0, # 0: as many as the artifact says
-    ) -> list[list[tuple[str, float]]]: # for each the labels that reach their thresholds, and their probabilities, best first
+        top_k: int = 0,  # 0: as many as the artifact says
+    ) -> list[
+        list[tuple[str, float]]
+    ]:  # for each the labels that reach their thresholds, and their probabilities, best first
         "The artifact's own labels; raises `TypeError` where it has none."
-        return self.emb._picked('classify_scores' if self.emb.pairs else 'classify_embedding', torch.from_numpy(np.stack(values)), top_k)
+        return self.emb._picked(
+            'classify_scores' if self.emb.pairs else 'classify_embedding', torch.from_numpy(np.stack(values)), top_k
+        )
 
     def find(self,
         vector,                   # float32 (D,)

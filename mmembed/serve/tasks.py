@@ -34,29 +34,41 @@ async def rank(
     candidates: list[Item],
     top_k: int | None = None, # so many rows; 0 or None: all
 ) -> tuple[list[dict], list[Item]]: # rows (index, status, score, probability), best first; and all items
-    "Candidates by the model's own score for `query`; raises as `embed`, and `HTTPException` for items of one kind and a query that fails."
+    """Candidates by the model's own score for `query`.
+
+    Raises as `embed`, and `HTTPException` for items of one kind and a query that fails."""
     if any(c.kind == query.kind for c in candidates):
-        raise HTTPException(422, f'candidates of {"an image" if query.kind == "image" else "a text"} are of the other kind')
+        raise HTTPException(
+            422, f'candidates of {"an image" if query.kind == "image" else "a text"} are of the other kind'
+        )
     items = await embed([query, *candidates])
     needed(query, 'query')
     rows, good = [], [k for k, c in enumerate(candidates) if c.status == 'ok']
     if good:
         score, share = service.scores(query.value, [candidates[k].value for k in good])
-        rows = [dict(index=good[k], status='ok', score=float(score[k]), probability=float(share[k])) for k in np.argsort(-score, kind='stable')]
+        rows = [
+            dict(index=good[k], status='ok', score=float(score[k]), probability=float(share[k]))
+            for k in np.argsort(-score, kind='stable')
+        ]
     rows += [dict(index=k, status=c.status, error=c.error) for k, c in enumerate(candidates) if c.status != 'ok']
     return rows[:top_k or None], items
 
 # %% ../../nbs/serve/09_tasks.ipynb #dd1a5ac6
 async def classify(
     service: Service,
-    embed: Callable, # as for `rank`
+    embed: Callable,  # as for `rank`
     items: list[Item],
-    labels: list[str] | None = None, # none: the artifact's own
-    template: str = '{}',            # what a label is put into: 'a photo of a {}'
-    top_k: int | None = None,        # labels a row
-) -> tuple[list[dict], list[Item]]: # rows (index, status, labels: label, probability and, for given ones, score); and the items
-    "What `items` are, each with its labels, best first; raises as `embed`, and `HTTPException` without labels or for one that fails."
-    if not labels and not service.emb.labels: raise HTTPException(422, 'labels: this artifact has none of its own; give some')
+    labels: list[str] | None = None,  # none: the artifact's own
+    template: str = '{}',  # what a label is put into: 'a photo of a {}'
+    top_k: int | None = None,  # labels a row
+) -> tuple[
+    list[dict], list[Item]
+]:  # rows (index, status, labels: label, probability and, for given ones, score); and the items
+    """What `items` are, each with its labels, best first.
+
+    Raises as `embed`, and `HTTPException` without labels or for one that fails."""
+    if not labels and not service.emb.labels:
+        raise HTTPException(422, 'labels: this artifact has none of its own; give some')
     given = [Item('text', template.replace('{}', label)) for label in labels or ()]
     await embed([*given, *items])
     for k, g in enumerate(given): needed(g, f'labels[{k}]')
@@ -64,13 +76,19 @@ async def classify(
     if not good: found = iter(())
     elif given: found = (_by_score(service, v, labels, given, top_k) for v in good)
     else: found = ([dict(label=label, probability=p) for label, p in row] for row in service.labelled(good, top_k or 0))
-    rows = [dict(index=k, status=i.status) | (dict(labels=next(found)) if i.status == 'ok' else dict(error=i.error)) for k, i in enumerate(items)]
+    rows = [
+        dict(index=k, status=i.status) | (dict(labels=next(found)) if i.status == 'ok' else dict(error=i.error))
+        for k, i in enumerate(items)
+    ]
     return rows, items
 
 # %% ../../nbs/serve/09_tasks.ipynb #1eaa8d2c
 def _by_score(service, value, labels, given, top_k):
     score, share = service.scores(value, [g.value for g in given])
-    return [dict(label=labels[k], score=float(score[k]), probability=float(share[k])) for k in np.argsort(-score, kind='stable')[:top_k or None]]
+    return [
+        dict(label=labels[k], score=float(score[k]), probability=float(share[k]))
+        for k in np.argsort(-score, kind='stable')[: top_k or None]
+    ]
 
 # %% ../../nbs/serve/09_tasks.ipynb #68e93266
 async def search(
@@ -80,10 +98,13 @@ async def search(
     top_k: int = 10,
     where: str | None = None, # an SQL condition on the columns of the index
 ) -> tuple[list[dict], list[Item]]: # rows (`id`, `score` and the columns), best first; and the item
-    "The nearest rows of the index; raises as `embed`, and `HTTPException` where there is none, or for a condition that it does not understand."
+    """The nearest rows of the index.
+
+    Raises as `embed`, and `HTTPException` where there is none, or for a condition that it does not understand."""
     if service.index is None: raise HTTPException(404, 'no index is loaded; start the server with --index')
     items = await embed([query])
     needed(query, 'query')
     try: found = await asyncio.to_thread(service.find, query.value, top_k, where)
     except ValueError as e: raise HTTPException(422, f'where: {e}') from None
-    return [{k: v for k, v in row.items() if k != 'file'} for row in found], items  # `file`: where it lay on the machine that made the index
+    # `file`: where it lay on the machine that made the index
+    return [{k: v for k, v in row.items() if k != 'file'} for row in found], items

@@ -60,16 +60,30 @@ class Metrics:
             return made
         summed = dict(multiprocess_mode='livesum')
         self.requests = new(p.Counter, 'requests_total', 'Requests', ['protocol', 'route', 'status'])
-        self.request_seconds = new(p.Histogram, 'request_seconds', 'Time to answer a request', ['protocol', 'route'], buckets=TIMES)
+        self.request_seconds = new(
+            p.Histogram, 'request_seconds', 'Time to answer a request', ['protocol', 'route'], buckets=TIMES
+        )
         self.items = new(p.Counter, 'items_total', 'Items by what became of them', ['kind', 'status'])
-        self.stage_seconds = new(p.Histogram, 'stage_seconds', 'Time an item spent in a stage', ['kind', 'stage'], buckets=TIMES)
-        self.batch_items = new(p.Histogram, 'batch_items', 'Items in a batch of a tower', ['kind'], buckets=BATCH_BUCKETS)
+        self.stage_seconds = new(
+            p.Histogram, 'stage_seconds', 'Time an item spent in a stage', ['kind', 'stage'], buckets=TIMES
+        )
+        self.batch_items = new(
+            p.Histogram, 'batch_items', 'Items in a batch of a tower', ['kind'], buckets=BATCH_BUCKETS
+        )
         self.queue_items = new(p.Gauge, 'queue_items', 'Items admitted and not yet settled', ['kind'], **summed)
         self.rejected = new(p.Counter, 'rejected_total', 'Requests turned away', ['reason'])
         self.reloads = new(p.Counter, 'reloads_total', 'Artifacts loaded while serving', ['status'])
-        self.artifact = new(p.Gauge, 'artifact_info', '1 for the artifact that answers', ['hash', 'kind', 'dim'], multiprocess_mode='livemax')
+        self.artifact = new(
+            p.Gauge,
+            'artifact_info',
+            '1 for the artifact that answers',
+            ['hash', 'kind', 'dim'],
+            multiprocess_mode='livemax',
+        )
         self.ready = new(p.Gauge, 'ready', '1 when the last canary came back right', multiprocess_mode='livemin')
-        self.last = new(p.Gauge, 'last_item_timestamp_seconds', 'When the last items were settled', multiprocess_mode='livemax')
+        self.last = new(
+            p.Gauge, 'last_item_timestamp_seconds', 'When the last items were settled', multiprocess_mode='livemax'
+        )
         self._served = None
 
     def job(self, job: PendingRequest):
@@ -147,7 +161,8 @@ class _File(_Lossy, logging.handlers.WatchedFileHandler):
         if not self.looked: super().reopenIfNeeded()
         self.looked = True
 
-class _Writer(logging.handlers.QueueListener): # woken by the first record; the others that come soon cost no switch of threads
+# woken by the first record; the others that come soon cost no switch of threads
+class _Writer(logging.handlers.QueueListener):
     def dequeue(self, block):
         try: return self.queue.get_nowait()
         except queue.Empty: record = self.queue.get()
@@ -204,7 +219,8 @@ def request_id(given: str | None) -> str:
     return given if given and re.fullmatch(r'[\w.:-]{1,64}', given, re.ASCII) else f'{random.getrandbits(128):032x}'
 
 # %% ../../nbs/serve/03_telemetry.ipynb #51ab00f2
-FAULTS = 'UNKNOWN', 'DEADLINE_EXCEEDED', 'UNIMPLEMENTED', 'INTERNAL', 'UNAVAILABLE', 'DATA_LOSS' # of gRPC's statuses, as the conventions have it
+# of gRPC's statuses, as the conventions have it
+FAULTS = 'UNKNOWN', 'DEADLINE_EXCEEDED', 'UNIMPLEMENTED', 'INTERNAL', 'UNAVAILABLE', 'DATA_LOSS'
 
 def http_span(
     scope: dict,   # of ASGI
@@ -214,10 +230,20 @@ def http_span(
     "Describe a request by OpenTelemetry's conventions."
     method, known = scope.get('method', 'GET'), 'GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH'.split()
     server, client = scope.get('server') or ('', 0), scope.get('client') or ('', 0)
-    given = {'http.request.method': method if method in known else '_OTHER', 'http.route': route, 'url.path': scope['path'],
-             'url.scheme': scope.get('scheme', 'http'), 'network.protocol.version': scope.get('http_version', ''), 'server.address': server[0],
-             'server.port': server[1] or 0, 'client.address': client[0], 'user_agent.original': headers.get('user-agent', '')}
-    return f"{given['http.request.method'].replace('_OTHER', 'HTTP')} {route}".strip(), {k: v for k, v in given.items() if v}
+    given = {
+        'http.request.method': method if method in known else '_OTHER',
+        'http.route': route,
+        'url.path': scope['path'],
+        'url.scheme': scope.get('scheme', 'http'),
+        'network.protocol.version': scope.get('http_version', ''),
+        'server.address': server[0],
+        'server.port': server[1] or 0,
+        'client.address': client[0],
+        'user_agent.original': headers.get('user-agent', ''),
+    }
+    return f"{given['http.request.method'].replace('_OTHER', 'HTTP')} {route}".strip(), {
+        k: v for k, v in given.items() if v
+    }
 
 # %% ../../nbs/serve/03_telemetry.ipynb #2dccf882
 class Tracer:
@@ -236,9 +262,12 @@ class Tracer:
         from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         given = Resource.create()  # OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES
-        if given.attributes['service.name'].startswith('unknown_service'): given = given.merge(Resource({'service.name': name}))
+        if given.attributes['service.name'].startswith('unknown_service'):
+            given = given.merge(Resource({'service.name': name}))
         provider = TracerProvider(resource=given, sampler=ParentBased(TraceIdRatioBased(ratio)))
-        provider.add_span_processor(SimpleSpanProcessor(exporter) if exporter else BatchSpanProcessor(_exporter(endpoint)))
+        provider.add_span_processor(
+            SimpleSpanProcessor(exporter) if exporter else BatchSpanProcessor(_exporter(endpoint))
+        )
         self._provider, self._tracer = provider, provider.get_tracer('mmembed.serve')
         self._propagator, self._batches = TraceContextTextMapPropagator(), {}
 
@@ -247,7 +276,9 @@ class Tracer:
         headers: dict, # with the client's `traceparent`, if any
         **attributes,
     ):
-        "A span for a request, or None; end it with `end`. Log lines of this context have its trace id from here on, or else the client's."
+        """A span for a request, or None; end it with `end`.
+
+        Log lines of this context have its trace id from here on, or else the client's."""
         if not self.on:
             given = re.match(r'[\da-f]{2}-([\da-f]{32})-', headers.get('traceparent', ''))
             TRACE.set(dict(trace_id=given[1]) if given else {})

@@ -14,14 +14,18 @@ from base64 import b64decode
 from pathlib import Path
 
 # %% ../../nbs/serve/06_token_ids.ipynb #77d5d28c
-def _bytes() -> dict[str, int]: # GPT-2's character for each byte: itself where it is printable, else the next from 256 on
+def _bytes() -> dict[
+    str, int
+]:  # GPT-2's character for each byte: itself where it is printable, else the next from 256 on
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + k): b for k, b in enumerate(rest)}
 
 def _from_json(text: str) -> dict[int, bytes]:
     said, byte = json.loads(text), _bytes()
-    table = {i: bytes(byte[c] for c in word) for word, i in said['model']['vocab'].items() if all(c in byte for c in word)}
+    table = {
+        i: bytes(byte[c] for c in word) for word, i in said['model']['vocab'].items() if all(c in byte for c in word)
+    }
     if 'ByteLevel' not in json.dumps(said.get('decoder')): raise ValueError('its decoder is not ByteLevel')
     return table | {t['id']: b'' if t['special'] else t['content'].encode() for t in said.get('added_tokens') or ()}
 
@@ -34,9 +38,13 @@ def token_table(
     text = Path(path).read_text(encoding='utf-8', errors='replace')
     try:
         if text.lstrip()[:1] == '{': return _from_json(text)
-        return {int(i): b64decode(word, validate=True) for word, i in (line.split() for line in text.splitlines() if line)}
+        return {
+            int(i): b64decode(word, validate=True) for word, i in (line.split() for line in text.splitlines() if line)
+        }
     except (ValueError, TypeError, LookupError) as e:
-        raise ValueError(f'{path} is neither a table of tiktoken nor a tokenizer.json of a byte-level BPE: {e}') from None
+        raise ValueError(
+            f'{path} is neither a table of tiktoken nor a tokenizer.json of a byte-level BPE: {e}'
+        ) from None
 
 # %% ../../nbs/serve/06_token_ids.ipynb #f6138a4c
 def text_of(

@@ -21,7 +21,9 @@ from ..core import markers
 
 # %% ../../nbs/serve/17_transport.ipynb #5c32e7ac
 def content(
-    item, # str, `Text`; or `Image`, bytes, Path, a PIL image, an array uint8 (H, W), (H, W, 3) or (H, W, 4); or a tuple of both
+    # str, `Text`; or `Image`, bytes, Path, a PIL image, an array uint8 (H, W), (H, W, 3) or (H, W, 4); or a tuple of
+    # both
+    item,
 ) -> tuple[str, bytes | tuple]: # 'text', 'image' or 'pair', and UTF-8, a file, or both
     "What goes over the wire; raises `TypeError`, `ValueError` or `OSError`."
     if isinstance(item, str):
@@ -37,7 +39,9 @@ def content(
     pil = sys.modules.get('PIL.Image')
     if isinstance(item, np.ndarray):
         if item.dtype != np.uint8 or item.ndim not in (2, 3) or item.shape[2:] not in ((), (3,), (4,)) or not item.size:
-            raise ValueError(f'an array must be uint8 of shape (H, W), (H, W, 3) or (H, W, 4), got {item.dtype} {item.shape}')
+            raise ValueError(
+                f'an array must be uint8 of shape (H, W), (H, W, 3) or (H, W, 4), got {item.dtype} {item.shape}'
+            )
         from PIL import Image
         return 'image', _png(Image.fromarray(item))
     if pil and isinstance(item, pil.Image): return 'image', _png(item)
@@ -58,7 +62,8 @@ def packed(
 ) -> tuple: # (kind, data) or None, and '' or why
     "`content` of an item, which fails alone."
     try:
-        if isinstance(item, tuple) and not pairs: raise TypeError('tuple is neither text nor image: pass str, bytes, Path, a PIL image or an array')
+        if isinstance(item, tuple) and not pairs:
+            raise TypeError('tuple is neither text nor image: pass str, bytes, Path, a PIL image or an array')
         return content(item), ''
     except OSError as e: return None, f'{item}: {e.strerror}' if e.strerror else str(e)
     except (TypeError, ValueError) as e: return None, str(e)
@@ -77,7 +82,8 @@ class Chunks:
         wire, error = packed(item, self.pairs)
         size = 0 if error else sum(map(len, wire[1])) if wire[0] == 'pair' else len(wire[1])
         full = None
-        if self.rows and (len(self.rows) >= self.most or self.bytes + size > self.most_bytes): full, self.rows, self.bytes = self.rows, [], 0
+        if self.rows and (len(self.rows) >= self.most or self.bytes + size > self.most_bytes):
+            full, self.rows, self.bytes = self.rows, [], 0
         self.rows.append((self.count, wire, error))
         self.count, self.bytes = self.count + 1, self.bytes + size
         return full
@@ -115,10 +121,14 @@ class Http:
     async def ask(self, path: str, body: dict | None = None) -> tuple[dict, str]: # the answer, and its Server-Timing
         import orjson
         try:
-            if body is None: r = await self.http.get(path)
-            else: r = await self.http.post(path, content=orjson.dumps(body), headers={'content-type': 'application/json'})
-        except self.h.TimeoutException as e: raise ServiceError(0, f'no answer in {self.timeout:g} s: {type(e).__name__}') from None
-        except self.h.TransportError as e: raise ServiceError(0, f'{self.url}: {type(e).__name__} {e}'.strip(), retry=0.) from None
+            if body is None:
+                r = await self.http.get(path)
+            else:
+                r = await self.http.post(path, content=orjson.dumps(body), headers={'content-type': 'application/json'})
+        except self.h.TimeoutException as e:
+            raise ServiceError(0, f'no answer in {self.timeout:g} s: {type(e).__name__}') from None
+        except self.h.TransportError as e:
+            raise ServiceError(0, f'{self.url}: {type(e).__name__} {e}'.strip(), retry=0.0) from None
         try: out = orjson.loads(r.content)
         except ValueError: out = None
         if not isinstance(out, dict): out = {}
@@ -133,7 +143,8 @@ class Http:
         if kind == 'text':
             text = data.decode('utf-8', 'replace')
             return dict(type='text', text=text) if markers.names_image(text, local=False) else text
-        if kind == 'pair': return dict(type='pair', text=data[0].decode('utf-8', 'replace'), image=base64.b64encode(data[1]).decode())
+        if kind == 'pair':
+            return dict(type='pair', text=data[0].decode('utf-8', 'replace'), image=base64.b64encode(data[1]).decode())
         return dict(type='image', image=base64.b64encode(data).decode())
 
     async def encode(self, items, dimensions=None):
@@ -141,19 +152,31 @@ class Http:
         body = dict(input=[self.entry(*i) for i in items], encoding_format='base64')
         if dimensions: body['dimensions'] = dimensions
         out, took = await self.ask('/v1/embeddings', body)
-        rows = [(np.frombuffer(base64.b64decode(d['embedding']), '<f4') if d['status'] == 'ok' else None, d['status'], d.get('error', ''))
-                for d in out['data']]
+        rows = [
+            (
+                np.frombuffer(base64.b64decode(d['embedding']), '<f4') if d['status'] == 'ok' else None,
+                d['status'],
+                d.get('error', ''),
+            )
+            for d in out['data']
+        ]
         return rows, {k: float(v) for k, v in (part.split(';dur=') for part in took.split(', ') if ';dur=' in part)}
 
     async def rank(self, query, candidates):
         "(score, error) of each candidate, in order; the score of one that failed is nan."
-        out, _ = await self.ask('/rank', dict(query=self.entry(*query), candidates=[self.entry(*c) for c in candidates]))
+        out, _ = await self.ask(
+            '/rank', dict(query=self.entry(*query), candidates=[self.entry(*c) for c in candidates])
+        )
         rows = sorted(out['results'], key=lambda r: r['index'])
         return [(r.get('score', float('nan')), r.get('error', '')) for r in rows]
 
     async def classify(self, items, labels=None, template='{}', top_k=None):
-        "Of each item its (label, probability, score), best first; none where it failed. Only labels that were given have a score."
-        body = dict(input=[self.entry(*i) for i in items], template=template) | {k: v for k, v in dict(labels=labels, top_k=top_k).items() if v}
+        """Of each item its (label, probability, score), best first; none where it failed.
+
+        Only labels that were given have a score."""
+        body = dict(input=[self.entry(*i) for i in items], template=template) | {
+            k: v for k, v in dict(labels=labels, top_k=top_k).items() if v
+        }
         out, _ = await self.ask('/classify', body)
         return [[(x['label'], x['probability'], x.get('score')) for x in r.get('labels', ())] for r in out['results']]
 
@@ -179,8 +202,13 @@ class Grpc:
         from mmembed.serve.protobuf import message, methods
         self.timeout, self.g, self.m = timeout, grpc, lambda n: message(f'mmembed.v1.{n}')
         parts = urlsplit(url)
-        options = [('grpc.max_receive_message_length', -1), ('grpc.max_send_message_length', -1), ('grpc.enable_retries', 0),
-                   ('grpc.lb_policy_name', 'round_robin')]  # over all addresses of the name, as a headless Service has them
+        options = [
+            ('grpc.max_receive_message_length', -1),
+            ('grpc.max_send_message_length', -1),
+            ('grpc.enable_retries', 0),
+            # over all addresses of the name, as a headless Service has them
+            ('grpc.lb_policy_name', 'round_robin'),
+        ]
         if parts.scheme == 'grpcs':
             root = Path(verify).read_bytes() if isinstance(verify, (str, Path)) else None
             self.channel = grpc.aio.secure_channel(parts.netloc, grpc.ssl_channel_credentials(root), options)
@@ -194,7 +222,8 @@ class Grpc:
         except self.g.aio.AioRpcError as e:
             code, retry = e.code(), None
             full = code is self.g.StatusCode.RESOURCE_EXHAUSTED
-            if full or code is self.g.StatusCode.UNAVAILABLE: retry = float(dict(e.trailing_metadata() or ()).get('retry-after', 0))
+            if full or code is self.g.StatusCode.UNAVAILABLE:
+                retry = float(dict(e.trailing_metadata() or ()).get('retry-after', 0))
             large = full and not retry  # of a full queue the server says when to come back
             raise ServiceError(code.name, e.details() or '', None if large else retry, large) from None
 
@@ -204,7 +233,10 @@ class Grpc:
 
     async def encode(self, items, dimensions=None):
         out = await self.ask('Encode', items=[self.entry(*i) for i in items], dimensions=dimensions or 0)
-        rows = [(np.frombuffer(r.embedding, '<f4') if r.status == 1 else None, self.names.get(r.status, 'failed'), r.error) for r in out.results]
+        rows = [
+            (np.frombuffer(r.embedding, '<f4') if r.status == 1 else None, self.names.get(r.status, 'failed'), r.error)
+            for r in out.results
+        ]
         return rows, dict(out.timing_ms)
 
     async def rank(self, query, candidates):
@@ -213,11 +245,18 @@ class Grpc:
         return [(r.score if r.status == 1 else float('nan'), r.error) for r in rows]
 
     async def classify(self, items, labels=None, template='{}', top_k=None):
-        out = await self.ask('Classify', items=[self.entry(*i) for i in items], labels=labels, template=template, top_k=top_k or 0)
-        return [[(x.label, x.probability, x.score if x.HasField('score') else None) for x in r.labels] for r in out.results]
+        out = await self.ask(
+            'Classify', items=[self.entry(*i) for i in items], labels=labels, template=template, top_k=top_k or 0
+        )
+        return [
+            [(x.label, x.probability, x.score if x.HasField('score') else None) for x in r.labels] for r in out.results
+        ]
 
     async def search(self, query, top_k=10, where=None):
-        return [json.loads(r.row) for r in (await self.ask('Search', query=self.entry(*query), top_k=top_k, where=where or '')).results]
+        return [
+            json.loads(r.row)
+            for r in (await self.ask('Search', query=self.entry(*query), top_k=top_k, where=where or '')).results
+        ]
 
     async def info(self): return json.loads((await self.ask('Info')).card)
     async def close(self): await self.channel.close()

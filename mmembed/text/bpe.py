@@ -44,7 +44,12 @@ class ShortWords(nn.Module):
         b = torch.tensor([int.from_bytes(w[8:], 'little') | len(w) << 56 for w, _ in short], dtype=torch.int64)
         slots = VocabTable(self._mixed(a, b), torch.arange(len(short)))
         taken = slots.ids >= 0
-        self.bucket_shift, self.bucket_mask, self.slot_shift, self.slot_mask = slots.bucket_shift, slots.bucket_mask, slots.slot_shift, slots.slot_mask
+        self.bucket_shift, self.bucket_mask, self.slot_shift, self.slot_mask = (
+            slots.bucket_shift,
+            slots.bucket_mask,
+            slots.slot_shift,
+            slots.slot_mask,
+        )
         self.register_buffer('multiplier', slots.multiplier)
         for name, x in [('a', a), ('b', b), ('ids', torch.tensor([i for _, i in short], dtype=torch.int64))]:
             table = torch.zeros_like(slots.ids)
@@ -84,7 +89,12 @@ class PairRanks(nn.Module):
         super().__init__()
         self.none, self.scale = self.NONE, self.SCALE
         slots = VocabTable((pairs[:, 0] << 32 | pairs[:, 1]) * self.scale, ranks)
-        self.bucket_shift, self.bucket_mask, self.slot_shift, self.slot_mask = slots.bucket_shift, slots.bucket_mask, slots.slot_shift, slots.slot_mask
+        self.bucket_shift, self.bucket_mask, self.slot_shift, self.slot_mask = (
+            slots.bucket_shift,
+            slots.bucket_mask,
+            slots.slot_shift,
+            slots.slot_mask,
+        )
         self.register_buffer('multiplier', slots.multiplier)
         self.register_buffer('keys', torch.where(slots.ids < 0, 1, slots.keys))
         self.register_buffer('ranks', torch.where(slots.ids < 0, self.none, slots.ids))
@@ -120,7 +130,10 @@ class BytePairs(nn.Module):
         letters = byte_letters()
         single = {c: b for b, c in letters.items()}
         missing = [b for b, c in letters.items() if c not in vocab or c + suffix not in vocab]
-        if missing: raise ValueError(f'the vocabulary has no token for the byte {missing[0]}, nor for {len(missing) - 1} others')
+        if missing:
+            raise ValueError(
+                f'the vocabulary has no token for the byte {missing[0]}, nor for {len(missing) - 1} others'
+            )
         lost = [a + b for a, b in merges if any(t not in vocab for t in (a, b, a + b))]
         if lost: raise ValueError(f'the merge that makes {lost[0]!r} is of tokens that the vocabulary does not have')
         self.register_buffer('inner', torch.tensor([vocab[letters[b]] for b in range(256)]))
@@ -141,7 +154,8 @@ class BytePairs(nn.Module):
             if word and all(c in single for c in word): spelt[i] = bytes(single[c] for c in word), ends or not suffix
         self.reach, self.steps = max(len(w) for w, _ in spelt.values()), [1]
         self.register_buffer('margin', torch.full((self.reach,), self.none))
-        while sum(self.steps) < 2 * self.reach: self.steps.append(min(1 + sum(self.steps), 2 * self.reach - sum(self.steps)))
+        while sum(self.steps) < 2 * self.reach:
+            self.steps.append(min(1 + sum(self.steps), 2 * self.reach - sum(self.steps)))
         size = torch.full((max([*vocab.values(), *added]) + 1,), 4)  # an added token stands in the text as four bytes
         for i, (w, _) in spelt.items(): size[i] = len(w)
         self.register_buffer('size', size)
@@ -222,7 +236,8 @@ class BytePairs(nn.Module):
         return torch.cat(ats), torch.cat(ids)
 
     def _one_by_one(self, id: Tensor, at: Tensor, word: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-        "`_merged` for a table in which a merge may enable an earlier one: the first of the best pairs of every word a round."
+        """`_merged` for a table in which a merge may enable an earlier one: the first of the best pairs of every
+        word a round."""
         while True:
             n = id.numel()
             rank = self.ranks(id)
@@ -237,16 +252,19 @@ class BytePairs(nn.Module):
         return at, id
 
     def _apart(self, hit: Tensor, rank: Tensor) -> Tensor:
-        "`hit` without the pairs that overlap one merged before: in a run of equal tokens every other pair stays, if its first does."
+        """`hit` without the pairs that overlap one merged before: in a run of equal tokens every other pair stays,
+        if its first does."""
         place = torch.arange(rank.numel(), device=hit.device)
         same = nn.functional.pad(rank[1:] == rank[:-1], (1, 0))
-        first = torch.where(same, -1, place).cummax(0).values.index_select(0, hit)  # where the run of equal ranks begins
+        # where the run of equal ranks begins
+        first = torch.where(same, -1, place).cummax(0).values.index_select(0, hit)
         begins = torch.zeros_like(rank, dtype=torch.bool).index_fill_(0, hit, True).index_select(0, first)
         return hit[((hit - first) % 2 == 0) & begins]
 
     def _lowest(self, rank: Tensor) -> Tensor:
         "The lowest rank within `reach` to either side."
-        x = torch.cat([self.margin, rank, self.margin])  # F.pad's value is a float, and one so large is saved without its point
+        # F.pad's value is a float, and one so large is saved without its point
+        x = torch.cat([self.margin, rank, self.margin])
         for step in self.steps: x = torch.minimum(x[:-step], x[step:])
         return x
 
@@ -286,10 +304,15 @@ def bpe_family(
 
     Raises `ValueError` with the first rule of `tok` that is not implemented."""
     m, added = tok['model'], tok.get('added_tokens', [])
-    for rule, fine in [('dropout', (None, 0, 0.0)), ('continuing_subword_prefix', (None, '')), ('byte_fallback', (None, False))]:
+    for rule, fine in [
+        ('dropout', (None, 0, 0.0)),
+        ('continuing_subword_prefix', (None, '')),
+        ('byte_fallback', (None, False)),
+    ]:
         if m.get(rule) not in fine: refuse(f'BPE {rule}', m[rule], 'none')
     for t in added:
-        if t.get('normalized') and t.get('single_word'): refuse(f'added token {t["content"]!r}', 'normalized and single_word', 'one of them')
+        if t.get('normalized') and t.get('single_word'):
+            refuse(f'added token {t["content"]!r}', 'normalized and single_word', 'one of them')
     suffix = m.get('end_of_word_suffix') or ''
     merges = [tuple(p.split(' ')) if isinstance(p, str) else tuple(p) for p in m['merges']]
     front = _open_clip_front(tok) if kind_of(tok, 'normalizer') == 'OpenClip' else _front(tok, added)
@@ -303,13 +326,19 @@ def _front(tok: dict, added: list[dict]) -> ByteFront:
     for s in _steps(tok.get('normalizer'), 'normalizers'):
         if s['type'] == 'NFC' and not lower and 'nfc' not in rules: rules['nfc'] = nfc_rules()
         elif s['type'] == 'Lowercase': lower = True
-        elif s == dict(type='Replace', pattern=dict(Regex=r'\s+'), content=' ') and kind_of(tok, 'pre_tokenizer') == 'Sequence': continue  # dropped anyhow
+        # dropped anyhow
+        elif (
+            s == dict(type='Replace', pattern=dict(Regex=r'\s+'), content=' ')
+            and kind_of(tok, 'pre_tokenizer') == 'Sequence'
+        ):
+            continue
         else: refuse('normalizer', s, 'NFC, Lowercase, and CLIP\'s white-space rule')
     if lower:
         answer = probed('lowercase', lambda: dict(zip(('counts', 'images'), probe_normalizer(normalizers.Lowercase()))))
         rules['lower'] = answer['counts'], answer['images']
     steps = _steps(tok.get('pre_tokenizer'), 'pretokenizers')
-    if not steps or steps[-1]['type'] != 'ByteLevel': refuse('pre_tokenizer', tok.get('pre_tokenizer'), 'ByteLevel, and CLIP\'s pattern before it')
+    if not steps or steps[-1]['type'] != 'ByteLevel':
+        refuse('pre_tokenizer', tok.get('pre_tokenizer'), 'ByteLevel, and CLIP\'s pattern before it')
     level = steps[-1]
     if len(steps) == 1:
         if not level.get('use_regex', True): refuse('pre_tokenizer', level, 'use_regex=true')
@@ -318,16 +347,25 @@ def _front(tok: dict, added: list[dict]) -> ByteFront:
     known = {p: strings for p, strings in [(CLIP_PATTERN, []), (listed + '|' + CLIP_PATTERN, CLIP_STRINGS)]}
     split = steps[0]
     pattern = (split.get('pattern') or {}).get('Regex')
-    if len(steps) != 2 or split['type'] != 'Split' or pattern not in known or not split['invert'] or split['behavior'] != 'Removed':
+    if (
+        len(steps) != 2
+        or split['type'] != 'Split'
+        or pattern not in known
+        or not split['invert']
+        or split['behavior'] != 'Removed'
+    ):
         refuse('pre_tokenizer', steps[:-1], 'CLIP\'s pattern')
-    if level['add_prefix_space'] or not level.get('use_regex', True): refuse('pre_tokenizer', level, 'add_prefix_space=false, use_regex=true')
+    if level['add_prefix_space'] or not level.get('use_regex', True):
+        refuse('pre_tokenizer', level, 'add_prefix_space=false, use_regex=true')
     return ByteFront(added, pattern_classes(), strings=known[pattern], **rules)
 
 # %% ../../nbs/text/08_bpe.ipynb #a52b08e7
 def open_clip_text_config(
     name: str, # an open_clip model name, such as 'ViT-B-32'
 ) -> dict:
-    "What open_clip's configuration says of the text tower. Raises `ValueError` for a name that open_clip does not know."
+    """What open_clip's configuration says of the text tower.
+
+    Raises `ValueError` for a name that open_clip does not know."""
     import open_clip
     if name.replace('/', '-') not in open_clip.list_models():  # it would look for any other name on the hub
         raise ValueError(f'open_clip knows no model {name!r}; open_clip.list_models() lists them'
@@ -337,7 +375,8 @@ def open_clip_text_config(
 # %% ../../nbs/text/08_bpe.ipynb #5a10ef0a
 def open_clip_tokenizer(
     name: str,        # an open_clip model name, such as 'ViT-B-32'
-    fix: bool = True, # ftfy's rules for single characters and NFC are applied; False: texts come through `open_clip_clean`
+    # ftfy's rules for single characters and NFC are applied; False: texts come through `open_clip_clean`
+    fix: bool = True,
 ) -> tuple[dict, int]: # the tokenizer in the form of a tokenizer.json, and the model's context length
     """open_clip's `SimpleTokenizer`, with the vocabulary file that open_clip carries.
 
@@ -350,13 +389,28 @@ def open_clip_tokenizer(
     t = _simple_tokenizer()
     sot, eot = (t.decoder[i] for i in t.all_special_ids)
     sep, cls = [eot, t.eot_token_id], [sot, t.sot_token_id]
-    pad = dict(strategy='BatchLongest', direction='Right', pad_to_multiple_of=None, pad_id=0, pad_type_id=0, pad_token=t.decoder[0])
+    pad = dict(
+        strategy='BatchLongest',
+        direction='Right',
+        pad_to_multiple_of=None,
+        pad_id=0,
+        pad_type_id=0,
+        pad_token=t.decoder[0],
+    )
     space = dict(type='Replace', pattern=dict(String='</w>'), content=' ')
-    tok = dict(version='1.0', added_tokens=[], padding=pad, normalizer=dict(type='OpenClip', fix=fix),
+    tok = dict(
+        version='1.0',
+        added_tokens=[],
+        padding=pad,
+        normalizer=dict(type='OpenClip', fix=fix),
         pre_tokenizer=dict(type='OpenClip', strings=[sot, eot]),
         post_processor=dict(type='RobertaProcessing', sep=sep, cls=cls, trim_offsets=False, add_prefix_space=False),
-        decoder=dict(type='Sequence', decoders=[dict(type='ByteLevel', add_prefix_space=True, trim_offsets=True, use_regex=True), space]),
-        model=dict(type='BPE', end_of_word_suffix='</w>', vocab=dict(t.encoder), merges=[list(p) for p in t.bpe_ranks]))
+        decoder=dict(
+            type='Sequence',
+            decoders=[dict(type='ByteLevel', add_prefix_space=True, trim_offsets=True, use_regex=True), space],
+        ),
+        model=dict(type='BPE', end_of_word_suffix='</w>', vocab=dict(t.encoder), merges=[list(p) for p in t.bpe_ranks]),
+    )
     return tok, text.get('context_length', 77)
 
 @functools.cache
@@ -369,6 +423,7 @@ def _simple_tokenizer():
 def _open_clip_front(tok: dict) -> ByteFront:
     r, fix, strings = open_clip_rules(), tok['normalizer']['fix'], tok['pre_tokenizer']['strings']
     fixed, nfc = ((r['fixed_counts'], r['fixed_images']), nfc_rules(python=True)) if fix else (None, None)
-    # the pattern ignores case as `regex` does: a long s is an s, in a contraction and in `<start_of_text>`, though not in a token's name
+    # the pattern ignores case as `regex` does: a long s is an s, in a contraction and in `<start_of_text>`, though not
+    # in a token's name
     return ByteFront([], r['classes'], (r['lower_counts'], r['lower_images']), fixed, nfc, r['sigma'],
         joined=[s.replace('s', 'ſ') for s in strings if 's' in s], marked=strings, also={'s': ['ſ']})

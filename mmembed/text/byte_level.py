@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from .nfc import Nfc, NormalizedLike, nfc_rules
 from .pretokenize import AddedTokens, first_from, last_before
 from .hash_table import ExpandTable, PageTable, ended
-from .unicode import ADDED, CLASS_SHIFT, MAX_ADDED, N_CODES, Codes, Located, Utf8, code_points, probe_normalizer, probed
+from mmembed.text.unicode import (
+    ADDED, CLASS_SHIFT, MAX_ADDED, N_CODES, Codes, Located, Utf8, code_points, probe_normalizer, probed,
+)
 
 # %% ../../nbs/text/07_byte_level.ipynb #1817e2d6
-SPACE, LETTER, NUMBER, OTHER, MARK = 0, 1, 2, 4, 10  # classes; MARK is an added token. Bit 1: never joined by CLIP's pattern; bit 3: by none
+# classes; MARK is an added token. Bit 1: never joined by CLIP's pattern; bit 3: by none
+SPACE, LETTER, NUMBER, OTHER, MARK = 0, 1, 2, 4, 10
 
 # %% ../../nbs/text/07_byte_level.ipynb #56bc70a5
 def _classes(
@@ -32,7 +35,11 @@ def _classes(
     codes = code_points()
     text = ''.join(map(chr, codes))
     out = np.full(N_CODES, SPACE)  # what no part of the pattern matches is dropped like a space
-    for pattern, kind, other in [(r'[\p{L}]', LETTER, '!'), (r'[\p{N}]', NUMBER, '!'), (r'[^\s\p{L}\p{N}]', OTHER, 'a')]:
+    for pattern, kind, other in [
+        (r'[\p{L}]', LETTER, '!'),
+        (r'[\p{N}]', NUMBER, '!'),
+        (r'[^\s\p{L}\p{N}]', OTHER, 'a'),
+    ]:
         got = np.frombuffer(replaced(pattern, other, text).encode('utf-32-le'), np.uint32)
         out[codes[got != codes]] = kind
     return out
@@ -52,9 +59,14 @@ def open_clip_clean(text: str) -> str:
 
 # %% ../../nbs/text/07_byte_level.ipynb #888753c1
 def needs_cleaning(text: str) -> bool:
-    """Whether open_clip's cleaning does more to `text` than the graph does: HTML entities, wrongly decoded text, terminal escapes."""
+    """Whether open_clip's cleaning does more to `text` than the graph does: HTML entities, wrongly decoded text,
+    terminal escapes."""
     import ftfy
-    return open_clip_clean(text) != ftfy.fix_text(text, unescape_html=False, fix_encoding=False, remove_terminal_escapes=False).strip()
+
+    return (
+        open_clip_clean(text)
+        != ftfy.fix_text(text, unescape_html=False, fix_encoding=False, remove_terminal_escapes=False).strip()
+    )
 
 # %% ../../nbs/text/07_byte_level.ipynb #7590906d
 @functools.cache
@@ -70,17 +82,27 @@ def open_clip_rules() -> dict[str, np.ndarray]:
             return text
         rest = code_points()
         counts, images = probe_normalizer(NormalizedLike(lambda t: fix(fix(t))), rest[rest != 0xFFE8])
-        fixed_images = np.insert(images, counts[:0xFFE8].sum(), 0x2502)  # the half-width form of the probe's own sentinel
+        # the half-width form of the probe's own sentinel
+        fixed_images = np.insert(images, counts[:0xFFE8].sum(), 0x2502)
         counts[0xFFE8] = 1
         lower = probe_normalizer(NormalizedLike(str.lower))
         classes = _classes(lambda p, other, t: regex.sub(p, other, t, flags=regex.IGNORECASE))
         codes = code_points()
         classes[[c for c in codes if chr(c).isspace()]] = SPACE
-        after = np.array([(chr(c) + 'Σ').lower()[-1] == 'ς' for c in codes])      # a cased letter makes the Σ after it final
-        through = np.array([('A' + chr(c) + 'Σ').lower()[-1] == 'ς' for c in codes])  # so does one behind an ignorable character
+        # a cased letter makes the Σ after it final
+        after = np.array([(chr(c) + 'Σ').lower()[-1] == 'ς' for c in codes])
+        # so does one behind an ignorable character
+        through = np.array([('A' + chr(c) + 'Σ').lower()[-1] == 'ς' for c in codes])
         sigma = np.zeros(N_CODES, np.int64)
         sigma[codes] = np.where(after, 2, np.where(through, 1, 0))
-        return dict(fixed_counts=counts, fixed_images=fixed_images, lower_counts=lower[0], lower_images=lower[1], classes=classes, sigma=sigma)
+        return dict(
+            fixed_counts=counts,
+            fixed_images=fixed_images,
+            lower_counts=lower[0],
+            lower_images=lower[1],
+            classes=classes,
+            sigma=sigma,
+        )
     python = '.'.join(map(str, sys.version_info[:2]))
     return probed(f'open-clip-python-{python}-ftfy-{ftfy.__version__}-regex-{regex.__version__}', probe)
 
@@ -127,10 +149,13 @@ class PatternStrings(nn.Module):
         self.first = strings[0][0]
 
     def forward(self, v: Tensor, start: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        "Values, whether each begins a match without these strings, rows -> start, end and number of each string that matches."
+        """Values, whether each begins a match without these strings, rows -> start, end and number of each string
+        that matches."""
         at = (v == self.first).nonzero().flatten()
         if self.shortcuts and at.numel() == 0: return at, at, at
-        which, end = self._matches(v, at, torch.repeat_interleave(offsets[1:], offsets[1:] - offsets[:-1]).index_select(0, at))
+        which, end = self._matches(
+            v, at, torch.repeat_interleave(offsets[1:], offsets[1:] - offsets[:-1]).index_select(0, at)
+        )
         found = (which >= 0).nonzero().flatten()
         at, end, which = at[found], end[found], which[found]
         chained = nn.functional.pad(end, (1, 0), value=-1.)[:-1] == at
@@ -150,7 +175,8 @@ class PatternStrings(nn.Module):
 
 # %% ../../nbs/text/07_byte_level.ipynb #8d08106b
 class ByteFront(nn.Module):
-    """Packed UTF-8 -> normalised bytes, each with flags: 256 begins a word or a stretch of white space, 512 is white space that
+    """Packed UTF-8 -> normalised bytes, each with flags: 256 begins a word or a stretch of white space, 512 is white
+    space that
     no word keeps. An added token is the byte 0xFF, which no text has, and three bytes of its number."""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
     clip: torch.jit.Final[bool]
@@ -166,7 +192,8 @@ class ByteFront(nn.Module):
     def __init__(self,
         added: list[dict],             # a tokenizer.json's added_tokens
         classes: np.ndarray,           # (0x110000,): SPACE, LETTER, NUMBER or OTHER
-        lower: tuple[np.ndarray, np.ndarray] | None = None, # what each code point becomes: counts and images; None: itself
+        # what each code point becomes: counts and images; None: itself
+        lower: tuple[np.ndarray, np.ndarray] | None = None,
         fixed: tuple[np.ndarray, np.ndarray] | None = None, # the same, before NFC
         nfc=None,                      # NfcRules; None: no composition
         sigma: np.ndarray | None = None, # for FinalSigma
@@ -181,24 +208,33 @@ class ByteFront(nn.Module):
         self.clip, self.prefix, self.alone = clip, prefix, 2 if clip else 8
         self.utf8 = Utf8()
         raw, normed = [t for t in added if not t.get('normalized')], [t for t in added if t.get('normalized')]
-        self.numbers, self.marked = [added.index(t) for t in raw + normed], marked  # Python only: which token has which number
+        # Python only: which token has which number
+        self.numbers, self.marked = [added.index(t) for t in raw + normed], marked
         self.early, self.late = len(raw) > 0, len(normed) > 0
         self.raw, self.normed = [AddedTokens(t) if t else Nothing() for t in (raw, normed)]
         if normed: self.normed.base += len(raw)
-        for m in (self.raw, self.normed):  # without a single_word token, AddedTokens keeps no table of word characters that would reach beyond Latin-1
-            if isinstance(m, AddedTokens) and not bool(m.flags[:, 0].any()): m.word = PageTable(np.zeros(N_CODES + MAX_ADDED))
+        # without a single_word token, AddedTokens keeps no table of word characters that would reach beyond Latin-1
+        for m in (self.raw, self.normed):
+            if isinstance(m, AddedTokens) and not bool(m.flags[:, 0].any()):
+                m.word = PageTable(np.zeros(N_CODES + MAX_ADDED))
         points = np.arange(N_CODES)
         one = (np.ones(N_CODES, np.int64), points)
         more = np.arange(ADDED, ADDED + MAX_ADDED)
         ones = np.ones(MAX_ADDED, np.int64)
         counts, images = fixed or one
         touched = np.zeros(N_CODES, bool)
-        self.composes, self.lowers_sigma, self.fixes = nfc is not None, sigma is not None, fixed is not None or nfc is not None
+        self.composes, self.lowers_sigma, self.fixes = (
+            nfc is not None,
+            sigma is not None,
+            fixed is not None or nfc is not None,
+        )
         if nfc is not None:
             np.logical_or.at(touched, np.repeat(points, counts), nfc.touched[images])
             self.nfc = Nfc(nfc)
         else: self.nfc = Nothing()
-        self.first = ExpandTable(np.concatenate([counts, ones]), np.concatenate([images, more]), np.concatenate([touched, ones == 0]))
+        self.first = ExpandTable(
+            np.concatenate([counts, ones]), np.concatenate([images, more]), np.concatenate([touched, ones == 0])
+        )
         if not self.fixes: self.first = Nothing()
         self.sigma = FinalSigma(sigma) if sigma is not None else Nothing()
         counts, images = lower or one
@@ -206,22 +242,41 @@ class ByteFront(nn.Module):
             np.concatenate([images | classes[images] << CLASS_SHIFT, more | MARK << CLASS_SHIFT]))
         value = lambda c: ord(c) | int(classes[ord(c)]) << CLASS_SHIFT
         self.listed, self.replaces = bool(strings or joined or marked), bool(marked)
-        self.strings = PatternStrings([[value(c) for c in s] for s in strings + joined + marked]) if self.listed else Nothing()
-        self.joined_from, self.marked_from, self.marked_base = len(strings), len(strings) + len(joined), ADDED + len(added)
+        self.strings = (
+            PatternStrings([[value(c) for c in s] for s in strings + joined + marked]) if self.listed else Nothing()
+        )
+        self.joined_from, self.marked_from, self.marked_base = (
+            len(strings),
+            len(strings) + len(joined),
+            ADDED + len(added),
+        )
         self.apostrophe = value("'")
         self.register_buffer('single', torch.tensor([value(o) for c in 'stmd' for o in [c, *also.get(c, [])]]))
         self.r, self.v, self.e, self.l = map(value, 'rvel')
         self.register_buffer('quick', self._quick_table())
 
     def forward(self, data: Tensor, offsets: Tensor, spans: bool) -> Located:
-        "uint8 (N,), int64 (B+1,) -> flagged bytes; with `spans` also the source bytes of the character that each is of."
+        """uint8 (N,), int64 (B+1,) -> flagged bytes.
+
+        With `spans` also the source bytes of the character that each is of."""
         nowhere = torch.empty(0, dtype=torch.int64, device=data.device)
         values = self.quick.index_select(0, data.int())
         if self.shortcuts and (data.numel() == 0 or int(values.min()) >= 0):
             at = torch.arange(data.numel(), device=data.device) if spans else nowhere
-            if not self.prefix: return Located(self._flagged(values, self._contract(values, self._starts(values, offsets), offsets)), offsets, at, at + 1)
+            if not self.prefix:
+                return Located(
+                    self._flagged(values, self._contract(values, self._starts(values, offsets), offsets)),
+                    offsets,
+                    at,
+                    at + 1,
+                )
             x, begin, end = self._prefixed(Codes(values, offsets), at, at + 1)
-            return Located(self._flagged(x.codes, self._contract(x.codes, self._starts(x.codes, x.offsets), x.offsets)), x.offsets, begin, end)
+            return Located(
+                self._flagged(x.codes, self._contract(x.codes, self._starts(x.codes, x.offsets), x.offsets)),
+                x.offsets,
+                begin,
+                end,
+            )
         x, begin, end = self._normalised(data, offsets, spans)
         if self.prefix: x, begin, end = self._prefixed(x, begin, end)
         start = self._starts(x.codes, x.offsets)
@@ -270,12 +325,19 @@ class ByteFront(nn.Module):
                 x, begin, end = Codes(v, y.offsets), self._picked(begin, kept[:-1]), self._picked(end, kept[1:] - 1)
         return x, begin, end
 
-    def _moved(self, codes: Tensor, source: Tensor, x: Codes, begin: Tensor, end: Tensor) -> tuple[Codes, Tensor, Tensor]:
+    def _moved(
+        self, codes: Tensor, source: Tensor, x: Codes, begin: Tensor, end: Tensor
+    ) -> tuple[Codes, Tensor, Tensor]:
         "What a table made of `x`, with the rows' offsets and the spans moved accordingly."
-        if self.shortcuts and source.numel() == 0 and codes.numel() == x.codes.numel(): return Codes(codes, x.offsets), begin, end
+        if self.shortcuts and source.numel() == 0 and codes.numel() == x.codes.numel():
+            return Codes(codes, x.offsets), begin, end
         count = torch.zeros(x.codes.numel() + 1, dtype=torch.int64, device=codes.device)
         count.index_add_(0, source + 1, torch.ones_like(source))
-        return Codes(codes, count.cumsum(0).index_select(0, x.offsets)), self._picked(begin, source), self._picked(end, source)
+        return (
+            Codes(codes, count.cumsum(0).index_select(0, x.offsets)),
+            self._picked(begin, source),
+            self._picked(end, source),
+        )
 
     def _picked(self, x: Tensor, index: Tensor) -> Tensor:
         "x[index]; nothing of nothing."
@@ -290,10 +352,16 @@ class ByteFront(nn.Module):
         owner = torch.repeat_interleave(1 + (first & (kind != 10) & (x.codes != 32)).long())
         new = nn.functional.pad(owner[:-1], (1, 0), value=-1.)[:owner.numel()] != owner
         new = new & nn.functional.pad(owner[1:] == owner[:-1], (0, 1))[:owner.numel()]  # the first of two is the space
-        count = torch.zeros(n + 1, dtype=torch.int64, device=kind.device).index_add_(0, owner + 1, torch.ones_like(owner))
+        count = torch.zeros(n + 1, dtype=torch.int64, device=kind.device).index_add_(
+            0, owner + 1, torch.ones_like(owner)
+        )
         x = Codes(torch.where(new, 32, x.codes.index_select(0, owner)), count.cumsum(0).index_select(0, x.offsets))
         if begin.numel() == 0: return x, begin, end
-        return x, begin.index_select(0, owner), torch.where(new, begin.index_select(0, owner), end.index_select(0, owner))
+        return (
+            x,
+            begin.index_select(0, owner),
+            torch.where(new, begin.index_select(0, owner), end.index_select(0, owner)),
+        )
 
     def _starts(self, v: Tensor, offsets: Tensor) -> Tensor:
         "Which values begin a word or a stretch of white space, contractions apart: bool (M,)."
@@ -317,7 +385,11 @@ class ByteFront(nn.Module):
         a, b = more.index_select(0, at), more.index_select(0, at + 1)
         same = ~new.index_select(0, at)
         one = same & torch.isin(a, self.single)
-        two = same & ~new.index_select(0, (at + 1).clamp(max=n)) & (((a == self.l) & (b == self.l)) | (((a == self.r) | (a == self.v)) & (b == self.e)))
+        two = (
+            same
+            & ~new.index_select(0, (at + 1).clamp(max=n))
+            & (((a == self.l) & (b == self.l)) | (((a == self.r) | (a == self.v)) & (b == self.e)))
+        )
         end = at + one.long() + 2 * two.long()
         hit = (one | two).nonzero().flatten()
         start = start.index_fill(0, at[hit], False)
@@ -330,17 +402,25 @@ class ByteFront(nn.Module):
         change.index_add_(0, begin, torch.ones_like(begin)).index_add_(0, end, -torch.ones_like(end))
         return change.cumsum(0)[:n] > 0
 
-    def _replaced(self, x: Codes, at: Tensor, till: Tensor, which: Tensor, begin: Tensor, end: Tensor) -> tuple[Codes, Tensor, Tensor]:
+    def _replaced(
+        self, x: Codes, at: Tensor, till: Tensor, which: Tensor, begin: Tensor, end: Tensor
+    ) -> tuple[Codes, Tensor, Tensor]:
         "With each string that is a token as one value."
         hit = (which >= self.marked_from).nonzero().flatten()
         at, till, which = at[hit], till[hit], which[hit]
         n = x.codes.numel()
         keep = (~self._inside(at + 1, till, n)).nonzero().flatten()
-        codes = x.codes.index_copy(0, at, (which - self.marked_from + self.marked_base) | 10 << 21).index_select(0, keep)
+        codes = x.codes.index_copy(0, at, (which - self.marked_from + self.marked_base) | 10 << 21).index_select(
+            0, keep
+        )
         count = torch.zeros(n + 1, dtype=torch.int64, device=at.device).index_fill_(0, keep + 1, 1).cumsum(0)
         x = Codes(codes, count.index_select(0, x.offsets))
         if begin.numel() == 0: return x, begin, end
-        return x, begin.index_select(0, keep), end.index_copy(0, at, end.index_select(0, till - 1)).index_select(0, keep)
+        return (
+            x,
+            begin.index_select(0, keep),
+            end.index_copy(0, at, end.index_select(0, till - 1)).index_select(0, keep),
+        )
 
     def _flagged(self, v: Tensor, start: Tensor) -> Tensor:
         flagged = (v & 0xFF).long() | start.long() << 8

@@ -22,7 +22,8 @@ from .unicode import CLASS_SHIFT
 from .wordpiece import BertFront, WordPiece
 
 # %% ../../nbs/text/16_fast_path.ipynb #58a961e8
-LETTER, NUMBER, OTHER, ALONE, SPACED, ODD, END = 1, 2, 4, 8, 48, 64, 128  # kinds of bytes, 0 is white space. 32 alone: two spaces side by side
+# kinds of bytes, 0 is white space. 32 alone: two spaces side by side
+LETTER, NUMBER, OTHER, ALONE, SPACED, ODD, END = 1, 2, 4, 8, 48, 64, 128
 FRESH = 255 - 32  # what begins a word where it stands first, or after a space
 
 class Letters(NamedTuple):
@@ -43,28 +44,39 @@ class Known(NamedTuple):
     code: Tensor   # uint8 (1+N+16,): of each byte, between white space
 
 class KnownWords(nn.Module):
-    "Words and marks that have one token each wherever they stand: all those of a batch are found at once, by their bytes"
+    """Words and marks that have one token each wherever they stand: all those of a batch are found at once, by their
+    bytes"""
     greedy: torch.jit.Final[bool]  # words that are not known are cut into pieces here
     spaced: torch.jit.Final[bool]  # words have their space before them
 
     def __init__(self,
         letters: Letters | None = None,   # what each byte is
         words: dict[bytes, int] = {},     # codes of a word, at most 15 -> its token
-        inner: dict[bytes, int] = {},     # the same, of pieces that continue a word, if a word's pieces are its longest ones from the left
+        # the same, of pieces that continue a word, if a word's pieces are its longest ones from the left
+        inner: dict[bytes, int] = {},
         unknown: int = -1,                # the token of a word that has no pieces
     ):
         super().__init__()
         self.some, self.greedy, self.unknown = len(words) > 0, len(inner) > 0, unknown
-        self.most, self.least, self.few = 512, 4096, 512  # bytes of a batch that is likely to be known as a whole, and of one whose words are worth to be sent on alone; words cut here (measured)
+        # bytes of a batch that is likely to be known as a whole, and of one whose words are worth to be sent on alone;
+        # words cut here (measured)
+        self.most, self.least, self.few = 512, 4096, 512
         letters = letters or Letters([0] * 256, [0] * 256, [FRESH] * 256, -1)
         self.spaced, self.quote = SPACED in letters.kinds, letters.quote
         keys = [w.ljust(16, b'\0') for w in words] + [w.ljust(15, b'\0') + b'\1' for w in inner]
         key = torch.tensor([list(k) for k in keys], dtype=torch.uint8).view(-1, 16).view(torch.int64)
         self.register_buffer('mix', torch.tensor([-0x2E5BDDA5A8C7D31B, 0x2545F4914F6CDD1D]))  # odd; any will do
         slots = VocabTable(key.mv(self.mix), torch.arange(len(key)))
-        self.bucket_shift, self.bucket_mask, self.slot_shift, self.slot_mask = slots.bucket_shift, slots.bucket_mask, slots.slot_shift, slots.slot_mask
+        self.bucket_shift, self.bucket_mask, self.slot_shift, self.slot_mask = (
+            slots.bucket_shift,
+            slots.bucket_mask,
+            slots.slot_shift,
+            slots.slot_mask,
+        )
         rows, taken = torch.zeros(len(slots.ids), 3, dtype=torch.int64), slots.ids >= 0  # a key of zeros is nobody's
-        rows[taken] = torch.cat([key, torch.tensor([*words.values(), *inner.values()], dtype=torch.int64)[:, None]], 1)[slots.ids[taken]]
+        rows[taken] = torch.cat([key, torch.tensor([*words.values(), *inner.values()], dtype=torch.int64)[:, None]], 1)[
+            slots.ids[taken]
+        ]
         self.register_buffer('multiplier', slots.multiplier)
         self.register_buffer('rows', rows)
         self.register_buffer('codes', torch.tensor([*letters.codes, 0, 0], dtype=torch.uint8))
@@ -73,7 +85,9 @@ class KnownWords(nn.Module):
         self.register_buffer('before', torch.tensor([256], dtype=torch.int32))              # nothing
         self.register_buffer('behind', torch.tensor([257] + [256] * 15, dtype=torch.int32)) # the end, and nothing
         self.register_buffer('lengths', torch.arange(1, 16))
-        self.register_buffer('masks', ((torch.arange(16) < torch.arange(self.most + 1)[:, None]) * 255).byte().view(torch.int64))
+        self.register_buffer(
+            'masks', ((torch.arange(16) < torch.arange(self.most + 1)[:, None]) * 255).byte().view(torch.int64)
+        )
         self.register_buffer('cuts', self.masks[1:16] | self.masks[16] & ~self.masks[15])  # the last byte stays
 
     def forward(self, data: Tensor, offsets: Tensor) -> Known:
@@ -82,16 +96,19 @@ class KnownWords(nn.Module):
         x = torch.cat([self.before, data.int(), self.behind])
         code, after = self.codes.index_select(0, x), self.after.index_select(0, x)
         if offsets.numel() > 2: after.index_fill_(0, offsets, 223)  # FRESH: with nothing before it
-        begins = self.kinds.index_select(0, x)[1:] & after[:-1]     # a kind of byte that does not go on with what stands before it; 0 elsewhere
+        # a kind of byte that does not go on with what stands before it; 0 elsewhere
+        begins = self.kinds.index_select(0, x)[1:] & after[:-1]
         edges = begins.nonzero().squeeze(1)  # the last of them is the end
         start = edges[:-1]
         size = edges[1:] - start
         if n > self.most: size.clamp_(max=16)  # there are masks for all others
         letters = code.as_strided([n, 16], [1, 1], 1).index_select(0, start)
-        key = torch.view_copy(letters, dtype=torch.int64) & self.masks.index_select(0, size)  # `view` has no dtype in TorchScript
+        # `view` has no dtype in TorchScript
+        key = torch.view_copy(letters, dtype=torch.int64) & self.masks.index_select(0, size)
         row = self.rows.index_select(0, self._slots(key))
         if n <= self.most:
-            sure = torch.equal(row[:, :2], key) and not (self.spaced and bool((begins & 32).any()))  # two spaces side by side
+            # two spaces side by side
+            sure = torch.equal(row[:, :2], key) and not (self.spaced and bool((begins & 32).any()))
             if sure: return Known(row[:, 2], start, start[:0], True, start[:0], size, code)
         hit = (row[:, 0] == key[:, 0]) & (row[:, 1] == key[:, 1])
         return self._apart(Known(row[:, 2], start, hit, False, (begins & 96).nonzero().squeeze(1), size, code), offsets)
@@ -108,7 +125,9 @@ class KnownWords(nn.Module):
         return edges[1:] - edges[:-1]
 
     def _apart(self, x: Known, offsets: Tensor) -> Known:
-        "Between two spaces with an odd byte nothing is known, and all of it is one word; all of a text is, where words have a space before them."
+        """Between two spaces with an odd byte nothing is known, and all of it is one word.
+
+        All of a text is, where words have a space before them."""
         if x.odd.numel() == 0: return x
         border = torch.zeros_like(x.code, dtype=torch.bool).index_fill_(0, offsets, True)
         fresh = (x.code.index_select(0, x.start) == 0) | border.index_select(0, x.start)
@@ -116,10 +135,20 @@ class KnownWords(nn.Module):
         within = torch.searchsorted(x.start, x.odd, right=True) - 1
         odd = torch.zeros_like(fresh).index_fill_(0, stretch.index_select(0, within), True).index_select(0, stretch)
         keep = (fresh | ~odd).nonzero().squeeze(1)
-        return Known(x.ids.index_select(0, keep), x.start.index_select(0, keep), (x.hit & ~odd).index_select(0, keep), False, x.odd, x.size.index_select(0, keep), x.code)
+        return Known(
+            x.ids.index_select(0, keep),
+            x.start.index_select(0, keep),
+            (x.hit & ~odd).index_select(0, keep),
+            False,
+            x.odd,
+            x.size.index_select(0, keep),
+            x.code,
+        )
 
     def plain(self, x: Known, miss: Tensor) -> tuple[Tensor, Tensor, int]:
-        "Where the words `miss`, int64 (M,), begin, how many bytes each has, int64 (M,), and the longest; 0 unless all are short and of letters that one table of pieces knows."
+        """Where the words `miss`, int64 (M,), begin, how many bytes each has, int64 (M,), and the longest.
+
+        0 unless all are short and of letters that one table of pieces knows."""
         start = x.start.index_select(0, miss)
         if x.odd.numel() > 0: return start, start, 0
         size = x.size.index_select(0, miss)
@@ -131,7 +160,8 @@ class KnownWords(nn.Module):
         return start, ((letters != 0) & (torch.arange(16) < size.unsqueeze(1))).sum(1), longest
 
     def pieces(self, x: Known, start: Tensor, size: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-        "The pieces of such words, the longest first from the left: the byte at which each begins, and its token, int64 (P,)."
+        """The pieces of such words, the longest first from the left: the byte at which each begins, and its token,
+        int64 (P,)."""
         word = torch.repeat_interleave(size + 1)  # each word and a wall
         wall = (size + 1).cumsum(0) - 1
         begin = wall - size
@@ -141,7 +171,8 @@ class KnownWords(nn.Module):
         letters = x.code.as_strided([x.code.numel() - 16, 16], [1, 1], 1).index_select(0, at)
         letters[:, 15] = 1  # it continues a word
         letters.select(1, 15).index_fill_(0, begin, 0)
-        key = (torch.view_copy(letters, dtype=torch.int64).unsqueeze(1) & self.cuts[:longest]).flatten(0, 1)  # (places * lengths, 2)
+        # (places * lengths, 2)
+        key = (torch.view_copy(letters, dtype=torch.int64).unsqueeze(1) & self.cuts[:longest]).flatten(0, 1)
         row = self.rows.index_select(0, self._slots(key))
         lengths = self.lengths[:longest]
         hit = ((row[:, 0] == key[:, 0]) & (row[:, 1] == key[:, 1])).view(-1, longest) & (lengths <= left)
@@ -163,9 +194,12 @@ class KnownWords(nn.Module):
         return at.index_select(0, found), id.index_select(0, found)
 
     def placed(self, x: Known, offsets: Tensor, at: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        "All tokens, once those of the words that are not known are there: `ids` begin at the bytes `at`, int64 (T,). Ids, and where each text's begin, int64 (B+1,)."
+        """All tokens, once those of the words that are not known are there: `ids` begin at the bytes `at`, int64 (T,).
+
+        Ids, and where each text's begin, int64 (B+1,)."""
         found = torch.full((x.code.numel() - 17,), -1, dtype=torch.int64)
-        found.index_copy_(0, x.start, x.ids).index_copy_(0, at, ids)  # what was no token gives way to the first of the word
+        # what was no token gives way to the first of the word
+        found.index_copy_(0, x.start, x.ids).index_copy_(0, at, ids)
         begin = (found >= 0).nonzero().squeeze(1)
         return found.index_select(0, begin), torch.searchsorted(begin, offsets)
 
@@ -177,7 +211,8 @@ class KnownWords(nn.Module):
         return data.index_select(0, place + torch.arange(place.numel())), offsets
 
     def merged(self, x: Known, offsets: Tensor, miss: Tensor, ids: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
-        "The tokens of all words, once those of the rest are there, `ids` int64 (T,) and `begins` int64 (M+1,): ids, and where each text's begin, int64 (B+1,)."
+        """The tokens of all words, once those of the rest are there, `ids` int64 (T,) and `begins` int64 (M+1,):
+        ids, and where each text's begin, int64 (B+1,)."""
         more = begins[1:] - begins[:-1]
         count = torch.ones_like(x.start).index_copy_(0, miss, more)
         till = nn.functional.pad(count.cumsum(0), [1, 0])
@@ -196,7 +231,9 @@ def known_words(
     vocab: dict[str, int], # token -> id
     added: list[str], # those that are found in the text itself
 ) -> KnownWords:
-    "The words that have one token each by `pieces`; none where what stands between two spaces may depend on what stands beyond them."
+    """The words that have one token each by `pieces`.
+
+    None where what stands between two spaces may depend on what stands beyond them."""
     if not (isinstance(front, BertFront) or isinstance(front, ByteFront) and not front.prefix): return KnownWords()
     if any(c.isspace() for t in added for c in t + unicodedata.normalize('NFKC', t)): return KnownWords()
     letters = _letters(front)
@@ -209,10 +246,15 @@ def known_words(
     p = pieces(*pack([*words.values()]))
     alone = p.offsets.diff() == 1
     known = dict(zip((w for w, one in zip(words, alone.tolist()) if one), p.ids[p.offsets[:-1][alone]].tolist()))
-    if not isinstance(model, WordPiece) or model.max_chars < 15 or model.unk_id in known.values(): return KnownWords(letters, known)
+    if not isinstance(model, WordPiece) or model.max_chars < 15 or model.unk_id in known.values():
+        return KnownWords(letters, known)
     own = [v & (1 << CLASS_SHIFT) - 1 == b for b, v in enumerate(front.quick.tolist())] # the byte stays what it is
     inner = [t.removeprefix(model.prefix).encode('utf-8', 'surrogatepass') for t in vocab if t.startswith(model.prefix)]
-    inner = {bytes(letters.codes[b] for b in raw): vocab[model.prefix + raw.decode()] for raw in inner if _is_word(raw, letters) and all(own[b] for b in raw)}
+    inner = {
+        bytes(letters.codes[b] for b in raw): vocab[model.prefix + raw.decode()]
+        for raw in inner
+        if _is_word(raw, letters) and all(own[b] for b in raw)
+    }
     return KnownWords(letters, known, inner, model.unk_id)
 
 def _spelling(token: str, front: nn.Module, single: dict[str, int]) -> bytes: # nothing, if it has none
@@ -237,5 +279,7 @@ def _letters(front: nn.Module) -> Letters:
         if kind is None or kind == SPACED and b != ord(' '): continue
         codes[b], kinds[b] = found.setdefault(v, len(found) + 1) if kind else 0, kind
         after[b] = ODD | END | 32 if kind == SPACED else FRESH & ~(kind & (LETTER | NUMBER | OTHER))
-    if isinstance(front, ByteFront) and kinds[b := ord("'")] == OTHER: after[b], quote = FRESH & ~(LETTER | OTHER), codes[b]  # 's
+    # 's
+    if isinstance(front, ByteFront) and kinds[b := ord("'")] == OTHER:
+        after[b], quote = FRESH & ~(LETTER | OTHER), codes[b]
     return Letters(codes, kinds, after, quote)

@@ -26,7 +26,8 @@ from .viterbi import Automaton
 def darts(
     rules: dict[str, str],
 ) -> bytes: # as a SentencePiece model's precompiled_charsmap
-    "A charsmap of these rules: a double array (darts-clone's units) with a page of 256 units for each node, and the pool of images."
+    """A charsmap of these rules: a double array (darts-clone's units) with a page of 256 units for each node, and
+    the pool of images."""
     keys = {k.encode(): v.encode() for k, v in rules.items()}
     nodes = sorted({k[:i] for k in keys for i in range(len(k) + 1)} | {b''}, key=len)
     page, pool = {k: 256 * (i + 1) for i, k in enumerate(nodes)}, b''
@@ -34,15 +35,34 @@ def darts(
     units = np.zeros(256 * (len(nodes) + 1), np.uint32)
     for k in nodes:
         jump = at[k] ^ page[k]
-        units[at[k]] = (jump << 10 if jump < 1 << 21 else jump >> 8 << 10 | 1 << 9) | (k in keys) << 8 | (k[-1] if k else 0)
+        units[at[k]] = (
+            (jump << 10 if jump < 1 << 21 else jump >> 8 << 10 | 1 << 9) | (k in keys) << 8 | (k[-1] if k else 0)
+        )
         if k in keys:
             units[page[k]] = len(pool) | 1 << 31
             pool += keys[k] + b'\0'
     return (4 * len(units)).to_bytes(4, 'little') + units.tobytes() + pool
 
 # %% ../../nbs/text/12_graphemes.ipynb #77e76181
-CR, LF, CONTROL, EXTEND, ZWJ, SPACING, PREPEND, HANGUL_L, HANGUL_V, HANGUL_T, HANGUL_LV, HANGUL_LVT, INDICATOR, PICTURE, CONSONANT, LINKER, JOINED = (
-    1 << k for k in range(17))  # JOINED: Indic_Conjunct_Break=Extend
+(
+    CR,
+    LF,
+    CONTROL,
+    EXTEND,
+    ZWJ,
+    SPACING,
+    PREPEND,
+    HANGUL_L,
+    HANGUL_V,
+    HANGUL_T,
+    HANGUL_LV,
+    HANGUL_LVT,
+    INDICATOR,
+    PICTURE,
+    CONSONANT,
+    LINKER,
+    JOINED,
+) = (1 << k for k in range(17))  # JOINED: Indic_Conjunct_Break=Extend
 
 # %% ../../nbs/text/12_graphemes.ipynb #3c8851eb
 def _joins(before: str, codes: np.ndarray, between: str, then: str) -> np.ndarray: # bool (0x110000,)
@@ -61,7 +81,11 @@ def _probe_graphemes() -> np.ndarray: # int64 (0x110000,)
     codes = codes[codes > 1]  # NUL ends a look-up, and \1 parts the answers: both are controls
     all_of, zwj, virama, ka = np.zeros(N_CODES, bool), '\u200d', '\u094d', '\u0915'
     def asked(text: str, rules: dict[str, str]) -> np.ndarray:
-        return np.array(normalizers.Precompiled(darts(rules)).normalize_str(''.join(text.replace('*', chr(c)) + '\1' for c in codes)).split('\1')[:-1])
+        return np.array(
+            normalizers.Precompiled(darts(rules))
+            .normalize_str(''.join(text.replace('*', chr(c)) + '\1' for c in codes))
+            .split('\1')[:-1]
+        )
     follows, control = all_of.copy(), all_of.copy()
     follows[codes] = asked('a*', {'a': 'Y'}) == 'Y'
     control[codes] = np.char.count(asked('*\u0301\u0301', {'\u0301': '\ue000'}), '\ue000') == 1
@@ -77,9 +101,25 @@ def _probe_graphemes() -> np.ndarray: # int64 (0x110000,)
     def only(c: int) -> np.ndarray: return np.arange(N_CODES) == c
     vowel, tail = v & ~l, t & ~v
     indicator = (np.arange(N_CODES) >= 0x1F1E6) & (np.arange(N_CODES) <= 0x1F1FF)
-    flags = {CR: only(13), LF: only(10), CONTROL: control, EXTEND: extend, ZWJ: only(0x200D), SPACING: follows & ~extend & ~only(0x200D), PREPEND: prepend,
-        HANGUL_L: l, HANGUL_V: vowel & ~syllable, HANGUL_T: tail & ~syllable, HANGUL_LV: vowel & syllable, HANGUL_LVT: tail & syllable,
-        INDICATOR: indicator, PICTURE: picture, CONSONANT: consonant, LINKER: linker, JOINED: joined}
+    flags = {
+        CR: only(13),
+        LF: only(10),
+        CONTROL: control,
+        EXTEND: extend,
+        ZWJ: only(0x200D),
+        SPACING: follows & ~extend & ~only(0x200D),
+        PREPEND: prepend,
+        HANGUL_L: l,
+        HANGUL_V: vowel & ~syllable,
+        HANGUL_T: tail & ~syllable,
+        HANGUL_LV: vowel & syllable,
+        HANGUL_LVT: tail & syllable,
+        INDICATOR: indicator,
+        PICTURE: picture,
+        CONSONANT: consonant,
+        LINKER: linker,
+        JOINED: joined,
+    }
     return sum(flag * where for flag, where in flags.items())
 
 # %% ../../nbs/text/12_graphemes.ipynb #5e6b6b03
@@ -90,7 +130,9 @@ def grapheme_properties() -> np.ndarray: # int64 (0x110000,): the flags above
 
 # %% ../../nbs/text/12_graphemes.ipynb #ae29dfe4
 class Graphemes(nn.Module):
-    "Where extended grapheme clusters begin (UAX #29, rules GB3 to GB13), with the properties that the reference has; an added token is a cluster."
+    """Where extended grapheme clusters begin (UAX #29, rules GB3 to GB13), with the properties that the reference has.
+
+    An added token is a cluster."""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
     def __init__(self):
@@ -99,9 +141,16 @@ class Graphemes(nn.Module):
         self.flags = PageTable(np.concatenate([flags, np.full(MAX_ADDED, CONTROL)]))
         self.cr, self.lf, self.control, self.extend, self.zwj, self.prepend = CR, LF, CONTROL, EXTEND, ZWJ, PREPEND
         self.l, self.v, self.t, self.lv, self.lvt = HANGUL_L, HANGUL_V, HANGUL_T, HANGUL_LV, HANGUL_LVT
-        self.indicator, self.picture, self.consonant, self.linker, self.joined = INDICATOR, PICTURE, CONSONANT, LINKER, JOINED
+        self.indicator, self.picture, self.consonant, self.linker, self.joined = (
+            INDICATOR,
+            PICTURE,
+            CONSONANT,
+            LINKER,
+            JOINED,
+        )
         self.follows = EXTEND | ZWJ | SPACING
-        self.odd = self.follows | LF | PREPEND | HANGUL_V | HANGUL_T | HANGUL_L | INDICATOR  # without these each character is a cluster
+        # without these each character is a cluster
+        self.odd = self.follows | LF | PREPEND | HANGUL_V | HANGUL_T | HANGUL_L | INDICATOR
 
     def forward(self, x: Codes) -> Tensor:
         "Code points -> whether a cluster begins at each: bool (M,)."
@@ -137,7 +186,11 @@ class Graphemes(nn.Module):
     def _pictures(self, now: Tensor, was: Tensor, row: Tensor) -> Tensor:
         "GB11: a picture after a picture, marks and a joiner between."
         base = self._last((now & self.extend == 0) | row)  # of the joiner before each: what its marks stand on
-        opened = nn.functional.pad(now, (1, 0)).index_select(0, nn.functional.pad(base + 1, (1, 0))[:now.numel()]) & self.picture > 0
+        opened = (
+            nn.functional.pad(now, (1, 0)).index_select(0, nn.functional.pad(base + 1, (1, 0))[: now.numel()])
+            & self.picture
+            > 0
+        )
         return (now & self.picture > 0) & (was & self.zwj > 0) & opened & ~nn.functional.pad(row, (1, 0))[:now.numel()]
 
     def _paired(self, now: Tensor, row: Tensor) -> Tensor:
@@ -151,7 +204,8 @@ class Graphemes(nn.Module):
 
 # %% ../../nbs/text/12_graphemes.ipynb #fd89aa60
 class ClusterCharsmap(nn.Module):
-    "Hugging Face's `Precompiled` normaliser: a charsmap applied to whole grapheme clusters of fewer than six bytes by the shortest rule, else to single characters."
+    """Hugging Face's `Precompiled` normaliser: a charsmap applied to whole grapheme clusters of fewer than six bytes
+    by the shortest rule, else to single characters."""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
     def __init__(self,
@@ -173,13 +227,23 @@ class ClusterCharsmap(nn.Module):
         self.images = ExpandTable(np.concatenate([counts, [len(i) for i in images]]), np.concatenate([codes, *images]))
 
     def forward(self, x: Located) -> Located:
-        "Code points, with added tokens among them -> the same normalised; each value has the bytes of what it came from."
+        """Code points, with added tokens among them -> the same normalised.
+
+        Each value has the bytes of what it came from."""
         begins = self.graphemes(Codes(x.codes, x.offsets))
         if not self.shortcuts or not bool(begins.all()): x = self._replaced(x, begins)
         values, source, _ = self.images(x.codes)
-        if self.shortcuts and source.numel() == 0 and values.numel() == x.codes.numel(): return Located(values, x.offsets, x.begin, x.end)
-        count = torch.zeros(x.codes.numel() + 1, dtype=torch.int64, device=source.device).index_add(0, source + 1, torch.ones_like(source))
-        return Located(values, count.cumsum(0).index_select(0, x.offsets), x.begin.index_select(0, source), x.end.index_select(0, source))
+        if self.shortcuts and source.numel() == 0 and values.numel() == x.codes.numel():
+            return Located(values, x.offsets, x.begin, x.end)
+        count = torch.zeros(x.codes.numel() + 1, dtype=torch.int64, device=source.device).index_add(
+            0, source + 1, torch.ones_like(source)
+        )
+        return Located(
+            values,
+            count.cumsum(0).index_select(0, x.offsets),
+            x.begin.index_select(0, source),
+            x.end.index_select(0, source),
+        )
 
     def _replaced(self, x: Located, begins: Tensor) -> Located:
         "`x` with each short cluster that a rule begins made one private code point."
@@ -192,14 +256,30 @@ class ClusterCharsmap(nn.Module):
         some = (short & (size > 1)).nonzero().flatten()
         start, size = start.index_select(0, some), size.index_select(0, some)
         place, length, entry = self.rules(x.codes, torch.zeros_like(x.codes).index_copy(0, start, size), start)
-        first = torch.full_like(x.codes, place.numel()).scatter_reduce(0, place, torch.arange(place.numel(), device=place.device), 'amin')
+        first = torch.full_like(x.codes, place.numel()).scatter_reduce(
+            0, place, torch.arange(place.numel(), device=place.device), 'amin'
+        )
         found = first.index_select(0, start)  # shorter ones come first
         hit = (found < place.numel()).nonzero().flatten()
-        start, size, entry = start.index_select(0, hit), size.index_select(0, hit), entry.index_select(0, found.index_select(0, hit))
+        start, size, entry = (
+            start.index_select(0, hit),
+            size.index_select(0, hit),
+            entry.index_select(0, found.index_select(0, hit)),
+        )
         change = torch.zeros(n + 1, dtype=torch.int64, device=x.codes.device)
-        change = change.index_add(0, start + 1, torch.ones_like(start)).index_add(0, start + size, -torch.ones_like(start))
+        change = change.index_add(0, start + 1, torch.ones_like(start)).index_add(
+            0, start + size, -torch.ones_like(start)
+        )
         kept = change.cumsum(0)[:n] == 0  # the first of each cluster stays
         keep = kept.nonzero().flatten()
-        codes, end = x.codes.index_copy(0, start, entry + self.base), x.end.index_copy(0, start, x.end.index_select(0, start + size - 1))
+        codes, end = (
+            x.codes.index_copy(0, start, entry + self.base),
+            x.end.index_copy(0, start, x.end.index_select(0, start + size - 1)),
+        )
         count = nn.functional.pad(kept.long().cumsum(0), (1, 0))
-        return Located(codes.index_select(0, keep), count.index_select(0, x.offsets), x.begin.index_select(0, keep), end.index_select(0, keep))
+        return Located(
+            codes.index_select(0, keep),
+            count.index_select(0, x.offsets),
+            x.begin.index_select(0, keep),
+            end.index_select(0, keep),
+        )

@@ -62,7 +62,9 @@ class ExpandTable(nn.Module):
         if gone.any(): entry[gone] = -1 - ids[(False,)]
         lengths = [len(s) - 1 for s in ids]
         self.table = PageTable(entry)
-        self.register_buffer('start', torch.tensor([0, *np.cumsum(lengths).tolist()][:max(len(ids), 1)], dtype=torch.int64))
+        self.register_buffer(
+            'start', torch.tensor([0, *np.cumsum(lengths).tolist()][: max(len(ids), 1)], dtype=torch.int64)
+        )
         self.register_buffer('count', torch.tensor(lengths or [1], dtype=torch.int64))
         self.register_buffer('flag', torch.tensor([s[-1] for s in ids] or [False]))
         self.register_buffer('pool', torch.tensor([v for s in ids for v in s[:-1]] or [0], dtype=torch.int64))
@@ -81,7 +83,9 @@ class ExpandTable(nn.Module):
         source = torch.repeat_interleave(count)
         nth = torch.arange(source.numel(), device=keys.device) - (count.cumsum(0) - count).index_select(0, source)
         place = (self.start.index_select(0, seq.index_select(0, source)) + nth) * odd.index_select(0, source)
-        values = torch.where(odd.index_select(0, source), self.pool.index_select(0, place), plain.index_select(0, source))
+        values = torch.where(
+            odd.index_select(0, source), self.pool.index_select(0, place), plain.index_select(0, source)
+        )
         return values, source, flagged
 
 # %% ../../nbs/text/01_hash_table.ipynb #bf53aea3
@@ -96,7 +100,9 @@ def ended(x: Tensor, n: int) -> Tensor:
 
 # %% ../../nbs/text/01_hash_table.ipynb #4fa8fe03
 class SubstringHash(nn.Module):
-    "Keys of substrings of one flat sequence of integers. Equal content has equal keys; the converse is for the caller to confirm."
+    """Keys of substrings of one flat sequence of integers. Equal content has equal keys.
+
+    The converse is for the caller to confirm."""
     BASE = 0x9E3779B97F4A7C15 | 1  # odd, so invertible mod 2**64; the golden ratio's digits
     SCALE = 0xD1342543DE82EF95     # an odd multiplier that spreads the entropy of short keys to the top bits (L'Ecuyer)
 
@@ -108,7 +114,9 @@ class SubstringHash(nn.Module):
         self.inverse = _wrap(pow(self.BASE, -1, 1 << 64))
         self.scale = _wrap(self.SCALE)
         self.register_buffer('powers', self._series(positions, self.base, 1, torch.device('cpu')))
-        self.register_buffer('scaled_inverses', self._series(positions + 1, self.inverse, self.scale, torch.device('cpu')))
+        self.register_buffer(
+            'scaled_inverses', self._series(positions + 1, self.inverse, self.scale, torch.device('cpu'))
+        )
 
     def _series(self, n: int, ratio: int, first: int, device: torch.device) -> Tensor:
         x = torch.full((n,), ratio, dtype=torch.int64, device=device)
@@ -116,7 +124,9 @@ class SubstringHash(nn.Module):
         return x.cumprod(0)
 
     def prefix(self, codes: Tensor, beyond: int = 0) -> Tensor:
-        "Running sums H of `codes` int64 (M,): int64 (M+1+beyond,), H[0] = 0; what lies beyond the end may be read, and is 0."
+        """Running sums H of `codes` int64 (M,): int64 (M+1+beyond,), H[0] = 0.
+
+        What lies beyond the end may be read, and is 0."""
         n = codes.numel()
         powers = self.powers[:n] if n <= self.powers.numel() else self._series(n, self.base, 1, codes.device)
         # each code counts as one more than it is, so that a code of 0 (a NUL) is seen
@@ -176,7 +186,9 @@ class VocabTable(nn.Module):
     def _fillers(self, multiplier: np.ndarray) -> np.ndarray:
         "A key for every slot that a look-up of this key does not lead to: an empty slot is never a hit."
         any_two = np.random.default_rng(1).integers(-2**63, 2**63 - 1, 64)
-        own = ((any_two * multiplier[(any_two >> self.bucket_shift) & self.bucket_mask]) >> self.slot_shift) & self.slot_mask
+        own = (
+            (any_two * multiplier[(any_two >> self.bucket_shift) & self.bucket_mask]) >> self.slot_shift
+        ) & self.slot_mask
         fill = np.full(self.slot_mask + 1, any_two[0])
         fill[own[0]] = any_two[np.flatnonzero(own != own[0])[0]]
         return fill

@@ -39,7 +39,8 @@ def _counted(lines: list[str]) -> list[str]:
     for k, line in enumerate(lines):
         parts = line.strip().split(' ')
         if parts == ['']: continue
-        if len(parts) < 2 or not parts[1].isdecimal(): raise ValueError(f'line {k + 1} of the dictionary is no word with a count: {line[:40]!r}')
+        if len(parts) < 2 or not parts[1].isdecimal():
+            raise ValueError(f'line {k + 1} of the dictionary is no word with a count: {line[:40]!r}')
         out.append(' '.join(parts[:2]))
     return out
 
@@ -48,14 +49,19 @@ def read_jieba(
     dictionary: str | None = None, # lines `word count ...`, as in a jieba dictionary; jieba's own by default
     hmm: bool = True,              # whether unknown words are guessed at, as `jieba.cut(text, HMM=True)` does
 ) -> dict: # JSON-able
-    "What a segmenter needs to know. The package `jieba` is needed unless a dictionary is given and `hmm` is false; raises `ValueError` for a line without a count."
+    """What a segmenter needs to know. The package `jieba` is needed unless a dictionary is given and `hmm` is false.
+
+    Raises `ValueError` for a line without a count."""
     if dictionary is None:
         import jieba
         dictionary = jieba.get_module_res('dict.txt').read().decode()
     spec = dict(dictionary=_pack('\n'.join(_counted(dictionary.split('\n')))), hmm=None)
     if hmm:
         from jieba import finalseg
-        spec['hmm'] = _pack(json.dumps(dict(start=finalseg.start_P, trans=finalseg.trans_P, emit=finalseg.emit_P), sort_keys=True))
+
+        spec['hmm'] = _pack(
+            json.dumps(dict(start=finalseg.start_P, trans=finalseg.trans_P, emit=finalseg.emit_P), sort_keys=True)
+        )
     return spec
 
 # %% ../../nbs/text/14_jieba.ipynb #f739c5d4
@@ -84,15 +90,22 @@ class WordStates(nn.Module):
         row = np.zeros(N_CODES, np.int64)
         row[[ord(c) for c in known]] = np.arange(len(known)) + 1
         self.row = PageTable(row)
-        self.register_buffer('emit', torch.tensor([[self.NEVER] * 4] + [[model['emit'][s].get(c, self.NEVER) for s in 'BMES'] for c in known],
-            dtype=torch.float64))
+        self.register_buffer(
+            'emit',
+            torch.tensor(
+                [[self.NEVER] * 4] + [[model['emit'][s].get(c, self.NEVER) for s in 'BMES'] for c in known],
+                dtype=torch.float64,
+            ),
+        )
         self.register_buffer('first', torch.tensor([model['start'][s] for s in 'BMES'], dtype=torch.float64))
-        self.register_buffer('before', torch.tensor([[2, 3], [0, 1], [0, 1], [2, 3]]))  # who may precede B, M, E, S, the larger letter last
+        # who may precede B, M, E, S, the larger letter last
+        self.register_buffer('before', torch.tensor([[2, 3], [0, 1], [0, 1], [2, 3]]))
         self.register_buffer('trans', torch.tensor([[model['trans'][a].get(b, self.NEVER) for a in p]
             for b, p in zip('BMES', ['ES', 'BM', 'BM', 'ES'])], dtype=torch.float64))
 
     def forward(self, codes: Tensor, start: Tensor, size: Tensor) -> Tensor:
-        "Runs [start, start + size) of codes int64 (M,), none empty -> whether a word ends at each place: bool (M,), false outside."
+        """Runs [start, start + size) of codes int64 (M,), none empty -> whether a word ends at each place: bool
+        (M,), false outside."""
         ends = torch.zeros(codes.numel(), dtype=torch.bool, device=codes.device)
         if start.numel() == 0: return ends
         size, order = size.sort(descending=True, stable=True)
@@ -123,7 +136,9 @@ class WordStates(nn.Module):
 
 # %% ../../nbs/text/14_jieba.ipynb #f80b71c7
 class Segmenter(nn.Module):
-    "Cuts each row into words, exactly as `jieba.cut` does (0.42.1). Nothing is dropped: the words of a row, joined, are the row."
+    """Cuts each row into words, exactly as `jieba.cut` does (0.42.1).
+
+    Nothing is dropped: the words of a row, joined, are the row."""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
     def __init__(self,
@@ -132,7 +147,8 @@ class Segmenter(nn.Module):
         super().__init__()
         parts = _unpack(spec['dictionary']).replace('\n', ' ').split(' ')
         listed = list(map(int, parts[1::2]))
-        count = dict(zip(parts[::2], listed))  # of a word that is listed twice the last count holds, but the total has both
+        # of a word that is listed twice the last count holds, but the total has both
+        count = dict(zip(parts[::2], listed))
         total = math.log(sum(listed))
         words = [w for w, c in count.items() if c]
         self.trie, self.none = trie(words), len(words) + 1
@@ -154,7 +170,10 @@ class Segmenter(nn.Module):
         edge = edge | (block != self._before(block))  # where a block or a stretch of other characters begins
         begins = ~(self._before(x.codes == 13) & (x.codes == 10) & ~edge)  # each character, but for the \n of \r\n
         at = block.nonzero().flatten()
-        if not self.shortcuts or at.numel() > 0: begins = begins.index_copy(0, at, self._blocks(x.codes.index_select(0, at), edge.index_select(0, at), kind.index_select(0, at)))
+        if not self.shortcuts or at.numel() > 0:
+            begins = begins.index_copy(
+                0, at, self._blocks(x.codes.index_select(0, at), edge.index_select(0, at), kind.index_select(0, at))
+            )
         start = begins.nonzero().flatten()
         count = nn.functional.pad(begins.long().cumsum(0), (1, 0))
         return Words(start, ended(start[1:], n)[:start.numel()], count.index_select(0, x.offsets))
@@ -191,13 +210,18 @@ class Segmenter(nn.Module):
         long = self._counted(owner, single, run.numel())
         # a run that is a word keeps its characters apart
         extent = torch.zeros_like(codes).index_copy(0, run, long)
-        known = torch.zeros_like(single).index_fill(0, place[extent.index_select(0, place) == size], True).index_select(0, run)
+        known = (
+            torch.zeros_like(single)
+            .index_fill(0, place[extent.index_select(0, place) == size], True)
+            .index_select(0, run)
+        )
         wanted = nn.functional.pad(((long > 1) & ~known).long(), (1, 0))  # in front what no run owns
         guess = single & (wanted.index_select(0, owner + 1) > 0)
         return (guess & self._guessed(codes, kind, guess, first)) | (begins & ~guess)
 
     def _best(self, codes: Tensor, place: Tensor, size: Tensor, entry: Tensor, start: Tensor, width: Tensor) -> Tensor:
-        "The length of the word that begins at each place of the blocks [start, start + width), 0 inside words: int64 (M,)."
+        """The length of the word that begins at each place of the blocks [start, start + width), 0 inside words:
+        int64 (M,)."""
         n = codes.numel()
         place = n - place - size  # mirrored: the walk goes from left to right, jieba from right to left
         grid = lattice(place, size, entry, n, self.none, self._widest(size))
@@ -207,10 +231,13 @@ class Segmenter(nn.Module):
         return self._paths(score, place, size, (n - start - width).flip(0), width.flip(0)).flip(0)
 
     def _paths(self, score: Tensor, place: Tensor, size: Tensor, block: Tensor, width: Tensor) -> Tensor:
-        "The length of the word that ends at each place of the mirrored blocks [block, block + width), 0 inside words: int64 (M,)."
+        """The length of the word that ends at each place of the mirrored blocks [block, block + width), 0 inside
+        words: int64 (M,)."""
         n = score.shape[0]
         cut = uncrossed(place, size, n)
-        both = torch.zeros(n, dtype=torch.bool, device=place.device).index_fill_(0, cut, True).index_fill_(0, block, True)
+        both = (
+            torch.zeros(n, dtype=torch.bool, device=place.device).index_fill_(0, cut, True).index_fill_(0, block, True)
+        )
         cut = both.nonzero().flatten()
         steps = self._sizes(cut, n)
         few = (steps <= self.short).nonzero().flatten()
@@ -226,7 +253,12 @@ class Segmenter(nn.Module):
             some = (wrong.index_select(0, block + width) > wrong.index_select(0, block)).nonzero().flatten()
             block, size = block.index_select(0, some), width.index_select(0, some)
             inside = torch.zeros(n + 1, dtype=torch.int64, device=place.device)
-            inside = inside.index_add(0, block, torch.ones_like(block)).index_add(0, block + size, -torch.ones_like(block)).cumsum(0)[:n] > 0
+            inside = (
+                inside.index_add(0, block, torch.ones_like(block))
+                .index_add(0, block + size, -torch.ones_like(block))
+                .cumsum(0)[:n]
+                > 0
+            )
             length = torch.where(inside, trace(walk(score, block, size, False)[0], block, size), length)
         return length
 
@@ -248,10 +280,12 @@ class Segmenter(nn.Module):
         heads = head.nonzero().flatten()
         letters = self._counted(run, name & (kind == 2), heads.numel())
         follows = linked.index_select(0, heads)
-        numeric = (letters == 0) & follows              # all digits after a dot: a fraction, unless what precedes the dot is one
+        # all digits after a dot: a fraction, unless what precedes the dot is one
+        numeric = (letters == 0) & follows
         order = torch.arange(heads.numel(), device=codes.device)
         other_heads = nn.functional.pad((~numeric).nonzero().flatten() + 1, (1, 0)) - 1
-        base = other_heads.index_select(0, (~numeric).long().cumsum(0))  # the last that is none; the first of all never follows
+        # the last that is none; the first of all never follows
+        base = other_heads.index_select(0, (~numeric).long().cumsum(0))
         fraction = follows & ~self._before(numeric & ((order - base) % 2 == 1))
         joined = torch.zeros_like(name).index_copy(0, heads, fraction)
         # letters after a fraction's digits begin a new name
@@ -274,7 +308,8 @@ class SegmentedWords(nn.Module):
         unk_token: str = '[UNK]',
     ):
         super().__init__()
-        if unk_token not in vocab: raise ValueError(f'the vocabulary has no {unk_token!r}, which stands for unknown words')
+        if unk_token not in vocab:
+            raise ValueError(f'the vocabulary has no {unk_token!r}, which stands for unknown words')
         words = [w for w in vocab if w]
         self.segmenter, self.table = Segmenter(spec), WordTable([[ord(c) for c in w] for w in words])
         self.unk_id = vocab[unk_token]

@@ -19,7 +19,9 @@ from tokenizers import normalizers
 from torch import Tensor, nn
 
 from .hash_table import ExpandTable, PageTable, VocabTable
-from .unicode import SENTINEL, ADDED, MAX_ADDED, N_CODES, Codes, Utf8, code_points, combining_ranks, probe_normalizer, probed
+from mmembed.text.unicode import (
+    SENTINEL, ADDED, MAX_ADDED, N_CODES, Codes, Utf8, code_points, combining_ranks, probe_normalizer, probed,
+)
 
 # %% ../../nbs/text/03_nfc.ipynb #602a32f5
 class NfcRules(NamedTuple):
@@ -68,13 +70,22 @@ def nfc_rules(
     "Every code point's part in NFC. Raises `ValueError` should the reference do more than these rules express."
     if python:
         name = f'nfc-python-{unicodedata.unidata_version}'
-        probe = lambda: _probe_nfc(functools.partial(unicodedata.normalize, 'NFC'), functools.partial(unicodedata.normalize, 'NFD'),
-            np.array([unicodedata.combining(chr(c)) for c in range(N_CODES)]))
+        probe = lambda: _probe_nfc(
+            functools.partial(unicodedata.normalize, 'NFC'),
+            functools.partial(unicodedata.normalize, 'NFD'),
+            np.array([unicodedata.combining(chr(c)) for c in range(N_CODES)]),
+        )
     else:
         name = 'nfc'
         probe = lambda: _probe_nfc(normalizers.NFC().normalize_str, normalizers.NFD().normalize_str, combining_ranks())
     answer = probed(name, probe)
-    return NfcRules(answer['ranks'], answer['counts'], answer['images'], answer['pairs'].reshape(-1, 3), answer['touched'].astype(bool))
+    return NfcRules(
+        answer['ranks'],
+        answer['counts'],
+        answer['images'],
+        answer['pairs'].reshape(-1, 3),
+        answer['touched'].astype(bool),
+    )
 
 # %% ../../nbs/text/03_nfc.ipynb #85797ddb
 class Nfc(nn.Module):
@@ -87,7 +98,10 @@ class Nfc(nn.Module):
         more = np.zeros(MAX_ADDED, np.int64)
         self.scale = self.SCALE
         self.rank = PageTable(np.concatenate([rules.ranks, more]))
-        self.parts = ExpandTable(np.concatenate([rules.counts, more + 1]), np.concatenate([rules.images, np.arange(ADDED, ADDED + MAX_ADDED)]))
+        self.parts = ExpandTable(
+            np.concatenate([rules.counts, more + 1]),
+            np.concatenate([rules.images, np.arange(ADDED, ADDED + MAX_ADDED)]),
+        )
         pairs = torch.from_numpy(np.ascontiguousarray(rules.pairs)).long()
         self.table = VocabTable((pairs[:, 0] << 32 | pairs[:, 1]) * self.scale, pairs[:, 2])
 
@@ -124,7 +138,9 @@ class Nfc(nn.Module):
             code = code.index_copy(0, where, made.index_select(0, hit))
             limit = torch.zeros(n, dtype=torch.int64, device=code.device).index_copy_(0, where, hit + 1)
             passed = torch.where(nn.functional.pad(limit.index_select(0, letter), (1, 0)) > at, 1, passed)
-            keep = torch.ones(n, dtype=torch.bool, device=code.device).index_fill_(0, hit + 1, False).nonzero().flatten()
+            keep = (
+                torch.ones(n, dtype=torch.bool, device=code.device).index_fill_(0, hit + 1, False).nonzero().flatten()
+            )
             code, rank, row = code.index_select(0, keep), rank.index_select(0, keep), row.index_select(0, keep)
             source, passed = source.index_select(0, keep), passed.index_select(0, keep)
         return code, row, source

@@ -24,7 +24,9 @@ from ..core.packing import pack_str
 from .bpe import BytePairs, bpe_family
 from .fast_path import Known, known_words
 from .trainers import LEARNERS
-from .tokenizer_files import Stated, read_any, read_json, read_open_clip, read_vocab, saying, stated, vocabulary
+from mmembed.text.tokenizer_files import (
+    Stated, read_any, read_json, read_open_clip, read_vocab, saying, stated, vocabulary,
+)
 from .unicode import Codes
 from .wordpiece import Pieces, kind_of, refuse, wordpiece_family
 from .jieba import read_jieba, segmented_family
@@ -34,18 +36,41 @@ from .sentencepiece import framed, read_sentencepiece
 from .wordlevel import wordlevel_family
 
 # %% ../../nbs/text/18_pipeline.ipynb #21fda469
-FAMILIES: dict[str, Callable] = dict(WordPiece=wordpiece_family, WordLevel=wordlevel_family, SentencePiece=sentencepiece_family, Segmented=segmented_family, Unigram=unigram_family, BPE=bpe_family)  # a tokenizer.json's model type -> its (front, model)
+# a tokenizer.json's model type -> its (front, model)
+FAMILIES: dict[str, Callable] = dict(
+    WordPiece=wordpiece_family,
+    WordLevel=wordlevel_family,
+    SentencePiece=sentencepiece_family,
+    Segmented=segmented_family,
+    Unigram=unigram_family,
+    BPE=bpe_family,
+)
 
 # %% ../../nbs/text/18_pipeline.ipynb #1045e9c3
 def family(
     tok: dict, # a parsed tokenizer.json
 ) -> tuple[nn.Module, nn.Module]: # front: bytes -> values; model: values -> pieces
-    "The modules that implement `tok`. Raises `TypeError` if it is no dictionary, `ValueError` with the first of its rules that is not implemented."
-    if not isinstance(tok, dict): raise TypeError(f'tokenizer is {type(tok).__name__}, not a parsed tokenizer.json; TextPipeline.from_pretrained reads files')
+    """The modules that implement `tok`.
+
+    Raises `TypeError` if it is no dictionary, `ValueError` with the first of its rules that is not implemented."""
+    if not isinstance(tok, dict):
+        raise TypeError(
+            f'tokenizer is {type(tok).__name__}, not a parsed tokenizer.json; TextPipeline.from_pretrained reads files'
+        )
     kind = kind_of(tok, 'model')
     if kind not in FAMILIES: refuse('model', kind, ', '.join(FAMILIES))
-    if kind_of(tok, 'post_processor') not in (None, 'TemplateProcessing', 'BertProcessing', 'RobertaProcessing', 'ByteLevel'):
-        refuse('post_processor', kind_of(tok, 'post_processor'), 'TemplateProcessing, BertProcessing, RobertaProcessing, ByteLevel, none')
+    if kind_of(tok, 'post_processor') not in (
+        None,
+        'TemplateProcessing',
+        'BertProcessing',
+        'RobertaProcessing',
+        'ByteLevel',
+    ):
+        refuse(
+            'post_processor',
+            kind_of(tok, 'post_processor'),
+            'TemplateProcessing, BertProcessing, RobertaProcessing, ByteLevel, none',
+        )
     try: return FAMILIES[kind](tok)
     except KeyError as e: raise ValueError(f'this tokenizer is not complete: it lacks {e}') from None
 
@@ -67,7 +92,9 @@ def frame(
     if kind in ('BertProcessing', 'RobertaProcessing'):
         cls, sep, bert = post['cls'][1], post['sep'][1], kind == 'BertProcessing'
         if not pair: return Frame([[cls], [], [sep]], [[0], [], [0]], 0, 0)
-        return Frame([[cls], [sep] if bert else [sep, sep], [sep]], [[0], [0] if bert else [0, 0], [int(bert)]], 0, int(bert))
+        return Frame(
+            [[cls], [sep] if bert else [sep, sep], [sep]], [[0], [0] if bert else [0, 0], [int(bert)]], 0, int(bert)
+        )
     default = [{'Sequence': dict(id='A', type_id=0)}] + [{'Sequence': dict(id='B', type_id=1)}] * pair
     steps = post.get('pair' if pair else 'single', default) if kind == 'TemplateProcessing' else default
     ids, segments, texts = [[]], [[]], []
@@ -79,7 +106,8 @@ def frame(
             special = post['special_tokens'][step['SpecialToken']['id']]['ids']
             ids[-1] += special
             segments[-1] += [step['SpecialToken']['type_id']] * len(special)
-    if [t['id'] for t in texts] != ['A', 'B'][:1 + pair]: refuse('template', steps, 'special tokens round A, and B after A')
+    if [t['id'] for t in texts] != ['A', 'B'][: 1 + pair]:
+        refuse('template', steps, 'special tokens round A, and B after A')
     if not pair: ids, segments = [ids[0], [], ids[1]], [segments[0], [], segments[1]]
     return Frame(ids, segments, texts[0]['type_id'], texts[-1]['type_id'])
 
@@ -96,7 +124,8 @@ class Explanation(NamedTuple):
         widths = [max(map(len, column)) for column in zip(*rows)]
         return '\n'.join('  '.join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
-    def _piece(self, begin: int, end: int) -> str: return self.text.encode('utf-8', 'surrogatepass')[begin:end].decode(errors='replace')
+    def _piece(self, begin: int, end: int) -> str:
+        return self.text.encode('utf-8', 'surrogatepass')[begin:end].decode(errors='replace')
 
     def _repr_html_(self):
         def cell(k, a, b):
@@ -104,7 +133,9 @@ class Explanation(NamedTuple):
             return (f'<td style="text-align:center;padding:2px 6px;{hue}">{escape(self._piece(a, b)) or "&nbsp;"}<br>'
                 f'<b>{escape(self.tokens[k])}</b><br><small>{self.ids[k]}<br>{a}:{b}</small></td>')
         cells = ''.join(cell(k, *s) for k, s in enumerate(self.spans))
-        return f'<div style="overflow-x:auto"><table><tr>{cells}</tr></table><small>text, token, id, bytes</small></div>'
+        return (
+            f'<div style="overflow-x:auto"><table><tr>{cells}</tr></table><small>text, token, id, bytes</small></div>'
+        )
 
 # %% ../../nbs/text/18_pipeline.ipynb #31da07cb
 class TextPipeline(nn.Module):
@@ -128,11 +159,14 @@ class TextPipeline(nn.Module):
         said = stated(tokenizer, max_length, pad_to)
         self.max_length, self.pad_to, self.pad_id, self.pad_type, self.strategy = said
         special = sum(map(len, self.single.ids))
-        if self.max_length <= special: raise ValueError(f'max_length={self.max_length} leaves no room for text: {special} special tokens')
+        if self.max_length <= special:
+            raise ValueError(f'max_length={self.max_length} leaves no room for text: {special} special tokens')
         if self.pad_to < 0: raise ValueError(f'pad_to={self.pad_to}: a bucket of at least 1, or 0 for max_length')
         vocab = vocabulary(tokenizer)
         self.vocab_size = max(vocab.values()) + 1
-        self.words = known_words(self.pieces, self.front, self.model, vocab, [t['content'] for t in tokenizer.get('added_tokens', [])])
+        self.words = known_words(
+            self.pieces, self.front, self.model, vocab, [t['content'] for t in tokenizer.get('added_tokens', [])]
+        )
         self.merges = isinstance(self.model, BytePairs)
         self._tokenizer = saying(tokenizer, said, lengths=False)
 
@@ -143,13 +177,20 @@ class TextPipeline(nn.Module):
 
     @torch.jit.export
     def tokenize(self, data: Tensor, offsets: Tensor) -> Tokens:
-        "Packed UTF-8 (`pack`), uint8 (N,) and int64 (B+1,) -> ids and mask, int64 (B, L). Raises `RuntimeError` for tensors that are not like that."
+        """Packed UTF-8 (`pack`), uint8 (N,) and int64 (B+1,) -> ids and mask, int64 (B, L).
+
+        Raises `RuntimeError` for tensors that are not like that."""
         if self.shortcuts:
             self._check(data, offsets)
             n = data.numel()
             if self.words.some and data.device.type == 'cpu' and n > 0:
                 x = self.words(data, offsets)
-                if x.sure: return self._framed(x.ids) if offsets.numel() == 2 else self.assemble(x.ids, torch.searchsorted(x.start, offsets))
+                if x.sure:
+                    return (
+                        self._framed(x.ids)
+                        if offsets.numel() == 2
+                        else self.assemble(x.ids, torch.searchsorted(x.start, offsets))
+                    )
                 miss = (~x.hit).nonzero().squeeze(1)
                 if miss.numel() == 0: return self.assemble(x.ids, torch.searchsorted(x.start, offsets))
                 if (self.words.greedy or self.merges) and miss.numel() <= self.words.few:
@@ -163,20 +204,23 @@ class TextPipeline(nn.Module):
 
     def _spelt(self, x: Known, data: Tensor, offsets: Tensor, start: Tensor, size: Tensor, longest: int) -> Tokens:
         "What is known of a batch, with the tokens of the words that are not, which are of plain letters."
-        if self.merges: at, ids = self.model.spelt((self.front.quick.index_select(0, data.int()) & 255).long(), start, size)
+        if self.merges:
+            at, ids = self.model.spelt((self.front.quick.index_select(0, data.int()) & 255).long(), start, size)
         else: at, ids = self.words.pieces(x, start, size, longest)
         ids, begins = self.words.placed(x, offsets, at, ids)
         return self.assemble(ids, begins)
 
     def _joined(self, x: Known, offsets: Tensor, miss: Tensor, bytes: Tensor, rows: Tensor) -> Tokens:
-        "What is known of a batch, with the tokens of the words that are not: these go the long way, each as if it were a text."
+        """What is known of a batch, with the tokens of the words that are not: these go the long way, each as if it
+        were a text."""
         p = self._pieces(bytes, rows)
         ids, begins = self.words.merged(x, offsets, miss, p.ids, p.offsets)
         return self.assemble(ids, begins)
 
     @torch.jit.export
     def ids_and_mask(self, data: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        "`tokenize` as a plain tuple: for each NamedTuple that a scripted method returns to Python, torch makes a class anew, in some 50 µs."
+        """`tokenize` as a plain tuple: for each NamedTuple that a scripted method returns to Python, torch makes a
+        class anew, in some 50 µs."""
         t = self.tokenize(data, offsets)
         return t.ids, t.mask
 
@@ -192,16 +236,24 @@ class TextPipeline(nn.Module):
 
     def _check(self, data: Tensor, offsets: Tensor):
         "Raises `RuntimeError`, which it is in every form, for tensors that are no packed texts."
-        if not isinstance(data, Tensor) or not isinstance(offsets, Tensor): raise RuntimeError('data and offsets must be tensors, as pack returns them')
-        if data.dtype != torch.uint8 or data.dim() != 1: raise RuntimeError(f'data must be a uint8 tensor of one dimension, as pack returns it; its shape is {list(data.shape)}')
+        if not isinstance(data, Tensor) or not isinstance(offsets, Tensor):
+            raise RuntimeError('data and offsets must be tensors, as pack returns them')
+        if data.dtype != torch.uint8 or data.dim() != 1:
+            raise RuntimeError(
+                f'data must be a uint8 tensor of one dimension, as pack returns it; its shape is {list(data.shape)}'
+            )
         if offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.numel() == 0:
-            raise RuntimeError(f'offsets must be an int64 tensor (B+1,), as pack returns it; its shape is {list(offsets.shape)}')
+            raise RuntimeError(
+                f'offsets must be an int64 tensor (B+1,), as pack returns it; its shape is {list(offsets.shape)}'
+            )
         rises, edges = True, offsets
         if offsets.numel() > 256 and offsets.device.type == 'cpu':
             rises, edges = bool((offsets[1:] >= offsets[:-1]).all()), offsets[::offsets.numel() - 1]
         at: list[int] = edges.tolist()  # for few texts faster than tensor operations, and a single wait for a GPU
         if at[0] != 0 or at[-1] != data.numel() or not rises or at != sorted(at):
-            raise RuntimeError(f'offsets must rise from 0 to the {data.numel()} bytes of data; they go from {at[0]} to {at[-1]}')
+            raise RuntimeError(
+                f'offsets must rise from 0 to the {data.numel()} bytes of data; they go from {at[0]} to {at[-1]}'
+            )
 
     def assemble(self, pieces: Tensor, offsets: Tensor) -> Tokens:
         "Ragged ids, int64 (N,) and (B+1,) -> special tokens, truncation and padding; int64 (B, L)."
@@ -216,9 +268,12 @@ class TextPipeline(nn.Module):
         column = torch.arange(self._width(self._most(count) + edge), device=pieces.device)
         total = (count + edge)[:, None]
         mask = (column < total).long()
-        if self.shortcuts and pieces.numel() > 4096 and int(total.max()) < self.max_length: # nothing is cut off: each token to its place
+        # nothing is cut off: each token to its place
+        if self.shortcuts and pieces.numel() > 4096 and int(total.max()) < self.max_length:
             ids = torch.full_like(mask, self.pad_id)
-            place = torch.repeat_interleave(torch.arange(batch, device=pieces.device) * mask.shape[1] + (len(before) - first), count)
+            place = torch.repeat_interleave(
+                torch.arange(batch, device=pieces.device) * mask.shape[1] + (len(before) - first), count
+            )
             ids.view(-1).index_copy_(0, place + torch.arange(pieces.numel(), device=pieces.device), pieces)
         else: ids = torch.where(mask > 0, self._taken(pieces, first[:, None] + (column - len(before))), self.pad_id)
         for j, t in enumerate(before): ids[:, j] = t
@@ -231,7 +286,10 @@ class TextPipeline(nn.Module):
         own: list[int] = pieces[:self.max_length - len(before) - len(after)].tolist()
         own = before + own + after
         rest = self._width(len(own)) - len(own)
-        row, marks = torch.tensor(own + [self.pad_id] * rest, dtype=torch.int64), torch.tensor([1] * len(own) + [0] * rest, dtype=torch.int64)
+        row, marks = (
+            torch.tensor(own + [self.pad_id] * rest, dtype=torch.int64),
+            torch.tensor([1] * len(own) + [0] * rest, dtype=torch.int64),
+        )
         return Tokens(row.to(pieces.device).unsqueeze(0), marks.to(pieces.device).unsqueeze(0))
 
     def _most(self, count: Tensor) -> int: return int(count.max())
@@ -273,10 +331,13 @@ class TextPipeline(nn.Module):
             n_b = b.offsets[1:] - b.offsets[:-1]
         before, between, after = f.ids[0], f.ids[1], f.ids[2]
         edge = len(before) + len(between) + len(after)
-        if self.max_length < edge: raise RuntimeError(f'max_length={self.max_length} leaves no room for a pair: {edge} special tokens')
+        if self.max_length < edge:
+            raise RuntimeError(f'max_length={self.max_length} leaves no room for a pair: {edge} special tokens')
         n_a, n_b = self._shortened(n_a, n_b, self.max_length - edge)
         total = (n_a + n_b + edge)[:, None]
-        column = torch.arange(self._width(int(total.max()) if total.numel() > 0 else edge), device=data.device).expand(total.shape[0], -1)
+        column = torch.arange(self._width(int(total.max()) if total.numel() > 0 else edge), device=data.device).expand(
+            total.shape[0], -1
+        )
         at_b = n_a[:, None] + (len(before) + len(between))
         in_a = (column >= len(before)) & (column < n_a[:, None] + len(before))
         in_b = (column >= at_b) & (column < at_b + n_b[:, None])
@@ -311,11 +372,14 @@ class TextPipeline(nn.Module):
         gone = (over > 0) & ((a if self.strategy == 'OnlyFirst' else b) <= 0)
         if bool(gone.any()):
             row = int(gone.nonzero()[0])
-            raise RuntimeError(f'row {row} is too long by {int(over[row])} tokens, which {self.strategy} cannot take from one text')
+            raise RuntimeError(
+                f'row {row} is too long by {int(over[row])} tokens, which {self.strategy} cannot take from one text'
+            )
         return a, b
 
     def _longest_first(self, a: Tensor, b: Tensor, room: int) -> tuple[Tensor, Tensor]:
-        "How many tokens of each text of a pair remain (`TruncationStrategy::LongestFirst` of Hugging Face `tokenizers`)."
+        """How many tokens of each text of a pair remain (`TruncationStrategy::LongestFirst` of Hugging Face
+        `tokenizers`)."""
         short, long = torch.minimum(a, b), torch.maximum(a, b)
         rest = torch.where(short > room, short, torch.maximum(short, room - short))
         both = short + rest > room
@@ -329,9 +393,11 @@ class TextPipeline(nn.Module):
     def from_pretrained(cls,
         source: str | Path,            # a folder, a tokenizer.json, or a name on the hub
         max_length: int | None = None, # tokens, with the special ones; as the files state, or 128
-        pad_to: int | None = None,     # bucket for the padded length, in tokens, 0 for always `max_length`; as the files state, or 8
+        # bucket for the padded length, in tokens, 0 for always `max_length`; as the files state, or 8
+        pad_to: int | None = None,
     ) -> 'TextPipeline':
-        """The pipeline of a tokenizer in a folder (`tokenizer.json`, or what `transformers` or SentencePiece had before it) or on the hub.
+        """The pipeline of a tokenizer in a folder (`tokenizer.json`, or what `transformers` or SentencePiece had
+        before it) or on the hub.
 
         Raises `FileNotFoundError`, and `ValueError` if a file is broken or states a rule that is not implemented."""
         return cls(read_any(source), max_length, pad_to)
@@ -340,11 +406,13 @@ class TextPipeline(nn.Module):
     def from_tokenizer_file(cls,
         path: str | Path,              # a Hugging Face tokenizer.json, or a folder that holds one
         max_length: int | None = None, # tokens, with the special ones; as the file states, or 128
-        pad_to: int | None = None,     # bucket for the padded length, in tokens, 0 for always `max_length`; as the file states, or 8
+        # bucket for the padded length, in tokens, 0 for always `max_length`; as the file states, or 8
+        pad_to: int | None = None,
     ) -> 'TextPipeline':
         """The pipeline with the rules of a `tokenizer.json`, and of nothing beside it.
 
-        Raises `FileNotFoundError`, and `ValueError` if the file is no such JSON or states a rule that is not implemented."""
+        Raises `FileNotFoundError`, and `ValueError` if the file is no such JSON or states a rule that is not
+        implemented."""
         path = Path(path)
         return cls(read_json(path/'tokenizer.json' if path.is_dir() else path), max_length, pad_to)
 
@@ -357,7 +425,9 @@ class TextPipeline(nn.Module):
         strip_accents: bool | None = None, # as `lowercase` says, by default
         handle_chinese_chars: bool = True, # each CJK character is a word
     ) -> 'TextPipeline':
-        "BERT's rules over a bare vocabulary. Raises `FileNotFoundError`, and `ValueError` if [UNK], [CLS] or [SEP] is missing or a line stands twice."
+        """BERT's rules over a bare vocabulary.
+
+        Raises `FileNotFoundError`, and `ValueError` if [UNK], [CLS] or [SEP] is missing or a line stands twice."""
         return cls(read_vocab(path, lowercase, strip_accents, handle_chinese_chars), max_length, pad_to)
 
     @classmethod
@@ -371,19 +441,24 @@ class TextPipeline(nn.Module):
     ) -> 'TextPipeline':
         """The pipeline of a SentencePiece model; `sentencepiece` is needed to read it.
 
-        Raises `FileNotFoundError`, and `ValueError` for a file that is no unigram model or lacks a special piece that is asked for."""
+        Raises `FileNotFoundError`, and `ValueError` for a file that is no unigram model or lacks a special piece
+        that is asked for."""
         return cls(framed(read_sentencepiece(path), add_bos, add_eos, pad_id), max_length, pad_to)
 
     @classmethod
     def from_open_clip(cls,
         name: str,                     # an open_clip model name, such as 'ViT-B-32'
         max_length: int | None = None, # tokens, with the special ones; the model's context length by default
-        pad_to: int | None = None,     # bucket for the padded length, in tokens; by default 8 for CLIP's own, else 0, always `max_length`
-        cleaned: bool = False,         # texts have been through open_clip's cleaning; otherwise what of it the graph can do is done there
+        # bucket for the padded length, in tokens; by default 8 for CLIP's own, else 0, always `max_length`
+        pad_to: int | None = None,
+        # texts have been through open_clip's cleaning; otherwise what of it the graph can do is done there
+        cleaned: bool = False,
     ) -> 'TextPipeline':
-        """The tokenizer of an open_clip model: CLIP's own from the vocabulary that open_clip carries, others from the hub.
+        """The tokenizer of an open_clip model: CLIP's own from the vocabulary that open_clip carries, others from
+        the hub.
 
-        Raises `ValueError` for a name that open_clip does not know and for rules that are not implemented, `FileNotFoundError` without the hub's files."""
+        Raises `ValueError` for a name that open_clip does not know and for rules that are not implemented,
+        `FileNotFoundError` without the hub's files."""
         return cls(read_open_clip(name, cleaned), max_length, pad_to)
 
     @classmethod
@@ -395,8 +470,14 @@ class TextPipeline(nn.Module):
         unk_token: str = '[UNK]',
         pad_to: int | None = None,     # bucket for the padded length, in tokens; 8 by default
     ) -> 'TextPipeline':
-        "Chinese words as `jieba.cut` finds them, white space dropped, each with its id. Raises `ValueError` if `vocab` lacks `unk_token`."
-        framed = dict(type='BertProcessing', cls=['[CLS]', vocab['[CLS]']], sep=['[SEP]', vocab['[SEP]']]) if {'[CLS]', '[SEP]'} <= set(vocab) else None
+        """Chinese words as `jieba.cut` finds them, white space dropped, each with its id.
+
+        Raises `ValueError` if `vocab` lacks `unk_token`."""
+        framed = (
+            dict(type='BertProcessing', cls=['[CLS]', vocab['[CLS]']], sep=['[SEP]', vocab['[SEP]']])
+            if {'[CLS]', '[SEP]'} <= set(vocab)
+            else None
+        )
         model = dict(type='Segmented', vocab=dict(vocab), unk_token=unk_token)
         return cls(dict(model=model, segmenter=read_jieba(dictionary, hmm), post_processor=framed), max_length, pad_to)
 
@@ -411,13 +492,15 @@ class TextPipeline(nn.Module):
     ) -> 'TextPipeline':
         """A pipeline with a vocabulary learnt from `captions`, which is a function of them.
 
-        Raises `ValueError` if there are none or `vocab_size` is too small for the model, `TypeError` for an item that is no `str`."""
+        Raises `ValueError` if there are none or `vocab_size` is too small for the model, `TypeError` for an item
+        that is no `str`."""
         if model not in LEARNERS: raise ValueError(f'model={model!r} is none of {", ".join(LEARNERS)}')
         return cls(LEARNERS[model](captions, vocab_size, lowercase), max_length, pad_to)
 
     @torch.jit.unused
     def to_tokenizer_file(self, path: str | Path):
-        """Writes the tokenizer, its truncation and its padding as a `tokenizer.json` that `from_tokenizer_file` loads; so does Hugging Face
+        """Writes the tokenizer, its truncation and its padding as a `tokenizer.json` that `from_tokenizer_file`
+        loads; so does Hugging Face
         `tokenizers`, unless the rules are those of open_clip, SentencePiece or jieba."""
         said = Stated(self.max_length, self.pad_to, self.pad_id, self.pad_type, self.strategy)
         Path(path).write_text(json.dumps(saying(self._tokenizer, said), ensure_ascii=False, indent=1), encoding='utf-8')
@@ -432,15 +515,21 @@ class TextPipeline(nn.Module):
 
     @torch.jit.unused
     def decode(self, ids) -> str:
-        "One row of ids as text, special tokens left out; as Hugging Face's `Tokenizer.decode` does it, or `sentencepiece`, or the words joined for jieba."
+        """One row of ids as text, special tokens left out.
+
+        As Hugging Face's `Tokenizer.decode` does it, or `sentencepiece`, or the words joined for jieba."""
         kind, ids = kind_of(self._tokenizer, 'model'), [int(i) for i in ids]
         if kind == 'Segmented': return ''.join(t for t in map(self.token, ids) if t not in ('[CLS]', '[SEP]', '[PAD]'))
         if kind == 'SentencePiece': return decode_sentencepiece(self._tokenizer, ids)
         if kind_of(self._tokenizer, 'normalizer') == 'OpenClip':  # whose padding is a token like any other, '!'
             end = self.single.ids[2][0]
             ids = [i for i in ids[:ids.index(end) if end in ids else None] if i not in self.single.ids[0]]
-        if not hasattr(self, '_decoder'): # without rules that Hugging Face does not know
-            self._decoder = Tokenizer.from_str(json.dumps({**self._tokenizer, 'normalizer': None, 'pre_tokenizer': None, 'truncation': None, 'padding': None}))
+        if not hasattr(self, '_decoder'):  # without rules that Hugging Face does not know
+            self._decoder = Tokenizer.from_str(
+                json.dumps(
+                    {**self._tokenizer, 'normalizer': None, 'pre_tokenizer': None, 'truncation': None, 'padding': None}
+                )
+            )
         return self._decoder.decode(ids)
 
     @torch.jit.unused
@@ -469,11 +558,24 @@ def rule(self: TextPipeline) -> dict[str, str]:
     "The steps of the rule, by name."
     frame = [self.token(i) for i in self.single.ids[0]] + ['text'] + [self.token(i) for i in self.single.ids[2]]
     kind = lambda part: kind_of(self._tokenizer, part) or 'none'
-    pad = f'to the longest row, rounded up to a multiple of {self.pad_to}' if self.pad_to else f'to {self.max_length}, always'
-    return {'model': f'{kind("model")}, {self.vocab_size:,} ids', 'normalizer': kind('normalizer'), 'pre-tokenizer': kind('pre_tokenizer'),
-        'a text becomes': ' '.join(frame), 'cut at': f'{self.max_length} tokens, special ones included', 'padded': pad}
+    pad = (
+        f'to the longest row, rounded up to a multiple of {self.pad_to}'
+        if self.pad_to
+        else f'to {self.max_length}, always'
+    )
+    return {
+        'model': f'{kind("model")}, {self.vocab_size:,} ids',
+        'normalizer': kind('normalizer'),
+        'pre-tokenizer': kind('pre_tokenizer'),
+        'a text becomes': ' '.join(frame),
+        'cut at': f'{self.max_length} tokens, special ones included',
+        'padded': pad,
+    }
 
 @patch
 def _repr_html_(self: TextPipeline) -> str:
-    rows = ''.join(f'<tr><th style="text-align:left">{k}</th><td style="text-align:left">{escape(v)}</td></tr>' for k, v in self.rule().items())
+    rows = ''.join(
+        f'<tr><th style="text-align:left">{k}</th><td style="text-align:left">{escape(v)}</td></tr>'
+        for k, v in self.rule().items()
+    )
     return f'<b>TextPipeline</b><table>{rows}</table>'

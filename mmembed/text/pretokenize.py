@@ -60,7 +60,8 @@ def first_from(
 # %% ../../nbs/text/04_pretokenize.ipynb #6f7eac45
 class AddedTokens(nn.Module):
     """Replaces each occurrence of token `k` by the code point ADDED + k: Hugging Face's leftmost-longest matching
-    (`added_vocabulary.rs`). Raises `ValueError` for a token that is empty, or that has white space at an edge where it would swallow more."""
+    (`added_vocabulary.rs`). Raises `ValueError` for a token that is empty, or that has white space at an edge where
+    it would swallow more."""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
     codes: list[list[int]]
     number: list[int]
@@ -70,23 +71,31 @@ class AddedTokens(nn.Module):
         tokens: list[dict], # as in a tokenizer.json: content, and perhaps single_word, lstrip, rstrip
     ):
         super().__init__()
-        if len(tokens) > MAX_ADDED: raise ValueError(f'{len(tokens)} added tokens; at most {MAX_ADDED} can be told apart')
+        if len(tokens) > MAX_ADDED:
+            raise ValueError(f'{len(tokens)} added tokens; at most {MAX_ADDED} can be told apart')
         for t in tokens:
             text, strips = t['content'], t.get('lstrip') or t.get('rstrip')
-            if not text or strips and text.strip() != text: raise ValueError(f'an added token cannot be {text!r}' + ' and strip' * bool(strips))
-        order = sorted(range(len(tokens)), key=lambda k: len(tokens[k]['content']))  # a longer match replaces a shorter one
+            if not text or strips and text.strip() != text:
+                raise ValueError(f'an added token cannot be {text!r}' + ' and strip' * bool(strips))
+        # a longer match replaces a shorter one
+        order = sorted(range(len(tokens)), key=lambda k: len(tokens[k]['content']))
         self.codes = [[ord(c) for c in tokens[k]['content']] for k in order]
         self.number = order
         self.base = ADDED
         self.first = sorted({c[0] for c in self.codes})
-        flags = torch.tensor([[bool(t.get(f)) for f in ('single_word', 'lstrip', 'rstrip')] for t in tokens]).reshape(-1, 3)
+        flags = torch.tensor([[bool(t.get(f)) for f in ('single_word', 'lstrip', 'rstrip')] for t in tokens]).reshape(
+            -1, 3
+        )
         self.conditions = bool(flags.any())
         self.register_buffer('flags', flags)
         self.register_buffer('space', torch.tensor(WHITE_SPACE))
-        self.word = PageTable(np.pad(word_characters(), (0, MAX_ADDED)) if bool(flags[:, 0].any()) else np.zeros(ADDED + MAX_ADDED))
+        self.word = PageTable(
+            np.pad(word_characters(), (0, MAX_ADDED)) if bool(flags[:, 0].any()) else np.zeros(ADDED + MAX_ADDED)
+        )
 
     def forward(self, x: Codes) -> tuple[Codes, Tensor]:
-        """Code points -> the same with matches replaced, and where each now begins, int64 (K+1,) with the total at the end;
+        """Code points -> the same with matches replaced, and where each now begins, int64 (K+1,) with the total at
+        the end;
         empty if nothing changed."""
         nowhere = torch.empty(0, dtype=torch.int64, device=x.codes.device)
         likely = torch.zeros_like(x.codes, dtype=torch.bool)
@@ -129,10 +138,13 @@ class AddedTokens(nn.Module):
 
     def _leftmost(self, start: Tensor, end: Tensor, n: int) -> Tensor:
         "Which of these matches, sorted by start, remain when each excludes those that it overlaps."
-        if self.shortcuts and not bool((start[1:] < end[:-1]).any()): return torch.arange(start.numel(), device=start.device)
+        if self.shortcuts and not bool((start[1:] < end[:-1]).any()):
+            return torch.arange(start.numel(), device=start.device)
         begun = torch.zeros(n + 1, dtype=torch.int64, device=start.device).index_fill_(0, start + 1, 1).cumsum(0)
         next = ended(begun.index_select(0, end), start.numel())  # the first match that begins where each has ended
-        return self._followed(nn.functional.pad(torch.zeros_like(start), (1, 0), value=1.), next)[:-1].nonzero().flatten()
+        return (
+            self._followed(nn.functional.pad(torch.zeros_like(start), (1, 0), value=1.0), next)[:-1].nonzero().flatten()
+        )
 
     def _followed(self, kept: Tensor, next: Tensor) -> Tensor:
         "All that are reached by following `next` from those that are kept, int64 (K+1,): the last has no next."
@@ -141,7 +153,9 @@ class AddedTokens(nn.Module):
 
     def _leap(self, kept: Tensor, next: Tensor) -> tuple[Tensor, Tensor]:
         "One round; leaps double, so that a few are enough."
-        return torch.maximum(kept, torch.zeros_like(kept).index_add(0, next, kept).clamp(max=1)), next.index_select(0, next)
+        return torch.maximum(kept, torch.zeros_like(kept).index_add(0, next, kept).clamp(max=1)), next.index_select(
+            0, next
+        )
 
     def _conditioned(self, x: Codes, at: Tensor, token: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "The matches that are words of their own where they must be, with the white space that they swallow."
@@ -151,9 +165,17 @@ class AddedTokens(nn.Module):
         word = self.word(x.codes) > 0
         touched = (word[(at - 1).clamp(min=0)] & (at > row_start)) | (word[end.clamp(max=n - 1)] & (end < row_end))
         keep = (~(flags[:, 0] & touched)).nonzero().flatten()
-        at, token, end, flags, row_start, row_end = at[keep], token[keep], end[keep], flags[keep], row_start[keep], row_end[keep]
+        at, token, end, flags, row_start, row_end = (
+            at[keep],
+            token[keep],
+            end[keep],
+            flags[keep],
+            row_start[keep],
+            row_end[keep],
+        )
         solid = ~torch.isin(x.codes, self.space)
         last, next = last_before(solid)[at], first_from(solid)[end]
         end = torch.where(flags[:, 2], torch.minimum(next, row_end), end)
-        before = torch.maximum(row_start, nn.functional.pad(end[:-1], (1, 0))[:end.numel()])  # a match before has had its spaces
+        # a match before has had its spaces
+        before = torch.maximum(row_start, nn.functional.pad(end[:-1], (1, 0))[:end.numel()])
         return torch.where(flags[:, 1], torch.maximum(last, before), at), token, end

@@ -24,33 +24,49 @@ from .sentencepiece import METASPACE, read_charsmap
 
 # %% ../../nbs/text/19_seams.ipynb #5dcc6730
 LETTERS = dict(  # name -> bytes of a letter, and the code points that they spell
-    latin=('[0-9A-Za-z]|[\\xc3-\\xc8][\\x80-\\xbf]|\\xc9[\\x80-\\x8f]', [*range(48, 58), *range(65, 91), *range(97, 123), *range(0xC0, 0x250)]),
+    latin=(
+        '[0-9A-Za-z]|[\\xc3-\\xc8][\\x80-\\xbf]|\\xc9[\\x80-\\x8f]',
+        [*range(48, 58), *range(65, 91), *range(97, 123), *range(0xC0, 0x250)],
+    ),
     greek=('\\xce[\\x91-\\xa1\\xa3-\\xbf]|\\xcf[\\x80-\\x8e]', [*range(0x391, 0x3A2), *range(0x3A3, 0x3CF)]),
     cyrillic=('[\\xd0\\xd1][\\x80-\\xbf]', [*range(0x400, 0x480)]),
-    hangul=('(?:\\xea[\\xb0-\\xbf]|[\\xeb\\xec][\\x80-\\xbf]|\\xed[\\x80-\\x9d])[\\x80-\\xbf]|\\xed\\x9e[\\x80-\\xa3]', [*range(0xAC00, 0xD7A4)]),
-    han=('(?:\\xe4[\\xb8-\\xbf]|[\\xe5-\\xe8][\\x80-\\xbf]|\\xe9[\\x80-\\xbd])[\\x80-\\xbf]|\\xe9\\xbe[\\x80-\\xa5]', [*range(0x4E00, 0x9FA6)]))
+    hangul=(
+        '(?:\\xea[\\xb0-\\xbf]|[\\xeb\\xec][\\x80-\\xbf]|\\xed[\\x80-\\x9d])[\\x80-\\xbf]|\\xed\\x9e[\\x80-\\xa3]',
+        [*range(0xAC00, 0xD7A4)],
+    ),
+    han=(
+        '(?:\\xe4[\\xb8-\\xbf]|[\\xe5-\\xe8][\\x80-\\xbf]|\\xe9[\\x80-\\xbd])[\\x80-\\xbf]|\\xe9\\xbe[\\x80-\\xa5]',
+        [*range(0x4E00, 0x9FA6)],
+    ),
+)
 STOPS = '，。、！？：；'  # what ends a part of a Chinese sentence
 
 # %% ../../nbs/text/19_seams.ipynb #e9090828
 def seams(
     tp: TextPipeline,
 ) -> str: # a regular expression over bytes, in ASCII: what it matches is followed by a seam; '' if there are none
-    "Return where nothing to the right changes a token to the left: the tokens of a text up to there are the first tokens of the whole text."
+    """Return where nothing to the right changes a token to the left: the tokens of a text up to there are the first
+    tokens of the whole text."""
     tok = tp.spec()['tokenizer']
     kind, crossed = tok['model']['type'], _crossed(tok)
     marks = [t['content'] for t in tok.get('added_tokens', [])] + (tok.get('pre_tokenizer') or {}).get('strings', [])
     marks = ''.join(marks + [unicodedata.normalize('NFKC', t) for t in marks])
     spaced = not any(c.isspace() for c in marks) and not crossed('[^ ]', ' ')
-    letters = '|'.join(bytes for bytes, codes in LETTERS.values() if spaced and _parted(tp, list(map(chr, codes)), ' x'))
+    letters = '|'.join(
+        bytes for bytes, codes in LETTERS.values() if spaced and _parted(tp, list(map(chr, codes)), ' x')
+    )
     found = [f'(?:{letters})(?= (?:{letters}))'] if letters else []
     han, codes = LETTERS['han']
     ideographs = list(map(chr, codes))
     if any(ord(c) in range(0x3000, 0xA000) or c in STOPS for c in marks): return '|'.join(found)
     stops = [s for s in STOPS if not crossed('[㐀-鿿豈-﫿]', s + _image(tp, s)) and _parted(tp, ['一'], s)]
-    if stops and _parted(tp, ideographs, stops[0]): found.append(f"(?:{han})(?={'|'.join(_bytes(s.encode()) for s in stops)})")
+    if stops and _parted(tp, ideographs, stops[0]):
+        found.append(f"(?:{han})(?={'|'.join(_bytes(s.encode()) for s in stops)})")
     if kind in ('WordPiece', 'WordLevel'):
-        if bool((tp.front(*pack(ideographs), False).codes >> CLASS_SHIFT == ALONE).all()): found.append(f'(?:{han})(?={han})')
-    elif kind == 'BPE' and not tok['model'].get('end_of_word_suffix') and not tok['model'].get('ignore_merges'): found.append(_unmerged(tok, han))
+        if bool((tp.front(*pack(ideographs), False).codes >> CLASS_SHIFT == ALONE).all()):
+            found.append(f'(?:{han})(?={han})')
+    elif kind == 'BPE' and not tok['model'].get('end_of_word_suffix') and not tok['model'].get('ignore_merges'):
+        found.append(_unmerged(tok, han))
     return '|'.join(found)
 
 # %% ../../nbs/text/19_seams.ipynb #0f4b83ae
@@ -73,9 +89,12 @@ def _places(size: Tensor) -> Tensor: # int64 (sum,): 0, 1, ... for each
     return torch.arange(int(size.sum())) - (size.cumsum(0) - size).repeat_interleave(size)
 
 def _begins(tp: TextPipeline, value: Tensor, before: Tensor, char: str) -> Tensor: # bool (N,)
-    "Whether a word begins with `value`, which comes after `before`; where the model has no words the vocabulary has been asked."
+    """Whether a word begins with `value`, which comes after `before`.
+
+    Where the model has no words the vocabulary has been asked."""
     kind = tp.spec()['tokenizer']['model']['type']
-    if kind in ('WordPiece', 'WordLevel'): return (value >> CLASS_SHIFT != before >> CLASS_SHIFT) | (value >> CLASS_SHIFT == ALONE)
+    if kind in ('WordPiece', 'WordLevel'):
+        return (value >> CLASS_SHIFT != before >> CLASS_SHIFT) | (value >> CLASS_SHIFT == ALONE)
     if kind == 'BPE': return value & 256 > 0
     if char != ' ' or kind == 'Segmented': return value == value
     code = value & (1 << CLASS_SHIFT) - 1
@@ -83,16 +102,24 @@ def _begins(tp: TextPipeline, value: Tensor, before: Tensor, char: str) -> Tenso
 
 def _image(tp: TextPipeline, char: str) -> str:
     "What a character of a text is to the vocabulary, after an ideograph."
-    return ''.join(chr(c & (1 << CLASS_SHIFT) - 1) for c in tp.front(*pack(['一' + char]), False).codes.tolist()).partition('一')[2]
+    return ''.join(
+        chr(c & (1 << CLASS_SHIFT) - 1) for c in tp.front(*pack(['一' + char]), False).codes.tolist()
+    ).partition('一')[2]
 
 # %% ../../nbs/text/19_seams.ipynb #b899cbd7
 def _crossed(
     tok: dict, # a parsed tokenizer.json
 ) -> Callable: # (a class of characters, characters) -> bool
-    "Return whether a piece, or a rule of the charsmap, has one of the characters after one of the class, as a function."
+    """Return whether a piece, or a rule of the charsmap, has one of the characters after one of the class, as a
+    function."""
     if tok['model']['type'] not in ('Unigram', 'SentencePiece'): return lambda before, chars: False
     pieces = ''.join('\n' + p.replace(chr(METASPACE), ' ') for p, _ in tok['model']['vocab'])
-    inner = {chr(c) for blob in _charsmaps(tok.get('normalizer') or {}) for node, c, _ in read_charsmap(base64.b64decode(blob))[0] if node != 1}
+    inner = {
+        chr(c)
+        for blob in _charsmaps(tok.get('normalizer') or {})
+        for node, c, _ in read_charsmap(base64.b64decode(blob))[0]
+        if node != 1
+    }
     return lambda before, chars: bool(inner & set(chars) or re.search(f'(?!\n){before}[{re.escape(chars)}]', pieces))
 
 def _charsmaps(normalizer: dict) -> list[str]: # base64
@@ -107,7 +134,9 @@ def _unmerged(
 ) -> str:
     "An ideograph before another, where no token has the last byte of the one and the first of the other side by side."
     single = {c: b for b, c in byte_letters().items()}
-    joined = {(single[a], single[b]) for t in tok['model']['vocab'] for a, b in zip(t, t[1:]) if a in single and b in single}
+    joined = {
+        (single[a], single[b]) for t in tok['model']['vocab'] for a, b in zip(t, t[1:]) if a in single and b in single
+    }
     ways = [(lead, [b for b in range(0x80, 0xC0) if (b, lead) not in joined]) for lead in range(0xE4, 0xEA)]
     ways = [f'(?<=[{_bytes(last)}])(?={_bytes([lead])})' for lead, last in ways if last]
     return f"(?:{han})(?:{'|'.join(ways)})(?={han})" if ways else '(?!)'

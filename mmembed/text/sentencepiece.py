@@ -32,28 +32,45 @@ def read_sentencepiece(
     """What a `.model` file says, as JSON. Needs the package `sentencepiece`.
 
     Raises `FileNotFoundError`, `ValueError` if it is no such file, or if it states a rule that is not implemented."""
-    try: from sentencepiece import sentencepiece_model_pb2
-    except ImportError as e: raise ImportError('reading a SentencePiece .model needs: pip install sentencepiece protobuf') from e
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError as e:
+        raise ImportError('reading a SentencePiece .model needs: pip install sentencepiece protobuf') from e
     proto, content = sentencepiece_model_pb2.ModelProto(), path if isinstance(path, bytes) else Path(path).read_bytes()
     try: proto.ParseFromString(content)
     except Exception as e: raise ValueError(f'not a SentencePiece model: {e}') from None
     n, t = proto.normalizer_spec, proto.trainer_spec
     if not proto.pieces: raise ValueError('not a SentencePiece model: it has no pieces')
     if t.model_type != t.UNIGRAM: refuse('SentencePiece model', t.ModelType.Name(t.model_type), 'UNIGRAM')
-    if t.treat_whitespace_as_suffix: refuse('SentencePiece model', 'treat_whitespace_as_suffix', 'white space before words')
+    if t.treat_whitespace_as_suffix:
+        refuse('SentencePiece model', 'treat_whitespace_as_suffix', 'white space before words')
     ids = {p.piece: i for i, p in enumerate(proto.pieces) if p.type == CONTROL}
     special = {k: ids[p] for k, p in [('bos', t.bos_piece), ('eos', t.eos_piece), ('pad', t.pad_piece)] if p in ids}
     return dict(
-        model=dict(type='SentencePiece', special=special, vocab=[[p.piece, p.score] for p in proto.pieces], kinds=[p.type for p in proto.pieces],
-            byte_fallback=t.byte_fallback),
-        normalizer=dict(type='SentencePiece', charsmap=base64.b64encode(n.precompiled_charsmap).decode(), add_dummy_prefix=n.add_dummy_prefix,
-            remove_extra_whitespaces=n.remove_extra_whitespaces, escape_whitespaces=n.escape_whitespaces))
+        model=dict(
+            type='SentencePiece',
+            special=special,
+            vocab=[[p.piece, p.score] for p in proto.pieces],
+            kinds=[p.type for p in proto.pieces],
+            byte_fallback=t.byte_fallback,
+        ),
+        normalizer=dict(
+            type='SentencePiece',
+            charsmap=base64.b64encode(n.precompiled_charsmap).decode(),
+            add_dummy_prefix=n.add_dummy_prefix,
+            remove_extra_whitespaces=n.remove_extra_whitespaces,
+            escape_whitespaces=n.escape_whitespaces,
+        ),
+    )
 
 # %% ../../nbs/text/10_sentencepiece.ipynb #b697cdc0
 def read_charsmap(
-    blob: bytes, # a model's precompiled_charsmap
-) -> tuple[list[tuple[int, int, int]], dict[int, str]]: # edges: node, code point, node (the root is 1); what arriving at a node yields
-    "The rules of a precompiled charsmap (`Normalizer::DecodePrecompiledCharsMap` and darts-clone) as a graph over code points."
+    blob: bytes,  # a model's precompiled_charsmap
+) -> tuple[
+    list[tuple[int, int, int]], dict[int, str]
+]:  # edges: node, code point, node (the root is 1); what arriving at a node yields
+    """The rules of a precompiled charsmap (`Normalizer::DecodePrecompiledCharsMap` and darts-clone) as a graph over
+    code points."""
     if not blob: return [], {}
     size = int.from_bytes(blob[:4], 'little')
     if size % 4 or 4 + size > len(blob): raise ValueError('the charsmap of this model is broken')
@@ -69,7 +86,9 @@ def read_charsmap(
         if len(read) == need: yield read.decode(), unit
         else:
             for u in by.get(int(target[unit]), []): yield from after(u, read)
-    def node_of(unit: int) -> int: return nodes.setdefault((int(target[unit]), bool(units[unit] >> 8 & 1)), len(nodes) + 1)
+
+    def node_of(unit: int) -> int:
+        return nodes.setdefault((int(target[unit]), bool(units[unit] >> 8 & 1)), len(nodes) + 1)
     root = (int(units[0]) >> 10) << ((int(units[0]) & 512) >> 6)
     nodes, edges, values, todo = {(root, False): 1}, [], {}, [(root, 1)]
     for base, node in todo:
@@ -87,7 +106,9 @@ def read_charsmap(
 
 # %% ../../nbs/text/10_sentencepiece.ipynb #3f20df7b
 class Charsmap(nn.Module):
-    "Replaces the longest rule at each place, from left to right; `symbols` go before rules and stay as they are (`Normalizer::NormalizePrefix`)."
+    """Replaces the longest rule at each place, from left to right.
+
+    `symbols` go before rules and stay as they are (`Normalizer::NormalizePrefix`)."""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
     def __init__(self,
@@ -121,7 +142,8 @@ class Charsmap(nn.Module):
         self.images = ExpandTable(np.concatenate([counts, [len(i) for i in images]]), np.concatenate([codes, *images]))
 
     def forward(self, x: Codes) -> tuple[Tensor, Tensor, Codes, Tensor]:
-        """Code points -> values, and which element each came from (empty: one each); those elements (code points and matches), and
+        """Code points -> values, and which element each came from (empty: one each); those elements (code points and
+        matches), and
         where each begins in `x`, int64 (E+1,), empty if none matched."""
         kept = torch.empty(0, dtype=torch.int64, device=x.codes.device)
         if not self.shortcuts or x.codes.numel() > 0:
@@ -140,13 +162,19 @@ class Charsmap(nn.Module):
         place, size, entry = self.rules(x.codes, room, at)
         if self.has_symbols:  # written over the rules
             p, s, e = self.symbols(x.codes, room, at)
-            place, size, entry = torch.cat([place, p]), torch.cat([size, s]), torch.cat([entry, self.symbol.index_select(0, e)])
+            place, size, entry = (
+                torch.cat([place, p]),
+                torch.cat([size, s]),
+                torch.cat([entry, self.symbol.index_select(0, e)]),
+            )
         else:
             long = (size > 1).nonzero().flatten()
             place, size, entry = place.index_select(0, long), size.index_select(0, long), entry.index_select(0, long)
         order = torch.zeros_like(here).index_add(0, place, torch.ones_like(place))
         if not self.shortcuts or place.numel() > 0 and int(order.max()) > 1:  # only the last, the longest, counts
-            last = torch.full_like(here, -1).scatter_reduce(0, place, torch.arange(place.numel(), device=at.device), 'amax')
+            last = torch.full_like(here, -1).scatter_reduce(
+                0, place, torch.arange(place.numel(), device=at.device), 'amax'
+            )
             last = last[last >= 0]
             place, size, entry = place.index_select(0, last), size.index_select(0, last), entry.index_select(0, last)
         else:
@@ -155,7 +183,9 @@ class Charsmap(nn.Module):
         keep = self._leftmost(place, place + size, n)
         place, size, entry = place.index_select(0, keep), size.index_select(0, keep), entry.index_select(0, keep)
         change = torch.zeros(n + 1, dtype=torch.int64, device=at.device)
-        change = change.index_add(0, place + 1, torch.ones_like(place)).index_add(0, place + size, -torch.ones_like(place))
+        change = change.index_add(0, place + 1, torch.ones_like(place)).index_add(
+            0, place + size, -torch.ones_like(place)
+        )
         source = (change.cumsum(0)[:n] == 0).nonzero().flatten()
         codes = x.codes.index_copy(0, place, entry + self.base)
         kept = torch.zeros(n + 1, dtype=torch.int64, device=at.device).index_fill_(0, source + 1, 1)
@@ -163,14 +193,17 @@ class Charsmap(nn.Module):
             ended(source, n))
 
     def _leftmost(self, start: Tensor, end: Tensor, n: int) -> Tensor:
-        "Which of these matches in `n` places, sorted by start, remain when each excludes those that it overlaps: int64 (K,)."
+        """Which of these matches in `n` places, sorted by start, remain when each excludes those that it overlaps:
+        int64 (K,)."""
         m = start.numel()
         here, one = torch.arange(m, device=start.device), torch.ones_like(start)
         if self.shortcuts and (m < 2 or not bool((start[1:] < end[:-1]).any())): return here
         none = torch.zeros(n + 1, dtype=torch.int64, device=start.device)
-        over = none.index_add(0, end, one).cumsum(0)  # how many have ended where each begins: all before it, and it is the head of a cluster
+        # how many have ended where each begins: all before it, and it is the head of a cluster
+        over = none.index_add(0, end, one).cumsum(0)
         head = ended((over.index_select(0, start) == here).long(), 1)
-        next = ended(none.index_fill(0, start + 1, 1).cumsum(0).index_select(0, end), m)  # the first that begins after each
+        # the first that begins after each
+        next = ended(none.index_fill(0, start + 1, 1).cumsum(0).index_select(0, end), m)
         next = torch.where(head.index_select(0, next) > 0, m, next)
         return self._followed(head, next)[:-1].nonzero().flatten()
 
@@ -181,7 +214,9 @@ class Charsmap(nn.Module):
 
 # %% ../../nbs/text/10_sentencepiece.ipynb #a8ead0ed
 class SentenceFront(nn.Module):
-    "Packed UTF-8 -> code points as SentencePiece's `Normalizer::Normalize` yields them. Bytes that are not UTF-8 become U+FFFD first, as Python does it."
+    """Packed UTF-8 -> code points as SentencePiece's `Normalizer::Normalize` yields them.
+
+    Bytes that are not UTF-8 become U+FFFD first, as Python does it."""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
     def __init__(self,
@@ -222,7 +257,8 @@ class SentenceFront(nn.Module):
         edges = ended(begin, data.numel())
         if kept.numel() > 0: edges = edges.index_select(0, kept)
         element = source.index_select(0, keep) if self._several(values, source, x) else keep
-        first = torch.repeat_interleave(offsets[:-1], ends[1:] - ends[:-1])  # the space before a text has no bytes of its own
+        # the space before a text has no bytes of its own
+        first = torch.repeat_interleave(offsets[:-1], ends[1:] - ends[:-1])
         low = first.index_copy(0, place, edges.index_select(0, element))
         return Located(out, ends, low, first.index_copy(0, place, edges.index_select(0, element + 1)))
 
@@ -260,7 +296,9 @@ def framed(
     add_eos: bool = False,
     pad_id: int | None = None, # the model's own, or 0, by default
 ) -> dict:
-    "`tok` with a post-processor that adds these (`SentencePieceProcessor`'s options) and a padding id. Raises `ValueError` if the model lacks one."
+    """`tok` with a post-processor that adds these (`SentencePieceProcessor`'s options) and a padding id.
+
+    Raises `ValueError` if the model lacks one."""
     special = tok['model']['special']
     for k, wanted in [('bos', add_bos), ('eos', add_eos)]:
         if wanted and k not in special: raise ValueError(f'add_{k}=True, but this model has no piece for it')
@@ -269,4 +307,8 @@ def framed(
     bos, eos = mark('bos', add_bos), mark('eos', add_eos)
     template = dict(type='TemplateProcessing', single=[*bos, a, *eos], pair=[*bos, a, *eos, b, *eos],
         special_tokens={k: dict(id=k, ids=[i], tokens=[tok['model']['vocab'][i][0]]) for k, i in special.items()})
-    return {**tok, 'post_processor': template, 'padding': dict(pad_id=special.get('pad', 0) if pad_id is None else pad_id)}
+    return {
+        **tok,
+        'post_processor': template,
+        'padding': dict(pad_id=special.get('pad', 0) if pad_id is None else pad_id),
+    }

@@ -38,16 +38,26 @@ def stated(
     for name, part in [('truncation', cut), ('padding', pad)]:
         if part.get('direction', 'Right') != 'Right': refuse(f'{name} direction', part['direction'], 'Right')
     strategy = cut.get('strategy', 'LongestFirst')
-    if strategy not in ('LongestFirst', 'OnlyFirst', 'OnlySecond'): refuse('truncation strategy', strategy, 'LongestFirst, OnlyFirst, OnlySecond')
+    if strategy not in ('LongestFirst', 'OnlyFirst', 'OnlySecond'):
+        refuse('truncation strategy', strategy, 'LongestFirst, OnlyFirst, OnlySecond')
     vocab = vocabulary(tok)
     pad_id = pad.get('pad_id', vocab.get('[PAD]', vocab.get('<pad>', 0)))
     fixed = pad['strategy'].get('Fixed') if isinstance(pad.get('strategy'), dict) else None
     longest = cut.get('max_length', fixed) if max_length is None else max_length
     if max_length is pad_to is None and fixed not in (None, longest):
-        refuse('padding', f'fixed to {fixed} tokens, but truncation to {longest}', 'one length for both; give max_length or pad_to')
+        refuse(
+            'padding',
+            f'fixed to {fixed} tokens, but truncation to {longest}',
+            'one length for both; give max_length or pad_to',
+        )
     if pad_to is None: pad_to = 0 if fixed else pad.get('pad_to_multiple_of')
     said = dict(max_length=longest, pad_to=pad_to)
-    return Stated(**{k: int(v) for k, v in said.items() if v is not None}, pad_id=pad_id, pad_type=pad.get('pad_type_id', 0), strategy=strategy)
+    return Stated(
+        **{k: int(v) for k, v in said.items() if v is not None},
+        pad_id=pad_id,
+        pad_type=pad.get('pad_type_id', 0),
+        strategy=strategy,
+    )
 
 # %% ../../nbs/text/17_tokenizer_files.ipynb #2f756130
 def saying(
@@ -59,8 +69,14 @@ def saying(
     bare = {**tok, 'truncation': None, 'padding': None}
     token = next((t for t, i in vocabulary(tok).items() if i == said.pad_id), '')
     cut = dict(direction='Right', max_length=said.max_length, strategy=said.strategy, stride=0)
-    pad = dict(strategy='BatchLongest' if said.pad_to or not lengths else dict(Fixed=said.max_length), direction='Right',
-        pad_to_multiple_of=said.pad_to or None if lengths else None, pad_id=said.pad_id, pad_type_id=said.pad_type, pad_token=token)
+    pad = dict(
+        strategy='BatchLongest' if said.pad_to or not lengths else dict(Fixed=said.max_length),
+        direction='Right',
+        pad_to_multiple_of=said.pad_to or None if lengths else None,
+        pad_id=said.pad_id,
+        pad_type_id=said.pad_type,
+        pad_token=token,
+    )
     known = stated(bare)
     if lengths or said.strategy != known.strategy: bare['truncation'] = cut
     if lengths or (said.pad_id, said.pad_type) != (known.pad_id, known.pad_type): bare['padding'] = pad
@@ -93,7 +109,9 @@ def read_vocab(
     strip_accents: bool | None = None,  # as `lowercase` says, by default
     handle_chinese_chars: bool = True,  # each CJK character is a word
 ) -> dict: # as a tokenizer.json has it
-    """BERT's rules over this vocabulary. Raises `ValueError` for a line that stands there twice, and if [UNK], [CLS] or [SEP] is missing."""
+    """BERT's rules over this vocabulary.
+
+    Raises `ValueError` for a line that stands there twice, and if [UNK], [CLS] or [SEP] is missing."""
     lines = Path(path).read_text(encoding='utf-8').split('\n')  # not splitlines: a piece may be a form feed or U+2028
     if lines[-1] == '': lines.pop()
     lines = [line.removesuffix('\r') for line in lines]
@@ -105,16 +123,45 @@ def read_vocab(
         if t not in vocab: raise ValueError(f'{path} is no BERT vocabulary: it has no {t}')
     marks = [dict(id=vocab[t], content=t, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
         for t in ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]') if t in vocab]
-    return dict(version='1.0', truncation=None, padding=None, added_tokens=sorted(marks, key=lambda t: t['id']),
-        normalizer=dict(type='BertNormalizer', clean_text=True, handle_chinese_chars=handle_chinese_chars, strip_accents=strip_accents, lowercase=lowercase),
+    return dict(
+        version='1.0',
+        truncation=None,
+        padding=None,
+        added_tokens=sorted(marks, key=lambda t: t['id']),
+        normalizer=dict(
+            type='BertNormalizer',
+            clean_text=True,
+            handle_chinese_chars=handle_chinese_chars,
+            strip_accents=strip_accents,
+            lowercase=lowercase,
+        ),
         pre_tokenizer=dict(type='BertPreTokenizer'),
         post_processor=dict(type='BertProcessing', sep=['[SEP]', vocab['[SEP]']], cls=['[CLS]', vocab['[CLS]']]),
         decoder=dict(type='WordPiece', prefix='##', cleanup=True),
-        model=dict(type='WordPiece', unk_token='[UNK]', continuing_subword_prefix='##', max_input_chars_per_word=100, vocab=vocab))
+        model=dict(
+            type='WordPiece',
+            unk_token='[UNK]',
+            continuing_subword_prefix='##',
+            max_input_chars_per_word=100,
+            vocab=vocab,
+        ),
+    )
 
 # %% ../../nbs/text/17_tokenizer_files.ipynb #2c2746b8
-FILES = ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'config.json', 'vocab.txt', 'vocab.json', 'merges.txt',
-    'spiece.model', 'sentencepiece.bpe.model', 'tokenizer.model']  # what a folder may have, and what is fetched from the hub
+FILES = [
+    'tokenizer.json',
+    'tokenizer_config.json',
+    'special_tokens_map.json',
+    'added_tokens.json',
+    'config.json',
+    'vocab.txt',
+    'vocab.json',
+    'merges.txt',
+    # what a folder may have, and what is fetched from the hub
+    'spiece.model',
+    'sentencepiece.bpe.model',
+    'tokenizer.model',
+]
 
 # %% ../../nbs/text/17_tokenizer_files.ipynb #33279d10
 def read_folder(
@@ -122,12 +169,19 @@ def read_folder(
 ) -> dict: # as a tokenizer.json has it
     "Raises `FileNotFoundError` if there is no tokenizer in it, `ValueError` for one whose rules are not implemented."
     folder = Path(folder)
-    config = json.loads((folder/'tokenizer_config.json').read_text(encoding='utf-8')) if (folder/'tokenizer_config.json').is_file() else {}
+    config = (
+        json.loads((folder / 'tokenizer_config.json').read_text(encoding='utf-8'))
+        if (folder / 'tokenizer_config.json').is_file()
+        else {}
+    )
     if (folder/'tokenizer.json').is_file(): return configured(read_json(folder/'tokenizer.json'), config)
     pieces = [folder/f for f in FILES if f.endswith('.model') and (folder/f).is_file()]
     if pieces: return configured(_sentencepiece(pieces[0], config), config)
-    if (folder/'vocab.txt').is_file() or (folder/'vocab.json').is_file() and (folder/'merges.txt').is_file(): return configured(_converted(folder, config), config)
-    raise FileNotFoundError(f'{folder} holds no tokenizer: none of tokenizer.json, vocab.txt, vocab.json with merges.txt, spiece.model')
+    if (folder / 'vocab.txt').is_file() or (folder / 'vocab.json').is_file() and (folder / 'merges.txt').is_file():
+        return configured(_converted(folder, config), config)
+    raise FileNotFoundError(
+        f'{folder} holds no tokenizer: none of tokenizer.json, vocab.txt, vocab.json with merges.txt, spiece.model'
+    )
 
 # %% ../../nbs/text/17_tokenizer_files.ipynb #a6044fdd
 def configured(
@@ -137,13 +191,31 @@ def configured(
     "`tok` with what only the configuration states."
     side = dict(left='Left', right='Right')
     longest = config.get('model_max_length')
-    if not tok.get('truncation') and isinstance(longest, (int, float)) and longest < 1 << 30:  # transformers writes 1e30 for "any"
-        tok = {**tok, 'truncation': dict(direction=side[config.get('truncation_side', 'right')], max_length=int(longest), strategy='LongestFirst', stride=0)}
+    # transformers writes 1e30 for "any"
+    if not tok.get('truncation') and isinstance(longest, (int, float)) and longest < 1 << 30:
+        tok = {
+            **tok,
+            'truncation': dict(
+                direction=side[config.get('truncation_side', 'right')],
+                max_length=int(longest),
+                strategy='LongestFirst',
+                stride=0,
+            ),
+        }
     pad = config.get('pad_token')
     pad = pad.get('content') if isinstance(pad, dict) else pad
     if not tok.get('padding') and pad in vocabulary(tok):
-        tok = {**tok, 'padding': dict(strategy='BatchLongest', direction=side[config.get('padding_side', 'right')], pad_to_multiple_of=None,
-            pad_id=vocabulary(tok)[pad], pad_type_id=config.get('pad_token_type_id', 0), pad_token=pad)}
+        tok = {
+            **tok,
+            'padding': dict(
+                strategy='BatchLongest',
+                direction=side[config.get('padding_side', 'right')],
+                pad_to_multiple_of=None,
+                pad_id=vocabulary(tok)[pad],
+                pad_type_id=config.get('pad_token_type_id', 0),
+                pad_token=pad,
+            ),
+        }
     return tok
 
 # %% ../../nbs/text/17_tokenizer_files.ipynb #7542b087
@@ -151,9 +223,13 @@ def _converted(folder: Path, config: dict) -> dict:
     from transformers import AutoTokenizer
     if 'tokenizer_class' not in config and not (folder/'config.json').is_file():
         hint = '; for a BERT vocabulary use from_vocab(path, lowercase=...)' if (folder/'vocab.txt').is_file() else ''
-        raise ValueError(f'{folder} does not say which tokenizer its files belong to: no tokenizer_class in a tokenizer_config.json{hint}')
+        raise ValueError(
+            f'{folder} does not say which tokenizer its files belong to: no tokenizer_class in a '
+            f'tokenizer_config.json{hint}'
+        )
     theirs = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    if not hasattr(theirs, 'backend_tokenizer'): refuse('class', type(theirs).__name__, 'those that transformers runs by `tokenizers`')
+    if not hasattr(theirs, 'backend_tokenizer'):
+        refuse('class', type(theirs).__name__, 'those that transformers runs by `tokenizers`')
     tok = json.loads(theirs.backend_tokenizer.to_str())
     if theirs.pad_token_id is None: return tok
     pad = dict(pad_token=theirs.pad_token, padding_side=theirs.padding_side, pad_token_type_id=theirs.pad_token_type_id)
@@ -164,7 +240,11 @@ def _sentencepiece(path: Path, config: dict) -> dict:
     tok, kind = read_sentencepiece(path), (config.get('tokenizer_class') or '').removesuffix('Fast')
     if kind == 'T5Tokenizer': return framed(tok, add_eos=True)
     if kind == 'XLMRobertaTokenizer': return fairseq(tok)
-    refuse('tokenizer_class', kind or None, 'T5Tokenizer, XLMRobertaTokenizer; from_sentencepiece(path, ...) takes the model file as it is')
+    refuse(
+        'tokenizer_class',
+        kind or None,
+        'T5Tokenizer, XLMRobertaTokenizer; from_sentencepiece(path, ...) takes the model file as it is',
+    )
 
 # %% ../../nbs/text/17_tokenizer_files.ipynb #986dc73f
 def fairseq(
@@ -172,36 +252,54 @@ def fairseq(
 ) -> dict:
     "XLM-R's arrangement: `<s>`, `<pad>`, `</s>`, `<unk>`, the pieces of the model from its fourth on, `<mask>`."
     m = tok['model']
-    if [p for p, _ in m['vocab'][:3]] != ['<unk>', '<s>', '</s>']: raise ValueError("not XLM-R's model: its first pieces are not <unk>, <s>, </s>")
+    if [p for p, _ in m['vocab'][:3]] != ['<unk>', '<s>', '</s>']:
+        raise ValueError("not XLM-R's model: its first pieces are not <unk>, <s>, </s>")
     vocab = [['<s>', 0.], ['<pad>', 0.], ['</s>', 0.], ['<unk>', 0.], *m['vocab'][3:], ['<mask>', 0.]]
     kinds = [CONTROL, CONTROL, CONTROL, UNKNOWN, *m['kinds'][3:], CONTROL]
-    return {**tok, 'model': {**m, 'vocab': vocab, 'kinds': kinds, 'special': dict(bos=0, pad=1, eos=2)}, 'padding': dict(pad_id=1),
-        'post_processor': dict(type='RobertaProcessing', cls=['<s>', 0], sep=['</s>', 2])}
+    return {
+        **tok,
+        'model': {**m, 'vocab': vocab, 'kinds': kinds, 'special': dict(bos=0, pad=1, eos=2)},
+        'padding': dict(pad_id=1),
+        'post_processor': dict(type='RobertaProcessing', cls=['<s>', 0], sep=['</s>', 2]),
+    }
 
 # %% ../../nbs/text/17_tokenizer_files.ipynb #aec122f5
 def hub_folder(
     name: str, # e.g. 'bert-base-uncased'
 ) -> Path:
-    "The folder with the tokenizer files of a hub repository. Raises `FileNotFoundError` if they are neither here nor to be had."
+    """The folder with the tokenizer files of a hub repository.
+
+    Raises `FileNotFoundError` if they are neither here nor to be had."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
-    try: return Path(snapshot_download(name, allow_patterns=FILES))
-    except HFValidationError: why = 'it is no folder here and cannot be the name of a repository'
-    except LocalEntryNotFoundError: why = 'it is no folder here, not in the cache of huggingface_hub, and the hub cannot be reached (or HF_HUB_OFFLINE is set)'
-    except HfHubHTTPError as e: why = f'it is no folder here, and the hub answers {e.response.status_code if e.response is not None else e}'
-    except OSError as e: why = f'it is no folder here, and the hub cannot be reached: {type(e).__name__}'
+    try:
+        return Path(snapshot_download(name, allow_patterns=FILES))
+    except HFValidationError:
+        why = 'it is no folder here and cannot be the name of a repository'
+    except LocalEntryNotFoundError:
+        why = 'it is no folder here, not in the cache of huggingface_hub, and the hub cannot be reached (or HF_HUB_OFFLINE is set)'
+    except HfHubHTTPError as e:
+        why = f'it is no folder here, and the hub answers {e.response.status_code if e.response is not None else e}'
+    except OSError as e:
+        why = f'it is no folder here, and the hub cannot be reached: {type(e).__name__}'
     raise FileNotFoundError(f'no tokenizer {name!r}: {why}')
 
 # %% ../../nbs/text/17_tokenizer_files.ipynb #797141df
 def read_any(
     source: str | Path, # a folder, a tokenizer.json, or a name on the hub
 ) -> dict: # as a tokenizer.json has it
-    "Raises `FileNotFoundError` if there is none, `ValueError` for one whose rules are not implemented or that does not say its rules."
+    """Raises `FileNotFoundError` if there is none, `ValueError` for one whose rules are not implemented or that does
+    not say its rules."""
     path = Path(source)
     if path.is_dir(): return read_folder(path)
     if path.suffix == '.json' and path.is_file(): return configured(read_json(path), {})
-    if path.is_file(): raise ValueError(f'{path} alone does not say all its rules: use from_vocab(path, lowercase=...) or from_sentencepiece(path, ...)')
-    if isinstance(source, Path) or path.is_absolute() or str(source).startswith('.'): raise FileNotFoundError(f'{source} does not exist')
+    if path.is_file():
+        raise ValueError(
+            f'{path} alone does not say all its rules: use from_vocab(path, lowercase=...) or from_sentencepiece(path, '
+            f'...)'
+        )
+    if isinstance(source, Path) or path.is_absolute() or str(source).startswith('.'):
+        raise FileNotFoundError(f'{source} does not exist')
     return read_folder(hub_folder(str(source)))
 
 # %% ../../nbs/text/17_tokenizer_files.ipynb #11414552
@@ -209,29 +307,69 @@ def read_open_clip(
     name: str,            # an open_clip model name, such as 'ViT-B-32'
     cleaned: bool = False, # the texts have been through open_clip's cleaning
 ) -> dict: # as a tokenizer.json has it
-    """Raises `ValueError` for a name that open_clip does not know and for a tokenizer whose rules are not implemented; `FileNotFoundError` where its files are
+    """Raises `ValueError` for a name that open_clip does not know and for a tokenizer whose rules are not
+    implemented; `FileNotFoundError` where its files are
     on the hub and not at hand."""
     text = open_clip_text_config(name)
-    hub, options, length = text.get('hf_tokenizer_name'), dict(text.get('tokenizer_kwargs') or {}), text.get('context_length') or 77
-    def cut(strategy): return dict(truncation=dict(direction='Right', max_length=length, strategy='LongestFirst', stride=0), padding=strategy)
+    hub, options, length = (
+        text.get('hf_tokenizer_name'),
+        dict(text.get('tokenizer_kwargs') or {}),
+        text.get('context_length') or 77,
+    )
+
+    def cut(strategy):
+        return dict(
+            truncation=dict(direction='Right', max_length=length, strategy='LongestFirst', stride=0), padding=strategy
+        )
     if not hub:
         tok = open_clip_tokenizer(name, fix=not cleaned)[0]
         return {**tok, **cut(tok['padding'])}
     clean, strips = options.pop('clean', 'whitespace'), options.pop('strip_sep_token', False)
-    if options or text.get('tokenizer_mode'): refuse(f"tokenizer of open_clip's {name}", options or text['tokenizer_mode'], "CLIP's own, clean and strip_sep_token")
-    if not cleaned: raise ValueError(f"open_clip's {name} cleans its texts in Python before {hub} sees them: give texts through "
-        f'open_clip.tokenizer.get_clean_fn({clean!r}) and pass cleaned=True')
+    if options or text.get('tokenizer_mode'):
+        refuse(
+            f"tokenizer of open_clip's {name}",
+            options or text['tokenizer_mode'],
+            "CLIP's own, clean and strip_sep_token",
+        )
+    if not cleaned:
+        raise ValueError(
+            f"open_clip's {name} cleans its texts in Python before {hub} sees them: give texts through "
+            f'open_clip.tokenizer.get_clean_fn({clean!r}) and pass cleaned=True'
+        )
     tok = read_any(hub)
     said = stated(tok)
     if strips: tok = _without_sep(tok)
-    return {**tok, **cut(dict(strategy=dict(Fixed=length), direction='Right', pad_to_multiple_of=None, pad_id=said.pad_id, pad_type_id=said.pad_type,
-        pad_token=next((t for t, i in vocabulary(tok).items() if i == said.pad_id), '')))}
+    return {
+        **tok,
+        **cut(
+            dict(
+                strategy=dict(Fixed=length),
+                direction='Right',
+                pad_to_multiple_of=None,
+                pad_id=said.pad_id,
+                pad_type_id=said.pad_type,
+                pad_token=next((t for t, i in vocabulary(tok).items() if i == said.pad_id), ''),
+            )
+        ),
+    }
 
 # %% ../../nbs/text/17_tokenizer_files.ipynb #10584332
 def _without_sep(tok: dict) -> dict:
     "`strip_sep_token`: wherever [SEP] would be, 0 is."
     post, sep = tok['post_processor'], vocabulary(tok)['[SEP]']
-    if post['type'] == 'BertProcessing': post = {**post, 'sep': ['[SEP]', 0]}
-    else: post = {**post, 'special_tokens': {k: {**t, 'ids': [0 if i == sep else i for i in t['ids']]} for k, t in post['special_tokens'].items()}}
+    if post['type'] == 'BertProcessing':
+        post = {**post, 'sep': ['[SEP]', 0]}
+    else:
+        post = {
+            **post,
+            'special_tokens': {
+                k: {**t, 'ids': [0 if i == sep else i for i in t['ids']]} for k, t in post['special_tokens'].items()
+            },
+        }
     added = [{**t, 'id': 0} if t['id'] == sep else t for t in tok['added_tokens']]
-    return {**tok, 'post_processor': post, 'added_tokens': added, 'model': {**tok['model'], 'vocab': {t: 0 if i == sep else i for t, i in tok['model']['vocab'].items()}}}
+    return {
+        **tok,
+        'post_processor': post,
+        'added_tokens': added,
+        'model': {**tok['model'], 'vocab': {t: 0 if i == sep else i for t, i in tok['model']['vocab'].items()}},
+    }

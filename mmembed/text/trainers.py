@@ -19,8 +19,11 @@ from .sentencepiece import framed, read_sentencepiece
 
 # %% ../../nbs/text/15_trainers.ipynb #6d986f6a
 def as_texts(captions: Iterable[str]) -> list[str]:
-    "`captions` as a list. Raises `TypeError` for a bare string and for an item that is no `str`, `ValueError` if there is no text in them."
-    if isinstance(captions, (str, bytes)): raise TypeError(f'captions is a single {type(captions).__name__}; pass a list of texts')
+    """`captions` as a list.
+
+    Raises `TypeError` for a bare string and for an item that is no `str`, `ValueError` if there is no text in them."""
+    if isinstance(captions, (str, bytes)):
+        raise TypeError(f'captions is a single {type(captions).__name__}; pass a list of texts')
     texts = list(captions)
     for i, t in enumerate(texts):
         if not isinstance(t, str): raise TypeError(f'captions[{i}] is {type(t).__name__}, not str: {str(t)[:60]!r}')
@@ -34,7 +37,10 @@ SPECIAL = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']  # ids 0 to 4 of a lear
 # %% ../../nbs/text/15_trainers.ipynb #a5b47557
 def _bert_like(model: models.Model, lowercase: bool) -> Tokenizer:
     tok = Tokenizer(model)
-    tok.normalizer, tok.pre_tokenizer = normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
+    tok.normalizer, tok.pre_tokenizer = (
+        normalizers.BertNormalizer(lowercase=lowercase),
+        pre_tokenizers.BertPreTokenizer(),
+    )
     tok.post_processor = processors.BertProcessing(('[SEP]', 3), ('[CLS]', 2))
     return tok
 
@@ -52,7 +58,8 @@ def learn_words(
     texts, tok = as_texts(captions), _bert_like(models.WordLevel({}, unk_token='[UNK]'), lowercase)
     count = _words(tok, texts)
     for s in SPECIAL: count.pop(s, None)
-    if vocab_size <= len(SPECIAL): raise ValueError(f'vocab_size={vocab_size} leaves no room beside {len(SPECIAL)} special tokens')
+    if vocab_size <= len(SPECIAL):
+        raise ValueError(f'vocab_size={vocab_size} leaves no room beside {len(SPECIAL)} special tokens')
     words = sorted(count, key=lambda w: (-count[w], w))[:vocab_size - len(SPECIAL)]
     tok.model = models.WordLevel({w: i for i, w in enumerate(SPECIAL + words)}, unk_token='[UNK]')
     tok.add_special_tokens(SPECIAL)
@@ -68,7 +75,9 @@ def learn_wordpiece(
     texts, tok = as_texts(captions), _bert_like(models.WordPiece(unk_token='[UNK]'), lowercase)
     tok.decoder = decoders.WordPiece()
     inside = [f'##{c}' for c in sorted({c for w in _words(tok, texts) for c in w[1:]})]
-    tok.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=SPECIAL + inside, show_progress=False))
+    tok.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=SPECIAL + inside, show_progress=False)
+    )
     learnt = json.loads(tok.to_str())
     learnt['added_tokens'] = [t for t in learnt['added_tokens'] if t['content'] in SPECIAL]
     return learnt
@@ -81,13 +90,23 @@ def learn_bpe(
 ) -> dict: # as a tokenizer.json has it
     "Byte-level BPE in GPT-2's manner, by `tokenizers`; texts between `<|startoftext|>` and `<|endoftext|>`."
     texts, special = as_texts(captions), ['<pad>', '<|startoftext|>', '<|endoftext|>']
-    if vocab_size < 256 + len(special): raise ValueError(f'vocab_size={vocab_size} is less than 256 bytes and {len(special)} special tokens')
+    if vocab_size < 256 + len(special):
+        raise ValueError(f'vocab_size={vocab_size} is less than 256 bytes and {len(special)} special tokens')
     tok = Tokenizer(models.BPE())
     if lowercase: tok.normalizer = normalizers.Lowercase()
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    tok.post_processor = processors.RobertaProcessing(('<|endoftext|>', 2), ('<|startoftext|>', 1), add_prefix_space=False)
+    tok.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=special,
+            show_progress=False,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        ),
+    )
+    tok.post_processor = processors.RobertaProcessing(
+        ('<|endoftext|>', 2), ('<|startoftext|>', 1), add_prefix_space=False
+    )
     return json.loads(tok.to_str())
 
 # %% ../../nbs/text/15_trainers.ipynb #91de1cf4
@@ -96,14 +115,32 @@ def learn_unigram(
     vocab_size: int = 4000,  # pieces at most: 256 bytes, 3 special ones, and at least the letters of the captions
     lowercase: bool = True,  # fold case as well as NFKC does
 ) -> dict: # from `read_sentencepiece`
-    "A unigram model, by `sentencepiece`, which must be installed. Raises `ValueError` if `vocab_size` is too small for the letters."
+    """A unigram model, by `sentencepiece`, which must be installed.
+
+    Raises `ValueError` if `vocab_size` is too small for the letters."""
     import sentencepiece
     texts, out = as_texts(captions), io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=out, vocab_size=vocab_size, model_type='unigram',
-            hard_vocab_limit=False, byte_fallback=True, character_coverage=1.0, normalization_rule_name='nmt_nfkc_cf' if lowercase else 'nmt_nfkc',
-            pad_id=0, unk_id=1, eos_id=2, bos_id=-1, pad_piece='<pad>', num_threads=1, max_sentence_length=1 << 20, minloglevel=2)
-    except RuntimeError as e: raise ValueError(f'sentencepiece cannot learn {vocab_size} pieces from these captions: {e}') from None
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=out,
+            vocab_size=vocab_size,
+            model_type='unigram',
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            character_coverage=1.0,
+            normalization_rule_name='nmt_nfkc_cf' if lowercase else 'nmt_nfkc',
+            pad_id=0,
+            unk_id=1,
+            eos_id=2,
+            bos_id=-1,
+            pad_piece='<pad>',
+            num_threads=1,
+            max_sentence_length=1 << 20,
+            minloglevel=2,
+        )
+    except RuntimeError as e:
+        raise ValueError(f'sentencepiece cannot learn {vocab_size} pieces from these captions: {e}') from None
     return framed(read_sentencepiece(out.getvalue()), add_eos=True)
 
 # %% ../../nbs/text/15_trainers.ipynb #c313cf58

@@ -48,7 +48,8 @@ class Utf8(nn.Module):
         super().__init__()
         need, low, high = np.zeros(256, np.uint8), np.full(256, 0x80, np.uint8), np.full(256, 0xBF, np.uint8)
         need[0xC2:0xE0], need[0xE0:0xF0], need[0xF0:0xF5] = 1, 2, 3
-        low[0xE0], high[0xED], low[0xF0], high[0xF4] = 0xA0, 0x9F, 0x90, 0x8F  # no overlong forms, surrogates, > U+10FFFF
+        # no overlong forms, surrogates, > U+10FFFF
+        low[0xE0], high[0xED], low[0xF0], high[0xF4] = 0xA0, 0x9F, 0x90, 0x8F
         for name, x in [('need', need), ('low', low), ('high', high)]: self.register_buffer(name, torch.from_numpy(x))
 
     def forward(self, data: Tensor, offsets: Tensor) -> tuple[Codes, Tensor]:
@@ -93,8 +94,10 @@ def code_points() -> np.ndarray:
 # %% ../../nbs/text/02_unicode.ipynb #ee7f5a7e
 def probe_normalizer(
     normalizer: normalizers.Normalizer,
-    codes: np.ndarray | None = None, # which code points to ask about; all by default
-) -> tuple[np.ndarray, np.ndarray]: # counts (0x110000,) and all images joined; code points not asked about map to nothing
+    codes: np.ndarray | None = None,  # which code points to ask about; all by default
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # counts (0x110000,) and all images joined; code points not asked about map to nothing
     "What `normalizer` makes of each code point that stands alone."
     codes = code_points() if codes is None else codes
     asked = SENTINEL + SENTINEL.join(map(chr, codes)) + SENTINEL
@@ -102,7 +105,8 @@ def probe_normalizer(
     fence = np.flatnonzero(out == ord(SENTINEL))
     own = int(np.flatnonzero(codes == ord(SENTINEL))[0]) if ord(SENTINEL) in codes else None
     if own is not None: fence = np.delete(fence, own + 1)  # the sentinel asked about itself
-    if len(fence) != len(codes) + 1: raise ValueError('a code point maps to the sentinel; the normaliser cannot be probed')
+    if len(fence) != len(codes) + 1:
+        raise ValueError('a code point maps to the sentinel; the normaliser cannot be probed')
     counts = np.zeros(N_CODES, np.int64)
     counts[codes] = np.diff(fence) - 1
     keep = np.ones(len(out), bool)
@@ -135,19 +139,24 @@ def probe_splitter(
     splitter: pre_tokenizers.PreTokenizer,
     codes: np.ndarray, # which code points to ask about
 ) -> np.ndarray: # int64 (0x110000,): WORD, SPACE or ALONE; WORD for those not asked about
-    "How `splitter` treats each code point that stands between two letters. Raises `ValueError` for any fourth behaviour."
+    """How `splitter` treats each code point that stands between two letters.
+
+    Raises `ValueError` for any fourth behaviour."""
     pieces = splitter.pre_tokenize_str('a' + ''.join(chr(c) + 'a' for c in codes))
     kinds = np.full(len(codes), SPACE)
     for _, (start, end) in pieces:
-        if end - start == 1 and start % 2: kinds[start // 2] = ALONE
-        elif start % 2 or end % 2 == 0: raise ValueError(f'{splitter} joins U+{codes[start // 2]:04X} to only one neighbour')
+        if end - start == 1 and start % 2:
+            kinds[start // 2] = ALONE
+        elif start % 2 or end % 2 == 0:
+            raise ValueError(f'{splitter} joins U+{codes[start // 2]:04X} to only one neighbour')
         else: kinds[start // 2:end // 2] = WORD
     out = np.full(N_CODES, WORD)
     out[codes] = kinds
     return out
 
 # %% ../../nbs/text/02_unicode.ipynb #ac77bb08
-WHITE_SPACE = [*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000]  # Unicode's White_Space
+# Unicode's White_Space
+WHITE_SPACE = [*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000]
 
 # %% ../../nbs/text/02_unicode.ipynb #59638600
 @functools.cache
@@ -221,7 +230,8 @@ class CharRules(NamedTuple):
     counts: np.ndarray      # (0x110000,) how many code points each becomes
     images: np.ndarray      # those code points, joined
     classes: np.ndarray     # (0x110000,) WORD, SPACE or ALONE, by the code point that comes out
-    decomposed: tuple[np.ndarray, np.ndarray] | None  # counts and images before marks are stripped; None: no sorting ever
+    # counts and images before marks are stripped; None: no sorting ever
+    decomposed: tuple[np.ndarray, np.ndarray] | None
     finished: tuple[np.ndarray, np.ndarray] | None    # and what then becomes of each
 
     def __hash__(self): return id(self)  # a million entries: the same rules are the same object
@@ -284,21 +294,31 @@ class CharTables(nn.Module):
     def forward(self, x: Codes) -> tuple[Codes, Tensor]:
         "Code points -> values, and which code point each came from, int64 (K,); that is empty where nothing moved."
         values, source, sort = self.table(x.codes)
-        nowhere = torch.empty(0, dtype=torch.int64, device=source.device) if self.shortcuts else torch.arange(x.codes.numel(), device=source.device)
+        nowhere = (
+            torch.empty(0, dtype=torch.int64, device=source.device)
+            if self.shortcuts
+            else torch.arange(x.codes.numel(), device=source.device)
+        )
         if not (self.sorts and sort): return self._placed(values, source, x, nowhere)
         values, source, _ = self.decompose(x.codes)
         apart, first = self._placed(values, source, x, nowhere)
         order = self.order(apart)
         values, source, _ = self.finish(apart.codes.index_select(0, order))
-        if self.shortcuts and first.numel() == 0: return self._placed(values, source, apart, first)  # sorting moves marks, not their places
+        # sorting moves marks, not their places
+        if self.shortcuts and first.numel() == 0: return self._placed(values, source, apart, first)
         opens = nn.functional.pad((first[1:] != first[:-1]).long(), (1, 0), value=1.)[:first.numel()]
         place = opens.index_select(0, order).cumsum(0).clamp(min=1) - 1
-        return self._placed(values, source, apart, first.index_select(0, opens.nonzero().flatten()).index_select(0, place))
+        return self._placed(
+            values, source, apart, first.index_select(0, opens.nonzero().flatten()).index_select(0, place)
+        )
 
     def _placed(self, values: Tensor, source: Tensor, x: Codes, before: Tensor) -> tuple[Codes, Tensor]:
         "What a table made of `x`, with the rows' new offsets; the sources composed with those of the step `before`."
-        if self.shortcuts and source.numel() == 0 and values.numel() == x.codes.numel(): return Codes(values, x.offsets), before
-        return Codes(values, self._moved(source, x)), source if self.shortcuts and before.numel() == 0 else before.index_select(0, source)
+        if self.shortcuts and source.numel() == 0 and values.numel() == x.codes.numel():
+            return Codes(values, x.offsets), before
+        return Codes(
+            values, self._moved(source, x)
+        ), source if self.shortcuts and before.numel() == 0 else before.index_select(0, source)
 
     def _moved(self, source: Tensor, x: Codes) -> Tensor:
         "The offsets of rows, once position `source[j]` has become position j."
@@ -308,7 +328,8 @@ class CharTables(nn.Module):
 
     @torch.jit.unused
     def _with_added(self, counts, images, classes=None, flagged=None) -> ExpandTable:
-        "A table over code points, tagged with `classes` if given, in which an added token stays itself and a word of its own."
+        """A table over code points, tagged with `classes` if given, in which an added token stays itself and a word
+        of its own."""
         added = np.arange(ADDED, ADDED + MAX_ADDED)
         values = np.concatenate([images, added]) if classes is None else np.concatenate(
             [images | classes[images] << CLASS_SHIFT, added | ALONE << CLASS_SHIFT])

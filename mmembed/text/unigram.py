@@ -23,7 +23,8 @@ from .wordlevel import WordTable
 
 # %% ../../nbs/text/11_unigram.ipynb #a325de70
 class Unigram(nn.Module):
-    """The likeliest pieces of each row, as SentencePiece's `unigram::Model::EncodeOptimized` (0.2.3) finds them, with unknown characters merged,
+    """The likeliest pieces of each row, as SentencePiece's `unigram::Model::EncodeOptimized` (0.2.3) finds them,
+    with unknown characters merged,
     or as bytes."""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
@@ -64,7 +65,9 @@ class Unigram(nn.Module):
         return nn.functional.pad(torch.where(best[ends - 1] == sizes, margin[ends - 1], 0.), (0, 1))
 
     def _grid(self, codes: Tensor, room: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        "The entry of the piece that ends at each place and has each length, int64 (M, L); place and length of all pieces."
+        """The entry of the piece that ends at each place and has each length, int64 (M, L).
+
+        Place and length of all pieces."""
         n, none = codes.numel(), self.unk + 1
         place, size, entry = self.trie(codes, room, torch.arange(n, device=codes.device))
         grid = lattice(place, size, entry, n, none, self._widest(size))
@@ -82,9 +85,15 @@ class Unigram(nn.Module):
         return self._pieces(x, length, entry)
 
     def _best(self, x: Codes, start: Tensor) -> tuple[Tensor, Tensor]:
-        "Length and entry of the piece that ends at each place (0: none), int64 (M,); words begin at `start`, sums run along the rows of `x`."
+        """Length and entry of the piece that ends at each place (0: none), int64 (M,).
+
+        Words begin at `start`, sums run along the rows of `x`."""
         n = x.codes.numel()
-        length, entry, margin = torch.zeros_like(x.codes), torch.zeros_like(x.codes), torch.zeros(n, dtype=torch.float64, device=x.codes.device)
+        length, entry, margin = (
+            torch.zeros_like(x.codes),
+            torch.zeros_like(x.codes),
+            torch.zeros(n, dtype=torch.float64, device=x.codes.device),
+        )
         segment = torch.ones_like(x.codes)
         end = ended(start[1:], n)[:start.numel()]
         piece = self.words(x.codes, start, end)
@@ -147,7 +156,9 @@ class Unigram(nn.Module):
     def _entries(self, grid: Tensor, length: Tensor) -> Tensor:
         return grid.gather(1, (grid.shape[1] - length.clamp(min=1))[:, None]).flatten()
 
-    def _doubtful(self, x: Codes, length: Tensor, entry: Tensor, margin: Tensor, segment: Tensor) -> tuple[Tensor, Tensor]:
+    def _doubtful(
+        self, x: Codes, length: Tensor, entry: Tensor, margin: Tensor, segment: Tensor
+    ) -> tuple[Tensor, Tensor]:
         "The rows in which rounding could have decided: starts and ends."
         start, end = x.offsets[:-1], x.offsets[1:]
         last = (length > 0).nonzero().flatten()
@@ -173,7 +184,9 @@ class Unigram(nn.Module):
         if self.shortcuts and not bool(unknown.any()): return Pieces(ids, start, end, count)
         if self.bytes:
             code = x.codes.index_select(0, last)
-            need = torch.where(unknown, 1 + (code >= 0x80).long() + (code >= 0x800).long() + (code >= 0x10000).long(), 1)
+            need = torch.where(
+                unknown, 1 + (code >= 0x80).long() + (code >= 0x800).long() + (code >= 0x10000).long(), 1
+            )
             total = nn.functional.pad(need.cumsum(0), (1, 0))
             owner = torch.repeat_interleave(need)
             nth = torch.arange(owner.numel(), device=last.device) - total.index_select(0, owner)
@@ -181,12 +194,19 @@ class Unigram(nn.Module):
             byte = self._byte(code, need, nth)
             ids = torch.where(unknown.index_select(0, owner), byte, ids.index_select(0, owner))
             return Pieces(ids, start.index_select(0, owner), end.index_select(0, owner), total.index_select(0, count))
-        inner = torch.zeros(last.numel() + 1, dtype=torch.bool, device=last.device).index_fill_(0, count, True)[:last.numel()]
+        inner = torch.zeros(last.numel() + 1, dtype=torch.bool, device=last.device).index_fill_(0, count, True)[
+            : last.numel()
+        ]
         merged = unknown & nn.functional.pad(unknown, (1, 0))[:last.numel()] & ~inner
         keep = (~merged).nonzero().flatten()
         kept = nn.functional.pad((~merged).long().cumsum(0), (1, 0))
         final = ended(keep[1:], last.numel())[:keep.numel()] - 1
-        return Pieces(ids.index_select(0, keep), start.index_select(0, keep), end.index_select(0, final), kept.index_select(0, count))
+        return Pieces(
+            ids.index_select(0, keep),
+            start.index_select(0, keep),
+            end.index_select(0, final),
+            kept.index_select(0, count),
+        )
 
     def _byte(self, code: Tensor, need: Tensor, nth: Tensor) -> Tensor:
         "The id of the `nth` of the `need` UTF-8 bytes of each code point: int64 (M,)."
@@ -206,20 +226,30 @@ def sentencepiece_family(
     m, n = tok['model'], tok['normalizer']
     pieces, kinds = m['vocab'], m['kinds']
     symbols = [p for (p, _), k in zip(pieces, kinds) if k == USER]
-    front = SentenceFront(base64.b64decode(n['charsmap']), symbols, n['add_dummy_prefix'], n['remove_extra_whitespaces'], n['escape_whitespaces'])
+    front = SentenceFront(
+        base64.b64decode(n['charsmap']),
+        symbols,
+        n['add_dummy_prefix'],
+        n['remove_extra_whitespaces'],
+        n['escape_whitespaces'],
+    )
     normal = np.array([s for (_, s), k in zip(pieces, kinds) if k == NORMAL], np.float32)
-    def score(p, s, k): return float(np.float32(0.1 * (len(p.encode()) - 1))) if k == USER else s  # as sentencepiece 0.2.3 answers
+    # as sentencepiece 0.2.3 answers
+    def score(p, s, k): return float(np.float32(0.1 * (len(p.encode()) - 1))) if k == USER else s
     used = [(p, i, score(p, s, k)) for i, ((p, s), k) in enumerate(zip(pieces, kinds)) if k in (NORMAL, USER)]
     numbers = {p: i for i, (p, _) in enumerate(pieces)}
     byte_ids = [numbers[f'<0x{b:02X}>'] for b in range(256)] if m['byte_fallback'] else None
-    return front, Unigram(*map(list, zip(*used)), kinds.index(UNKNOWN), float(normal.min() - np.float32(10)), byte_ids, front.mark)
+    return front, Unigram(
+        *map(list, zip(*used)), kinds.index(UNKNOWN), float(normal.min() - np.float32(10)), byte_ids, front.mark
+    )
 
 # %% ../../nbs/text/11_unigram.ipynb #5d45632a
 def decode_sentencepiece(
     tok: dict,       # from `read_sentencepiece`
     ids: list[int],
 ) -> str:
-    "The text of these ids, as `SentencePieceProcessor.decode` returns it: control pieces left out, unknown ones as ` ⁇ `."
+    """The text of these ids, as `SentencePieceProcessor.decode` returns it: control pieces left out, unknown ones as
+    ` ⁇ `."""
     m, n = tok['model'], tok['normalizer']
     out, start = b'', n['add_dummy_prefix'] or n['remove_extra_whitespaces']
     parts: list[bytes] = []

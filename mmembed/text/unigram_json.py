@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from .graphemes import ClusterCharsmap
 from .pretokenize import AddedTokens
 from .hash_table import ExpandTable, PageTable, ended
-from .unicode import ADDED, CLASS_SHIFT, MAX_ADDED, N_CODES, WHITE_SPACE, Codes, Located, Utf8, probe_normalizer, probed
+from mmembed.text.unicode import (
+    ADDED, CLASS_SHIFT, MAX_ADDED, N_CODES, WHITE_SPACE, Codes, Located, Utf8, probe_normalizer, probed,
+)
 from .sentencepiece import METASPACE
 from .unigram import Unigram
 from .wordpiece import Pieces, kind_of, refuse
@@ -45,7 +47,12 @@ def kept_values(
 ) -> Located:
     "The values that are kept."
     count, at = nn.functional.pad(keep.long().cumsum(0), (1, 0)), keep.nonzero().flatten()
-    return Located(x.codes.index_select(0, at), count.index_select(0, x.offsets), x.begin.index_select(0, at), x.end.index_select(0, at))
+    return Located(
+        x.codes.index_select(0, at),
+        count.index_select(0, x.offsets),
+        x.begin.index_select(0, at),
+        x.end.index_select(0, at),
+    )
 
 # %% ../../nbs/text/13_unigram_json.ipynb #a0e76ef0
 class CharStep(nn.Module):
@@ -57,13 +64,24 @@ class CharStep(nn.Module):
         images: np.ndarray, # integers (sum of counts,)
     ):
         super().__init__()
-        self.table = ExpandTable(np.concatenate([counts, np.ones(MAX_ADDED, np.int64)]), np.concatenate([images, np.arange(ADDED, ADDED + MAX_ADDED)]))
+        self.table = ExpandTable(
+            np.concatenate([counts, np.ones(MAX_ADDED, np.int64)]),
+            np.concatenate([images, np.arange(ADDED, ADDED + MAX_ADDED)]),
+        )
 
     def forward(self, x: Located) -> Located:
         values, source, _ = self.table(x.codes)
-        if self.shortcuts and source.numel() == 0 and values.numel() == x.codes.numel(): return Located(values, x.offsets, x.begin, x.end)
-        count = torch.zeros(x.codes.numel() + 1, dtype=torch.int64, device=source.device).index_add(0, source + 1, torch.ones_like(source))
-        return Located(values, count.cumsum(0).index_select(0, x.offsets), x.begin.index_select(0, source), x.end.index_select(0, source))
+        if self.shortcuts and source.numel() == 0 and values.numel() == x.codes.numel():
+            return Located(values, x.offsets, x.begin, x.end)
+        count = torch.zeros(x.codes.numel() + 1, dtype=torch.int64, device=source.device).index_add(
+            0, source + 1, torch.ones_like(source)
+        )
+        return Located(
+            values,
+            count.cumsum(0).index_select(0, x.offsets),
+            x.begin.index_select(0, source),
+            x.end.index_select(0, source),
+        )
 
 # %% ../../nbs/text/13_unigram_json.ipynb #d76170bc
 class StripStep(nn.Module):
@@ -90,7 +108,8 @@ class StripStep(nn.Module):
 
 # %% ../../nbs/text/13_unigram_json.ipynb #b77ad2cc
 class RunStep(nn.Module):
-    "Puts one character, or none, in the place of each run of at least so many of a class (`normalizers.Replace` of ` {2,}`, `\\\\s+`, ...)."
+    """Puts one character, or none, in the place of each run of at least so many of a class (`normalizers.Replace` of
+    ` {2,}`, `\\\\s+`, ...)."""
 
     def __init__(self,
         which: list[int], # the code points of the class
@@ -107,7 +126,11 @@ class RunStep(nn.Module):
         member = self.member(x.codes) > 0
         head = member & (row | ~nn.functional.pad(member, (1, 0))[:n])
         owner = head.long().cumsum(0)
-        size = torch.zeros(n + 1, dtype=torch.int64, device=x.codes.device).index_add(0, owner, member.long()).index_select(0, owner)
+        size = (
+            torch.zeros(n + 1, dtype=torch.int64, device=x.codes.device)
+            .index_add(0, owner, member.long())
+            .index_select(0, owner)
+        )
         run = member & (size >= self.least)
         start = (head & run).nonzero().flatten()
         last = x.end.index_select(0, start + size.index_select(0, start) - 1)
@@ -146,17 +169,26 @@ def _replace_step(spec: dict) -> nn.Module:
     if re.fullmatch(r'\[(?:\\.|[^\]\\\[])+\]', regex): return _char_step(spec)
     run = re.fullmatch(r'( |\\s)(?:\+|\{(\d+),\})', regex)
     if not run or len(content) > 1 or run[2] == '0':
-        refuse('normalizer', f'Replace of {pattern}', 'Replace of one character, of a [class], or of a run such as " {2,}" or "\\s+" by one character')
+        refuse(
+            'normalizer',
+            f'Replace of {pattern}',
+            'Replace of one character, of a [class], or of a run such as " {2,}" or "\\s+" by one character',
+        )
     return RunStep([32] if run[1] == ' ' else WHITE_SPACE, int(run[2] or 1), content)
 
 # %% ../../nbs/text/13_unigram_json.ipynb #0b1640c7
 def _char_step(spec: dict) -> CharStep:
     pattern = spec['pattern']
-    return CharStep(*probe_normalizer(normalizers.Replace(pattern['String'] if 'String' in pattern else Regex(pattern['Regex']), spec['content'])))
+    return CharStep(
+        *probe_normalizer(
+            normalizers.Replace(pattern['String'] if 'String' in pattern else Regex(pattern['Regex']), spec['content'])
+        )
+    )
 
 # %% ../../nbs/text/13_unigram_json.ipynb #4dd9e858
 class WordStep(nn.Module):
-    "Values -> values in which the first of each word is flagged: `WhitespaceSplit`, `Metaspace`, both in this order, or none."
+    """Values -> values in which the first of each word is flagged: `WhitespaceSplit`, `Metaspace`, both in this
+    order, or none."""
 
     def __init__(self,
         spec: dict | None, # a tokenizer.json's pre_tokenizer
@@ -167,10 +199,17 @@ class WordStep(nn.Module):
         if kinds not in ([], ['WhitespaceSplit'], ['Metaspace'], ['WhitespaceSplit', 'Metaspace']):
             refuse('pre_tokenizer', ' + '.join(kinds), 'WhitespaceSplit, Metaspace, both in this order, none')
         meta = parts[-1] if 'Metaspace' in kinds else {}
-        scheme = meta.get('prepend_scheme', 'always' if meta.get('add_prefix_space', True) else 'never') if meta else 'never'
-        self.drops, self.metaspace, self.cuts = 'WhitespaceSplit' in kinds, bool(meta), bool(meta) and meta.get('split', True)
+        scheme = (
+            meta.get('prepend_scheme', 'always' if meta.get('add_prefix_space', True) else 'never') if meta else 'never'
+        )
+        self.drops, self.metaspace, self.cuts = (
+            'WhitespaceSplit' in kinds,
+            bool(meta),
+            bool(meta) and meta.get('split', True),
+        )
         self.prepends, self.only_first = scheme != 'never', scheme == 'first'
-        if self.drops and self.only_first: refuse('pre_tokenizer', 'WhitespaceSplit + Metaspace with prepend_scheme first', 'always, never')
+        if self.drops and self.only_first:
+            refuse('pre_tokenizer', 'WhitespaceSplit + Metaspace with prepend_scheme first', 'always, never')
         self.mark, self.added, self.flag = ord(meta.get('replacement', chr(METASPACE))), ADDED, 1 << CLASS_SHIFT
         self.space = PageTable(_table(WHITE_SPACE))
 
@@ -191,18 +230,29 @@ class WordStep(nn.Module):
         count = 1 + bare.long()
         owner = torch.repeat_interleave(count)
         total = nn.functional.pad(count.cumsum(0), (1, 0))
-        extra = (torch.arange(owner.numel(), device=owner.device) == total.index_select(0, owner)) & bare.index_select(0, owner)
+        extra = (torch.arange(owner.numel(), device=owner.device) == total.index_select(0, owner)) & bare.index_select(
+            0, owner
+        )
         first = extra | (head & ~bare).index_select(0, owner)
         codes = torch.where(extra, self.mark, codes.index_select(0, owner))  # with the bytes of what it stands before
-        return Located(torch.where(first, codes | self.flag, codes), total.index_select(0, x.offsets), x.begin.index_select(0, owner), x.end.index_select(0, owner))
+        return Located(
+            torch.where(first, codes | self.flag, codes),
+            total.index_select(0, x.offsets),
+            x.begin.index_select(0, owner),
+            x.end.index_select(0, owner),
+        )
 
     def _opens(self, head: Tensor, offsets: Tensor) -> Tensor:
         "Which places are the first of their row: bool (M,)."
-        return torch.zeros(head.numel() + 1, dtype=torch.bool, device=head.device).index_fill_(0, offsets, True)[:head.numel()]
+        return torch.zeros(head.numel() + 1, dtype=torch.bool, device=head.device).index_fill_(0, offsets, True)[
+            : head.numel()
+        ]
 
 # %% ../../nbs/text/13_unigram_json.ipynb #44cc4ef8
 class WordUnigram(Unigram):
-    "The likeliest pieces of each word, as `tokenizers`' `models.Unigram` finds them (`encode_optimized`); words begin where a value is flagged."
+    """The likeliest pieces of each word, as `tokenizers`' `models.Unigram` finds them (`encode_optimized`).
+
+    Words begin where a value is flagged."""
 
     def __init__(self,
         pieces: list[str],
@@ -216,7 +266,9 @@ class WordUnigram(Unigram):
         super().__init__(pieces, ids, scores, unk_id, unk_score, byte_ids, single=False)
         self.flag, self.unk_id, self.added = 1 << CLASS_SHIFT, unk_id, ADDED
         size = max(added, default=ADDED) + 1 - ADDED
-        self.register_buffer('marks', torch.tensor([added.get(ADDED + k, unk_id) for k in range(size)], dtype=torch.int64))
+        self.register_buffer(
+            'marks', torch.tensor([added.get(ADDED + k, unk_id) for k in range(size)], dtype=torch.int64)
+        )
 
     def forward(self, x: Codes) -> Pieces:
         "Flagged values -> pieces."
@@ -231,9 +283,17 @@ class WordUnigram(Unigram):
         piece, start = entry.index_select(0, last), last + 1 - length.index_select(0, last)
         first = codes.index_select(0, start)
         mark = first >= self.added  # an added token is a word by itself
-        ids = torch.where(mark, self.marks.index_select(0, (first - self.added).clamp(min=0, max=self.marks.numel() - 1)), self.ids.index_select(0, piece))
+        ids = torch.where(
+            mark,
+            self.marks.index_select(0, (first - self.added).clamp(min=0, max=self.marks.numel() - 1)),
+            self.ids.index_select(0, piece),
+        )
         unknown = (ids == self.unk_id) & ~mark
-        opens = torch.zeros(n + 1, dtype=torch.bool, device=codes.device).index_fill_(0, words, True)[:n].index_select(0, start)
+        opens = (
+            torch.zeros(n + 1, dtype=torch.bool, device=codes.device)
+            .index_fill_(0, words, True)[:n]
+            .index_select(0, start)
+        )
         head = ~(unknown & nn.functional.pad(unknown, (1, 0))[:last.numel()] & ~opens)
         at = head.nonzero().flatten()
         ids, start = ids.index_select(0, at), start.index_select(0, at)
@@ -241,12 +301,17 @@ class WordUnigram(Unigram):
         begins = torch.zeros(n + 1, dtype=torch.int64, device=codes.device).index_fill_(0, start, 1)[:n]
         if self.shortcuts and not (self.bytes and bool(unknown.any())):
             return Pieces(ids, start, end, nn.functional.pad(begins.cumsum(0), (1, 0)).index_select(0, offsets))
-        if not self.bytes: return Pieces(ids, start, end, nn.functional.pad(begins.cumsum(0), (1, 0)).index_select(0, offsets))
+        if not self.bytes:
+            return Pieces(ids, start, end, nn.functional.pad(begins.cumsum(0), (1, 0)).index_select(0, offsets))
         # a run that is one piece called <unk> keeps its id; the characters of all others become bytes
         owner = begins.cumsum(0) - 1
-        spelt = unknown.index_select(0, at) & ((piece.index_select(0, at) == self.unk) | (ended(at[1:], last.numel())[:at.numel()] - at > 1))
+        spelt = unknown.index_select(0, at) & (
+            (piece.index_select(0, at) == self.unk) | (ended(at[1:], last.numel())[: at.numel()] - at > 1)
+        )
         spells = spelt.index_select(0, owner)
-        need = torch.where(spells, 1 + (codes >= 0x80).long() + (codes >= 0x800).long() + (codes >= 0x10000).long(), begins)
+        need = torch.where(
+            spells, 1 + (codes >= 0x80).long() + (codes >= 0x800).long() + (codes >= 0x10000).long(), begins
+        )
         total = nn.functional.pad(need.cumsum(0), (1, 0))
         place = torch.repeat_interleave(need)
         nth = torch.arange(place.numel(), device=codes.device) - total.index_select(0, place)
@@ -257,7 +322,8 @@ class WordUnigram(Unigram):
 
 # %% ../../nbs/text/13_unigram_json.ipynb #a0501041
 class StepFront(nn.Module):
-    "Packed UTF-8 -> values, the first of each word flagged, added tokens marked, by the normalisers and the pre-tokenizer of a `tokenizer.json`."
+    """Packed UTF-8 -> values, the first of each word flagged, added tokens marked, by the normalisers and the
+    pre-tokenizer of a `tokenizer.json`."""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
     def __init__(self,
@@ -271,7 +337,8 @@ class StepFront(nn.Module):
         self.steps = nn.ModuleList([*normalizer_steps(normalizer), WordStep(pre_tokenizer)])
 
     def forward(self, data: Tensor, offsets: Tensor, spans: bool) -> Located:
-        """uint8 (N,), int64 (B+1,) -> values, with the bytes of each: of a whole cluster or run of spaces that became one value (Hugging Face's offsets
+        """uint8 (N,), int64 (B+1,) -> values, with the bytes of each: of a whole cluster or run of spaces that
+        became one value (Hugging Face's offsets
         then name one character of it)."""
         codes, begin = self.utf8(data, offsets)
         edges = ended(begin, data.numel())
@@ -285,12 +352,16 @@ class StepFront(nn.Module):
 def unigram_family(
     tok: dict, # a parsed tokenizer.json with a Unigram model
 ) -> tuple[nn.Module, nn.Module]: # front: bytes -> values; model: values -> pieces
-    """T5's and XLM-R's rules as `tokenizers` has them. Scores are the numbers that it reads from the JSON (its parser may be off by one in the last place).
+    """T5's and XLM-R's rules as `tokenizers` has them. Scores are the numbers that it reads from the JSON (its
+    parser may be off by one in the last place).
 
     Raises `ValueError` with the first rule of `tok` that is not implemented."""
     m, added = tok['model'], tok.get('added_tokens', [])
     for t in added:
-        if t.get('normalized'): refuse(f'added token {t["content"]!r}', 'normalized=true', 'added tokens that are matched before normalisation')
+        if t.get('normalized'):
+            refuse(
+                f'added token {t["content"]!r}', 'normalized=true', 'added tokens that are matched before normalisation'
+            )
     front = StepFront(added, tok.get('normalizer'), tok.get('pre_tokenizer'))
     if m.get('unk_id') is None: refuse('unk_id', None, 'an id for unknown characters')
     alone = dict(version='1.0', added_tokens=[], model=m)
@@ -298,10 +369,14 @@ def unigram_family(
     numbers = {p: i for i, (p, _) in enumerate(vocab)}
     least, unk = min(s for _, s in vocab), vocab[m['unk_id']][0]
     if max(s for _, s in vocab) > 0: refuse('model', 'Unigram with a score above 0', 'log probabilities')
-    if any(unk in p for p in numbers if p != unk): refuse('model', f'Unigram with a piece that holds {unk!r}', f'no other piece with {unk!r}')
+    if any(unk in p for p in numbers if p != unk):
+        refuse('model', f'Unigram with a piece that holds {unk!r}', f'no other piece with {unk!r}')
     byte_ids = None
     if m.get('byte_fallback'):
         byte_ids = [numbers.get(f'<0x{b:02X}>', -1) for b in range(256)]
-        if min(byte_ids) < 0: refuse('model', 'byte_fallback without a piece for every byte', 'all 256, or no byte_fallback')
+        if min(byte_ids) < 0:
+            refuse('model', 'byte_fallback without a piece for every byte', 'all 256, or no byte_fallback')
     used = [(p, i, vocab[i][1]) for p, i in numbers.items() if p]
-    return front, WordUnigram(*map(list, zip(*used)), m['unk_id'], least - 10, byte_ids, {ADDED + k: t['id'] for k, t in enumerate(added)})
+    return front, WordUnigram(
+        *map(list, zip(*used)), m['unk_id'], least - 10, byte_ids, {ADDED + k: t['id'] for k, t in enumerate(added)}
+    )

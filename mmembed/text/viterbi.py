@@ -16,7 +16,9 @@ from .hash_table import VocabTable
 
 # %% ../../nbs/text/09_viterbi.ipynb #8a51fb97
 class Automaton(nn.Module):
-    "A graph whose paths spell entries: finds all that begin at given places. Values and nodes are below 2**21 and 2**42; the root is node 1."
+    """A graph whose paths spell entries: finds all that begin at given places.
+
+    Values and nodes are below 2**21 and 2**42; the root is node 1."""
     MIX = 0x9E3779B97F4A7C15  # odd, so a product with it keeps keys distinct; the golden ratio's digits
 
     def __init__(self,
@@ -34,7 +36,8 @@ class Automaton(nn.Module):
         self.register_buffer('entry', torch.from_numpy(np.asarray(entry, np.int64)))
 
     def forward(self, codes: Tensor, room: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        "Entries that begin at places `at` of codes int64 (M,), at most room[i] long: place, length and entry, int64 (H,), shorter ones first."
+        """Entries that begin at places `at` of codes int64 (M,), at most room[i] long: place, length and entry,
+        int64 (H,), shorter ones first."""
         node, size = torch.ones_like(at), 0
         places, sizes, entries = [at[:0]], [at[:0]], [at[:0]]
         while at.numel() > 0:
@@ -66,7 +69,8 @@ def trie(
     sizes = np.array([len(s) for s in strings], np.int64)
     longest = max(sizes.tolist(), default=0)
     codes = np.zeros((len(strings), longest), np.int64)
-    if strings and isinstance(strings[0], str): flat = np.frombuffer(''.join(strings).encode('utf-32-le', 'surrogatepass'), np.uint32)
+    if strings and isinstance(strings[0], str):
+        flat = np.frombuffer(''.join(strings).encode('utf-32-le', 'surrogatepass'), np.uint32)
     else: flat = [c for s in strings for c in s]
     codes[np.arange(longest) < sizes[:, None]] = flat
     node, nodes = np.ones(len(strings), np.int64), 2
@@ -107,18 +111,27 @@ def uncrossed(
     here = torch.arange(n, device=place.device)
     long = (size > 1).nonzero().flatten()
     far = (here + 1).scatter_reduce(0, place.index_select(0, long), (place + size).index_select(0, long), 'amax')
-    return torch.nn.functional.pad((far.cummax(0)[0][:max(n - 1, 0)] <= here[1:]), (1, 0), value=True).nonzero().flatten()[:n]
+    return (
+        torch.nn.functional.pad((far.cummax(0)[0][: max(n - 1, 0)] <= here[1:]), (1, 0), value=True)
+        .nonzero()
+        .flatten()[:n]
+    )
 
 # %% ../../nbs/text/09_viterbi.ipynb #c7d2697f
 def walk(
-    score: Tensor, # float (n, L): of the piece that ends at each place and has each length, L down to 1; -inf where there is none
+    # float (n, L): of the piece that ends at each place and has each length, L down to 1; -inf where there is none
+    score: Tensor,
     start: Tensor, # int64 (S,): segments, which must not overlap
     size: Tensor,  # int64 (S,), none 0
     margins: bool, # whether the second result is wanted
 ) -> tuple[Tensor, Tensor]:
-    "The length of the best last piece up to each place, int64 (n,), and by how much its path beats the next best, (n,); meaningless outside of segments."
+    """The length of the best last piece up to each place, int64 (n,), and by how much its path beats the next best,
+    (n,); meaningless outside of segments."""
     n, widest = score.shape[0], score.shape[1]
-    value, offset = torch.zeros(n, dtype=score.dtype, device=score.device), torch.zeros(n, dtype=torch.int64, device=score.device)
+    value, offset = (
+        torch.zeros(n, dtype=score.dtype, device=score.device),
+        torch.zeros(n, dtype=torch.int64, device=score.device),
+    )
     if start.numel() == 0: return offset, value
     size, order = size.sort(descending=True, stable=True)
     start = start.index_select(0, order)

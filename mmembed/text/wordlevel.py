@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from .pretokenize import Words
 from .hash_table import ended
-from .unicode import ALONE, CLASS_SHIFT, N_CODES, SPACE, CharRules, Codes, bert_rules, probe_normalizer, probe_splitter, probed
+from mmembed.text.unicode import (
+    ALONE, CLASS_SHIFT, N_CODES, SPACE, CharRules, Codes, bert_rules, probe_normalizer, probe_splitter, probed,
+)
 from .wordpiece import BertFront, Lexicon, Pieces, kind_of, refuse
 
 # %% ../../nbs/text/06_wordlevel.ipynb #e9e26fff
@@ -58,10 +60,14 @@ def word_rules(
         lower = probed('lower', lambda: dict(zip(('counts', 'images'), probe_normalizer(normalizers.Lowercase()))))
         counts = np.ones(N_CODES, np.int64)
         counts[0xD800:0xE000] = 0
-        base = CharRules(*((lower['counts'], lower['images']) if kind else (counts, np.flatnonzero(counts))), None, None, None)
+        base = CharRules(
+            *((lower['counts'], lower['images']) if kind else (counts, np.flatnonzero(counts))), None, None, None
+        )
     classes = probed(f'split-{splitter}', lambda: dict(classes=_probe_runs(kinds[splitter]())))['classes']
     if kind == 'BertNormalizer' and flags[1]:  # CJK characters are set between spaces
-        spaced = probed('cjk', lambda: dict(counts=probe_normalizer(normalizers.BertNormalizer(False, True, False, False))[0]))['counts']
+        spaced = probed(
+            'cjk', lambda: dict(counts=probe_normalizer(normalizers.BertNormalizer(False, True, False, False))[0])
+        )['counts']
         classes = np.where(spaced > 1, ALONE, classes)
     return base._replace(classes=classes)
 
@@ -78,7 +84,8 @@ def _probe_runs(splitter: pre_tokenizers.PreTokenizer) -> np.ndarray: # int64 (0
 # %% ../../nbs/text/06_wordlevel.ipynb #a7c14248
 class WordTable(nn.Module):
     "Which of these strings a stretch of a sequence is. Raises `ValueError` if two are equal."
-    SEED = 0x2545F4914F6CDD1D  # no key may be 0, which every multiplier leaves where it is (an odd 64-bit constant of Marsaglia's)
+    # no key may be 0, which every multiplier leaves where it is (an odd 64-bit constant of Marsaglia's)
+    SEED = 0x2545F4914F6CDD1D
 
     def __init__(self,
         strings: list[list[int]], # values, none empty; numbered in this order
@@ -97,7 +104,9 @@ class WordTable(nn.Module):
 
 # %% ../../nbs/text/06_wordlevel.ipynb #f71696ed
 class WholeWords(nn.Module):
-    "An id for each word, as Hugging Face's `models.WordLevel` gives it. Raises `ValueError` if the vocabulary lacks `unk_token`."
+    """An id for each word, as Hugging Face's `models.WordLevel` gives it.
+
+    Raises `ValueError` if the vocabulary lacks `unk_token`."""
 
     def __init__(self,
         vocab: dict[str, int],       # word -> id
@@ -106,7 +115,8 @@ class WholeWords(nn.Module):
         added: dict[int, int] = {},  # value of an added token -> its id
     ):
         super().__init__()
-        if unk_token not in vocab: raise ValueError(f'the vocabulary has no {unk_token!r}, which stands for unknown words')
+        if unk_token not in vocab:
+            raise ValueError(f'the vocabulary has no {unk_token!r}, which stands for unknown words')
         entries = [([ord(c) | int(classes[ord(c)]) << CLASS_SHIFT for c in t], i) for t, i in vocab.items() if t]
         entries += [([v], i) for v, i in added.items()]
         self.table, self.unk_id = WordTable([v for v, _ in entries]), vocab[unk_token]

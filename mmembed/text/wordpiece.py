@@ -17,11 +17,14 @@ from torch import Tensor, nn
 
 from .pretokenize import AddedTokens, Words, split_words
 from .hash_table import SubstringHash, VocabTable, ended
-from .unicode import ADDED, ALONE, CLASS_SHIFT, N_CODES, CharRules, CharTables, Codes, Located, Utf8, bert_rules, char_tables
+from mmembed.text.unicode import (
+    ADDED, ALONE, CLASS_SHIFT, N_CODES, CharRules, CharTables, Codes, Located, Utf8, bert_rules, char_tables,
+)
 
 # %% ../../nbs/text/05_wordpiece.ipynb #452e84eb
 class Lexicon(nn.Module):
-    """Strings, found by their hash and confirmed by their characters. Entries are numbered in the order given; `seeds` keeps
+    """Strings, found by their hash and confirmed by their characters. Entries are numbered in the order given;
+    `seeds` keeps
     apart entries that are equal strings but mean different things (`ing` as a word, and as a continuation)."""
 
     def __init__(self,
@@ -38,7 +41,8 @@ class Lexicon(nn.Module):
         self.register_buffer('codes', torch.tensor([c for s in strings for c in s], dtype=torch.int64))
 
     def agrees(self, codes: Tensor, entry: Tensor, start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        "Whether codes[start+j] is the j-th value of `entry`, for each j < length: bool (sum of lengths,), and whose j it is."
+        """Whether codes[start+j] is the j-th value of `entry`, for each j < length: bool (sum of lengths,), and
+        whose j it is."""
         owner = torch.repeat_interleave(length)
         nth = torch.arange(owner.numel(), device=owner.device) - (length.cumsum(0) - length).index_select(0, owner)
         theirs = self.codes.index_select(0, self.first.index_select(0, entry).index_select(0, owner) + nth)
@@ -65,7 +69,8 @@ class WordPiece(nn.Module):
     Raises `ValueError` if the vocabulary lacks `unk_token`."""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
     CONTINUES = 0x2545F4914F6CDD1D  # the seed of pieces inside a word (an odd 64-bit constant of Marsaglia's)
-    AT_ONCE = 1 << 13  # so few candidates are looked up in one go: a look-up costs some ns, a round some 50 us (measured)
+    # so few candidates are looked up in one go: a look-up costs some ns, a round some 50 us (measured)
+    AT_ONCE = 1 << 13
 
     def __init__(self,
         vocab: dict[str, int],        # piece -> id
@@ -76,12 +81,21 @@ class WordPiece(nn.Module):
         added: dict[int, int] = {},   # value of an added token -> its id
     ):
         super().__init__()
-        if unk_token not in vocab: raise ValueError(f'the vocabulary has no {unk_token!r}, which stands for unknown words')
+        if unk_token not in vocab:
+            raise ValueError(f'the vocabulary has no {unk_token!r}, which stands for unknown words')
         whole = [(values(t), i) for t, i in vocab.items() if t]
-        inside = [(values(t[len(prefix):]), i) for t, i in vocab.items() if t.startswith(prefix) and len(t) > len(prefix)]
+        inside = [
+            (values(t[len(prefix) :]), i) for t, i in vocab.items() if t.startswith(prefix) and len(t) > len(prefix)
+        ]
         marks = [([v], i) for v, i in added.items()]
         entries = whole + marks + inside
-        self.unk_id, self.max_chars, self.continues, self.at_once, self.prefix = vocab[unk_token], max_chars, self.CONTINUES, self.AT_ONCE, prefix
+        self.unk_id, self.max_chars, self.continues, self.at_once, self.prefix = (
+            vocab[unk_token],
+            max_chars,
+            self.CONTINUES,
+            self.AT_ONCE,
+            prefix,
+        )
         self.lexicon = Lexicon([v for v, _ in entries],
             [0] * (len(whole) + len(marks)) + [self.CONTINUES] * len(inside))
         self.register_buffer('ids', torch.tensor([i for _, i in entries] + [self.unk_id], dtype=torch.int64))
@@ -94,7 +108,9 @@ class WordPiece(nn.Module):
         return pieces if sure else self._tokenize(x.codes, words, True)[0]
 
     def _tokenize(self, codes: Tensor, words: Words, confirm: bool) -> tuple[Pieces, bool]:
-        "The pieces, and whether every hit that was used agrees with the text; with `confirm` each candidate is checked first."
+        """The pieces, and whether every hit that was used agrees with the text.
+
+        With `confirm` each candidate is checked first."""
         start, length = words.start, words.end - words.start
         lex = self.lexicon
         prefix, inverses = lex.hash.prefix(codes, lex.longest), lex.hash.inverses(codes.numel(), codes.device)
@@ -106,7 +122,9 @@ class WordPiece(nn.Module):
             sure = confirm or bool(lex.agrees(codes, entry, start, length)[0].all())
             return Pieces(self.ids.index_select(0, entry), start, words.end, words.offsets), sure
         word, nth, first, size, piece = self._rounds(codes, prefix, inverses, rest, start, words.end, confirm)
-        sure = confirm or self._all_agree(codes, torch.cat([entry, piece]), torch.cat([start, first]), torch.cat([length, size]))
+        sure = confirm or self._all_agree(
+            codes, torch.cat([entry, piece]), torch.cat([start, first]), torch.cat([length, size])
+        )
         # a word that is stuck, or too long to begin with, is one unknown piece
         stuck = (piece < 0).nonzero().flatten()
         if not self.shortcuts or stuck.numel() > 0:
@@ -127,17 +145,22 @@ class WordPiece(nn.Module):
 
     def _placed(self, n: int, own: Tensor, whole: Tensor, place: Tensor, piece: Tensor) -> Tensor:
         "What is said of each word at its first place, then what is said of its pieces: int64 (n,)."
-        return torch.zeros(n, dtype=torch.int64, device=own.device).index_copy_(0, own, whole).index_copy_(0, place, piece)
+        return (
+            torch.zeros(n, dtype=torch.int64, device=own.device).index_copy_(0, own, whole).index_copy_(0, place, piece)
+        )
 
     def _all_agree(self, codes: Tensor, entry: Tensor, start: Tensor, length: Tensor) -> bool:
         "Whether every entry that is one (not -1) has the characters of the text at its place."
         hit = (entry >= 0).nonzero().flatten()
-        same, _ = self.lexicon.agrees(codes, entry.index_select(0, hit), start.index_select(0, hit), length.index_select(0, hit))
+        same, _ = self.lexicon.agrees(
+            codes, entry.index_select(0, hit), start.index_select(0, hit), length.index_select(0, hit)
+        )
         return bool(same.all())
 
     def _rounds(self, codes: Tensor, prefix: Tensor, inverses: Tensor, word: Tensor, start: Tensor, end: Tensor,
                 confirm: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The longest match of every unfinished word, round by round, until all are consumed or stuck: word, round, start,
+        """The longest match of every unfinished word, round by round, until all are consumed or stuck: word, round,
+        start,
         length, entry of each piece; where a word got stuck, the entry is -1."""
         at, left = start.index_select(0, word), (end - start).index_select(0, word)
         seed, nth = 0, 0
@@ -155,7 +178,16 @@ class WordPiece(nn.Module):
                 lengths.append(l)
                 entries.append(e)
                 break
-            best, entry = self._longest(codes, prefix, inverses, at, left, size, torch.full((), seed, dtype=torch.int64, device=codes.device), confirm)
+            best, entry = self._longest(
+                codes,
+                prefix,
+                inverses,
+                at,
+                left,
+                size,
+                torch.full((), seed, dtype=torch.int64, device=codes.device),
+                confirm,
+            )
             words.append(word)
             nths.append(torch.full_like(word, nth))
             starts.append(at)
@@ -167,9 +199,21 @@ class WordPiece(nn.Module):
             seed, nth = self.continues, nth + 1
         return torch.cat(words), torch.cat(nths), torch.cat(starts), torch.cat(lengths), torch.cat(entries)
 
-    def _followed(self, codes: Tensor, prefix: Tensor, inverses: Tensor, word: Tensor, at: Tensor, left: Tensor, size: Tensor,
-                  seed: int, nth: int, confirm: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        "What is left of few words, as `_rounds` has it: the longest match at each of their places first, then only steps from match to match."
+    def _followed(
+        self,
+        codes: Tensor,
+        prefix: Tensor,
+        inverses: Tensor,
+        word: Tensor,
+        at: Tensor,
+        left: Tensor,
+        size: Tensor,
+        seed: int,
+        nth: int,
+        confirm: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What is left of few words, as `_rounds` has it: the longest match at each of their places first, then only
+        steps from match to match."""
         till = left.cumsum(0)
         begin, place = till - left, torch.arange(int(till[-1]), device=codes.device)
         owner = torch.zeros_like(place).index_fill_(0, begin, 1).cumsum(0) - 1
@@ -190,9 +234,19 @@ class WordPiece(nn.Module):
         return (word.index_select(0, owner.index_select(0, spot)), torch.cat(nths), start.index_select(0, spot),
             best.index_select(0, spot), entry.index_select(0, spot))
 
-    def _longest(self, codes: Tensor, prefix: Tensor, inverses: Tensor, at: Tensor, left: Tensor, size: Tensor, seed: Tensor,
-                 confirm: bool) -> tuple[Tensor, Tensor]:
-        "One round: the longest piece at each of `at`, of the lengths `size` and at most `left`: its length, or 0, and entry, or -1."
+    def _longest(
+        self,
+        codes: Tensor,
+        prefix: Tensor,
+        inverses: Tensor,
+        at: Tensor,
+        left: Tensor,
+        size: Tensor,
+        seed: Tensor,
+        confirm: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """One round: the longest piece at each of `at`, of the lengths `size` and at most `left`: its length, or 0,
+        and entry, or -1."""
         table = self.lexicon.table
         from_ = at.unsqueeze(1)
         till = (from_ + size).flatten()
@@ -202,7 +256,9 @@ class WordPiece(nn.Module):
         good = hit.view_as(key) & (size <= left.unsqueeze(1))
         if confirm:
             entry = torch.where(good.flatten(), table.ids.index_select(0, slot), -1)
-            good = (self.lexicon.confirmed(codes, entry, from_.expand_as(key).flatten(), size.expand_as(key).flatten()) >= 0).view_as(key)
+            good = (
+                self.lexicon.confirmed(codes, entry, from_.expand_as(key).flatten(), size.expand_as(key).flatten()) >= 0
+            ).view_as(key)
         best = (good * size).amax(1)
         entry = table.ids.index_select(0, slot.view_as(key).gather(1, (best - 1).clamp(min=0).unsqueeze(1)).flatten())
         return best, torch.where(best > 0, entry, -1)
@@ -214,7 +270,8 @@ class NoTokens(nn.Module):
         super().__init__()
         self.first: list[int] = []  # Python only
 
-    def forward(self, x: Codes) -> tuple[Codes, Tensor]: return x, torch.empty(0, dtype=torch.int64, device=x.codes.device)
+    def forward(self, x: Codes) -> tuple[Codes, Tensor]:
+        return x, torch.empty(0, dtype=torch.int64, device=x.codes.device)
 
 # %% ../../nbs/text/05_wordpiece.ipynb #4e0be3d9
 class BertFront(nn.Module):
@@ -225,13 +282,15 @@ class BertFront(nn.Module):
         added: list[dict], # a tokenizer.json's added_tokens
         rules: CharRules,  # BERT's are `bert_rules(...)`
     ):
-        "Raises `ValueError` for a token that is to be matched after normalisation and has conditions, or is empty or edged by white space then."
+        """Raises `ValueError` for a token that is to be matched after normalisation and has conditions, or is empty
+        or edged by white space then."""
         super().__init__()
         self.utf8 = Utf8()
         self.classes = rules.classes  # Python only, as are `numbers`
         self.tables = char_tables(rules)
         raw, late = [t for t in added if not t.get('normalized')], [t for t in added if t.get('normalized')]
-        self.numbers = {ADDED + n | ALONE << CLASS_SHIFT: t['id'] for n, t in enumerate(raw + late)}  # value of each token -> its id
+        # value of each token -> its id
+        self.numbers = {ADDED + n | ALONE << CLASS_SHIFT: t['id'] for n, t in enumerate(raw + late)}
         self.added, self.late = [AddedTokens(t) if t else NoTokens() for t in (raw, self._normalised(late))]
         self.from_late = ADDED + len(raw) if late else -1
         if late: self.late.base = self.from_late
@@ -251,13 +310,15 @@ class BertFront(nn.Module):
         edges = ended(begin, data.numel())
         if kept.numel() > 0: edges = edges.index_select(0, kept)
         first, last = edges[:-1], edges[1:]
-        if source.numel() > 0 or x.codes.numel() != first.numel(): first, last = first.index_select(0, source), last.index_select(0, source)
+        if source.numel() > 0 or x.codes.numel() != first.numel():
+            first, last = first.index_select(0, source), last.index_select(0, source)
         x, joined = self._with_late(x)
         if joined.numel() > 0: first, last = first.index_select(0, joined[:-1]), last.index_select(0, joined[1:] - 1)
         return Located(x.codes, x.offsets, first, last)
 
     def _with_late(self, x: Codes, shift: int = CLASS_SHIFT, alone: int = ALONE) -> tuple[Codes, Tensor]:
-        "Values with the tokens that normalised text has marked, and where each value now begins, as `AddedTokens` says it."
+        """Values with the tokens that normalised text has marked, and where each value now begins, as `AddedTokens`
+        says it."""
         if self.from_late < 0: return x, x.codes[:0]
         y, joined = self.late(Codes(x.codes & ((1 << shift) - 1), x.offsets))
         if joined.numel() == 0: return x, joined
@@ -266,16 +327,29 @@ class BertFront(nn.Module):
 
     @torch.jit.unused
     def _normalised(self, tokens: list[dict]) -> list[dict]:
-        "Tokens as they look in normalised text. Conditions on their neighbours are refused: those may be spaces that only the reference sees."
+        """Tokens as they look in normalised text.
+
+        Conditions on their neighbours are refused: those may be spaces that only the reference sees."""
         seen: dict[str, str] = {}
         for t in tokens:
             codes = torch.tensor([ord(c) for c in t['content']], dtype=torch.int64)
             values = self.tables(Codes(codes, torch.tensor([0, len(codes)])))[0].codes
             text = ''.join(chr(v & ((1 << CLASS_SHIFT) - 1)) for v in values.tolist())
             for flag in ('single_word', 'lstrip', 'rstrip'):
-                if t.get(flag): refuse(f'added token {t["content"]!r}', f'normalized=true with {flag}=true', 'normalized=true alone')
-            if not text or text.strip() != text: refuse(f'added token {t["content"]!r}', f'{text!r} when normalised', 'what begins and ends in a character')
-            if text in seen: refuse(f'added token {t["content"]!r}', f'the same as {seen[text]!r} when normalised', 'tokens that remain distinct')
+                if t.get(flag):
+                    refuse(
+                        f'added token {t["content"]!r}', f'normalized=true with {flag}=true', 'normalized=true alone'
+                    )
+            if not text or text.strip() != text:
+                refuse(
+                    f'added token {t["content"]!r}', f'{text!r} when normalised', 'what begins and ends in a character'
+                )
+            if text in seen:
+                refuse(
+                    f'added token {t["content"]!r}',
+                    f'the same as {seen[text]!r} when normalised',
+                    'tokens that remain distinct',
+                )
             seen[text] = t['content']
         return [dict(content=text) for text in seen]
 
@@ -288,7 +362,8 @@ class BertFront(nn.Module):
         once = [c for c, n in enumerate(source.bincount(minlength=128).tolist()) if n == 1]
         for c in once:
             value = x.codes[source == c][0]
-            if c not in self.added.first and int(value) & ((1 << CLASS_SHIFT) - 1) not in self.late.first: quick[c] = value
+            if c not in self.added.first and int(value) & ((1 << CLASS_SHIFT) - 1) not in self.late.first:
+                quick[c] = value
         return quick
 
     def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k not in ('classes', 'numbers')}
@@ -314,7 +389,13 @@ def wordpiece_family(
     for part, known in [('normalizer', 'BertNormalizer'), ('pre_tokenizer', 'BertPreTokenizer')]:
         if kind_of(tok, part) != known: refuse(part, kind_of(tok, part), known)
     n, m = tok['normalizer'], tok['model']
-    front = BertFront(tok.get('added_tokens', []), bert_rules(n['clean_text'], n['handle_chinese_chars'], n['strip_accents'], n['lowercase']))
+    front = BertFront(
+        tok.get('added_tokens', []),
+        bert_rules(n['clean_text'], n['handle_chinese_chars'], n['strip_accents'], n['lowercase']),
+    )
     value = (np.arange(N_CODES) | front.classes << CLASS_SHIFT).tolist()
     def values(piece): return [value[ord(c)] for c in piece]
-    return front, WordPiece(m['vocab'], values, m['unk_token'], m['continuing_subword_prefix'], m['max_input_chars_per_word'], front.numbers)
+
+    return front, WordPiece(
+        m['vocab'], values, m['unk_token'], m['continuing_subword_prefix'], m['max_input_chars_per_word'], front.numbers
+    )

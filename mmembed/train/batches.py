@@ -112,7 +112,9 @@ class Ledger(dict):
         if self.file.exists() and self.file.stat().st_size != self._size:  # another process of the run has written
             with self.file.open(encoding='utf-8') as f: self._there = {json.loads(line)['name'] for line in f}
         new = {name: reason for name, reason in items if name not in self._there}
-        lines = [json.dumps({'name': name, 'reason': reason}, ensure_ascii=False) + '\n' for name, reason in new.items()]
+        lines = [
+            json.dumps({'name': name, 'reason': reason}, ensure_ascii=False) + '\n' for name, reason in new.items()
+        ]
         with self.file.open('a', encoding='utf-8', errors='backslashreplace') as f: f.write(''.join(lines))
         self._size, self._there = self.file.stat().st_size, self._there | set(new)
 
@@ -120,8 +122,14 @@ class Ledger(dict):
         if not self: return f'nothing was {self.done}'
         bare = {name: reason for name, reason in self.items() if reason.startswith((NO_CAPTION, NO_LABEL))}
         unread, lines = {name: reason for name, reason in self.items() if name not in bare}, []
-        for found, one, several in [(unread, '1 image could not be read and was ' + self.done, f'{len(unread)} images could not be read and were {self.done}'),
-                                    (bare, '1 row has no caption and was left out', f'{len(bare)} rows have no caption and were left out')]:
+        for found, one, several in [
+            (
+                unread,
+                '1 image could not be read and was ' + self.done,
+                f'{len(unread)} images could not be read and were {self.done}',
+            ),
+            (bare, '1 row has no caption and was left out', f'{len(bare)} rows have no caption and were left out'),
+        ]:
             if found: lines.append((one if len(found) == 1 else several) + ':')
             lines += [f'  {name}: {reason}' for name, reason in list(found.items())[:20]]
             if len(found) > 20: lines.append(f'  and {len(found) - 20} more')

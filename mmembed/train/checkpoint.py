@@ -56,13 +56,16 @@ def read_checkpoint(
         return json.loads(note), saved
     if not isinstance(saved, dict) or 'mmembed' not in saved or 'state_dict' not in saved:
         raise ValueError(f'{path} is not a checkpoint of mmembed')
-    return saved['mmembed'], {k.removeprefix('model.'): v for k, v in saved['state_dict'].items() if k.startswith('model.')}
+    return saved['mmembed'], {
+        k.removeprefix('model.'): v for k, v in saved['state_dict'].items() if k.startswith('model.')
+    }
 
 # %% ../../nbs/train/08_checkpoint.ipynb #dde16649
 class Checkpoint(ModelCheckpoint):
     """Lightning's `ModelCheckpoint`, with the model's weights as safetensors beside each file.
 
-    One that monitors a figure has the run end with a validation, and takes over the best so far of a run that is resumed."""
+    One that monitors a figure has the run end with a validation, and takes over the best so far of a run that is
+    resumed."""
     def __init__(self, *args, track: bool = True, **kwargs):
         super().__init__(*args, **kwargs)
         self.track, self.so_far = track, {}
@@ -86,12 +89,14 @@ class Checkpoint(ModelCheckpoint):
         note, score = read_checkpoint(path)[0] if path else {}, self.so_far['best_model_score']
         if path is None: why = f'{old} is gone'
         elif note.get('held_out') != module.held_out(): why = 'other rows are validated on now'
-        elif note['measured_at'] > trainer.global_step: why = f'{path} is of step {note["measured_at"]}, later than the checkpoint'
+        elif note['measured_at'] > trainer.global_step:
+            why = f'{path} is of step {note["measured_at"]}, later than the checkpoint'
         else:
             new = Path(self.dirpath)/path.name
             if trainer.is_global_zero and new.resolve() != path.resolve():
                 for ending in ('.ckpt', '.safetensors'):
-                    if path.with_suffix(ending).is_file(): shutil.copy2(path.with_suffix(ending), new.with_suffix(ending))
+                    if path.with_suffix(ending).is_file():
+                        shutil.copy2(path.with_suffix(ending), new.with_suffix(ending))
             score = torch.as_tensor(_score(note, self.monitor))
             self.best_model_path = self.kth_best_model_path = str(new)
             self.best_model_score = self.kth_value = self.current_score = score
@@ -111,7 +116,11 @@ def _ends(trainer: Trainer) -> bool:
 
 def _score(note: dict, monitor: str) -> float:
     "The figure that decides which checkpoint is best, as a checkpoint's note has it."
-    return note['figures'][monitor] if note.get('figures') else note['recall']['all']['text_to_image']['at'][monitor.rpartition('@')[2]]
+    return (
+        note['figures'][monitor]
+        if note.get('figures')
+        else note['recall']['all']['text_to_image']['at'][monitor.rpartition('@')[2]]
+    )
 
 def write_weights(
     path: str | Path, # a .ckpt

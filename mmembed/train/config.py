@@ -44,10 +44,14 @@ def task_of(
     args: list[str], # as on the command line
 ) -> str:
     "The last `--task` or `task:` in the arguments and configuration files; 'retrieval' if there is none."
-    task, pairs = 'retrieval', [(k, v) for a, b in zip(args, [*args[1:], '']) for k, v in [a.split('=', 1) if '=' in a else (a, b)]]
+    task, pairs = (
+        'retrieval',
+        [(k, v) for a, b in zip(args, [*args[1:], '']) for k, v in [a.split('=', 1) if '=' in a else (a, b)]],
+    )
     for k, v in pairs:
         if k == '--config' and Path(v).is_file():
-            if found := re.search(r'^task:\s*(\w+)', Path(v).read_text(encoding='utf-8', errors='replace'), re.M): task = found[1]
+            if found := re.search(r'^task:\s*(\w+)', Path(v).read_text(encoding='utf-8', errors='replace'), re.M):
+                task = found[1]
         if k == '--task': task = v
     if task not in TASKS: raise ValueError(f'task must be one of {", ".join(TASKS)}, got {task}')
     return task
@@ -73,8 +77,12 @@ class TrainCLI(LightningCLI):
         parser.add_argument('--task', type=str, default='retrieval', help='retrieval, match or classify')
         parser.add_argument('--vocab_size', type=int, default=4000, help='tokens that `tokenizer: learn` may learn')
         parser.add_argument('--resume', type=str | None, default=None, help='a checkpoint to go on from')
-        parser.add_argument('--save_every', type=int, default=0, help='steps between two saves of last.ckpt; 0: epochs only')
-        parser.add_argument('--patience', type=int, default=0, help='validations without improvement before the run ends; 0: never')
+        parser.add_argument(
+            '--save_every', type=int, default=0, help='steps between two saves of last.ckpt; 0: epochs only'
+        )
+        parser.add_argument(
+            '--patience', type=int, default=0, help='validations without improvement before the run ends; 0: never'
+        )
         parser.add_argument('--find_lr', type=bool, default=False, help="look for a learning rate first, and use it")
 
     def before_instantiate_classes(self):
@@ -94,11 +102,18 @@ class TrainCLI(LightningCLI):
 
     def _go_on(self):
         "What a resumed run is told by its checkpoint; raises `ValueError` for one that has nothing left to do."
-        epochs, steps, done = _get(self.config, 'trainer.max_epochs'), _get(self.config, 'trainer.max_steps'), self.resumed
+        epochs, steps, done = (
+            _get(self.config, 'trainer.max_epochs'),
+            _get(self.config, 'trainer.max_steps'),
+            self.resumed,
+        )
         if epochs is None and steps in (None, -1): epochs = 1000  # Lightning's own
         for name, most, had in [('epochs', epochs, done.epochs), ('steps', steps, done.step)]:
             if most is not None and 0 <= most <= had:
-                raise ValueError(f'{self.config.resume} has done its {had} {name}, nothing is left to train: --trainer.max_{name} {had + 1} or more goes on')
+                raise ValueError(
+                    f'{self.config.resume} has done its {had} {name}, nothing is left to train: --trainer.max_{name} '
+                    f'{had + 1} or more goes on'
+                )
         if self.config.find_lr:  # it was looked for in the first run
             self.config.find_lr, self.config.model.lr = False, done.lr
 
@@ -119,10 +134,19 @@ class TrainCLI(LightningCLI):
         if self.resumed: same_model(self.resumed, self.model.model, self.config.resume)
         if _get(self.config, 'trainer.logger') is None:
             kwargs['logger'] = [make(self.folder, name='logs', version='') for make in (CSVLogger, TensorBoardLogger)]
-        self.best = Checkpoint(self.folder, 'best', monitor=self.monitor, mode='max', enable_version_counter=False, save_on_train_epoch_end=False)
+        self.best = Checkpoint(
+            self.folder,
+            'best',
+            monitor=self.monitor,
+            mode='max',
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,
+        )
         more = [Checkpoint(self.folder, 'last', enable_version_counter=False, save_on_train_epoch_end=True)]
         if n := self.config.save_every:
-            more.append(Checkpoint(self.folder, 'last', track=False, enable_version_counter=False, every_n_train_steps=n))
+            more.append(
+                Checkpoint(self.folder, 'last', track=False, enable_version_counter=False, every_n_train_steps=n)
+            )
         if n := self.config.patience: more.append(EarlyStopping(self.monitor, mode='max', patience=n))
         if _get(self.config, 'trainer.enable_progress_bar') is not False: more.append(RichProgressBar())
         self.trainer_defaults['callbacks'] = [self.best, *more]
@@ -143,14 +167,27 @@ def _loggers_there(loggers: Any):
     wanted = {'WandbLogger': 'wandb', 'MLFlowLogger': 'mlflow', 'CometLogger': 'comet_ml', 'NeptuneLogger': 'neptune'}
     for one in loggers if isinstance(loggers, list) else [loggers]:
         name = str(one.get('class_path')).rpartition('.')[2] if isinstance(one, (dict, Namespace)) else ''
-        if (package := wanted.get(name)) and find_spec(package) is None: raise ValueError(f'{name} wants the package {package}: pip install {package}')
+        if (package := wanted.get(name)) and find_spec(package) is None:
+            raise ValueError(f'{name} wants the package {package}: pip install {package}')
 
 # %% ../../nbs/train/09_config.ipynb #4faf03d3
 def _get(config: Namespace, key: str) -> Any:
     return config.get(key) if key in config else None
 
 # %% ../../nbs/train/09_config.ipynb #7c2e91ab
-PATHS = ('path', 'urls', 'valid_path', 'test_path', 'image_root', 'split_file', 'tokenizer', 'folder', 'weights', 'pretrained', 'resume')
+PATHS = (
+    'path',
+    'urls',
+    'valid_path',
+    'test_path',
+    'image_root',
+    'split_file',
+    'tokenizer',
+    'folder',
+    'weights',
+    'pretrained',
+    'resume',
+)
 
 def absolute_paths(
     config: Namespace, # of a run; changed in place
@@ -231,12 +268,16 @@ class Resumed(NamedTuple):
 def resumed_run(
     path: str | Path, # the .ckpt to go on from
 ) -> Resumed:
-    "Read what a checkpoint says of its run; raises `FileNotFoundError`, and `ValueError` for a file from which no run can go on."
+    """Read what a checkpoint says of its run.
+
+    Raises `FileNotFoundError`, and `ValueError` for a file from which no run can go on."""
     path = Path(path)
     note, _ = read_checkpoint(path)
-    if path.suffix == '.safetensors': raise ValueError(f'{path} holds the weights alone: --resume wants the .ckpt beside it')
+    if path.suffix == '.safetensors':
+        raise ValueError(f'{path} holds the weights alone: --resume wants the .ckpt beside it')
     saved = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    if not saved.get('optimizer_states') or 'loops' not in saved: raise ValueError(f'{path} does not hold the state of an optimizer: --resume wants the last.ckpt of a run')
+    if not saved.get('optimizer_states') or 'loops' not in saved:
+        raise ValueError(f'{path} does not hold the state of an optimizer: --resume wants the last.ckpt of a run')
     epochs = saved['loops']['fit_loop']['epoch_progress']['current']['processed']
     return Resumed(note, epochs, saved['global_step'], saved['hyper_parameters']['lr'])
 
@@ -246,18 +287,36 @@ def own_tokenizer(
     checkpoint: str | Path,
     path: Path,  # where tokenizer.json is written
 ):
-    "Write the tokenizer that a resumed run has learnt, from its checkpoint, or from beside it if the checkpoint does not describe its model."
+    """Write the tokenizer that a resumed run has learnt, from its checkpoint, or from beside it if the checkpoint
+    does not describe its model."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f'{path.stem}-{uuid.uuid4().hex}.json')  # other processes write the same
     beside = Path(checkpoint).with_name('tokenizer.json')
-    if run.note['model']: TextPipeline.from_spec(run.note['model']['init_args']['text']['init_args']['pipeline']).to_tokenizer_file(draft)
+    if run.note['model']:
+        TextPipeline.from_spec(run.note['model']['init_args']['text']['init_args']['pipeline']).to_tokenizer_file(draft)
     elif beside.is_file(): shutil.copy2(beside, draft)
     else: raise FileNotFoundError(f'no {beside}: the tokenizer that the resumed run has learnt is missing')
     draft.replace(path)
 
 # %% ../../nbs/train/09_config.ipynb #52524fa6
-FREE = {'scale', 'ratio', 'flip', 'color_jitter', 'color_jitter_prob', 'gray_scale_prob', 're_prob', 'dropout', 'hidden_dropout_prob',
-        'attention_dropout', 'attention_probs_dropout_prob', 'max_pixels', 'file_decode', 'heic', '_name_or_path', 'transformers_version'}
+FREE = {
+    'scale',
+    'ratio',
+    'flip',
+    'color_jitter',
+    'color_jitter_prob',
+    'gray_scale_prob',
+    're_prob',
+    'dropout',
+    'hidden_dropout_prob',
+    'attention_dropout',
+    'attention_probs_dropout_prob',
+    'max_pixels',
+    'file_decode',
+    'heic',
+    '_name_or_path',
+    'transformers_version',
+}
 
 def same_model(
     run: Resumed,
@@ -269,7 +328,11 @@ def same_model(
     except (AttributeError, TypeError): spec = None
     if not (spec and run.note['model']): return  # it cannot describe itself
     for key, had, now in _differences(json.loads(json.dumps(run.note['model'])), spec):
-        what = f'was {had!r} in the run and is {now!r} now' if len(f'{had!r}{now!r}') < 120 else 'is not the one that the run had'
+        what = (
+            f'was {had!r} in the run and is {now!r} now'
+            if len(f'{had!r}{now!r}') < 120
+            else 'is not the one that the run had'
+        )
         raise ValueError(f'{checkpoint} is of another model: {key} {what}; resume with the configuration of the run')
 
 def _differences(a, b, key: str = 'model'):
@@ -277,7 +340,8 @@ def _differences(a, b, key: str = 'model'):
     if key.endswith('.tokenizer') or not (isinstance(a, dict) and isinstance(b, dict)):
         if a != b: yield key, a, b
         return
-    for k in [k for k in a | b if k not in FREE]: yield from _differences(a.get(k), b.get(k), f'{key}.{k}'.replace('.init_args', ''))
+    for k in [k for k in a | b if k not in FREE]:
+        yield from _differences(a.get(k), b.get(k), f'{key}.{k}'.replace('.init_args', ''))
 
 # %% ../../nbs/train/09_config.ipynb #998fe59f
 class WrongCall(ValueError):
@@ -292,7 +356,11 @@ def argument_error(e: ArgumentError) -> str:
     inner = r"Parser key \"([^\"]+)\".*- Problem with given class_path '[\w.]*\.(\w+)': (.*?)(?: - Expected|$)"
     if nested := re.search(inner, text):
         return f'{nested[1]} ({nested[2]}): {nested[3]}'
-    if union := re.match(r"(Parser key \"[^\"]+\"):.*Does not validate against any of the Union subtypes Subtypes: (\[.*?\]) Errors:.*Given value: (.*)", text):
+    if union := re.match(
+        r"(Parser key \"[^\"]+\"):.*Does not validate against any of the Union subtypes Subtypes: (\[.*?\]) "
+        r"Errors:.*Given value: (.*)",
+        text,
+    ):
         kinds = re.sub(r'typing\.|Literal|NoneType', lambda m: 'null' if m[0] == 'NoneType' else '', union[2])
         return f'{union[1]}: want one of {kinds[1:-1][:200]}. Got value: {union[3]}'
     if text.startswith('Unexpected config:'):

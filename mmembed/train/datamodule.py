@@ -40,27 +40,33 @@ class Shuffled(Part):
 class PairData(LightningDataModule):
     "Batches of matching texts and images from any source, through the model's own pipelines"
     def __init__(self,
-        path: str | None = None,                        # a .jsonl, .csv, .tsv or .parquet file, a folder of classes, 'train-{000..031}.tar', or hf:NAME
+        # a .jsonl, .csv, .tsv or .parquet file, a folder of classes, 'train-{000..031}.tar', or hf:NAME
+        path: str | None = None,
         source: Source | None = None,                   # or any other source
         image_key: str = 'image',                       # column of `path` that holds paths of image files
         text_key: str | None = 'text',                  # column of `path` that holds captions; None: made from labels
         label_key: str | None = None,                   # column of `path` that holds a class
         templates: list[str] | None = None,             # of captions for `text_key: null`, with {} for the class
         near_key: str | None = None,                    # column of `path`: `MatchData`'s wrong captions have it equal
-        split_key: str | None = None,                   # column of `path` that holds parts: train, val, test; or `is_train`
+        # column of `path` that holds parts: train, val, test; or `is_train`
+        split_key: str | None = None,
         parts: dict | None = None,                      # other values of it: 'train', 'valid', 'test', null: left out
         group_key: str | None = None,                   # column of `path`: equal values stay on one side of the split
         image_root: str | None = None,                  # where image paths begin; the folder of `path` by default
-        valid_share: float = 0.1,                       # share of the groups kept for validation; 1: all rows, to judge a model by
+        # share of the groups kept for validation; 1: all rows, to judge a model by
+        valid_share: float = 0.1,
         split_file: str | None = None,                  # a .csv of which group is where: written once, then read
-        valid_path: str | None = None,                  # a file as `path`, of rows to validate on: all rows of `path` are then trained on
-        test_path: str | None = None,                   # a file as `path`, of rows for a last test: `mmembed eval --part test`
+        # a file as `path`, of rows to validate on: all rows of `path` are then trained on
+        valid_path: str | None = None,
+        # a file as `path`, of rows for a last test: `mmembed eval --part test`
+        test_path: str | None = None,
         batch_size: int = 128,                          # pairs
         workers: int = 0,                               # that prepare batches; 0: none but this process
         worker_type: Literal['processes', 'threads'] = 'processes', # of the workers; the batches are the same
         start_method: Literal['fork', 'spawn', 'forkserver'] | None = None, # of worker processes; None: the platform's
         augment: bool = True,                           # random crops in training, as the pipeline has them
-        on_error: Literal['skip', 'raise', 'blank'] = 'skip', # a missing caption or image: leave out, stop, or mean colour
+        # a missing caption or image: leave out, stop, or mean colour
+        on_error: Literal['skip', 'raise', 'blank'] = 'skip',
         shuffle_captions: bool = False,                 # a control: train on captions of other images
         seed: int | None = None,                        # of order and crops; `settings().seed` by default
         text_pipeline: TextPipeline | None = None,      # the model's by default
@@ -72,29 +78,47 @@ class PairData(LightningDataModule):
             raise ValueError('PairData wants either path, the name of the data, or source')
         if is_dataset(source): path, source = source, None
         if path is None and not isinstance(source, Source):
-            raise TypeError(f'source is {type(source).__name__}, not a Source: write it to a CSV or Parquet file and give its path')
+            raise TypeError(
+                f'source is {type(source).__name__}, not a Source: write it to a CSV or Parquet file and give its path'
+            )
         if batch_size < 1: raise ValueError(f'batch_size must be at least 1, got {batch_size}')
         if worker_type not in ('processes', 'threads'):
             raise ValueError(f"worker_type must be 'processes' or 'threads', got {worker_type!r}")
         if not 0 < valid_share <= 1: raise ValueError(f'valid_share must be between 0 and 1, got {valid_share}')
         held = {k: v for k, v in (('valid', valid_path), ('test', test_path)) if v is not None}
         for name, how in [('split_file', split_file), ('split_key', split_key)]:
-            if how and held: raise ValueError(f'{name} and {next(iter(held))}_path both say what is held out: give one of them')
+            if how and held:
+                raise ValueError(f'{name} and {next(iter(held))}_path both say what is held out: give one of them')
         for name, given in [('split_key', split_key), ('group_key', group_key), ('parts', parts)]:
-            if given and path is None: raise ValueError(f'{name} goes with path, not with source: give it to the source')
+            if given and path is None:
+                raise ValueError(f'{name} goes with path, not with source: give it to the source')
         if held and path is None: raise ValueError(f'{next(iter(held))}_path goes with path, not with source')
         if path is not None:
-            def opened(name): return open_pairs(name, image_key, text_key, split_key=split_key, image_root=image_root, label_key=label_key,
-                                                near_key=near_key, group_key=group_key, parts=parts, templates=templates,
-                                                on_error='raise' if on_error == 'raise' else 'skip')
+            def opened(name):
+                return open_pairs(
+                    name,
+                    image_key,
+                    text_key,
+                    split_key=split_key,
+                    image_root=image_root,
+                    label_key=label_key,
+                    near_key=near_key,
+                    group_key=group_key,
+                    parts=parts,
+                    templates=templates,
+                    on_error='raise' if on_error == 'raise' else 'skip',
+                )
             source = opened(path)
             for k, v in held.items():
                 held[k] = opened(v)
                 files = [s.path for s in (held[k], source) if hasattr(s, 'path')]
-                if v == path or len(files) == 2 and files[0].samefile(files[1]): raise ValueError(f'{k}_path is path itself, {v}: it would be trained on')
+                if v == path or len(files) == 2 and files[0].samefile(files[1]):
+                    raise ValueError(f'{k}_path is path itself, {v}: it would be trained on')
         if 'valid' in held and (own := source.divided()):
-            raise ValueError(f'{source!r}: the data are divided themselves ({", ".join(own)}), and valid_path says what is held out '
-                             'too: leave it out, or give their training part as path')
+            raise ValueError(
+                f'{source!r}: the data are divided themselves ({", ".join(own)}), and valid_path says what is held out '
+                'too: leave it out, or give their training part as path'
+            )
         self.source, self.held = source, held
         self.batch_size, self.workers = batch_size, workers
         self.worker_type, self.start_method = worker_type, start_method
@@ -126,7 +150,11 @@ class PairData(LightningDataModule):
         if name == 'all': return self.prepared(self.source)
         if name not in PARTS: raise ValueError(f'a part is one of {", ".join(PARTS)}, all; got {name!r}')
         if not (part := getattr(self, name)):
-            how = ': give test_path, a split_key of three parts, or a split_file that has a third' if name == 'test' else ''
+            how = (
+                ': give test_path, a split_key of three parts, or a split_file that has a third'
+                if name == 'test'
+                else ''
+            )
             raise ValueError(f'{self.source!r} has no rows for {name}{how}')
         return part
 
@@ -142,7 +170,9 @@ class PairData(LightningDataModule):
         return part.missing('text') | found if self.captioned else found
 
     def usable(self, part: Source) -> Source:
-        "Leave out the rows that `missing` names, and enter them in the ledger; raises `ValueError` for them with `on_error='raise'`."
+        """Leave out the rows that `missing` names, and enter them in the ledger.
+
+        Raises `ValueError` for them with `on_error='raise'`."""
         found = self.missing(part)
         failed = part.left_out() | {part.name(i): reason for i, reason in sorted(found.items())}
         if failed and self.on_error == 'raise':

@@ -36,7 +36,10 @@ def show_recall(
     from rich.table import Table
     some, back = recall['all'].values()
     images, captions = some['gallery'], back['gallery']
-    table = Table(title=f'Recall among {images:,} held-out ' + ('pairs' if images == captions else f'images and {captions:,} captions'))
+    table = Table(
+        title=f'Recall among {images:,} held-out '
+        + ('pairs' if images == captions else f'images and {captions:,} captions')
+    )
     for c in ['', 'queries', *(f'@{k}' for k in some['at']), 'median rank']:
         table.add_column(c, justify='right' if c else 'left')
     for kind, ways in recall.items():
@@ -57,9 +60,11 @@ def show_figures(
     note: dict, # what a checkpoint or an evaluation says: `recall`, `figures`
 ):
     "Print whichever figures there are, and at which step they were measured if the weights are of another."
-    if (at := note.get('measured_at')) is not None and at != note['step']: print(f'measured at step {at}; these weights are of step {note["step"]}')
+    if (at := note.get('measured_at')) is not None and at != note['step']:
+        print(f'measured at step {at}; these weights are of step {note["step"]}')
     if note.get('recall'): show_recall(note['recall'])
-    for k, v in (note.get('figures') or {}).items(): print(f'{k:12} {v:.3f}' if isinstance(v, float) else f'{k:12} {v:,}')
+    for k, v in (note.get('figures') or {}).items():
+        print(f'{k:12} {v:.3f}' if isinstance(v, float) else f'{k:12} {v:,}')
 
 # %% ../../nbs/train/10_evaluate.ipynb #d3c61694
 def evaluate(
@@ -69,12 +74,14 @@ def evaluate(
 ) -> dict: # 'recall' and 'map', or 'figures'; 'data': what was judged; 'step': of the weights; plain data
     """The figures of a checkpoint on held-out rows of its run, or on those of another file.
 
-    Raises `FileNotFoundError` without a configuration beside the checkpoint, `ValueError` for wrong options, and for a split of the run's own data that
+    Raises `FileNotFoundError` without a configuration beside the checkpoint, `ValueError` for wrong options, and for
+    a split of the run's own data that
     is not the run's."""
     path = Path(checkpoint)
     model, step = load_checkpoint(path), read_checkpoint(path)[0].get('step')
     kept = path.parent/'config.yaml'
-    if not kept.is_file(): raise FileNotFoundError(f'no {kept}: eval wants the configuration that the run kept beside its checkpoint')
+    if not kept.is_file():
+        raise FileNotFoundError(f'no {kept}: eval wants the configuration that the run kept beside its checkpoint')
     config = yaml.safe_load(kept.read_text())
     shell, kind, _ = TASKS[config.get('task', 'retrieval')]
     if kind is LabelData: config['data']['classes'] = list(model.labels)
@@ -87,7 +94,10 @@ def evaluate(
     text, image, texts, index = lit.gallery
     right = correct_images(texts, [data.valid.picture(i) for i in index])
     scores = text[right.first_text] @ image[right.first_image].T
-    found = {'text_to_image': mean_average_precision(scores, right.relevant), 'image_to_text': mean_average_precision(scores.T, right.relevant.T)}
+    found = {
+        'text_to_image': mean_average_precision(scores, right.relevant),
+        'image_to_text': mean_average_precision(scores.T, right.relevant.T),
+    }
     return {'recall': plain_recall(lit.recall), 'map': found, 'data': about, 'step': step}
 
 # %% ../../nbs/train/10_evaluate.ipynb #d3c61695
@@ -100,27 +110,45 @@ def judged_data(
     part: str | None, # as `evaluate` takes it
 ) -> tuple[PairData, dict]: # with the rows to judge as `valid`; 'path', 'part', 'other': not the run's data, 'options'
     "The data that options name, their part chosen; raises what `evaluate` raises for them."
-    given = list(dict.fromkeys(re.split(r'[.=+]', a.removeprefix('--data.'))[0] for a in argv if a.startswith('--data.')))
+    given = list(
+        dict.fromkeys(re.split(r'[.=+]', a.removeprefix('--data.'))[0] for a in argv if a.startswith('--data.'))
+    )
     base = dict(kept)
     if 'path' in given: base['source'] = None
     elif 'source' in given: base['path'] = None
     config, was = _data_config(kind, base, argv), _data_config(kind, kept, [])
-    other = [k for k in ('path', 'source', 'valid_path', 'test_path') if k in given and _place(config.get(k)) != _place(was.get(k))]
+    other = [
+        k
+        for k in ('path', 'source', 'valid_path', 'test_path')
+        if k in given and _place(config.get(k)) != _place(was.get(k))
+    ]
     if {'path', 'source'} & set(other):
         whole = part in (None, 'all') and not {*DIVIDES[:4], 'valid_path', 'test_path'} & set(given)
-        base |= {k: None for k in ('split_file', 'valid_path', 'test_path', *(('split_key', 'parts') if whole else ())) if k in base and k not in given}
+        base |= {
+            k: None
+            for k in ('split_file', 'valid_path', 'test_path', *(('split_key', 'parts') if whole else ()))
+            if k in base and k not in given
+        }
         if whole: base['valid_share'] = 1.
         config = _data_config(kind, base, argv)
     else:
         whole = False
         for k in DIVIDES:
             if k in given and config.get(k) != was.get(k):
-                raise ValueError(f'--data.{k} would divide the data of the run anew and judge rows that it was trained on; it was {was.get(k)!r} there')
+                raise ValueError(
+                    f'--data.{k} would divide the data of the run anew and judge rows that it was trained on; it was '
+                    f'{was.get(k)!r} there'
+                )
     part = part or ('test' if 'test_path' in other and 'valid_path' not in other else 'valid')
     data = _made(kind, config)
     if not whole: data.valid = data.part(part)
     place = _place(config.get(f'{part}_path') or config.get('path') or config.get('source'))
-    return data, {'path': place, 'part': 'all' if whole else part, 'other': bool(other), 'options': {k: _plain(config.get(k)) for k in given if k not in ('path', 'source')}}
+    return data, {
+        'path': place,
+        'part': 'all' if whole else part,
+        'other': bool(other),
+        'options': {k: _plain(config.get(k)) for k in given if k not in ('path', 'source')},
+    }
 
 # %% ../../nbs/train/10_evaluate.ipynb #d3c61696
 def _parser(kind: type) -> ArgumentParser:
@@ -143,4 +171,6 @@ def _made(kind: type, config: Namespace) -> PairData:
     except ArgumentError as e: raise ValueError(argument_error(e)) from None
 
 def _plain(value: Any) -> Any: return value.as_dict() if isinstance(value, Namespace) else value
-def _place(value: Any) -> Any: return os.path.realpath(value) if isinstance(value, str) and os.path.exists(value) else _plain(value)  # one file by two names
+# one file by two names
+def _place(value: Any) -> Any:
+    return os.path.realpath(value) if isinstance(value, str) and os.path.exists(value) else _plain(value)

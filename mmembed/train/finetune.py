@@ -73,7 +73,8 @@ def parameter_groups(
         if not p.requires_grad: continue
         decays = p.ndim > 1 and not free.search(name)
         groups.setdefault((rate.get(id(p), 1.), decays), []).append(p)
-    ordered = sorted(groups.items(), key=lambda x: (-x[0][0], -x[0][1]))  # the same for all rates and decays, as a resumed run may have others
+    # the same for all rates and decays, as a resumed run may have others
+    ordered = sorted(groups.items(), key=lambda x: (-x[0][0], -x[0][1]))
     return [{'params': v, 'lr': lr * r, 'weight_decay': weight_decay if d else 0.} for (r, d), v in ordered]
 
 # %% ../../nbs/train/01_finetune.ipynb #4a35eafe
@@ -84,14 +85,18 @@ def lock(
     "Makes parameters need no gradient; raises `ValueError` for a name that is not understood."
     for item in [what] if isinstance(what, str) else what:
         found = re.fullmatch(r'(text|image)(?:-(\d+))?', item)
-        if not found: raise ValueError(f"cannot lock {item!r}: want 'text', 'image', or one of them with -N, which leaves N top layers free")
+        if not found:
+            raise ValueError(
+                f"cannot lock {item!r}: want 'text', 'image', or one of them with -N, which leaves N top layers free"
+            )
         tower, n = getattr(model, found[1]), int(found[2] or 0)
         tower.requires_grad_(False)
         if not n: continue
         height = depths(tower)
         top = max(height.values(), default=0)
         blocks = len(layers(tower))
-        for k, p in tower.named_parameters(): p.requires_grad_(height[k] > blocks - n or (height[k] == top and top > blocks))
+        for k, p in tower.named_parameters():
+            p.requires_grad_(height[k] > blocks - n or (height[k] == top and top > blocks))
 
 def still(
     model: nn.Module,
@@ -99,7 +104,10 @@ def still(
 ):
     "Batch norms of locked layers (or all) in eval mode: their statistics stay."
     for m in model.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and (every or not any(p.requires_grad for p in m.parameters())): m.eval()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and (
+            every or not any(p.requires_grad for p in m.parameters())
+        ):
+            m.eval()
 
 # %% ../../nbs/train/01_finetune.ipynb #aa71f891
 def add_lora(
@@ -121,8 +129,12 @@ def add_lora(
         attention = [m for m in inside if isinstance(m, nn.MultiheadAttention)]
         theirs = {id(x) for a in attention for x in a.modules()}
         wanted = attention + [m for m in inside if isinstance(m, nn.Linear) and id(m) not in theirs]
-        if not wanted: raise ValueError(f'LoRA finds no linear layers in the blocks of the {side} tower {type(tower).__name__}')
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=[names[id(m)] for m in wanted]), tower)
+        if not wanted:
+            raise ValueError(f'LoRA finds no linear layers in the blocks of the {side} tower {type(tower).__name__}')
+        inject_adapter_in_model(
+            LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=[names[id(m)] for m in wanted]),
+            tower,
+        )
 
 def merge_lora(model: nn.Module):
     "Adds the adapters into the weights they stand beside, and takes them out; a model without any stays as it is."
@@ -132,7 +144,8 @@ def merge_lora(model: nn.Module):
             if not hasattr(m, 'lora_A') or name.startswith(done): continue
             owner, _, key = name.rpartition('.')
             done = name + '.'  # an attention takes its own projection along
-            if hasattr(m, 'unload_and_optionally_merge_module'): plain = m.unload_and_optionally_merge_module(True, False, None)
+            if hasattr(m, 'unload_and_optionally_merge_module'):
+                plain = m.unload_and_optionally_merge_module(True, False, None)
             else:
                 m.merge()
                 plain = m.get_base_layer()
@@ -150,7 +163,10 @@ def embed_in_chunks(
     "Both sides, a chunk at a time; raises `ValueError` for batch norms in train mode."
     for k, m in model.named_modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training:
-            raise ValueError(f'chunks of a batch have other statistics than the batch: {k} is a batch norm in train mode; freeze the norms')
+            raise ValueError(
+                f'chunks of a batch have other statistics than the batch: {k} is a batch norm in train mode; freeze '
+                f'the norms'
+            )
     rows = range(0, len(pixels), size)
     def text(ids, mask): return model.encode_text(Tokens(ids, mask))
     def run(f, *x): return checkpoint(f, *x, use_reentrant=False) if torch.is_grad_enabled() else f(*x)
@@ -163,10 +179,15 @@ def embed_in_chunks(
 def checkpointed(
     model: nn.Module, # has the towers `text` and `image`
 ):
-    "Within: the blocks of both towers keep no activations in training, and are computed once more in the backward pass."
+    """Within: the blocks of both towers keep no activations in training, and are computed once more in the backward
+    pass."""
     blocks = [b for t in (model.text, model.image) for b in layers(t)]
     def step(forward, *args, **kwargs):
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
+        return (
+            checkpoint(forward, *args, use_reentrant=False, **kwargs)
+            if torch.is_grad_enabled()
+            else forward(*args, **kwargs)
+        )
     for b in blocks: b.forward = partial(step, b.forward)
     try: yield
     finally:
@@ -198,9 +219,11 @@ def interpolate(
     alpha: float,              # 0: before, 1: after
 ) -> dict[str, Tensor]:
     "A state_dict between two; counters are those of `after`. Raises `ValueError` for other names or shapes."
-    if before.keys() != after.keys(): raise ValueError(f'weights of different models: {sorted(before.keys() ^ after.keys())[:3]}')
+    if before.keys() != after.keys():
+        raise ValueError(f'weights of different models: {sorted(before.keys() ^ after.keys())[:3]}')
     for k in before:
-        if before[k].shape != after[k].shape: raise ValueError(f'{k} is {tuple(before[k].shape)} in one, {tuple(after[k].shape)} in the other')
+        if before[k].shape != after[k].shape:
+            raise ValueError(f'{k} is {tuple(before[k].shape)} in one, {tuple(after[k].shape)} in the other')
     return {k: torch.lerp(before[k], b, alpha) if b.is_floating_point() else b for k, b in after.items()}
 
 def trade_off(
@@ -225,7 +248,8 @@ def show_trade_off(
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(3.6, 2.8))
     ax.plot(table[old], table[new], 'o-')
-    for a, x, y in zip(table['alpha'], table[old], table[new]): ax.annotate(f'{a:g}', (x, y), textcoords='offset points', xytext=(4, 4), fontsize=7)
+    for a, x, y in zip(table['alpha'], table[old], table[new]):
+        ax.annotate(f'{a:g}', (x, y), textcoords='offset points', xytext=(4, 4), fontsize=7)
     ax.set(xlabel=old, ylabel=new)
     fig.tight_layout()
     return fig
@@ -233,21 +257,36 @@ def show_trade_off(
 # %% ../../nbs/train/01_finetune.ipynb #63c04e70
 class ZeroShot:
     "Accuracy of a model on labelled pictures by prompts alone; call it with a model"
-    def __init__(self,
-        images: list,                           # raw files or pictures, as the model's pipeline takes them
-        target: list[int],                      # class of each
-        classes: list[str],                     # names
-        templates: tuple[str, ...] = TEMPLATES, # each with one {}
+    def __init__(
+        self,
+        images: list,  # raw files or pictures, as the model's pipeline takes them
+        target: list[int],  # class of each
+        classes: list[str],  # names
+        templates: tuple[str, ...] = TEMPLATES,  # each with one {}
         batch_size: int = 64,
-    ): self.images, self.target, self.classes, self.templates, self.batch_size = images, target, classes, templates, batch_size
+    ):
+        self.images, self.target, self.classes, self.templates, self.batch_size = (
+            images,
+            target,
+            classes,
+            templates,
+            batch_size,
+        )
 
     @torch.no_grad()
     def figures(self, model: nn.Module) -> dict[str, float]:
         "Accuracy, top-5 accuracy, macro F1 and AUC."
         training, device = model.training, model.logit_scale.device
         model.eval()
-        c = class_embeddings(lambda texts: model.encode_text(Tokens(*(x.to(device) for x in model.text_pipeline(texts)))), self.classes, self.templates)
-        v = [model.encode_image(model.vision_pipeline(self.images[i:i+self.batch_size]).to(device)) for i in range(0, len(self.images), self.batch_size)]
+        c = class_embeddings(
+            lambda texts: model.encode_text(Tokens(*(x.to(device) for x in model.text_pipeline(texts)))),
+            self.classes,
+            self.templates,
+        )
+        v = [
+            model.encode_image(model.vision_pipeline(self.images[i : i + self.batch_size]).to(device))
+            for i in range(0, len(self.images), self.batch_size)
+        ]
         model.train(training)
         return classification((torch.cat(v) @ c.T * model.logit_scale.exp()).float().cpu(), torch.tensor(self.target))
 

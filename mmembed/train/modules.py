@@ -96,11 +96,17 @@ class Shell(LightningModule):
     def configure_optimizers(self):
         h, steps = self.hparams, self.trainer.estimated_stepping_batches
         groups = parameter_groups(self.model, h.lr, h.weight_decay, h.layer_decay)
-        self._wanted = [{'lr': h.lr, 'betas': tuple(h.betas)} | {k: v for k, v in g.items() if k != 'params'} for g in groups]
-        # one kernel for all of a step; it takes no mixture of sharded and whole tensors, and in float16 it would undo the scale after the clipping
-        fused = self.device_mesh is None and self.device.type in ('cpu', 'cuda') and self.trainer.precision != '16-mixed'
+        self._wanted = [
+            {'lr': h.lr, 'betas': tuple(h.betas)} | {k: v for k, v in g.items() if k != 'params'} for g in groups
+        ]
+        # one kernel for all of a step; it takes no mixture of sharded and whole tensors, and in float16 it would undo
+        # the scale after the clipping
+        fused = (
+            self.device_mesh is None and self.device.type in ('cpu', 'cuda') and self.trainer.precision != '16-mixed'
+        )
         optimizer = torch.optim.AdamW(groups, lr=h.lr, betas=tuple(h.betas), fused=fused)
-        optimizer._step_supports_amp_scaling = False  # else Lightning refuses to clip gradients in bfloat16, where nothing is scaled
+        # else Lightning refuses to clip gradients in bfloat16, where nothing is scaled
+        optimizer._step_supports_amp_scaling = False
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps, h.warmup))
         return [optimizer], [{'scheduler': schedule, 'interval': 'step'}]
 
@@ -109,40 +115,61 @@ class Shell(LightningModule):
     ) -> Tensor:
         "Return `loss`; raises `ValueError` in all processes where it is NaN or infinite in one."
         good = self.may_diverge or self.trainer.strategy.reduce_boolean_decision(bool(loss.isfinite()), all=True)
-        if not good: raise ValueError(f'the loss became {"infinite" if loss.isinf() else "NaN"} at step {self.trainer.global_step + 1}: {self.advice()}')
+        if not good:
+            raise ValueError(
+                f'the loss became {"infinite" if loss.isinf() else "NaN"} at step {self.trainer.global_step + 1}: '
+                f'{self.advice()}'
+            )
         return loss
 
     def advice(self) -> str:
         "What to try where training diverges."
-        half = ', and --trainer.precision bf16-mixed instead of 16-mixed' if self.trainer.precision == '16-mixed' else ''
+        half = (
+            ', and --trainer.precision bf16-mixed instead of 16-mixed' if self.trainer.precision == '16-mixed' else ''
+        )
         return f'try a lower --model.lr than {self.hparams.lr:g}, --trainer.gradient_clip_val 1, a longer --model.warmup{half}'
 
     def note(self) -> dict[str, Any]:
         "What a checkpoint says of the model beside its weights."
         try: spec = self.model.spec()
         except (AttributeError, TypeError): spec = None
-        return {'model': spec, 'lora': self.adapters() if self.hparams.lora_rank else None, 'step': self.trainer.global_step,
-                'epochs': self.trainer.fit_loop.epoch_progress.current.started, 'measured_at': self.measured_at, 'held_out': self.held_out()}
+        return {
+            'model': spec,
+            'lora': self.adapters() if self.hparams.lora_rank else None,
+            'step': self.trainer.global_step,
+            'epochs': self.trainer.fit_loop.epoch_progress.current.started,
+            'measured_at': self.measured_at,
+            'held_out': self.held_out(),
+        }
 
     def held_out(self) -> dict[str, Any] | None:
         "How many rows are validated on, and a hash of their names; None without a data module that has them."
         rows = getattr(getattr(self.trainer, 'datamodule', None), 'valid', None)
         if rows is None: return None
         names = '\0'.join(rows.name(i) for i in range(len(rows)))
-        return {'rows': len(rows), 'hash': hashlib.blake2b(names.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()}
+        return {
+            'rows': len(rows),
+            'hash': hashlib.blake2b(names.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]):
         "Raises `ValueError` where the optimizer's state in the checkpoint is of other weights than are trained now."
         had, now = checkpoint.get('hyper_parameters') or {}, self.hparams
         for k in ('lock', 'layer_decay', 'lora_rank', 'lora_alpha'):
-            if k in had and had[k] != now[k]: raise ValueError(f'{k} was {had[k]} in the run to resume and is {now[k]} now: its optimizer has the state of other weights')
+            if k in had and had[k] != now[k]:
+                raise ValueError(
+                    f'{k} was {had[k]} in the run to resume and is {now[k]} now: its optimizer has the state of other '
+                    f'weights'
+                )
 
     def figures_of(self) -> dict[str, Any]:
         "The figures of the latest validation, by name; {} before one."
         raise NotImplementedError
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]):
-        "Note what the model is and how well it did, and at which step; raises `ValueError` for weights that are NaN or infinite."
+        """Note what the model is and how well it did, and at which step.
+
+        Raises `ValueError` for weights that are NaN or infinite."""
         local = ((k, v.to_local() if hasattr(v, 'to_local') else v) for k, v in checkpoint['state_dict'].items())
         broken = [k for k, v in local if v.is_floating_point() and not v.isfinite().all()]
         if not self.may_diverge and not self.trainer.strategy.reduce_boolean_decision(not broken, all=True):
@@ -211,7 +238,8 @@ class LitDualEncoder(Shell):
         if self.teacher is None: return
         for side in ('text_pipeline', 'vision_pipeline'):
             mine, theirs = getattr(self.model, side), getattr(self.teacher, side)
-            if mine.spec() != theirs.spec(): raise ValueError(f"the teacher's {side} is not the student's: both see the same batch")
+            if mine.spec() != theirs.spec():
+                raise ValueError(f"the teacher's {side} is not the student's: both see the same batch")
         self.teacher.to(self.device)
 
     def enough(self):
@@ -220,8 +248,12 @@ class LitDualEncoder(Shell):
         if reach is None or not hasattr(data, 'batch_size') or not hasattr(data, 'train'): return
         world = self.trainer.world_size
         pairs = min(data.batch_size, len(data.train) // world) * (world if reach == 'all' else 1)
-        if pairs < 2: raise ValueError(f'a contrastive loss compares the pairs of a batch and wants 2 at least: batch_size is {data.batch_size}, '
-                                       f'there are {len(data.train)} training pairs')
+        if pairs < 2:
+            raise ValueError(
+                f'a contrastive loss compares the pairs of a batch and wants 2 at least: batch_size is '
+                f'{data.batch_size}, '
+                f'there are {len(data.train)} training pairs'
+            )
 
     def pictures(self) -> Tensor | None: # int64 (rows,): the picture of each training row
         "None where each row has its own, or nothing is known of the rows."

@@ -121,10 +121,12 @@ class LabelData(PairData):
     "Batches of texts and images with the class of each pair, for a `PairClassifier`"
     def __init__(self,
         question: str | None = None,      # the text of all rows; None: their captions
-        classes: list[str] | None = None, # names of the classes in the order of their numbers; by default those of the rows
+        # names of the classes in the order of their numbers; by default those of the rows
+        classes: list[str] | None = None,
         **options,                        # as `PairData` takes them, `label_key` for a table
     ):
-        "Raises `ValueError` if no row has a label, or one has another than `classes`, for a single class, and what `PairData` raises."
+        """Raises `ValueError` if no row has a label, or one has another than `classes`, for a single class, and what
+        `PairData` raises."""
         self.captioned = question is None
         super().__init__(**options)
         found: dict[str, str] = {}  # class: its first row
@@ -133,15 +135,21 @@ class LabelData(PairData):
         self.classes, self.question = list(classes or getattr(self.source, 'classes', None) or sorted(found)), question
         if len(self.classes) < 2: raise ValueError(f'{self.source!r} has a single class, {self.classes[0]!r}')
         if unknown := [k for k in found if k not in self.classes]:
-            raise ValueError(f'{found[unknown[0]]} has the class {unknown[0]!r}, which is not one of {", ".join(self.classes)}')
+            raise ValueError(
+                f'{found[unknown[0]]} has the class {unknown[0]!r}, which is not one of {", ".join(self.classes)}'
+            )
         for part in PARTS:
             if rows := getattr(self, part): setattr(self, part, self.prepared(rows))
 
     def missing(self, part: Source) -> dict[int, str]:
         if not any(self.source.label(i) for i in range(len(self.source))):
-            raise ValueError(f'{self.source!r}: {self.source.name(0)} has no label, nor has another row; want a column of classes, as label_key')
+            raise ValueError(
+                f'{self.source!r}: {self.source.name(0)} has no label, nor has another row; want a column of classes, '
+                f'as label_key'
+            )
         return {i: NO_LABEL for i in range(len(part)) if not part.label(i)} | super().missing(part)
 
-    def prepared(self, part: Source) -> LabelledRows: return LabelledRows(self.usable(part), self.classes, self.question)
+    def prepared(self, part: Source) -> LabelledRows:
+        return LabelledRows(self.usable(part), self.classes, self.question)
 
     def collate(self) -> LabelCollate: return LabelCollate(*self.pipelines())

@@ -94,15 +94,24 @@ def show_scores(
 
 # %% ../../nbs/train/12_results.ipynb #d14e0f43
 def _answers(g: Gallery, queries: list[int] | int, k: int, captions: bool, shape: dict, draw):
-    "A row of axes for each query, which `draw(axes, row, rank, found)` fills; `found` holds (item, score, is it right), best first."
+    """A row of axes for each query, which `draw(axes, row, rank, found)` fills.
+
+    `found` holds (item, score, is it right), best first."""
     import matplotlib.pyplot as plt
     rows = list(range(min(queries, len(g.index)))) if isinstance(queries, int) else list(queries)
     scores, relevant = (x.T[rows] if captions else x[rows] for x in (g.scores(), g.relevant()))
     best = scores.topk(min(k, len(g.index)))
     with caption_fonts():
-        fig, axes = plt.subplots(len(rows), len(shape['width_ratios']), figsize=(shape['width'], shape['height']*len(rows)), squeeze=False,
-                                 gridspec_kw={'width_ratios': shape['width_ratios']})
-        for line, row, rank, values, items, right in zip(axes, rows, ranks(scores, relevant).tolist(), best.values.tolist(), best.indices.tolist(), relevant):
+        fig, axes = plt.subplots(
+            len(rows),
+            len(shape['width_ratios']),
+            figsize=(shape['width'], shape['height'] * len(rows)),
+            squeeze=False,
+            gridspec_kw={'width_ratios': shape['width_ratios']},
+        )
+        for line, row, rank, values, items, right in zip(
+            axes, rows, ranks(scores, relevant).tolist(), best.values.tolist(), best.indices.tolist(), relevant
+        ):
             draw(line, row, rank, [(j, v, bool(right[j])) for j, v in zip(items, values)])
         fig.tight_layout()
     return fig
@@ -123,7 +132,10 @@ def show_results(
             ax.set(xticks=[], yticks=[])
             for side in ax.spines.values(): side.set(visible=right, color='tab:green', linewidth=3)
             ax.set_title(f'{score:.2f}' + (' ✓' if right else ''), fontsize=7)
-    return _answers(g, queries, k, False, {'width_ratios': [1.6] + [1]*k, 'width': 1.5*(k + 1) + 1, 'height': 1.7}, draw)
+
+    return _answers(
+        g, queries, k, False, {'width_ratios': [1.6] + [1] * k, 'width': 1.5 * (k + 1) + 1, 'height': 1.7}, draw
+    )
 
 # %% ../../nbs/train/12_results.ipynb #756a0631
 def show_captions(
@@ -137,6 +149,14 @@ def show_captions(
         axes[0].imshow(g.picture(row).permute(1, 2, 0).numpy())
         axes[0].set_title(f'right one: rank {rank:,}', fontsize=7)
         for line, (j, score, right) in enumerate(found):
-            axes[1].text(0, 1 - (line + 0.5)/len(found), f'{score:.2f}  ' + wrapped(g.caption(j), 100, 1) + (' ✓' if right else ''), fontsize=8,
-                         va='center', transform=axes[1].transAxes, color='tab:green' if right else 'black', parse_math=False)
+            axes[1].text(
+                0,
+                1 - (line + 0.5) / len(found),
+                f'{score:.2f}  ' + wrapped(g.caption(j), 100, 1) + (' ✓' if right else ''),
+                fontsize=8,
+                va='center',
+                transform=axes[1].transAxes,
+                color='tab:green' if right else 'black',
+                parse_math=False,
+            )
     return _answers(g, queries, k, True, {'width_ratios': [1, 4], 'width': 9, 'height': 1.9}, draw)

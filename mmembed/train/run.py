@@ -57,8 +57,10 @@ def run(
         except BaseException:
             cli.leave_no_trace()
             raise
-        if cli.best.best_model_score is None and cli.trainer.enable_validation and not cli.trainer.fast_dev_run: judge_the_last(cli)
-    if cli.trainer.is_global_zero and (started := os.environ.get('TORCHELASTIC_RUN_ID')): note_path(cli.folder.parent, started).unlink(missing_ok=True)
+        if cli.best.best_model_score is None and cli.trainer.enable_validation and not cli.trainer.fast_dev_run:
+            judge_the_last(cli)
+    if cli.trainer.is_global_zero and (started := os.environ.get('TORCHELASTIC_RUN_ID')):
+        note_path(cli.folder.parent, started).unlink(missing_ok=True)
     path = cli.folder/('best.ckpt' if (cli.folder/'best.ckpt').is_file() else 'last.ckpt')
     if not path.is_file(): cli.trainer.save_checkpoint(path)
     note, _ = read_checkpoint(path)
@@ -74,7 +76,8 @@ def _fit(cli: TrainCLI):
     except MisconfigurationException as e: raise ValueError(_told(e)) from None
     except SystemExit as e:
         if not isinstance(e.__context__, KeyboardInterrupt): raise
-        if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGINT, before)  # Lightning ignores it from here on
+        # Lightning ignores it from here on
+        if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGINT, before)
         raise KeyboardInterrupt(go_on(cli)) from None
 
 def go_on(
@@ -83,7 +86,7 @@ def go_on(
     "Tell how an interrupted run goes on, or that nothing of it was saved."
     step, last = cli.trainer.global_step, cli.folder/'last.ckpt'
     if last.is_file():
-        return f'interrupted at step {step}: mmembed train --config {cli.folder/"config.yaml"} --resume {last} goes on from step {read_checkpoint(last)[0].get("step", "saved last")}'
+        return f'interrupted at step {step}: mmembed train --config {cli.folder / "config.yaml"} --resume {last} goes on from step {read_checkpoint(last)[0].get("step", "saved last")}'
     return f'interrupted at step {step}, before anything was saved; --save_every 100 saves within an epoch, too'
 
 def _told(e: Exception) -> str:
@@ -96,9 +99,15 @@ def find_lr(
 ):
     "Lightning's range test: the loss over rising rates; where it falls most steeply is taken and printed."
     cli.model.may_diverge = True
-    try: found = Tuner(cli.trainer).lr_find(cli.model, datamodule=cli.datamodule, attr_name='lr', update_attr=False).suggestion()
+    try:
+        found = (
+            Tuner(cli.trainer)
+            .lr_find(cli.model, datamodule=cli.datamodule, attr_name='lr', update_attr=False)
+            .suggestion()
+        )
     finally: cli.model.may_diverge = False
-    if found is None: raise ValueError('the learning rate finder found no rate: give it more training batches, or set model.lr')
+    if found is None:
+        raise ValueError('the learning rate finder found no rate: give it more training batches, or set model.lr')
     print(f'learning rate {found:.2g} (model.lr was {cli.config.model.lr:.2g})')
     cli.model.hparams.lr = cli.config.model.lr = found
     cli.config.find_lr = False
@@ -124,16 +133,22 @@ def prepare(
         except MisconfigurationException as e: raise ValueError(_told(e)) from None
         except ArgumentError as e:
             files = ', '.join(v for k, v in zip(argv, argv[1:]) if k == '--config')
-            raise WrongCall(argument_error(e).replace('parsing config', f'parsing {files or "the configuration"}')) from None
+            raise WrongCall(
+                argument_error(e).replace('parsing config', f'parsing {files or "the configuration"}')
+            ) from None
 
 # %% ../../nbs/train/11_run.ipynb #c54fad20
 def training_record(
     checkpoint: Path, # in the folder that `train` made: a .ckpt or .safetensors
 ) -> dict:
-    "What the identity card says of the training run: its configuration, and metrics if they were measured on these very weights; never examples."
+    """What the identity card says of the training run: its configuration, and metrics if they were measured on these
+    very weights; never examples."""
     import yaml
     from mmembed.train.checkpoint import read_checkpoint
     config, (note, _) = checkpoint.parent/'config.yaml', read_checkpoint(checkpoint)
     own = note.get('measured_at') is not None and note['measured_at'] == note['step']
-    return dict(config=yaml.safe_load(config.read_text()) if config.is_file() else None, counts=dict(epochs=note.get('epochs'), steps=note.get('step')),
-        metrics=(note.get('figures') or note['recall'] or {}) if own else {})
+    return dict(
+        config=yaml.safe_load(config.read_text()) if config.is_file() else None,
+        counts=dict(epochs=note.get('epochs'), steps=note.get('step')),
+        metrics=(note.get('figures') or note['recall'] or {}) if own else {},
+    )

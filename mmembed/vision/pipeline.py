@@ -53,7 +53,8 @@ class VisionPipeline(nn.Module):
         dtype: str = 'float32',               # of the pixels: also 'float16', 'bfloat16', or 'uint8' for plain levels
         scale: Sequence[float] = (0.9, 1.0),  # training crop: share of the area (open_clip's default)
         ratio: Sequence[float] = (3/4, 4/3),  # training crop: width / height
-        flip: Optional[float] = None,         # training: how often mirrored; None: images of classes 0.5, of captions never
+        # training: how often mirrored; None: images of classes 0.5, of captions never
+        flip: Optional[float] = None,
         color_jitter: Sequence[float] = (0., 0., 0., 0.),  # training: brightness, contrast, saturation, hue
         color_jitter_prob: float = 0.,        # training: how often
         gray_scale_prob: float = 0.,          # training: how often without colour

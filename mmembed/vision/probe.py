@@ -86,7 +86,8 @@ def exif_orientation(
     kind = le16(e, 2) if little else be16(e, 2)
     value = le16(e, 8) if little else be16(e, 8)
     if strict:
-        unit = [0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8][min(kind, 14)]  # bytes a value; 0: unknown to Pillow too
+        # bytes a value; 0: unknown to Pillow too
+        unit = [0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8][min(kind, 14)]
         count, far = (le32(e, 4), le32(e, 8)) if little else (be32(e, 4), be32(e, 8))
         if unit * count == 0 or (unit * count > 4 and start + far + unit * count > end): return 0
         if count != 1: return 1
@@ -105,7 +106,8 @@ def xmp_orientation(
     x = data[start:max(end, start)]
     n = x.numel() - 17  # the name, and at least two bytes behind it
     if n < 1: return 0
-    name = torch.tensor([116, 105, 102, 102, 58, 79, 114, 105, 101, 110, 116, 97, 116, 105, 111, 110])  # tiff:Orientation
+    # tiff:Orientation
+    name = torch.tensor([116, 105, 102, 102, 58, 79, 114, 105, 101, 110, 116, 97, 116, 105, 111, 110])
     at = ((x[:n] == 116) & (x[5:n + 5] == 79)).nonzero().flatten()
     at = at[(x[at[:, None] + torch.arange(16)] == name).all(1)]
     b = x[(at[:, None] + torch.arange(16, 19)).clamp(max=n + 16)]
@@ -134,8 +136,13 @@ def scan_jpeg(
             b = read(data, base, 768)
         i = pos - base
         marker = b[i + 1]
-        while b[i] == 255 and (marker == 0xDB or marker == 0xC4 or marker == 0xE0 or marker == 0xFE) and be16(b, i + 2) >= 2:
-            pos += 2 + be16(b, i + 2)  # tables, JFIF and comments are passed over in a loop of their own: scripted, it costs less
+        while (
+            b[i] == 255
+            and (marker == 0xDB or marker == 0xC4 or marker == 0xE0 or marker == 0xFE)
+            and be16(b, i + 2) >= 2
+        ):
+            # tables, JFIF and comments are passed over in a loop of their own: scripted, it costs less
+            pos += 2 + be16(b, i + 2)
             steps += 1
             i = pos - base
             if i > 758 or pos >= n: break
@@ -165,8 +172,14 @@ def scan_jpeg(
                     orientation = exif_orientation(data, pos + 10, end, True)
                     seen_exif = True
                 elif be32(b, i + 4) == 0x68747470:  # 'http'
-                    p = read(data, pos + 8, 25)     # '://ns.adobe.com/xap/1.0/', 0
-                    if be32(p, 11) == 0x2E636F6D and be32(p, 15) == 0x2F786170 and be32(p, 19) == 0x2F312E30 and p[24] == 0: xmp, xmp_end = pos + 33, end
+                    p = read(data, pos + 8, 25)  # '://ns.adobe.com/xap/1.0/', 0
+                    if (
+                        be32(p, 11) == 0x2E636F6D
+                        and be32(p, 15) == 0x2F786170
+                        and be32(p, 19) == 0x2F312E30
+                        and p[24] == 0
+                    ):
+                        xmp, xmp_end = pos + 33, end
             pos = end
     if channels == 0: error = 'JPEG without a frame header: truncated or corrupt'
     elif bits != 8: error = f'JPEG of {bits} bits a channel; only 8 is supported'
@@ -193,12 +206,14 @@ def nonzero_bytes(
     return (some.index_select(0, inside >> 3) << 3) + (inside & 7)
 
 def followed(
-    x: Tensor,      # uint8: the chunks, with zeros behind
-    size: int,      # their length
-    begins: Tensor, # uint8, not 0 where a chunk may begin; WebP: of every other byte
-    at: Tensor,     # int64 (K,), ascending: some of these places
+    x: Tensor,  # uint8: the chunks, with zeros behind
+    size: int,  # their length
+    begins: Tensor,  # uint8, not 0 where a chunk may begin; WebP: of every other byte
+    at: Tensor,  # int64 (K,), ascending: some of these places
     png: bool,
-) -> Tuple[Tensor, Tensor]: # int64 (J,) twice: those that end where another may begin, or with the file, and where they end
+) -> Tuple[
+    Tensor, Tensor
+]:  # int64 (J,) twice: those that end where another may begin, or with the file, and where they end
     "The chunks at `at` that lie inside the file and are followed by another."
     if png: after = at + 12 + code_at(x, at)
     else:
@@ -235,7 +250,8 @@ def chain(
         begins = (95 - torch.maximum(pair[:m], pair[2:m + 2]).clamp(max=95))[::2].contiguous()
         places = 2 * nonzero_bytes(begins)
     if places.numel() == 0 or int(places[0]) != 0: return torch.zeros([0], dtype=torch.int64)
-    apart = torch.cat([torch.ones([1], dtype=torch.bool), places[1:] - places[:-1] > 3])  # 'EXtC' in 'tEXtComment' passes for a name
+    # 'EXtC' in 'tEXtComment' passes for a name
+    apart = torch.cat([torch.ones([1], dtype=torch.bool), places[1:] - places[:-1] > 3])
     at, after = followed(x, size, begins, places[apart], png)
     for _ in range(3):  # most often these are the chain, or with a few others
         if at.numel() == 0: break
@@ -244,7 +260,8 @@ def chain(
             break
         met = torch.zeros([m], dtype=torch.uint8)
         met[0] = 1
-        known = met.index_fill(0, after.clamp(max=m - 1), 1).index_select(0, at).nonzero().flatten()  # all but those that follow none
+        # all but those that follow none
+        known = met.index_fill(0, after.clamp(max=m - 1), 1).index_select(0, at).nonzero().flatten()
         at, after = at.index_select(0, known), after.index_select(0, known)
     at, after = followed(x, size, begins, places, png)
     k = at.numel()
@@ -265,7 +282,8 @@ def png_telling(
     at: Tensor,   # int64 (K,): where chunks begin
     name: Tensor, # int64 (K,)
 ) -> Tensor: # int64, ascending: which
-    "Of many chunks those few that `scan_png` goes by: the first `IDAT`, the last of each kind before it and in all, XMP."
+    """Of many chunks those few that `scan_png` goes by: the first `IDAT`, the last of each kind before it and in
+    all, XMP."""
     end = (name == 0x49454E44).nonzero()                                # IEND
     if end.size(0) > 0: at, name = at[:int(end[0, 0])], name[:int(end[0, 0])]
     pixels = (name == 0x49444154).nonzero().flatten()[:1]               # IDAT
@@ -275,14 +293,16 @@ def png_telling(
         picked += [((name == kind) & before).nonzero().flatten()[-1:], (name == kind).nonzero().flatten()[-1:]]
     xmp = ((name == 0x69545874) | (name == 0x74455874)).nonzero().flatten()  # iTXt, tEXt
     xmp = xmp[at[xmp] + 26 <= data.numel()]
-    xmp = xmp[(code_at(data, at[xmp] + 12) == 0x636F6D2E) & (code_at(data, at[xmp] + 21) == 0x2E786D70)]  # 'com.', '.xmp'
+    # 'com.', '.xmp'
+    xmp = xmp[(code_at(data, at[xmp] + 12) == 0x636F6D2E) & (code_at(data, at[xmp] + 21) == 0x2E786D70)]
     picked.append(xmp[-1:])
     return torch.cat(picked).sort()[0]
 
 def png_chunks(
     data: Tensor, # uint8 (N,): a PNG file
 ) -> Tuple[List[int], List[int], List[int]]: # of each: its name as a number, where it begins, the length of its payload
-    "The chunks behind `IHDR` that may say something about the image: no text but XMP, beyond the first 64 nothing else either."
+    """The chunks behind `IHDR` that may say something about the image: no text but XMP, beyond the first 64 nothing
+    else either."""
     names: List[int] = []
     places: List[int] = []
     lengths: List[int] = []
@@ -541,10 +561,25 @@ def magic(
     first, second = be32(b, 0), be32(b, 4)
     head = ''
     for v in b[:16]: head += chr(v if v < 127 else 127)
-    for name, begin in [('PSD', '8BPS'), ('QOI', 'qoif'), ('DDS', 'DDS '), ('FITS', 'SIMPLE  ='), ('ICNS', 'icns'), ('FLIF', 'FLIF'),
-                        ('farbfeld', 'farbfeld'), ('Radiance HDR', '#?RADIANCE'), ('Radiance HDR', '#?RGBE'), ('XCF', 'gimp xcf'),
-                        ('XPM', '/* XPM */'), ('XBM', '#define '), ('DjVu', 'AT&TFORM'), ('PDF', '%PDF'), ('PostScript', '%!PS'),
-                        ('ZIP', 'PK\x03\x04'), ('a Git LFS pointer', 'version https://')]:
+    for name, begin in [
+        ('PSD', '8BPS'),
+        ('QOI', 'qoif'),
+        ('DDS', 'DDS '),
+        ('FITS', 'SIMPLE  ='),
+        ('ICNS', 'icns'),
+        ('FLIF', 'FLIF'),
+        ('farbfeld', 'farbfeld'),
+        ('Radiance HDR', '#?RADIANCE'),
+        ('Radiance HDR', '#?RGBE'),
+        ('XCF', 'gimp xcf'),
+        ('XPM', '/* XPM */'),
+        ('XBM', '#define '),
+        ('DjVu', 'AT&TFORM'),
+        ('PDF', '%PDF'),
+        ('PostScript', '%!PS'),
+        ('ZIP', 'PK\x03\x04'),
+        ('a Git LFS pointer', 'version https://'),
+    ]:
         if head.startswith(begin): return name
     if first == 0x49492A00 or first == 0x4D4D002A or first == 0x49492B00 or first == 0x4D4D002B: return 'TIFF'
     if first >> 16 == 0x424D and b[7] == 0 and b[8] == 0: return 'BMP'
@@ -562,7 +597,8 @@ def magic(
     if b[0] == 0x0A and b[1] < 6 and b[2] == 1 and (b[3] == 1 or b[3] == 2 or b[3] == 4 or b[3] == 8): return 'PCX'
     if be32(b, 128) == 0x4449434D: return 'DICOM'
     blank = b[2] == 32 or (b[2] >= 9 and b[2] <= 13)
-    if b[0] == 80 and b[1] >= 49 and b[1] <= 55 and (blank or b[2] == 35): return 'PNM'  # P1 to P7, then a blank or a comment
+    # P1 to P7, then a blank or a comment
+    if b[0] == 80 and b[1] >= 49 and b[1] <= 55 and (blank or b[2] == 35): return 'PNM'
     if b[0] == 80 and (b[1] == 70 or b[1] == 102) and blank: return 'PFM'
     return ''
 
@@ -594,7 +630,24 @@ def markup(
             root = head[9:].strip()
             return 'HTML' if root.startswith('html') else 'SVG' if root.startswith('svg') else 'XML'
         if head.startswith('<svg'): return 'SVG'
-        for name in ['html', 'head', 'body', 'title', 'meta', 'script', 'style', 'link', 'div', 'span', 'table', 'center', 'p>', 'h1', 'a ', 'img']:
+        for name in [
+            'html',
+            'head',
+            'body',
+            'title',
+            'meta',
+            'script',
+            'style',
+            'link',
+            'div',
+            'span',
+            'table',
+            'center',
+            'p>',
+            'h1',
+            'a ',
+            'img',
+        ]:
             if head.startswith('<' + name): return 'HTML'
         named = head[:1] == '<' and head[1:2] >= 'a' and head[1:2] <= 'z'
         return 'XML' if named or step > 0 else ''

@@ -38,7 +38,9 @@ def trimmed(
     n: int, new: int, # a length, and what it is resized to
     most: int,        # about how much of `new` is wanted
 ) -> Tuple[int, int]: # what is kept of `n` about its centre, and what that is resized to
-    "Shorten both lengths about their centres without moving what stays; where `new` is at most `most`, nothing changes."
+    """Shorten both lengths about their centres without moving what stays.
+
+    Where `new` is at most `most`, nothing changes."""
     kept = new - 4 * (max(new - most, 0) // 4)  # a multiple of 4: `middle` rounds as before
     odd = n % 2                                 # an even number goes: the same at both ends
     return 2 * ((n * kept - odd * new + new) // (2 * new)) + odd, kept
@@ -89,7 +91,9 @@ def nearest_resize(
     return image.index_select(1, down).index_select(2, across)
 
 def reads(n: int, new: int, first: int, count: int, interpolation: str) -> Tuple[int, int]:
-    "Beginning and end of what `count` of the `new` positions read, from `first` on; at most the filter's width too much."
+    """Beginning and end of what `count` of the `new` positions read, from `first` on.
+
+    At most the filter's width too much."""
     if n == new: return first, first + count
     support = (2.0 if interpolation == 'bicubic' else 1.0) * max(n / new, 1.0)
     low, high = (first + 0.5) * (n / new) - support, (first + count - 0.5) * (n / new) + support
@@ -127,7 +131,8 @@ def torch_resize(
     if antialias and (columns < width or high - low < h):
         x = x[:, :, low:high]
         if w != width: x = along_rows(x, width, left + columns, interpolation)
-        between = torch.empty([1, h, columns, 3], dtype=torch.uint8).permute(0, 3, 1, 2)  # rows that nobody reads stay empty
+        # rows that nobody reads stay empty
+        between = torch.empty([1, h, columns, 3], dtype=torch.uint8).permute(0, 3, 1, 2)
         between[:, :, low:high] = x[:, :, :, left:left + columns]
         x, left, w, width = between, 0, columns, columns
     if h != height or w != width:

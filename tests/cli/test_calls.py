@@ -1,4 +1,6 @@
-"""Calls as people type them: names of configurations, mistyped options, closed streams, full disks; one sentence and the right exit status each."""
+"""Calls as people type them: names of configurations, mistyped options, closed streams, full disks.
+
+One sentence and the right exit status each."""
 import argparse
 import inspect
 import io
@@ -30,7 +32,12 @@ def here(tmp_path, monkeypatch):
 def shell(line, **env):
     "A line of a shell in which `mmembed` is the command."
     command = ' '.join(f"'{w}'" for w in MMEMBED)
-    return subprocess.run(['bash', '-c', re.sub(r'\bmmembed\b', lambda _: command, line, count=1)], capture_output=True, text=True, env={k: v for k, v in os.environ.items() if k != 'PYTHONUNBUFFERED'} | env)
+    return subprocess.run(
+        ['bash', '-c', re.sub(r'\bmmembed\b', lambda _: command, line, count=1)],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != 'PYTHONUNBUFFERED'} | env,
+    )
 
 
 def test_a_module_is_the_same_command():
@@ -43,15 +50,26 @@ def test_a_module_is_the_same_command():
 @pytest.mark.parametrize('columns', ['abc', '', '-3', '0', '1e9', '20', '200'])
 def test_any_width_of_the_terminal(columns, monkeypatch, capsys):
     monkeypatch.setenv('COLUMNS', columns)
-    for argv in (['verify', '--help'], ['eval', '--help'], ['train', '--help'], ['index', 'build', '--help']): assert main(argv) == 0
+    for argv in (['verify', '--help'], ['eval', '--help'], ['train', '--help'], ['index', 'build', '--help']):
+        assert main(argv) == 0
     assert 'an exported file' in ' '.join(capsys.readouterr().out.split())
 
 
-CLOSED = [('mmembed --help <&-', 0, ''), ('mmembed --help >&-', 0, ''), ('mmembed --help 2>&-', 0, ''), ('mmembed --help <&- >&- 2>&-', 0, ''),
-    ('mmembed info none.pt >&-', 1, 'none.pt'), ('mmembed info none.pt <&- >&-', 1, 'none.pt'), ('mmembed info none.pt 2>&-', 1, ''),
-    ('mmembed embed none.pt --stdin <&-', 1, 'nothing to embed'), ('mmembed embed notes.txt - -o x.npy <&-', 1, 'notes.txt'),
-    ('mmembed --help > /dev/full', 1, 'standard output: No space left on device'), ('mmembed completion bash > /dev/full', 1, 'standard output: No space left on device'),
-    ('mmembed verify --help > /dev/full', 1, 'standard output: No space left on device'), ('mmembed --help | true', None, '')]
+CLOSED = [
+    ('mmembed --help <&-', 0, ''),
+    ('mmembed --help >&-', 0, ''),
+    ('mmembed --help 2>&-', 0, ''),
+    ('mmembed --help <&- >&- 2>&-', 0, ''),
+    ('mmembed info none.pt >&-', 1, 'none.pt'),
+    ('mmembed info none.pt <&- >&-', 1, 'none.pt'),
+    ('mmembed info none.pt 2>&-', 1, ''),
+    ('mmembed embed none.pt --stdin <&-', 1, 'nothing to embed'),
+    ('mmembed embed notes.txt - -o x.npy <&-', 1, 'notes.txt'),
+    ('mmembed --help > /dev/full', 1, 'standard output: No space left on device'),
+    ('mmembed completion bash > /dev/full', 1, 'standard output: No space left on device'),
+    ('mmembed verify --help > /dev/full', 1, 'standard output: No space left on device'),
+    ('mmembed --help | true', None, ''),
+]
 
 
 @pytest.mark.parametrize('unbuffered', [False, True])
@@ -61,17 +79,29 @@ def test_closed_and_full_streams(here, line, status, says, unbuffered):
     done = shell(line, **({'PYTHONUNBUFFERED': '1'} if unbuffered else {}))
     if unbuffered and line.startswith('mmembed verify'): return  # argparse itself passes over the error
     assert status is None or done.returncode == status, done.stderr
-    assert says in done.stderr and 'Traceback' not in done.stderr and 'Exception ignored' not in done.stderr and done.stderr.count('\n') <= 1, done.stderr
+    assert (
+        says in done.stderr
+        and 'Traceback' not in done.stderr
+        and 'Exception ignored' not in done.stderr
+        and done.stderr.count('\n') <= 1
+    ), done.stderr
 
 
 def test_no_file_takes_the_number_of_a_closed_stream(here):
     "A file that is opened in place of a closed standard output would receive what is printed."
     program = "import os, sys\nfrom mmembed.cli.main import open_streams\nopen_streams()\nf = open('new.txt', 'w')\nprint('printed')\nsys.stdout.flush()\nassert f.fileno() > 2 and sys.stdin.read() == ''"
-    assert subprocess.run(['bash', '-c', f'exec {sys.executable} -c "$0" <&- >&-', program], capture_output=True).returncode == 0
+    assert (
+        subprocess.run(
+            ['bash', '-c', f'exec {sys.executable} -c "$0" <&- >&-', program], capture_output=True
+        ).returncode
+        == 0
+    )
     assert (here/'new.txt').read_text() == ''
 
 
-@pytest.mark.parametrize('error', [KeyError('weights'), AttributeError('no such'), AssertionError(), Exception('two\nlines')])
+@pytest.mark.parametrize(
+    'error', [KeyError('weights'), AttributeError('no such'), AssertionError(), Exception('two\nlines')]
+)
 def test_no_error_of_any_kind_is_a_traceback(error, monkeypatch, capsys):
     def fails(_): raise error
     monkeypatch.setattr(cli, 'dispatch', fails)
@@ -98,16 +128,27 @@ def test_a_file_of_ones_own_comes_before_a_shipped_configuration(here, capsys):
     assert 'name: mine' in capsys.readouterr().out
 
 
-WRONG = [(['train'], 2, 'mmembed train --config pairs --data.path'), (['train', '--data.path', 'x.csv'], 2, 'clip_vitb32'),
-    (['train', '--config', 'configs/pears.yaml'], 1, 'is pairs.yaml meant?'), (['train', '--config', 'none/other.yaml'], 1, 'no configuration none/other.yaml'),
-    (['train', '--config', 'pairs', '--data.bath_size', '3'], 2, 'is --data.batch_size meant?'), (['train', '--config', 'pairs', '--resmue=x'], 2, 'is --resume meant?'),
+WRONG = [
+    (['train'], 2, 'mmembed train --config pairs --data.path'),
+    (['train', '--data.path', 'x.csv'], 2, 'clip_vitb32'),
+    (['train', '--config', 'configs/pears.yaml'], 1, 'is pairs.yaml meant?'),
+    (['train', '--config', 'none/other.yaml'], 1, 'no configuration none/other.yaml'),
+    (['train', '--config', 'pairs', '--data.bath_size', '3'], 2, 'is --data.batch_size meant?'),
+    (['train', '--config', 'pairs', '--resmue=x'], 2, 'is --resume meant?'),
     (['train', '--config', 'pairs', '--model.model.text.widht', '8'], 2, 'is --model.model.text.width meant?'),
     (['train', '--config', 'pairs', '--trainer.max_epocs', '8'], 2, 'is --trainer.max_epochs meant?'),
-    (['train', '--config', 'typo.yaml'], 2, "'bath_size'; is --data.batch_size meant?"), (['train', '--config', 'pairs', '--model.lr', 'fast'], 2, 'Got value: fast'),
-    (['train', '--config', 'pairs', '--data.on_error', 'ignore'], 2, 'ignore'), (['train', '--config', 'pairs', '--config'], 2, 'expected one argument'),
-    (['eval'], 2, 'checkpoint'), (['eval', 'x.ckpt', '--jsno'], 2, 'is --json meant?'), (['verify', 'x.pt', '--sampels', '3'], 2, 'is --samples meant?'),
-    (['serve', 'x.pt', '--prot', '8000'], 2, 'is --port meant?'), (['index', 'build', 'x.pt', 'y', '--image-kye', 'a', '-o', 'z'], 2, 'is --image-key meant?'),
-    (['search', 'x', '--fliter', 'a'], 2, 'is --filter meant?'), (['info', 'x.pt', '--wholly-other'], 2, 'unrecognized arguments: --wholly-other; `mmembed info --help`')]
+    (['train', '--config', 'typo.yaml'], 2, "'bath_size'; is --data.batch_size meant?"),
+    (['train', '--config', 'pairs', '--model.lr', 'fast'], 2, 'Got value: fast'),
+    (['train', '--config', 'pairs', '--data.on_error', 'ignore'], 2, 'ignore'),
+    (['train', '--config', 'pairs', '--config'], 2, 'expected one argument'),
+    (['eval'], 2, 'checkpoint'),
+    (['eval', 'x.ckpt', '--jsno'], 2, 'is --json meant?'),
+    (['verify', 'x.pt', '--sampels', '3'], 2, 'is --samples meant?'),
+    (['serve', 'x.pt', '--prot', '8000'], 2, 'is --port meant?'),
+    (['index', 'build', 'x.pt', 'y', '--image-kye', 'a', '-o', 'z'], 2, 'is --image-key meant?'),
+    (['search', 'x', '--fliter', 'a'], 2, 'is --filter meant?'),
+    (['info', 'x.pt', '--wholly-other'], 2, 'unrecognized arguments: --wholly-other; `mmembed info --help`'),
+]
 
 
 @pytest.mark.parametrize('argv, status, says', WRONG, ids=[' '.join(a) for a, *_ in WRONG])
@@ -127,14 +168,23 @@ def test_the_whole_help_explains_our_options(here, task, module, capsys):
     assert {o.name for o in options} >= {f'data.{p}' for p in inspect.signature(PairData).parameters}
     for o in options:
         assert f'--{o.name} ' in plain and o.help and o.help in plain, o
-    for own in ('--model.lr', '--trainer.max_epochs', '--model.model.text.width', '--name', '--resume', '--print_config'): assert f'  {own} ' in text, own
+    for own in (
+        '--model.lr',
+        '--trainer.max_epochs',
+        '--model.model.text.width',
+        '--name',
+        '--resume',
+        '--print_config',
+    ):
+        assert f'  {own} ' in text, own
     assert 'torch.nn' not in text and ':func:' not in text and len(text.splitlines()) < 320
     assert not re.search(r'^  (--\S+)( \S+)?$\n(?!  +\S)', text, re.M), 'an option without a word of help'
 
 
 @pytest.fixture(scope='module')
 def scripts():
-    "As the command prints them: in this process, where what reads the options of training is imported once for the three."
+    """As the command prints them: in this process, where what reads the options of training is imported once for the
+    three."""
     def printed(name):
         with redirect_stdout(io.StringIO()) as out: assert main(['completion', name]) == 0
         return out.getvalue()
@@ -145,22 +195,35 @@ def scripts():
 def test_completion_knows_every_option_of_every_command(scripts, name):
     for command in COMMANDS:
         for option in [o for a in parser(command)._actions if a.help != argparse.SUPPRESS for o in a.option_strings]:
-            if option.startswith('--'): assert (option.removeprefix('--') if name == 'fish' else option) in scripts[name], (command, option)
-    for option in ('--data.path', '--model.lr', '--trainer.max_epochs', '--model.model.text.width', '--save_every'): assert option.removeprefix('--') in scripts[name]
+            if option.startswith('--'):
+                assert (option.removeprefix('--') if name == 'fish' else option) in scripts[name], (command, option)
+    for option in ('--data.path', '--model.lr', '--trainer.max_epochs', '--model.model.text.width', '--save_every'):
+        assert option.removeprefix('--') in scripts[name]
 
 
 def test_fish_completes(scripts, here):
     if not shutil.which('fish'): pytest.skip('fish is not installed')
     (here/'mmembed.fish').write_text(scripts['fish'])
-    def offers(line): return [x.split('\t')[0] for x in subprocess.run(['fish', '-c', f'source mmembed.fish; complete -C "{line}"'], capture_output=True, text=True, check=True).stdout.splitlines()]
+
+    def offers(line):
+        return [
+            x.split('\t')[0]
+            for x in subprocess.run(
+                ['fish', '-c', f'source mmembed.fish; complete -C "{line}"'], capture_output=True, text=True, check=True
+            ).stdout.splitlines()
+        ]
     assert offers('mmembed ver') == ['verify'] and offers('mmembed index b') == ['build']
-    assert set(offers('mmembed train --data.batch')) == {'--data.batch_size'} and '--data.path' in offers('mmembed eval --data.')
+    assert set(offers('mmembed train --data.batch')) == {'--data.batch_size'} and '--data.path' in offers(
+        'mmembed eval --data.'
+    )
     assert offers('mmembed train --data.on_error ') == ['skip', 'raise', 'blank']
 
 
 def test_bash_completes_options_of_train(scripts):
     ask = 'COMP_WORDS=(mmembed train "--data.batch"); COMP_CWORD=2; _shtab_mmembed; printf "%s\\n" "${COMPREPLY[@]}"'
-    assert subprocess.run(['bash', '-c', f'{scripts["bash"]}\n{ask}'], capture_output=True, text=True).stdout.split() == ['--data.batch_size']
+    assert subprocess.run(
+        ['bash', '-c', f'{scripts["bash"]}\n{ask}'], capture_output=True, text=True
+    ).stdout.split() == ['--data.batch_size']
 
 
 def test_configurations_are_listed_by_name():

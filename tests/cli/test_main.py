@@ -14,9 +14,28 @@ from mmembed.data.scenes import Scenes
 
 from tests.helpers import built_once
 
-SMALL = ['--data.workers', '0', '--trainer.max_epochs', '1', '--trainer.check_val_every_n_epoch', '1', '--trainer.enable_progress_bar', 'false', '--trainer.accelerator', 'cpu']
+SMALL = [
+    '--data.workers',
+    '0',
+    '--trainer.max_epochs',
+    '1',
+    '--trainer.check_val_every_n_epoch',
+    '1',
+    '--trainer.enable_progress_bar',
+    'false',
+    '--trainer.accelerator',
+    'cpu',
+]
 
-NARROW = ['--model.model.image.channels', '[8, 16]', '--model.model.image.pipeline.size', '32', '--model.model.text.depth', '1']  # of configs/pairs.yaml
+# of configs/pairs.yaml
+NARROW = [
+    '--model.model.image.channels',
+    '[8, 16]',
+    '--model.model.image.pipeline.size',
+    '32',
+    '--model.model.text.depth',
+    '1',
+]
 
 
 def pairs(folder, n=40, name='pairs.jsonl'):
@@ -28,7 +47,8 @@ def pairs(folder, n=40, name='pairs.jsonl'):
     return folder/name
 
 
-def train(*argv): return ['train', '--config', str(config_path('pairs')), *SMALL, *NARROW, '--data.batch_size', '8', *argv]
+def train(*argv):
+    return ['train', '--config', str(config_path('pairs')), *SMALL, *NARROW, '--data.batch_size', '8', *argv]
 
 
 @pytest.fixture
@@ -65,7 +85,11 @@ def test_info_verify_embed(artifact, here, capsys):
 
 
 def test_embed_reads_bytes_from_a_pipe(artifact):
-    done = subprocess.run([Path(sys.executable).parent/'mmembed', 'embed', artifact, '--stdin'], input='a red circle\n红色\n\n'.encode() + b'caf\xe9', capture_output=True)
+    done = subprocess.run(
+        [Path(sys.executable).parent / 'mmembed', 'embed', artifact, '--stdin'],
+        input='a red circle\n红色\n\n'.encode() + b'caf\xe9',
+        capture_output=True,
+    )
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0 and len(rows) == 4, done.stderr
     import mmembed as mm
@@ -99,26 +123,51 @@ def mistakes(folder):
     (folder/'broken.jsonl').write_text(lines[0] + '\n{"image": \n')
     (folder/'lost.jsonl').write_text(lines[0] + '\n' + json.dumps(dict(image='gone.jpg', text='x')))
     for i in range(6): (folder/f'corrupt{i}.jpg').write_bytes((folder/'0.jpg').read_bytes()[:200])
-    (folder/'corrupt.jsonl').write_text('\n'.join(lines + [json.dumps(dict(image=f'corrupt{i}.jpg', text='x')) for i in range(6)]))
+    (folder / 'corrupt.jsonl').write_text(
+        '\n'.join(lines + [json.dumps(dict(image=f'corrupt{i}.jpg', text='x')) for i in range(6)])
+    )
     (folder/'bad.yaml').write_text('data: [1, 2')
     (folder/'typo.yaml').write_text('modle: 1')
     (folder/'notes.txt').write_text('not a model')
     (folder/'truncated.pt').write_bytes(b'PK\x03\x04' + b'0' * 5000)
     return {
-        'no command': (['trian'], 'no command'), 'missing config': (['train', '--config', 'none.yaml'], 'none.yaml'),
-        'malformed config': (['train', '--config', 'bad.yaml'], 'bad.yaml'), 'unknown option': (['train', '--config', 'typo.yaml'], 'modle'),
-        'missing table': (train('--data.path', 'none.csv'), 'none.csv'), 'empty data set': (train('--data.path', 'empty.csv'), 'empty.csv'),
-        'malformed line': (train('--data.path', 'broken.jsonl'), 'line 2'), 'caption without image': (train('--data.path', 'lost.jsonl'), 'gone.jpg'),
+        'no command': (['trian'], 'no command'),
+        'missing config': (['train', '--config', 'none.yaml'], 'none.yaml'),
+        'malformed config': (['train', '--config', 'bad.yaml'], 'bad.yaml'),
+        'unknown option': (['train', '--config', 'typo.yaml'], 'modle'),
+        'missing table': (train('--data.path', 'none.csv'), 'none.csv'),
+        'empty data set': (train('--data.path', 'empty.csv'), 'empty.csv'),
+        'malformed line': (train('--data.path', 'broken.jsonl'), 'line 2'),
+        'caption without image': (train('--data.path', 'lost.jsonl'), 'gone.jpg'),
         'no such column': (train('--data.path', 'pairs.jsonl', '--data.text_key', 'caption'), 'caption'),
         'strict': (train('--data.path', 'corrupt.jsonl', '--data.on_error', 'raise'), 'corrupt'),
-        'missing artifact': (['info', 'none.pt'], 'none.pt'), 'no artifact': (['verify', 'notes.txt'], 'not an mmembed artifact'),
-        'truncated artifact': (['embed', 'truncated.pt', '--text', 'x'], 'truncated'), 'no checkpoint': (['export', 'none.ckpt'], 'none.ckpt'),
-        'nothing to embed': (['embed', 'truncated.pt'], 'nothing to embed'), 'resume from nowhere': (train('--data.path', 'pairs.jsonl', '--resume', 'x.ckpt'), 'x.ckpt'),
+        'missing artifact': (['info', 'none.pt'], 'none.pt'),
+        'no artifact': (['verify', 'notes.txt'], 'not an mmembed artifact'),
+        'truncated artifact': (['embed', 'truncated.pt', '--text', 'x'], 'truncated'),
+        'no checkpoint': (['export', 'none.ckpt'], 'none.ckpt'),
+        'nothing to embed': (['embed', 'truncated.pt'], 'nothing to embed'),
+        'resume from nowhere': (train('--data.path', 'pairs.jsonl', '--resume', 'x.ckpt'), 'x.ckpt'),
     }
 
 
-NAMES = ['no command', 'missing config', 'malformed config', 'unknown option', 'missing table', 'empty data set', 'malformed line', 'caption without image',
-    'no such column', 'strict', 'missing artifact', 'no artifact', 'truncated artifact', 'no checkpoint', 'nothing to embed', 'resume from nowhere']
+NAMES = [
+    'no command',
+    'missing config',
+    'malformed config',
+    'unknown option',
+    'missing table',
+    'empty data set',
+    'malformed line',
+    'caption without image',
+    'no such column',
+    'strict',
+    'missing artifact',
+    'no artifact',
+    'truncated artifact',
+    'no checkpoint',
+    'nothing to embed',
+    'resume from nowhere',
+]
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -167,18 +216,38 @@ def test_train_help_and_print_config(here, capsys):
 
 
 def test_quickstart_on_a_few_scenes(here, capsys):
-    options = '--data.source.init_args.train 64 --data.source.init_args.valid 16 --data.batch_size 32 ' + ' '.join(SMALL)
+    options = '--data.source.init_args.train 64 --data.source.init_args.valid 16 --data.batch_size 32 ' + ' '.join(
+        SMALL
+    )
     assert main(['quickstart', '--options', options]) == 0
     out = capsys.readouterr().out
-    assert 'verified' in out and 'chance' in out and Path('artifacts/quickstart.pt').is_file() and len(list(Path('artifacts/quickstart').glob('*.jpg'))) == 8
+    assert (
+        'verified' in out
+        and 'chance' in out
+        and Path('artifacts/quickstart.pt').is_file()
+        and len(list(Path('artifacts/quickstart').glob('*.jpg'))) == 8
+    )
     program = out[out.index('    import mmembed as mm'):].split('\n\n')[0]
-    done = subprocess.run([sys.executable, '-c', '\n'.join(line.strip() for line in program.splitlines())], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, '-c', '\n'.join(line.strip() for line in program.splitlines())], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_eval_prints_json(artifact, capsys):
     capsys.readouterr()
-    assert main(['eval', str(artifact.parent/'runs'/'pairs'/'best.ckpt'), '--json', '--out', str(artifact.parent/'figures.json')]) == 0
+    assert (
+        main(
+            [
+                'eval',
+                str(artifact.parent / 'runs' / 'pairs' / 'best.ckpt'),
+                '--json',
+                '--out',
+                str(artifact.parent / 'figures.json'),
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert json.loads(out[out.index('{\n'):]) == json.loads((artifact.parent/'figures.json').read_text())
 
@@ -192,7 +261,12 @@ def test_completion_knows_every_command(shell, capsys):
 
 
 def test_wrong_calls_name_the_next_step(capsys):
-    for argv, says in [(['trian'], 'is `mmembed train` meant?'), (['index', 'biuld'], 'is `mmembed index build` meant?'), (['info', '--colour', 'red', 'x.pt'], 'mmembed info --help'), (['verify'], 'mmembed verify --help')]:
+    for argv, says in [
+        (['trian'], 'is `mmembed train` meant?'),
+        (['index', 'biuld'], 'is `mmembed index build` meant?'),
+        (['info', '--colour', 'red', 'x.pt'], 'mmembed info --help'),
+        (['verify'], 'mmembed verify --help'),
+    ]:
         assert main(argv) == 2
         err = capsys.readouterr().err
         assert says in err and err.count('\n') == 1, err

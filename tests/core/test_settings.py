@@ -4,8 +4,14 @@ import pytest
 from mmembed.core.settings import Settings, settings
 
 NBDEV = '[DEFAULT]\nrepo = wonder\nlib_name = %(repo)s\nlib_path = wonder\nnbs_path = nbs\nversion = 0.1\n'
-OTHERS = {'nbdev': NBDEV, 'a section of its own': '[tool]\nseed = x\n', 'a name like ours': '[DEFAULT]\nseed = 7\nbranch = main\n',
-    'no section': 'seed = 7\n', 'twice the same': '[a]\nx = 1\nx = 2\n', 'nothing': ''}
+OTHERS = {
+    'nbdev': NBDEV,
+    'a section of its own': '[tool]\nseed = x\n',
+    'a name like ours': '[DEFAULT]\nseed = 7\nbranch = main\n',
+    'no section': 'seed = 7\n',
+    'twice the same': '[a]\nx = 1\nx = 2\n',
+    'nothing': '',
+}
 
 
 @pytest.mark.parametrize('content', OTHERS.values(), ids=OTHERS)
@@ -31,8 +37,15 @@ def test_the_older_form_reads(tmp_path):
     assert settings(tmp_path).seed == 5 and settings(tmp_path).data_path == str(tmp_path.resolve()/'d')
 
 
-@pytest.mark.parametrize('content, says', [('[mmembed]\nsed = 7\n', "unknown key 'sed'"), ('[mmembed]\nseed = x\n', 'seed must be a whole number'),
-    ('[mmembed]\nseed = 1\nseed = 2\n', 'cannot be read'), ('[mmembed]\nseed\n', 'cannot be read')])
+@pytest.mark.parametrize(
+    'content, says',
+    [
+        ('[mmembed]\nsed = 7\n', "unknown key 'sed'"),
+        ('[mmembed]\nseed = x\n', 'seed must be a whole number'),
+        ('[mmembed]\nseed = 1\nseed = 2\n', 'cannot be read'),
+        ('[mmembed]\nseed\n', 'cannot be read'),
+    ],
+)
 def test_mistakes_in_our_section_are_told(tmp_path, content, says):
     (tmp_path/'settings.ini').write_text(content)
     with pytest.raises(ValueError, match=says) as e: settings(tmp_path)

@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TORCH = Path(importlib.util.find_spec('torch').origin).parent
 CODEC = Path(importlib.util.find_spec('torchcodec').origin).parent/'libtorchcodec_image.so'
-pytestmark = pytest.mark.skipif(not all(map(shutil.which, ('cmake', 'g++', 'readelf'))) or not CODEC.exists(), reason='wants cmake, g++ and readelf')
+pytestmark = pytest.mark.skipif(
+    not all(map(shutil.which, ('cmake', 'g++', 'readelf'))) or not CODEC.exists(), reason='wants cmake, g++ and readelf'
+)
 LOADS = """
 import ctypes, sys
 torch, codec, folder, *names = sys.argv[1:]
@@ -22,8 +24,20 @@ print(*sorted({'/' + line.split('/', 1)[1].strip() for line in open('/proc/self/
 
 
 def configured(tmp_path, torch):
-    done = subprocess.run(['cmake', '-S', ROOT/'cpp', '-B', tmp_path/'build', f'-DTORCH_DIR={torch}', f'-DTORCHCODEC_IMAGE={CODEC}', '-DMMEMBED_HEADERS_ONLY=ON'],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            'cmake',
+            '-S',
+            ROOT / 'cpp',
+            '-B',
+            tmp_path / 'build',
+            f'-DTORCH_DIR={torch}',
+            f'-DTORCHCODEC_IMAGE={CODEC}',
+            '-DMMEMBED_HEADERS_ONLY=ON',
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     made = tmp_path/'build'/'mmembed_cuda_stand_ins'
     return sorted(p.name for p in made.glob('*.so*')), made, done.stdout
@@ -49,7 +63,8 @@ def test_stand_ins_are_all_that_the_wheel_wants_of_cuda(tmp_path, without_cuda):
     assert 'libtorch without CUDA: stand-ins' in said
     for name in names:
         symbols = subprocess.run(['readelf', '-W', '--dyn-syms', made/name], capture_output=True, text=True).stdout
-        for function in ('cudaGetDevice', 'cudaStreamSynchronize', 'aoti_torch_get_current_cuda_stream'): assert f'{function}@@{name}' in symbols
+        for function in ('cudaGetDevice', 'cudaStreamSynchronize', 'aoti_torch_get_current_cuda_stream'):
+            assert f'{function}@@{name}' in symbols
     others = [n for n in names if 'cudart' not in n]  # this Python's libtorch_cpu.so wants more of the real one
     run = subprocess.run([sys.executable, '-c', LOADS, TORCH, CODEC, made, *others], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -29,7 +29,11 @@ def cli(): return host.build_host()
 @pytest.fixture(scope='module', params=OPTIONS)
 def artifact(request):
     tp, vp = tiny.pipelines()[0], VisionPipeline(size=(40, 48), **OPTIONS[request.param])
-    def model(): return DualEncoder(TextTransformer(tp, width=32, depth=1, heads=2), ConvNet(vp, channels=(8,), width=32), dim=8).eval()
+
+    def model():
+        return DualEncoder(
+            TextTransformer(tp, width=32, depth=1, heads=2), ConvNet(vp, channels=(8,), width=32), dim=8
+        ).eval()
     return tiny.exported(f'vision-{request.param}', model), vp
 
 
@@ -60,7 +64,11 @@ def compare(cli, artifact, images):
 
 def test_generated_files_and_every_small_size(cli, artifact):
     sizes = [(h, w) for h in (1, 2, 5, 39, 40, 41) for w in (1, 2, 5, 47, 48, 49)] + [(1, 700), (700, 1), (333, 500)]
-    images = [*FILES.values(), *(saved(picture(w, h, h), 'PNG') for h, w in sizes), *(saved(picture(w, h, w), 'JPEG') for h, w in sizes[::3])]
+    images = [
+        *FILES.values(),
+        *(saved(picture(w, h, h), 'PNG') for h, w in sizes),
+        *(saved(picture(w, h, w), 'JPEG') for h, w in sizes[::3]),
+    ]
     images += [torch.randint(0, 256, (3, h, w), dtype=torch.uint8) for h, w in sizes]  # decoded already
     images += [as_bytes(b''), as_bytes(b'no picture'), FILES['jpeg'][:700], FILES['png'][:200], FILES['webp'][:90]]
     before = torch.get_num_threads()
@@ -80,7 +88,10 @@ def test_real_files(cli, artifact):
 
 def test_photos(cli, artifact):
     rows = share(data_path('figures', 'pairs.jsonl').read_text().splitlines()[::20], artifact)
-    assert compare(cli, artifact, [read_bytes(data_path('figures', json.loads(r)['image'])) for r in rows]) == (len(rows), 0)
+    assert compare(cli, artifact, [read_bytes(data_path('figures', json.loads(r)['image'])) for r in rows]) == (
+        len(rows),
+        0,
+    )
 
 
 def test_heic(cli, tmp_path):
@@ -88,6 +99,8 @@ def test_heic(cli, tmp_path):
     from tests.vision.test_heic import missing
     if missing: pytest.skip(missing)
     vp = VisionPipeline(size=32, heic=True)
-    model = DualEncoder(TextTransformer(tiny.pipelines()[0], width=32, depth=1, heads=2), ConvNet(vp, channels=(8,), width=32), dim=8).eval()
+    model = DualEncoder(
+        TextTransformer(tiny.pipelines()[0], width=32, depth=1, heads=2), ConvNet(vp, channels=(8,), width=32), dim=8
+    ).eval()
     export(model, tmp_path/'model.pt', fresh=False, cpp=False)
     assert compare(cli, (tmp_path/'model.pt', vp), [HEIC, FILES['jpeg'], HEIC_ALPHA, HEIC[:200]]) == (3, 1)

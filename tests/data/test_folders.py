@@ -21,7 +21,18 @@ def make(folder, names):
 
 
 def test_labels_captions_names_and_bytes(tmp_path):
-    make(tmp_path, ['hat/b.JPG', 'hat/a.png', 'fur_coat/deep/er/1.webp', 'hat/.hidden.jpg', '.git/x.jpg', 'hat/notes.txt', 'loose.jpg'])
+    make(
+        tmp_path,
+        [
+            'hat/b.JPG',
+            'hat/a.png',
+            'fur_coat/deep/er/1.webp',
+            'hat/.hidden.jpg',
+            '.git/x.jpg',
+            'hat/notes.txt',
+            'loose.jpg',
+        ],
+    )
     source = ClassFolder(tmp_path, templates=['a {}', 'one {} on a table'])
     assert [source.name(i) for i in range(len(source))] == ['fur_coat/deep/er/1.webp', 'hat/a.png', 'hat/b.JPG']
     assert [source.label(i) for i in range(3)] == ['fur coat', 'hat', 'hat'] and source.classes == ['fur coat', 'hat']
@@ -49,19 +60,35 @@ def test_mistakes(tmp_path):
     make(tmp_path, ['loose.jpg', 'a/notes.txt'])
     with pytest.raises(ValueError, match='holds no folders of image files'): ClassFolder(tmp_path)
     with pytest.raises(FileNotFoundError, match='no such folder: nowhere'): ClassFolder('nowhere')
-    with pytest.raises(ValueError, match=r"a template wants \{\} where the class goes, got 'a photo'"): from_template('x', ['a photo'], 'y')
+    with pytest.raises(ValueError, match=r"a template wants \{\} where the class goes, got 'a photo'"):
+        from_template('x', ['a photo'], 'y')
 
 
 def test_links_that_loop(tmp_path):
     "Each folder once, by its own path: links to itself, to each other, up, across and out of the folder."
     make(tmp_path, ['in/z/1.jpg', 'in/z/deep/2.jpg', 'in/y/3.jpg', 'in/notes.txt', 'out/4.jpg', 'out/far/5.jpg'])
     folder = tmp_path/'in'
-    for link, to in (('a', folder), ('z/up', folder), ('z/deep/self', folder/'z'/'deep'), ('b', folder/'z'), ('y/z', folder/'z'), ('z/y', folder/'y'),
-                     ('c', tmp_path/'out'), ('d', tmp_path/'out'), ('e', tmp_path/'out'/'far'), ('gone', tmp_path/'nowhere'), ('round', folder/'round')):
+    for link, to in (
+        ('a', folder),
+        ('z/up', folder),
+        ('z/deep/self', folder / 'z' / 'deep'),
+        ('b', folder / 'z'),
+        ('y/z', folder / 'z'),
+        ('z/y', folder / 'y'),
+        ('c', tmp_path / 'out'),
+        ('d', tmp_path / 'out'),
+        ('e', tmp_path / 'out' / 'far'),
+        ('gone', tmp_path / 'nowhere'),
+        ('round', folder / 'round'),
+    ):
         (folder/link).symlink_to(to)
     (tmp_path/'out'/'back').symlink_to(folder)
-    assert image_files(folder) == (['c/4.jpg', 'c/far/5.jpg', 'y/3.jpg', 'z/1.jpg', 'z/deep/2.jpg'], ['gone', 'notes.txt', 'round'])
-    make(tmp_path, [f'in/{n}/{k}.jpg' for n in range(8) for k in range(2)])  # two links in each folder: 2 to the power of the depth
+    assert image_files(folder) == (
+        ['c/4.jpg', 'c/far/5.jpg', 'y/3.jpg', 'z/1.jpg', 'z/deep/2.jpg'],
+        ['gone', 'notes.txt', 'round'],
+    )
+    # two links in each folder: 2 to the power of the depth
+    make(tmp_path, [f'in/{n}/{k}.jpg' for n in range(8) for k in range(2)])
     for n in range(8):
         for m in 'lr': (folder/str(n)/m).symlink_to(folder/str((n + (m == 'r') + 1) % 8))
     assert len(Files(folder)) == 5 + 16
@@ -92,7 +119,10 @@ def test_tables_of_labels(tmp_path):
     make(tmp_path, ['0.jpg', '1.jpg'])
     (tmp_path/'labels.csv').write_text('image,class\n0.jpg,hat\n1.jpg,7\n')
     source = PairsFile(tmp_path/'labels.csv', text_key=None, label_key='class', templates=['one {}'])
-    assert [source.label(i) for i in range(2)] == ['hat', '7'] and [source.text(i) for i in range(2)] == ['one hat', 'one 7']
+    assert [source.label(i) for i in range(2)] == ['hat', '7'] and [source.text(i) for i in range(2)] == [
+        'one hat',
+        'one 7',
+    ]
     (tmp_path/'both.csv').write_text('image,class,title\n0.jpg,hat,Bowler\n')
     both = PairsFile(tmp_path/'both.csv', text_key='title', label_key='class', group_key='class')
     assert (both.text(0), both.label(0), both.group(0)) == ('Bowler', 'hat', 'hat')
@@ -105,5 +135,7 @@ def test_clothing():
     source = ClassFolder(data_path('clothing'), templates=['a photo of a {}, a piece of clothing'])
     train, test = source.split()
     assert len(source.classes) == 10 and 't-shirt' in source.classes and source.ignored == ['LICENSE']
-    assert {train.label(i) for i in range(len(train))} == {test.label(i) for i in range(len(test))} == set(source.classes)
+    assert (
+        {train.label(i) for i in range(len(train))} == {test.label(i) for i in range(len(test))} == set(source.classes)
+    )
     assert len(train) > 500 and len(test) > 200 and source.image(0).equal(read_bytes(source.path/source.name(0)))

@@ -19,11 +19,27 @@ def scenes(): return Scenes(train=16, valid=4, lang='en')
 
 @pytest.fixture(scope='module')
 def whole(scenes):
-    rows = [dict(image=dict(bytes=bytes(scenes.image(i).tolist()), path=None), text=scenes.text(i), many=[scenes.text(i), 'x'],
-                 raw=bytes(scenes.image(i).tolist()), album=i // 4, shape=i % 2, empty=None) for i in range(20)]
-    features = datasets.Features(image=datasets.Image(), text=datasets.Value('string'), many=datasets.List(datasets.Value('string')),
-                                 raw=datasets.Value('binary'), album=datasets.Value('int64'), empty=datasets.Value('string'),
-                                 shape=datasets.ClassLabel(names=['disc', 'bar']))
+    rows = [
+        dict(
+            image=dict(bytes=bytes(scenes.image(i).tolist()), path=None),
+            text=scenes.text(i),
+            many=[scenes.text(i), 'x'],
+            raw=bytes(scenes.image(i).tolist()),
+            album=i // 4,
+            shape=i % 2,
+            empty=None,
+        )
+        for i in range(20)
+    ]
+    features = datasets.Features(
+        image=datasets.Image(),
+        text=datasets.Value('string'),
+        many=datasets.List(datasets.Value('string')),
+        raw=datasets.Value('binary'),
+        album=datasets.Value('int64'),
+        empty=datasets.Value('string'),
+        shape=datasets.ClassLabel(names=['disc', 'bar']),
+    )
     return datasets.DatasetDict({part: datasets.Dataset.from_list(rows[a:b], features=features)
                                  for part, a, b in [('train', 0, 16), ('validation', 16, 20)]})
 
@@ -65,8 +81,13 @@ def test_paths_and_templates(tmp_path):
 
 def test_several_captions_and_none(whole, scenes):
     source = HubData(whole, text_key='many')
-    assert [source.text(i) for i in range(40)] == [t for i in range(20) for t in (scenes.text(i), 'x')] and source.name(33) == 'validation 0 (2)'
-    assert all(source.image(i).equal(scenes.image(i // 2)) for i in range(40)) and [len(p) for p in source.split()] == [32, 8]
+    assert [source.text(i) for i in range(40)] == [t for i in range(20) for t in (scenes.text(i), 'x')] and source.name(
+        33
+    ) == 'validation 0 (2)'
+    assert all(source.image(i).equal(scenes.image(i // 2)) for i in range(40)) and [len(p) for p in source.split()] == [
+        32,
+        8,
+    ]
     assert HubData(whole['train'], text_key='empty').missing('text') == dict.fromkeys(range(16), 'there is no caption')
 
 
@@ -77,14 +98,18 @@ def test_in_workers(whole, scenes):
     want = list(data.train_dataloader())
     for data.worker_type in ('processes', 'threads'):
         data.workers = 2
-        for a, b in zip(data.train_dataloader(), want, strict=True): assert a.pixels.equal(b.pixels) and a.index.equal(b.index)
+        for a, b in zip(data.train_dataloader(), want, strict=True):
+            assert a.pixels.equal(b.pixels) and a.index.equal(b.index)
 
 
 def test_mistakes(whole, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="no column 'alt'; there are: image, text, many"): HubData(whole['train'], text_key='alt')
+    with pytest.raises(ValueError, match="no column 'alt'; there are: image, text, many"):
+        HubData(whole['train'], text_key='alt')
     with pytest.raises(ValueError, match='row 0: album is int, not text: 0'): HubData(whole['train'], text_key='album')
     with pytest.raises(ValueError, match='want'): HubData(whole['train'], text_key=None)
     with pytest.raises(ValueError, match='neither a folder of `save_to_disk` nor of Parquet files'): HubData(tmp_path)
     with pytest.raises(ValueError, match='holds no rows'): HubData(whole['train'].select([]))
-    with pytest.raises(FileNotFoundError, match=r'no data set some/thing: it is no folder here, .*HF_HUB_OFFLINE is set'):
+    with pytest.raises(
+        FileNotFoundError, match=r'no data set some/thing: it is no folder here, .*HF_HUB_OFFLINE is set'
+    ):
         HubData('some/thing')

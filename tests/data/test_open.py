@@ -48,8 +48,13 @@ def shards(folder, scenes, ending='txt'):
 
 def hub(folder, scenes):
     datasets = pytest.importorskip('datasets')
-    rows = {'image': [{'bytes': image(scenes, i), 'path': None} for i in range(N)], 'text': [scenes.text(i) for i in range(N)]}
-    return datasets.Dataset.from_dict(rows, features=datasets.Features({'image': datasets.Image(), 'text': datasets.Value('string')}))
+    rows = {
+        'image': [{'bytes': image(scenes, i), 'path': None} for i in range(N)],
+        'text': [scenes.text(i) for i in range(N)],
+    }
+    return datasets.Dataset.from_dict(
+        rows, features=datasets.Features({'image': datasets.Image(), 'text': datasets.Value('string')})
+    )
 
 
 def written(kind, folder, scenes):
@@ -62,7 +67,9 @@ def written(kind, folder, scenes):
         return 'pairs-{0..1}.tar'
     if kind == 'table':
         for i in range(N): (folder/f'{i}.jpg').write_bytes(image(scenes, i))
-        (folder/'pairs.jsonl').write_text('\n'.join(json.dumps(dict(image=f'{i}.jpg', text=scenes.text(i))) for i in range(N)), encoding='utf-8')
+        (folder / 'pairs.jsonl').write_text(
+            '\n'.join(json.dumps(dict(image=f'{i}.jpg', text=scenes.text(i))) for i in range(N)), encoding='utf-8'
+        )
         return 'pairs.jsonl'
     data = hub(folder, scenes)
     if kind == 'saved': data.save_to_disk(folder/'saved')
@@ -79,7 +86,13 @@ KINDS = ['table', 'folder', 'shards', 'shards text', 'saved', 'hf:', 'copy', 'pa
 @pytest.mark.parametrize('kind', KINDS)
 def test_path_takes_every_name_of_data(here, scenes, kind):
     path = written(kind, here, scenes)
-    data = PairData(path, batch_size=4, valid_share=.4, text_pipeline=TextPipeline.learn(['a red circle'], vocab_size=60), vision_pipeline=VisionPipeline(size=32))
+    data = PairData(
+        path,
+        batch_size=4,
+        valid_share=0.4,
+        text_pipeline=TextPipeline.learn(['a red circle'], vocab_size=60),
+        vision_pipeline=VisionPipeline(size=32),
+    )
     batch = next(iter(data.val_dataloader()))
     assert len(data.train) + len(data.valid) == N and len(batch.pixels) and data.train.text(0).strip()
     if kind != 'folder': assert {data.source.text(i) for i in range(N)} == {scenes.text(i) for i in range(N)}
@@ -91,7 +104,9 @@ def test_path_takes_every_name_of_data(here, scenes, kind):
 def test_training_and_embedding_find_the_same_images(here, scenes, kind):
     path = written(kind, here, scenes)
     found, wanted = open_source(path if kind != 'copy' else 'hf:copy', 'image'), open_pairs(path)
-    assert {bytes(found.image(i).tolist()) for i in range(len(found))} == {bytes(wanted.image(i).tolist()) for i in range(len(wanted))}
+    assert {bytes(found.image(i).tolist()) for i in range(len(found))} == {
+        bytes(wanted.image(i).tolist()) for i in range(len(wanted))
+    }
 
 
 def test_what_lies_below_data_path_is_found(tmp_path, scenes, monkeypatch):
@@ -109,18 +124,32 @@ def test_a_folder_of_classes_is_classified(here, scenes):
     assert MatchData(path='photos', valid_share=.4).train.label(1) == 'mismatch'
 
 
-@pytest.mark.parametrize('kind, more, says', [
-    ('folder', dict(group_key='year'), "photos is a folder of classes, which has no group_key: leave out group_key='year'"),
-    ('folder', dict(text_key='caption'), 'no text_key'), ('folder', dict(label_key='class'), 'no label_key'),
-    ('folder', dict(image_root='x'), 'no image_root'), ('shards', dict(image_key='photo'), 'is shards, which has no image_key'),
-    ('shards', dict(near_key='x'), 'no near_key'), ('saved', dict(image_root='x'), 'is a data set of Hugging Face, which has no image_root'),
-    ('saved', dict(text_key='caption'), "no column 'caption'"), ('table', dict(text_key='caption'), "no column 'caption'")])
+@pytest.mark.parametrize(
+    'kind, more, says',
+    [
+        (
+            'folder',
+            dict(group_key='year'),
+            "photos is a folder of classes, which has no group_key: leave out group_key='year'",
+        ),
+        ('folder', dict(text_key='caption'), 'no text_key'),
+        ('folder', dict(label_key='class'), 'no label_key'),
+        ('folder', dict(image_root='x'), 'no image_root'),
+        ('shards', dict(image_key='photo'), 'is shards, which has no image_key'),
+        ('shards', dict(near_key='x'), 'no near_key'),
+        ('saved', dict(image_root='x'), 'is a data set of Hugging Face, which has no image_root'),
+        ('saved', dict(text_key='caption'), "no column 'caption'"),
+        ('table', dict(text_key='caption'), "no column 'caption'"),
+    ],
+)
 def test_a_key_that_cannot_be_followed_is_refused(here, scenes, kind, more, says):
     path = written(kind, here, scenes)
     with pytest.raises(ValueError, match=says): PairData(path, **more)
 
 
-@pytest.mark.parametrize('path', ['none', 'none.csv', 'none-{0..3}.tar', 'none-*.tar', 'none.parquet', 'hf:none', 'cat.jpg'])
+@pytest.mark.parametrize(
+    'path', ['none', 'none.csv', 'none-{0..3}.tar', 'none-*.tar', 'none.parquet', 'hf:none', 'cat.jpg']
+)
 @pytest.mark.parametrize('module', [PairData, LabelData, MatchData])
 def test_what_is_not_there_is_told(here, path, module):
     with pytest.raises(FileNotFoundError, match='no ') as e: module(path=path)

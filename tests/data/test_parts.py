@@ -1,4 +1,6 @@
-"Data that come divided: columns, folders, data sets of the hub and shards are split as they say; what is not known is refused by name."
+"""Data that come divided: columns, folders, data sets of the hub and shards are split as they say.
+
+What is not known is refused by name."""
 import json
 import tarfile
 
@@ -36,11 +38,24 @@ def test_names_of_parts_are_those_of_datasets():
     files = pytest.importorskip('datasets.data_files')
     theirs = {str(k).replace('validation', 'valid'): set(v) for k, v in files.SPLIT_KEYWORDS.items()}
     assert {k: set(v) for k, v in PART_NAMES.items()} == theirs
-    assert [part_named(x) for x in ('TRAIN', ' Val ', 'dev', 'Evaluation', 'section', '')] == ['train', 'valid', 'valid', 'test', '', '']
-    assert [part_in(x) for x in ('a/val/0.tar', 'coco_val2017.tar', 'train/dev-0.tar', 'train-test.tar', 'latest.tar')] == ['val', 'val', 'dev', '', '']
+    assert [part_named(x) for x in ('TRAIN', ' Val ', 'dev', 'Evaluation', 'section', '')] == [
+        'train',
+        'valid',
+        'valid',
+        'test',
+        '',
+        '',
+    ]
+    assert [
+        part_in(x) for x in ('a/val/0.tar', 'coco_val2017.tar', 'train/dev-0.tar', 'train-test.tar', 'latest.tar')
+    ] == ['val', 'val', 'dev', '', '']
 
 
-COLUMNS = [('split', ['train', 'val', 'train', 'test']), ('split', ['TRAIN', 'VAL', 'TRAIN', 'TEST']), ('set', ['training', 'dev', 'Train', 'eval'])]
+COLUMNS = [
+    ('split', ['train', 'val', 'train', 'test']),
+    ('split', ['TRAIN', 'VAL', 'TRAIN', 'TEST']),
+    ('set', ['training', 'dev', 'Train', 'eval']),
+]
 
 
 @pytest.mark.parametrize('ending', ['.csv', '.jsonl', '.parquet'])
@@ -54,8 +69,16 @@ def test_a_column_of_parts_is_the_split(tmp_path, key, values, ending):
 
 
 @pytest.mark.parametrize('ending', ['.csv', '.jsonl', '.parquet'])
-@pytest.mark.parametrize('key, values, held_out', [('is_train', [1, 0, 1], [1]), ('is_train', [True, False, True], [1]), ('isValid', [0, 0, 1], [2]),
-                                                   ('is_test', [False, False, True], [2]), ('held_out', [1, 0, 0], [0])])
+@pytest.mark.parametrize(
+    'key, values, held_out',
+    [
+        ('is_train', [1, 0, 1], [1]),
+        ('is_train', [True, False, True], [1]),
+        ('isValid', [0, 0, 1], [2]),
+        ('is_test', [False, False, True], [2]),
+        ('held_out', [1, 0, 0], [0]),
+    ],
+)
 def test_a_column_of_yes_and_no_says_its_part(tmp_path, key, values, held_out, ending):
     train, valid = PairsFile(table(tmp_path, values, key, ending), split_key=key).split(0.9)
     assert valid.rows == held_out and train.rows == [i for i in range(3) if i not in held_out]
@@ -82,12 +105,17 @@ def test_a_user_says_what_values_mean(tmp_path):
     path = table(tmp_path, [0, 1, 2, 0])
     data = PairData(path=str(path), split_key='split', parts={0: 'train', 1: 'valid', 2: None})
     assert (data.train.rows, data.valid.rows, data.test) == ([0, 3], [1], None)
-    for parts, message in [({3: 'train'}, "has no '3'; it has '0', '1', '2'"), ({0: 'dev'}, "'0' may be 'train', 'valid', 'test' or None, got 'dev'")]:
+    for parts, message in [
+        ({3: 'train'}, "has no '3'; it has '0', '1', '2'"),
+        ({0: 'dev'}, "'0' may be 'train', 'valid', 'test' or None, got 'dev'"),
+    ]:
         with pytest.raises(ValueError, match=message): PairsFile(path, split_key='split', parts=parts)
     with pytest.raises(ValueError, match='parts want split_key'): PairsFile(path, parts={0: 'train'})
 
 
-@pytest.mark.parametrize('key, values', [('split', ['train', 'val', 'train']), ('is_train', [1, 0, 1]), ('subset', ['DEV', 'TEST', 'DEV'])])
+@pytest.mark.parametrize(
+    'key, values', [('split', ['train', 'val', 'train']), ('is_train', [1, 0, 1]), ('subset', ['DEV', 'TEST', 'DEV'])]
+)
 def test_parts_are_not_groups(tmp_path, key, values):
     with pytest.raises(ValueError, match=rf'pairs.csv: {key} holds parts \(.*\), not groups: give it as split_key'):
         PairsFile(table(tmp_path, values, key), group_key=key)
@@ -105,13 +133,20 @@ def test_a_part_of_a_source_keeps_its_split(tmp_path):
     assert [p.rows for p in Part(source, [3, 2, 1, 0]).split()] == [[1, 3], [0, 2]]
 
 
-@pytest.mark.parametrize('names', [('train', 'val', 'test'), ('Training', 'dev', 'eval'), ('train', 'valid', 'testing')])
+@pytest.mark.parametrize(
+    'names', [('train', 'val', 'test'), ('Training', 'dev', 'eval'), ('train', 'valid', 'testing')]
+)
 def test_folders_of_parts(tmp_path, names):
     make(tmp_path, [f'{part}/{c}/{i}.jpg' for part in names for c in ('cat', 'dog') for i in range(2)])
     source = ClassFolder(tmp_path)
-    assert source.classes == ['cat', 'dog'] and {source.text(i) for i in range(12)} == {'a photo of a cat', 'a photo of a dog'}
+    assert source.classes == ['cat', 'dog'] and {source.text(i) for i in range(12)} == {
+        'a photo of a cat',
+        'a photo of a dog',
+    }
     found = source.splits()
-    assert {k: {v.name(i).split('/')[0] for i in range(len(v))} for k, v in found.items()} == dict(zip(('train', 'valid', 'test'), ({n} for n in names)))
+    assert {k: {v.name(i).split('/')[0] for i in range(len(v))} for k, v in found.items()} == dict(
+        zip(('train', 'valid', 'test'), ({n} for n in names))
+    )
     assert len(PairData(source=source).test) == 4 == len(LabelData(source=source).test)
 
 
@@ -123,24 +158,44 @@ def test_a_folder_of_one_part(tmp_path):
 
 def test_folders_that_are_not_understood(tmp_path):
     make(tmp_path, ['train/cat/1.jpg', 'val/cat/1.jpg', 'extra/cat/1.jpg'])
-    with pytest.raises(ValueError, match=r"beside train, val lies extra, neither training, validation nor test: .*parts=\{'extra': 'train'\}"):
+    with pytest.raises(
+        ValueError,
+        match=r"beside train, val lies extra, neither training, validation nor test: .*parts=\{'extra': 'train'\}",
+    ):
         ClassFolder(tmp_path)
     assert [len(p) for p in ClassFolder(tmp_path, parts={'extra': 'train'}).split()] == [2, 1]
     assert [len(p) for p in ClassFolder(tmp_path, parts={'extra': None}).split(0.5)] == [1, 1]
     assert ClassFolder(tmp_path, parts={}).classes == ['extra', 'train', 'val']
     make(tmp_path/'flat', ['train/1.jpg', 'val/2.jpg'])
-    with pytest.raises(ValueError, match='train, val hold images, but no folders of classes'): ClassFolder(tmp_path/'flat')
+    with pytest.raises(ValueError, match='train, val hold images, but no folders of classes'):
+        ClassFolder(tmp_path / 'flat')
 
 
 def test_two_folders_of_one_class_are_told(tmp_path):
     make(tmp_path, ['hot_dog/1.jpg', 'hot dog/2.jpg', 'cat/1.jpg'])
-    with pytest.raises(ValueError, match="the folders 'hot dog' and 'hot_dog' are both the class 'hot dog'"): ClassFolder(tmp_path)
+    with pytest.raises(ValueError, match="the folders 'hot dog' and 'hot_dog' are both the class 'hot dog'"):
+        ClassFolder(tmp_path)
     assert ClassFolder(tmp_path, names={'hot_dog': 'sausage'}).classes == ['cat', 'hot dog', 'sausage']
-    assert ClassFolder(tmp_path, names={'hot_dog': 'hot dog', 'hot dog': 'hot dog'}).labels == ['cat', 'hot dog', 'hot dog']
+    assert ClassFolder(tmp_path, names={'hot_dog': 'hot dog', 'hot dog': 'hot dog'}).labels == [
+        'cat',
+        'hot dog',
+        'hot dog',
+    ]
 
 
-LEFT_BEHIND = ['@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg', 'cat/@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg', 'cat/.DS_Store', 'cat/Thumbs.db', '__MACOSX/cat/._1.jpg',
-               '__MACOSX/cat/1.jpg', 'desktop.ini', '#recycle/old.jpg', 'lost+found/x.png', '.thumbnails/1.jpg', 'System Volume Information/x.jpg']
+LEFT_BEHIND = [
+    '@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg',
+    'cat/@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg',
+    'cat/.DS_Store',
+    'cat/Thumbs.db',
+    '__MACOSX/cat/._1.jpg',
+    '__MACOSX/cat/1.jpg',
+    'desktop.ini',
+    '#recycle/old.jpg',
+    'lost+found/x.png',
+    '.thumbnails/1.jpg',
+    'System Volume Information/x.jpg',
+]
 
 
 def test_files_of_other_systems_are_no_classes(tmp_path):
@@ -157,7 +212,9 @@ def test_files_of_other_systems_in_shards(tmp_path):
     assert source.keys == ['cat/1'] and not source.ignored
 
 
-@pytest.mark.parametrize('names', [('train-0.tar', 'val-0.tar', 'test-0.tar'), ('train/0.tar', 'dev/0.tar', 'eval/0.tar')])
+@pytest.mark.parametrize(
+    'names', [('train-0.tar', 'val-0.tar', 'test-0.tar'), ('train/0.tar', 'dev/0.tar', 'eval/0.tar')]
+)
 def test_shards_of_parts(tmp_path, names):
     for name in names:
         (tmp_path/name).parent.mkdir(exist_ok=True)
@@ -168,12 +225,14 @@ def test_shards_of_parts(tmp_path, names):
 
 
 def test_shards_that_are_not_understood(tmp_path):
-    for name in ('train-0', 'cc12m-0', 'cc12m-1'): tarball(tmp_path/f'{name}.tar', [('1.jpg', b'x'), ('1.txt', b'y'), ('1.json', b'{"part": "dev"}')])
+    for name in ('train-0', 'cc12m-0', 'cc12m-1'):
+        tarball(tmp_path / f'{name}.tar', [('1.jpg', b'x'), ('1.txt', b'y'), ('1.json', b'{"part": "dev"}')])
     urls = f'{tmp_path}/{{train-0,cc12m-0,cc12m-1}}.tar'
     with pytest.raises(ValueError, match="divided into 'train', 'cc12m', and 'cc12m' is neither"): Shards(urls).split()
     assert [len(p) for p in Shards(urls, parts={'cc12m': 'valid'}).split()] == [1, 2]
     assert Shards(urls, split_key='json:part').part(0) == 'dev'
-    with pytest.raises(ValueError, match='json:part holds parts .*give it as split_key'): Shards(urls, group_key='json:part')
+    with pytest.raises(ValueError, match='json:part holds parts .*give it as split_key'):
+        Shards(urls, group_key='json:part')
 
 
 @pytest.fixture(scope='module')
@@ -185,9 +244,17 @@ def datasets():
 
 def hub(datasets, **parts):
     "A data set with so many rows in each part; the captions name it."
-    features = datasets.Features(image=datasets.Value('binary'), text=datasets.Value('string'), kind=datasets.ClassLabel(names=['disc', 'bar']))
-    return datasets.DatasetDict({part: datasets.Dataset.from_list([dict(image=b'x', text=f'{part} {i}', kind=i % 2) for i in range(n)], features=features)
-                                 for part, n in parts.items()})
+    features = datasets.Features(
+        image=datasets.Value('binary'), text=datasets.Value('string'), kind=datasets.ClassLabel(names=['disc', 'bar'])
+    )
+    return datasets.DatasetDict(
+        {
+            part: datasets.Dataset.from_list(
+                [dict(image=b'x', text=f'{part} {i}', kind=i % 2) for i in range(n)], features=features
+            )
+            for part, n in parts.items()
+        }
+    )
 
 
 @pytest.mark.parametrize('form', ['memory', 'saved', 'parquet', 'folders'])
@@ -200,14 +267,20 @@ def test_parts_of_the_hub(datasets, tmp_path, form, valid):
         if form == 'folders': whole[part].to_parquet(tmp_path/'d'/part/'0000.parquet')
     found = HubData(whole if form == 'memory' else tmp_path/'d').splits(0.5)
     assert {k: [v.text(i) for i in range(len(v))] for k, v in found.items()} == {
-        'train': [f'train {i}' for i in range(4)], 'valid': [f'{valid} {i}' for i in range(3)], 'test': ['test 0', 'test 1']}
+        'train': [f'train {i}' for i in range(4)],
+        'valid': [f'{valid} {i}' for i in range(3)],
+        'test': ['test 0', 'test 1'],
+    }
 
 
 def test_parts_of_the_hub_that_are_not_understood(datasets, tmp_path):
     whole = hub(datasets, train=4, unsupervised=3)
     for part in whole: whole[part].to_parquet(tmp_path/'d'/f'{part}-00000-of-00001.parquet')
     for where in (whole, tmp_path/'d'):
-        with pytest.raises(ValueError, match="divided into .*, and 'unsupervised' is neither training, validation nor test"): HubData(where).split()
+        with pytest.raises(
+            ValueError, match="divided into .*, and 'unsupervised' is neither training, validation nor test"
+        ):
+            HubData(where).split()
     assert [len(p) for p in HubData(whole, parts={'unsupervised': 'valid'}).split()] == [4, 3]
     assert len(HubData(tmp_path/'d')) == 7  # to embed them all there is nothing to be split
     for part in ('0', '1'): hub(datasets, train=5)['train'].to_parquet(tmp_path/'plain'/f'{part}.parquet')
@@ -215,12 +288,24 @@ def test_parts_of_the_hub_that_are_not_understood(datasets, tmp_path):
 
 
 def test_a_column_of_the_hub(datasets):
-    rows = [dict(image=b'x', text=str(i), split=s, part=n, album=i // 2) for i, (s, n) in enumerate([('train', 0), ('dev', 1), ('train', 0), ('test', 2)])]
-    features = datasets.Features(image=datasets.Value('binary'), text=datasets.Value('string'), split=datasets.Value('string'),
-                                 part=datasets.ClassLabel(names=['train', 'val', 'test']), album=datasets.Value('int64'))
+    rows = [
+        dict(image=b'x', text=str(i), split=s, part=n, album=i // 2)
+        for i, (s, n) in enumerate([('train', 0), ('dev', 1), ('train', 0), ('test', 2)])
+    ]
+    features = datasets.Features(
+        image=datasets.Value('binary'),
+        text=datasets.Value('string'),
+        split=datasets.Value('string'),
+        part=datasets.ClassLabel(names=['train', 'val', 'test']),
+        album=datasets.Value('int64'),
+    )
     d = datasets.Dataset.from_list(rows, features=features)
-    for key in ('split', 'part'): assert [v.rows for v in HubData(d, split_key=key).splits().values()] == [[0, 2], [1], [3]]
-    with pytest.raises(ValueError, match="album holds '0', '1', which does not say .*if they are groups, give it as group_key"): HubData(d, split_key='album')
+    for key in ('split', 'part'):
+        assert [v.rows for v in HubData(d, split_key=key).splits().values()] == [[0, 2], [1], [3]]
+    with pytest.raises(
+        ValueError, match="album holds '0', '1', which does not say .*if they are groups, give it as group_key"
+    ):
+        HubData(d, split_key='album')
     for key in ('split', 'part'):
         with pytest.raises(ValueError, match='not groups: give it as split_key'): HubData(d, group_key=key)
 
@@ -229,7 +314,10 @@ def test_a_column_of_the_hub(datasets):
 def test_a_format_changes_nothing(datasets, form):
     d = hub(datasets, train=4)['train'].with_format(form)
     source = HubData(d, text_key=None, label_key='kind')
-    assert [(source.label(i), source.text(i)) for i in range(2)] == [('disc', 'a photo of a disc'), ('bar', 'a photo of a bar')]
+    assert [(source.label(i), source.text(i)) for i in range(2)] == [
+        ('disc', 'a photo of a disc'),
+        ('bar', 'a photo of a bar'),
+    ]
     assert HubData(d).text(1) == 'train 1' and bytes(source.image(0).tolist()) == b'x'
 
 
@@ -241,19 +329,32 @@ def test_no_class_is_not_the_last_class(datasets):
 
 def test_a_test_part_without_labels_is_left_out(datasets):
     features = datasets.Features(image=datasets.Value('binary'), kind=datasets.ClassLabel(names=['disc', 'bar']))
-    whole = datasets.DatasetDict({part: datasets.Dataset.from_list([dict(image=b'x', kind=-1 if part == 'test' else i % 2) for i in range(4)], features=features)
-                                  for part in ('train', 'valid', 'test')})
+    whole = datasets.DatasetDict(
+        {
+            part: datasets.Dataset.from_list(
+                [dict(image=b'x', kind=-1 if part == 'test' else i % 2) for i in range(4)], features=features
+            )
+            for part in ('train', 'valid', 'test')
+        }
+    )
     data = LabelData(source=HubData(whole, text_key=None, label_key='kind'))
-    assert (len(data.train), len(data.valid)) == (4, 4) and not data.test and set(data.ledger) == {f'test {i}' for i in range(4)}
+    assert (
+        (len(data.train), len(data.valid)) == (4, 4)
+        and not data.test
+        and set(data.ledger) == {f'test {i}' for i in range(4)}
+    )
 
 
 def test_two_ways_to_say_what_is_held_out(tmp_path):
     path = table(tmp_path, ['train', 'val', 'train', 'test'])
     source = PairsFile(path, split_key='split')
     for option in (dict(split_key='split'), dict(group_key='split'), dict(parts={'0': 'train'})):
-        with pytest.raises(ValueError, match=f'{next(iter(option))} goes with path, not with source'): PairData(source=source, **option)
+        with pytest.raises(ValueError, match=f'{next(iter(option))} goes with path, not with source'):
+            PairData(source=source, **option)
     make(tmp_path/'f', [f'{part}/{c}/1.jpg' for part in ('train', 'val') for c in ('cat', 'dog')])
     make(tmp_path/'g', ['cat/1.jpg', 'dog/1.jpg'])
-    with pytest.raises(ValueError, match=r'the data are divided themselves \(train, valid\), and valid_path says what is held out too'):
+    with pytest.raises(
+        ValueError, match=r'the data are divided themselves \(train, valid\), and valid_path says what is held out too'
+    ):
         PairData(path=str(tmp_path/'f'), valid_path=str(tmp_path/'g'))
     assert len(PairData(path=str(tmp_path/'f'), test_path=str(tmp_path/'g')).train) == 2

@@ -7,8 +7,20 @@ import random
 import pytest
 from PIL import Image
 
-from mmembed.data.scenes import (COLOURS, HELD_OUT, RELATIONS, SHAPES, SIZES, Scene, Scenes, Thing, canonical_scene, caption, draw,
-                                 is_held_out)
+from mmembed.data.scenes import (
+    COLOURS,
+    HELD_OUT,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Scenes,
+    Thing,
+    canonical_scene,
+    caption,
+    draw,
+    is_held_out,
+)
 
 
 @pytest.fixture(scope='module')
@@ -55,7 +67,11 @@ def test_canonical():
     rng = random.Random(0)
     for _ in range(500):
         a, b = (Thing(rng.choice([*SIZES]), rng.choice([*COLOURS]), rng.choice([*SHAPES])) for _ in range(2))
-        assert canonical_scene(Scene(a, 'left of', b)) == canonical_scene(Scene(b, 'right of', a)) == Scene(a, 'left of', b)
+        assert (
+            canonical_scene(Scene(a, 'left of', b))
+            == canonical_scene(Scene(b, 'right of', a))
+            == Scene(a, 'left of', b)
+        )
         assert canonical_scene(Scene(a, 'above', b)) == canonical_scene(Scene(b, 'below', a)) == Scene(a, 'above', b)
 
 
@@ -68,7 +84,9 @@ def test_every_caption_means_one_scene(lang):
             for relation in RELATIONS:
                 for way in range(4):
                     scene = Scene(a, relation, b)
-                    assert meanings.setdefault(caption(scene, lang, way), canonical_scene(scene)) == canonical_scene(scene)
+                    assert meanings.setdefault(caption(scene, lang, way), canonical_scene(scene)) == canonical_scene(
+                        scene
+                    )
     ways = {'en': 2*4 + 2*3, 'zh': 4*4}[lang]  # 'to the left of', but just 'above'
     assert len(meanings) == len(things)**2 * ways
 
@@ -107,13 +125,15 @@ def test_the_picture_shows_what_the_caption_says(relation):
             for x in range(image.width):
                 p = image.getpixel((x, y))
                 for colour in ('red', 'blue'):
-                    if sum(abs(a - b) for a, b in zip(p, COLOURS[colour][1])) < 60: found.setdefault(colour, []).append((x, y))
+                    if sum(abs(a - b) for a, b in zip(p, COLOURS[colour][1])) < 60:
+                        found.setdefault(colour, []).append((x, y))
         red, blue = ([sum(p[k] for p in found[c])/len(found[c]) for k in (0, 1)] for c in ('red', 'blue'))
         dx, dy = red[0] - blue[0], red[1] - blue[1]
         assert {'left of': -dx, 'right of': dx, 'above': -dy, 'below': dy}[relation] > 2*min(abs(dx), abs(dy))
         assert len(found['blue']) > 1.5*len(found['red'])
         side, off = min(image.size), [(n - min(image.size))/2 for n in image.size]
-        for c in found.values(): assert all(o <= v <= o + side for p in c for v, o in zip(p, off))  # kept by a centre crop
+        # kept by a centre crop
+        for c in found.values(): assert all(o <= v <= o + side for p in c for v, o in zip(p, off))
 
 
 def test_pickles_small(scenes):

@@ -20,7 +20,8 @@ def test_the_file_decides(tmp_path):
     first = split_once(book, path, 0.3)
     content = path.read_bytes()
     assert {k: v.rows for k, v in first.items()} == dict(zip(('train', 'valid'), (p.rows for p in book.split(0.3))))
-    for share in (0.1, 0.9): assert {k: v.rows for k, v in split_once(book, path, share).items()} == {k: v.rows for k, v in first.items()}
+    for share in (0.1, 0.9):
+        assert {k: v.rows for k, v in split_once(book, path, share).items()} == {k: v.rows for k, v in first.items()}
     assert path.read_bytes() == content and list(path.parent.iterdir()) == [path]
     groups = {k: {v.group(i) for i in range(len(v))} for k, v in first.items()}
     assert not groups['train'] & groups['valid'] and len(groups['train'] | groups['valid']) == 40
@@ -39,9 +40,11 @@ def test_mistakes(tmp_path):
     book, path = Book(train=40, valid=0), tmp_path/'split.csv'
     split_once(book, path, 0.5)
     with pytest.raises(FileExistsError, match='a split is written once'): write_split({}, path)
-    with pytest.raises(ValueError, match='does not know 2 of the groups .10 rows., as'): read_split(Book(train=50, valid=0), path)
+    with pytest.raises(ValueError, match='does not know 2 of the groups .10 rows., as'):
+        read_split(Book(train=50, valid=0), path)
     train, _ = book.split(0.5)
-    with pytest.raises(ValueError, match='is in train and in valid'): write_split({'train': train, 'valid': train}, tmp_path/'x.csv')
+    with pytest.raises(ValueError, match='is in train and in valid'):
+        write_split({'train': train, 'valid': train}, tmp_path / 'x.csv')
     with pytest.raises(ValueError, match="a part is one of"): write_split({'dev': train}, tmp_path/'x.csv')
     for content in ('', 'a,b\n', 'group,part\nx,dev\n', 'group,part\nx\n'):
         path.write_text(content)

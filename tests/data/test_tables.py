@@ -71,22 +71,41 @@ def test_split_keeps_groups_together_and_rows_in_place(tmp_path):
 def test_sources_pickle(tmp_path):
     source = PairsFile(write(tmp_path, '.jsonl'), text_key='alt').split(0.3)[0]
     again = pickle.loads(pickle.dumps(source))
-    assert isinstance(again, Part) and [again.text(i) for i in range(len(again))] == [source.text(i) for i in range(len(source))]
+    assert isinstance(again, Part) and [again.text(i) for i in range(len(again))] == [
+        source.text(i) for i in range(len(source))
+    ]
 
 
 @pytest.mark.parametrize('ending', ['.jsonl', '.parquet'])
 def test_several_captions_for_an_image(tmp_path, ending):
-    rows = [dict(image=f'{i}.jpg', name={'en': f'apple {i}', 'de': f'Apfel {i}', 'fr': None if i == 1 else f'pomme {i}'}) for i in range(3)]
+    rows = [
+        dict(image=f'{i}.jpg', name={'en': f'apple {i}', 'de': f'Apfel {i}', 'fr': None if i == 1 else f'pomme {i}'})
+        for i in range(3)
+    ]
     path = write(tmp_path, ending, rows)
     every = PairsFile(path, text_key='name.*')
     assert [(every.text(i), every.kind(i), every.name(i), every.group(i)) for i in range(2)] == [
         ('Apfel 0', 'de', '0.jpg (de)', '0.jpg'), ('apple 0', 'en', '0.jpg (en)', '0.jpg')]
-    assert len(every) == 8 and [every.kind(i) for i in range(len(every))] == ['de', 'en', 'fr', 'de', 'en', 'de', 'en', 'fr']
+    assert len(every) == 8 and [every.kind(i) for i in range(len(every))] == [
+        'de',
+        'en',
+        'fr',
+        'de',
+        'en',
+        'de',
+        'en',
+        'fr',
+    ]
     some = PairsFile(path, text_key='name.fr,de')
     assert [some.text(i) for i in range(5)] == ['pomme 0', 'Apfel 0', 'Apfel 1', 'pomme 2', 'Apfel 2']
     one = PairsFile(path, text_key='name.en')
-    assert [one.text(i) for i in range(3)] == ['apple 0', 'apple 1', 'apple 2'] and one.kind(0) == '' and one.name(0) == '0.jpg'
-    with pytest.raises(ValueError, match="no column 'name.fr'; there are: image, name"): PairsFile(path, text_key='name.fr')
+    assert (
+        [one.text(i) for i in range(3)] == ['apple 0', 'apple 1', 'apple 2']
+        and one.kind(0) == ''
+        and one.name(0) == '0.jpg'
+    )
+    with pytest.raises(ValueError, match="no column 'name.fr'; there are: image, name"):
+        PairsFile(path, text_key='name.fr')
     with pytest.raises(ValueError, match="name is dict, not text"): PairsFile(path, text_key='name')
     assert [every.picture(i) for i in range(4)] == ['0.jpg']*3 + ['1.jpg']
     train, valid = every.split(0.5)
@@ -132,7 +151,8 @@ def test_bad_places_are_named(tmp_path):
     with pytest.raises(ValueError, match='is a folder'): PairsFile(tmp_path)
     path = write(tmp_path, '.parquet')
     with pytest.raises(ValueError, match="no column 'text'; there are: image, alt, section"): PairsFile(path)
-    with pytest.raises(FileNotFoundError, match='image_root .* is not a folder'): PairsFile(path, image_root=tmp_path/'no')
+    with pytest.raises(FileNotFoundError, match='image_root .* is not a folder'):
+        PairsFile(path, image_root=tmp_path / 'no')
 
 
 def test_a_source_has_to_be_written():

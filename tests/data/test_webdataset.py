@@ -62,8 +62,18 @@ def test_rows_are_those_of_webdataset(folder, scenes):
 
 
 def test_parts_of_a_sample(folder, tmp_path, scenes):
-    files = [('a/1.jpg', b'one'), ('a/1.txt', b'first'), ('a/1.json', b'{"album": 3, "caption": "other"}'), ('a/1.cls', b'7\n'),
-             ('./b/2.PNG', b'two'), ('./b/2.txt', 'é'.encode()), ('./b/2.json', b'{}'), ('b/.hidden', b''), ('c.seg.png', b'three'), ('c.txt', b'third')]
+    files = [
+        ('a/1.jpg', b'one'),
+        ('a/1.txt', b'first'),
+        ('a/1.json', b'{"album": 3, "caption": "other"}'),
+        ('a/1.cls', b'7\n'),
+        ('./b/2.PNG', b'two'),
+        ('./b/2.txt', 'é'.encode()),
+        ('./b/2.json', b'{}'),
+        ('b/.hidden', b''),
+        ('c.seg.png', b'three'),
+        ('c.txt', b'third'),
+    ]
     path = tarball(tmp_path/'x.tar', files)
     source = Shards(path, group_key='json:album')
     assert [source.text(i) for i in range(3)] == ['first', 'é', 'third'] and bytes(source.image(2).tolist()) == b'three'
@@ -143,11 +153,19 @@ def test_over_http_in_forked_workers_and_threads(server, scenes):
     _, url = server
     source = Shards(f'{url}/s-{{00..03}}.tar')
     tp = TextPipeline.learn([scenes.text(i) for i in range(N)], vocab_size=200, max_length=32)
-    data = PairData(source=source, batch_size=4, valid_share=0.5, text_pipeline=tp, vision_pipeline=VisionPipeline(size=32), on_error='raise')
+    data = PairData(
+        source=source,
+        batch_size=4,
+        valid_share=0.5,
+        text_pipeline=tp,
+        vision_pipeline=VisionPipeline(size=32),
+        on_error='raise',
+    )
     want = list(data.train_dataloader())
     for data.worker_type in ('processes', 'threads'):
         data.workers = 2
-        for a, b in zip(data.train_dataloader(), want, strict=True): assert a.pixels.equal(b.pixels) and a.index.equal(b.index)
+        for a, b in zip(data.train_dataloader(), want, strict=True):
+            assert a.pixels.equal(b.pixels) and a.index.equal(b.index)
 
 
 def test_a_server_without_ranges_is_found_out(server, scenes):
@@ -159,7 +177,9 @@ def test_a_server_without_ranges_is_found_out(server, scenes):
 
 @pytest.mark.parametrize('cut', [0, 100, 700, 1024, 3000, 4608, 5000, 9000])
 def test_cut_shards_are_named(tmp_path, cut):
-    path = tarball(tmp_path/'a.tar', [('a.jpg', b'x'*3000), ('a.txt', b'hello'), ('b.jpg', b'y'*5000), ('b.txt', b'hello')])
+    path = tarball(
+        tmp_path / 'a.tar', [('a.jpg', b'x' * 3000), ('a.txt', b'hello'), ('b.jpg', b'y' * 5000), ('b.txt', b'hello')]
+    )
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(ValueError, match='a.tar is (truncated|not a readable tar file)'): Shards(path)
 
@@ -168,7 +188,8 @@ def test_mistakes(tmp_path):
     with pytest.raises(FileNotFoundError, match='no shards match'): Shards(f'{tmp_path}/*.tar')
     with pytest.raises(FileNotFoundError, match='no such shard: .*gone-0.tar'): Shards(f'{tmp_path}/gone-{{0..3}}.tar')
     path = tarball(tmp_path/'a.tar', [('a.jpg', b'x'), ('a.json', b'[1]')])
-    with pytest.raises(ValueError, match='no sample has an image and txt; the first of 1: .*a.tar: a has no txt'): Shards(path)
+    with pytest.raises(ValueError, match='no sample has an image and txt; the first of 1: .*a.tar: a has no txt'):
+        Shards(path)
     with pytest.raises(ValueError, match='a: json is not a JSON object'): Shards(path, text_key='json:caption')
     with pytest.raises(ValueError, match='want text_key or label_key'): Shards(path, text_key=None)
     assert shard_urls('a-{1,3}{x..z}.tar') == [f'a-{n}{c}.tar' for n in '13' for c in 'xyz']

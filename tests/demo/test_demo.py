@@ -1,4 +1,5 @@
-"""The demo page through gradio_client and in a real browser: every endpoint, every tab, nothing from another host, no error in the console."""
+"""The demo page through gradio_client and in a real browser: every endpoint, every tab, nothing from another host,
+no error in the console."""
 import json
 import shutil
 import subprocess
@@ -29,10 +30,13 @@ def folder(tmp_path_factory):
     "An artifact of random weights and some files."
     d = tmp_path_factory.mktemp('demo')
     torch.manual_seed(0)
-    text = mm.TextTransformer(mm.TextPipeline.learn(['a red circle above a blue ring'] * 3, max_length=16), width=16, depth=1)
+    text = mm.TextTransformer(
+        mm.TextPipeline.learn(['a red circle above a blue ring'] * 3, max_length=16), width=16, depth=1
+    )
     mm.export(mm.DualEncoder(text, mm.ConvNet(mm.VisionPipeline(size=32)), dim=16).eval(), d/'tiny.pt')
     (d/'photos').mkdir()
-    for i, colour in enumerate(['red', 'green', 'blue', 'white']): Image.new('RGB', (60 + 20*i, 60), colour).save(d/'photos'/f'{colour}.png')
+    for i, colour in enumerate(['red', 'green', 'blue', 'white']):
+        Image.new('RGB', (60 + 20 * i, 60), colour).save(d / 'photos' / f'{colour}.png')
     Image.new('RGBA', (90, 60), (255, 0, 0, 90)).save(d/'photos'/'clear.png')
     (d/'photos'/'broken.jpg').write_bytes(b'not an image')
     return d
@@ -62,13 +66,20 @@ def test_search(page, client, folder):
     scenes, photos = panels.sets
     green = handle_file(str(folder/'photos'/'green.png'))
     found, rows, status = client.predict('', green, '', 3, photos, api_name='/search')
-    assert [r['name'] for r in rows][0] == 'green.png' and rows[0]['cosine'] == pytest.approx(1, abs=1e-5) and len(found) == 3 and ' ms' in status
+    assert (
+        [r['name'] for r in rows][0] == 'green.png'
+        and rows[0]['cosine'] == pytest.approx(1, abs=1e-5)
+        and len(found) == 3
+        and ' ms' in status
+    )
     _, rows, _ = client.predict('a red circle', None, '', 5, scenes, api_name='/search')
     want = panels.emb.encode_text(['a red circle']) @ panels.sets[scenes].vectors.T
     assert [r['row'] for r in rows] == want[0].topk(5).indices.tolist()
     both = client.predict('a red circle', green, '', 1, scenes, api_name='/search')[1]
     assert both[0]['cosine'] < 1 and client.predict('', None, '7', 1, scenes, api_name='/search')[1][0]['row'] == 7
-    _, rows, status = client.predict('', handle_file(str(folder/'photos'/'broken.jpg')), '', 3, photos, api_name='/search')
+    _, rows, status = client.predict(
+        '', handle_file(str(folder / 'photos' / 'broken.jpg')), '', 3, photos, api_name='/search'
+    )
     assert 'broken.jpg: not an image' in rows['error'] and 'mm-bad' in status and str(folder) not in status
     assert 'Type a text' in client.predict(' ', None, '', 3, photos, api_name='/search')[1]['error']
     assert 'no longer held' in client.predict('x', None, '', 3, 'upload 000000 (1)', api_name='/search')[1]['error']
@@ -78,9 +89,14 @@ def test_visitors_are_answered_in_one_batch(page, client):
     panels, _ = page
     scenes = next(iter(panels.sets))
     alone = client.predict('a blue ring', None, '', 4, scenes, api_name='/search')[1]
-    jobs = [client.submit(t, None, '', 4, scenes, api_name='/search') for t in ['a blue ring', '', 'a blue ring', 'a red circle']*3]
+    jobs = [
+        client.submit(t, None, '', 4, scenes, api_name='/search')
+        for t in ['a blue ring', '', 'a blue ring', 'a red circle'] * 3
+    ]
     found = [j.result(timeout=HANG)[1] for j in jobs]
-    assert all([r['row'] for r in found[i]] == [r['row'] for r in alone] for i in range(0, 12, 2)) and all('error' in found[i] for i in (1, 5, 9))
+    assert all([r['row'] for r in found[i]] == [r['row'] for r in alone] for i in range(0, 12, 2)) and all(
+        'error' in found[i] for i in (1, 5, 9)
+    )
 
 
 def test_match(client, folder, page):
@@ -90,7 +106,9 @@ def test_match(client, folder, page):
     want = emb.score(['a red circle', '<script>alert(1)</script>'], [red]).flatten()
     assert {r['label']: r['score'] for r in rows}['a red circle'] == pytest.approx(want[0].item(), abs=1e-4)
     assert sum(r['probability'] for r in rows) == pytest.approx(1, abs=1e-5) and '<script>' not in html
-    rows, _, html = client.predict('a red circle', [handle_file(red), handle_file(str(folder/'photos'/'broken.jpg'))], api_name='/match_images')
+    rows, _, html = client.predict(
+        'a red circle', [handle_file(red), handle_file(str(folder / 'photos' / 'broken.jpg'))], api_name='/match_images'
+    )
     assert rows[0]['label'] == 'red.png' and 'not an image' in rows[1]['error'] and 'mm-bad' in html
     rows, _, _ = client.predict(handle_file(red), 'red, blue', 'a {} circle\na {} ring', api_name='/classify')
     prompts = emb.encode_text(['a red circle', 'a red ring', 'a blue circle', 'a blue ring']).view(2, 2, -1).mean(1)
@@ -102,13 +120,17 @@ def test_match(client, folder, page):
 def test_inside(client, folder, page):
     rows, status, shown = client.predict(handle_file(str(folder/'photos'/'clear.png')), api_name='/inside_image')
     said = ' '.join(rows['warnings'])
-    assert 'transparent parts are drawn on white' in said and '33% of the picture is cut away' in said and len(shown) == 3
+    assert (
+        'transparent parts are drawn on white' in said and '33% of the picture is cut away' in said and len(shown) == 3
+    )
     seen = np.asarray(Image.open(shown[1]['image']).convert('RGB'))
     assert (torch.from_numpy(seen.copy()).permute(2, 0, 1) == page[0].emb.preprocess(folder/'photos'/'clear.png')).all()
     text = 'a red circle ' * 10
     rows, status, html = client.predict(text, api_name='/inside_text')
     ids = page[0].emb.tokenize([text]).ids[0].tolist()
-    assert [t['id'] for t in rows['tokens']] == ids and all(text.encode()[t['begin']:t['end']].decode() == t['piece'] for t in rows['tokens'])
+    assert [t['id'] for t in rows['tokens']] == ids and all(
+        text.encode()[t['begin'] : t['end']].decode() == t['piece'] for t in rows['tokens']
+    )
     assert 'The model reads 16 tokens' in rows['warnings'][0] and f'<s>{rows["rest"]}</s>' in html
 
 
@@ -116,12 +138,23 @@ def test_embeddings(client, folder, page):
     panels, _ = page
     photos = [*panels.sets][1]
     rows, _, svg, file = client.predict('a red circle', None, api_name='/embed')
-    assert np.allclose(np.load(file), panels.emb.encode_text(['a red circle'])[0], atol=1e-6) and len(rows['embedding']) == 16 and '<svg' in svg
+    assert (
+        np.allclose(np.load(file), panels.emb.encode_text(['a red circle'])[0], atol=1e-6)
+        and len(rows['embedding']) == 16
+        and '<svg' in svg
+    )
     assert 'either a text or an image' in client.predict('', None, api_name='/embed')[0]['error']
     saved = np.load(client.predict(photos, api_name='/download'))
-    assert saved['names'].tolist() == panels.sets[photos].names and np.allclose(saved['vectors'], panels.sets[photos].vectors)
+    assert saved['names'].tolist() == panels.sets[photos].names and np.allclose(
+        saved['vectors'], panels.sets[photos].vectors
+    )
     rows, status, heat, plane = client.predict(photos, api_name='/overview')
-    assert len(rows['at']) == 5 and '1 could not be read' in status and plane.count('<image') == 5 and heat.count('<td') == 25
+    assert (
+        len(rows['at']) == 5
+        and '1 could not be read' in status
+        and plane.count('<image') == 5
+        and heat.count('<td') == 25
+    )
 
 
 def test_own_pictures(client, folder, page):
@@ -135,9 +168,13 @@ def test_own_pictures(client, folder, page):
 
 def test_the_artifact_alone_answers(folder):
     "No training code, no other framework: in a process of its own."
-    program = ("import sys, mmembed as mm; from mmembed.demo.app import build_page; from mmembed.demo.panels import Panels; from mmembed.demo.pictures import embed_scenes\n"
-               f"emb = mm.load({str(folder/'tiny.pt')!r}); build(Panels(emb, [embed_scenes(emb, 4)]))\n"
-               "import json; print(json.dumps([m for m in ('lightning', 'transformers', 'open_clip', 'torchvision', 'matplotlib', 'mmembed.train.run', 'mmembed.models.dual', 'mmembed.train.datamodule') if m in sys.modules]))")
+    program = (
+        "import sys, mmembed as mm; from mmembed.demo.app import build_page; from mmembed.demo.panels import Panels; "
+        "from mmembed.demo.pictures import embed_scenes\n"
+        f"emb = mm.load({str(folder / 'tiny.pt')!r}); build(Panels(emb, [embed_scenes(emb, 4)]))\n"
+        "import json; print(json.dumps([m for m in ('lightning', 'transformers', 'open_clip', 'torchvision', "
+        "'matplotlib', 'mmembed.train.run', 'mmembed.models.dual', 'mmembed.train.datamodule') if m in sys.modules]))"
+    )
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1]) == [], done.stderr[-2000:] + done.stdout
 
@@ -153,7 +190,13 @@ def indexed(folder):
             Image.new('RGB', (900 + i, 600), colour).save(folder/f'large-{i}.png')
             table.write(f'large-{i}.png,a {colour} wall,{2000 + i}\n')
     emb = mm.load(folder/'tiny.pt')
-    panels = Panels(emb, [Indexed(Index.build(emb, str(folder/'large.csv'), folder/'index', columns=['year'])), embed_scenes(emb, 12)])
+    panels = Panels(
+        emb,
+        [
+            Indexed(Index.build(emb, str(folder / 'large.csv'), folder / 'index', columns=['year'])),
+            embed_scenes(emb, 12),
+        ],
+    )
     blocks, address = serve_page(panels, block=False)
     yield panels, address
     blocks.close()
@@ -169,14 +212,19 @@ def test_filter_and_words_of_an_index(indexed):
         assert 'error' in rows or [f['caption'].endswith(r['name']) for f, r in zip(found, rows, strict=True)]
         return rows, found
     rows, found = ask('a red circle', 'year > 2003', '')
-    assert {r['text'] for r in rows} == {'a black wall', 'a pink wall'} and all(f"{r['cosine']:.3f} · {r['text']} · {r['name']}" == f['caption'] for r, f in zip(rows, found))
+    assert {r['text'] for r in rows} == {'a black wall', 'a pink wall'} and all(
+        f"{r['cosine']:.3f} · {r['text']} · {r['name']}" == f['caption'] for r, f in zip(rows, found)
+    )
     assert rows[0]['cosine'] >= rows[1]['cosine'] and len(ask('a red circle', '', '')[0]) == 6
     rows, found = ask('', '', 'green')
-    assert [(r['text'], r['cosine']) for r in rows] == [('a green wall', None)] and found[0]['caption'] == 'a green wall · large-1.png'
+    assert [(r['text'], r['cosine']) for r in rows] == [('a green wall', None)] and found[0][
+        'caption'
+    ] == 'a green wall · large-1.png'
     rows, _ = ask('a red circle', 'year < 2002', 'wall')
     assert {r['text'] for r in rows} == {'a red wall', 'a green wall'} and all(-1 <= r['cosine'] <= 1 for r in rows)
     for where, why in (('year >', 'where'), ('nothing = 3', 'nothing')): assert why in ask('a', where, '')[0]['error']
-    for where, words in (('year > 1', ''), ('', 'circle')): assert '--index' in ask('a', where, words, scenes)[0]['error']
+    for where, words in (('year > 1', ''), ('', 'circle')):
+        assert '--index' in ask('a', where, words, scenes)[0]['error']
     file, said = panels.large(ask('', '', 'pink')[0][0], index)
     assert Image.open(file).size == (905, 600) and 'a pink wall' in said
     (panels.emb.path.parent/'large-4.png').unlink()  # then what the index holds of it is shown
@@ -212,7 +260,14 @@ def changing(folder, tmp_path):
                 table.write(f'{name}-{i}.png,a {colour} wall\n')
     emb = mm.load(folder/'tiny.pt')
     panels = Panels(emb, [Indexed(Index.build(emb, str(tmp_path/'old.csv'), tmp_path/'my.idx'))])
-    with ended(subprocess.Popen([sys.executable, '-c', WRITER, str(tmp_path/'my.idx')], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)) as other:
+    with ended(
+        subprocess.Popen(
+            [sys.executable, '-c', WRITER, str(tmp_path / 'my.idx')],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    ) as other:
         def begin(*call):
             other.stdin.write(json.dumps(call) + '\n')
             other.stdin.flush()
@@ -225,7 +280,8 @@ def found(panels, key, row='', text='a wall', words=''):
     return answer.rows if 'error' in answer.rows else {r['name']: r for r in answer.rows}
 
 
-def colour(panels, key, row): return Image.open(panels.large({'row': row['row'], 'name': row['name'], 'cosine': None}, key)[0]).getpixel((20, 20))
+def colour(panels, key, row):
+    return Image.open(panels.large({'row': row['row'], 'name': row['name'], 'cosine': None}, key)[0]).getpixel((20, 20))
 
 
 def test_the_page_follows_an_index_that_another_process_changes(changing):
@@ -234,26 +290,42 @@ def test_the_page_follows_an_index_that_another_process_changes(changing):
     assert set(before) == {'old-0.png', 'old-1.png', 'old-2.png'} and colour(panels, key, before['old-1.png'])[0] < 50
     assert begin('add', str(d/'new.csv'))() == 3
     rows = found(panels, key)
-    assert set(rows) == {*before, 'new-0.png', 'new-1.png', 'new-2.png'} and all(rows[n]['row'] == before[n]['row'] for n in before)
-    assert len({r['row'] for r in rows.values()}) == 6 and set(found(panels, key, rows['new-2.png']['row'])) == set(rows)
+    assert set(rows) == {*before, 'new-0.png', 'new-1.png', 'new-2.png'} and all(
+        rows[n]['row'] == before[n]['row'] for n in before
+    )
+    assert len({r['row'] for r in rows.values()}) == 6 and set(found(panels, key, rows['new-2.png']['row'])) == set(
+        rows
+    )
     Image.new('RGB', (60, 40), 'yellow').save(d/'old-1.png')
     assert begin('add', str(d/'old.csv'), [], 'replace')() == 3
-    assert found(panels, key)['old-1.png']['row'] == before['old-1.png']['row'] and colour(panels, key, before['old-1.png'])[0] > 200
+    assert (
+        found(panels, key)['old-1.png']['row'] == before['old-1.png']['row']
+        and colour(panels, key, before['old-1.png'])[0] > 200
+    )
 
     assert begin('delete', ['old-0.png', 'new-0.png'])() == 2
     gone = before['old-0.png']
     assert set(found(panels, key)) == {'old-1.png', 'old-2.png', 'new-1.png', 'new-2.png'}
-    with pytest.raises(ValueError, match='old-0.png has been deleted from index my.idx meanwhile'): panels.large(gone, key)
+    with pytest.raises(ValueError, match='old-0.png has been deleted from index my.idx meanwhile'):
+        panels.large(gone, key)
     assert found(panels, key, gone['row']) == {'error': 'old-0.png has been deleted from index my.idx meanwhile'}
     assert 'rows go from 0 to 5' in found(panels, key, 6)['error'] and 'no picture' in found(panels, key, -1)['error']
     answer, svg = panels.overview(key)
-    assert sorted(answer.rows['names']) == ['new-1.png', 'new-2.png', 'old-1.png', 'old-2.png'] and svg.count('<image') == 4 and '4 of 4 pictures' in answer.status
+    assert (
+        sorted(answer.rows['names']) == ['new-1.png', 'new-2.png', 'old-1.png', 'old-2.png']
+        and svg.count('<image') == 4
+        and '4 of 4 pictures' in answer.status
+    )
     saved = np.load(panels.download(key))
     assert sorted(saved['names'].tolist()) == sorted(answer.rows['names']) and saved['vectors'].shape == (4, 16)
     at = saved['names'].tolist().index('new-2.png')
     assert np.allclose(saved['vectors'][at], panels.emb.encode_image([d/'new-2.png'])[0], atol=1e-5)
     begin('delete', None, 'true')()
-    assert found(panels, key) == {} and 'no pictures to map' in panels.overview(key)[0].rows['error'] and len(np.load(panels.download(key))['names']) == 0
+    assert (
+        found(panels, key) == {}
+        and 'no pictures to map' in panels.overview(key)[0].rows['error']
+        and len(np.load(panels.download(key))['names']) == 0
+    )
 
 
 def test_questions_while_another_process_writes(changing):
@@ -271,7 +343,11 @@ def test_questions_while_another_process_writes(changing):
         assert len(np.load(panels.download(key))['names']) >= 3
         rounds += 1
     thread.join()
-    assert done == [None] and rounds and set(found(panels, key)) == {'old-0.png', 'old-1.png', 'old-2.png', *(f'{i}/new-1.png' for i in range(4))}
+    assert (
+        done == [None]
+        and rounds
+        and set(found(panels, key)) == {'old-0.png', 'old-1.png', 'old-2.png', *(f'{i}/new-1.png' for i in range(4))}
+    )
     kept = list(Path(panels.of(key)._thumbs.name).iterdir())
     assert len(kept) <= 4 * len(panels.of(key).names)  # of each row two versions, in two sizes
 
@@ -280,9 +356,17 @@ def test_an_index_of_another_artifact_is_refused(changing, folder):
     panels, key, _, d = changing
     from mmembed.retrieval.index import Index
     torch.manual_seed(1)
-    text = mm.TextTransformer(mm.TextPipeline.learn(['a red circle above a blue ring'] * 3, max_length=16), width=16, depth=1)
-    mm.export(mm.DualEncoder(text, mm.ConvNet(mm.VisionPipeline(size=32)), dim=16).eval(), d/'other.pt', fresh=False, cpp=False)
-    with pytest.raises(ValueError, match='cannot ask an index that artifact'): Indexed(Index(d/'my.idx', mm.load(d/'other.pt')))
+    text = mm.TextTransformer(
+        mm.TextPipeline.learn(['a red circle above a blue ring'] * 3, max_length=16), width=16, depth=1
+    )
+    mm.export(
+        mm.DualEncoder(text, mm.ConvNet(mm.VisionPipeline(size=32)), dim=16).eval(),
+        d / 'other.pt',
+        fresh=False,
+        cpp=False,
+    )
+    with pytest.raises(ValueError, match='cannot ask an index that artifact'):
+        Indexed(Index(d / 'my.idx', mm.load(d / 'other.pt')))
     Index.build(d/'other.pt', str(d/'old.csv'), d/'my.idx', overwrite=True)
     assert 'cannot ask an index that artifact' in found(panels, key)['error']
 
@@ -294,7 +378,9 @@ def test_a_picture_that_was_removed_is_left_out(folder, tmp_path):
     key = next(iter(panels.sets))
     (tmp_path/'red.png').unlink()
     answer = panels.search(['a wall'], [None], [''], [9], [key])[0]
-    assert [r['name'] for r in answer.rows] == ['blue.png'] and '1 of 2 pictures, 1 cannot be shown any more (' in answer.status
+    assert [r['name'] for r in answer.rows] == [
+        'blue.png'
+    ] and '1 of 2 pictures, 1 cannot be shown any more (' in answer.status
     answer, svg = panels.overview(key)
     assert answer.rows['names'] == ['blue.png'] and svg.count('<image') == 1
 
@@ -312,7 +398,11 @@ def test_a_folder_embeds_only_what_is_new(folder, tmp_path, monkeypatch):
         found = embed_folder(emb, tmp_path/'p')
         assert len(seen) == how_many
         want = embed_files(emb, sorted((tmp_path/'p').glob('*.*')))
-        assert found.names == want.names and torch.allclose(found.vectors, want.vectors, atol=1e-5) and found.failed == want.failed
+        assert (
+            found.names == want.names
+            and torch.allclose(found.vectors, want.vectors, atol=1e-5)
+            and found.failed == want.failed
+        )
         return found
     shutil.copytree(folder/'photos', tmp_path/'p')
     assert len(start(6)) == 5 and len(start(0)) == 5
@@ -341,7 +431,10 @@ def browser():
     sync = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
     if not shutil.which('chromium'): pytest.skip('no chromium: apt-get install chromium')
     with sync.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=shutil.which('chromium'), args=['--headless', '--no-sandbox', '--disable-gpu', '--disable-background-networking'])
+        b = p.chromium.launch(
+            executable_path=shutil.which('chromium'),
+            args=['--headless', '--no-sandbox', '--disable-gpu', '--disable-background-networking'],
+        )
         yield b
         b.close()
 
@@ -417,7 +510,11 @@ def test_an_index_in_a_browser(browser, indexed, width, theme):
     shown('#mm-large-image img').wait_for()
     tab.wait_for_function('document.querySelector("#mm-large-image img").naturalWidth === 902')
     box = shown('#mm-large-image img').bounding_box()
-    assert box['width'] > .8 * width and box['y'] + box['height'] <= 850 and 'a blue wall' in shown('.mm-told').first.inner_text()
+    assert (
+        box['width'] > 0.8 * width
+        and box['y'] + box['height'] <= 850
+        and 'a blue wall' in shown('.mm-told').first.inner_text()
+    )
     stands_out(tab)
     tab.keyboard.press('Escape')
     tab.locator('#mm-large').wait_for(state='hidden')
@@ -461,7 +558,10 @@ def test_in_a_browser(browser, page, folder, width, theme):
     fits()
     tab.get_by_role('button', name='More like this').click()
     tab.locator('#mm-large').wait_for(state='hidden')
-    tab.wait_for_function('name => document.querySelector(".mm-found .caption-label")?.textContent.trim().startsWith("1.000 · " + name)', arg=second[:20])
+    tab.wait_for_function(
+        'name => document.querySelector(".mm-found .caption-label")?.textContent.trim().startsWith("1.000 · " + name)',
+        arg=second[:20],
+    )
     if width < 640: tab.get_by_role('button', name='By an image, and more').click()
     shown('#mm-search img').wait_for()
     assert shown('textarea').first.input_value() == ''

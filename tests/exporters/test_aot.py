@@ -34,7 +34,10 @@ pytestmark = pytest.mark.skipif(bool(compiled.why_no_compiler()), reason=compile
 
 @functools.cache
 def package():
-    def build(path): compiled.save_package(assemble(tiny.model(), script=False), path, make_card(tiny.model(), 24), options=compiled.QUICK)
+    def build(path):
+        compiled.save_package(
+            assemble(tiny.model(), script=False), path, make_card(tiny.model(), 24), options=compiled.QUICK
+        )
     return built_once('tiny.pt2', build)
 
 
@@ -42,37 +45,70 @@ def test_every_host_answers_as_the_model():
     report = verify(package(), tiny.model(), cpp=host.build_host() if not host.why_no_host() else False).check()
     rows = {(r.stage, r.what): r for r in report.rows}
     for stage in ('compiled', 'fresh process', *(() if host.why_no_host() else ('c++',))):
-        assert rows[stage, 'token ids'].n > 1000 and rows[stage, 'pixels'].n > 10000 and rows[stage, 'text embedding'].n > 1000
-        assert rows[stage, 'token ids'].difference == rows[stage, 'pixels'].difference == rows[stage, 'image status'].difference == 0
+        assert (
+            rows[stage, 'token ids'].n > 1000
+            and rows[stage, 'pixels'].n > 10000
+            and rows[stage, 'text embedding'].n > 1000
+        )
+        assert (
+            rows[stage, 'token ids'].difference
+            == rows[stage, 'pixels'].difference
+            == rows[stage, 'image status'].difference
+            == 0
+        )
 
 
 def test_who_tokenizes():
-    "A few known words are one quick program's, other short texts the whole tokenizer's, many texts the scripted one's: ids are the model's either way."
+    """A few known words are one quick program's, other short texts the whole tokenizer's, many texts the scripted
+    one's: ids are the model's either way."""
     tp, m, asked = tiny.model().text_pipeline, load(package()).module, []
     run = m._run
     m._run = lambda name, *inputs: asked.append(name) or run(name, *inputs)
     rng, words = random.Random(0), 'a red blue circle square above Café . , \' é 一个 zz  \t'.split(' ')
-    few = [[' '.join(rng.choice(words[:6] if rng.random() < .7 else words) for _ in range(rng.randrange(20))) for _ in range(rng.choice([1, 2, 5]))] for _ in range(200)]
-    cases = {('known',): [['a red circle'], ['a red circle', 'a blue square', ''], ['a ' * 40]], ('known', 'tokenize'): [['Café'], ['a red zz', 'a'], ['\x00']],
-             ('tokenize',): [['a red circle ' * 50]], (): [['a red circle'] * 200, ['a red zz', 'Café'] * 200]}
+    few = [
+        [
+            ' '.join(rng.choice(words[:6] if rng.random() < 0.7 else words) for _ in range(rng.randrange(20)))
+            for _ in range(rng.choice([1, 2, 5]))
+        ]
+        for _ in range(200)
+    ]
+    cases = {
+        ('known',): [['a red circle'], ['a red circle', 'a blue square', ''], ['a ' * 40]],
+        ('known', 'tokenize'): [['Café'], ['a red zz', 'a'], ['\x00']],
+        ('tokenize',): [['a red circle ' * 50]],
+        (): [['a red circle'] * 200, ['a red zz', 'Café'] * 200],
+    }
     for expected, batches in [*cases.items(), (None, few)]:
         for texts in batches:
             asked.clear()
-            assert all(map(torch.equal, m.tokenize(*pack(texts)), tp(texts))) and (expected is None or tuple(asked) == expected), (texts[:3], asked)
+            assert all(map(torch.equal, m.tokenize(*pack(texts)), tp(texts))) and (
+                expected is None or tuple(asked) == expected
+            ), (texts[:3], asked)
 
 
 def test_int8_in_the_exported_graph():
     "`quantize='int8'` of a package: the products of the torch.export graph are int8 by int8."
     artifact = assemble(tiny.pair_model(), variant=Variant(quantize='int8'), script=False)
     if int8_steps() or not exact_products():  # no kernel here
-        with pytest.raises(ValueError, match='torch._int_mm, which has no kernel on this processor'): compiled.programs(artifact)
+        with pytest.raises(ValueError, match='torch._int_mm, which has no kernel on this processor'):
+            compiled.programs(artifact)
         return
-    with patch.object(compiled, 'export_program', lambda tp: None), patch.object(compiled, '_unsized', lambda p: p): made = compiled.programs(artifact)
+    with patch.object(compiled, 'export_program', lambda tp: None), patch.object(compiled, '_unsized', lambda p: p):
+        made = compiled.programs(artifact)
     count = [str(n.target) for n in made['pair'].graph.nodes].count('aten._int_mm.default')
-    assert list(made) == ['tokenize', 'known', 'pair'] and count == sum(isinstance(m, Int8Linear) for m in artifact.modules()) > 8
+    assert (
+        list(made) == ['tokenize', 'known', 'pair']
+        and count == sum(isinstance(m, Int8Linear) for m in artifact.modules()) > 8
+    )
 
 
-def dtypes(artifact): return {x.dtype for tower in (artifact.model.net.text, artifact.model.net.image) for x in [*tower.parameters(), *tower.buffers()] if x.is_floating_point()}
+def dtypes(artifact):
+    return {
+        x.dtype
+        for tower in (artifact.model.net.text, artifact.model.net.image)
+        for x in [*tower.parameters(), *tower.buffers()]
+        if x.is_floating_point()
+    }
 
 
 @pytest.mark.parametrize('cpu', ['', 'AVX2'])
@@ -80,12 +116,21 @@ def test_a_package_is_not_compiled_for_what_would_be_emulated(cpu, tmp_path):
     "bf16 for AVX2, or where the processor has no such instructions, becomes a program in float32; the card says so."
     class Enough(Exception): pass
     def seen(artifact): raise Enough(dtypes(artifact))
-    with patch.object(compiled, 'programs', seen), patch.object(compiled, 'multiplies', lambda kind: kind == 'fp32' or bool(cpu)):
+
+    with (
+        patch.object(compiled, 'programs', seen),
+        patch.object(compiled, 'multiplies', lambda kind: kind == 'fp32' or bool(cpu)),
+    ):
         card = make_card(tiny.model(), 24, variant={'precision': 'bf16'})
-        with pytest.raises(Enough) as found: compiled.save_package(assemble(tiny.model(), variant=Variant('bf16'), script=False), tmp_path/'m.pt2', card, cpu)
+        with pytest.raises(Enough) as found:
+            compiled.save_package(
+                assemble(tiny.model(), variant=Variant('bf16'), script=False), tmp_path / 'm.pt2', card, cpu
+            )
     assert found.value.args == ({torch.float32},)
-    with patch.object(compiled, 'multiplies', lambda kind: True): assert [compiled.computed_in('bf16', c) for c in ('', 'AVX512', 'AVX2')] == ['bf16', 'bf16', 'fp32']
-    with patch.object(compiled, 'multiplies', lambda kind: kind == 'fp32'): assert [compiled.computed_in(k) for k in ('fp32', 'bf16', 'fp16')] == ['fp32'] * 3
+    with patch.object(compiled, 'multiplies', lambda kind: True):
+        assert [compiled.computed_in('bf16', c) for c in ('', 'AVX512', 'AVX2')] == ['bf16', 'bf16', 'fp32']
+    with patch.object(compiled, 'multiplies', lambda kind: kind == 'fp32'):
+        assert [compiled.computed_in(k) for k in ('fp32', 'bf16', 'fp16')] == ['fp32'] * 3
 
 
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
@@ -106,11 +151,19 @@ def test_a_package_that_would_be_emulated_is_refused():
     other = card | {'compiled': card['compiled'] | {'multiplies': 'bf16'}, 'variant': {'precision': 'bf16'}}
     assert card['compiled']['multiplies'] == 'fp32' and load(package()).computes == 'fp32'
     with patch('mmembed.runtime.artifact.multiplies', lambda kind: kind == 'fp32'):
-        with pytest.raises(ValueError, match=r'was compiled to multiply in bf16, which this processor \(\w+\) would emulate: export it here, or take the .pt'): opened(package(), other)
+        with pytest.raises(
+            ValueError,
+            match=r'was compiled to multiply in bf16, which this processor \(\w+\) would emulate: export it here, or '
+                  r'take the .pt',
+        ):
+            opened(package(), other)
         old = other | {'compiled': {k: v for k, v in other['compiled'].items() if k != 'multiplies'}}
         with pytest.raises(ValueError, match='was compiled to multiply in bf16'): opened(package(), old)
         opened(package(), card | {'variant': {'precision': 'bf16'}})  # of half precision, compiled in float32
-    assert computes(card | {'variant': {'precision': 'bf16'}}) == 'fp32: compiled for a processor that does not multiply bf16'
+    assert (
+        computes(card | {'variant': {'precision': 'bf16'}})
+        == 'fp32: compiled for a processor that does not multiply bf16'
+    )
 
 
 def altered(path, program, old, new):
@@ -139,7 +192,10 @@ def test_what_is_altered_fails_and_is_named(tmp_path):
     other = weight.detach().clone()
     other[model.text_pipeline(['a']).ids[0, 0], 0] += 1
     found = failing(verify(altered(tmp_path/'weight.pt2', 'text', weight, other), model, fresh=False, cpp=False))
-    assert {('card', 'programs'), ('card', 'records'), ('compiled', 'text embedding')} <= found and ('compiled', 'image embedding') not in found
+    assert {('card', 'programs'), ('card', 'records'), ('compiled', 'text embedding')} <= found and (
+        'compiled',
+        'image embedding',
+    ) not in found
     table = model.text_pipeline.model.ids
     found = failing(verify(altered(tmp_path/'table.pt2', 'tokenize', table, table + 1), model, fresh=False, cpp=False))
     assert {('card', 'programs'), ('compiled', 'token ids')} <= found and ('compiled', 'image embedding') not in found
@@ -152,8 +208,11 @@ def test_what_is_altered_fails_and_is_named(tmp_path):
 def test_export_leaves_no_package_that_fails(tmp_path):
     def save(artifact, path, card, cpu): shutil.copy(package(), path)
     with patch('mmembed.exporters.aot.save_package', save):
-        assert export(tiny.model(), tmp_path/'m.pt2', fresh=False, cpp=False).ok and [p.name for p in tmp_path.iterdir()] == ['m.pt2']
-        with pytest.raises(VerifyError, match='n.pt2 fails verification: card, model'): export(tiny.model(seed=1), tmp_path/'n.pt2', fresh=False, cpp=False)
+        assert export(tiny.model(), tmp_path / 'm.pt2', fresh=False, cpp=False).ok and [
+            p.name for p in tmp_path.iterdir()
+        ] == ['m.pt2']
+        with pytest.raises(VerifyError, match='n.pt2 fails verification: card, model'):
+            export(tiny.model(seed=1), tmp_path / 'n.pt2', fresh=False, cpp=False)
     assert [p.name for p in tmp_path.iterdir()] == ['m.pt2']
 
 
@@ -171,26 +230,35 @@ def test_the_embedder_takes_either_file():
 
 def test_a_package_names_no_folder_of_this_machine():
     with zipfile.ZipFile(package()) as z: whole = b''.join(z.read(n) for n in z.namelist())
-    for folder in (os.path.dirname(os.path.dirname(torch.__file__)), os.path.expanduser('~') + '/', '/tmp/tmp'): assert folder.encode() not in whole
+    for folder in (os.path.dirname(os.path.dirname(torch.__file__)), os.path.expanduser('~') + '/', '/tmp/tmp'):
+        assert folder.encode() not in whole
 
 
 def test_what_cannot_be_compiled_or_loaded(tmp_path):
     with patch('shutil.which', lambda *a, **k: None), patch.dict(os.environ):
         os.environ.pop('CXX', None)
-        with pytest.raises(RuntimeError, match=r'a compiled package needs a C\+\+ compiler: apt install g\+\+'): export(tiny.model(), tmp_path/'x.pt2')
-    with pytest.raises(ValueError, match="cpu must be AVX2 or AVX512, got '486'"): export(tiny.model(), tmp_path/'x.pt2', cpu='486')
+        with pytest.raises(RuntimeError, match=r'a compiled package needs a C\+\+ compiler: apt install g\+\+'):
+            export(tiny.model(), tmp_path / 'x.pt2')
+    with pytest.raises(ValueError, match="cpu must be AVX2 or AVX512, got '486'"):
+        export(tiny.model(), tmp_path / 'x.pt2', cpu='486')
     with pytest.raises(ValueError, match='deterministic'): export(tiny.model(), tmp_path/'x.pt2', deterministic=4)
-    with pytest.raises(ValueError, match='compiled for the CPU, not for cuda'): opened(package(), read_card(package()), torch.device('cuda'))
+    with pytest.raises(ValueError, match='compiled for the CPU, not for cuda'):
+        opened(package(), read_card(package()), torch.device('cuda'))
     assert not list(tmp_path.iterdir()) and read_card(package())['compiled']['system'] == 'linux'
 
 
 def test_a_path_that_is_not_utf8_is_refused_before_anything_is_compiled(tmp_path):
     path = tmp_path/os.fsdecode(b'caf\xe9.pt2')
     with patch.object(compiled, 'programs', side_effect=AssertionError('compiled')):
-        with pytest.raises(ValueError, match=r"'\S+/caf\\udce9.pt2': torch writes a package only where the path is UTF-8"):
+        with pytest.raises(
+            ValueError, match=r"'\S+/caf\\udce9.pt2': torch writes a package only where the path is UTF-8"
+        ):
             compiled.save_package(assemble(tiny.model(), script=False), path, make_card(tiny.model(), 24))
-        with pytest.raises(ValueError, match=r"'\S+/caf\\udce9.pt2': torch writes a package only where the path is UTF-8"):
+        with pytest.raises(
+            ValueError, match=r"'\S+/caf\\udce9.pt2': torch writes a package only where the path is UTF-8"
+        ):
             export(tiny.model(), path, fresh=False, cpp=False)
         (folder := tmp_path/os.fsdecode(b'in\xff')).mkdir()
-        with pytest.raises(ValueError, match=r"in\\udcff/m.pt2': torch writes"): export(tiny.model(), folder/'m.pt2', fresh=False, cpp=False)
+        with pytest.raises(ValueError, match=r"in\\udcff/m.pt2': torch writes"):
+            export(tiny.model(), folder / 'm.pt2', fresh=False, cpp=False)
     assert sorted(p.name for p in tmp_path.rglob('*')) == [folder.name]

@@ -24,7 +24,16 @@ VALID = [t.decode() for t in cases.texts() if '\ufffd' not in t.decode(errors='r
 GOOD = [as_bytes(b) for b in cases.images().values()]
 
 
-CALLED = ['tokenize', 'encode_text', 'encode_text_bytes', 'probe', 'preprocess_image', 'encode_image', 'encode_pixels', 'score']
+CALLED = [
+    'tokenize',
+    'encode_text',
+    'encode_text_bytes',
+    'probe',
+    'preprocess_image',
+    'encode_image',
+    'encode_pixels',
+    'score',
+]
 
 
 @pytest.fixture(scope='module', params=FORMS)
@@ -45,7 +54,8 @@ def test_texts_are_the_models(artifact):
 
 @torch.no_grad()
 def test_strings_are_their_bytes(artifact):
-    for batch in batches(VALID, 5): assert torch.equal(artifact.encode_text(batch), artifact.encode_text_bytes(*pack(batch)))
+    for batch in batches(VALID, 5):
+        assert torch.equal(artifact.encode_text(batch), artifact.encode_text_bytes(*pack(batch)))
 
 
 @torch.no_grad()
@@ -108,7 +118,13 @@ def test_wrong_inputs_name_the_argument(artifact, message):
 
 
 def test_the_file_holds_no_paths_of_this_machine():
-    traces = {str(Path.cwd()), str(Path.home()), sys.prefix, str(Path(torch.__file__).parent), str(tiny.artifact().parent)} - {'/'}
+    traces = {
+        str(Path.cwd()),
+        str(Path.home()),
+        sys.prefix,
+        str(Path(torch.__file__).parent),
+        str(tiny.artifact().parent),
+    } - {'/'}
     with zipfile.ZipFile(tiny.artifact()) as z:
         assert not [n for n in z.namelist() if n.endswith('.debug_pkl')]
         for name in z.namelist():
@@ -118,10 +134,13 @@ def test_the_file_holds_no_paths_of_this_machine():
 
 def test_a_function_has_a_file_of_its_own():
     "torch's reader copies a whole file for each name that one branch of an `if` defines: long files are slow to load."
-    with zipfile.ZipFile(tiny.artifact()) as z: code = {n.partition('/code/')[2]: z.read(n) for n in z.namelist() if '/code/' in n}
+    with zipfile.ZipFile(tiny.artifact()) as z:
+        code = {n.partition('/code/')[2]: z.read(n) for n in z.namelist() if '/code/' in n}
     heads = {n: re.findall(rb'^(?:def|class) (\w+)', text, re.M) for n, text in code.items()}
     assert not [n for n, text in code.items() if re.search(rb'^def ', text, re.M) and len(heads[n]) > 1]
-    assert heads['__torch__/mmembed/vision/probe/scan_jpeg.py'] == [b'scan_jpeg'] and heads['__torch__/mmembed/vision/probe.py'] == [b'Header']
+    assert heads['__torch__/mmembed/vision/probe/scan_jpeg.py'] == [b'scan_jpeg'] and heads[
+        '__torch__/mmembed/vision/probe.py'
+    ] == [b'Header']
 
 
 def test_what_was_loaded_is_saved_again(tmp_path):
@@ -131,7 +150,8 @@ def test_what_was_loaded_is_saved_again(tmp_path):
             super().__init__()
             self.artifact = artifact
 
-        def forward(self, texts: list[str], images: list[torch.Tensor]) -> torch.Tensor: return self.artifact(texts, images)
+        def forward(self, texts: list[str], images: list[torch.Tensor]) -> torch.Tensor:
+            return self.artifact(texts, images)
 
     register_image_ops()
     loaded = quietly(torch.jit.load, str(tiny.artifact()))
@@ -161,9 +181,13 @@ with torch.no_grad():
     try: m.preprocess_image(torch.zeros(50, dtype=torch.uint8))
     except Exception as e: print(str(e).strip().splitlines()[-1])
 '''
-    run = subprocess.run([sys.executable, '-I', '-W', 'ignore', '-c', program, tiny.artifact(False)], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, '-I', '-W', 'ignore', '-c', program, tiny.artifact(False)], capture_output=True, text=True
+    )
     assert run.stdout.startswith('(1, 24) (1, 24)\n') and 'decoded RGB' in run.stdout, run
-    with_decoders = subprocess.run([sys.executable, '-I', '-W', 'ignore', '-c', program, tiny.artifact()], capture_output=True, text=True)
+    with_decoders = subprocess.run(
+        [sys.executable, '-I', '-W', 'ignore', '-c', program, tiny.artifact()], capture_output=True, text=True
+    )
     assert 'torchcodec_ns' in with_decoders.stderr
 
 
@@ -172,7 +196,14 @@ def test_bert_is_traced():
     from mmembed.models.towers import Bert
     tp, _ = tiny.pipelines()
     torch.manual_seed(0)
-    config = dict(model_type='bert', vocab_size=tp.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    config = dict(
+        model_type='bert',
+        vocab_size=tp.vocab_size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+    )
     model = tiny.model()
     model.text = Bert(tp, config).eval()
     loaded = in_form(assemble(model), 'loaded')

@@ -24,10 +24,17 @@ def test_two_exports_share_their_hashes(tmp_path):
 
 def test_what_decides_the_numbers_decides_the_hash():
     model = tiny.model()
-    def hashes(m, **kw): return {k: make_card(m, 24, **kw)[k] for k in ('content_hash', 'weights_sha256', 'preprocessing_sha256')}
+
+    def hashes(m, **kw):
+        return {k: make_card(m, 24, **kw)[k] for k in ('content_hash', 'weights_sha256', 'preprocessing_sha256')}
     base, seen = hashes(model), set()
-    variants = {'seed': tiny.model(1), 'weight': copy.deepcopy(model), 'scale': copy.deepcopy(model), 'pixels': copy.deepcopy(model),
-                'tokenizer': copy.deepcopy(model)}
+    variants = {
+        'seed': tiny.model(1),
+        'weight': copy.deepcopy(model),
+        'scale': copy.deepcopy(model),
+        'pixels': copy.deepcopy(model),
+        'tokenizer': copy.deepcopy(model),
+    }
     with torch.no_grad():
         variants['weight'].text_proj.weight[3, 3] += 1e-7
         variants['scale'].logit_scale += 0.01
@@ -41,7 +48,9 @@ def test_what_decides_the_numbers_decides_the_hash():
         h = hashes(m)
         assert h['content_hash'] not in seen | {base['content_hash']}, name
         assert (h['weights_sha256'] == base['weights_sha256']) == (name in ('pixels', 'tokenizer')), name
-        assert (h['preprocessing_sha256'] == base['preprocessing_sha256']) == (name not in ('pixels', 'tokenizer')), name
+        assert (h['preprocessing_sha256'] == base['preprocessing_sha256']) == (name not in ('pixels', 'tokenizer')), (
+            name
+        )
         seen.add(h['content_hash'])
     assert hashes(model, decode=False)['content_hash'] != base['content_hash']
     assert hashes(model, training={'metrics': {'recall@1': .5}}) == base
@@ -49,8 +58,11 @@ def test_what_decides_the_numbers_decides_the_hash():
 
 def test_the_card_says_what_it_must():
     card = read_card(tiny.artifact())
-    needed = ('format_version kind dim dtype normalized logit_scale logit_bias max_length vocab_size image_size pixels tokenizer '
-              'preprocessing_sha256 weights_sha256 tensors_sha256 content_hash short_hash versions training parameters decode')
+    needed = (
+        'format_version kind dim dtype normalized logit_scale logit_bias max_length vocab_size image_size pixels '
+        'tokenizer '
+        'preprocessing_sha256 weights_sha256 tensors_sha256 content_hash short_hash versions training parameters decode'
+    )
     assert set(needed.split()) <= set(card)
     model = tiny.model()
     assert card['pixels'] == json.loads(json.dumps(model.vision_pipeline.spec()))
@@ -62,18 +74,30 @@ def test_the_card_says_what_it_must():
 def test_a_large_vocabulary_is_not_in_the_card():
     tokenizer = {'vocab': {f'token{i}': i for i in range(30000)}, 'lower': True}
     short = abridged({'tokenizer': tokenizer})
-    assert len(json.dumps(short)) < 200 and short['tokenizer']['lower'] is True and short['tokenizer']['vocab']['count'] == 30000
+    assert (
+        len(json.dumps(short)) < 200
+        and short['tokenizer']['lower'] is True
+        and short['tokenizer']['vocab']['count'] == 30000
+    )
     tokenizer['vocab']['token7'] = 8
     assert abridged({'tokenizer': tokenizer}) != short
 
 
 def test_training_record_holds_no_examples_and_no_paths(tmp_path):
-    record = {'config': {'data': {'path': str(tmp_path/'pairs.csv')}, 'home': '~/x', 'lr': 1e-3}, 'metrics': {'loss': float('inf'), 'recall@1': torch.tensor(.5)}}
+    record = {
+        'config': {'data': {'path': str(tmp_path / 'pairs.csv')}, 'home': '~/x', 'lr': 1e-3},
+        'metrics': {'loss': float('inf'), 'recall@1': torch.tensor(0.5)},
+    }
     card = make_card(tiny.model(), 24, training=record)
-    assert card['training'] == {'config': {'data': {'path': 'pairs.csv'}, 'home': 'x', 'lr': 1e-3}, 'metrics': {'loss': None, 'recall@1': .5}}
+    assert card['training'] == {
+        'config': {'data': {'path': 'pairs.csv'}, 'home': 'x', 'lr': 1e-3},
+        'metrics': {'loss': None, 'recall@1': 0.5},
+    }
     assert str(tmp_path) not in canonical_json(card)
-    with pytest.raises(ValueError, match="'captions'.*never examples"): make_card(tiny.model(), 24, training={'captions': ['a']})
-    with pytest.raises(TypeError, match='training.config.f is function'): make_card(tiny.model(), 24, training={'config': {'f': lambda: 0}})
+    with pytest.raises(ValueError, match="'captions'.*never examples"):
+        make_card(tiny.model(), 24, training={'captions': ['a']})
+    with pytest.raises(TypeError, match='training.config.f is function'):
+        make_card(tiny.model(), 24, training={'config': {'f': lambda: 0}})
 
 
 def test_every_truncation_is_one_clear_error(tmp_path):
@@ -90,13 +114,24 @@ def test_other_files(tmp_path):
     refused(b'hello', 'not an mmembed artifact')
     torch.save({'a': 1}, tmp_path/'x.pt')
     with pytest.raises(ValueError, match='no identity card'): read_card(tmp_path/'x.pt')
-    for card, match in (('{"format_version": 99}', 'upgrade mmembed'), ('not json', 'not an mmembed artifact'), ('[]', 'no identity card')):
+    for card, match in (
+        ('{"format_version": 99}', 'upgrade mmembed'),
+        ('not json', 'not an mmembed artifact'),
+        ('[]', 'no identity card'),
+    ):
         with zipfile.ZipFile(tmp_path/'x.pt', 'w') as z: z.writestr('archive/extra/card.json', card)
         with pytest.raises(ValueError, match=match): read_card(tmp_path/'x.pt')
     whole = read_card(tiny.artifact())
-    odd = [('{}', 'x.pt is not an mmembed artifact: its card is not an mmembed card'), ('{"format": 1}', 'not an mmembed card'), ('{"format": "mmembed"}', 'format_version is missing'),
-           (json.dumps(whole | {'dim': '24'}), "damaged: dim is '24'"), (json.dumps({k: v for k, v in whole.items() if k != 'decode'}), 'damaged: decode is missing'),
-           (json.dumps(whole | {'format_version': 'two'}), "format_version is 'two'"), ('[' * 100_000, 'not an mmembed artifact'), ('9' * 5000, 'not an mmembed artifact')]
+    odd = [
+        ('{}', 'x.pt is not an mmembed artifact: its card is not an mmembed card'),
+        ('{"format": 1}', 'not an mmembed card'),
+        ('{"format": "mmembed"}', 'format_version is missing'),
+        (json.dumps(whole | {'dim': '24'}), "damaged: dim is '24'"),
+        (json.dumps({k: v for k, v in whole.items() if k != 'decode'}), 'damaged: decode is missing'),
+        (json.dumps(whole | {'format_version': 'two'}), "format_version is 'two'"),
+        ('[' * 100_000, 'not an mmembed artifact'),
+        ('9' * 5000, 'not an mmembed artifact'),
+    ]
     for card, match in odd:
         with zipfile.ZipFile(tmp_path/'x.pt', 'w') as z: z.writestr('archive/extra/card.json', card)
         with pytest.raises(ValueError, match=match): read_card(tmp_path/'x.pt')
@@ -106,7 +141,12 @@ def test_other_files(tmp_path):
 
 def test_tensor_hash_sees_names_types_and_shapes():
     x = torch.arange(6.)
-    hashes = [sha256(d) for d in ({'x': x}, {'y': x}, {'x': x.double()}, {'x': x.view(2, 3)}, {'x': x + 1}, {}, {'x': x, 'y': x})]
+    hashes = [
+        sha256(d)
+        for d in ({'x': x}, {'y': x}, {'x': x.double()}, {'x': x.view(2, 3)}, {'x': x + 1}, {}, {'x': x, 'y': x})
+    ]
     assert len(set(hashes)) == len(hashes)
     assert sha256({'x': x.view(2, 3).T}) == sha256({'x': x.view(2, 3).T.contiguous()})
-    assert sha256({'x': torch.ones(3, dtype=torch.bfloat16), 's': torch.tensor(1)}) == sha256({'s': torch.tensor(1), 'x': torch.ones(3, dtype=torch.bfloat16)})
+    assert sha256({'x': torch.ones(3, dtype=torch.bfloat16), 's': torch.tensor(1)}) == sha256(
+        {'s': torch.tensor(1), 'x': torch.ones(3, dtype=torch.bfloat16)}
+    )

@@ -1,4 +1,5 @@
-"Convolutions in int8: the sums are exact on every kind of processor, the networks answer as in float32, and what does not gain stays as it is."
+"""Convolutions in int8: the sums are exact on every kind of processor, the networks answer as in float32, and what
+does not gain stays as it is."""
 import copy
 
 import pytest
@@ -21,8 +22,21 @@ from mmembed.vision.pipeline import VisionPipeline
 from tests.helpers import on_avx2
 from tests.exporters import tiny
 
-SHAPES = [(3, 32, 7, 2, 3, 1, 64), (3, 16, 3, 2, 1, 1, 33), (4, 16, 3, 1, 1, 1, 17), (6, 8, 3, 1, 0, 1, 15), (16, 32, 1, 1, 0, 1, 14), (17, 33, 3, 1, 1, 1, 14), (64, 64, 3, 1, 1, 1, 28),
-          (96, 96, 7, 1, 3, 96, 14), (40, 40, 3, 2, 1, 40, 15), (5, 7, 5, 1, 2, 1, 9), (512, 64, 1, 1, 0, 1, 7), (100, 50, 3, 2, 1, 1, 13), (128, 256, 3, 1, 1, 1, 7)]
+SHAPES = [
+    (3, 32, 7, 2, 3, 1, 64),
+    (3, 16, 3, 2, 1, 1, 33),
+    (4, 16, 3, 1, 1, 1, 17),
+    (6, 8, 3, 1, 0, 1, 15),
+    (16, 32, 1, 1, 0, 1, 14),
+    (17, 33, 3, 1, 1, 1, 14),
+    (64, 64, 3, 1, 1, 1, 28),
+    (96, 96, 7, 1, 3, 96, 14),
+    (40, 40, 3, 2, 1, 40, 15),
+    (5, 7, 5, 1, 2, 1, 9),
+    (512, 64, 1, 1, 0, 1, 7),
+    (100, 50, 3, 2, 1, 1, 13),
+    (128, 256, 3, 1, 1, 1, 7),
+]
 
 
 def furthest_off():
@@ -39,7 +53,8 @@ def furthest_off():
             x[:, :, ::2] = 254
             weight = made.weight.double() * made.step.double()[:, None, None, None]
             want = F.conv2d((x.double() - zero) * .01, weight, layer.bias.double(), s, p, 1, g)
-            for y in made(x), (made.pack(), made(x))[1]: worst = max(worst, float((y - want).abs().max() / want.abs().max()))
+            for y in made(x), (made.pack(), made(x))[1]:
+                worst = max(worst, float((y - want).abs().max() / want.abs().max()))
     return worst
 
 
@@ -72,7 +87,11 @@ def model(name='resnet18'):
     return DualEncoder(tiny.model().text, tower, dim=24).eval()
 
 
-def images(n=3): return [torch.randint(0, 256, (3, 80, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(i)) for i in range(n)]
+def images(n=3):
+    return [
+        torch.randint(0, 256, (3, 80, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+        for i in range(n)
+    ]
 
 
 def answered(path):
@@ -92,7 +111,8 @@ def test_a_file_is_verified_and_multiplies_bytes(made):
 
 
 def test_one_file_has_one_answer_on_avx2(made, elsewhere):
-    "Sums of pairs saturate there at 16 bits, without a word, with weights of all eight bits: an error of 8 % in a 1 × 1 layer."
+    """Sums of pairs saturate there at 16 bits, without a word, with weights of all eight bits: an error of 8 % in a
+    1 × 1 layer."""
     off, verified, x, int8, float32 = elsewhere
     assert off < 1e-5 and verified and int8 and not float32
     torch.testing.assert_close(torch.tensor(x), torch.tensor(answered(made[1])[0]), atol=SAME['int8'] / 2, rtol=0)
@@ -109,7 +129,17 @@ def test_no_pair_of_neighbours_exceeds_sixteen_bits():
 
 
 @pytest.mark.parametrize('script', [False, True])
-@pytest.mark.parametrize('name, least', [('resnet18', 20), ('resnet50', 53), ('mobilenet_v2', 52), ('squeezenet1_1', 25), ('mobilenet_v3_small', 20), ('densenet121', 100)])
+@pytest.mark.parametrize(
+    'name, least',
+    [
+        ('resnet18', 20),
+        ('resnet50', 53),
+        ('mobilenet_v2', 52),
+        ('squeezenet1_1', 25),
+        ('mobilenet_v3_small', 20),
+        ('densenet121', 100),
+    ],
+)
 def test_networks_answer_as_in_float32(name, least, script):
     net = model(name).image.net.requires_grad_(False)
     x = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -120,7 +150,8 @@ def test_networks_answer_as_in_float32(name, least, script):
     with torch.no_grad():
         want, before = net(x), made(x)
         assert float((1 - F.cosine_similarity(before, want)).max()) < 2e-3
-        torch.testing.assert_close(made(x[:1]), before[:1], atol=0 if least == of else 1e-2, rtol=0)  # float32 sums depend on the batch
+        # float32 sums depend on the batch
+        torch.testing.assert_close(made(x[:1]), before[:1], atol=0 if least == of else 1e-2, rtol=0)
         prepack(made) if script else [m.pack() for m in made.modules() if hasattr(m, 'pack')]
         assert made(x).equal(before)
 
@@ -129,7 +160,12 @@ def test_what_is_added_is_not_written_into_where_it_is_used_again():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.c, self.drop = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Dropout()
+            self.a, self.b, self.c, self.drop = (
+                nn.Conv2d(8, 8, 1),
+                nn.Conv2d(8, 8, 3, padding=1),
+                nn.Conv2d(8, 8, 1),
+                nn.Dropout(),
+            )
         def forward(self, x):
             x = F.relu(self.a(x))
             y = self.drop(x)
@@ -142,11 +178,20 @@ def test_what_is_added_is_not_written_into_where_it_is_used_again():
     torch.testing.assert_close(made(x), net(x), atol=.05, rtol=0)
 
 
-@pytest.mark.parametrize('pool', [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 2, ceil_mode=True), nn.MaxPool2d((2, 3), (2, 1), (1, 0)), nn.MaxPool2d(2, ceil_mode=True, padding=1)])
+@pytest.mark.parametrize(
+    'pool',
+    [
+        nn.MaxPool2d(3, 2, 1),
+        nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.MaxPool2d((2, 3), (2, 1), (1, 0)),
+        nn.MaxPool2d(2, ceil_mode=True, padding=1),
+    ],
+)
 def test_the_largest_byte_of_windows(pool):
     for side in (7, 9), (30, 33), (112, 5):
         x = torch.randint(0, 256, (2, 5, *side)).to(torch.uint8)
-        for made in Largest(pool), quietly(torch.jit.script, Largest(pool)): assert made(x).float().equal(pool(x.float())), side
+        for made in Largest(pool), quietly(torch.jit.script, Largest(pool)):
+            assert made(x).float().equal(pool(x.float())), side
 
 
 def test_a_graph_answers_like_the_file(tmp_path):
@@ -158,8 +203,11 @@ def test_a_graph_answers_like_the_file(tmp_path):
 
 def test_what_stands_alone_stays_float32_and_is_told(tmp_path):
     m = model('convnext_tiny')
-    with pytest.warns(UserWarning, match='22 convolutions of the image tower stay float32: they stand alone'): artifact = assemble(m, variant=Variant(quantize='int8'))
-    assert not any(type(x).__name__ == 'Int8Conv' or getattr(x, 'original_name', '') == 'Int8Conv' for x in artifact.modules())
+    with pytest.warns(UserWarning, match='22 convolutions of the image tower stay float32: they stand alone'):
+        artifact = assemble(m, variant=Variant(quantize='int8'))
+    assert not any(
+        type(x).__name__ == 'Int8Conv' or getattr(x, 'original_name', '') == 'Int8Conv' for x in artifact.modules()
+    )
 
 
 def test_what_loses_its_cosine_stays_float32():
@@ -173,11 +221,16 @@ def test_what_loses_its_cosine_stays_float32():
 
 def test_images_for_the_ranges(tmp_path):
     m = model()
-    ours, theirs = (prepared(m, Variant(quantize='int8'), calibrate=c, decode=False).model.image.state_dict() for c in ((), images()))
+    ours, theirs = (
+        prepared(m, Variant(quantize='int8'), calibrate=c, decode=False).model.image.state_dict()
+        for c in ((), images())
+    )
     assert any(not torch.equal(ours[k], theirs[k]) for k in ours if k.endswith('bias'))
     assert export(m, tmp_path/'m.pt', quantize='int8', calibrate=images(), fresh=False, cpp=False).ok
-    with pytest.raises(ValueError, match="calibrate: images for quantize='int8', which was not asked for"): export(m, tmp_path/'n.pt', calibrate=images())
-    with pytest.raises(ValueError, match=r'calibrate\[1\]: '): export(m, tmp_path/'n.pt', quantize='int8', calibrate=[images()[0], b'not an image'])
+    with pytest.raises(ValueError, match="calibrate: images for quantize='int8', which was not asked for"):
+        export(m, tmp_path / 'n.pt', calibrate=images())
+    with pytest.raises(ValueError, match=r'calibrate\[1\]: '):
+        export(m, tmp_path / 'n.pt', quantize='int8', calibrate=[images()[0], b'not an image'])
 
 
 def test_the_images_of_a_folder_are_those_that_other_commands_see(tmp_path):

@@ -233,7 +233,9 @@ def test_what_torchs_writer_cannot_write_is_an_error_afterwards(tmp_path):
 
 
 def test_an_error_of_ours_while_torch_writes_is_that_error(tmp_path, monkeypatch):
-    "torch's writer ends its archive as it goes; the file is closed by then, and an exception there would end the process."
+    """torch's writer ends its archive as it goes.
+
+    The file is closed by then, and an exception there would end the process."""
     module = importlib.import_module('mmembed.exporters.artifact')
     real = module.records_of
     def cut_off(*args, **kwargs):
@@ -250,7 +252,9 @@ def test_records_in_one_buffer_are_those_of_the_archive(tmp_path):
     path = tmp_path/'m.pt'
     save(quietly(torch.jit.script, nn.Sequential(nn.Linear(700, 700), nn.Linear(700, 3))), path, '{}')
     want = dict(records_of(path))
-    assert {name: bytes(record) for name, record in records_of(path, reuse=True)} == want and max(map(len, want.values())) > 1 << 20
+    assert {name: bytes(record) for name, record in records_of(path, reuse=True)} == want and max(
+        map(len, want.values())
+    ) > 1 << 20
     assert records_hash(records_of(path, reuse=True)) == records_hash(want.items())
     data = bytearray(path.read_bytes())
     data[data.index(want['data/0' if 'data/0' in want else 'constants/0'][:64]) + 7] ^= 1

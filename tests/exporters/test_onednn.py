@@ -26,7 +26,14 @@ LAYERS = {
     'patches': (nn.Conv2d(3, 8, 16, 16), torch.randn(2, 3, 50, 64))}
 
 
-def made(layer): return Linear(layer) if isinstance(layer, nn.Linear) else Patches(layer) if layer.kernel_size == (16, 16) else Conv(layer)
+def made(layer):
+    return (
+        Linear(layer)
+        if isinstance(layer, nn.Linear)
+        else Patches(layer)
+        if layer.kernel_size == (16, 16)
+        else Conv(layer)
+    )
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
@@ -77,9 +84,20 @@ def said_by_onednn(capfd, f, *args):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_packed_weights_have_the_order_of_the_shapes_that_come(dtype, capfd, one_thread):
-    """oneDNN chooses the order by the shape of the picture; weights in another are reordered at every call, which took ten times what ResNet-50 takes.
+    """oneDNN chooses the order by the shape of the picture; weights in another are reordered at every call, which
+    took ten times what ResNet-50 takes.
     With several threads the order of float32 weights depends on the number of rows as well."""
-    tower = nn.Sequential(nn.Conv2d(3, 256, 1), nn.Conv2d(256, 512, 1, 2), nn.Conv2d(512, 1024, 1), nn.Conv2d(1024, 512, 1), nn.Conv2d(512, 576, 1)).eval().requires_grad_(False)
+    tower = (
+        nn.Sequential(
+            nn.Conv2d(3, 256, 1),
+            nn.Conv2d(256, 512, 1, 2),
+            nn.Conv2d(512, 1024, 1),
+            nn.Conv2d(1024, 512, 1),
+            nn.Conv2d(512, 576, 1),
+        )
+        .eval()
+        .requires_grad_(False)
+    )
     ours = quietly(torch.jit.script, quick(tower, torch.zeros(1, 3, 28, 28)).to(dtype))
     assert prepack(ours) == 5
     plain = said_by_onednn(capfd, tower.to(dtype), torch.randn(1, 3, 28, 28, dtype=dtype))
@@ -95,7 +113,8 @@ def test_packed_weights_have_the_order_of_the_shapes_that_come(dtype, capfd, one
 
 
 def test_no_weights_are_copied_for_rows():
-    "The product of the attention's input is one of two axes: of three, torch copied its bfloat16 weights for every row."
+    """The product of the attention's input is one of two axes: of three, torch copied its bfloat16 weights for every
+    row."""
     from mmembed.models.open_clip import open_clip_towers
     text = open_clip_towers('ViT-B-32').text.eval().requires_grad_(False)
     tokens = text.pipeline(['a photo of a cat', 'two dogs'])
@@ -109,8 +128,11 @@ def test_no_weights_are_copied_for_rows():
 
 def test_a_portable_file_calls_no_onednn(monkeypatch):
     def calls(portable):
-        with zipfile.ZipFile(tiny.portable() if portable else tiny.artifact()) as z: return any(b'mkldnn' in z.read(n) for n in z.namelist() if n.endswith('.py'))
+        with zipfile.ZipFile(tiny.portable() if portable else tiny.artifact()) as z:
+            return any(b'mkldnn' in z.read(n) for n in z.namelist() if n.endswith('.py'))
     assert [calls(True), calls(False)] == [False, True]
-    def elsewhere(*args, **kwargs): raise RuntimeError("Unknown builtin op: mkldnn::_linear_pointwise.\nCould not find any similar ops")
+
+    def elsewhere(*args, **kwargs):
+        raise RuntimeError("Unknown builtin op: mkldnn::_linear_pointwise.\nCould not find any similar ops")
     monkeypatch.setattr(torch.jit, 'load', elsewhere)
     with pytest.raises(ValueError, match='export it with portable=True'): load(tiny.artifact())

@@ -1,4 +1,5 @@
-"What is computed by which kernel on another kind of processor: one process that is held to AVX2 answers all questions, and a second one the same."
+"""What is computed by which kernel on another kind of processor: one process that is held to AVX2 answers all
+questions, and a second one the same."""
 import hashlib
 
 import pytest
@@ -69,7 +70,10 @@ print(json.dumps(told))
 def called(f, x):
     "The matrix products that `f` calls, by name."
     with torch.no_grad(), torch.profiler.profile() as p: f(x)
-    return sorted({e.key for e in p.key_averages()} & {'onednn::qlinear_pointwise', 'aten::_int_mm', 'mkldnn::_linear_pointwise', 'aten::addmm', 'aten::linear'})
+    return sorted(
+        {e.key for e in p.key_averages()}
+        & {'onednn::qlinear_pointwise', 'aten::_int_mm', 'mkldnn::_linear_pointwise', 'aten::addmm', 'aten::linear'}
+    )
 
 
 @pytest.fixture(scope='module')
@@ -90,15 +94,25 @@ def test_int8_multiplies_by_onednn_where_torch_has_no_kernel(small):
 
 
 def test_a_portable_int8_file_computes_in_float32_where_torch_has_no_kernel(small):
-    "torch's product of int8 is a plain loop there, 68 times as slow as float32; the weights are converted once, in `verify` too."
+    """torch's product of int8 is a plain loop there, 68 times as slow as float32.
+
+    The weights are converted once, in `verify` too."""
     assert small['verified portable int8'] and 'aten::_int_mm' not in small['portable int8']['calls']
-    assert small['portable int8']['computes'] == 'fp32: torch has no int8 kernel for this processor (AVX2), and a portable file calls no oneDNN'
+    assert (
+        small['portable int8']['computes']
+        == 'fp32: torch has no int8 kernel for this processor (AVX2), and a portable file calls no oneDNN'
+    )
     layer = quietly(torch.jit.script, Int8Linear(torch.nn.Linear(64, 32), portable=True).eval())
     x = torch.randn(8, 64)
     before = layer(x)
     layer.widen(), layer.widen()
     torch.testing.assert_close(layer(x), before, atol=SAME['int8'], rtol=0)
-    assert 'aten::_int_mm' not in called(layer, x) and not layer.weight.numel() and prepack(layer) in (0, 1) and not layer.packed.numel()
+    assert (
+        'aten::_int_mm' not in called(layer, x)
+        and not layer.weight.numel()
+        and prepack(layer) in (0, 1)
+        and not layer.packed.numel()
+    )
 
 
 def test_either_kernel_is_within_the_bound(small): assert small['kernels differ'] < SAME['fp32']
@@ -124,7 +138,9 @@ def test_ids_are_those_of_this_processor(small):
 def test_half_precision_computes_in_float32_where_it_is_emulated(small):
     assert small['bf16']['types'] == ['torch.float32'] and small['bf16']['calls'] == small['fp32']['calls']
     assert small['bf16']['computes'] == 'fp32: this processor (AVX2) does not multiply bf16'
-    assert small['fp32']['computes'] == 'fp32' and small['int8']['computes'] == 'int8, inputs of 7 bits by oneDNN (AVX2)'
+    assert (
+        small['fp32']['computes'] == 'fp32' and small['int8']['computes'] == 'int8, inputs of 7 bits by oneDNN (AVX2)'
+    )
 
 
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
@@ -136,7 +152,9 @@ def test_a_traced_tower_is_widened_with_what_tracing_wrote_down(precision, tmp_p
         monkeypatch.setattr('mmembed.runtime.artifact.multiplies', lambda p: own)
         emb = load(tmp_path/'m.pt')
         answers[own] = emb.encode_text(texts)
-        assert {p.dtype for p in emb.module.model.net.text.parameters() if p.numel()} == {torch.float32 if not own else DTYPES[precision]}
+        assert {p.dtype for p in emb.module.model.net.text.parameters() if p.numel()} == {
+            torch.float32 if not own else DTYPES[precision]
+        }
         assert emb.computes.startswith('fp32: ') is not own
     bound = SAME[precision]
     torch.testing.assert_close(answers[True], answers[False], atol=bound, rtol=bound)
@@ -148,7 +166,8 @@ def test_int8_calls_one_kernel_here():
     scripted = quietly(torch.jit.script, layer)
     plain = scripted(x)
     for f in layer, scripted: assert want in called(f, x)  # beside the question which it is
-    packed = 'aten::_int_mm' if torch.ops.mkldnn._is_mkldnn_acl_supported() else 'onednn::qlinear_pointwise'  # in order once, the same numbers
+    # in order once, the same numbers
+    packed = 'aten::_int_mm' if torch.ops.mkldnn._is_mkldnn_acl_supported() else 'onednn::qlinear_pointwise'
     assert prepack(scripted) == 1 and scripted(x).equal(plain) and called(scripted, x) == [packed]
     portable = quietly(torch.jit.script, Int8Linear(torch.nn.Linear(64, 32), portable=True).eval())
     assert 'onednn' not in portable.choose.code and called(portable, x) == ['aten::_int_mm']
@@ -183,7 +202,9 @@ print(json.dumps(told))
 
 @pytest.mark.weekly
 def test_a_processor_that_has_no_more_multiplies_exactly(tmp_path):
-    "By 7 bits with oneDNN, by the grid of convolutions, and by the types of the ONNX graphs; the other way each saturates there, which shows that the limit is real."
+    """By 7 bits with oneDNN, by the grid of convolutions, and by the types of the ONNX graphs.
+
+    The other way each saturates there, which shows that the limit is real."""
     pytest.importorskip('onnxruntime')
     told = on_avx2(tmp_path, EMULATED, emulated=True)
     assert told['capability'] == 'AVX2' and told['steps'] == 126

@@ -20,7 +20,8 @@ from tests.exporters import tiny
 @pytest.fixture(scope='module')
 def repository(tmp_path_factory):
     folder = tmp_path_factory.mktemp('models')
-    for path, name in ((tiny.artifact(), 'clip'), (tiny.artifact(False), 'rgb'), (tiny.pair_artifact(), 'pairs')): triton.export_triton(path, folder, name)
+    for path, name in ((tiny.artifact(), 'clip'), (tiny.artifact(False), 'rgb'), (tiny.pair_artifact(), 'pairs')):
+        triton.export_triton(path, folder, name)
     return folder
 
 
@@ -31,7 +32,9 @@ def model(repository, name): return quietly(torch.jit.load, str(repository/name/
 def test_texts_of_many_requests(repository):
     "Every built-in text, as the server hands them over: bytes one after the other, int32 offsets."
     data, offsets = pack(cases.texts())
-    assert torch.allclose(model(repository, 'clip_text')(data, offsets.int()), load(tiny.artifact()).encode_text(cases.texts()), atol=1e-5)
+    assert torch.allclose(
+        model(repository, 'clip_text')(data, offsets.int()), load(tiny.artifact()).encode_text(cases.texts()), atol=1e-5
+    )
     assert model(repository, 'clip_text')(data[:0], torch.zeros(2, dtype=torch.int32)).shape == (1, 24)
 
 
@@ -45,7 +48,8 @@ def test_images_one_by_one_and_in_batches(repository):
         except (RuntimeError, torch.jit.Error) as e: assert reason(e) == error
         else: assert not error and torch.equal(levels[-1][0], emb.preprocess(file))
     assert torch.allclose(model(repository, 'clip_pixels')(torch.cat(levels)), good.embedding[good.ok], atol=1e-5)
-    with pytest.raises((RuntimeError, torch.jit.Error), match='image: one a request'): preprocess(torch.zeros(2, 9, dtype=torch.uint8))
+    with pytest.raises((RuntimeError, torch.jit.Error), match='image: one a request'):
+        preprocess(torch.zeros(2, 9, dtype=torch.uint8))
 
 
 def test_decoded_pictures(repository):
@@ -70,25 +74,45 @@ def test_configurations_are_protocol_buffers(repository):
         got, own = text_format.Parse(path.read_text(), pb.ModelConfig()), triton.read_pbtxt(path.read_text())
         assert got.name == path.parent.name == own['name'][0] and got.max_batch_size == own['max_batch_size'][0]
         for kind in ('input', 'output'):
-            assert [(s.name, pb.DataType.Name(s.data_type), list(s.dims)) for s in getattr(got, kind)] == [(s['name'][0], s['data_type'][0], s['dims']) for s in own[kind]]
+            assert [(s.name, pb.DataType.Name(s.data_type), list(s.dims)) for s in getattr(got, kind)] == [
+                (s['name'][0], s['data_type'][0], s['dims']) for s in own[kind]
+            ]
         if got.batch_input: assert pb.BatchInput.Kind.Name(got.batch_input[0].kind) == own['batch_input'][0]['kind'][0]
-        assert got.HasField('dynamic_batching') == ('dynamic_batching' in own) and len(got.ensemble_scheduling.step) in (0, 2)
+        assert got.HasField('dynamic_batching') == ('dynamic_batching' in own) and len(
+            got.ensemble_scheduling.step
+        ) in (0, 2)
 
 
 def test_one_model_holds_one_tower(repository):
-    for path in repository.glob('*/1/model.pt'): assert b'.debug_pkl' not in path.read_bytes() # which would hold paths of this machine
+    # which would hold paths of this machine
+    for path in repository.glob('*/1/model.pt'): assert b'.debug_pkl' not in path.read_bytes()
     size = lambda name: (repository/name/'1'/'model.pt').stat().st_size
-    assert size('clip_pixels') < size('clip_text') and not any('text' in k for k in dict(model(repository, 'clip_pixels').named_buffers()))
+    assert size('clip_pixels') < size('clip_text') and not any(
+        'text' in k for k in dict(model(repository, 'clip_pixels').named_buffers())
+    )
 
 
-@pytest.mark.parametrize('name, old, new, message', [
-    ('clip_text', 'dims: [ 24 ]', 'dims: [ 25 ]', r'clip_text: EMBEDDING__0 is TYPE_FP32 \[1, 24\], not TYPE_FP32 \[1, 25\]'),
-    ('clip_pixels', 'PIXELS__0', 'PIXELS__1', r'clip_pixels: inputs \[1\] for 1 arguments'), ('clip_pixels', 'PIXELS__0', 'PIXELS', 'has no place of its own'),
-    ('clip_image', '"clip_pixels"', '"other"', 'the model other is not in the repository'), ('clip_image', 'key: "PIXELS__0"', 'key: "X"', 'has the outputs PIXELS__0'),
-    ('clip_image', 'dims: [ -1 ]', 'dims: [ 3, -1, -1 ]', 'clip_image: IMAGE does not fit IMAGE__0'), ('clip_text', 'instance_group', 'instances', 'unknown field instances'),
-    ('clip_text', 'count: 1', 'count 1', 'clip_text/config.pbtxt: no : after count')])
+@pytest.mark.parametrize(
+    'name, old, new, message',
+    [
+        (
+            'clip_text',
+            'dims: [ 24 ]',
+            'dims: [ 25 ]',
+            r'clip_text: EMBEDDING__0 is TYPE_FP32 \[1, 24\], not TYPE_FP32 \[1, 25\]',
+        ),
+        ('clip_pixels', 'PIXELS__0', 'PIXELS__1', r'clip_pixels: inputs \[1\] for 1 arguments'),
+        ('clip_pixels', 'PIXELS__0', 'PIXELS', 'has no place of its own'),
+        ('clip_image', '"clip_pixels"', '"other"', 'the model other is not in the repository'),
+        ('clip_image', 'key: "PIXELS__0"', 'key: "X"', 'has the outputs PIXELS__0'),
+        ('clip_image', 'dims: [ -1 ]', 'dims: [ 3, -1, -1 ]', 'clip_image: IMAGE does not fit IMAGE__0'),
+        ('clip_text', 'instance_group', 'instances', 'unknown field instances'),
+        ('clip_text', 'count: 1', 'count 1', 'clip_text/config.pbtxt: no : after count'),
+    ],
+)
 def test_what_does_not_fit_is_named(repository, tmp_path, name, old, new, message):
-    for part in ['clip_preprocess', 'clip_pixels', name] if name == 'clip_image' else [name]: shutil.copytree(repository/part, tmp_path/part)
+    for part in ['clip_preprocess', 'clip_pixels', name] if name == 'clip_image' else [name]:
+        shutil.copytree(repository / part, tmp_path / part)
     path = tmp_path/name/'config.pbtxt'
     good = path.read_text()
     assert old in good
@@ -99,11 +123,17 @@ def test_what_does_not_fit_is_named(repository, tmp_path, name, old, new, messag
 def test_from_the_shell(tmp_path, capsys):
     assert main(['export', str(tiny.artifact()), '--triton', str(tmp_path/'m')]) == 0
     name = tiny.artifact().stem
-    assert sorted(p.name for p in (tmp_path/'m').iterdir()) == [f'{name}_{k}' for k in ('image', 'pixels', 'preprocess', 'text')]
+    assert sorted(p.name for p in (tmp_path / 'm').iterdir()) == [
+        f'{name}_{k}' for k in ('image', 'pixels', 'preprocess', 'text')
+    ]
     assert f'Triton: {name}_preprocess' in capsys.readouterr().out
-    assert main(['export', '--triton', str(tmp_path/'m')]) == 1 and 'name either a checkpoint' in capsys.readouterr().err
-    with pytest.raises(ValueError, match='max_batch must be at least 1'): triton.export_triton(tiny.artifact(), tmp_path, max_batch=0)
-    with pytest.raises(ValueError, match="name: 'a/b' is none for Triton"): triton.export_triton(tiny.artifact(), tmp_path, 'a/b')
+    assert (
+        main(['export', '--triton', str(tmp_path / 'm')]) == 1 and 'name either a checkpoint' in capsys.readouterr().err
+    )
+    with pytest.raises(ValueError, match='max_batch must be at least 1'):
+        triton.export_triton(tiny.artifact(), tmp_path, max_batch=0)
+    with pytest.raises(ValueError, match="name: 'a/b' is none for Triton"):
+        triton.export_triton(tiny.artifact(), tmp_path, 'a/b')
 
 
 def test_open_clip_weights_without_training(tmp_path, capsys, monkeypatch):
@@ -118,12 +148,31 @@ def test_open_clip_weights_without_training(tmp_path, capsys, monkeypatch):
     torch.manual_seed(0)
     net = open_clip.create_model('triton-vit').eval()
     torch.save(net.state_dict(), tmp_path/'weights.pt')
-    assert main(['export', '--open-clip', 'triton-vit', '--weights', str(tmp_path/'weights.pt'), '--out', str(tmp_path/'clip.pt')]) == 0, capsys.readouterr()
+    assert (
+        main(
+            [
+                'export',
+                '--open-clip',
+                'triton-vit',
+                '--weights',
+                str(tmp_path / 'weights.pt'),
+                '--out',
+                str(tmp_path / 'clip.pt'),
+            ]
+        )
+        == 0
+    ), capsys.readouterr()
     emb = load(tmp_path/'clip.pt')
     with torch.no_grad(): want = net.encode_text(open_clip.tokenize(['a photo of a cat']), normalize=True)
-    assert torch.allclose(emb.encode_text(['a photo of a cat']), want, atol=1e-5) and emb.card['training']['config'] == {'open_clip': 'triton-vit', 'weights': 'weights.pt'}
-    for args, message in ((['--open-clip', 'ViT-B-32'], 'wants --weights'), (['--open-clip', 'ViT-B-99', '--weights', 'x'], "open_clip knows no model 'ViT-B-99'"),
-                          (['--open-clip', 'ViT-B-32', '--weights', 'no.bin'], "'no.bin' is no weights file"), (['a.ckpt', '--weights', 'x'], '--weights goes with --open-clip')):
+    assert torch.allclose(emb.encode_text(['a photo of a cat']), want, atol=1e-5) and emb.card['training'][
+        'config'
+    ] == {'open_clip': 'triton-vit', 'weights': 'weights.pt'}
+    for args, message in (
+        (['--open-clip', 'ViT-B-32'], 'wants --weights'),
+        (['--open-clip', 'ViT-B-99', '--weights', 'x'], "open_clip knows no model 'ViT-B-99'"),
+        (['--open-clip', 'ViT-B-32', '--weights', 'no.bin'], "'no.bin' is no weights file"),
+        (['a.ckpt', '--weights', 'x'], '--weights goes with --open-clip'),
+    ):
         assert main(['export', *args]) == 1
         error = capsys.readouterr().err
         assert message in error and len(re.findall('\n', error)) == 1
@@ -135,22 +184,42 @@ def test_instances_are_options_and_hand_edits_stay(tmp_path):
     path, tower = folder/'clip_preprocess'/'config.pbtxt', folder/'clip_text'/'config.pbtxt'
     group = lambda p: triton.read_pbtxt(p.read_text())['instance_group'][0]['count']
     assert (group(path), group(tower), group(folder/'clip_pixels'/'config.pbtxt')) == ([3], [2], [2])
-    path.write_text(path.read_text().replace('count: 3', 'count: 7') + 'version_policy { latest { num_versions: 2 } }\n')
+    path.write_text(
+        path.read_text().replace('count: 3', 'count: 7') + 'version_policy { latest { num_versions: 2 } }\n'
+    )
     with pytest.warns(UserWarning, match='clip_preprocess/config.pbtxt was edited by hand and stays'):
         triton.export_triton(tiny.artifact(), folder, 'clip', instances=4)
     assert (group(path), group(path.with_suffix('.pbtxt.new')), group(tower)) == ([7], [1], [4])
     for option in ('instances', 'preprocess'):
-        with pytest.raises(ValueError, match=f'{option} must be at least 1'): triton.export_triton(tiny.artifact(), folder, 'clip', **{option: 0})
+        with pytest.raises(ValueError, match=f'{option} must be at least 1'):
+            triton.export_triton(tiny.artifact(), folder, 'clip', **{option: 0})
 
 
 def test_options_warm_up_strings_and_labels(tmp_path, capsys):
-    "From the shell; each model is run with what its configuration says, and texts as BYTES answer as the artifact does."
+    """From the shell.
+
+    Each model is run with what its configuration says, and texts as BYTES answer as the artifact does."""
     options = dict(name='p', max_batch=4, delay=7, device='cuda:1', instances=2)
     args = [a for k, v in options.items() for a in (f'--triton-{k.replace("_", "-")}', str(v))]
-    assert main(['export', str(tiny.pair_artifact()), '--triton', str(tmp_path), *args, '--triton-warm-up', '--triton-strings']) == 0, capsys.readouterr()
+    assert (
+        main(
+            [
+                'export',
+                str(tiny.pair_artifact()),
+                '--triton',
+                str(tmp_path),
+                *args,
+                '--triton-warm-up',
+                '--triton-strings',
+            ]
+        )
+        == 0
+    ), capsys.readouterr()
     c = triton.read_pbtxt((tmp_path/'p_pairs_strings'/'config.pbtxt').read_text())
     assert c['max_batch_size'] == [4] and c['dynamic_batching'][0]['max_queue_delay_microseconds'] == [7]
-    assert c['instance_group'] == [{'count': [2], 'kind': ['KIND_GPU'], 'gpus': [1]}] and [w['batch_size'] for w in c['model_warmup']] == [[1], [4]]
+    assert c['instance_group'] == [{'count': [2], 'kind': ['KIND_GPU'], 'gpus': [1]}] and [
+        w['batch_size'] for w in c['model_warmup']
+    ] == [[1], [4]]
     assert c['input'][0]['data_type'] == ['TYPE_STRING'] and c['output'][0]['label_filename'] == ['labels.txt']
     emb, file = load(tiny.pair_artifact()), cases.images()['RGB.png']
     got = model(tmp_path, 'p_pairs_strings')(['一个', ''], torch.stack([emb.preprocess(file)] * 2))
@@ -162,13 +231,19 @@ def test_options_warm_up_strings_and_labels(tmp_path, capsys):
     assert labels.read_text() == 'no\nyes\n' and any('labels.txt was edited by hand' in str(w.message) for w in said)
     assert any('p_pairs_strings is of an earlier export' in str(w.message) for w in said)
     labels.write_text('one\n')
-    with pytest.raises(ValueError, match='p_match: labels.txt has 1 lines for 2 labels'): triton.check_repository(tmp_path)
-    assert main(['export', str(tiny.artifact()), '--triton-delay', '3']) == 1 and '--triton-delay wants --triton FOLDER' in capsys.readouterr().err
-    with pytest.raises(ValueError, match="device must be cpu, cuda or cuda:N, got 'gpu'"): triton.export_triton(tiny.artifact(), tmp_path, device='gpu')
+    with pytest.raises(ValueError, match='p_match: labels.txt has 1 lines for 2 labels'):
+        triton.check_repository(tmp_path)
+    assert (
+        main(['export', str(tiny.artifact()), '--triton-delay', '3']) == 1
+        and '--triton-delay wants --triton FOLDER' in capsys.readouterr().err
+    )
+    with pytest.raises(ValueError, match="device must be cpu, cuda or cuda:N, got 'gpu'"):
+        triton.export_triton(tiny.artifact(), tmp_path, device='gpu')
 
 
 def test_probabilities_of_an_artifacts_labels(tmp_path):
-    "A text tower with labels: the server names the classes by the file beside the model, in the order in which the model gives them."
+    """A text tower with labels: the server names the classes by the file beside the model, in the order in which the
+    model gives them."""
     names = ['red\n circle', 'blue square', '一个圆']
     export(tiny.model(), tmp_path/'m.pt', fresh=False, cpp=False, labels=names, templates=['a {}'])
     for made in triton.export_triton(tmp_path/'m.pt', tmp_path/'models', 'm'):
@@ -176,12 +251,22 @@ def test_probabilities_of_an_artifacts_labels(tmp_path):
         labelled = [o for o in outputs if 'label_filename' in o]
         if made.name not in ('m_pixels', 'm_image'): assert not labelled and not (made/'labels.txt').exists(), made
         else:
-            assert [o['name'][0].partition('__')[0] for o in outputs] == ['EMBEDDING', 'CLASS_PROBABILITY'] and labelled == outputs[1:]
-            assert outputs[1]['dims'] == [3] and outputs[1]['data_type'] == ['TYPE_FP32'] and outputs[1]['label_filename'] == ['labels.txt']
+            assert [o['name'][0].partition('__')[0] for o in outputs] == [
+                'EMBEDDING',
+                'CLASS_PROBABILITY',
+            ] and labelled == outputs[1:]
+            assert (
+                outputs[1]['dims'] == [3]
+                and outputs[1]['data_type'] == ['TYPE_FP32']
+                and outputs[1]['label_filename'] == ['labels.txt']
+            )
             assert (made/'labels.txt').read_text() == 'red circle\nblue square\n一个圆\n'
     emb, files = load(tmp_path/'m.pt'), [cases.images()[n] for n in ('RGB.png', 'gray.jpg')]
     embedding, probability = model(tmp_path/'models', 'm_pixels')(torch.stack([emb.preprocess(f) for f in files]))
     assert torch.allclose(embedding, emb.encode_image(files), atol=1e-5) and probability.shape == (2, 3)
-    assert torch.allclose(probability, emb.module.class_probability(emb.encode_image(files)), atol=1e-5) and torch.allclose(probability.sum(1), torch.ones(2))
+    assert torch.allclose(
+        probability, emb.module.class_probability(emb.encode_image(files)), atol=1e-5
+    ) and torch.allclose(probability.sum(1), torch.ones(2))
     (tmp_path/'models'/'m_image'/'labels.txt').write_text('one\n' * 4)
-    with pytest.raises(ValueError, match='m_image: labels.txt has 4 lines for 3 labels'): triton.check_repository(tmp_path/'models')
+    with pytest.raises(ValueError, match='m_image: labels.txt has 4 lines for 3 labels'):
+        triton.check_repository(tmp_path / 'models')

@@ -35,7 +35,17 @@ class NoDigits(nn.Module):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('v', [Variant(precision='bf16'), Variant(precision='fp16'), Variant(quantize='int8'), Variant(trim=4), Variant(output='int8')], ids=str)
+@pytest.mark.parametrize(
+    'v',
+    [
+        Variant(precision='bf16'),
+        Variant(precision='fp16'),
+        Variant(quantize='int8'),
+        Variant(trim=4),
+        Variant(output='int8'),
+    ],
+    ids=str,
+)
 def test_a_variant_is_near_the_model(v):
     want, got = tiny.model().encode_text(tiny.pipelines()[0](TEXTS)), scripted(variant=v).encode_text(TEXTS)
     cosine = F.cosine_similarity(want, unstored(got, v.output), dim=1).min()
@@ -44,7 +54,10 @@ def test_a_variant_is_near_the_model(v):
 
 @torch.no_grad()
 def test_fewer_dimensions_are_the_first_of_unit_length():
-    whole, some = tiny.model().encode_text(tiny.pipelines()[0](TEXTS)), scripted(variant=Variant(dim=8)).encode_text(TEXTS)
+    whole, some = (
+        tiny.model().encode_text(tiny.pipelines()[0](TEXTS)),
+        scripted(variant=Variant(dim=8)).encode_text(TEXTS),
+    )
     assert torch.allclose(some, F.normalize(whole[:, :8], dim=1), atol=1e-6)
 
 
@@ -79,7 +92,11 @@ def loud(times=100.):
 @torch.no_grad()
 def test_int8_bears_loud_channels():
     model, tokens = loud(), tiny.pipelines()[0](TEXTS)
-    want, plain, evened = tiny.model().encode_text(tokens), prepared(model).model, prepared(model, Variant(quantize='int8')).model
+    want, plain, evened = (
+        tiny.model().encode_text(tokens),
+        prepared(model).model,
+        prepared(model, Variant(quantize='int8')).model,
+    )
     assert int8_linear(plain.text) == 8
     assert torch.allclose(model.encode_text(tokens), want, atol=1e-5)
     def off(net): return float(1 - F.cosine_similarity(want, net.encode_text(tokens)).min())
@@ -121,22 +138,38 @@ def test_an_int8_layer_in_slabs_is_the_layer_at_once():
         layer = Int8Linear(nn.Linear(24, 40), torch.rand(24), gelu)
         for n in (0, 1, 256, 257, 700):
             x = torch.randn(n, 24)
-            assert torch.allclose(quietly(torch.jit.script, layer)(x), layer(x), atol=1e-6) and layer(x).shape == (n, 40)
+            assert torch.allclose(quietly(torch.jit.script, layer)(x), layer(x), atol=1e-6) and layer(x).shape == (
+                n,
+                40,
+            )
 
 
 def test_variants_have_cards_and_hashes_of_their_own(tmp_path):
-    options = dict(precision='bf16', dim=16, output='int8', labels={'circle': ['a small red circle'], 'square': ['a large blue square']}, top_k=1,
-                   threshold={'circle': .1}, before_image=Inverted(), before_text=NoDigits())
+    options = dict(
+        precision='bf16',
+        dim=16,
+        output='int8',
+        labels={'circle': ['a small red circle'], 'square': ['a large blue square']},
+        top_k=1,
+        threshold={'circle': 0.1},
+        before_image=Inverted(),
+        before_text=NoDigits(),
+    )
     report = export(tiny.model(), tmp_path/'small.pt', fresh=False, cpp=False, **options)
     card, plain = report.card, read_card(tiny.artifact())
     assert card['variant'] == {'precision': 'bf16', 'dim': 16, 'output': 'int8'} and card['dtype'] == 'bfloat16'
     assert card['steps'].keys() == {'before_text', 'before_image'} and card['classes']['names'] == ['circle', 'square']
     assert card['weights_sha256'] == plain['weights_sha256'] and card['content_hash'] != plain['content_hash']
     assert {r.stage for r in report.rows} == {'card', 'artifact', 'against fp32'}
-    assert export(tiny.model(), tmp_path/'again.pt', fresh=False, cpp=False, **options).card['content_hash'] == card['content_hash']
+    assert (
+        export(tiny.model(), tmp_path / 'again.pt', fresh=False, cpp=False, **options).card['content_hash']
+        == card['content_hash']
+    )
     a = quietly(torch.jit.load, str(tmp_path/'small.pt'))
     assert a.labels() == ['circle', 'square'] and a.classify_text(['a small red circle']).labels == [['circle']]
-    assert a.tokenize(torch.tensor([49, 97], dtype=torch.uint8), torch.tensor([0, 2])).ids.equal(tiny.pipelines()[0](['a']).ids)
+    assert a.tokenize(torch.tensor([49, 97], dtype=torch.uint8), torch.tensor([0, 2])).ids.equal(
+        tiny.pipelines()[0](['a']).ids
+    )
     with pytest.raises(Exception, match='embedding must be of the type'): a.class_probability(torch.zeros(1, 16))
 
 
@@ -145,7 +178,9 @@ def test_a_step_that_answers_otherwise_when_scripted_is_found(tmp_path):
         def forward(self, x: Tensor) -> Tensor:
             if torch.jit.is_scripting(): return x + 0.01
             return x
-    with pytest.raises(VerifyError, match='artifact, text embedding'): export(tiny.model(), tmp_path/'x.pt', fresh=False, cpp=False, after=TwoFaced())
+
+    with pytest.raises(VerifyError, match='artifact, text embedding'):
+        export(tiny.model(), tmp_path / 'x.pt', fresh=False, cpp=False, after=TwoFaced())
     assert not list(tmp_path.iterdir())
 
 
@@ -153,17 +188,25 @@ def test_labels_are_the_eager_models():
     model, tp = tiny.model(), tiny.pipelines()[0]
     a = scripted(model, classes=read_classes(['red', 'blue'], ('a {} circle', 'my {}'), top_k=2, threshold=.3))
     with torch.no_grad():
-        rows = torch.stack([F.normalize(model.encode_text(tp([f'a {c} circle', f'my {c}'])).mean(0), dim=0) for c in ('red', 'blue')])
+        rows = torch.stack(
+            [F.normalize(model.encode_text(tp([f'a {c} circle', f'my {c}'])).mean(0), dim=0) for c in ('red', 'blue')]
+        )
         want = (model.logit_scale.exp() * model.encode_text(tp(TEXTS)) @ rows.T).softmax(-1)
         got = a.classify_text(TEXTS)
     best, index = want.sort(1, descending=True)
-    assert torch.allclose(got.probability, best.where(best >= .3, 0), atol=1e-5) and got.index.equal(index.where(best >= .3, -1))
+    assert torch.allclose(got.probability, best.where(best >= 0.3, 0), atol=1e-5) and got.index.equal(
+        index.where(best >= 0.3, -1)
+    )
     assert got.labels == [[a.labels()[i] for i in row if i >= 0] for row in got.index.tolist()]
 
 
-WRONG = {'precision must be one of': dict(variant=Variant(precision='int4')), 'dim=25: an embedding has 24 numbers': dict(variant=Variant(dim=25)),
-    'first convolution of ConvNet pads': dict(variant=Variant(fold=True)), 'after: Linear fails': dict(steps=Steps(after=nn.Linear(3, 2))),
-    'before_text: Inverted fails': dict(steps=Steps(before_text=Inverted()))}
+WRONG = {
+    'precision must be one of': dict(variant=Variant(precision='int4')),
+    'dim=25: an embedding has 24 numbers': dict(variant=Variant(dim=25)),
+    'first convolution of ConvNet pads': dict(variant=Variant(fold=True)),
+    'after: Linear fails': dict(steps=Steps(after=nn.Linear(3, 2))),
+    'before_text: Inverted fails': dict(steps=Steps(before_text=Inverted())),
+}
 
 
 @pytest.mark.parametrize('message', WRONG)

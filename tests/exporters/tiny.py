@@ -1,4 +1,5 @@
-"A tiny model and its artifact, made once a run for all tests of export, runtime, serve and C++, in whichever worker asks first."
+"""A tiny model and its artifact, made once a run for all tests of export, runtime, serve and C++, in whichever
+worker asks first."""
 import functools
 import pickle
 
@@ -15,7 +16,13 @@ from mmembed.vision.pipeline import VisionPipeline
 
 from tests.helpers import built_once
 
-CAPTIONS = ['a small red circle', 'a large blue square', 'a green triangle above a red circle', '一个红色的圆', 'Café au lait']
+CAPTIONS = [
+    'a small red circle',
+    'a large blue square',
+    'a green triangle above a red circle',
+    '一个红色的圆',
+    'Café au lait',
+]
 
 
 @functools.cache
@@ -30,7 +37,8 @@ def model(seed=0, dim=24):
 
 
 def exported(name, model, **options):
-    "The path of the verified artifact `name` of what `model()` gives, exported once a run: the same name means the same model and options."
+    """The path of the verified artifact `name` of what `model()` gives, exported once a run: the same name means the
+    same model and options."""
     return built_once(f'{name}.pt', lambda path: export(model(), path, fresh=False, cpp=False, **options))
 
 
@@ -53,7 +61,9 @@ def reported(name, model, onnx=False, **options):
     "An artifact, the folder of its ONNX files (with `onnx`) and the report, made once a run."
     def build(folder):
         folder.mkdir()
-        report = export(model(), folder/'model.pt', onnx=folder/'graphs' if onnx else None, fresh=False, cpp=False, **options)
+        report = export(
+            model(), folder / 'model.pt', onnx=folder / 'graphs' if onnx else None, fresh=False, cpp=False, **options
+        )
         (folder/'report').write_bytes(pickle.dumps(report))
     folder = built_once(name, build)
     return folder/'model.pt', folder/'graphs', pickle.loads((folder/'report').read_bytes())

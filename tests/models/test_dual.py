@@ -91,10 +91,18 @@ def test_what_is_no_tokens_or_pixels_is_told(model, inputs, classify):
     image = (lambda x: m(tokens, x)) if classify else m.encode_image
     other = Tokens(torch.full((12, 4), 49407), torch.ones(12, 4, dtype=torch.int64))
     for call, given, kind, said in (
-            (text, ['a cat'], TypeError, r'not list: model.text_pipeline'), (text, other, ValueError, r'token id 49,407 is beyond the \d+ that'),
-            (text, Tokens(tokens.ids[0], tokens.mask[0]), ValueError, r'shape \(B, L\)'),
-            (image, ['cat.jpg'], TypeError, r'not list: model.vision_pipeline'), (image, pixels[0], ValueError, r'shape \(B, 3, H, W\)'),
-            (image, torch.zeros(12, 3, 48, 48, dtype=torch.uint8), TypeError, r'not uint8: model.vision_pipeline.normalize')):
+        (text, ['a cat'], TypeError, r'not list: model.text_pipeline'),
+        (text, other, ValueError, r'token id 49,407 is beyond the \d+ that'),
+        (text, Tokens(tokens.ids[0], tokens.mask[0]), ValueError, r'shape \(B, L\)'),
+        (image, ['cat.jpg'], TypeError, r'not list: model.vision_pipeline'),
+        (image, pixels[0], ValueError, r'shape \(B, 3, H, W\)'),
+        (
+            image,
+            torch.zeros(12, 3, 48, 48, dtype=torch.uint8),
+            TypeError,
+            r'not uint8: model.vision_pipeline.normalize',
+        ),
+    ):
         with pytest.raises(kind, match=said): call(given)
 
 

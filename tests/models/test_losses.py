@@ -6,7 +6,9 @@ import torch
 
 from mmembed.core.types import Tokens
 from mmembed.core.types import Embeddings
-from mmembed.models.losses import InfoNCE, SigmoidLoss, distill, gather, harden, info_nce, same_rows, same_text, sigmoid_loss
+from mmembed.models.losses import (
+    InfoNCE, SigmoidLoss, distill, gather, harden, info_nce, same_rows, same_text, sigmoid_loss,
+)
 
 
 def written_out(logits, share):
@@ -57,9 +59,18 @@ def test_sigmoid_as_written_out_and_as_open_clip():
     t, i = (torch.nn.functional.normalize(torch.randn(9, 8), dim=1) for _ in range(2))
     scale, bias = torch.tensor(7.), torch.tensor(-3.)
     logits = scale * t @ i.T + bias
-    want = sum(math.log1p(math.exp(-v if a == b else v)) for a, row in enumerate(logits.tolist()) for b, v in enumerate(row)) / 9
+    want = (
+        sum(
+            math.log1p(math.exp(-v if a == b else v))
+            for a, row in enumerate(logits.tolist())
+            for b, v in enumerate(row)
+        )
+        / 9
+    )
     got = SigmoidLoss()(Embeddings(t, i, scale), None, bias)
-    assert float(got) == pytest.approx(want, rel=1e-5) and torch.allclose(got, SigLipLoss()(i, t, scale, bias), atol=1e-6)
+    assert float(got) == pytest.approx(want, rel=1e-5) and torch.allclose(
+        got, SigLipLoss()(i, t, scale, bias), atol=1e-6
+    )
     same = torch.eye(9).bool()
     same[2, 5] = same[5, 2] = True
     assert float(sigmoid_loss(logits, same) - got) == pytest.approx(float(-logits[2, 5] - logits[5, 2]) / 9, abs=1e-5)
@@ -99,7 +110,12 @@ def shared_batch():
     return towers, torch.randn(12, 7).double(), torch.randn(12, 4).double(), Tokens(ids, torch.ones_like(ids))
 
 
-LOSSES = {'infonce': lambda: InfoNCE(), 'hard': lambda: InfoNCE(hard=0.5), 'apart': lambda: InfoNCE(share_targets=False), 'sigmoid': lambda: SigmoidLoss()}
+LOSSES = {
+    'infonce': lambda: InfoNCE(),
+    'hard': lambda: InfoNCE(hard=0.5),
+    'apart': lambda: InfoNCE(share_targets=False),
+    'sigmoid': lambda: SigmoidLoss(),
+}
 SPLITS = [(6, 6), (7, 5), (1, 11), (12, 0), (0, 12)]  # rows of each process: what could be read
 
 
@@ -109,7 +125,12 @@ def loss_and_gradients(name, rows, pictures=None):
     a, b = (torch.nn.functional.normalize(t(x[rows]), dim=1) for t, x in zip(towers, (texts, images)))
     length = 0 if rows.start == rows.stop else None if rows.start == 0 else 3  # a batch is as wide as its longest text
     ids, mask = (x[rows, :length] for x in tokens)
-    loss = LOSSES[name]()(Embeddings(a, b, torch.tensor(9.).double()), Tokens(ids, mask), torch.tensor(-4.).double(), pictures[rows] if pictures is not None else None)
+    loss = LOSSES[name]()(
+        Embeddings(a, b, torch.tensor(9.0).double()),
+        Tokens(ids, mask),
+        torch.tensor(-4.0).double(),
+        pictures[rows] if pictures is not None else None,
+    )
     loss.backward()
     return [loss.detach(), *(p.grad for p in towers.parameters())]
 
@@ -132,7 +153,12 @@ def one_of_two(rank, folder):
         (everything * torch.arange(1., 13).double()[:, None] * (rank + 1)).sum().backward()
         result[split, 'gather', rank] = [everything.detach(), x.grad]
     x = torch.zeros(0, 2).double().requires_grad_()
-    result['none'] = [InfoNCE()(Embeddings(x, x, torch.tensor(9.).double()), Tokens(torch.zeros(0, 0).long(), torch.zeros(0, 0).long())).detach(), gather(x).detach()]
+    result['none'] = [
+        InfoNCE()(
+            Embeddings(x, x, torch.tensor(9.0).double()), Tokens(torch.zeros(0, 0).long(), torch.zeros(0, 0).long())
+        ).detach(),
+        gather(x).detach(),
+    ]
     torch.save(result, f'{folder}/result-{rank}.pt')
     dist.destroy_process_group()
 
@@ -141,18 +167,27 @@ PICTURES = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 1, 9, 10, 0])
 
 
 def test_two_processes_are_one(tmp_path):
-    "Value and gradient of the joined batch, though images could not be read and left the processes unequal batches, or one of them none."
+    """Value and gradient of the joined batch, though images could not be read and left the processes unequal
+    batches, or one of them none."""
     import torch.multiprocessing as mp
     mp.spawn(one_of_two, (str(tmp_path),), nprocs=2)
     got, other = (torch.load(tmp_path/f'result-{rank}.pt') for rank in (0, 1))
     for split in SPLITS:
         for name, pictures in [(name, None) for name in LOSSES] + [('infonce', PICTURES)]:
-            for a, b in zip(got[split, name, pictures is None], loss_and_gradients(name, slice(0, 12), pictures), strict=True):
+            for a, b in zip(
+                got[split, name, pictures is None], loss_and_gradients(name, slice(0, 12), pictures), strict=True
+            ):
                 assert torch.allclose(a, b, atol=1e-12), (split, name)
         whole = torch.arange(24.).double().view(12, 2)
         for rank, result in enumerate((got, other)):
-            rows, (everything, grad) = slice(0, split[0]) if rank == 0 else slice(split[0], 12), result[split, 'gather', rank]
-            assert everything.equal(whole) and grad.equal((torch.arange(1., 13).double()[:, None] * 3).expand(12, 2)[rows])  # what both want of them
+            rows, (everything, grad) = (
+                slice(0, split[0]) if rank == 0 else slice(split[0], 12),
+                result[split, 'gather', rank],
+            )
+            # what both want of them
+            assert everything.equal(whole) and grad.equal(
+                (torch.arange(1.0, 13).double()[:, None] * 3).expand(12, 2)[rows]
+            )
     assert got['none'][0] == 0 and got['none'][1].shape == (0, 2)
 
 
@@ -166,6 +201,8 @@ def test_captions_of_one_picture_share_it():
     for a, b in ((0, 2), (1, 3), (4, 5)): want[a, b] = want[b, a] = True
     assert same_rows(tokens, pictures).equal(want)
     out = Embeddings(text, image, torch.tensor(10.))
-    assert float(InfoNCE()(out, tokens, None, pictures)) == pytest.approx(written_out(10 * text @ image.T, want), abs=1e-5)
+    assert float(InfoNCE()(out, tokens, None, pictures)) == pytest.approx(
+        written_out(10 * text @ image.T, want), abs=1e-5
+    )
     assert SigmoidLoss()(out, tokens, torch.tensor(-3.), pictures).equal(sigmoid_loss(10 * text @ image.T - 3, want))
     assert InfoNCE(share_targets=False)(out, tokens, None, pictures).equal(info_nce(10 * text @ image.T))

@@ -37,10 +37,16 @@ def test_recall_median_and_rows():
     r = ranks(scores, relevant).tolist()
     got = recall_at_k(scores, relevant, ks=(1, 3, 10))
     assert got.at == {k: pytest.approx(sum(x <= k for x in r)/40) for k in (1, 3, 10)}
-    assert got.median_rank == pytest.approx(torch.tensor(r).double().quantile(0.5).item()) and (got.queries, got.gallery) == (40, 30)
+    assert got.median_rank == pytest.approx(torch.tensor(r).double().quantile(0.5).item()) and (
+        got.queries,
+        got.gallery,
+    ) == (40, 30)
     rows = torch.arange(40) % 3 == 0
     part = recall_at_k(scores, relevant, rows=rows)
-    assert part.at[1] == pytest.approx(sum(x <= 1 for x, k in zip(r, rows.tolist()) if k) / int(rows.sum())) and part.gallery == 30
+    assert (
+        part.at[1] == pytest.approx(sum(x <= 1 for x, k in zip(r, rows.tolist()) if k) / int(rows.sum()))
+        and part.gallery == 30
+    )
 
 
 def test_chance_is_what_guessing_gives():
@@ -92,7 +98,10 @@ def test_several_captions_by_hand(levels):
         right = correct_images(captions, pictures)
         shown = list(dict.fromkeys(pictures))
         said = list(dict.fromkeys(captions))
-        for keys, different, of, first in ((pictures, shown, right.image, right.first_image), (captions, said, right.text, right.first_text)):
+        for keys, different, of, first in (
+            (pictures, shown, right.image, right.first_image),
+            (captions, said, right.text, right.first_text),
+        ):
             assert first.tolist() == [keys.index(k) for k in different] and [different[i] for i in of.tolist()] == keys
         given = set(zip(captions, pictures))
         by_text = [[(c, p) in given for p in shown] for c in said]
@@ -110,8 +119,10 @@ def test_several_captions_by_hand(levels):
 
 def test_mistakes():
     with pytest.raises(ValueError, match='2 captions and 3 pictures'): correct_images(['a', 'b'], [1, 2, 3])
-    for f, message in [(lambda: ranks(torch.randn(3, 2)), '3 queries need as many items, got 2'),
-                       (lambda: ranks(torch.randn(2, 2), torch.ones(3, 2).bool()), r'relevant is \(3, 2\), scores \(2, 2\)'),
-                       (lambda: ranks(torch.randn(1, 2), torch.zeros(1, 2).bool()), 'query 0 has no relevant item'),
-                       (lambda: recall_at_k(torch.randn(0, 2)), 'no queries')]:
+    for f, message in [
+        (lambda: ranks(torch.randn(3, 2)), '3 queries need as many items, got 2'),
+        (lambda: ranks(torch.randn(2, 2), torch.ones(3, 2).bool()), r'relevant is \(3, 2\), scores \(2, 2\)'),
+        (lambda: ranks(torch.randn(1, 2), torch.zeros(1, 2).bool()), 'query 0 has no relevant item'),
+        (lambda: recall_at_k(torch.randn(0, 2)), 'no queries'),
+    ]:
         with pytest.raises(ValueError, match=message): f()

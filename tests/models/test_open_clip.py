@@ -24,11 +24,24 @@ TIMM = dict(timm_model_name='resnet10t', timm_model_pretrained=False, timm_pool=
 FAMILIES = {
     'tiny-vit': dict(embed_dim=16, vision_cfg=VISION, text_cfg=TEXT),
     'tiny-gelu': dict(embed_dim=16, vision_cfg=VISION, text_cfg=TEXT, quick_gelu=True),
-    'tiny-resnet': dict(embed_dim=16, vision_cfg=dict(image_size=32, layers=[1, 1, 1, 1], width=8, patch_size=None), text_cfg=TEXT),
-    'tiny-coca': dict(embed_dim=16, vision_cfg=VISION | dict(attentional_pool=True, attn_pooler_heads=2, output_tokens=True), custom_text=True,
-                      text_cfg=TEXT | dict(embed_cls=True, output_tokens=True), multimodal_cfg=TEXT | dict(attn_pooler_heads=2)),
-    'tiny-siglip': dict(embed_dim=32, init_logit_bias=-10, custom_text=True, vision_cfg=VISION, text_cfg=TEXT | dict(
-        vocab_size=200, no_causal_mask=True, proj_bias=True, pool_type='last', hf_tokenizer_name='some/SigLIP')),
+    'tiny-resnet': dict(
+        embed_dim=16, vision_cfg=dict(image_size=32, layers=[1, 1, 1, 1], width=8, patch_size=None), text_cfg=TEXT
+    ),
+    'tiny-coca': dict(
+        embed_dim=16,
+        vision_cfg=VISION | dict(attentional_pool=True, attn_pooler_heads=2, output_tokens=True),
+        custom_text=True,
+        text_cfg=TEXT | dict(embed_cls=True, output_tokens=True),
+        multimodal_cfg=TEXT | dict(attn_pooler_heads=2),
+    ),
+    'tiny-siglip': dict(
+        embed_dim=32,
+        init_logit_bias=-10,
+        custom_text=True,
+        vision_cfg=VISION,
+        text_cfg=TEXT
+        | dict(vocab_size=200, no_causal_mask=True, proj_bias=True, pool_type='last', hf_tokenizer_name='some/SigLIP'),
+    ),
     'tiny-mobileclip': dict(embed_dim=16, vision_cfg=TIMM, text_cfg=TEXT | dict(no_causal_mask=True), custom_text=True),
 }
 
@@ -57,10 +70,15 @@ def padded(model, tokens):
 def test_open_clip_numbers_in_every_form(name, tmp_path):
     reference = open_clip.create_model(name).eval()
     torch.save(reference.state_dict(), tmp_path/'weights.pt')
-    model = DualEncoder.from_open_clip(name, str(tmp_path/'weights.pt'), siglip_pipeline() if name == 'tiny-siglip' else None).eval()
+    model = DualEncoder.from_open_clip(
+        name, str(tmp_path / 'weights.pt'), siglip_pipeline() if name == 'tiny-siglip' else None
+    ).eval()
     tokens, pixels = model.text_pipeline(TEXTS), torch.randn(4, 3, *model.vision_pipeline.size)
     with torch.no_grad():
-        text, image = (reference.encode_text(padded(model, tokens), normalize=True), reference.encode_image(pixels, normalize=True))
+        text, image = (
+            reference.encode_text(padded(model, tokens), normalize=True),
+            reference.encode_image(pixels, normalize=True),
+        )
         for form in FORMS:
             out = in_form(model, form)(tokens, pixels)
             assert torch.allclose(out[0], text, atol=1e-5) and torch.allclose(out[1], image, atol=1e-5), form
@@ -97,7 +115,10 @@ def test_short_batches_only_where_padding_is_not_seen():
         assert siglip.text(Tokens(ids, ids)).equal(siglip.text(Tokens(longer, longer)))
 
 
-@pytest.mark.parametrize('name, pooling', [('resnet10t', None), ('resnet10t', 'max'), ('vit_tiny_patch16_224', 'cls'), ('vit_tiny_patch16_224', 'mean')])
+@pytest.mark.parametrize(
+    'name, pooling',
+    [('resnet10t', None), ('resnet10t', 'max'), ('vit_tiny_patch16_224', 'cls'), ('vit_tiny_patch16_224', 'mean')],
+)
 def test_timm_is_timm(name, pooling, tmp_path):
     import timm
     kinds = {None: {}, 'max': {'global_pool': 'max'}, 'cls': {'global_pool': 'token'}, 'mean': {'global_pool': 'avg'}}
@@ -116,33 +137,55 @@ def test_timm_is_timm(name, pooling, tmp_path):
 def test_mistakes(tmp_path):
     torch.save({'x': torch.zeros(1)}, tmp_path/'other.pth')
     for f, error, message in [
-            (lambda: open_clip_towers('ViT-B-33'), ValueError, "knows no model 'ViT-B-33'"),
-            (lambda: open_clip_towers('tiny-vit', 'nothing'), ValueError, "'nothing' is no weights file, .* it knows none"),
-            (lambda: open_clip_towers('tiny-vit', str(tmp_path/'other.pth')), ValueError, 'does not fit tiny-vit'),
-            (lambda: open_clip_towers('ViT-B-16-SigLIP'), ValueError, 'SigLIP'),
-            (lambda: open_clip_towers(f'local-dir:{tmp_path}'), ValueError, 'config file missing'),
-            (lambda: open_clip_towers('tiny-vit', vision_pipeline=VisionPipeline(size=64)), ValueError, r'gives \(64, 64\) pixels, the model takes 32'),
-            (lambda: OpenClipText(TextPipeline.from_open_clip('ViT-B-32'), 16, TEXT), ValueError, 'up to 77 tokens, the model takes 20'),
-            (lambda: OpenClipText(siglip_pipeline(), 16, {'hf_model_name': 'roberta-base'}), ValueError, 'make it with bert'),
-            (lambda: timm_tower('resnet19'), ValueError, "timm knows no model 'resnet19'"),
-            (lambda: timm_tower('resnet10t', 'no.pth'), FileNotFoundError, 'no weights file no.pth'),
-            (lambda: timm_tower('resnet10t', str(tmp_path/'other.pth')), ValueError, 'does not fit resnet10t'),
-            (lambda: timm_tower('resnet10t', pooling='sum'), ValueError, "pooling must be one of mean, max, cls or None, got 'sum'")]:
+        (lambda: open_clip_towers('ViT-B-33'), ValueError, "knows no model 'ViT-B-33'"),
+        (lambda: open_clip_towers('tiny-vit', 'nothing'), ValueError, "'nothing' is no weights file, .* it knows none"),
+        (lambda: open_clip_towers('tiny-vit', str(tmp_path / 'other.pth')), ValueError, 'does not fit tiny-vit'),
+        (lambda: open_clip_towers('ViT-B-16-SigLIP'), ValueError, 'SigLIP'),
+        (lambda: open_clip_towers(f'local-dir:{tmp_path}'), ValueError, 'config file missing'),
+        (
+            lambda: open_clip_towers('tiny-vit', vision_pipeline=VisionPipeline(size=64)),
+            ValueError,
+            r'gives \(64, 64\) pixels, the model takes 32',
+        ),
+        (
+            lambda: OpenClipText(TextPipeline.from_open_clip('ViT-B-32'), 16, TEXT),
+            ValueError,
+            'up to 77 tokens, the model takes 20',
+        ),
+        (
+            lambda: OpenClipText(siglip_pipeline(), 16, {'hf_model_name': 'roberta-base'}),
+            ValueError,
+            'make it with bert',
+        ),
+        (lambda: timm_tower('resnet19'), ValueError, "timm knows no model 'resnet19'"),
+        (lambda: timm_tower('resnet10t', 'no.pth'), FileNotFoundError, 'no weights file no.pth'),
+        (lambda: timm_tower('resnet10t', str(tmp_path / 'other.pth')), ValueError, 'does not fit resnet10t'),
+        (
+            lambda: timm_tower('resnet10t', pooling='sum'),
+            ValueError,
+            "pooling must be one of mean, max, cls or None, got 'sum'",
+        ),
+    ]:
         with pytest.raises(error, match=message): f()
 
 
 def test_a_local_folder(tmp_path):
     reference = open_clip.create_model('tiny-vit').eval()
-    (tmp_path/'open_clip_config.json').write_text(json.dumps({'model_cfg': FAMILIES['tiny-vit'], 'preprocess_cfg': {'mean': [0.5]*3, 'std': [0.5]*3}}))
+    (tmp_path / 'open_clip_config.json').write_text(
+        json.dumps({'model_cfg': FAMILIES['tiny-vit'], 'preprocess_cfg': {'mean': [0.5] * 3, 'std': [0.5] * 3}})
+    )
     torch.save(reference.state_dict(), tmp_path/'open_clip_pytorch_model.bin')
     model = DualEncoder.from_open_clip(f'local-dir:{tmp_path}').eval()
     pixels = torch.randn(2, 3, 32, 32)
-    with torch.no_grad(): assert torch.allclose(model.encode_image(pixels), reference.encode_image(pixels, normalize=True), atol=1e-6)
+    with torch.no_grad():
+        assert torch.allclose(model.encode_image(pixels), reference.encode_image(pixels, normalize=True), atol=1e-6)
     assert model.vision_pipeline.mean.flatten().tolist() == [0.5]*3 and model.text_pipeline.max_length == 20
 
 
 def test_weights_that_open_clip_leaves_as_memory_was(monkeypatch):
-    "CoCa's `text_projection` is not set in a model without weights: whatever stands there, also NaN, hinders nobody; in a file it is refused."
+    """CoCa's `text_projection` is not set in a model without weights: whatever stands there, also NaN, hinders nobody.
+
+    In a file it is refused."""
     make = open_clip.create_model
 
     def unset(*args, **kw):

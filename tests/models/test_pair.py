@@ -33,7 +33,17 @@ def made(fusion, text=None, image=None):
 
 
 def bert():
-    return Bert(TP, dict(model_type='bert', vocab_size=TP.vocab_size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48))
+    return Bert(
+        TP,
+        dict(
+            model_type='bert',
+            vocab_size=TP.vocab_size,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=48,
+        ),
+    )
 
 
 @pytest.mark.parametrize('fusion', ['late', 'cosine', 'cross'])
@@ -82,7 +92,12 @@ def test_the_file_scores_as_the_model(fusion, tmp_path):
     report = mm.export(model, tmp_path/'pairs.pt', decode=False, fresh=False, cpp=False)
     assert report.ok and {'token ids', 'pixels', 'pair scores'} <= {r.what for r in report.rows}
     card = read_card(tmp_path/'pairs.pt')
-    assert (card['kind'], card['labels'], card['normalized'], card['dim']) == ('PairClassifier', ['mismatch', 'match'], False, 2)
+    assert (card['kind'], card['labels'], card['normalized'], card['dim']) == (
+        'PairClassifier',
+        ['mismatch', 'match'],
+        False,
+        2,
+    )
     artifact = quietly(torch.jit.load, str(tmp_path/'pairs.pt'))
     pictures = [VP.decode(x) for x in IMAGES[:3]]
     with torch.no_grad(): want = model(TP(TEXTS[:3]), VP(pictures))
@@ -90,8 +105,10 @@ def test_the_file_scores_as_the_model(fusion, tmp_path):
     levels = torch.stack([artifact.preprocess_image(x) for x in pictures])
     assert artifact.score_pairs(*pack(TEXTS[:3]), levels).equal(artifact(TEXTS[:3], pictures))
     assert artifact([], []).shape == (0, 2)
-    for call, message in [(lambda: artifact(TEXTS[:2], pictures), '2 texts and 3 images are no pairs'),
-                          (lambda: artifact.score_pairs(*pack(TEXTS[:2]), levels), '2 texts and 3 images are no pairs')]:
+    for call, message in [
+        (lambda: artifact(TEXTS[:2], pictures), '2 texts and 3 images are no pairs'),
+        (lambda: artifact.score_pairs(*pack(TEXTS[:2]), levels), '2 texts and 3 images are no pairs'),
+    ]:
         with pytest.raises((RuntimeError, torch.jit.Error), match=message): call()
     with torch.no_grad(): next(model.fusion.parameters()).add_(0.1)
     with pytest.raises(VerifyError): verify(tmp_path/'pairs.pt', model, fresh=False, cpp=False).check()
@@ -99,7 +116,9 @@ def test_the_file_scores_as_the_model(fusion, tmp_path):
 
 def encoder(bias=None, hidden=24, dim=16):
     torch.manual_seed(1)
-    return DualEncoder(TextTransformer(TP, width=32, depth=1), ConvNet(VP, channels=(8, 16), width=32), dim, 10., bias, hidden=hidden).eval()
+    return DualEncoder(
+        TextTransformer(TP, width=32, depth=1), ConvNet(VP, channels=(8, 16), width=32), dim, 10.0, bias, hidden=hidden
+    ).eval()
 
 
 @pytest.mark.parametrize('dual', [dict(), dict(bias=-3.), dict(hidden=None), dict(hidden=None, dim=None)], ids=str)
@@ -116,16 +135,25 @@ def test_it_begins_at_the_cosine_of_an_encoder(dual):
     again.load_state_dict(model.state_dict())
     with torch.no_grad(): assert again(TP(TEXTS), VP(IMAGES)).equal(scores)
     torch.nn.functional.cross_entropy(model(TP(TEXTS), VP(IMAGES)), torch.zeros(16, dtype=torch.long)).backward()
-    assert all(bool(p.grad.abs().sum() > 0) for k, p in model.fusion.named_parameters() if k.startswith(('out', 'cosine', 'text_proj')))
+    assert all(
+        bool(p.grad.abs().sum() > 0)
+        for k, p in model.fusion.named_parameters()
+        if k.startswith(('out', 'cosine', 'text_proj'))
+    )
 
 
 def test_mistakes():
     class Mine(torch.nn.Linear): width = 8
-    for f, message in [(lambda: PairClassifier(Mine(2, 8), ConvNet(VP), ['yes']), 'two or more, all different'),
-                       (lambda: PairClassifier(Mine(2, 8), ConvNet(VP), ['a', 'a']), 'two or more, all different'),
-                       (lambda: PairClassifier(Mine(2, 8), ConvNet(VP), ['a', 'b'], 'early'), "fusion must be 'late', 'cosine' or 'cross'"),
-                       (lambda: PairClassifier(Mine(2, 8), ConvNet(VP), ['a', 'b'], dim=None), "are for fusion='cosine'"),
-                       (lambda: PairClassifier.from_dual(encoder(), ['a', 'b'], 'match'), 'match must be one of'),
-                       (lambda: PairClassifier(Mine(2, 8), ConvNet(VP), ['a', 'b'], 'cross'), 'a vector a token, which Mine'),
-                       (lambda: made('cross', image=image_tower('vit_b_16')), 'wants a grid, which TorchvisionTower')]:
+    for f, message in [
+        (lambda: PairClassifier(Mine(2, 8), ConvNet(VP), ['yes']), 'two or more, all different'),
+        (lambda: PairClassifier(Mine(2, 8), ConvNet(VP), ['a', 'a']), 'two or more, all different'),
+        (
+            lambda: PairClassifier(Mine(2, 8), ConvNet(VP), ['a', 'b'], 'early'),
+            "fusion must be 'late', 'cosine' or 'cross'",
+        ),
+        (lambda: PairClassifier(Mine(2, 8), ConvNet(VP), ['a', 'b'], dim=None), "are for fusion='cosine'"),
+        (lambda: PairClassifier.from_dual(encoder(), ['a', 'b'], 'match'), 'match must be one of'),
+        (lambda: PairClassifier(Mine(2, 8), ConvNet(VP), ['a', 'b'], 'cross'), 'a vector a token, which Mine'),
+        (lambda: made('cross', image=image_tower('vit_b_16')), 'wants a grid, which TorchvisionTower'),
+    ]:
         with pytest.raises(ValueError, match=message): f()

@@ -1,4 +1,5 @@
-"Towers: padding is not seen, scripting changes nothing, a spec makes the same again, public weights give public answers."
+"""Towers: padding is not seen, scripting changes nothing, a spec makes the same again, public weights give public
+answers."""
 import json
 import pickle
 
@@ -52,7 +53,9 @@ def test_text_transformer_in_every_form(form):
 
 
 @pytest.mark.parametrize('form', FORMS)
-@pytest.mark.parametrize('make', [lambda: ConvNet(VP, channels=(8, 16), width=24), lambda: image_tower('resnet18', pipeline=VP)])
+@pytest.mark.parametrize(
+    'make', [lambda: ConvNet(VP, channels=(8, 16), width=24), lambda: image_tower('resnet18', pipeline=VP)]
+)
 def test_image_towers_in_every_form(form, make):
     tower = make().eval()
     pixels = torch.randn(3, 3, *tower.pipeline.size)
@@ -76,8 +79,15 @@ def test_order_of_words_is_seen():
     assert (a - b).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize('make', [text_tower, lambda: ConvNet(VP, channels=(8, 16), width=24), lambda: Bert(TP, _config(), 'cls'),
-                                  lambda: image_tower('mobilenet_v2', pipeline=VP)])
+@pytest.mark.parametrize(
+    'make',
+    [
+        text_tower,
+        lambda: ConvNet(VP, channels=(8, 16), width=24),
+        lambda: Bert(TP, _config(), 'cls'),
+        lambda: image_tower('mobilenet_v2', pipeline=VP),
+    ],
+)
 def test_a_spec_makes_the_same_tower(make):
     tower = make().eval()
     spec = json.loads(json.dumps(tower.spec()))
@@ -111,7 +121,9 @@ def test_bert_is_the_reference_model(bert_folder):
     tokens = TP(TEXTS)
     hidden = net(input_ids=tokens.ids, attention_mask=tokens.mask).last_hidden_state
     weight = tokens.mask[:, :, None].float()
-    assert torch.allclose(bert(bert_folder, max_length=32).eval()(tokens), (hidden*weight).sum(1)/weight.sum(1), atol=1e-6)
+    assert torch.allclose(
+        bert(bert_folder, max_length=32).eval()(tokens), (hidden * weight).sum(1) / weight.sum(1), atol=1e-6
+    )
     assert torch.allclose(bert(bert_folder, 'cls', max_length=32).eval()(tokens), hidden[:, 0], atol=1e-6)
 
 
@@ -121,7 +133,9 @@ def test_a_traced_bert_follows_batch_and_length(bert_folder):
         def __init__(self): super().__init__(); self.tower = tower
         def forward(self, ids, mask): return self.tower(Tokens(ids, mask))
     traced = torch.jit.trace(Flat(), tuple(TP(TEXTS[:2])), check_trace=False)
-    assert 'device("cpu")' not in traced.inlined_graph.__str__().replace("'", '"').split('prim::Constant[value="cpu"]')[0]
+    assert (
+        'device("cpu")' not in traced.inlined_graph.__str__().replace("'", '"').split('prim::Constant[value="cpu"]')[0]
+    )
     for texts in (TEXTS, TEXTS[:1], TEXTS[4:]): assert torch.allclose(traced(*TP(texts)), tower(TP(texts)), atol=1e-6)
 
 
@@ -138,22 +152,38 @@ def test_image_weights_from_a_file(tmp_path):
 def test_mistakes(tmp_path):
     torch.save({'x': torch.zeros(1)}, tmp_path/'other.pth')
     for f, error, message in [
-            (lambda: TextTransformer('no.json'), FileNotFoundError, 'no tokenizer file no.json'),
-            (lambda: TextTransformer(TP, width=10, heads=3), ValueError, 'heads must divide width, got 3 and 10'),
-            (lambda: image_tower('resnet7'), ValueError, "torchvision knows no classifier 'resnet7'"),
-            (lambda: image_tower('fcn_resnet50'), ValueError, "torchvision knows no classifier 'fcn_resnet50'"),
-            (lambda: image_tower('resnet18', 'no.pth'), FileNotFoundError, 'no weights file no.pth'),
-            (lambda: image_tower('resnet18', 'BEST'), ValueError, "resnet18 has no weights 'BEST'; want a file or one of"),
-            (lambda: image_tower('resnet18', str(tmp_path/'other.pth')), ValueError, 'does not fit resnet18'),
-            (lambda: bert('no such/folder'), FileNotFoundError, 'no folder no such/folder'),
-            (lambda: Bert(TP, _config(), 'sum'), ValueError, "pooling must be one of mean, cls, max, got 'sum'"),
-            (lambda: from_spec({'class_path': 'no.such.Tower', 'init_args': {}}), ValueError, 'cannot rebuild no.such.Tower'),
-            (lambda: from_spec({'class_path': 'subprocess.Popen', 'init_args': {'args': 'x'}}), ValueError, 'is no nn.Module')]:
+        (lambda: TextTransformer('no.json'), FileNotFoundError, 'no tokenizer file no.json'),
+        (lambda: TextTransformer(TP, width=10, heads=3), ValueError, 'heads must divide width, got 3 and 10'),
+        (lambda: image_tower('resnet7'), ValueError, "torchvision knows no classifier 'resnet7'"),
+        (lambda: image_tower('fcn_resnet50'), ValueError, "torchvision knows no classifier 'fcn_resnet50'"),
+        (lambda: image_tower('resnet18', 'no.pth'), FileNotFoundError, 'no weights file no.pth'),
+        (lambda: image_tower('resnet18', 'BEST'), ValueError, "resnet18 has no weights 'BEST'; want a file or one of"),
+        (lambda: image_tower('resnet18', str(tmp_path / 'other.pth')), ValueError, 'does not fit resnet18'),
+        (lambda: bert('no such/folder'), FileNotFoundError, 'no folder no such/folder'),
+        (lambda: Bert(TP, _config(), 'sum'), ValueError, "pooling must be one of mean, cls, max, got 'sum'"),
+        (
+            lambda: from_spec({'class_path': 'no.such.Tower', 'init_args': {}}),
+            ValueError,
+            'cannot rebuild no.such.Tower',
+        ),
+        (
+            lambda: from_spec({'class_path': 'subprocess.Popen', 'init_args': {'args': 'x'}}),
+            ValueError,
+            'is no nn.Module',
+        ),
+    ]:
         with pytest.raises(error, match=message): f()
 
 
-KINDS = {'roberta': {'pad_token_id': 1}, 'xlm-roberta': {'pad_token_id': 1}, 'distilbert': dict(dim=32, n_layers=1, n_heads=2, hidden_dim=48),
-         'electra': {'embedding_size': 32}, 'albert': {'embedding_size': 16}, 'mpnet': {}, 'deberta-v2': {}}
+KINDS = {
+    'roberta': {'pad_token_id': 1},
+    'xlm-roberta': {'pad_token_id': 1},
+    'distilbert': dict(dim=32, n_layers=1, n_heads=2, hidden_dim=48),
+    'electra': {'embedding_size': 32},
+    'albert': {'embedding_size': 16},
+    'mpnet': {},
+    'deberta-v2': {},
+}
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -174,7 +204,8 @@ def test_the_bert_family_is_the_reference_and_traces(kind):
 def test_a_hub_name_that_cannot_be_downloaded(monkeypatch):
     def offline(*_, **__): raise OSError('no network')
     monkeypatch.setattr('huggingface_hub.snapshot_download', offline)
-    with pytest.raises(OSError, match='bert-base-uncased is no folder here, and cannot be downloaded'): bert('bert-base-uncased')
+    with pytest.raises(OSError, match='bert-base-uncased is no folder here, and cannot be downloaded'):
+        bert('bert-base-uncased')
 
 
 def test_image_pooling_and_squeezenet():
@@ -187,31 +218,48 @@ def test_image_pooling_and_squeezenet():
     net = tower.net
     x = net.layer4(net.layer3(net.layer2(net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(pixels))))))))
     assert tower(pixels).equal(x.amax((2, 3))) and from_spec(tower.spec()).made_with['pooling'] == 'max'
-    with pytest.raises(ValueError, match="no pooling that pooling='max'"): image_tower('vit_b_16', pipeline=VP, pooling='max')
+    with pytest.raises(ValueError, match="no pooling that pooling='max'"):
+        image_tower('vit_b_16', pipeline=VP, pooling='max')
 
 
 def test_a_download_that_fails_says_what_to_do(monkeypatch):
     def offline(*_, **__): raise OSError('no network')
     monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', offline)
-    with pytest.raises(OSError, match=r'cannot download the weights DEFAULT of resnet18 \(no network\); give a local file'):
+    with pytest.raises(
+        OSError, match=r'cannot download the weights DEFAULT of resnet18 \(no network\); give a local file'
+    ):
         image_tower('resnet18', 'DEFAULT')
 
 
 def _config():
-    return dict(model_type='bert', vocab_size=TP.vocab_size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    return dict(
+        model_type='bert',
+        vocab_size=TP.vocab_size,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+    )
 
 
 def test_a_pipeline_with_more_ids_than_the_model_has_rows():
-    "It would fail at the first text that has one of them; a model with more rows than ids, as many are padded, is taken."
+    """It would fail at the first text that has one of them.
+
+    A model with more rows than ids, as many are padded, is taken."""
     from mmembed.models.transformers import ProjectedBert, TransformersText
     from mmembed.models.open_clip import OpenClipText
-    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32)
+
+    small = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32
+    )
     words = TextPipeline.learn([f'a photo of the {n}th cat' for n in range(300)], vocab_size=150, max_length=16)
-    towers = [lambda rows: OpenClipText(words, 16, dict(context_length=16, vocab_size=rows, width=32, heads=2, layers=1)),
-              lambda rows: TransformersText(words, 'CLIPTextModel', small | dict(vocab_size=rows), 16),
-              lambda rows: TransformersText(words, 'SiglipTextModel', small | dict(vocab_size=rows, projection_size=32), 32),
-              lambda rows: Bert(words, small | dict(model_type='bert', vocab_size=rows)),
-              lambda rows: ProjectedBert(words, small | dict(model_type='bert', vocab_size=rows), 'cls', [])]
+    towers = [
+        lambda rows: OpenClipText(words, 16, dict(context_length=16, vocab_size=rows, width=32, heads=2, layers=1)),
+        lambda rows: TransformersText(words, 'CLIPTextModel', small | dict(vocab_size=rows), 16),
+        lambda rows: TransformersText(words, 'SiglipTextModel', small | dict(vocab_size=rows, projection_size=32), 32),
+        lambda rows: Bert(words, small | dict(model_type='bert', vocab_size=rows)),
+        lambda rows: ProjectedBert(words, small | dict(model_type='bert', vocab_size=rows), 'cls', []),
+    ]
     for make in towers:
         for rows in (words.vocab_size, words.vocab_size + 10): make(rows)
         message = f'has {words.vocab_size} ids, the model only {words.vocab_size - 1} rows'
@@ -226,8 +274,12 @@ def test_a_pipeline_with_longer_texts_than_the_encoder_has_positions(bert_folder
     assert tower.pipeline.max_length == 40 and tower(tower.pipeline(['a ' * 200])).isfinite().all()
 
 
-IMAGE_TOWERS = {'ConvNet': lambda: ConvNet(VP), 'torchvision': lambda: image_tower('shufflenet_v2_x0_5', pipeline=VisionPipeline(size=64)),
-                'timm': lambda: timm_tower('test_vit'), 'timm convolutions': lambda: timm_tower('test_resnet')}
+IMAGE_TOWERS = {
+    'ConvNet': lambda: ConvNet(VP),
+    'torchvision': lambda: image_tower('shufflenet_v2_x0_5', pipeline=VisionPipeline(size=64)),
+    'timm': lambda: timm_tower('test_vit'),
+    'timm convolutions': lambda: timm_tower('test_resnet'),
+}
 
 
 @pytest.mark.parametrize('name', IMAGE_TOWERS)

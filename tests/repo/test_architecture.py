@@ -1,4 +1,5 @@
-"""The house keeps its order: imports point one way, nothing private is borrowed, chapters build on earlier ones, a public name has one home."""
+"""The house keeps its order: imports point one way, nothing private is borrowed, chapters build on earlier ones, a
+public name has one home."""
 import ast
 import re
 import subprocess
@@ -20,19 +21,24 @@ def modules(root=ROOT):
     "Every generated module, as its dotted name within the package, with its syntax tree."
     folder = root/'mmembed'
     for path in sorted(folder.rglob('*.py')):
-        if path.name not in FREE: yield '.'.join(path.relative_to(folder).with_suffix('').parts), ast.parse(path.read_text())
+        if path.name not in FREE:
+            yield '.'.join(path.relative_to(folder).with_suffix('').parts), ast.parse(path.read_text())
 
 
 def imports(tree, module=''):
-    "Yield (line, module of ours, names) of every import, those inside functions too; relative ones as seen from `module`."
+    """Yield (line, module of ours, names) of every import, those inside functions too.
+
+    Relative ones as seen from `module`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             parts = module.split('.')[:-node.level] if node.level else []
             target = '.'.join(filter(None, [*parts, node.module])) if node.level else node.module
-            if node.level or target.split('.')[0] == 'mmembed': yield node.lineno, target.removeprefix('mmembed').lstrip('.'), [a.name for a in node.names]
+            if node.level or target.split('.')[0] == 'mmembed':
+                yield node.lineno, target.removeprefix('mmembed').lstrip('.'), [a.name for a in node.names]
         elif isinstance(node, ast.Import):
             for a in node.names:
-                if a.name.split('.')[0] == 'mmembed' and '.' in a.name: yield node.lineno, a.name.removeprefix('mmembed.'), []
+                if a.name.split('.')[0] == 'mmembed' and '.' in a.name:
+                    yield node.lineno, a.name.removeprefix('mmembed.'), []
 
 
 def resolved(target, names, known):
@@ -50,7 +56,8 @@ def arrows(root=ROOT):
         for line, target, names in imports(tree, module):
             for used in resolved(target, names, known):
                 other = used.split('.')[0]
-                if other and other != room and RANK.get(other, -1) >= RANK[room]: yield f'{module}:{line}: {room} may not use {used}'
+                if other and other != room and RANK.get(other, -1) >= RANK[room]:
+                    yield f'{module}:{line}: {room} may not use {used}'
                 if other in NEVER.get(room, '').split(): yield f'{module}:{line}: {room} never uses {other}'
             for n in names:
                 if n.startswith('_') and n != '__version__': yield f'{module}:{line}: {n} is private to {target}'
@@ -68,7 +75,8 @@ def code_of(source): return '\n'.join('' if re.match(r'\s*[%!]', line) else line
 
 
 def later(root=ROOT):
-    "Chapters that use a later one, in exported code or in an example: of the same folder by number, of another room by the arrows."
+    """Chapters that use a later one, in exported code or in an example: of the same folder by number, of another
+    room by the arrows."""
     found = list(chapters(root))
     place = {module: path for path, module, _ in found}
     for path, module, cells in found:
@@ -78,7 +86,8 @@ def later(root=ROOT):
                 for used in resolved(target, names, place):
                     if used not in place: continue
                     other = place[used]
-                    if other.parent == path.parent and other.name > path.name: yield f'{path}: uses {used}, which comes later'
+                    if other.parent == path.parent and other.name > path.name:
+                        yield f'{path}: uses {used}, which comes later'
                     if RANK[used.split('.')[0]] > RANK[room]: yield f'{path}: uses {used}, of a later room'
 
 
@@ -105,5 +114,11 @@ def twice(root=ROOT):
 
 if __name__ == '__main__':
     import collections
-    for title, found in (('arrows', [*arrows()]), ('later', sorted(set(later()))), ('numbering', [*numbering()]), ('twice', [f'{k}: {v}' for k, v in twice().items()])):
+
+    for title, found in (
+        ('arrows', [*arrows()]),
+        ('later', sorted(set(later()))),
+        ('numbering', [*numbering()]),
+        ('twice', [f'{k}: {v}' for k, v in twice().items()]),
+    ):
         print('##', title, len(found)); print('\n'.join(found))

@@ -1,4 +1,5 @@
-"""What the pages say: links lead somewhere, names in backticks exist, every notebook is on the site, tables of the API can be made."""
+"""What the pages say: links lead somewhere, names in backticks exist, every notebook is on the site, tables of the
+API can be made."""
 import importlib
 import json
 import re
@@ -78,7 +79,8 @@ def test_names_in_backticks_exist(page):
         if m := re.match(r'(?:mm|mmembed)((?:\.[A-Za-z_]\w*)+)', said):
             if m[1] not in ('.hpp', '.proto'): resolve('mmembed' + m[1])
         path = said.split()[0]
-        if re.fullmatch(r'[\w.-]+(/[\w.-]+)+\.\w+', path) and path.split('/')[0] in tops: assert (ROOT/path).exists(), f'`{said}`: no such file'
+        if re.fullmatch(r'[\w.-]+(/[\w.-]+)+\.\w+', path) and path.split('/')[0] in tops:
+            assert (ROOT / path).exists(), f'`{said}`: no such file'
     typed = '\n'.join(re.findall(r'```.*?```', text, re.S) + re.findall(r'^    \S.*$', text, re.M))
     commands = re.findall(r'`mmembed ([a-z]+)', text) + re.findall(r'^ *(?:\.venv/bin/)?mmembed ([a-z]+)', typed, re.M)
     for c in commands: assert c in {k.split()[0] for k in COMMANDS}, f'`mmembed {c}`: no such command'
@@ -90,7 +92,10 @@ def test_sidebar_is_in_step():
 
 
 def test_sidebar_lists_every_notebook_once():
-    def listed(x): return [x] if isinstance(x, str) else [o for y in (x['contents'] if isinstance(x, dict) else x) for o in listed(y)]
+    def listed(x):
+        return (
+            [x] if isinstance(x, str) else [o for y in (x['contents'] if isinstance(x, dict) else x) for o in listed(y)]
+        )
     found = listed(yaml.safe_load((NBS/'sidebar.yml').read_text())['website']['sidebar']['contents'])
     assert sorted(found) == [p.relative_to(NBS).as_posix() for p in NOTEBOOKS]
 
@@ -109,15 +114,20 @@ def test_site_settings():
         steps = [s for job in said['jobs'].values() for s in job['steps']]
         assert all('run' in s or '@' in s['uses'] for s in steps)
         for run in (s['run'] for s in steps if 'run' in s):
-            for goal in re.findall(r'\bmake (\w+)', run): assert re.search(rf'^{goal}:', make, re.M), f'{flow.name}: no make {goal}'
+            for goal in re.findall(r'\bmake (\w+)', run):
+                assert re.search(rf'^{goal}:', make, re.M), f'{flow.name}: no make {goal}'
             for file in re.findall(r'\bbash (\S+)', run): assert (ROOT/file).is_file(), f'{flow.name}: no {file}'
 
 
 @pytest.mark.parametrize('page', TUTORIALS, ids=lambda p: p.stem)
 def test_tutorials_open_anywhere(page):
     "A badge that leads here, a hidden cell that installs, outputs that are small and no errors."
-    assert f'blob/main/{page.relative_to(ROOT).as_posix()})' in cells(page)[0], 'no Colab badge, or that of another page'
-    assert any(c.startswith('#| hide') and 'except ImportError' in c and 'pip install' in c for c in cells(page, 'code')), 'no cell that installs'
+    assert f'blob/main/{page.relative_to(ROOT).as_posix()})' in cells(page)[0], (
+        'no Colab badge, or that of another page'
+    )
+    assert any(
+        c.startswith('#| hide') and 'except ImportError' in c and 'pip install' in c for c in cells(page, 'code')
+    ), 'no cell that installs'
     assert page.stat().st_size < 400_000
     code = [c for c in json.loads(page.read_text())['cells'] if c['cell_type'] == 'code']
     assert not [o for c in code for o in c['outputs'] if o['output_type'] == 'error']
@@ -136,21 +146,34 @@ def exported():
     import ast
     for p in sorted((ROOT/'mmembed').rglob('*.py')):
         if p.name.startswith('_') or not (m := re.search(r'^__all__ = (\[.*?\])', p.read_text(), re.M | re.S)): continue
-        defined = {n.name: n for n in ast.parse(p.read_text()).body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
-        yield from ((p.relative_to(ROOT).as_posix(), name, defined[name]) for name in re.findall(r"'(\w+)'", m[1]) if name in defined)
+        defined = {
+            n.name: n
+            for n in ast.parse(p.read_text()).body
+            if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        }
+        yield from (
+            (p.relative_to(ROOT).as_posix(), name, defined[name])
+            for name in re.findall(r"'(\w+)'", m[1])
+            if name in defined
+        )
 
 
 def test_every_public_name_says_what_it_is():
     import ast
     def told(module, node):  # by a docstring, by the comment at what is returned, or by being a single line
         head = (ROOT/module).read_text().splitlines()[node.lineno - 1:node.body[0].lineno]
-        return ast.get_docstring(node) or node.lineno == node.end_lineno or any(re.search(r'-> .*: *# ', line) for line in head)
+        return (
+            ast.get_docstring(node)
+            or node.lineno == node.end_lineno
+            or any(re.search(r'-> .*: *# ', line) for line in head)
+        )
     found = [(module, name) for module, name, node in exported() if not told(module, node)]
     assert found == [] and sum(1 for _ in exported()) > 300
 
 
 def test_tables_of_the_api():
-    "`show_doc`, from which the site's tables are made, has the signature and the parameters of what the package offers at its top."
+    """`show_doc`, from which the site's tables are made, has the signature and the parameters of what the package
+    offers at its top."""
     import mmembed
     from nbdev.showdoc import show_doc
     tables = 0

@@ -25,7 +25,8 @@ def wheel(tmp_path_factory):
     "The wheel, built from a copy of what is tracked, so that nothing lands in the checkout."
     import shutil
     source, out = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('wheel')
-    for name in ('mmembed', 'configs'): shutil.copytree(ROOT/name, source/name, ignore=shutil.ignore_patterns('__pycache__'))
+    for name in ('mmembed', 'configs'):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns('__pycache__'))
     for name in ('pyproject.toml', 'README.md', 'LICENSE'): shutil.copy(ROOT/name, source/name)
     done = python('-m', 'build', '--wheel', '--no-isolation', '--outdir', out, source)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -48,7 +49,11 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     top = {n.split('/')[0] for n in names}
     assert len(top) == 3 and 'mmembed' in top, top  # the package, its metadata, its data
     assert {Path(n).name for n in names if n.endswith('.yaml')} == {p.name for p in (ROOT/'configs').glob('*.yaml')}
-    data = {p.relative_to(ROOT).as_posix() for p in (ROOT/'mmembed').rglob('*') if p.is_file() and p.suffix not in ('.py', '.pyc')}
+    data = {
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / 'mmembed').rglob('*')
+        if p.is_file() and p.suffix not in ('.py', '.pyc')
+    }
     assert data <= set(names), 'package data is missing: [tool.setuptools.package-data]'
 
 
@@ -71,7 +76,9 @@ assert main(['train', '--config', 'nothing.yaml']) == 1
     done = python('-c', program, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
     assert done.stdout.startswith('mmembed ') and 'short_hash' in done.stdout
-    assert (installed/'share'/'mmembed'/'configs'/'quickstart.yaml').is_file() or list(installed.rglob('quickstart.yaml'))
+    assert (installed / 'share' / 'mmembed' / 'configs' / 'quickstart.yaml').is_file() or list(
+        installed.rglob('quickstart.yaml')
+    )
 
 
 def test_command_is_declared(wheel):
@@ -80,17 +87,44 @@ def test_command_is_declared(wheel):
     assert 'mmembed = mmembed.cli.main:main' in entry
 
 
-LATE = ('lightning', 'transformers', 'tokenizers', 'gradio', 'ray', 'open_clip', 'torchvision', 'pandas', 'PIL', 'pyarrow', 'fastapi', 'grpc', 'lancedb',
-        'faiss', 'psycopg', 'onnx', 'onnxruntime', 'matplotlib', 'timm', 'peft', 'tensorboard', 'jsonargparse', 'torch')
+LATE = (
+    'lightning',
+    'transformers',
+    'tokenizers',
+    'gradio',
+    'ray',
+    'open_clip',
+    'torchvision',
+    'pandas',
+    'PIL',
+    'pyarrow',
+    'fastapi',
+    'grpc',
+    'lancedb',
+    'faiss',
+    'psycopg',
+    'onnx',
+    'onnxruntime',
+    'matplotlib',
+    'timm',
+    'peft',
+    'tensorboard',
+    'jsonargparse',
+    'torch',
+)
 
 
 def test_import_is_light():
-    "`import mmembed` brings no other package, not even torch; neither does `mmembed --version`, and `--help` at most torch."
+    """`import mmembed` brings no other package, not even torch.
+
+    Neither does `mmembed --version`, and `--help` at most torch."""
     program = 'import sys; import mmembed; print(*sorted({m.split(".")[0] for m in sys.modules}))'
     got = set(python('-c', program).stdout.split())
     assert 'mmembed' in got and not got & set(LATE)
     program = 'import sys; from mmembed.cli.main import main; main(["--version"]); a = set(sys.modules); main(["--help"]); print(*a, "|", *sys.modules)'
-    version, everything = ({m.split('.')[0] for m in part.split()} for part in python('-c', program).stdout.splitlines()[-1].split('|'))
+    version, everything = (
+        {m.split('.')[0] for m in part.split()} for part in python('-c', program).stdout.splitlines()[-1].split('|')
+    )
     assert not version & set(LATE) and not everything & (set(LATE) - {'torch'})
 
 
@@ -99,7 +133,19 @@ def test_running_a_file_needs_no_training_code(tmp_path):
     program = 'import sys; import mmembed.runtime.embedder; print(*sorted({m.split(".")[0] for m in sys.modules}))'
     done = python('-c', program)
     assert done.returncode == 0, done.stderr[-1000:]
-    assert not set(done.stdout.split()) & {'lightning', 'transformers', 'tokenizers', 'open_clip', 'torchvision', 'gradio', 'ray', 'fastapi', 'matplotlib', 'pandas', 'pyarrow'}
+    assert not set(done.stdout.split()) & {
+        'lightning',
+        'transformers',
+        'tokenizers',
+        'open_clip',
+        'torchvision',
+        'gradio',
+        'ray',
+        'fastapi',
+        'matplotlib',
+        'pandas',
+        'pyarrow',
+    }
 
 
 def test_verifying_needs_no_trainer():
@@ -118,9 +164,41 @@ print(rows, 'lightning' in sys.modules)
     assert done.stdout.strip() == '[1] False', done.stderr[-1000:]
 
 
-EXTRAS = ('gradio', 'gradio_client', 'lancedb', 'psycopg', 'pgvector', 'faiss', 'ray', 'datasets', 'braceexpand', 'fsspec', 'onnx', 'onnxruntime', 'onnxscript',
-          'onnx_ir', 'httpx2', 'httpx', 'orjson', 'grpc', 'google.protobuf', 'peft', 'fastapi', 'uvicorn', 'prometheus_client', 'opentelemetry', 'matplotlib',
-          'sentencepiece', 'jieba', 'webdataset', 'IPython', 'nbdev', 'execnb', 'pytest', 'hypothesis')
+EXTRAS = (
+    'gradio',
+    'gradio_client',
+    'lancedb',
+    'psycopg',
+    'pgvector',
+    'faiss',
+    'ray',
+    'datasets',
+    'braceexpand',
+    'fsspec',
+    'onnx',
+    'onnxruntime',
+    'onnxscript',
+    'onnx_ir',
+    'httpx2',
+    'httpx',
+    'orjson',
+    'grpc',
+    'google.protobuf',
+    'peft',
+    'fastapi',
+    'uvicorn',
+    'prometheus_client',
+    'opentelemetry',
+    'matplotlib',
+    'sentencepiece',
+    'jieba',
+    'webdataset',
+    'IPython',
+    'nbdev',
+    'execnb',
+    'pytest',
+    'hypothesis',
+)
 NEED = {'mmembed.serve', 'mmembed.demo'}  # rooms that exist for an extra
 
 
@@ -148,7 +226,8 @@ for m in sys.argv[1:]:
     rows = [line.split('\t') for line in done.stdout.splitlines() if line.startswith(('fine\t', 'wants\t'))]
     assert len(rows) == len(modules)
     for how, module, *said in rows:
-        if how == 'wants': assert any(module.startswith(n) for n in NEED) or 'mmembed[' in said[0], f'{module}: {said[0]}'
+        if how == 'wants':
+            assert any(module.startswith(n) for n in NEED) or 'mmembed[' in said[0], f'{module}: {said[0]}'
     assert sum(how == 'fine' for how, *_ in rows) > 0.6 * len(rows)
 
 
@@ -160,18 +239,61 @@ def test_extras_are_declared():
     wanted = [*project['dependencies'], *(d for k, v in project['optional-dependencies'].items() for d in v)]
     names = {re.match(r'[\w.-]+', d)[0].lower().replace('-', '_') for d in wanted}
     # other names for what is declared, and what that brings along
-    known = names | {'docstring_parser', 'ftfy', 'httptools', 'regex', 'torchmetrics', 'uvloop', 'grpc_tools', 'open_clip', 'PIL', 'yaml', 'google', 'grpc', 'httpx2', 'faiss', 'psycopg', 'opentelemetry', 'prometheus_client', 'safetensors', 'huggingface_hub',
-                     'starlette', 'pydantic', 'timm', 'IPython', 'grpc_health', 'grpc_reflection', 'onnx_ir', 'gradio_client', 'mmembed', 'ray'}
+    known = names | {
+        'docstring_parser',
+        'ftfy',
+        'httptools',
+        'regex',
+        'torchmetrics',
+        'uvloop',
+        'grpc_tools',
+        'open_clip',
+        'PIL',
+        'yaml',
+        'google',
+        'grpc',
+        'httpx2',
+        'faiss',
+        'psycopg',
+        'opentelemetry',
+        'prometheus_client',
+        'safetensors',
+        'huggingface_hub',
+        'starlette',
+        'pydantic',
+        'timm',
+        'IPython',
+        'grpc_health',
+        'grpc_reflection',
+        'onnx_ir',
+        'gradio_client',
+        'mmembed',
+        'ray',
+    }
     own = {m.split('.')[0] for m in sys.stdlib_module_names}
     strange = set()
     for p in (ROOT/'mmembed').rglob('*.py'):
         for node in ast.walk(ast.parse(p.read_text())):
-            tops = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            tops = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module]
+                if isinstance(node, ast.ImportFrom) and not node.level
+                else []
+            )
             strange |= {(p.name, t.split('.')[0]) for t in tops if t.split('.')[0] not in known | own}
     assert strange == set()
 
 
-HEAVY = (*(m for m in LATE if m != 'torch'), 'mmembed.train.run', 'mmembed.models', 'mmembed.export', 'mmembed.text', 'mmembed.demo')  # beside torch, what a cold start could wait for
+# beside torch, what a cold start could wait for
+HEAVY = (
+    *(m for m in LATE if m != 'torch'),
+    'mmembed.train.run',
+    'mmembed.models',
+    'mmembed.export',
+    'mmembed.text',
+    'mmembed.demo',
+)
 
 
 def loaded_by(program, *args):
@@ -189,7 +311,10 @@ def test_a_search_imports_its_index_and_what_runs_a_file(tmp_path):
     for i, content in enumerate(list(cases.images().values())[:3]): (tmp_path/f'{i}.jpg').write_bytes(content)
     built = python('-m', 'mmembed', 'index', 'build', str(tiny.artifact()), str(tmp_path), '-o', str(tmp_path/'x.idx'))
     assert built.returncode == 0, built.stderr
-    said, found = loaded_by('import sys; from mmembed.cli.main import main; main(["search", sys.argv[1], "a red circle"])', str(tmp_path/'x.idx'))
+    said, found = loaded_by(
+        'import sys; from mmembed.cli.main import main; main(["search", sys.argv[1], "a red circle"])',
+        str(tmp_path / 'x.idx'),
+    )
     assert said.count('.jpg') == 3 and found <= {'lancedb', 'pyarrow', 'pandas'}
 
 

@@ -1,4 +1,5 @@
-"""Commands with relative paths, from a folder that is not the checkout: the README's own, in its order, and every option that names a file."""
+"""Commands with relative paths, from a folder that is not the checkout: the README's own, in its order, and every
+option that names a file."""
 import json
 import re
 import shlex
@@ -20,7 +21,10 @@ ROWS = 'source', 'query', 'minus', 'ids'  # a row is called as it was named
 
 def of_readme():
     "The commands of the README's blocks."
-    return [shlex.split(line, comments=True)[1:] for line in re.findall(r'^mmembed .*$', (ROOT/'README.md').read_text(), re.M)]
+    return [
+        shlex.split(line, comments=True)[1:]
+        for line in re.findall(r'^mmembed .*$', (ROOT / 'README.md').read_text(), re.M)
+    ]
 
 
 @pytest.fixture(scope='module')
@@ -51,10 +55,20 @@ def compiles(words): return '--cpp' in words or '--compiled' in words
 @pytest.mark.weekly
 def test_the_commands_of_the_readme_in_their_order(here, capsys):
     ran = [words for words in of_readme() if words[0] not in STAY and not compiles(words)]
-    assert {w[0] for w in ran} == {'train', 'export', 'embed', 'index', 'search'} and sum('--onnx' in w for w in ran) == 2
-    for words in [*ran, ['verify', 'model.pt', '--onnx', 'onnx', '--data', 'pairs.jsonl', '--samples', '3'], ['export', 'model.pt', '--triton', 'models', '--onnx', 'onnx'],
-                  ['eval', 'runs/pairs/best.ckpt', '--out', 'figures.json'], ['info', 'model.pt']]: run(words)
-    assert all((here/name).exists() for name in ('model.pt', 'onnx/files.onnx', 'vectors', 'photos.idx', 'models', 'figures.json'))
+    assert {w[0] for w in ran} == {'train', 'export', 'embed', 'index', 'search'} and sum(
+        '--onnx' in w for w in ran
+    ) == 2
+    for words in [
+        *ran,
+        ['verify', 'model.pt', '--onnx', 'onnx', '--data', 'pairs.jsonl', '--samples', '3'],
+        ['export', 'model.pt', '--triton', 'models', '--onnx', 'onnx'],
+        ['eval', 'runs/pairs/best.ckpt', '--out', 'figures.json'],
+        ['info', 'model.pt'],
+    ]: run(words)
+    assert all(
+        (here / name).exists()
+        for name in ('model.pt', 'onnx/files.onnx', 'vectors', 'photos.idx', 'models', 'figures.json')
+    )
     assert str(here) not in capsys.readouterr().out.replace(str(here/'photos.idx'), '')
 
 
@@ -71,22 +85,37 @@ def options(name):
     return [a for a in parser(name)._actions if a.nargs != 0 and a.dest not in ('xtra', *ROWS)]
 
 
-@pytest.mark.parametrize('name', [n for n in COMMANDS if n not in ('train', 'eval', 'completion') and not (takes_argv(function(n)) and not hasattr(function(n), 'parser'))])
+@pytest.mark.parametrize(
+    'name',
+    [
+        n
+        for n in COMMANDS
+        if n not in ('train', 'eval', 'completion')
+        and not (takes_argv(function(n)) and not hasattr(function(n), 'parser'))
+    ],
+)
 def test_every_option_that_names_a_file_is_resolved_at_the_door(name, tmp_path, monkeypatch):
     "By its help, and by the examples of its help: no word of them that is there is handed on relative."
     for a in options(name):
-        if re.match(r'(an?|the|what .*:) (exported |FAISS |new |artifact)*(file|folder)\b|write .* (file|folder)\b|PEM file', a.help or ''):
+        if re.match(
+            r'(an?|the|what .*:) (exported |FAISS |new |artifact)*(file|folder)\b|write .* (file|folder)\b|PEM file',
+            a.help or '',
+        ):
             assert a.type in (path, path_or_name), f'{name} {a.dest}: {a.help}'
     monkeypatch.chdir(tmp_path)
-    examples = [shlex.split(line, comments=True) for line in re.findall(rf'mmembed {name} .*', parser(name).epilog or '')]
+    examples = [
+        shlex.split(line, comments=True) for line in re.findall(rf'mmembed {name} .*', parser(name).epilog or '')
+    ]
     for words in examples + [['mmembed', *w] for w in of_readme() if ' '.join(w).startswith(name)]:
         words = words[1 + len(name.split()):]
         if {'<', '|', '>'} & set(words): continue
         for w in words:
-            if re.fullmatch(r'[\w./-]*\w\.[a-z]\w*|[\w-]+/', w) and not w.startswith('-'): (tmp_path/w).mkdir(parents=True, exist_ok=True)
+            if re.fullmatch(r'[\w./-]*\w\.[a-z]\w*|[\w-]+/', w) and not w.startswith('-'):
+                (tmp_path / w).mkdir(parents=True, exist_ok=True)
         found = vars(parser(name).parse_intermixed_args(words))
         for k, v in found.items():
-            if k not in ROWS and isinstance(v, str) and v and '/' not in v[:1]: assert not (tmp_path/v).exists(), f'{name}: {k} is {v}'
+            if k not in ROWS and isinstance(v, str) and v and '/' not in v[:1]:
+                assert not (tmp_path / v).exists(), f'{name}: {k} is {v}'
 
 
 def test_messages_name_a_file_as_it_was_typed(tmp_path, monkeypatch, capsys):

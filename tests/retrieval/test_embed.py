@@ -60,7 +60,9 @@ def artifact(path):
     scenes = Scenes(train=N, valid=0)
     tp = TextPipeline.learn([scenes.text(i) for i in range(N)], vocab_size=200, max_length=24)
     torch.manual_seed(0)
-    model = DualEncoder(TextTransformer(tp, width=16, depth=1, heads=2), ConvNet(VisionPipeline(size=24), channels=(8,)), dim=12)
+    model = DualEncoder(
+        TextTransformer(tp, width=16, depth=1, heads=2), ConvNet(VisionPipeline(size=24), channels=(8,)), dim=12
+    )
     shutil.copy(built_once('jobs.pt', lambda made: export(model.eval(), made, fresh=False, cpp=False)), path)
     return path
 
@@ -96,7 +98,10 @@ def test_rows_are_the_embedders(model, source, whole):
     assert [i for i, v in enumerate(table['image_vector'].to_pylist()) if v is None] == [7, 47, 77, 87, 90, 127]
     bad = [i for i, e in enumerate(table['error'].to_pylist()) if e]
     assert bad == sorted({7, 47, 77, 87, 90, 127})
-    for side, encode in [('image', lambda i: emb.encode_image([source.image(i)])), ('text', lambda i: emb.encode_text([source.text(i)]))]:
+    for side, encode in [
+        ('image', lambda i: emb.encode_image([source.image(i)])),
+        ('text', lambda i: emb.encode_text([source.text(i)])),
+    ]:
         found = load_vectors(whole, side)
         assert found.ids == [source.name(i) for i in range(N)] and (~found.ok).nonzero().flatten().tolist() == bad
         for i in [0, 6, 8, 31, 32, 63, 149]: assert found.vectors[i].equal(encode(i)[0])  # bit for bit, in any company
@@ -139,7 +144,13 @@ print(kills, partial)
 
 
 def test_killed_again_and_again(model, source, whole, tmp_path):
-    run = subprocess.run([sys.executable, '-c', KILLED, str(model), str(tmp_path/'out')], cwd=ROOT, capture_output=True, text=True, timeout=HANG)
+    run = subprocess.run(
+        [sys.executable, '-c', KILLED, str(model), str(tmp_path / 'out')],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     kills, partial = map(int, run.stdout.split())
     assert kills >= 2, run.stdout
@@ -155,11 +166,20 @@ def test_a_half_written_file_is_no_file(model, source, whole, tmp_path, monkeypa
         Path(path).write_bytes(b'half')
         raise OSError(errno.ENOSPC, 'No space left on device')
     monkeypatch.setattr(pq, 'write_table', full)
-    with pytest.raises(OSError, match='No space left on device; what was written before is kept, and the same command goes on'): embed(model, source, tmp_path, **KW)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['.lock', '_manifest.json', 'part-000000.parquet', 'part-000001.parquet']
+    with pytest.raises(
+        OSError, match='No space left on device; what was written before is kept, and the same command goes on'
+    ):
+        embed(model, source, tmp_path, **KW)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        '.lock',
+        '_manifest.json',
+        'part-000000.parquet',
+        'part-000001.parquet',
+    ]
     with pytest.raises(ValueError, match='is not finished: 3 of 5 files are missing; run it again'): read_job(tmp_path)
     (tmp_path/'.part-000002.parquet.1a2b.draft').write_bytes(b'half')
-    (tmp_path/'part-000003.parquet').write_bytes((whole/'part-000003.parquet').read_bytes()[:-100])  # a copy that was cut off
+    # a copy that was cut off
+    (tmp_path/'part-000003.parquet').write_bytes((whole/'part-000003.parquet').read_bytes()[:-100])
     monkeypatch.setattr(pq, 'write_table', real)
     assert embed(model, source, tmp_path, threads=3, **KW).written == N - 64
     assert files(tmp_path) == files(whole)
@@ -218,7 +238,8 @@ def test_another_job_in_the_folder(model, source, whole, tmp_path):
         with pytest.raises(ValueError, match=f'belongs to another job: {hint}'): embed(*args[:2], whole, **args[2])
     assert files(whole) == before
     (tmp_path/'part-000000.parquet').write_bytes(b'')
-    with pytest.raises(ValueError, match='holds part-000000.parquet and no manifest'): embed(model, source, tmp_path, **KW)
+    with pytest.raises(ValueError, match='holds part-000000.parquet and no manifest'):
+        embed(model, source, tmp_path, **KW)
     (tmp_path/'_manifest.json').write_text('{')
     with pytest.raises(ValueError, match='is not a manifest'): embed(model, source, tmp_path, **KW)
 
@@ -233,7 +254,10 @@ def test_one_job_at_a_time(model, source, tmp_path):
 def test_precisions(model, source, whole, tmp_path, precision):
     embed(model, source, tmp_path, what='image', precision=precision, shard_rows=100)
     found, exact = load_vectors(tmp_path), load_vectors(whole, 'image')
-    assert found.vectors[exact.ok].equal(to_precision(exact.vectors[exact.ok], precision)) and found.ok.sum() == exact.ok.sum() + 1
+    assert (
+        found.vectors[exact.ok].equal(to_precision(exact.vectors[exact.ok], precision))
+        and found.ok.sum() == exact.ok.sum() + 1
+    )
     cosine = (found.float() * exact.vectors).sum(1)[exact.ok]
     assert cosine.min() > {'float32': 0.9999, 'float16': 0.999, 'int8': 0.99, 'binary': 0.5}[precision]
 
@@ -270,9 +294,13 @@ def test_one_file(model, source, whole, tmp_path, form, precision):
     for side, v in want.items(): assert (found[side][ok] if len(found[side]) == N else found[side]).equal(v[ok])
     if FORMS[form].ids:
         rows = [json.loads(line) for line in (tmp_path/f'all{form}.ids.jsonl').read_text().splitlines()]
-        assert [r['id'] for r in rows] == [source.name(i) for i in range(N)] and [not r['error'] for r in rows] == ok.tolist()
+        assert [r['id'] for r in rows] == [source.name(i) for i in range(N)] and [
+            not r['error'] for r in rows
+        ] == ok.tolist()
         assert not found['image'][~ok].any() or precision == 'binary'
-    assert len((tmp_path/f'all{form}.errors.jsonl').read_text().splitlines()) == 6 and not list(tmp_path.glob('*.parts'))
+    assert len((tmp_path / f'all{form}.errors.jsonl').read_text().splitlines()) == 6 and not list(
+        tmp_path.glob('*.parts')
+    )
     assert embed_to(model, source, out, **KW, precision=precision)[1:4] == (N, 0, 6)
 
 
@@ -311,9 +339,12 @@ print(ended)
 
 @pytest.mark.parametrize('form', ['.npy', '.lance'])
 def test_ended_while_the_parts_are_put_together(model, source, whole, tmp_path, form):
-    "Ended before step after step of the last phase, and started again each time: the file is whole, and no other is left."
+    """Ended before step after step of the last phase, and started again each time: the file is whole, and no other
+    is left."""
     out = tmp_path/f'x{form}'
-    run = subprocess.run([sys.executable, '-c', ENDED, str(model), str(out)], cwd=ROOT, capture_output=True, text=True, timeout=HANG)
+    run = subprocess.run(
+        [sys.executable, '-c', ENDED, str(model), str(out)], cwd=ROOT, capture_output=True, text=True, timeout=HANG
+    )
     assert run.returncode == 0 and int(run.stdout) >= 3, run.stdout + run.stderr[-2000:]
     assert embed_to(model, source, out, **KW).failed == 6
     want = load_vectors(whole, 'text').vectors
@@ -321,7 +352,9 @@ def test_ended_while_the_parts_are_put_together(model, source, whole, tmp_path, 
     else:
         import lancedb
         assert lancedb.connect(tmp_path).open_table('x').to_arrow()['row'].to_pylist() == list(range(N))
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == (['.json', '.jsonl', '.jsonl', '.npy', '.npy'] if form == '.npy' else ['.json', '.jsonl', '.lance'])
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == (
+        ['.json', '.jsonl', '.jsonl', '.npy', '.npy'] if form == '.npy' else ['.json', '.jsonl', '.lance']
+    )
 
 
 def refused_by_spark(path):
@@ -329,40 +362,83 @@ def refused_by_spark(path):
 
     https://github.com/apache/spark/blob/master/sql/core/src/main/scala/org/apache/spark/sql/execution/datasources/parquet/ParquetSchemaConverter.scala"""
     plain = {'BOOLEAN', 'FLOAT', 'DOUBLE', 'INT32', 'INT64', 'BYTE_ARRAY', 'FIXED_LEN_BYTE_ARRAY'}
-    numbers = {f'INT{32 if bits < 64 else 64} INT {bits} {sign}' for bits in (8, 16, 32, 64) for sign in ('true', 'false')}
-    known = numbers | {f'{t} NONE' for t in plain} | {'BYTE_ARRAY STRING', 'INT32 DATE', 'INT64 TIMESTAMP microseconds', 'INT64 TIMESTAMP milliseconds'}
+    numbers = {
+        f'INT{32 if bits < 64 else 64} INT {bits} {sign}' for bits in (8, 16, 32, 64) for sign in ('true', 'false')
+    }
+    known = (
+        numbers
+        | {f'{t} NONE' for t in plain}
+        | {'BYTE_ARRAY STRING', 'INT32 DATE', 'INT64 TIMESTAMP microseconds', 'INT64 TIMESTAMP milliseconds'}
+    )
     def named(column):
         about = json.loads(column.logical_type.to_json())
-        return ' '.join(map(str, [column.physical_type, about['Type'].upper(), *(str(about[k]).lower() for k in ('bitWidth', 'isSigned', 'timeUnit') if k in about)]))
+        return ' '.join(
+            map(
+                str,
+                [
+                    column.physical_type,
+                    about['Type'].upper(),
+                    *(str(about[k]).lower() for k in ('bitWidth', 'isSigned', 'timeUnit') if k in about),
+                ],
+            )
+        )
     schema = pq.ParquetFile(path).schema
-    return {schema.column(i).path.split('.')[0]: named(schema.column(i)) for i in range(len(schema)) if named(schema.column(i)) not in known}
+    return {
+        schema.column(i).path.split('.')[0]: named(schema.column(i))
+        for i in range(len(schema))
+        if named(schema.column(i)) not in known
+    }
 
 
 def test_spark_reads_what_is_written_for_it(model, source, tmp_path):
     "Its reader of Parquet has no half floats, and one such column makes it refuse the file."
     for i in range(3): (tmp_path/f'{i}.jpg').write_bytes(bytes(source.image(i).tolist()))
     at = pa.array(np.array(['2024-01-01T01:02:03.123456789'] * 3, 'datetime64[ns]'))
-    columns = dict(image=[f'{i}.jpg' for i in range(3)], small=pa.array([1, 2, 3], pa.uint8()), half=pa.array(np.ones(3, 'e')), at=at, zoned=at.cast(pa.timestamp('ns', 'UTC')),
-                   day=at.cast(pa.date32()), clock=at.cast(pa.time64('ns')), tags=[['a'], [], None], raw=[b'x'] * 3, yes=[True] * 3, large=pa.array([1, 2, 3], pa.uint64()))
+    columns = dict(
+        image=[f'{i}.jpg' for i in range(3)],
+        small=pa.array([1, 2, 3], pa.uint8()),
+        half=pa.array(np.ones(3, 'e')),
+        at=at,
+        zoned=at.cast(pa.timestamp('ns', 'UTC')),
+        day=at.cast(pa.date32()),
+        clock=at.cast(pa.time64('ns')),
+        tags=[['a'], [], None],
+        raw=[b'x'] * 3,
+        yes=[True] * 3,
+        large=pa.array([1, 2, 3], pa.uint64()),
+    )
     pq.write_table(pa.table(columns), tmp_path/'t.parquet')
-    def run(*words): assert main(['embed', str(model), str(tmp_path/'t.parquet'), '--keep', ','.join([*columns][1:]), *map(str, words)]) == 0
+
+    def run(*words):
+        assert (
+            main(
+                ['embed', str(model), str(tmp_path / 't.parquet'), '--keep', ','.join([*columns][1:]), *map(str, words)]
+            )
+            == 0
+        )
     for precision in PRECISIONS:
         for out in (f'{precision}', f'{precision}.parquet'):
             for flags in ([], ['--spark']):
                 place = tmp_path/'-'.join([*flags, out]).strip('-')
                 run('-o', place, '--precision', precision, *flags)
                 path = place if place.is_file() else place/'part-000000.parquet'
-                assert refused_by_spark(path) == ({'image_vector': 'FIXED_LEN_BYTE_ARRAY FLOAT16'} if precision == 'float16' and not flags else {}), path
+                assert refused_by_spark(path) == (
+                    {'image_vector': 'FIXED_LEN_BYTE_ARRAY FLOAT16'} if precision == 'float16' and not flags else {}
+                ), path
     assert load_vectors(tmp_path/'spark-float16').vectors.equal(load_vectors(tmp_path/'float32').vectors)
     run('-o', tmp_path/'spark-float16', '--precision', 'float16', '--spark')  # goes on with its own folder
 
 
 def test_spark_is_for_parquet(model, source, tmp_path, capsys):
     for out in ('x.npy', 'x.lance', 'x.safetensors'):
-        with pytest.raises(ValueError, match='Spark reads Parquet: want a name that ends in .parquet, or a folder'): embed_to(model, source, tmp_path/out, spark=True)
+        with pytest.raises(ValueError, match='Spark reads Parquet: want a name that ends in .parquet, or a folder'):
+            embed_to(model, source, tmp_path / out, spark=True)
     (tmp_path/'p').mkdir()
     (tmp_path/'p'/'0.jpg').write_bytes(bytes(source.image(0).tolist()))
-    assert main(['embed', str(model), str(tmp_path/'p'), '--spark']) == 1 and '--spark is of files: name them with -o' in capsys.readouterr().err
+    assert (
+        main(['embed', str(model), str(tmp_path / 'p'), '--spark']) == 1
+        and '--spark is of files: name them with -o' in capsys.readouterr().err
+    )
 
 
 def test_the_folder_is_a_data_set(whole):
@@ -377,11 +453,15 @@ def test_the_folder_is_a_data_set(whole):
 def test_files_of_one_name_and_several_endings(model, tmp_path):
     "Each has a manifest, failures and ids of its own, and none takes the other for its own."
     source = Worn(train=20, valid=0)
-    for form, what in (('.npy', 'image'), ('.parquet', 'text'), ('.safetensors', 'both'), ('.lance', 'image')): assert embed_to(model, source, tmp_path/f'x{form}', what=what).written == 20
+    for form, what in (('.npy', 'image'), ('.parquet', 'text'), ('.safetensors', 'both'), ('.lance', 'image')):
+        assert embed_to(model, source, tmp_path / f'x{form}', what=what).written == 20
     for form, what in (('.npy', 'image'), ('.parquet', 'text'), ('.safetensors', 'both'), ('.lance', 'image')):
         assert embed_to(model, source, tmp_path/f'x{form}', what=what).written == 0
         assert json.loads((tmp_path/f'x{form}.manifest.json').read_text())['what'] == what
-    with pytest.raises(ValueError, match="x.npy.manifest.json belongs to another job: what is 'image' there and 'text' here"): embed_to(model, source, tmp_path/'x.npy', what='text')
+    with pytest.raises(
+        ValueError, match="x.npy.manifest.json belongs to another job: what is 'image' there and 'text' here"
+    ):
+        embed_to(model, source, tmp_path / 'x.npy', what='text')
 
 
 def test_unknown_endings(model, tmp_path, capsys, monkeypatch):
@@ -389,26 +469,53 @@ def test_unknown_endings(model, tmp_path, capsys, monkeypatch):
     for i in range(2): (tmp_path/f'{i}.jpg').write_bytes(bytes(Scenes(train=2, valid=0).image(i).tolist()))
     for name in ('x.np', 'x.csv', 'x.NPY', 'vectors.v2'):
         assert main(['embed', str(model), '0.jpg', '1.jpg', '-o', name]) == 1
-        assert f'{name}: {Path(name).suffix} is not a form that vectors are written in: want .npy, .safetensors, .parquet, .lance, or a folder' in capsys.readouterr().err
+        assert (
+            f'{name}: {Path(name).suffix} is not a form that vectors are written in: want .npy, .safetensors, '
+            f'.parquet, .lance, or a folder'
+            in capsys.readouterr().err
+        )
     assert sorted(p.name for p in tmp_path.iterdir()) == ['0.jpg', '1.jpg']
     for name in ('run-1.5', 'vectors.v2/', 'vectors.v2'):  # the last is there by then
-        assert main(['embed', str(model), '0.jpg', '1.jpg', '-o', name]) == 0 and len(load_vectors(tmp_path/name).ids) == 2
+        assert (
+            main(['embed', str(model), '0.jpg', '1.jpg', '-o', name]) == 0
+            and len(load_vectors(tmp_path / name).ids) == 2
+        )
 
 
 def test_control_c_says_how_to_go_on(model, tmp_path):
     "A real interrupt in the middle: exit status 130, a sentence, whole parts; the same command goes on."
     for i in range(4): (tmp_path/f'{i}.jpg').write_bytes(bytes(Scenes(train=4, valid=0).image(i).tolist()))
     (tmp_path/'t.csv').write_text('image\n' + ''.join(f'{i % 4}.jpg\n' for i in range(3000)))
-    argv = [sys.executable, '-c', 'import sys; from mmembed.cli.main import main; sys.exit(main())', 'embed', str(model), 't.csv', '-o', 'out', '--rows', '1']
+    argv = [
+        sys.executable,
+        '-c',
+        'import sys; from mmembed.cli.main import main; sys.exit(main())',
+        'embed',
+        str(model),
+        't.csv',
+        '-o',
+        'out',
+        '--rows',
+        '1',
+    ]
     env = os.environ | dict(PYTHONPATH=str(ROOT))
-    run = subprocess.Popen(argv, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible)
+    run = subprocess.Popen(
+        argv, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible
+    )
     until(lambda: len(list((tmp_path/'out').glob('part-*'))) > 2)
     run.send_signal(signal.SIGINT)
     said = run.communicate(timeout=HANG)[1]
-    assert run.returncode == 130 and 'mmembed: stopped; the parts that are whole stay in out, and the same command goes on from there' in said and 'Traceback' not in said, said
+    assert (
+        run.returncode == 130
+        and 'mmembed: stopped; the parts that are whole stay in out, and the same command goes on from there' in said
+        and 'Traceback' not in said
+    ), said
     there = len(list((tmp_path/'out').glob('part-*')))
     assert there < 3000
-    assert f'{3000 - there:,} of them now' in subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=HANG).stdout
+    assert (
+        f'{3000 - there:,} of them now'
+        in subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=HANG).stdout
+    )
 
 
 class Odd(Source):
@@ -421,27 +528,52 @@ class Odd(Source):
 
 def test_hostile_names(model, tmp_path):
     done = embed(model, Odd(), tmp_path, what='both', keep=['text', 'label', 'group'])
-    assert (done.failed, done.repeated, done.example) == (0, 1, 'same') and "1 have the id of an earlier row, such as 'same'" in str(done)
+    assert (done.failed, done.repeated, done.example) == (
+        0,
+        1,
+        'same',
+    ) and "1 have the id of an earlier row, such as 'same'" in str(done)
     found = load_vectors(tmp_path, 'text')
     assert found.ids == ['a\\udcff.jpg', 'b\n"\x00', 'same', 'same'] and found.ok.all()
-    with pytest.raises(ValueError, match="1 rows have the id of an earlier row, such as 'same'"): embed(model, Odd(), tmp_path/'u', unique=True)
+    with pytest.raises(ValueError, match="1 rows have the id of an earlier row, such as 'same'"):
+        embed(model, Odd(), tmp_path / 'u', unique=True)
     assert not (tmp_path/'u').exists()
 
 
-HOSTILE = [b'line\nbreak.jpg', b'caf\xe9.jpg', b'-o.jpg', b'--help.jpg', 'naïve 一.jpg'.encode(), b"';drop.jpg", b'$(touch pwned).jpg', b'.hidden.jpg', b'tab\t.jpg']
+HOSTILE = [
+    b'line\nbreak.jpg',
+    b'caf\xe9.jpg',
+    b'-o.jpg',
+    b'--help.jpg',
+    'naïve 一.jpg'.encode(),
+    b"';drop.jpg",
+    b'$(touch pwned).jpg',
+    b'.hidden.jpg',
+    b'tab\t.jpg',
+]
 
 
 def test_hostile_files_of_a_folder_and_of_a_pipe(model, tmp_path, monkeypatch, capsys):
-    "Every name opens its file, however it is spelled, by the folder or by `find -print0`; nothing is written outside of OUT."
+    """Every name opens its file, however it is spelled, by the folder or by `find -print0`.
+
+    Nothing is written outside of OUT."""
     folder = tmp_path/'in'/'deep'
     folder.mkdir(parents=True)
     scenes = Scenes(train=len(HOSTILE), valid=0)
-    for i, name in enumerate(HOSTILE): Path(os.fsdecode(os.path.join(os.fsencode(folder), name))).write_bytes(bytes(scenes.image(i).tolist()))
+    for i, name in enumerate(HOSTILE):
+        Path(os.fsdecode(os.path.join(os.fsencode(folder), name))).write_bytes(bytes(scenes.image(i).tolist()))
     monkeypatch.chdir(folder)
-    rows = {jobs.readable_id(os.fsdecode(n)): Embedder(model, deterministic=True, batch_size=16).encode_image([scenes.image(i)])[0] for i, n in enumerate(HOSTILE)}
+    rows = {
+        jobs.readable_id(os.fsdecode(n)): Embedder(model, deterministic=True, batch_size=16).encode_image(
+            [scenes.image(i)]
+        )[0]
+        for i, n in enumerate(HOSTILE)
+    }
     assert main(['embed', str(model), '.', '-o', '../../folder']) == 0
     found = load_vectors(tmp_path/'folder')
-    assert set(found.ids) == set(rows) - {'.hidden.jpg'} and all(v.equal(rows[n]) for n, v in zip(found.ids, found.vectors))
+    assert set(found.ids) == set(rows) - {'.hidden.jpg'} and all(
+        v.equal(rows[n]) for n, v in zip(found.ids, found.vectors)
+    )
     names = [b'./' + n for n in HOSTILE] + [b'../deep/' + HOSTILE[0]]
     monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(b'\0'.join(names) + b'\0')))
     assert main(['embed', str(model), '-', '--null', '-o', '../../pipe']) == 0
@@ -451,13 +583,17 @@ def test_hostile_files_of_a_folder_and_of_a_pipe(model, tmp_path, monkeypatch, c
     monkeypatch.chdir(folder)
     assert main(['embed', '-o', '../../dash', str(model), '--', '-o.jpg', '--help.jpg']) == 0
     assert load_vectors(tmp_path/'dash').ids == ['-o.jpg', '--help.jpg']
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['dash', 'folder', 'in', 'pipe'] and len(os.listdir(os.fsencode(folder))) == len(HOSTILE)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['dash', 'folder', 'in', 'pipe'] and len(
+        os.listdir(os.fsencode(folder))
+    ) == len(HOSTILE)
 
 
 def test_a_mistake_in_a_source_names_the_row(model, tmp_path):
     class Typo(Scenes):
         def image(self, i): return super().image(i) if i != 60 else [][1]
-    with pytest.raises(RuntimeError, match='scene train 60: IndexError'): embed(model, Typo(train=N, valid=0), tmp_path, shard_rows=32)
+
+    with pytest.raises(RuntimeError, match='scene train 60: IndexError'):
+        embed(model, Typo(train=N, valid=0), tmp_path, shard_rows=32)
     assert len(list(tmp_path.glob('part-*'))) == 1  # the rows before it are there
 
 
@@ -482,11 +618,18 @@ def test_open_source(tmp_path, source, monkeypatch):
     (tmp_path/'deep').mkdir()
     (tmp_path/'deep'/'3.PNG').write_bytes(b'x')
     (tmp_path/'t.csv').write_text('image,text\n0.jpg,a cat\n')
-    tar(tmp_path/'s.tar', [('0.jpg', b'x'), ('0.txt', b'hello'), ('0.json', b'{"year": 2021}'), ('1.jpg', b'y'), ('2.txt', b'alone')])
+    tar(
+        tmp_path / 's.tar',
+        [('0.jpg', b'x'), ('0.txt', b'hello'), ('0.json', b'{"year": 2021}'), ('1.jpg', b'y'), ('2.txt', b'alone')],
+    )
     assert [open_source(tmp_path).name(i) for i in range(4)] == ['0.jpg', '1.jpg', '2.jpg', 'deep/3.PNG']
     listed = read_lines(io.BytesIO(f'{tmp_path}/1.jpg\n\n{tmp_path}/0.jpg\n'.encode()))
-    assert [listed.name(i) for i in range(2)] == [f'{tmp_path}/{n}.jpg' for n in (1, 0)] and listed.image(0).equal(source.image(1))
-    assert open_source(tmp_path/'t.csv', 'both').text(0) == 'a cat' and isinstance(open_source(f'{tmp_path}/s.tar'), ShardRows)
+    assert [listed.name(i) for i in range(2)] == [f'{tmp_path}/{n}.jpg' for n in (1, 0)] and listed.image(0).equal(
+        source.image(1)
+    )
+    assert open_source(tmp_path / 't.csv', 'both').text(0) == 'a cat' and isinstance(
+        open_source(f'{tmp_path}/s.tar'), ShardRows
+    )
     assert [len(open_source(f'{tmp_path}/s.tar', what)) for what in ('image', 'text', 'both')] == [2, 2, 1]
     kept = open_source(f'{tmp_path}/s.tar', keep=['year', 'text'])
     assert kept.types()['year'] == pa.int64() and [kept.value(i, 'year') for i in range(2)] == [2021, None]
@@ -498,19 +641,44 @@ def test_open_source(tmp_path, source, monkeypatch):
 def test_kept_columns_keep_their_types(model, tmp_path):
     scenes = Scenes(train=5, valid=0)
     for i in range(5): (tmp_path/f'{i}.jpg').write_bytes(bytes(scenes.image(i).tolist()))
-    columns = dict(image=[f'{i}.jpg' for i in range(5)], text=[scenes.text(i) for i in range(5)], code=['007', '8', '9', None, '11'],
-                   year=pa.array([1999, 2000, None, 2002, 2003], pa.int16()), price=[1.5, 2, None, 4, 5], sold=[True, False, None, True, True], tags=[['a'], [], None, ['b', 'c'], []])
+    columns = dict(
+        image=[f'{i}.jpg' for i in range(5)],
+        text=[scenes.text(i) for i in range(5)],
+        code=['007', '8', '9', None, '11'],
+        year=pa.array([1999, 2000, None, 2002, 2003], pa.int16()),
+        price=[1.5, 2, None, 4, 5],
+        sold=[True, False, None, True, True],
+        tags=[['a'], [], None, ['b', 'c'], []],
+    )
     pq.write_table(pa.table(columns), tmp_path/'t.parquet')
     keep = ['code', 'year', 'price', 'sold', 'tags', 'text']
-    embed(model, open_source(tmp_path/'t.parquet', 'both', keep=keep, id_key='code'), tmp_path/'out', what='both', keep=keep, shard_rows=2)
+    embed(
+        model,
+        open_source(tmp_path / 't.parquet', 'both', keep=keep, id_key='code'),
+        tmp_path / 'out',
+        what='both',
+        keep=keep,
+        shard_rows=2,
+    )
     table = pq.read_table(sorted((tmp_path/'out').glob('*.parquet')))
     assert table['id'].to_pylist() == ['007', '8', '9', 'row 3', '11']
-    assert {k: str(table.schema.field(k).type) for k in keep} == dict(code='string', year='int64', price='double', sold='bool', tags='string', text='string')
-    for k in keep: assert table[k].to_pylist() == (['["a"]', '[]', None, '["b", "c"]', '[]'] if k == 'tags' else pa.array(columns[k]).to_pylist())
+    assert {k: str(table.schema.field(k).type) for k in keep} == dict(
+        code='string', year='int64', price='double', sold='bool', tags='string', text='string'
+    )
+    for k in keep:
+        assert table[k].to_pylist() == (
+            ['["a"]', '[]', None, '["b", "c"]', '[]'] if k == 'tags' else pa.array(columns[k]).to_pylist()
+        )
     for kind in ('csv', 'jsonl'):
         path = tmp_path/f't.{kind}'
         rows = [dict(image=f'{i}.jpg', text=scenes.text(i), year=2000 + i) for i in range(5)]
-        path.write_text('\n'.join(['image,text,year', *[f'{r["image"]},"{r["text"]}",{r["year"]}' for r in rows]] if kind == 'csv' else map(json.dumps, rows)))
+        path.write_text(
+            '\n'.join(
+                ['image,text,year', *[f'{r["image"]},"{r["text"]}",{r["year"]}' for r in rows]]
+                if kind == 'csv'
+                else map(json.dumps, rows)
+            )
+        )
         embed(model, open_source(path, 'both', keep=['year']), tmp_path/kind, what='both', keep=['year'])
         assert pq.read_table(tmp_path/kind/'part-000000.parquet')['year'].to_pylist() == [2000 + i for i in range(5)]
         assert load_vectors(tmp_path/kind, 'text').vectors.equal(load_vectors(tmp_path/'out', 'text').vectors)
@@ -520,13 +688,25 @@ def test_hub_rows_and_pictures_inside_parquet(model, tmp_path):
     from datasets import Dataset, Image
     scenes = Scenes(train=5, valid=0)
     images = [dict(bytes=bytes(scenes.image(i).tolist()), path=None) for i in range(5)]
-    data = Dataset.from_dict(dict(image=images, text=[scenes.text(i) for i in range(5)], year=list(range(5)))).cast_column('image', Image())
+    data = Dataset.from_dict(
+        dict(image=images, text=[scenes.text(i) for i in range(5)], year=list(range(5)))
+    ).cast_column('image', Image())
     data.to_parquet(tmp_path/'pictures.parquet')
     data.save_to_disk(tmp_path/'set')
     embed(model, scenes, tmp_path/'want', what='both')
     for where in ('pictures.parquet', 'set'):
-        embed(model, open_source(tmp_path/where, 'both', keep=['year']), tmp_path/f'{where}.out', what='both', keep=['year'], shard_rows=3)
-        for side in ('image', 'text'): assert load_vectors(tmp_path/f'{where}.out', side).vectors.equal(load_vectors(tmp_path/'want', side).vectors)
+        embed(
+            model,
+            open_source(tmp_path / where, 'both', keep=['year']),
+            tmp_path / f'{where}.out',
+            what='both',
+            keep=['year'],
+            shard_rows=3,
+        )
+        for side in ('image', 'text'):
+            assert load_vectors(tmp_path / f'{where}.out', side).vectors.equal(
+                load_vectors(tmp_path / 'want', side).vectors
+            )
         assert pq.read_table(sorted((tmp_path/f'{where}.out').glob('*.parquet')))['year'].to_pylist() == list(range(5))
 
 
@@ -534,11 +714,24 @@ def test_excerpts_are_the_rows(tmp_path, source):
     import pickle
     for i in range(6): (tmp_path/f'{i}.jpg').write_bytes(bytes(source.image(i).tolist()))
     (tmp_path/'t.csv').write_text('image,text,year\n' + ''.join(f'{i}.jpg,text {i},{i}\n' for i in range(6)))
-    tar(tmp_path/'s.tar', [x for i in range(6) for x in [(f'{i}.jpg', bytes(source.image(i).tolist())), (f'{i}.txt', b'%d' % i)]])
-    for whole in [open_source(tmp_path), open_source(tmp_path/'t.csv', 'both', keep=['year']), open_source(str(tmp_path/'s.tar'), 'both', keep=['text']), Worn(train=6, valid=0)]:
+    tar(
+        tmp_path / 's.tar',
+        [x for i in range(6) for x in [(f'{i}.jpg', bytes(source.image(i).tolist())), (f'{i}.txt', b'%d' % i)]],
+    )
+    for whole in [
+        open_source(tmp_path),
+        open_source(tmp_path / 't.csv', 'both', keep=['year']),
+        open_source(str(tmp_path / 's.tar'), 'both', keep=['text']),
+        Worn(train=6, valid=0),
+    ]:
         part = pickle.loads(pickle.dumps(excerpt(whole, range(2, 5))))
         assert len(part) == 3
-        for i in range(3): assert part.name(i) == whole.name(i + 2) and part.image(i).equal(whole.image(i + 2)) and part.text(i) == whole.text(i + 2)
+        for i in range(3):
+            assert (
+                part.name(i) == whole.name(i + 2)
+                and part.image(i).equal(whole.image(i + 2))
+                and part.text(i) == whole.text(i + 2)
+            )
 
 
 def test_rows_are_the_services(model, source, whole):
@@ -546,17 +739,25 @@ def test_rows_are_the_services(model, source, whole):
     engine = Engine(Embedder(model, batch_size=16, deterministic=True), Options(wait=.001))
     answered, stored = threading.Event(), {side: load_vectors(whole, side) for side in ('image', 'text')}
     rows = [i for i in reversed(range(40)) if stored['image'].ok[i]]
-    items = [(kind, i, Item(kind, source.image(i) if kind == 'image' else source.text(i).encode())) for i in rows for kind in stored]
+    items = [
+        (kind, i, Item(kind, source.image(i) if kind == 'image' else source.text(i).encode()))
+        for i in rows
+        for kind in stored
+    ]
     engine.submit([item for *_, item in items], lambda job: answered.set(), timeout=HANG)
     assert answered.wait(HANG) and engine.close()
     for kind, i, item in items: assert torch.from_numpy(item.value).equal(stored[kind].vectors[i]), (kind, i)
 
 
 def test_texts_of_every_length_in_any_company(model, tmp_path):
-    "A job sorts texts by length and fills each up to a size that only its own tokens decide: alone it has the same bits, in a job of other parts too."
+    """A job sorts texts by length and fills each up to a size that only its own tokens decide: alone it has the same
+    bits, in a job of other parts too."""
     words, rng = ['red', 'blue', 'circle', 'square', 'a'], np.random.default_rng(0)
     texts = [' '.join(rng.choice(words, n % 30)).encode() for n in range(200)]
-    emb, source = Embedder(model, batch_size=4, deterministic=True), read_lines(io.BytesIO(b'\n'.join([*texts, b''])), 'text')
+    emb, source = (
+        Embedder(model, batch_size=4, deterministic=True),
+        read_lines(io.BytesIO(b'\n'.join([*texts, b''])), 'text'),
+    )
     alone = torch.cat([emb.encode_text([t]) for t in texts])
     assert len(emb._lengths(emb.tokenize(texts)).unique()) == 5  # 8, 12, 16, 20, 24
     for rows in (7, 64, 500):
@@ -570,7 +771,11 @@ def test_texts_of_every_length_in_any_company(model, tmp_path):
 def test_texts_of_a_part_are_tokenized_at_once(model, tmp_path, monkeypatch):
     "A chunk of 8,192 rows, or a part if that is smaller, in one call."
     texts, calls = [b'a red circle %d' % i for i in range(3000)], []
-    source, emb, real = read_lines(io.BytesIO(b'\n'.join([*texts, b''])), 'text'), Embedder(model, batch_size=16), Embedder.tokenize
+    source, emb, real = (
+        read_lines(io.BytesIO(b'\n'.join([*texts, b''])), 'text'),
+        Embedder(model, batch_size=16),
+        Embedder.tokenize,
+    )
     monkeypatch.setattr(Embedder, 'tokenize', lambda self, texts: calls.append(len(texts)) or real(self, texts))
     embed(emb, source, tmp_path/'one', what='text')
     assert calls == [3000]
@@ -592,14 +797,30 @@ def test_no_space_left(model, tmp_path):
     "The kernel refuses bytes in the middle: one sentence, what is whole stays, and the same command goes on."
     scenes = Scenes(train=90, valid=0)
     (tmp_path/'in').mkdir()
-    for i in range(90): (tmp_path/'in'/f'{i:02}{"x"*(150 if i >= 60 else 0)}.jpg').write_bytes(bytes(scenes.image(i).tolist()))
+    for i in range(90):
+        (tmp_path / 'in' / f'{i:02}{"x" * (150 if i >= 60 else 0)}.jpg').write_bytes(bytes(scenes.image(i).tolist()))
     argv = ['embed', str(model), str(tmp_path/'in'), '-o', str(tmp_path/'out'), '--rows', '30']
     assert main([*argv[:-3], str(tmp_path/'again'), *argv[-2:]]) == 0
     sizes = [p.stat().st_size for p in sorted((tmp_path/'again').glob('part-*'))]
     assert len(sizes) == 3 and sizes[2] > max(sizes[:2]) + 200
-    run = subprocess.run([sys.executable, '-c', LIMITED, str((sizes[2] + max(sizes[:2])) // 2), *argv], cwd=ROOT, capture_output=True, text=True, timeout=HANG)
-    assert run.returncode == 1 and 'File too large; what was written before is kept' in run.stderr and 'Traceback' not in run.stderr, run.stderr[-2000:]
-    assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['.lock', '_manifest.json', 'part-000000.parquet', 'part-000001.parquet']
+    run = subprocess.run(
+        [sys.executable, '-c', LIMITED, str((sizes[2] + max(sizes[:2])) // 2), *argv],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
+    assert (
+        run.returncode == 1
+        and 'File too large; what was written before is kept' in run.stderr
+        and 'Traceback' not in run.stderr
+    ), run.stderr[-2000:]
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == [
+        '.lock',
+        '_manifest.json',
+        'part-000000.parquet',
+        'part-000001.parquet',
+    ]
     assert main(argv) == 0
     assert files(tmp_path/'out') == files(tmp_path/'again')
 
@@ -619,7 +840,8 @@ def test_unreadable_files_fail_alone(model, tmp_path, capsys):
     assert '5 could not be embedded' in capsys.readouterr().out
     ledger = [json.loads(line) for line in (tmp_path/'out'/'_errors.jsonl').read_text().splitlines()]
     assert [r['id'] for r in ledger] == [f'{i}.jpg' for i in range(1, 6)]
-    for r, says in zip(ledger, ['empty', 'not an image', 'No such file', 'Is a directory', 'Too many levels']): assert says in r['error'], r
+    for r, says in zip(ledger, ['empty', 'not an image', 'No such file', 'Is a directory', 'Too many levels']):
+        assert says in r['error'], r
     assert load_vectors(tmp_path/'out').ok.tolist() == [True] + [False]*5 + [True]*2
 
 
@@ -630,7 +852,9 @@ def test_not_finite_is_no_vector(model, tmp_path):
             out[1, 2], out[2, -1] = float('nan'), float('inf')  # one value of many is enough
             return out
     assert embed(Sick(model, batch_size=4, deterministic=True), Scenes(train=8, valid=0), tmp_path).failed == 4
-    assert [json.loads(line)['error'] for line in (tmp_path/'_errors.jsonl').read_text().splitlines()] == ['the model gave no finite embedding']*4
+    assert [json.loads(line)['error'] for line in (tmp_path / '_errors.jsonl').read_text().splitlines()] == [
+        'the model gave no finite embedding'
+    ] * 4
 
 
 def test_parts_of_another_artifact_are_found_out(model, source, whole, tmp_path):
@@ -640,55 +864,116 @@ def test_parts_of_another_artifact_are_found_out(model, source, whole, tmp_path)
     embed(other, source, tmp_path/'other', **KW)
     (tmp_path/'part-000002.parquet').write_bytes((tmp_path/'other'/'part-000002.parquet').read_bytes())
     for f in (lambda: embed(model, source, tmp_path, **KW), lambda: load_vectors(tmp_path, 'text')):
-        with pytest.raises(ValueError, match="part-000002.parquet is of another job: artifact is 'of another model' there"): f()
+        with pytest.raises(
+            ValueError, match="part-000002.parquet is of another job: artifact is 'of another model' there"
+        ):
+            f()
 
 
 def test_a_source_that_changes(model, tmp_path, monkeypatch):
-    "A file that goes fails alone; a table or a shard that says something else is refused; a shard that changes meanwhile ends the job."
+    """A file that goes fails alone; a table or a shard that says something else is refused.
+
+    A shard that changes meanwhile ends the job."""
     scenes = Scenes(train=60, valid=0)
     (tmp_path/'in').mkdir()
     for i in range(60): (tmp_path/'in'/f'{i:02}.jpg').write_bytes(bytes(scenes.image(i).tolist()))
     folder = open_source(tmp_path/'in')
     for i in (3, 40): (tmp_path/'in'/f'{i:02}.jpg').unlink()
     assert embed(model, folder, tmp_path/'a', shard_rows=20).failed == 2
-    with pytest.raises(ValueError, match='the source has changed since'): embed(model, open_source(tmp_path/'in'), tmp_path/'a', shard_rows=20)
+    with pytest.raises(ValueError, match='the source has changed since'):
+        embed(model, open_source(tmp_path / 'in'), tmp_path / 'a', shard_rows=20)
 
     (tmp_path/'t.csv').write_text('text\na boat\na cat\n')
     embed(model, open_source(tmp_path/'t.csv', 'text'), tmp_path/'t', what='text')
     (tmp_path/'t.csv').write_text('text\na boat\na dog\n')
-    with pytest.raises(ValueError, match='the source has changed since'): embed(model, open_source(tmp_path/'t.csv', 'text'), tmp_path/'t', what='text')
+    with pytest.raises(ValueError, match='the source has changed since'):
+        embed(model, open_source(tmp_path / 't.csv', 'text'), tmp_path / 't', what='text')
 
     samples = [(f'{i}.jpg', bytes(scenes.image(i).tolist())) for i in range(40)]
     shards = open_source(f'{tar(tmp_path/"s.tar", samples)}')
     def rewrite(ready, rows):
         if ready == 32: tar(tmp_path/'s.tar', samples[::-1])
-    with pytest.raises(ValueError, match='s.tar has changed while the job was running'): embed(model, shards, tmp_path/'s', shard_rows=16, progress=rewrite)
-    with pytest.raises(ValueError, match='the source has changed since'): embed(model, open_source(f'{tmp_path}/s.tar'), tmp_path/'s', shard_rows=16)
+
+    with pytest.raises(ValueError, match='s.tar has changed while the job was running'):
+        embed(model, shards, tmp_path / 's', shard_rows=16, progress=rewrite)
+    with pytest.raises(ValueError, match='the source has changed since'):
+        embed(model, open_source(f'{tmp_path}/s.tar'), tmp_path / 's', shard_rows=16)
 
 
-ODD = [b'{"id": 7, "text": "a boat", "n": 1, "when": "2020-01-02"}', b'{"id": "b", "text": 3, "n": 2.5}', b'{"id": 1.5, "text": "\\ud800", "n": "x"}', b'', b'{"id": null, "text": null, "n": [1]}',
-       b'{"id": "\\udcff", "text": ["a cat", "a dog"], "n": "\\ud800"}', b'{"id": true, "text": {"en": "x"}, "n": 36893488147419103232}', b'{"id": "caf\xe9", "text": "caf\xe9", "n": NaN}',
-       b'{"id": "last", "text": "' + b'x'*3_000_000 + b'"}']
+ODD = [
+    b'{"id": 7, "text": "a boat", "n": 1, "when": "2020-01-02"}',
+    b'{"id": "b", "text": 3, "n": 2.5}',
+    b'{"id": 1.5, "text": "\\ud800", "n": "x"}',
+    b'',
+    b'{"id": null, "text": null, "n": [1]}',
+    b'{"id": "\\udcff", "text": ["a cat", "a dog"], "n": "\\ud800"}',
+    b'{"id": true, "text": {"en": "x"}, "n": 36893488147419103232}',
+    b'{"id": "caf\xe9", "text": "caf\xe9", "n": NaN}',
+    b'{"id": "last", "text": "' + b'x' * 3_000_000 + b'"}',
+]
 
 
 def test_odd_values_in_lines_of_json(model, tmp_path, monkeypatch):
     "A row fails, not the file; a number is a name as well; from a file and from standard input."
     (tmp_path/'t.jsonl').write_bytes(b'\n'.join(ODD))
     keep = ['n', 'when']
-    for source in (open_source(tmp_path/'t.jsonl', 'text', id_key='id', keep=keep), read_lines(io.BytesIO(b'\n'.join(ODD)), 'both', image_key='id', id_key='id', keep=keep)):
+    for source in (
+        open_source(tmp_path / 't.jsonl', 'text', id_key='id', keep=keep),
+        read_lines(io.BytesIO(b'\n'.join(ODD)), 'both', image_key='id', id_key='id', keep=keep),
+    ):
         if source.path.name == 't.jsonl':
-            assert [source.name(i) for i in range(len(source))] == ['7', 'b', '1.5', 'row 3', '\\udcff (1)', '\\udcff (2)', 'true', 'caf\\udce9', 'last']
+            assert [source.name(i) for i in range(len(source))] == [
+                '7',
+                'b',
+                '1.5',
+                'row 3',
+                '\\udcff (1)',
+                '\\udcff (2)',
+                'true',
+                'caf\\udce9',
+                'last',
+            ]
             said = []
             for i in range(9):
                 try: said.append(source.text(i)[:9])
                 except ValueError as e: said.append(str(e))
             half = 'text holds half a character: no UTF-8 has it'
-            assert said == ['a boat', 'text is 3, not a text', half, 'text is empty', 'a cat', 'a dog', 'text is {"en": "x"}, not a text', half, 'xxxxxxxxx']
-        assert [source.value(i, 'n') for i in range(9)] == ['1', '2.5', 'x', '[1]', '\ufffd', '\ufffd', '36893488147419103232', None, None]
+            assert said == [
+                'a boat',
+                'text is 3, not a text',
+                half,
+                'text is empty',
+                'a cat',
+                'a dog',
+                'text is {"en": "x"}, not a text',
+                half,
+                'xxxxxxxxx',
+            ]
+        assert [source.value(i, 'n') for i in range(9)] == [
+            '1',
+            '2.5',
+            'x',
+            '[1]',
+            '\ufffd',
+            '\ufffd',
+            '36893488147419103232',
+            None,
+            None,
+        ]
         assert str(source.value(0, 'when'))[:10] == '2020-01-02' and source.value(1, 'when') is None
-    done = embed(model, open_source(tmp_path/'t.jsonl', 'text', id_key='id', keep=keep), tmp_path/'out', what='text', keep=keep)
+    done = embed(
+        model,
+        open_source(tmp_path / 't.jsonl', 'text', id_key='id', keep=keep),
+        tmp_path / 'out',
+        what='text',
+        keep=keep,
+    )
     assert (done.rows, done.failed) == (9, 5)
-    for lines, error in ((b'{"text": "a"}\n{"text": 3}\n{"text": ', r't.jsonl, line 3: not JSON'), (b'{"text": "a"}\n[3]', 'line 2: want an object like'), (b'{"x": 1}\n', "no column 'text'")):
+    for lines, error in (
+        (b'{"text": "a"}\n{"text": 3}\n{"text": ', r't.jsonl, line 3: not JSON'),
+        (b'{"text": "a"}\n[3]', 'line 2: want an object like'),
+        (b'{"x": 1}\n', "no column 'text'"),
+    ):
         (tmp_path/'t.jsonl').write_bytes(lines)
         with pytest.raises(ValueError, match=error): open_source(tmp_path/'t.jsonl', 'text')
         with pytest.raises(ValueError, match='standard input'): read_lines(io.BytesIO(lines), 'both')
@@ -698,15 +983,25 @@ def test_odd_values_in_lines_of_json(model, tmp_path, monkeypatch):
 
 
 def test_images_that_change(model, tmp_path, capsys):
-    "Between two runs, finished or not, in a folder, a table, shards and a data set: nothing old is kept, nothing mixed."
+    """Between two runs, finished or not, in a folder, a table, shards and a data set: nothing old is kept, nothing
+    mixed."""
     from datasets import Dataset, Image
     scenes, folder = Scenes(train=60, valid=0), tmp_path/'in'
     folder.mkdir()
     image = lambda i: bytes(scenes.image(i).tolist())
     for i in range(40): (folder/f'{i:02}.jpg').write_bytes(image(i))
     (tmp_path/'t.csv').write_text('image\n' + ''.join(f'in/{i:02}.jpg\n' for i in range(40)))
-    def parquet(): Dataset.from_dict(dict(image=[dict(bytes=(folder/f'{i:02}.jpg').read_bytes(), path=None) for i in range(40)])).cast_column('image', Image()).to_parquet(tmp_path/'t.parquet')
-    def shard(): tar(tmp_path/'s.tar', [(f'{i:02}.jpg', (folder/f'{i:02}.jpg').read_bytes().ljust(4000, b'\0')) for i in range(40)])
+
+    def parquet():
+        Dataset.from_dict(
+            dict(image=[dict(bytes=(folder / f'{i:02}.jpg').read_bytes(), path=None) for i in range(40)])
+        ).cast_column('image', Image()).to_parquet(tmp_path / 't.parquet')
+
+    def shard():
+        tar(
+            tmp_path / 's.tar',
+            [(f'{i:02}.jpg', (folder / f'{i:02}.jpg').read_bytes().ljust(4000, b'\0')) for i in range(40)],
+        )
     parquet(), shard()
     where = dict(folder=folder, table=tmp_path/'t.csv', shard=f'{tmp_path}/s.tar', hub=tmp_path/'t.parquet')
     def run(name, **kw): return embed(model, open_source(where[name]), tmp_path/f'{name}.out', shard_rows=16, **kw)
@@ -724,7 +1019,10 @@ def test_images_that_change(model, tmp_path, capsys):
     parquet(), shard()
     os.utime(tmp_path/'s.tar', ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1000))
     for name in where:
-        with pytest.raises(ValueError, match='the source has changed since: other rows, or an image of another size and time'): run(name)
+        with pytest.raises(
+            ValueError, match='the source has changed since: other rows, or an image of another size and time'
+        ):
+            run(name)
     assert before == {name: files(tmp_path/f'{name}.out') for name in where}
     argv = ['embed', str(model), str(folder), '-o', str(tmp_path/'c'), '--content-hash']
     assert main(argv) == 0
@@ -747,7 +1045,8 @@ def test_captions_that_change(model, tmp_path):
     embed(model, source, tmp_path/'image')
     source.said = 'a dog'
     for what in ('text', 'both'):
-        with pytest.raises(ValueError, match='the source has changed since'): embed(model, source, tmp_path/what, what=what)
+        with pytest.raises(ValueError, match='the source has changed since'):
+            embed(model, source, tmp_path / what, what=what)
     assert embed(model, source, tmp_path/'image').written == 0
 
 
@@ -763,7 +1062,9 @@ def test_the_command_prints_what_it_would_write(model, tmp_path, capsys, monkeyp
     monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO('a boat\n\n红色\n'.encode())))
     assert main(['embed', str(model), '--stdin', '-o', str(tmp_path/'texts.npy')]) == 0
     assert torch.from_numpy(np.load(tmp_path/'texts.npy')).equal(emb.encode_text(['a boat', '', '红色']))
-    monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(f'{{"image": "{tmp_path}/1.jpg", "text": "a boat"}}\n'.encode())))
+    monkeypatch.setattr(
+        'sys.stdin', io.TextIOWrapper(io.BytesIO(f'{{"image": "{tmp_path}/1.jpg", "text": "a boat"}}\n'.encode()))
+    )
     assert main(['embed', str(model), '-', '--what', 'both', '-o', str(tmp_path/'both.safetensors')]) == 0
 
 
@@ -776,9 +1077,13 @@ def test_lines_of_progress(capsys):
 
 
 def test_mistakes(model, source, tmp_path):
-    for kw, message in [(dict(what='sound'), "what must be 'image', 'text' or 'both', got 'sound'"), (dict(precision='int4'), "got 'int4'"),
-                        (dict(keep=['price']), 'has no column price; it has text, label and group'), (dict(threads=-1), 'want 0 or more threads, got -1'),
-                        (dict(shard_rows=0), 'at least 1, got 0')]:
+    for kw, message in [
+        (dict(what='sound'), "what must be 'image', 'text' or 'both', got 'sound'"),
+        (dict(precision='int4'), "got 'int4'"),
+        (dict(keep=['price']), 'has no column price; it has text, label and group'),
+        (dict(threads=-1), 'want 0 or more threads, got -1'),
+        (dict(shard_rows=0), 'at least 1, got 0'),
+    ]:
         with pytest.raises(ValueError, match=message): embed(model, source, tmp_path, **kw)
     with pytest.raises(ValueError, match='holds no rows'): embed(model, Scenes(train=0, valid=0), tmp_path)
     with pytest.raises(FileNotFoundError, match='holds no embeddings'): load_vectors(tmp_path)

@@ -44,7 +44,9 @@ def artifact(path, seed=0):
     scenes = Scenes(train=N, valid=0)
     tp = TextPipeline.learn([scenes.text(i) for i in range(N)], vocab_size=200, max_length=24)
     torch.manual_seed(seed)
-    model = DualEncoder(TextTransformer(tp, width=16, depth=1, heads=2), ConvNet(VisionPipeline(size=24), channels=(8,)), dim=D)
+    model = DualEncoder(
+        TextTransformer(tp, width=16, depth=1, heads=2), ConvNet(VisionPipeline(size=24), channels=(8,)), dim=D
+    )
     shutil.copy(built_once(f'index-{seed}.pt', lambda made: export(model.eval(), made, fresh=False, cpp=False)), path)
     return path
 
@@ -70,7 +72,13 @@ def points(n, seed=0, name='p'):
 
 def table(ids, x, **columns):
     x = np.asarray(x, 'f')
-    return pa.table(dict(id=pa.array(ids, pa.string()), vector=pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), x.shape[1]), **columns))
+    return pa.table(
+        dict(
+            id=pa.array(ids, pa.string()),
+            vector=pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), x.shape[1]),
+            **columns,
+        )
+    )
 
 
 def matrix(t): return np.stack(t['vector'].to_pylist()).astype('f')
@@ -90,7 +98,11 @@ def test_every_query_finds_what_brute_force_finds(index, emb, scenes, exact):
 
 def test_sums_of_queries(index, emb, scenes, tmp_path):
     (tmp_path/'a.jpg').write_bytes(bytes(scenes.image(4).tolist()))
-    t, p, m = emb.encode_text(['a red circle'])[0], emb.encode_image([scenes.image(4)])[0], emb.encode_text(['green'])[0]
+    t, p, m = (
+        emb.encode_text(['a red circle'])[0],
+        emb.encode_image([scenes.image(4)])[0],
+        emb.encode_text(['green'])[0],
+    )
     want = torch.nn.functional.normalize(t + .5*p - 2*m, dim=0).numpy()
     query = Query('a red circle') + .5*Query(tmp_path/'a.jpg') - 2*Query('green')
     np.testing.assert_allclose(query.vector(lambda: emb, D), want, atol=1e-5)
@@ -99,9 +111,21 @@ def test_sums_of_queries(index, emb, scenes, tmp_path):
     with pytest.raises(KeyError): index.like('nobody')
 
 
-@pytest.mark.parametrize('query, error', [('', 'empty text'), ('  \n', 'empty text'), (None, 'nothing to search for'), (np.zeros(D, 'f'), 'zero'),
-    (np.full(D, np.nan, 'f'), 'NaN'), (np.ones(D + 1, 'f'), 'holds vectors of 12'), (b'no picture', 'images'), (Query('a') - 'a', 'cancel out'),
-    (3, 'no query'), (['a'], 'no query')])
+@pytest.mark.parametrize(
+    'query, error',
+    [
+        ('', 'empty text'),
+        ('  \n', 'empty text'),
+        (None, 'nothing to search for'),
+        (np.zeros(D, 'f'), 'zero'),
+        (np.full(D, np.nan, 'f'), 'NaN'),
+        (np.ones(D + 1, 'f'), 'holds vectors of 12'),
+        (b'no picture', 'images'),
+        (Query('a') - 'a', 'cancel out'),
+        (3, 'no query'),
+        (['a'], 'no query'),
+    ],
+)
 def test_queries_that_cannot_be_asked(index, query, error):
     with pytest.raises((ValueError, TypeError), match=error): index.search(query)
 
@@ -119,9 +143,17 @@ def test_columns_of_a_table_keep_their_types(model, scenes, tmp_path):
             (tmp_path/f'{i}.jpg').write_bytes(bytes(scenes.image(i).tolist()))
             out.writerow([f'{i}.jpg', scenes.text(i), 2010 + i, i / 4, f'20{10 + i}-05-01'])
     index = Index.build(model, tmp_path/'pairs.csv', tmp_path/'out.idx', columns=['year', 'price', 'taken'])
-    assert index.columns['year'] == 'int64' and index.columns['price'] == 'double' and index.columns['taken'].startswith('timestamp')
+    assert (
+        index.columns['year'] == 'int64'
+        and index.columns['price'] == 'double'
+        and index.columns['taken'].startswith('timestamp')
+    )
     assert sorted(r['year'] for r in index.search('x', 99, where='year > 2020')) == list(range(2021, 2030))
-    assert {r['id'] for r in index.search('x', 99, where="taken < timestamp '2012-01-01' or price = 4.75")} == {'0.jpg', '1.jpg', '19.jpg'}
+    assert {r['id'] for r in index.search('x', 99, where="taken < timestamp '2012-01-01' or price = 4.75")} == {
+        '0.jpg',
+        '1.jpg',
+        '19.jpg',
+    }
     row = index.search('x', 1, where='year = 2013')[0]
     assert row['text'] == scenes.text(3) and Path(row['file']) == (tmp_path/'3.jpg').resolve()
     assert json.dumps(index.find(np.ones(D), 3, 'price > 1'))
@@ -129,13 +161,17 @@ def test_columns_of_a_table_keep_their_types(model, scenes, tmp_path):
     assert 'data:image/jpeg' in index.search('x', 3)._repr_html_()
     for where, error in [('nothing > 3', 'No field named nothing'), ('year >', 'year >'), ("year > 'x' 3", 'where=')]:
         with pytest.raises(ValueError, match=error): index.search('x', where=where)
-    with pytest.raises(ValueError, match='no column'): Index.build(model, tmp_path/'pairs.csv', tmp_path/'no.idx', columns=['size'])
+    with pytest.raises(ValueError, match='no column'):
+        Index.build(model, tmp_path / 'pairs.csv', tmp_path / 'no.idx', columns=['size'])
 
 
 def test_bad_items_are_listed_and_not_indexed(model, tmp_path):
     index = Index.build(model, Worn(train=N, valid=0), tmp_path/'a')
     bad = {r['id']: r['error'] for r in index.bad()}
-    assert set(bad) == {'scene train 7', *(f'scene train {i}' for i in range(3, N, 20))} and bad['scene train 7'] == 'no such picture'
+    assert (
+        set(bad) == {'scene train 7', *(f'scene train {i}' for i in range(3, N, 20))}
+        and bad['scene train 7'] == 'no such picture'
+    )
     assert len(index) == N - len(bad) and not set(bad) & set(index.ids())
     assert index.info()['bad'] == len(bad)
     index.add(Scenes(train=N, valid=0), on_duplicate='skip')  # the same rows, whole now
@@ -148,7 +184,8 @@ def test_vectors_that_mean_nothing(model, tmp_path):
     index = Index.build(model, table([f'v{i}' for i in range(6)], x), tmp_path/'a')
     assert sorted(index.ids()) == ['v0', 'v4', 'v5'] and {r['id'] for r in index.bad()} == {'v1', 'v2', 'v3'}
     assert np.linalg.norm(index.vector_of('v4')) == pytest.approx(1)
-    with pytest.raises(ValueError, match='13 wide; this index holds vectors of 12'): index.add(table(['w'], np.ones((1, D + 1))))
+    with pytest.raises(ValueError, match='13 wide; this index holds vectors of 12'):
+        index.add(table(['w'], np.ones((1, D + 1))))
     assert len(index) == 3
 
 
@@ -158,7 +195,8 @@ def test_ids_that_come_twice(model, tmp_path, scenes):
     with pytest.raises(FileNotFoundError, match='holds no index'): Index(tmp_path/'a')
     index = Index.build(model, twice, tmp_path/'a', on_duplicate='skip')
     assert len(index) == 5 and index.bad() == [dict(id='p0', error='another row has this id')]
-    with pytest.raises(ValueError, match="the id 'p4' comes twice"): index.add(pa.concat_tables([points(2, 1, 'q'), points(5).slice(4)]))
+    with pytest.raises(ValueError, match="the id 'p4' comes twice"):
+        index.add(pa.concat_tables([points(2, 1, 'q'), points(5).slice(4)]))
     assert len(index) == 5
     new = points(7, seed=3)
     assert index.add(new, on_duplicate='skip') == 2 and index.add(new, on_duplicate='replace') == 7 and len(index) == 7
@@ -168,7 +206,8 @@ def test_ids_that_come_twice(model, tmp_path, scenes):
 
 def test_mixed_artifacts(index, model, other, scenes, tmp_path):
     embed(other, scenes, tmp_path/'vectors', keep=['text'])
-    with pytest.raises(ValueError, match='vectors of two models cannot be mixed'): Index.build(model, tmp_path/'vectors', tmp_path/'a')
+    with pytest.raises(ValueError, match='vectors of two models cannot be mixed'):
+        Index.build(model, tmp_path / 'vectors', tmp_path / 'a')
     with pytest.raises(ValueError, match='vectors of two models cannot be mixed'): index.add(tmp_path/'vectors')
     with pytest.raises(ValueError, match='cannot ask an index'): Index(index.folder, other).search('a red circle')
     with pytest.raises(ValueError, match='cannot ask an index'): index.check(Embedder(other).card)
@@ -176,7 +215,8 @@ def test_mixed_artifacts(index, model, other, scenes, tmp_path):
     reader = Index(tmp_path/'a', Embedder(model))
     reader.search('a red circle')
     Index.build(other, tmp_path/'vectors', tmp_path/'a', overwrite=True)
-    with pytest.raises(ValueError, match='cannot ask an index'): reader.search('a red circle')  # it was open all the time
+    # it was open all the time
+    with pytest.raises(ValueError, match='cannot ask an index'): reader.search('a red circle')
     assert len(mine) == N and Index(tmp_path/'a').search(scenes.text(0), 1)[0]['text']
 
 
@@ -192,13 +232,44 @@ def test_what_embed_wrote(emb, model, scenes, tmp_path):
     np.testing.assert_allclose(texts.vector_of(scenes.name(0)), emb.encode_text([scenes.text(0)])[0], atol=1e-5)
 
 
-HOSTILE = ["it's", "x'); DROP TABLE items; --", "' OR '1'='1", '\\', "\\'", '"', '""', "''", '%', '_', '../../etc/passwd', 'new\nline', 'nul\0l', '\u202e', '🦊',
-           '<script>alert(1)</script>', '${x}', '{}', ';', '--', '/* */', '`', 'a' * 5000, '-rf', ' ', '\t', 'NULL', '0', "id) OR (1=1"]
+HOSTILE = [
+    "it's",
+    "x'); DROP TABLE items; --",
+    "' OR '1'='1",
+    '\\',
+    "\\'",
+    '"',
+    '""',
+    "''",
+    '%',
+    '_',
+    '../../etc/passwd',
+    'new\nline',
+    'nul\0l',
+    '\u202e',
+    '🦊',
+    '<script>alert(1)</script>',
+    '${x}',
+    '{}',
+    ';',
+    '--',
+    '/* */',
+    '`',
+    'a' * 5000,
+    '-rf',
+    ' ',
+    '\t',
+    'NULL',
+    '0',
+    "id) OR (1=1",
+]
 
 
 def test_hostile_ids_and_captions(model, tmp_path):
     x = matrix(points(len(HOSTILE) + 1))
-    index = Index.build(model, table([*HOSTILE, 'plain'], x, text=pa.array([*HOSTILE, 'plain'])), tmp_path/"it's; an \"index\"")
+    index = Index.build(
+        model, table([*HOSTILE, 'plain'], x, text=pa.array([*HOSTILE, 'plain'])), tmp_path / "it's; an \"index\""
+    )
     for i, name in enumerate(HOSTILE):
         assert index.ids() == [*HOSTILE[i:], 'plain'] and index.like(name, 3)
         assert index.thumbnails([name]) == {} and '<script>' not in index.search(x[i], 3)._repr_html_()
@@ -213,11 +284,26 @@ def test_hostile_ids_and_captions(model, tmp_path):
 
 def test_hostile_file_names(model, scenes, tmp_path):
     (tmp_path/'in').mkdir()
-    names = [b"it's.jpg", b'--rf.jpg', b'new\nline.jpg', b'caf\xe9.jpg', b'$(rm).jpg', b'"q".jpg', '猫.jpg'.encode(), b'%s.jpg']
-    for i, n in enumerate(names): (tmp_path/'in').joinpath(n.decode('utf-8', 'surrogateescape')).write_bytes(bytes(scenes.image(i).tolist()))
+    names = [
+        b"it's.jpg",
+        b'--rf.jpg',
+        b'new\nline.jpg',
+        b'caf\xe9.jpg',
+        b'$(rm).jpg',
+        b'"q".jpg',
+        '猫.jpg'.encode(),
+        b'%s.jpg',
+    ]
+    for i, n in enumerate(names):
+        (tmp_path / 'in').joinpath(n.decode('utf-8', 'surrogateescape')).write_bytes(bytes(scenes.image(i).tolist()))
     index = Index.build(model, tmp_path/'in', tmp_path/'a')
     assert len(index) == len(names) and not index.bad()
-    for i, name in enumerate(index.ids(), 1): assert index.search(index.vector_of(name), 1).scores[0] > .999 and index.delete([name]) == 1 and len(index) == len(names) - i
+    for i, name in enumerate(index.ids(), 1):
+        assert (
+            index.search(index.vector_of(name), 1).scores[0] > 0.999
+            and index.delete([name]) == 1
+            and len(index) == len(names) - i
+        )
 
 
 def test_an_empty_index(model, scenes, tmp_path):
@@ -236,19 +322,33 @@ def test_words(index, scenes):
     assert any(r['text'] == chinese for r in index.search(words=chinese, k=5))
     for hostile in ('a"b (c OR', '*', 'text:x', 'NOT', '\0'): index.search(words=hostile, k=3)
     both = index.search('a red circle', k=8, words='circle')
-    assert len(both) == 8 and all(-1.001 <= s <= 1.001 for s in both.scores) and [r['relevance'] for r in both] == sorted((r['relevance'] for r in both), reverse=True)
+    assert (
+        len(both) == 8
+        and all(-1.001 <= s <= 1.001 for s in both.scores)
+        and [r['relevance'] for r in both] == sorted((r['relevance'] for r in both), reverse=True)
+    )
     x = dict(zip(*index.vectors()))
     v = index.embedder().encode_text(['a red circle'])[0]
     np.testing.assert_allclose(both.scores, [float(x[i] @ v) for i in both.ids], atol=1e-5)
 
 
 def test_two_rankings_are_merged_by_reciprocal_ranks():
-    "As Cormack, Clarke and Buettcher (SIGIR 2009) have it: a row counts 1 / (60 + place) in each; equal sums in the order of the words."
-    near, said = [dict(id=i, score=s) for i, s in (('a', .9), ('b', .8), ('c', .7))], [dict(id=i, score=9.) for i in 'bdea']
+    """As Cormack, Clarke and Buettcher (SIGIR 2009) have it: a row counts 1 / (60 + place) in each.
+
+    Equal sums in the order of the words."""
+    near, said = (
+        [dict(id=i, score=s) for i, s in (('a', 0.9), ('b', 0.8), ('c', 0.7))],
+        [dict(id=i, score=9.0) for i in 'bdea'],
+    )
     found = merged(near, said, 10)
     assert [r['id'] for r in found] == ['b', 'a', 'd', 'e', 'c']
-    np.testing.assert_allclose([r['relevance'] for r in found], [1/62 + 1/61, 1/61 + 1/64, 1/62, 1/63, 1/63], rtol=1e-12)
-    assert [r['score'] for r in found] == [.8, .9, None, None, .7] and [r['id'] for r in merged(near, said, 2)] == ['b', 'a']
+    np.testing.assert_allclose(
+        [r['relevance'] for r in found], [1 / 62 + 1 / 61, 1 / 61 + 1 / 64, 1 / 62, 1 / 63, 1 / 63], rtol=1e-12
+    )
+    assert [r['score'] for r in found] == [0.8, 0.9, None, None, 0.7] and [r['id'] for r in merged(near, said, 2)] == [
+        'b',
+        'a',
+    ]
 
 
 def test_approximate(model, tmp_path):
@@ -273,7 +373,8 @@ def test_every_kind_answers_for_every_k(kind, model, tmp_path):
     rows, more = points(600), dict(num_sub_vectors=4) if kind.endswith('pq') else {}
     captions = pa.array([f'number {i % 3}' for i in range(600)])
     index, x = Index.build(model, rows.append_column('text', captions), tmp_path/'a'), matrix(rows)
-    index.approximate(kind, recall=.01, partitions=None if kind.startswith('hnsw') else 30, **more)  # the knobs as low as they go
+    # the knobs as low as they go
+    index.approximate(kind, recall=.01, partitions=None if kind.startswith('hnsw') else 30, **more)
     for k in (1, 10, 32, 33, 64, 65, 150, 599, 600, 601, 5000):
         assert len(index.search(x[0], k)) == min(k, 600)
         assert len(index.search(x[0], k, where="id LIKE 'p1_'")) == min(k, 10)
@@ -284,7 +385,20 @@ def test_every_kind_answers_for_every_k(kind, model, tmp_path):
 def test_recall_of_text_queries(model, tmp_path, capsys, scenes):
     index = Index.build(model, points(400), tmp_path/'a')
     (tmp_path/'captions.csv').write_text('said\n' + '\n'.join(scenes.text(i) for i in range(N)))
-    assert main(['index', 'approximate', str(tmp_path/'a'), '--queries', str(tmp_path/'captions.csv'), '--text-key', 'said']) == 0
+    assert (
+        main(
+            [
+                'index',
+                'approximate',
+                str(tmp_path / 'a'),
+                '--queries',
+                str(tmp_path / 'captions.csv'),
+                '--text-key',
+                'said',
+            ]
+        )
+        == 0
+    )
     first, second = capsys.readouterr().out.splitlines()
     assert f'over {N} queries' in first and 'with rows as queries: hnsw_sq' in second and 'over 100 queries' in second
     assert index.info()['approximate']['queries'] == N
@@ -303,7 +417,9 @@ def test_near_duplicates_and_clusters(model, tmp_path):
     assert {frozenset(g.ids) for g in index.duplicates(.99, neighbours=5)} == {frozenset(g.ids) for g in groups}
     pytest.importorskip('faiss')
     clusters = index.clusters(5)
-    assert sorted(i for g in clusters for i in g.ids) == sorted(index.ids()) and all(g.scores == sorted(g.scores, reverse=True) for g in clusters)
+    assert sorted(i for g in clusters for i in g.ids) == sorted(index.ids()) and all(
+        g.scores == sorted(g.scores, reverse=True) for g in clusters
+    )
     assert [g.ids for g in index.clusters(5)] == [g.ids for g in clusters]
 
 
@@ -342,7 +458,11 @@ def test_one_writer_at_a_time(model, tmp_path):
     import fcntl
     with (tmp_path/'a'/'.lock').open('w') as f:
         fcntl.flock(f, fcntl.LOCK_EX)
-        for write in (lambda: index.add(points(2, 1, 'q')), lambda: index.delete(['p0']), lambda: Index.build(model, points(2), tmp_path/'a', overwrite=True)):
+        for write in (
+            lambda: index.add(points(2, 1, 'q')),
+            lambda: index.delete(['p0']),
+            lambda: Index.build(model, points(2), tmp_path / 'a', overwrite=True),
+        ):
             with pytest.raises(ValueError, match='another process is writing'): write()
         assert len(index.search(np.ones(D, 'f'))) == 5
 
@@ -400,7 +520,9 @@ print('sound')
 
 def test_killed_writers_and_full_disks_lose_nothing(model, tmp_path):
     code = KILLER.format(root=str(Path(__file__).parents[2]))
-    run = subprocess.run([sys.executable, '-c', code, str(tmp_path/'a'), str(model)], capture_output=True, text=True, timeout=HANG)
+    run = subprocess.run(
+        [sys.executable, '-c', code, str(tmp_path / 'a'), str(model)], capture_output=True, text=True, timeout=HANG
+    )
     assert run.returncode == 0 and run.stdout.endswith('sound\n'), (run.stdout + run.stderr)[-2000:]
     assert 'refused: nothing was changed' in run.stdout
     index = Index(tmp_path/'a')
@@ -440,13 +562,30 @@ def test_commands(model, scenes, tmp_path, monkeypatch, capsys):
     assert '4 added' in run('index', 'add', 'my.idx', 'more')
     found = json.loads(run('search', 'my.idx', 'photos/5.jpg', '-k', '3', '--json'))
     assert len(found) == 3 and found[0]['id'] == '5.jpg' and found[0]['score'] > .999
-    assert json.loads(run('search', 'my.idx', 'a red circle', 'photos/5.jpg', '--minus', 'blue', '--filter', "id LIKE '1_.jpg'", '--exact', '--json'))
+    assert json.loads(
+        run(
+            'search',
+            'my.idx',
+            'a red circle',
+            'photos/5.jpg',
+            '--minus',
+            'blue',
+            '--filter',
+            "id LIKE '1_.jpg'",
+            '--exact',
+            '--json',
+        )
+    )
     assert '14.jpg' in run('search', 'my.idx', 'more/14.jpg')
     assert '1 deleted' in run('index', 'delete', 'my.idx', '5.jpg', 'never.jpg')
     info = json.loads(run('index', 'info', 'my.idx', '--json'))
     assert info['items'] == 15 and info['bad'] == 1
-    for words, error in ((('search', 'none', 'x'), 'holds no index'), (('search', 'my.idx', 'x', '--filter', 'year >'), 'where='),
-                         (('search', 'my.idx', 'missing.jpg'), 'No such file'), (('index', 'add', 'my.idx', 'more'), 'already')):
+    for words, error in (
+        (('search', 'none', 'x'), 'holds no index'),
+        (('search', 'my.idx', 'x', '--filter', 'year >'), 'where='),
+        (('search', 'my.idx', 'missing.jpg'), 'No such file'),
+        (('index', 'add', 'my.idx', 'more'), 'already'),
+    ):
         assert main(list(words)) == 1 and error in capsys.readouterr().err
     monkeypatch.setattr('webbrowser.open', lambda url: print('opened', url))
     assert 'opened file://' in run('search', 'my.idx', 'a red circle', '--open')
@@ -464,7 +603,10 @@ def test_failures_are_listed_and_tried_again_and_the_index_compacted(model, scen
     assert r'not indexed: two\nlines.jpg: ' in run('index', 'build', model, 'photos', '-o', 'my.idx', status=1)
     lines = run('index', 'failures', 'my.idx').splitlines()
     assert sorted(line.split(': ')[0] for line in lines) == ['gone.jpg', r'two\nlines.jpg']
-    assert {json.loads(line)['id'] for line in run('index', 'failures', 'my.idx', '--json').splitlines()} == {'gone.jpg', 'two\nlines.jpg'}
+    assert {json.loads(line)['id'] for line in run('index', 'failures', 'my.idx', '--json').splitlines()} == {
+        'gone.jpg',
+        'two\nlines.jpg',
+    }
     (tmp_path/'photos'/'two\nlines.jpg').write_bytes(bytes(scenes.image(7).tolist()))
     (tmp_path/'photos'/'new.jpg').write_bytes(bytes(scenes.image(8).tolist()))  # never tried, so not tried again
     assert '1 added to my.idx, 7 there now' in run('index', 'failures', 'my.idx', '--retry', 'photos', status=1)
@@ -481,7 +623,8 @@ def test_failures_are_listed_and_tried_again_and_the_index_compacted(model, scen
 
 
 def test_a_search_asks_again_where_another_process_has_compacted(model, tmp_path, recwarn):
-    "LanceDB warns that who reads an older version fails, which is true: so it is asked again, and the warning stays away."
+    """LanceDB warns that who reads an older version fails, which is true: so it is asked again, and the warning
+    stays away."""
     index, x = Index.build(model, points(300), tmp_path/'my own.idx'), np.ones(D, 'f')
     held = index._db.open_table('items')
     held.checkout(held.version)  # what a search holds that has begun
@@ -493,11 +636,19 @@ def test_a_search_asks_again_where_another_process_has_compacted(model, tmp_path
     for where in (None, "id <> 'x'"):
         turns = iter([held, held, index._table])
         assert len(asked(lambda: next(turns).search(x).limit(5).to_list(), where)) == 5
-        with pytest.raises(OSError, match='a file of the index is missing: .*Not found') as e: asked(held.search(x).limit(5).to_list, where)
+        with pytest.raises(OSError, match='a file of the index is missing: .*Not found') as e:
+            asked(held.search(x).limit(5).to_list, where)
         assert 'cargo' not in str(e.value)
     late = Index(tmp_path/'my own.idx')
     late._table = held
-    for question in (lambda: late.search(x), lambda: late.search(x, where="id <> 'x'"), late.ids, late.vectors, lambda: late.vector_of('p3'), lambda: late._sample(3)):
+    for question in (
+        lambda: late.search(x),
+        lambda: late.search(x, where="id <> 'x'"),
+        late.ids,
+        late.vectors,
+        lambda: late.vector_of('p3'),
+        lambda: late._sample(3),
+    ):
         with pytest.raises(OSError, match='a file of the index is missing'): question()
 
 
@@ -518,24 +669,40 @@ def test_one_row_a_line(emb, scenes, tmp_path, monkeypatch, capsys):
     index = Index.build(emb, tmp_path/'photos', tmp_path/'my.idx')
     shown = repr(index.search('a circle', 9))
     assert len(shown.splitlines()) == len(names) and '\x1b' not in shown and '\u202e' not in shown
-    for name in (r'a\nb.jpg', r'red\x1b[31m.jpg', r'l\u2028s.jpg', r'turn\u202e.jpg', r'caf\udce9.jpg'): assert name in shown
+    for name in (r'a\nb.jpg', r'red\x1b[31m.jpg', r'l\u2028s.jpg', r'turn\u202e.jpg', r'caf\udce9.jpg'):
+        assert name in shown
     assert len(repr(index.duplicates(-1.)).splitlines()) == 2
     monkeypatch.setattr('webbrowser.open', lambda url: None)
     assert main(['search', str(tmp_path/'my.idx'), str(tmp_path/'photos'/raw), '--open']) == 0  # the page is UTF-8
     assert r'caf\udce9.jpg' in capsys.readouterr().out.splitlines()[0]
-    assert main(['search', str(tmp_path/'my.idx'), '--like', raw]) == 0 and len(capsys.readouterr().out.splitlines()) == len(names) - 1
+    assert (
+        main(['search', str(tmp_path / 'my.idx'), '--like', raw]) == 0
+        and len(capsys.readouterr().out.splitlines()) == len(names) - 1
+    )
     assert len(repr(Found([dict(id='x', score=None, text='two\nlines')])).splitlines()) == 1
     assert main(['index', 'delete', str(tmp_path/'my.idx'), raw]) == 0 and len(index) == len(names) - 1
 
 
 def test_an_error_tells_how_dates_are_written(tmp_path, model):
     day = pa.array(np.array(['2024-01-01', '2024-06-01', '2025-01-01'], 'datetime64[D]'))
-    index = Index.build(model, table(['a', 'b', 'c'], np.eye(3, D), day=day, at=day.cast(pa.timestamp('us'))), tmp_path/'my.idx')
-    for where in ("day > '2024-06-01'", 'day > 2024', 'at > 2024', "at < '2024'", 'year(day) = 2024', "day LIKE '2024%'", 'extract(year from day) = 2024',
-                  "at > now() - interval '1 day'"):
-        with pytest.raises(ValueError, match="a date is written date '2024-12-31', a time timestamp") as e: index.ids(where)
+    index = Index.build(
+        model, table(['a', 'b', 'c'], np.eye(3, D), day=day, at=day.cast(pa.timestamp('us'))), tmp_path / 'my.idx'
+    )
+    for where in (
+        "day > '2024-06-01'",
+        'day > 2024',
+        'at > 2024',
+        "at < '2024'",
+        'year(day) = 2024',
+        "day LIKE '2024%'",
+        'extract(year from day) = 2024',
+        "at > now() - interval '1 day'",
+    ):
+        with pytest.raises(ValueError, match="a date is written date '2024-12-31', a time timestamp") as e:
+            index.ids(where)
         assert len(str(e.value).splitlines()) == 1
-    for where in ("day > date '2024-03-01'", "at > timestamp '2024-03-01 18:30:00'"): assert index.ids(where) == ['b', 'c']
+    for where in ("day > date '2024-03-01'", "at > timestamp '2024-03-01 18:30:00'"):
+        assert index.ids(where) == ['b', 'c']
     assert index.ids("date_part('year', day) = 2024") == ['a', 'b']
     with pytest.raises(ValueError, match='No field named taken') as e: index.ids("taken > 'x day'")
     assert 'is written' not in str(e.value)
@@ -592,11 +759,18 @@ def alone(program, index, given):
     return int(done.stdout)
 
 
-@pytest.mark.parametrize('where', ["id = 'p1' garbage", "id = 'p1'; true", "id = 'p1') OR (true", "false) OR (true", "id = 'p1' true", "(id = 'p1'"])
+@pytest.mark.parametrize(
+    'where',
+    ["id = 'p1' garbage", "id = 'p1'; true", "id = 'p1') OR (true", "false) OR (true", "id = 'p1' true", "(id = 'p1'"],
+)
 def test_all_of_a_condition_counts(model, tmp_path, where):
     "LanceDB reads as far as it understands, and leaves out the rest without a word."
     index = Index.build(model, points(4), tmp_path/'i')
-    for ask in (lambda: index.delete(where=where), lambda: index.ids(where), lambda: index.search(np.ones(D, 'f'), where=where)):
+    for ask in (
+        lambda: index.delete(where=where),
+        lambda: index.ids(where),
+        lambda: index.search(np.ones(D, 'f'), where=where),
+    ):
         with pytest.raises(ValueError, match='where='): ask()
     assert index.ids("id = 'p1' OR id = 'a--;)('") == ['p1'] and len(index) == 4
 
@@ -616,4 +790,9 @@ def test_no_condition_ends_the_process(index):
 
 def test_found_is_a_list_that_shows_itself():
     found = Found([dict(id=f'i{k}', score=.5) for k in range(30)], '<x>')
-    assert '<x>' not in found._repr_html_() and '6 more' in found._repr_html_() and '10 more' in repr(found) and found.page().startswith('<!doctype html>')
+    assert (
+        '<x>' not in found._repr_html_()
+        and '6 more' in found._repr_html_()
+        and '10 more' in repr(found)
+        and found.page().startswith('<!doctype html>')
+    )

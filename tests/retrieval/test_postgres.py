@@ -44,13 +44,20 @@ def url():
 def test_both_stores_answer_alike(model, url, folder):
     scenes = Worn(train=N, valid=0)
     a, b = Index.build(model, scenes, folder/'a.idx'), PostgresIndex.build(model, scenes, url, 'alike')
-    assert sorted(a.ids()) == sorted(b.ids()) and len(b) == N - 3 and sorted(r['id'] for r in a.bad()) == sorted(r['id'] for r in b.bad())
+    assert (
+        sorted(a.ids()) == sorted(b.ids())
+        and len(b) == N - 3
+        and sorted(r['id'] for r in a.bad()) == sorted(r['id'] for r in b.bad())
+    )
     for i in range(0, N, 6):
         for where in (None, "text LIKE '%circle%'"):
             for exact in (True, None):
                 x, y = (s.search(scenes.text(i), 8, where, exact) for s in (a, b))
                 np.testing.assert_allclose(x.scores, y.scores, atol=1e-5)
-                assert set(x.ids) == set(y.ids) or abs(x.scores[-1] - a.search(scenes.text(i), 9, where, True).scores[-1]) < 1e-5
+                assert (
+                    set(x.ids) == set(y.ids)
+                    or abs(x.scores[-1] - a.search(scenes.text(i), 9, where, True).scores[-1]) < 1e-5
+                )
     assert a.like(scenes.name(0), 3).ids == b.like(scenes.name(0), 3).ids
     assert a.thumbnails([scenes.name(0)]) == b.thumbnails([scenes.name(0)])
     english = {scenes.name(i) for i in range(N) if 'circle' in scenes.text(i).split() and scenes.name(i) in a.ids()}
@@ -62,31 +69,47 @@ def test_both_stores_answer_alike(model, url, folder):
 
 def test_add_delete_and_ids_that_come_twice(model, other, url):
     index = PostgresIndex.build(model, points(20), url, 'twice')
-    for source, error in ((points(1), "'p0' comes twice"), (table(['w'], np.ones((1, D + 1))), '13 wide'), (table(['w'], np.ones((1, D)), size=pa.array([3])), "no column 'size'")):
+    for source, error in (
+        (points(1), "'p0' comes twice"),
+        (table(['w'], np.ones((1, D + 1))), '13 wide'),
+        (table(['w'], np.ones((1, D)), size=pa.array([3])), "no column 'size'"),
+    ):
         with pytest.raises(ValueError, match=error): index.add(source)
     assert len(index) == 20
     new = points(22, 3)
-    assert index.add(new, on_duplicate='skip') == 2 and index.add(new, on_duplicate='replace') == 22 and len(index) == 22
+    assert (
+        index.add(new, on_duplicate='skip') == 2 and index.add(new, on_duplicate='replace') == 22 and len(index) == 22
+    )
     np.testing.assert_allclose(index.vector_of('p0'), matrix(new)[0], atol=1e-6)
     bad = matrix(points(3))
     bad[0], bad[1] = np.nan, 0
     assert index.add(table(['n', 'z', 'good'], bad)) == 1 and {'n', 'z'} <= {r['id'] for r in index.bad()}
     assert index.delete(['p0', 'nobody']) == 1 and index.delete(where="id LIKE 'p1%'") == 11 and index.delete([]) == 0
-    with pytest.raises(ValueError, match='cannot ask an index'): PostgresIndex(url, 'twice', other).search('a red circle')
+    with pytest.raises(ValueError, match='cannot ask an index'):
+        PostgresIndex(url, 'twice', other).search('a red circle')
     with pytest.raises(ValueError, match="has an index 'twice'"): PostgresIndex.build(model, points(2), url, 'twice')
-    with pytest.raises(ValueError, match='comes twice'): PostgresIndex.build(model, pa.concat_tables([points(2), points(1)]), url, 'twice', overwrite=True)
+    with pytest.raises(ValueError, match='comes twice'):
+        PostgresIndex.build(model, pa.concat_tables([points(2), points(1)]), url, 'twice', overwrite=True)
     assert len(PostgresIndex(url, 'twice')) == 11  # the failed build changed nothing
     index.close()
 
 
 def test_hostile_ids_and_filters(model, url):
     x = matrix(points(len(HOSTILE) + 1))
-    index = PostgresIndex.build(model, table([*HOSTILE, 'plain'], x, text=pa.array([*HOSTILE, 'plain'])), url, "it's; an \"index\"")
+    index = PostgresIndex.build(
+        model, table([*HOSTILE, 'plain'], x, text=pa.array([*HOSTILE, 'plain'])), url, "it's; an \"index\""
+    )
     assert len(index) == len(HOSTILE) + 1
     for i, name in enumerate(HOSTILE):
         index.search(x[0], words=name)
         assert index.like(name, 3) and index.delete([name]) == 1 and len(index) == len(HOSTILE) - i
-    for where in ('true); DROP TABLE mmembed_about; --', 'true; DROP TABLE mmembed_about', "id IN (SELECT name FROM mmembed_about) OR pg_sleep(0) IS NULL --", '%s', 'nothing > 3'):
+    for where in (
+        'true); DROP TABLE mmembed_about; --',
+        'true; DROP TABLE mmembed_about',
+        "id IN (SELECT name FROM mmembed_about) OR pg_sleep(0) IS NULL --",
+        '%s',
+        'nothing > 3',
+    ):
         try: index.search(x[0], where=where)
         except ValueError: pass
     for where, error in HOSTILE_CONDITIONS.items():
@@ -130,17 +153,22 @@ def test_a_table_of_the_user_is_never_dropped(model, url):
         for what in ('TABLE customers AS SELECT 1 AS a', 'VIEW seen AS SELECT 1 AS a'): db.execute(f'CREATE {what}')
         for overwrite in (False, True):
             for name in ('customers', 'seen'):
-                with pytest.raises(ValueError, match=f"has a table '{name}' that is not an index of mmembed"): PostgresIndex.build(model, points(3), url, name, overwrite=overwrite)
+                with pytest.raises(ValueError, match=f"has a table '{name}' that is not an index of mmembed"):
+                    PostgresIndex.build(model, points(3), url, name, overwrite=overwrite)
             for name in ('mmembed_about', 'mmembed_failures', '', 'x' * 64):
-                with pytest.raises(ValueError, match='name'): PostgresIndex.build(model, points(3), url, name, overwrite=overwrite)
+                with pytest.raises(ValueError, match='name'):
+                    PostgresIndex.build(model, points(3), url, name, overwrite=overwrite)
         assert db.execute('SELECT a FROM customers').fetchall() == db.execute('SELECT a FROM seen').fetchall() == [(1,)]
         bad = table(['n', 'good'], np.stack([np.full(D, np.nan), np.ones(D)]))
         one = PostgresIndex.build(model, bad, url, 'one')
         two = PostgresIndex.build(model, bad, url, 'one_bad')
         assert [len(i) for i in (one, two)] == [1, 1] and one.bad() == two.bad() != []
-        assert len(PostgresIndex.build(model, points(3), url, 'one', overwrite=True)) == 3 and one.bad() == [] != two.bad()
+        assert (
+            len(PostgresIndex.build(model, points(3), url, 'one', overwrite=True)) == 3 and one.bad() == [] != two.bad()
+        )
         db.execute('CREATE VIEW on_one AS SELECT id FROM one')
-        with pytest.raises(OSError, match='nothing was changed: cannot drop table one'): PostgresIndex.build(model, points(5), url, 'one', overwrite=True)
+        with pytest.raises(OSError, match='nothing was changed: cannot drop table one'):
+            PostgresIndex.build(model, points(5), url, 'one', overwrite=True)
         db.execute('DROP VIEW on_one')
         db.execute('DROP TABLE one')
         db.execute("CREATE TABLE one AS SELECT 'p0' AS id")
@@ -151,8 +179,18 @@ def test_a_table_of_the_user_is_never_dropped(model, url):
     two.close()
 
 
-ESCAPES = ["false); CREATE TABLE pwned (a int); SELECT (true", "false); DROP TABLE escapes; --", 'false) OR (true', "false) UNION SELECT name, about::text FROM mmembed_about WHERE (true",
-           r"id = E'\'' ) OR (true) OR (id = E'\''", "id = $$'$$) OR (true) OR (id = $$'$$", "(SELECT lo_create(0)) > 0", "setval('counted', 999) > 0", 'true] || ARRAY[true', 'true /*']
+ESCAPES = [
+    "false); CREATE TABLE pwned (a int); SELECT (true",
+    "false); DROP TABLE escapes; --",
+    'false) OR (true',
+    "false) UNION SELECT name, about::text FROM mmembed_about WHERE (true",
+    r"id = E'\'' ) OR (true) OR (id = E'\''",
+    "id = $$'$$) OR (true) OR (id = $$'$$",
+    "(SELECT lo_create(0)) > 0",
+    "setval('counted', 999) > 0",
+    'true] || ARRAY[true',
+    'true /*',
+]
 
 
 @pytest.mark.parametrize('where', ESCAPES)
@@ -161,16 +199,26 @@ def test_a_condition_is_one_condition(model, url, where):
     import psycopg
     index = PostgresIndex.build(model, points(4), url, 'escapes', overwrite=True)
     index._db.execute('CREATE SEQUENCE IF NOT EXISTS counted')
-    for door in (lambda: index.delete(where=where), lambda: index.ids(where), lambda: index.search(np.ones(D, 'f'), where=where)):
+    for door in (
+        lambda: index.delete(where=where),
+        lambda: index.ids(where),
+        lambda: index.search(np.ones(D, 'f'), where=where),
+    ):
         with pytest.raises(ValueError): door()
     assert len(index) == 4
-    with psycopg.connect(url) as db: assert db.execute("SELECT to_regclass('pwned'), nextval('counted') < 999").fetchone() == (None, True)
+    with psycopg.connect(url) as db:
+        assert db.execute("SELECT to_regclass('pwned'), nextval('counted') < 999").fetchone() == (None, True)
     index.close()
 
 
 def test_delete_wants_a_condition(model, url, tmp_path):
     for index in (PostgresIndex.build(model, points(4), url, 'wanted'), Index.build(model, points(4), tmp_path/'a')):
         for where in ('', ' ', '\n'):
-            with pytest.raises(ValueError, match="where is empty: it says which rows to delete; 'true' stands for all"): index.delete(where=where)
+            with pytest.raises(ValueError, match="where is empty: it says which rows to delete; 'true' stands for all"):
+                index.delete(where=where)
         with pytest.raises(ValueError, match='where='): index.delete(where='false) OR (true')
-        assert len(index) == 4 and index.delete(where="id = 'p1' OR id = 'it''s (odd] %'") == 1 and index.delete(where='true') == 3
+        assert (
+            len(index) == 4
+            and index.delete(where="id = 'p1' OR id = 'it''s (odd] %'") == 1
+            and index.delete(where='true') == 3
+        )

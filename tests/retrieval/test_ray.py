@@ -5,7 +5,12 @@ from pathlib import Path
 
 import pytest
 
-os.environ.update(RAY_USAGE_STATS_ENABLED='0', RAY_ENABLE_UV_RUN_RUNTIME_ENV='0', RAY_raylet_start_wait_time_s='240', RAY_worker_register_timeout_seconds='240')
+os.environ.update(
+    RAY_USAGE_STATS_ENABLED='0',
+    RAY_ENABLE_UV_RUN_RUNTIME_ENV='0',
+    RAY_raylet_start_wait_time_s='240',
+    RAY_worker_register_timeout_seconds='240',
+)
 ray = pytest.importorskip('ray', reason='Ray is not installed')
 
 from mmembed.retrieval.embed import embed

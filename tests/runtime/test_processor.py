@@ -1,4 +1,5 @@
-"Which kernel multiplies in float32: timed once for a processor, kept for all its processes, fixed where the bits are to be the same."
+"""Which kernel multiplies in float32: timed once for a processor, kept for all its processes, fixed where the bits
+are to be the same."""
 import json
 import os
 import subprocess
@@ -41,14 +42,23 @@ def kept(tmp_path, monkeypatch):
 
 def never(): raise AssertionError('nothing was to be timed')
 def elsewhere(times):
-    return subprocess.run([sys.executable, '-c', SAYS, json.dumps(times)], env=os.environ | {'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [sys.executable, '-c', SAYS, json.dumps(times)],
+        env=os.environ | {'OMP_NUM_THREADS': '1'},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
 
 
 def test_the_first_choice_is_kept_for_all_processes(kept):
     assert [elsewhere(TORCH), elsewhere(ONEDNN)] == ['torch', 'torch']
     assert [f.name for f in kept.iterdir()] == [f'{processor_name()}.json']
     assert choose_kernel(timing=never) == 'torch'
-    assert json.loads((kept/f'{processor_name()}.json').read_text()) == {'linear': 'torch', 'ms': {'onednn': 21.0, 'torch': 18.0}}
+    assert json.loads((kept / f'{processor_name()}.json').read_text()) == {
+        'linear': 'torch',
+        'ms': {'onednn': 21.0, 'torch': 18.0},
+    }
 
 
 def test_processes_that_time_at_once_agree(kept):
@@ -88,11 +98,22 @@ def test_a_place_that_cannot_be_used_does_no_harm(kept, place, monkeypatch):
 
 def test_either_kernel_gives_the_numbers_of_the_other():
     torch.manual_seed(0)
-    texts, images = ['a small red circle', 'x', ''], [torch.randint(0, 256, (3, 50, 60), dtype=torch.uint8) for _ in range(3)]
+    texts, images = (
+        ['a small red circle', 'x', ''],
+        [torch.randint(0, 256, (3, 50, 60), dtype=torch.uint8) for _ in range(3)],
+    )
     a, b = (load(tiny.artifact(), kernels=k) for k in ('onednn', 'torch'))
     assert a.computes == 'fp32' and b.computes == OWN
-    assert 'mkldnn::_linear_pointwise' in called(a.encode_text, texts) and 'mkldnn::_linear_pointwise' not in called(b.encode_text, texts)
-    for f in 'encode_text', 'encode_image': torch.testing.assert_close(getattr(a, f)(texts if f == 'encode_text' else images), getattr(b, f)(texts if f == 'encode_text' else images), atol=SAME['fp32'], rtol=0)
+    assert 'mkldnn::_linear_pointwise' in called(a.encode_text, texts) and 'mkldnn::_linear_pointwise' not in called(
+        b.encode_text, texts
+    )
+    for f in 'encode_text', 'encode_image':
+        torch.testing.assert_close(
+            getattr(a, f)(texts if f == 'encode_text' else images),
+            getattr(b, f)(texts if f == 'encode_text' else images),
+            atol=SAME['fp32'],
+            rtol=0,
+        )
 
 
 def test_a_file_is_loaded_with_what_was_timed(kept, monkeypatch):
@@ -125,14 +146,17 @@ def test_only_float32_is_left_to_torch(dtype):
     before = ours(x)
     prepack(ours, 'torch')
     assert ours.own is (dtype == torch.float32)
-    if ours.own: assert ours(x).equal(torch.nn.functional.gelu(layer(x))) and 'mkldnn::_linear_pointwise' not in called(ours, x)
+    if ours.own:
+        assert ours(x).equal(torch.nn.functional.gelu(layer(x))) and 'mkldnn::_linear_pointwise' not in called(ours, x)
     else: assert ours(x).equal(before)
 
 
 def test_a_wrong_word_is_refused_by_name(monkeypatch):
-    with pytest.raises(ValueError, match="kernels must be one of auto, onednn, torch, got 'mkl'"): load(tiny.artifact(), kernels='mkl')
+    with pytest.raises(ValueError, match="kernels must be one of auto, onednn, torch, got 'mkl'"):
+        load(tiny.artifact(), kernels='mkl')
     monkeypatch.setenv('MMEMBED_KERNELS', 'fast')
-    with pytest.raises(ValueError, match="MMEMBED_KERNELS must be one of auto, onednn, torch, got 'fast'"): load(tiny.artifact())
+    with pytest.raises(ValueError, match="MMEMBED_KERNELS must be one of auto, onednn, torch, got 'fast'"):
+        load(tiny.artifact())
 
 
 def test_what_is_timed_are_both():

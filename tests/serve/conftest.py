@@ -24,7 +24,14 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # for the servers: tests share fe
 def config(log, **options):
     "A server's configuration for tests; `engine` and other fields by name."
     engine = {k: options.pop(k) for k in list(options) if k in Options._fields}
-    return Config(tiny.artifact(), port=0, grpc_port=0, log=str(log), engine=Options(**dict(batch=8, decoders=2) | engine), **options)
+    return Config(
+        tiny.artifact(),
+        port=0,
+        grpc_port=0,
+        log=str(log),
+        engine=Options(**dict(batch=8, decoders=2) | engine),
+        **options,
+    )
 
 
 @pytest.fixture(scope='session')
@@ -49,7 +56,8 @@ def http(server):
 def files(): return cases.images()
 
 
-# what other people's clients are made of; they do not go with the versions in constraints.txt, so each has a place of its own
+# what other people's clients are made of; they do not go with the versions in constraints.txt, so each has a place of
+# its own
 PYTHON_CLIENTS = ['openai==3.57.0', 'langchain-openai==1.7.4', 'tritonclient[http,grpc]==2.73.0']
 NODE_CLIENTS = ['openai@7.59.0']
 
@@ -80,7 +88,18 @@ def _answers(program, folder, *args):
 @pytest.fixture(scope='session')
 def python():
     "Runs a program with the Python clients: (source, arguments) to the JSON on its last line."
-    pip = Path('bin')/'python', '-m', 'pip', 'install', '-q', '--disable-pip-version-check', '--retries', '1', '--timeout', '30'
+    pip = (
+        Path('bin') / 'python',
+        '-m',
+        'pip',
+        'install',
+        '-q',
+        '--disable-pip-version-check',
+        '--retries',
+        '1',
+        '--timeout',
+        '30',
+    )
     folder = _installed('python-clients', PYTHON_CLIENTS, [sys.executable, '-m', 'venv', '.'], [*pip, *PYTHON_CLIENTS])
     return lambda program, *args: _answers(program, folder, folder/'bin'/'python', '-', *args)
 

@@ -59,7 +59,10 @@ def flat_gif(width, height):
 
 def test_a_client_gets_no_more_time_than_the_server_gives(monkeypatch):
     "By the engine, for the parts of a long request, and for what is fetched."
-    service, given = Service(Config(tiny.artifact(), log=os.devnull, engine=Options(batch=4, decoders=2, timeout=HANG))), []
+    service, given = (
+        Service(Config(tiny.artifact(), log=os.devnull, engine=Options(batch=4, decoders=2, timeout=HANG))),
+        [],
+    )
     asked, most = (None, HANG / 2, 1e6), [HANG, HANG / 2, HANG]
     async def told(items, timeout=None, *_):
         given.append(timeout)
@@ -87,7 +90,8 @@ def test_a_long_text_holds_up_no_short_one():
     emb.tokenize = slow
     long = [submit(engine, ('text', WORD)) for _ in range(3)]
     assert began.wait(HANG)
-    for _ in range(20): assert settled(submit(engine, ('text', 'a red circle')))[0].status == 'ok'  # while the long one is under way
+    # while the long one is under way
+    for _ in range(20): assert settled(submit(engine, ('text', 'a red circle')))[0].status == 'ok'
     assert not any(d.done() for d in long)
     go.set()
     assert [settled(d)[0].status for d in long] == ['ok'] * 3 and engine.close()
@@ -104,15 +108,26 @@ def test_a_turn_of_the_tokenizer_has_an_end_in_bytes():
     done = submit(engine, *[('text', 'x' * 900)] * 100, *[('text', 'x' * 20_000)] * 20, ('text', WORD))
     go.set()
     assert {i.status for i in settled(done)} == {'ok'} and engine.close()
-    assert sum(map(len, turns)) == 121 and all(len(t) == 1 or sum(t) <= 1 << 16 for t in turns) and max(map(len, turns)) > 10
+    assert (
+        sum(map(len, turns)) == 121
+        and all(len(t) == 1 or sum(t) <= 1 << 16 for t in turns)
+        and max(map(len, turns)) > 10
+    )
 
 
 @pytest.mark.parametrize('form', [str, str.encode])
 def test_the_bytes_of_a_text_are_those_of_its_utf8(form):
     engine = Engine(embedder(), Options(max_text=12))
-    items = settled(submit(engine, *[('text', form(t)) for t in ('圆' * 4, '圆' * 5, 'a' * 12, 'a' * 13, '\U0001f534' * 3, '\U0001f534' * 4)]))
+    items = settled(
+        submit(
+            engine,
+            *[('text', form(t)) for t in ('圆' * 4, '圆' * 5, 'a' * 12, 'a' * 13, '\U0001f534' * 3, '\U0001f534' * 4)],
+        )
+    )
     assert [i.size for i in items] == [12, 15, 12, 13, 12, 16]
-    assert [i.status for i in items] == ['ok', 'invalid'] * 3 and items[1].error == '15 bytes of text; this server takes up to 12'
+    assert [i.status for i in items] == ['ok', 'invalid'] * 3 and items[
+        1
+    ].error == '15 bytes of text; this server takes up to 12'
     assert engine.close()
 
 
@@ -125,7 +140,11 @@ def test_the_text_of_a_pair_is_shortened_or_goes_alone():
         return pairs(texts, levels)
     emb._pairs = counted
     image = FILES['RGB.png']
-    done = submit(engine, *[('pair', (t, image)) for t in ('a', 'a red circle ' * 9000, WORD, 'b', WORD)], ('pair', ('圆' * 400_000, image)))
+    done = submit(
+        engine,
+        *[('pair', (t, image)) for t in ('a', 'a red circle ' * 9000, WORD, 'b', WORD)],
+        ('pair', ('圆' * 400_000, image)),
+    )
     go.set()
     assert [i.status for i in settled(done)] == ['ok'] * 5 + ['invalid'] and engine.close()
     assert sorted(n for b in batches for n in b if n < 10) == [1, 1] and sum(len(b) for b in batches) == 5
@@ -135,7 +154,12 @@ def test_the_text_of_a_pair_is_shortened_or_goes_alone():
 def test_pixels_that_are_being_decoded_have_a_budget():
     emb = embedder()
     picture, threads = flat_gif(100, 80), 4
-    engine, decode, go, inside = Engine(emb, Options(decoders=threads, pixels=2 * 100 * 80)), emb.decode, threading.Event(), []
+    engine, decode, go, inside = (
+        Engine(emb, Options(decoders=threads, pixels=2 * 100 * 80)),
+        emb.decode,
+        threading.Event(),
+        [],
+    )
     def held(image):
         inside.append(engine.pixels.held)
         go.wait(HANG)
@@ -145,14 +169,23 @@ def test_pixels_that_are_being_decoded_have_a_budget():
     until(lambda: len(inside) + len(engine.pixels._queue) >= threads)
     assert len(inside) == 2 and not engine.health()  # the others wait, and are not stuck
     go.set()
-    assert {i.status for i in settled(done)} == {'ok'} and max(inside) <= 2 * 100 * 80 and not engine.pixels.held and engine.close()
+    assert (
+        {i.status for i in settled(done)} == {'ok'}
+        and max(inside) <= 2 * 100 * 80
+        and not engine.pixels.held
+        and engine.close()
+    )
 
 
 def test_a_small_file_of_many_pixels_is_refused_unread():
     emb = embedder()
     emb.decode, engine = None, Engine(emb)
     [item] = settled(submit(engine, ('image', flat_gif(7072, 7072))))
-    assert item.status == 'invalid' and item.error == '7072 x 7072 pixels; this server takes up to 33,554,432' and engine.close()
+    assert (
+        item.status == 'invalid'
+        and item.error == '7072 x 7072 pixels; this server takes up to 33,554,432'
+        and engine.close()
+    )
 
 
 # ---- the server process
@@ -165,14 +198,20 @@ def narrow(tmp_path_factory):
 def upload(server, size, part):
     "A connection on which `part` of `size` bytes of an image have been sent."
     s = socket.create_connection(('127.0.0.1', int(server.url.rsplit(':', 1)[1])), timeout=HANG)
-    s.sendall(f'POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ncontent-length: {size}\r\n\r\n'.encode() + bytes(part))
+    s.sendall(
+        f'POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ncontent-length: {size}\r\n\r\n'.encode()
+        + bytes(part)
+    )
     return s
 
 
 def asked(server):
     "The status of a request that announces 200,000 bytes and sends none: 429 while they do not fit, else 100."
     with socket.create_connection(('127.0.0.1', int(server.url.rsplit(':', 1)[1])), timeout=HANG) as s:
-        s.sendall(b'POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\nexpect: 100-continue\r\ncontent-length: 200000\r\n\r\n')
+        s.sendall(
+            b'POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\nexpect: '
+            b'100-continue\r\ncontent-length: 200000\r\n\r\n'
+        )
         return int(s.recv(65536).split()[1])
 
 
@@ -182,11 +221,16 @@ def reached(f, found):
 
 
 def test_bodies_in_hand_have_a_budget(narrow):
-    "While one request holds its bytes another that does not fit is told to come again, by every way in; then it is answered."
+    """While one request holds its bytes another that does not fit is told to come again, by every way in.
+
+    Then it is answered."""
     Encode, OneItem = message('mmembed.v1.EncodeRequest'), message('mmembed.v1.Item')
     q, a, _, _ = methods('mmembed.v1.Embedding')['Encode']
-    with httpx2.Client(base_url=narrow.url, timeout=HANG) as http, grpc.insecure_channel(narrow.grpc.removeprefix('grpc://')) as channel, \
-            connect(narrow.url.replace('http', 'ws') + '/v1/stream') as ws:
+    with (
+        httpx2.Client(base_url=narrow.url, timeout=HANG) as http,
+        grpc.insecure_channel(narrow.grpc.removeprefix('grpc://')) as channel,
+        connect(narrow.url.replace('http', 'ws') + '/v1/stream') as ws,
+    ):
         encode = channel.unary_unary('/mmembed.v1.Embedding/Encode', q.SerializeToString, a.FromString)
         def post(): return http.post('/v1/embeddings', content=bytes(200_000), headers={'content-type': 'image/png'})
         def by_rpc():
@@ -199,21 +243,32 @@ def test_bodies_in_hand_have_a_budget(narrow):
         with upload(narrow, 200_000, 150_000) as first:
             assert reached(lambda: asked(narrow), lambda status: status == 429) == 429  # all its bytes are in
             r = post()
-            assert r.status_code == 429 and int(r.headers['retry-after']) >= 1 and 'as many bytes as they may' in r.json()['error']['message']
+            assert (
+                r.status_code == 429
+                and int(r.headers['retry-after']) >= 1
+                and 'as many bytes as they may' in r.json()['error']['message']
+            )
             assert by_rpc() == 'RESOURCE_EXHAUSTED' and by_socket()['error']['code'] == 429
             assert http.post('/v1/embeddings', json=dict(input='a red circle')).status_code == 200  # what is small fits
             first.sendall(bytes(50_000))
             assert b' 422 ' in first.recv(65536).split(b'\r\n')[0]  # zeros are no image
-        with upload(narrow, 200_000, 150_000): reached(lambda: asked(narrow), lambda status: status == 429)  # and one that goes away gives them back
+        # and one that goes away gives them back
+        with upload(narrow, 200_000, 150_000): reached(lambda: asked(narrow), lambda status: status == 429)
         assert reached(post, lambda r: r.status_code == 422).status_code == 422
         assert reached(by_rpc, lambda r: r == 2) == 2 and 'error' not in by_socket()
 
 
 def test_a_body_that_grows_beyond_the_budget_is_refused_while_it_comes(narrow):
     def chunk(n): return b'%x\r\n%s\r\n' % (n, bytes(n))
-    with upload(narrow, 200_000, 150_000), socket.create_connection(('127.0.0.1', int(narrow.url.rsplit(':', 1)[1])), timeout=HANG) as s:
+
+    with (
+        upload(narrow, 200_000, 150_000),
+        socket.create_connection(('127.0.0.1', int(narrow.url.rsplit(':', 1)[1])), timeout=HANG) as s,
+    ):
         reached(lambda: asked(narrow), lambda status: status == 429)
-        s.sendall(b'POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ntransfer-encoding: chunked\r\n\r\n')
+        s.sendall(
+            b'POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ntransfer-encoding: chunked\r\n\r\n'
+        )
         for _ in range(3): s.sendall(chunk(60_000))
         s.sendall(b'0\r\n\r\n')
         assert re.match(rb'HTTP/1.1 429 ', s.recv(65536))
@@ -223,13 +278,35 @@ def test_many_large_uploads_leave_the_server_alive(narrow):
     "Each is answered or told to come again; afterwards nothing is held."
     results = []
     def send():
-        try: results.append(httpx2.post(narrow.url + '/v1/embeddings', content=flat_gif(3000, 3000) + bytes(150_000), headers={'content-type': 'image/gif'}, timeout=HANG).status_code)
-        except httpx2.HTTPError as e: results.append(type(e).__name__)
+        try:
+            results.append(
+                httpx2.post(
+                    narrow.url + '/v1/embeddings',
+                    content=flat_gif(3000, 3000) + bytes(150_000),
+                    headers={'content-type': 'image/gif'},
+                    timeout=HANG,
+                ).status_code
+            )
+        except httpx2.HTTPError as e:
+            results.append(type(e).__name__)
     threads = [threading.Thread(target=send) for _ in range(12)]
     for t in threads: t.start()
     for t in threads: t.join(HANG)
     assert len(results) == 12 and 200 in results and set(results) <= {200, 429}, results
-    assert reached(lambda: httpx2.post(narrow.url + '/v1/embeddings', content=flat_gif(300, 300), headers={'content-type': 'image/gif'}, timeout=HANG).status_code, lambda c: c == 200) == 200
+    assert (
+        reached(
+            lambda: (
+                httpx2.post(
+                    narrow.url + '/v1/embeddings',
+                    content=flat_gif(300, 300),
+                    headers={'content-type': 'image/gif'},
+                    timeout=HANG,
+                ).status_code
+            ),
+            lambda c: c == 200,
+        )
+        == 200
+    )
 
 
 @pytest.mark.parametrize('kind', ['RLIMIT_AS', 'RLIMIT_DATA'])

@@ -42,7 +42,16 @@ def test_it_imports_no_torch():
 def test_every_form_of_an_item_is_the_embedders(client, emb, tmp_path):
     (tmp_path/'x.jpg').write_bytes(FILES['quality 75.jpg'])
     picture = Image.open(io.BytesIO(FILES['quality 75.jpg']))
-    items = ['a red circle', FILES['RGBA.png'], tmp_path/'x.jpg', picture, np.asarray(picture), Image.open(io.BytesIO(FILES['exif 6.jpg'])), '一', bytearray(FILES['RGB.png'])] * 3
+    items = [
+        'a red circle',
+        FILES['RGBA.png'],
+        tmp_path / 'x.jpg',
+        picture,
+        np.asarray(picture),
+        Image.open(io.BytesIO(FILES['exif 6.jpg'])),
+        '一',
+        bytearray(FILES['RGB.png']),
+    ] * 3
     want = [emb.encode_text([i]) if isinstance(i, str) else emb.encode_image([i]) for i in items]
     got = client.encode(items)
     assert got.shape == (24, 24) and got.dtype == np.float32 and np.allclose(got, np.concatenate(want), atol=1e-5)
@@ -53,10 +62,24 @@ def test_what_is_broken_fails_alone(client, emb, tmp_path):
     files = list(FILES.values())
     want = emb.encode_image(files, on_error='flag')
     seen = []
-    got = client.encode([*files, tmp_path/'none.jpg', 7, 'text'], errors='flag', on_done=lambda r: seen.append(r.index), on_error=lambda r: seen.append(-r.index - 1), on_always=lambda r: seen.append(r))
+    got = client.encode(
+        [*files, tmp_path / 'none.jpg', 7, 'text'],
+        errors='flag',
+        on_done=lambda r: seen.append(r.index),
+        on_error=lambda r: seen.append(-r.index - 1),
+        on_always=lambda r: seen.append(r),
+    )
     assert got.errors[:len(files)] == want.errors and np.allclose(got.embedding[:len(files)], want.embedding, atol=1e-5)
-    assert got.ok.tolist() == [*want.ok.tolist(), False, False, True] and 'No such file' in got.errors[-3] and 'int is neither' in got.errors[-2]
-    assert [s if s >= 0 else -s - 1 for s in seen if isinstance(s, int)] == [s.index for s in seen if not isinstance(s, int)] == list(range(len(files) + 3))
+    assert (
+        got.ok.tolist() == [*want.ok.tolist(), False, False, True]
+        and 'No such file' in got.errors[-3]
+        and 'int is neither' in got.errors[-2]
+    )
+    assert (
+        [s if s >= 0 else -s - 1 for s in seen if isinstance(s, int)]
+        == [s.index for s in seen if not isinstance(s, int)]
+        == list(range(len(files) + 3))
+    )
     assert client.encode([files[0], b'bad'], errors='skip').embedding.shape == (1, 24)
     with pytest.raises(ValueError, match=r'items\[1\]: not an image'): client.encode(['a', b'bad', b'bad'])
     assert client.encode([]).shape == (0, 0) and client.encode([b'bad'], errors='skip').embedding.shape[0] == 0
@@ -66,7 +89,11 @@ def test_what_is_too_large_fails_alone(server, client, emb):
     "An item that no request may hold, amid others; and more items than the server takes at once."
     client.batch_bytes = 16 << 20
     got = client.encode(['a', bytes(3 << 20), FILES['RGB.png']], errors='flag')
-    assert got.ok.tolist() == [True, False, True] and 'larger' in got.errors[1] and np.allclose(got.embedding[2], emb.encode_image([FILES['RGB.png']])[0], atol=1e-5)
+    assert (
+        got.ok.tolist() == [True, False, True]
+        and 'larger' in got.errors[1]
+        and np.allclose(got.embedding[2], emb.encode_image([FILES['RGB.png']])[0], atol=1e-5)
+    )
 
 
 def test_more_than_the_server_takes_goes_in_parts(client, emb):
@@ -80,7 +107,9 @@ def test_more_than_the_server_takes_goes_in_parts(client, emb):
     assert len(good) == 150 and ranked[-1].index == 75 and ranked[-1].error and np.isnan(ranked[-1].score)
     assert np.allclose([m.score for m in good], score.sort(descending=True).values, atol=1e-3)
     assert np.allclose([m.probability for m in good], score.softmax(0).sort(descending=True).values, atol=1e-5)
-    def best(indices, n): return len(set(indices)) == n and np.allclose(score[indices], score.sort(descending=True).values[:n], atol=1e-3)  # unknown words are alike: their order is not said
+    # unknown words are alike: their order is not said
+    def best(indices, n):
+        return len(set(indices)) == n and np.allclose(score[indices], score.sort(descending=True).values[:n], atol=1e-3)
     assert best([m.index for m in client.rank(FILES['RGB.png'], texts, top_k=3)], 3)
     found = client.classify([FILES['RGB.png'], b'bad', FILES['quality 75.jpg']], texts, top_k=5)
     assert [len(row) for row in found] == [5, 0, 5] and best([texts.index(label) for label, _ in found[0]], 5)
@@ -90,11 +119,20 @@ def test_more_than_the_server_takes_goes_in_parts(client, emb):
 def test_a_str_that_names_an_image_is_not_embedded_as_words(client, emb, server, tmp_path):
     (tmp_path/'x.png').write_bytes(FILES['RGB.png'])
     path = str(tmp_path/'x.png')
-    got = client.encode(['a', path, mm.Text(path), mm.Image(path), 'https://example.org/x.png', mm.Image(FILES['RGB.png'])], errors='flag')
-    assert got.ok.tolist() == [True, False, True, True, False, True] and all('names an image' in e for e in np.array(got.errors)[~got.ok])
+    got = client.encode(
+        ['a', path, mm.Text(path), mm.Image(path), 'https://example.org/x.png', mm.Image(FILES['RGB.png'])],
+        errors='flag',
+    )
+    assert got.ok.tolist() == [True, False, True, True, False, True] and all(
+        'names an image' in e for e in np.array(got.errors)[~got.ok]
+    )
     assert np.allclose(got.embedding[2], emb.encode_text([path.encode()])[0], atol=1e-5)
     assert np.allclose(got.embedding[[3, 5]], emb.encode_image([tmp_path/'x.png']), atol=1e-5)
-    for ask in (lambda: client.rank('x.png', ['a']), lambda: client.search('x.png'), lambda: client.profile(['x.png'], n=1)):
+    for ask in (
+        lambda: client.rank('x.png', ['a']),
+        lambda: client.search('x.png'),
+        lambda: client.profile(['x.png'], n=1),
+    ):
         with pytest.raises(ValueError, match='names an image'): ask()
     assert client.rank(mm.Image(path), ['x.png', 'a'])[-1].error and client.classify(['x.png', 'a'], ['b'])[0] == []
     assert client.rank(mm.Image(path), [mm.Text('x.png')])[0].error == ''
@@ -119,15 +157,23 @@ def test_generators_are_read_no_further_than_needed(client):
 def test_threads_share_one_client(client):
     want = client.encode(['a', 'b', 'c'])
     with ThreadPoolExecutor(8) as pool:
-        for got in pool.map(lambda k: client.encode(['a', 'b', 'c'] * 10), range(24)): assert np.allclose(got, np.tile(want, (10, 1)), atol=1e-5)
+        for got in pool.map(lambda k: client.encode(['a', 'b', 'c'] * 10), range(24)):
+            assert np.allclose(got, np.tile(want, (10, 1)), atol=1e-5)
 
 
 def test_rank_info_profile(client, emb):
     texts = ['a red circle', 'x', '一个红色的圆']
     ranked, score = client.rank(FILES['RGB.png'], texts), emb.score(texts, [FILES['RGB.png']])[:, 0].numpy()
-    assert [m.index for m in ranked] == list(np.argsort(-score)) and np.allclose([m.score for m in ranked], np.sort(score)[::-1], atol=1e-4)
-    assert client.rank('a', [b'bad', FILES['RGB.png'], Path('none.jpg')])[0].index == 1 and [m.error for m in client.rank('a', [Path('none.jpg')])] == ['none.jpg: No such file or directory']
-    assert client.rank('a', [b'bad', FILES['RGB.png']])[-1].error and len(asyncio.run(client.arank('a', [FILES['RGB.png']] * 3, top_k=2))) == 2
+    assert [m.index for m in ranked] == list(np.argsort(-score)) and np.allclose(
+        [m.score for m in ranked], np.sort(score)[::-1], atol=1e-4
+    )
+    assert client.rank('a', [b'bad', FILES['RGB.png'], Path('none.jpg')])[0].index == 1 and [
+        m.error for m in client.rank('a', [Path('none.jpg')])
+    ] == ['none.jpg: No such file or directory']
+    assert (
+        client.rank('a', [b'bad', FILES['RGB.png']])[-1].error
+        and len(asyncio.run(client.arank('a', [FILES['RGB.png']] * 3, top_k=2))) == 2
+    )
     assert client.info()['short_hash'] == emb.card['short_hash'] == asyncio.run(client.ainfo())['short_hash']
     times = client.profile([FILES['RGB.png']], n=3)
     assert times['round_trip'] >= times['total'] > times['forward'] > 0 and times['decode'] > 0 and times['queue'] >= 0
@@ -140,7 +186,8 @@ def test_wrong_use():
         with pytest.raises(TypeError, match='items is a single'): Client('http://x').encode(single)
     with pytest.raises(TypeError, match='items is a single str'): Client('http://x').profile('a')
     for items, n in (([], 3), (['a'], 0)):
-        with pytest.raises(ValueError, match='profile needs items and n of at least 1'): Client('http://x').profile(items, n=n)
+        with pytest.raises(ValueError, match='profile needs items and n of at least 1'):
+            Client('http://x').profile(items, n=n)
     with pytest.raises(ValueError, match='grpcs:// cannot leave TLS unverified'): Client('grpcs://x', verify=False)
     with pytest.raises(ValueError, match="'raise', 'flag' or 'skip'"): Client('http://x').encode(['a'], errors='no')
     for url in ('http://127.0.0.1:9', 'grpc://127.0.0.1:9'):
@@ -148,7 +195,8 @@ def test_wrong_use():
 
 
 def test_it_tries_again_when_told_to_and_not_otherwise():
-    "A server that is busy, then starting, then breaks the connection, then answers for half of the items, then for the rest."
+    """A server that is busy, then starting, then breaks the connection, then answers for half of the items, then for
+    the rest."""
     script, seen = ['429', '503', 'cut', 'half', 'ok', '500'], []
     class Moody(BaseHTTPRequestHandler):
         protocol_version = 'HTTP/1.1'
@@ -159,7 +207,10 @@ def test_it_tries_again_when_told_to_and_not_otherwise():
             if mood == 'cut':
                 self.close_connection = True
                 return self.connection.shutdown(socket.SHUT_RDWR)
-            rows = [dict(index=i, status='unavailable' if mood == 'half' and i % 2 else 'ok', embedding='AACAPw==') for i in range(len(body['input']))]
+            rows = [
+                dict(index=i, status='unavailable' if mood == 'half' and i % 2 else 'ok', embedding='AACAPw==')
+                for i in range(len(body['input']))
+            ]
             out = json.dumps(dict(data=rows) if mood in ('half', 'ok') else dict(error=dict(message='later'))).encode()
             self.send_response(int(mood) if mood.isdigit() else 200)
             self.send_header('content-length', str(len(out)))

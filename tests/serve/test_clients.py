@@ -33,9 +33,18 @@ def emb(): return load(tiny.artifact())
 def test_a_plain_string_that_names_an_image_fails_alone(http, server, name):
     "At every door that takes mixed items; an entry of type text is a text, and no file of the server is looked up."
     rows = http.post('/v1/embeddings', json=dict(input=['a', name, dict(type='text', text=name)])).json()['data']
-    assert [r['status'] for r in rows] == ['ok', 'invalid', 'ok'] and 'names an image: pass an entry of type image' in rows[1]['error']
-    assert http.post('/v1/embeddings', content=name, headers={'content-type': 'text/plain'}).json()['data'][0]['status'] == 'ok'
-    assert http.post('/classify', json=dict(input=['a', name], labels=['b'])).json()['results'][1]['status'] == 'invalid'
+    assert [r['status'] for r in rows] == [
+        'ok',
+        'invalid',
+        'ok',
+    ] and 'names an image: pass an entry of type image' in rows[1]['error']
+    assert (
+        http.post('/v1/embeddings', content=name, headers={'content-type': 'text/plain'}).json()['data'][0]['status']
+        == 'ok'
+    )
+    assert (
+        http.post('/classify', json=dict(input=['a', name], labels=['b'])).json()['results'][1]['status'] == 'invalid'
+    )
     r = http.post('/rank', json=dict(query=name, candidates=[dict(type='image', image='AAAA')]))
     assert r.status_code == 422 and 'names an image' in r.text
     with connect(f'ws{server.url[4:]}/v1/stream') as ws:
@@ -86,29 +95,63 @@ print(json.dumps(out))
 
 @pytest.mark.weekly
 def test_tritonclient(server, python, emb, http):
-    "Configuration, statistics, index, compressed requests, and a stream whose answers come in the order of the requests."
+    """Configuration, statistics, index, compressed requests, and a stream whose answers come in the order of the
+    requests."""
     file = FILES['RGB.png']
-    out = python(TRITON, server.url.removeprefix('http://'), server.grpc.removeprefix('grpc://'), base64.b64encode(file).decode())
-    name, text, image = http.get('/v1/models').json()['data'][0]['id'], emb.encode_text(['a red circle']), emb.encode_image([file])
+    out = python(
+        TRITON, server.url.removeprefix('http://'), server.grpc.removeprefix('grpc://'), base64.b64encode(file).decode()
+    )
+    name, text, image = (
+        http.get('/v1/models').json()['data'][0]['id'],
+        emb.encode_text(['a red circle']),
+        emb.encode_image([file]),
+    )
     for said in out.values():
-        assert said['index'] | dict(reason='') == dict(name=name, version=emb.card['short_hash'], state='READY', reason='')
-        assert said['live'] and said['ready'] and said['status'][0] == 'ok' and said['status'][1].startswith('invalid: ')
+        assert said['index'] | dict(reason='') == dict(
+            name=name, version=emb.card['short_hash'], state='READY', reason=''
+        )
+        assert (
+            said['live'] and said['ready'] and said['status'][0] == 'ok' and said['status'][1].startswith('invalid: ')
+        )
         assert {'model_configuration', 'statistics', 'binary_tensor_data'} <= set(said['meta'])
         for got_text, got_image in [(said['text'], said['image']), *said['squeezed']]:
-            assert np.allclose(got_text, text, atol=1e-5) and np.allclose(got_image[0], image[0], atol=1e-5) and not np.any(got_image[1])
-    assert out['http']['config'] == dict(name=name, platform='mmembed', max_batch_size=0,
+            assert (
+                np.allclose(got_text, text, atol=1e-5)
+                and np.allclose(got_image[0], image[0], atol=1e-5)
+                and not np.any(got_image[1])
+            )
+    assert out['http']['config'] == dict(
+        name=name,
+        platform='mmembed',
+        max_batch_size=0,
         input=[dict(name=k, data_type='TYPE_STRING', dims=[-1], optional=True) for k in ('text', 'image')],
-        output=[t for k in ('text', 'image') for t in (dict(name=f'{k}_embedding', data_type='TYPE_FP32', dims=[-1, emb.dim]),
-                                                       dict(name=f'{k}_status', data_type='TYPE_STRING', dims=[-1]))])
+        output=[
+            t
+            for k in ('text', 'image')
+            for t in (
+                dict(name=f'{k}_embedding', data_type='TYPE_FP32', dims=[-1, emb.dim]),
+                dict(name=f'{k}_status', data_type='TYPE_STRING', dims=[-1]),
+            )
+        ],
+    )
     config = out['grpc']['config']['config']
-    assert [t['dims'] for t in config['output']] == [['-1', str(emb.dim)], ['-1']] * 2 and config['input'][0]['data_type'] == 'TYPE_STRING'
+    assert [t['dims'] for t in config['output']] == [['-1', str(emb.dim)], ['-1']] * 2 and config['input'][0][
+        'data_type'
+    ] == 'TYPE_STRING'
     before, after = (out[k]['stats'][0][0] for k in ('http', 'grpc'))  # gRPC's came later
-    assert before['inference_count'] >= 6 and int(after['inference_count']) >= before['inference_count'] + 6  # items: three requests of two good ones
+    # items: three requests of two good ones
+    assert before['inference_count'] >= 6 and int(after['inference_count']) >= before['inference_count'] + 6
     stats = before['inference_stats']
-    assert stats['success']['count'] == before['inference_count'] and stats['fail']['count'] >= 3 and before['execution_count'] >= 1
+    assert (
+        stats['success']['count'] == before['inference_count']
+        and stats['fail']['count'] >= 3
+        and before['execution_count'] >= 1
+    )
     assert stats['success']['ns'] > stats['compute_infer']['ns'] > 0 and before['last_inference'] > 1.7e12
     assert [s['name'] for by in (out['http'], out['grpc']) for [s] in by['stats']] == [name] * 4
-    assert out['grpc']['stream'] == [['0', 60], ['1', 1], ['2', 3]] and out['grpc']['refused'].startswith("NOT_FOUND: there is no model 'other'")
+    assert out['grpc']['stream'] == [['0', 60], ['1', 1], ['2', 3]] and out['grpc']['refused'].startswith(
+        "NOT_FOUND: there is no model 'other'"
+    )
 
 
 OPENAI = """
@@ -178,10 +221,16 @@ def roomy(log, tiktoken):
 
 @pytest.mark.parametrize('language', ['python', 'node'])
 def test_openai(language, roomy, emb, request):
-    "A bad item is an empty vector among good ones, and breaks neither the parser nor its neighbours; 2,048 items go through a queue of 300."
+    """A bad item is an empty vector among good ones, and breaks neither the parser nor its neighbours.
+
+    2,048 items go through a queue of 300."""
     out = request.getfixturevalue(language)(OPENAI if language == 'python' else OPENAI_NODE, roomy.url, *TEXTS)
     want = emb.encode_text(TEXTS)
-    assert np.allclose(out['embedding'], want, atol=1e-5) and np.allclose(out['plain'], want, atol=1e-5) and out['many'] == 2048
+    assert (
+        np.allclose(out['embedding'], want, atol=1e-5)
+        and np.allclose(out['plain'], want, atol=1e-5)
+        and out['many'] == 2048
+    )
     assert [s for _, s in out['mixed']] == ['ok', 'invalid', 'ok'] and out['mixed'][1][0] == []
     assert np.allclose([out['mixed'][0][0], out['mixed'][2][0]], want, atol=1e-5)
     assert out['dimensions'][0] == 422 and 'the model has 24' in out['dimensions'][1] and 'ids' not in out
@@ -193,7 +242,11 @@ def test_langchain(roomy, server, python, tiktoken, emb):
     told = python(LANGCHAIN, roomy.url, tiktoken, 'tiny', *TEXTS)
     assert np.allclose(told['ids'], want, atol=1e-5) and np.allclose(told['texts'], want, atol=1e-5)
     out = python(LANGCHAIN, server.url, tiktoken, name, *TEXTS)
-    assert 'Error code: 400' in out['error'] and 'check_embedding_ctx_length=False' in out['error'] and '--token-ids FILE' in out['error']
+    assert (
+        'Error code: 400' in out['error']
+        and 'check_embedding_ctx_length=False' in out['error']
+        and '--token-ids FILE' in out['error']
+    )
     assert np.allclose(out['texts'], want, atol=1e-5)
 
 
@@ -202,21 +255,33 @@ def test_token_ids(roomy, server, emb, tmp_path):
     with httpx2.Client(base_url=roomy.url, timeout=HANG) as http:
         def ask(ids): return http.post('/v1/embeddings', json=dict(input=ids)).json()['data']
         red = [97, 258, 32, 259, *b'rcle']
-        assert np.allclose([ask(red)[0]['embedding'], ask([red, [1]])[0]['embedding']], emb.encode_text(['a red circle'])[[0, 0]], atol=1e-5)
+        assert np.allclose(
+            [ask(red)[0]['embedding'], ask([red, [1]])[0]['embedding']],
+            emb.encode_text(['a red circle'])[[0, 0]],
+            atol=1e-5,
+        )
         assert np.allclose(ask(list('é'.encode())[:1])[0]['embedding'], emb.encode_text([b'\xc3'])[0], atol=1e-5)
         rows = ask([red, [99_999], 'a', red])
         assert [r['status'] for r in rows] == ['ok', 'invalid', 'ok', 'ok'] and 'token id 99999' in rows[1]['error']
-        for wrong in ([1, 'a'], [[1.5]], [[-1]], [['a']]): assert http.post('/v1/embeddings', json=dict(input=wrong)).status_code == 422
+        for wrong in ([1, 'a'], [[1.5]], [[-1]], [['a']]):
+            assert http.post('/v1/embeddings', json=dict(input=wrong)).status_code == 422
     r = httpx2.post(f'{server.url}/v1/embeddings', json=dict(input=['a', [1]]), timeout=HANG)
     assert r.status_code == 400 and r.json()['error']['type'] == 'invalid_request_error'
 
 
 def test_tables_of_token_ids(tmp_path, tiktoken, capsys):
-    "A tokenizer.json of a byte-level BPE gives each token's bytes; what cannot be turned back is refused before the server starts."
+    """A tokenizer.json of a byte-level BPE gives each token's bytes.
+
+    What cannot be turned back is refused before the server starts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.train_from_iterator(TEXTS * 3, trainers.BpeTrainer(vocab_size=300, special_tokens=['<end>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.train_from_iterator(
+        TEXTS * 3,
+        trainers.BpeTrainer(
+            vocab_size=300, special_tokens=['<end>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        ),
+    )
     bpe.save(str(tmp_path/'tokenizer.json'))
     table = token_table(tmp_path/'tokenizer.json')
     for text in [*TEXTS, *(bytes(range(256)).decode('latin-1'),)]:
@@ -226,8 +291,15 @@ def test_tables_of_token_ids(tmp_path, tiktoken, capsys):
     wordpiece = Tokenizer(models.WordPiece({'a': 0}, unk_token='a'))
     wordpiece.save(str(tmp_path/'words.json'))
     (tmp_path/'noise').write_bytes(bytes(range(256)))
-    for name, why in (('words.json', 'neither a table of tiktoken nor'), ('noise', 'neither a table of tiktoken nor'), ('none', 'No such file')):
-        assert main(['serve', str(tiny.artifact()), '--token-ids', str(tmp_path/name)]) != 0 and why in capsys.readouterr().err
+    for name, why in (
+        ('words.json', 'neither a table of tiktoken nor'),
+        ('noise', 'neither a table of tiktoken nor'),
+        ('none', 'No such file'),
+    ):
+        assert (
+            main(['serve', str(tiny.artifact()), '--token-ids', str(tmp_path / name)]) != 0
+            and why in capsys.readouterr().err
+        )
 
 
 def test_a_request_in_parts_is_numbered_as_a_whole():

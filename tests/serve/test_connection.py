@@ -13,7 +13,8 @@ from tests.exporters import tiny
 from tests.serve.test_server import serve_with
 from tests.helpers import HANG, ended
 
-HIDDEN = 'GET /info HTTP/1.1\r\nx-request-id: hidden\r\n\r\n'  # the body of the first request; an answer to it is a request smuggled in
+# the body of the first request; an answer to it is a request smuggled in
+HIDDEN = 'GET /info HTTP/1.1\r\nx-request-id: hidden\r\n\r\n'
 
 
 @pytest.fixture(scope='module')
@@ -48,14 +49,23 @@ def answers(server, *writes):
 def post(text, rid, *head, target='POST /v1/embeddings HTTP/1.1', length='content-length', body=None):
     "A request that embeds `text`, with more lines in its head, or instead of its length a `body` as it stands."
     data = text.encode() if body is None else body
-    lines = [target, 'host: x', 'content-type: text/plain', f'x-request-id: {rid}', *head] + ([f'{length}: {len(data)}'] if body is None else [])
+    lines = [target, 'host: x', 'content-type: text/plain', f'x-request-id: {rid}', *head] + (
+        [f'{length}: {len(data)}'] if body is None else []
+    )
     return '\r\n'.join(lines).encode() + b'\r\n\r\n' + data
 
 
 def chunked(text, extension=b'', trailers=b''):
     data = text.encode()
     pieces = [data[:7], data[7:]]
-    return b''.join(b'%x%s\r\n%s\r\n' % (len(p), extension, p) for p in pieces) + b'0' + extension + b'\r\n' + trailers + b'\r\n'
+    return (
+        b''.join(b'%x%s\r\n%s\r\n' % (len(p), extension, p) for p in pieces)
+        + b'0'
+        + extension
+        + b'\r\n'
+        + trailers
+        + b'\r\n'
+    )
 
 
 LAST = post('a red circle', 'second') + post('a blue square', 'last', 'connection: close')
@@ -63,15 +73,26 @@ TE = 'transfer-encoding: chunked'
 TRAILERS = b'x-request-id: trailer\r\nx-api-key: trailer\r\n'
 READ = {  # heads after which the body is read as a body
     'plain': post(HIDDEN, 'first'),
-    **{f'upgrade {u}': post(HIDDEN, 'first', 'connection: Upgrade', f'upgrade: {u}') for u in ('h2c', 'TLS/1.0', 'foo', 'websocket', 'h2c, websocket', '')},
-    'java': post(HIDDEN, 'first', 'Connection: Upgrade, HTTP2-Settings', 'Upgrade: h2c', 'HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA'),
+    **{
+        f'upgrade {u}': post(HIDDEN, 'first', 'connection: Upgrade', f'upgrade: {u}')
+        for u in ('h2c', 'TLS/1.0', 'foo', 'websocket', 'h2c, websocket', '')
+    },
+    'java': post(
+        HIDDEN,
+        'first',
+        'Connection: Upgrade, HTTP2-Settings',
+        'Upgrade: h2c',
+        'HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA',
+    ),
     'two connections': post(HIDDEN, 'first', 'connection: upgrade', 'connection: keep-alive', 'upgrade: websocket'),
     'two upgrades': post(HIDDEN, 'first', 'connection: upgrade', 'upgrade: h2c', 'upgrade: websocket'),
     'case and blanks': post(HIDDEN, 'first', 'CONNECTION:  keep-alive ,UPGRADE ', 'UpGrade:\th2c '),
     'not named in connection': post(HIDDEN, 'first', 'upgrade: h2c', 'http2-settings: AA'),
     'chunks': post('', 'first', TE, body=chunked(HIDDEN)),
     'chunks with extensions and trailers': post('', 'first', TE, body=chunked(HIDDEN, b';a="b"', TRAILERS)),
-    'upgrade and chunks': post('', 'first', 'connection: upgrade', 'upgrade: h2c', TE, body=chunked(HIDDEN, b';x=y', TRAILERS)),
+    'upgrade and chunks': post(
+        '', 'first', 'connection: upgrade', 'upgrade: h2c', TE, body=chunked(HIDDEN, b';x=y', TRAILERS)
+    ),
     'expect': post(HIDDEN, 'first', 'expect: 100-continue'),
     'expect and upgrade': post(HIDDEN, 'first', 'expect: 100-continue', 'connection: upgrade', 'upgrade: h2c'),
     'empty lines before': b'\r\n\r\n' + post(HIDDEN, 'first'),
@@ -80,7 +101,9 @@ READ = {  # heads after which the body is read as a body
 ENDS = {  # the first is answered, and then the connection ends
     'http 1.0': post(HIDDEN, 'first', target='POST /v1/embeddings HTTP/1.0'),
     'http 1.0, kept alive': post(HIDDEN, 'first', 'connection: keep-alive', target='POST /v1/embeddings HTTP/1.0'),
-    'http 1.0, upgrade': post(HIDDEN, 'first', 'connection: upgrade', 'upgrade: websocket', target='POST /v1/embeddings HTTP/1.0'),
+    'http 1.0, upgrade': post(
+        HIDDEN, 'first', 'connection: upgrade', 'upgrade: websocket', target='POST /v1/embeddings HTTP/1.0'
+    ),
     'close': post(HIDDEN, 'first', 'connection: close'),
     'close and upgrade': post(HIDDEN, 'first', 'connection: close, upgrade', 'upgrade: h2c'),
 }
@@ -90,18 +113,29 @@ WRONG = {  # 400, once, and the connection ends
     'upgrade, length and chunks': post(HIDDEN, 'first', 'connection: upgrade', 'upgrade: h2c', TE),
     'the same length twice': post(HIDDEN, 'first', f'content-length: {len(HIDDEN)}'),
     'two lengths': post(HIDDEN, 'first', 'content-length: 0'),
-    **{f'length {v!r}': post('', 'first', f'content-length: {v}', body=HIDDEN.encode()) for v in ('5, 5', '+5', '-5', '0x5', '5 5', '', '1' * 30)},
+    **{
+        f'length {v!r}': post('', 'first', f'content-length: {v}', body=HIDDEN.encode())
+        for v in ('5, 5', '+5', '-5', '0x5', '5 5', '', '1' * 30)
+    },
     'a blank before the colon': post(HIDDEN, 'first', length='content-length '),
     'a folded line': post(HIDDEN, 'first', 'x-a: b', ' content-length: 0'),
     'line feeds alone': post(HIDDEN, 'first').replace(b'\r\n', b'\n'),
     'one line feed alone': post(HIDDEN, 'first', 'x-a: b\nx-c: d'),
     'a carriage return alone': post(HIDDEN, 'first', 'x-a: b\rcontent-length: 0'),
     'a zero byte': post(HIDDEN, 'first', 'x-a: b\0c'),
-    **{f'coding {v}': post('', 'first', f'transfer-encoding: {v}', body=chunked(HIDDEN)) for v in ('xchunked', 'chunked, identity', 'chunked, chunked', 'gzip')},
+    **{
+        f'coding {v}': post('', 'first', f'transfer-encoding: {v}', body=chunked(HIDDEN))
+        for v in ('xchunked', 'chunked, identity', 'chunked, chunked', 'gzip')
+    },
     'a length in the trailers': post('', 'first', TE, body=chunked(HIDDEN, b'', b'content-length: 3\r\n')),
     'chunked twice': post('', 'first', TE, TE, body=chunked(HIDDEN)),
-    'upgrade and no chunks': post('', 'first', 'connection: upgrade', 'upgrade: h2c', 'transfer-encoding: gzip', body=HIDDEN.encode()),
-    **{f'chunk {v}': post('', 'first', TE, body=v + b'\r\n\r\n') for v in (b'zz\r\nabc', b'-3\r\nabc', b'3\nabc', b'f' * 20 + b'\r\nabc', b'3\r\nabcd', b'3 \r\nabc')},
+    'upgrade and no chunks': post(
+        '', 'first', 'connection: upgrade', 'upgrade: h2c', 'transfer-encoding: gzip', body=HIDDEN.encode()
+    ),
+    **{
+        f'chunk {v}': post('', 'first', TE, body=v + b'\r\n\r\n')
+        for v in (b'zz\r\nabc', b'-3\r\nabc', b'3\nabc', b'f' * 20 + b'\r\nabc', b'3\r\nabcd', b'3 \r\nabc')
+    },
     'http 2': b'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0',
     'http 1.2': post(HIDDEN, 'first', target='POST /v1/embeddings HTTP/1.2'),
     'a method in lower case': post(HIDDEN, 'first', target='post /v1/embeddings HTTP/1.1'),
@@ -117,7 +151,9 @@ def told(server, emb, *writes):
     texts = dict(first=HIDDEN, second='a red circle', last='a blue square')
     for status, fields, body in out:
         if status == 200 and (rid := fields.get('x-request-id')) in texts:
-            assert np.allclose(json.loads(body)['data'][0]['embedding'], emb.encode_text([texts[rid]])[0].numpy(), atol=1e-5), rid
+            assert np.allclose(
+                json.loads(body)['data'][0]['embedding'], emb.encode_text([texts[rid]])[0].numpy(), atol=1e-5
+            ), rid
     return [(status, fields.get('x-request-id')) for status, fields, _ in out]
 
 
@@ -145,37 +181,65 @@ def test_what_cannot_be_parsed_is_answered_once(server, emb, case):
 
 def test_what_is_broken_does_not_take_the_place_of_what_came_before(server, emb):
     good, broken = post('a red circle', 'second'), post('', 'third', TE, body=b'3\r\nabc\r\nzz\r\n')
-    for rubbish in (b'RUBBISH\r\n\r\n', WRONG['two lengths'], broken): assert told(server, emb, good + rubbish) == [(200, 'second'), (400, None)]
+    for rubbish in (b'RUBBISH\r\n\r\n', WRONG['two lengths'], broken):
+        assert told(server, emb, good + rubbish) == [(200, 'second'), (400, None)]
     assert told(server, emb, good * 3 + broken + good) == [(200, 'second')] * 3 + [(400, None)]
 
 
 def test_a_transfer_coding_that_is_not_known(server, emb):
-    assert told(server, emb, post('', 'first', 'transfer-encoding: gzip, chunked', body=chunked(HIDDEN)) + LAST)[0] == (501, 'first')
+    assert told(server, emb, post('', 'first', 'transfer-encoding: gzip, chunked', body=chunked(HIDDEN)) + LAST)[0] == (
+        501,
+        'first',
+    )
 
 
-HANDSHAKE = ('connection: Upgrade', 'upgrade: websocket', 'sec-websocket-version: 13', 'sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==')
+HANDSHAKE = (
+    'connection: Upgrade',
+    'upgrade: websocket',
+    'sec-websocket-version: 13',
+    'sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==',
+)
 
 
 def test_a_websocket_begins_where_nothing_else_is_under_way(server, emb):
-    ask = lambda *more, target='GET /v1/stream HTTP/1.1': '\r\n'.join([target, 'host: x', 'x-request-id: socket', *HANDSHAKE, *more, '', '']).encode()
+    ask = lambda *more, target='GET /v1/stream HTTP/1.1': '\r\n'.join(
+        [target, 'host: x', 'x-request-id: socket', *HANDSHAKE, *more, '', '']
+    ).encode()
     def opened(data, n=4096):
         with socket.create_connection(address(server), timeout=HANG) as s:
             s.sendall(data)
             return s.recv(n)
     assert opened(ask()).startswith(b'HTTP/1.1 101 ')
-    assert told(server, emb, ask() + b'\x81\x80\0\0\0\0' + LAST) == [(400, None)]               # frames before the answer
-    assert told(server, emb, ask('content-length: 5') + b'abcde' + LAST) == [(404, 'socket'), (200, 'second'), (200, 'last')]
-    assert told(server, emb, post('a red circle', 'second') + ask() + LAST) == [(200, 'second'), (404, 'socket'), (200, 'second'), (200, 'last')]
+    # frames before the answer
+    assert told(server, emb, ask() + b'\x81\x80\0\0\0\0' + LAST) == [(400, None)]
+    assert told(server, emb, ask('content-length: 5') + b'abcde' + LAST) == [
+        (404, 'socket'),
+        (200, 'second'),
+        (200, 'last'),
+    ]
+    assert told(server, emb, post('a red circle', 'second') + ask() + LAST) == [
+        (200, 'second'),
+        (404, 'socket'),
+        (200, 'second'),
+        (200, 'last'),
+    ]
     assert told(server, emb, ask(target='GET /v1/stream HTTP/1.0') + LAST) == [(404, 'socket')]
 
 
 def test_who_was_not_told_to_continue_is_not_waited_for(server, emb):
     "The body does not follow a refusal; what follows instead is no body."
-    out = answers(server, post('', 'first', 'expect: 100-continue', 'content-length: 50', target='POST /nothing HTTP/1.1', body=b''))
+    out = answers(
+        server,
+        post('', 'first', 'expect: 100-continue', 'content-length: 50', target='POST /nothing HTTP/1.1', body=b''),
+    )
     assert [(status, fields['connection']) for status, fields, _ in out] == [(404, 'close')]
 
 
-@pytest.mark.parametrize('data', [b'GET / HTTP/1.1\r\nx: ', post('', 'first', TE, body=b'3;'), post('', 'first', TE, body=b'0\r\nx: ')], ids=['head', 'extension', 'trailer'])
+@pytest.mark.parametrize(
+    'data',
+    [b'GET / HTTP/1.1\r\nx: ', post('', 'first', TE, body=b'3;'), post('', 'first', TE, body=b'0\r\nx: ')],
+    ids=['head', 'extension', 'trailer'],
+)
 def test_what_never_ends_is_cut_off(server, data):
     with socket.create_connection(address(server), timeout=HANG) as s:
         s.sendall(data)
@@ -185,9 +249,31 @@ def test_what_never_ends_is_cut_off(server, data):
 
 def test_curl_offers_http2(server, emb):
     curl = shutil.which('curl')
-    if not curl or 'HTTP2' not in subprocess.run([curl, '--version'], capture_output=True, text=True).stdout: pytest.skip('needs a curl with HTTP/2')
-    said = subprocess.run([curl, '-sv', '--http2', f'{server.url}/v1/embeddings', '-H', 'content-type: text/plain', '-d', 'a red circle', '--next', '-s', '--http2',
-                           f'{server.url}/v1/embeddings', '-H', 'content-type: text/plain', '-d', 'a blue square'], capture_output=True, text=True, timeout=HANG)
+    if not curl or 'HTTP2' not in subprocess.run([curl, '--version'], capture_output=True, text=True).stdout:
+        pytest.skip('needs a curl with HTTP/2')
+    said = subprocess.run(
+        [
+            curl,
+            '-sv',
+            '--http2',
+            f'{server.url}/v1/embeddings',
+            '-H',
+            'content-type: text/plain',
+            '-d',
+            'a red circle',
+            '--next',
+            '-s',
+            '--http2',
+            f'{server.url}/v1/embeddings',
+            '-H',
+            'content-type: text/plain',
+            '-d',
+            'a blue square',
+        ],
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
     assert 'Upgrade: h2c' in said.stderr
     got = [json.loads(x)['data'][0]['embedding'] for x in said.stdout.replace('}{', '}\n{').splitlines()]
     assert np.allclose(got, emb.encode_text(['a red circle', 'a blue square']).numpy(), atol=1e-5)
@@ -212,9 +298,18 @@ public class Ask {
 
 def test_javas_client_as_it_comes(server, emb, tmp_path):
     java = shutil.which('java')
-    if not java or 'jdk.compiler' not in subprocess.run([java, '--list-modules'], capture_output=True, text=True).stdout: pytest.skip('needs a JDK')
+    if (
+        not java
+        or 'jdk.compiler' not in subprocess.run([java, '--list-modules'], capture_output=True, text=True).stdout
+    ):
+        pytest.skip('needs a JDK')
     (tmp_path/'Ask.java').write_text(JAVA)
-    said = subprocess.run([java, '-XX:TieredStopAtLevel=1', str(tmp_path/'Ask.java'), server.url], capture_output=True, text=True, timeout=HANG)
+    said = subprocess.run(
+        [java, '-XX:TieredStopAtLevel=1', str(tmp_path / 'Ask.java'), server.url],
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
     assert said.returncode == 0, said.stderr[-2000:]
     rows = [line.split(' ', 1) for line in said.stdout.splitlines()]
     assert [status for status, _ in rows] == ['200'] * 16
@@ -223,7 +318,8 @@ def test_javas_client_as_it_comes(server, emb, tmp_path):
 
 
 def test_behind_a_proxy_that_loses_bodies_nothing_is_smuggled_in(tmp_path):
-    "uvicorn's own protocol, as in Ray's proxy: the request is refused, the connection ends, and what was its body is not answered."
+    """uvicorn's own protocol, as in Ray's proxy: the request is refused, the connection ends, and what was its body
+    is not answered."""
     p, url = serve_with('''
         import mmembed.serve.server as s
         from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol

@@ -40,23 +40,30 @@ def ask(engine, items, **kw):
 
 
 def test_every_case_has_the_embedders_answer(engine):
-    "All texts, and all image files, good and broken, in one request each: status, reason and embedding are the Embedder's."
+    """All texts, and all image files, good and broken, in one request each: status, reason and embedding are the
+    Embedder's."""
     emb, texts, files = embedder(), cases.texts(), list(FILES.values())
     got = ask(engine, [Item('text', t) for t in texts])
     assert torch.allclose(torch.tensor(np.stack([i.value for i in got])), emb.encode_text(texts), atol=1e-5)
     want = emb.encode_image(files, on_error='flag')
     got = ask(engine, [Item('image', f) for f in files])
     assert [i.error for i in got] == want.errors and [i.status == 'ok' for i in got] == want.ok.tolist()
-    assert torch.allclose(torch.tensor(np.stack([i.value for i in got if i.status == 'ok'])), want.embedding[want.ok], atol=1e-5)
+    assert torch.allclose(
+        torch.tensor(np.stack([i.value for i in got if i.status == 'ok'])), want.embedding[want.ok], atol=1e-5
+    )
 
 
 def test_deterministic_is_the_embedder_bit_by_bit():
     "Whatever the traffic: requests of random sizes at random times, with broken files among them."
     emb = Embedder(tiny.artifact(), batch_size=4, deterministic=True)
-    engine, rng = Engine(Embedder(tiny.artifact(), batch_size=4, deterministic=True), Options(wait=.001)), random.Random(0)
+    engine, rng = (
+        Engine(Embedder(tiny.artifact(), batch_size=4, deterministic=True), Options(wait=0.001)),
+        random.Random(0),
+    )
     texts, files = cases.texts(), list(FILES.values())
     pool = [('text', t, v) for t, v in zip(texts, emb.encode_text(texts).numpy())]
-    for f, ok, v in zip(files, *emb.encode_image(files, on_error='flag')[1::-1]): pool.append(('image', f, v.numpy() if ok else None))
+    for f, ok, v in zip(files, *emb.encode_image(files, on_error='flag')[1::-1]):
+        pool.append(('image', f, v.numpy() if ok else None))
     jobs = []
     for _ in range(60):
         picked = rng.choices(pool, k=rng.randint(1, 9))
@@ -89,17 +96,28 @@ def test_lengths_do_not_mix(engine):
 
 
 def test_lengths_are_the_embedders():
-    "One rule of lengths: a deterministic engine batches texts by the length to which the Embedder fills them, whatever tokens they have."
+    """One rule of lengths: a deterministic engine batches texts by the length to which the Embedder fills them,
+    whatever tokens they have."""
     emb = Embedder(tiny.artifact(), batch_size=4, deterministic=True)
-    same, words = Engine(emb), ['a', 'red', 'circle', 'above', 'a', 'blue', 'square', 'triangle', 'green', 'a', 'red', 'large', 'small']
+    same, words = (
+        Engine(emb),
+        ['a', 'red', 'circle', 'above', 'a', 'blue', 'square', 'triangle', 'green', 'a', 'red', 'large', 'small'],
+    )
     items = ask(same, [Item('text', ' '.join(words[:n])) for n in range(len(words))])
-    assert [i.ready.ids.shape[1] for i in items] == emb._lengths(emb.tokenize([i.data for i in items])).tolist() and len({i.ready.ids.shape[1] for i in items}) == 3
+    assert [i.ready.ids.shape[1] for i in items] == emb._lengths(
+        emb.tokenize([i.data for i in items])
+    ).tolist() and len({i.ready.ids.shape[1] for i in items}) == 3
     assert same.close()
 
 
 def test_wrong_kinds_of_data_fail_alone(engine):
-    items = ask(engine, [Item('text', None), Item('text', 'a'), Item('image', 7), Item('text', 'x' * (2 << 20)), Item('image', None)])
-    assert [i.status for i in items] == ['invalid', 'ok', 'invalid', 'invalid', 'invalid'] and all(i.error for i in items if i.status != 'ok')
+    items = ask(
+        engine,
+        [Item('text', None), Item('text', 'a'), Item('image', 7), Item('text', 'x' * (2 << 20)), Item('image', None)],
+    )
+    assert [i.status for i in items] == ['invalid', 'ok', 'invalid', 'invalid', 'invalid'] and all(
+        i.error for i in items if i.status != 'ok'
+    )
 
 
 def test_pixels_are_limited_by_the_header():
@@ -109,7 +127,9 @@ def test_pixels_are_limited_by_the_header():
 
 
 def hold(engine, kind='text'):
-    "Keeps the tower of `kind` busy until the event it returns is set; its `entered` is set when the tower has something."
+    """Keeps the tower of `kind` busy until the event it returns is set.
+
+    Its `entered` is set when the tower has something."""
     go, tower = threading.Event(), engine._tower
     go.entered = threading.Event()
     def held(items):
@@ -134,7 +154,9 @@ def test_queue_is_bounded_and_whole_requests_are_admitted():
 
 def test_expired_and_cancelled_items_never_reach_the_tower(engine):
     go, seen = hold(engine), []
-    engine.on_batch = lambda kind, stage, items, took: seen.extend(i.data for i in items) if stage == 'forward' else None
+    engine.on_batch = lambda kind, stage, items, took: (
+        seen.extend(i.data for i in items) if stage == 'forward' else None
+    )
     async def main():
         first = asyncio.ensure_future(engine.run([Item('text', 'first')]))
         await asyncio.to_thread(go.entered.wait, HANG)
@@ -158,7 +180,11 @@ def test_a_batch_that_fails_is_tried_item_by_item(engine):
         return tower(items)
     engine._tower, engine.lanes['text'].alone = picky, False
     items = ask(engine, [Item('text', t) for t in ('a', 'poison', 'b')])
-    assert [i.status for i in items] == ['ok', 'failed', 'ok'] and items[1].error == 'no such token' and not engine.health()
+    assert (
+        [i.status for i in items] == ['ok', 'failed', 'ok']
+        and items[1].error == 'no such token'
+        and not engine.health()
+    )
 
 
 def test_what_is_not_finite_is_no_answer(engine):
@@ -171,7 +197,15 @@ def test_what_is_not_finite_is_no_answer(engine):
     assert [i.status for i in ask(engine, [Item('text', 'a'), Item('text', 'nan')])] == ['ok', 'failed']
 
 
-@pytest.mark.parametrize('error', [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), SystemExit(3), KeyError('bug')])
+@pytest.mark.parametrize(
+    'error',
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        SystemExit(3),
+        KeyError('bug'),
+    ],
+)
 def test_a_dead_worker_or_no_memory_ends_the_engine(error):
     told = []
     engine = Engine(embedder(), on_unfit=told.append)
@@ -200,16 +234,23 @@ def test_closing_answers_what_was_admitted(engine):
 
 
 def test_storm(engine):
-    "Threads that submit, cancel and let expire: every job is answered once, nothing is left behind, good answers are right."
+    """Threads that submit, cancel and let expire: every job is answered once, nothing is left behind, good answers
+    are right."""
     files, counts, lock = FILES, {}, threading.Lock()
     emb = embedder()
-    want = {f: emb.encode_image([f])[0].numpy() for f in (files['RGB.png'], files['quality 75.jpg'])} | {t: emb.encode_text([t])[0].numpy() for t in ('a', 'a red circle')}
+    want = {f: emb.encode_image([f])[0].numpy() for f in (files['RGB.png'], files['quality 75.jpg'])} | {
+        t: emb.encode_text([t])[0].numpy() for t in ('a', 'a red circle')
+    }
     jobs = []
     def one(seed):
         rng = random.Random(seed)
         for _ in range(25):
             data = [rng.choice([*want, files['bomb.png'], b'']) for _ in range(rng.randint(1, 5))]
-            job = engine.submit([Item('text' if isinstance(d, str) else 'image', d) for d in data], count, timeout=rng.choice([.001, .02, 20]))
+            job = engine.submit(
+                [Item('text' if isinstance(d, str) else 'image', d) for d in data],
+                count,
+                timeout=rng.choice([0.001, 0.02, 20]),
+            )
             if rng.random() < .2: job.cancelled = True
             with lock: jobs.append(job)
             time.sleep(rng.random() * .003)
@@ -236,4 +277,9 @@ def test_pairs_have_spans():
     span = tracer.begin('/v1/scores', {})
     tracer.job(span, done.result(HANG))
     tracer.end(span, 200)
-    assert {s.name for s in spans.get_finished_spans() if s.parent} >= {'decode', 'transform', 'forward', 'queue'} and engine.close()
+    assert {s.name for s in spans.get_finished_spans() if s.parent} >= {
+        'decode',
+        'transform',
+        'forward',
+        'queue',
+    } and engine.close()

@@ -1,4 +1,5 @@
-"Images by URL from hosts that drip, send without end, pack bombs or redirect: bounded in bytes and time, and let go with their client."
+"""Images by URL from hosts that drip, send without end, pack bombs or redirect: bounded in bytes and time, and let
+go with their client."""
 import json
 import socket
 import threading
@@ -66,13 +67,17 @@ def fetching(tmp_path_factory):
 
 def ask(client, *urls, **head):
     entries = [dict(type='image_url', image_url=u) for u in urls]
-    r = client.post('/v1/embeddings', json=dict(input=entries), headers={k.replace('_', '-'): v for k, v in head.items()})
+    r = client.post(
+        '/v1/embeddings', json=dict(input=entries), headers={k.replace('_', '-'): v for k, v in head.items()}
+    )
     return r.status_code, [(d['status'], d.get('error', '')) for d in r.json()['data']]
 
 
 def test_bytes_are_bounded_before_they_come(fetching):
     _, client, host = fetching
-    for kind, why in dict(endless='larger than 2,097,152 bytes', declared='larger than 2,097,152 bytes', packed='packed', moved='302').items():
+    for kind, why in dict(
+        endless='larger than 2,097,152 bytes', declared='larger than 2,097,152 bytes', packed='packed', moved='302'
+    ).items():
         status, [(state, error)] = ask(client, f'{host.url}/{kind}')
         assert (status, state) == (422, 'invalid') and why in error, kind
     assert host.sent['/endless'] < 16 * LIMIT and host.asked['/good'] == 0  # what the sockets hold comes on top
@@ -120,9 +125,14 @@ def test_downloads_end_with_their_client(fetching, path):
     assert host.left.wait(HANG)  # the server's own deadline would come later
 
 
-NAMED = {'h.org': (['http://h.org/', 'https://H.org/', 'http://h.org:80/'], ['http://h.org:6379/', 'http://h.org:443/', 'http://x.h.org/']),
-         'h.org:81': (['http://h.org:81/', 'https://h.org:81'], ['http://h.org/', 'http://h.org:82/']),
-         '[::1]:*': (['http://[::1]:5/'], ['http://[::2]:5/', 'http://1/'])}
+NAMED = {
+    'h.org': (
+        ['http://h.org/', 'https://H.org/', 'http://h.org:80/'],
+        ['http://h.org:6379/', 'http://h.org:443/', 'http://x.h.org/'],
+    ),
+    'h.org:81': (['http://h.org:81/', 'https://h.org:81'], ['http://h.org/', 'http://h.org:82/']),
+    '[::1]:*': (['http://[::1]:5/'], ['http://[::2]:5/', 'http://1/']),
+}
 
 
 def test_ports_are_named():

@@ -1,4 +1,5 @@
-"""gRPC through real sockets: streams, statuses, health, reflection, the Open Inference Protocol, and bytes that are no messages."""
+"""gRPC through real sockets: streams, statuses, health, reflection, the Open Inference Protocol, and bytes that are
+no messages."""
 import signal
 import struct
 import threading
@@ -22,7 +23,10 @@ from tests.serve.conftest import config
 
 FILES = cases.images()
 OURS, V2 = 'mmembed.v1.Embedding', 'inference.GRPCInferenceService'
-Item, Encode, Rank, Infer = (message(n) for n in ('mmembed.v1.Item', 'mmembed.v1.EncodeRequest', 'mmembed.v1.RankRequest', 'inference.ModelInferRequest'))
+Item, Encode, Rank, Infer = (
+    message(n)
+    for n in ('mmembed.v1.Item', 'mmembed.v1.EncodeRequest', 'mmembed.v1.RankRequest', 'inference.ModelInferRequest')
+)
 
 
 @pytest.fixture(scope='module')
@@ -36,7 +40,9 @@ def channel(server):
 
 def call(channel, name, service=OURS):
     q, a, many, _ = methods(service)[name]
-    return (channel.stream_stream if many else channel.unary_unary)(f'/{service}/{name}', q.SerializeToString, a.FromString)
+    return (channel.stream_stream if many else channel.unary_unary)(
+        f'/{service}/{name}', q.SerializeToString, a.FromString
+    )
 
 
 def code(f, *args, **kw):
@@ -49,9 +55,14 @@ def test_the_compiled_description_is_in_step():
 
 
 def test_every_text_and_file(channel, emb):
-    texts, files = [t if isinstance(t, bytes) else t.encode('utf-8', 'surrogatepass') for t in cases.texts()], list(FILES.values())
+    texts, files = (
+        [t if isinstance(t, bytes) else t.encode('utf-8', 'surrogatepass') for t in cases.texts()],
+        list(FILES.values()),
+    )
     want = emb.encode_image(files, on_error='flag')
-    mixed = [(Item(text_utf8=t), v, '') for t, v in zip(texts, emb.encode_text(texts))] + [(Item(image=f), v, e) for f, v, e in zip(files, want.embedding, want.errors)]
+    mixed = [(Item(text_utf8=t), v, '') for t, v in zip(texts, emb.encode_text(texts))] + [
+        (Item(image=f), v, e) for f, v, e in zip(files, want.embedding, want.errors)
+    ]
     def requests():
         for k in range(0, len(mixed), 20): yield Encode(id=str(k), items=[m[0] for m in mixed[k:k+20]])
     count = 0
@@ -65,10 +76,20 @@ def test_every_text_and_file(channel, emb):
 
 def test_statuses(channel):
     encode = call(channel, 'Encode')
-    assert code(encode, Encode()) == 'INVALID_ARGUMENT' and code(encode, Encode(items=[Item(text='a')], dimensions=25)) == 'INVALID_ARGUMENT'
-    assert code(encode, Encode(items=[Item(text='a')] * 65)) == 'RESOURCE_EXHAUSTED' and code(encode, Encode(items=[Item(image=bytes(3 << 20))])) == 'RESOURCE_EXHAUSTED'
-    try: statuses = {r.status for r in encode(Encode(items=[Item(image=FILES['quality 75.jpg'])] * 60), timeout=.001).results}
-    except grpc.RpcError as e: assert e.code().name == 'DEADLINE_EXCEEDED'
+    assert (
+        code(encode, Encode()) == 'INVALID_ARGUMENT'
+        and code(encode, Encode(items=[Item(text='a')], dimensions=25)) == 'INVALID_ARGUMENT'
+    )
+    assert (
+        code(encode, Encode(items=[Item(text='a')] * 65)) == 'RESOURCE_EXHAUSTED'
+        and code(encode, Encode(items=[Item(image=bytes(3 << 20))])) == 'RESOURCE_EXHAUSTED'
+    )
+    try:
+        statuses = {
+            r.status for r in encode(Encode(items=[Item(image=FILES['quality 75.jpg'])] * 60), timeout=0.001).results
+        }
+    except grpc.RpcError as e:
+        assert e.code().name == 'DEADLINE_EXCEEDED'
     else: assert 3 in statuses  # the server saw the time run out first: those items are late
     assert [r.status for r in encode(Encode(items=[Item(), Item(text='a'), Item(image=b'')])).results] == [2, 1, 2]
     cut = encode(Encode(items=[Item(text='a')], dimensions=5)).results[0]
@@ -80,8 +101,14 @@ def test_rank(channel, emb):
     texts, images = ['a red circle', 'a blue square', 'x'], [FILES['RGB.png'], FILES['quality 75.jpg']]
     score = emb.score(texts, images).numpy()
     r = call(channel, 'Rank')(Rank(query=Item(image=images[1]), candidates=[Item(text=t) for t in texts]))
-    assert [x.index for x in r.results] == list(np.argsort(-score[:, 1])) and np.allclose([x.score for x in r.results], np.sort(score[:, 1])[::-1], atol=1e-4)
-    answers = list(call(channel, 'RankStream')(iter([Rank(id='1', query=Item(text='a'), candidates=[Item(image=images[0])], top_k=1), Rank(id='2')])))
+    assert [x.index for x in r.results] == list(np.argsort(-score[:, 1])) and np.allclose(
+        [x.score for x in r.results], np.sort(score[:, 1])[::-1], atol=1e-4
+    )
+    answers = list(
+        call(channel, 'RankStream')(
+            iter([Rank(id='1', query=Item(text='a'), candidates=[Item(image=images[0])], top_k=1), Rank(id='2')])
+        )
+    )
     assert {a.id: len(a.results) or a.failure.code for a in answers} == {'1': 1, '2': 3}
     assert call(channel, 'Info')(message('mmembed.v1.InfoRequest')()).artifact == emb.card['short_hash']
 
@@ -153,18 +180,46 @@ def test_open_inference_protocol(channel, emb):
     assert get('ServerLive').live and get('ServerReady').ready and get('ServerMetadata').name == 'mmembed'
     [name] = {call(channel, 'Info')(message('mmembed.v1.InfoRequest')()).name}
     meta = get('ModelMetadata', name=name)
-    assert get('ModelReady', name=name).ready and [t.name for t in meta.inputs] == ['text', 'image'] and list(meta.outputs[0].shape) == [-1, 24]
-    infer, texts, raw = call(channel, 'ModelInfer', V2), [b'a red circle', b'\xff'], lambda xs: b''.join(struct.pack('<I', len(x)) + x for x in xs)
+    assert (
+        get('ModelReady', name=name).ready
+        and [t.name for t in meta.inputs] == ['text', 'image']
+        and list(meta.outputs[0].shape) == [-1, 24]
+    )
+    infer, texts, raw = (
+        call(channel, 'ModelInfer', V2),
+        [b'a red circle', b'\xff'],
+        lambda xs: b''.join(struct.pack('<I', len(x)) + x for x in xs),
+    )
     files = [FILES['RGB.png'], b'bad']
     tensors = [dict(name='text', datatype='BYTES', shape=[2]), dict(name='image', datatype='BYTES', shape=[2])]
     r = infer(Infer(model_name=name, id='7', inputs=tensors, raw_input_contents=[raw(texts), raw(files)]))
     out = dict(zip([o.name for o in r.outputs], r.raw_output_contents))
-    assert np.allclose(np.frombuffer(out['text_embedding'], '<f4').reshape(2, 24), emb.encode_text(texts), atol=1e-5) and r.id == '7'
+    assert (
+        np.allclose(np.frombuffer(out['text_embedding'], '<f4').reshape(2, 24), emb.encode_text(texts), atol=1e-5)
+        and r.id == '7'
+    )
     table = np.frombuffer(out['image_embedding'], '<f4').reshape(2, 24)
-    assert np.allclose(table[0], emb.encode_image(files[:1])[0], atol=1e-5) and not table[1].any() and b'invalid' in out['image_status']
-    one = infer(Infer(model_name=name, inputs=[tensors[0] | dict(contents=dict(bytes_contents=texts))], outputs=[dict(name='text_status')]))
+    assert (
+        np.allclose(table[0], emb.encode_image(files[:1])[0], atol=1e-5)
+        and not table[1].any()
+        and b'invalid' in out['image_status']
+    )
+    one = infer(
+        Infer(
+            model_name=name,
+            inputs=[tensors[0] | dict(contents=dict(bytes_contents=texts))],
+            outputs=[dict(name='text_status')],
+        )
+    )
     assert [o.name for o in one.outputs] == ['text_status']
-    for bad in (dict(model_name='other'), dict(), dict(inputs=[tensors[0]]), dict(inputs=[tensors[0] | dict(shape=[3], contents=dict(bytes_contents=texts))]),
-                dict(inputs=[tensors[0] | dict(shape=[2**62, 2**62])]), dict(inputs=[tensors[0] | dict(datatype='FP32')]), dict(inputs=[tensors[0]] * 2, raw_input_contents=[raw(texts)] * 2),
-                dict(inputs=[tensors[0]], raw_input_contents=[b'\1\0'])):
+    for bad in (
+        dict(model_name='other'),
+        dict(),
+        dict(inputs=[tensors[0]]),
+        dict(inputs=[tensors[0] | dict(shape=[3], contents=dict(bytes_contents=texts))]),
+        dict(inputs=[tensors[0] | dict(shape=[2**62, 2**62])]),
+        dict(inputs=[tensors[0] | dict(datatype='FP32')]),
+        dict(inputs=[tensors[0]] * 2, raw_input_contents=[raw(texts)] * 2),
+        dict(inputs=[tensors[0]], raw_input_contents=[b'\1\0']),
+    ):
         assert code(infer, Infer(**dict(model_name=name) | bad)) in ('INVALID_ARGUMENT', 'NOT_FOUND'), bad

@@ -75,7 +75,8 @@ def test_a_rare_length_goes_with_the_third_batch_at_the_latest():
 
 
 def test_a_batch_that_is_not_full_waits_for_those_who_have_just_been_answered():
-    "Also when another length has just had its batch: else clients of two lengths fall apart into small batches for good."
+    """Also when another length has just had its batch: else clients of two lengths fall apart into small batches for
+    good."""
     lane = Lane(largest=8)
     lane.alone = False
     offer(lane, 'short', 3, key=8), offer(lane, 'long', 2, key=16)

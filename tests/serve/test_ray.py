@@ -24,7 +24,9 @@ from tests.helpers import HANG, free_port, until
 
 
 def start(artifact):
-    args = dict(artifact=artifact, min_replicas=2, max_replicas=3, num_cpus=.5, per_node=1, batch=8, decoders=1, log=os.devnull)
+    args = dict(
+        artifact=artifact, min_replicas=2, max_replicas=3, num_cpus=0.5, per_node=1, batch=8, decoders=1, log=os.devnull
+    )
     serve.run(ray_app(args), name='mmembed', route_prefix='/')
 
 
@@ -62,15 +64,20 @@ def test_two_nodes_answer_survive_a_kill_and_change_the_artifact(url, tmp_path):
         assert abs(client.encode(texts) - want).max() < 1e-5
         good = emb.encode_image(files, on_error='flag').ok.tolist()
         assert client.encode(files, errors='flag').ok.tolist() == good and not all(good)
-        assert httpx2.get(f'{url}/readyz', timeout=HANG).json()['ready'] and httpx2.post(f'{url}/v1/embeddings', content=b'{', timeout=HANG).status_code == 400
+        assert (
+            httpx2.get(f'{url}/readyz', timeout=HANG).json()['ready']
+            and httpx2.post(f'{url}/v1/embeddings', content=b'{', timeout=HANG).status_code == 400
+        )
 
         before = places()
         assert len(before) == 2 and len({w['node'] for w in before.values()}) == 2
         os.kill(next(iter(before)), signal.SIGKILL)
         for _ in range(20):
             try: assert abs(client.encode(texts[:8]) - want[:8]).max() < 1e-5
-            except ServiceError as e: assert e.status == 500, e  # what was under way in the dead replica; Ray's proxy says 500
-        until(lambda: len(after := places()) == 2 and set(after) != set(before))  # Ray brings it back when it comes to it
+            # what was under way in the dead replica; Ray's proxy says 500
+            except ServiceError as e: assert e.status == 500, e
+        # Ray brings it back when it comes to it
+        until(lambda: len(after := places()) == 2 and set(after) != set(before))
 
         start(tiny.other())
         hashes = {w['artifact'] for w in places().values()}
@@ -81,15 +88,30 @@ def test_two_nodes_answer_survive_a_kill_and_change_the_artifact(url, tmp_path):
 def test_the_command_serves_and_ends_on_sigterm(tmp_path):
     "`mmembed serve --ray` as a process, with a cluster of its own: right vectors by HTTP, an orderly end."
     port = free_port()
-    command = [str(Path(sys.executable).with_name('mmembed')), 'serve', str(tiny.artifact()), '--ray', '--port', str(port), '--decoders', '1', '--log', os.devnull]
+    command = [
+        str(Path(sys.executable).with_name('mmembed')),
+        'serve',
+        str(tiny.artifact()),
+        '--ray',
+        '--port',
+        str(port),
+        '--decoders',
+        '1',
+        '--log',
+        os.devnull,
+    ]
     env = {k: v for k, v in os.environ.items() if k != 'RAY_ADDRESS'}
-    with open(tmp_path/'said', 'w+') as said, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=env) as p:
+    with (
+        open(tmp_path / 'said', 'w+') as said,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=env) as p,
+    ):
         try:
             line = p.stdout.readline()
             assert line, (tmp_path/'said').read_text()[-2000:]
             assert json.loads(line)['event'] == 'serving' and json.loads(line)['http'] == port
             texts = tiny.CAPTIONS[:2]
-            with Client(f'http://127.0.0.1:{port}', retries=20) as client: assert abs(client.encode(texts) - Embedder(tiny.artifact()).encode_text(texts).numpy()).max() < 1e-5
+            with Client(f'http://127.0.0.1:{port}', retries=20) as client:
+                assert abs(client.encode(texts) - Embedder(tiny.artifact()).encode_text(texts).numpy()).max() < 1e-5
             p.send_signal(signal.SIGTERM)
             assert p.wait(HANG) == 0
         finally: p.kill()

@@ -127,7 +127,8 @@ WAYS = [name for name in vars(Asked) if not name.startswith('_') and name != 'po
 
 @pytest.fixture(scope='module')
 def answers(artifacts):
-    "What every way answers when another artifact comes into force between its vectors and its answer: all wait with theirs until it has."
+    """What every way answers when another artifact comes into force between its vectors and its answer: all wait
+    with theirs until it has."""
     paths, _ = artifacts
     async def main():
         service, out = Service(Config(paths[0], grpc_port=0, log=os.devnull, engine=Options(batch=8, decoders=2))), {}
@@ -259,7 +260,8 @@ def test_a_client_that_does_not_read_its_answer_holds_no_engine(artifacts):
 
 
 def test_reloads_leave_no_memory(server, http):
-    """A real process, its first engine frozen for the collector: after six it is within a fifth of what it was after the second (70 MB a reload were kept once).
+    """A real process, its first engine frozen for the collector: after six it is within a fifth of what it was after
+    the second (70 MB a reload were kept once).
 
     Where free pages were not given back yet, six more may follow: what is kept of each reload only grows by them."""
     def figures():

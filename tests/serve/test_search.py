@@ -1,4 +1,5 @@
-"""/search over a real index, and /classify with labels given, with the artifact's own, and for pairs: all as the Embedder answers."""
+"""/search over a real index, and /classify with labels given, with the artifact's own, and for pairs: all as the
+Embedder answers."""
 import asyncio
 
 import httpx2
@@ -28,7 +29,8 @@ def index(tmp_path_factory):
     from mmembed.retrieval.index import Index
     folder = tmp_path_factory.mktemp('search')
     (folder/'pictures').mkdir()
-    for k, color in enumerate(('red', 'green', 'blue', 'black', 'white')): Image.new('RGB', (40 + k, 40), color).save(folder/'pictures'/f'{color}.png')
+    for k, color in enumerate(('red', 'green', 'blue', 'black', 'white')):
+        Image.new('RGB', (40 + k, 40), color).save(folder / 'pictures' / f'{color}.png')
     Index.build(tiny.artifact(), folder/'pictures', folder/'index')
     return folder/'index', folder/'pictures'
 
@@ -56,9 +58,18 @@ def test_search_answers_as_the_index(searching, index, way):
 
 
 def test_answers_hold_no_path_of_the_server(searching, index):
-    rows = httpx2.post(f'{searching.url}/search', json=dict(query='a small red circle', top_k=5), headers={'x-api-key': 'k'}, timeout=HANG).json()['results']
+    rows = httpx2.post(
+        f'{searching.url}/search',
+        json=dict(query='a small red circle', top_k=5),
+        headers={'x-api-key': 'k'},
+        timeout=HANG,
+    ).json()['results']
     with Client(searching.grpc, api_key='k') as c: rows += c.search('a small red circle', 5)
-    assert len(rows) == 10 and str(index[1]) not in str(rows) and not [v for r in rows for v in r.values() if str(v).startswith('/')]
+    assert (
+        len(rows) == 10
+        and str(index[1]) not in str(rows)
+        and not [v for r in rows for v in r.values() if str(v).startswith('/')]
+    )
 
 
 @pytest.mark.parametrize('way', ['url', 'grpc'])
@@ -75,7 +86,9 @@ def test_no_condition_ends_the_server(searching, way):
 
 def test_an_artifact_that_cannot_ask_the_index_is_not_taken(searching):
     other = tiny.pair_artifact()
-    r = httpx2.post(f'{searching.url}/admin/reload', json=dict(artifact=str(other)), headers={'x-api-key': 'k'}, timeout=HANG)
+    r = httpx2.post(
+        f'{searching.url}/admin/reload', json=dict(artifact=str(other)), headers={'x-api-key': 'k'}, timeout=HANG
+    )
     assert r.status_code == 422 and 'cannot ask an index' in r.json()['error']['message']
 
 
@@ -92,7 +105,9 @@ def test_pairs_are_scored_and_bad_ones_fail_alone(tmp_path):
         assert httpx2.get(f'{s.url}/readyz', timeout=HANG).json()['ready']
         for c in (Client(s.url, batch_size=3), Client(s.grpc, batch_size=3)):
             got = c.classify([*zip(texts, files), ('a', files[0][:50]), ('a', 'b'), ('a', tmp_path/'none.jpg')])
-            assert got[4:] == [[], [], []] and [[x for x, _ in row] for row in got[:4]] == [[x for x, _ in row] for row in want]
+            assert got[4:] == [[], [], []] and [[x for x, _ in row] for row in got[:4]] == [
+                [x for x, _ in row] for row in want
+            ]
             assert all(abs(p - q) < 1e-5 for row, other in zip(got, want) for (_, p), (_, q) in zip(row, other))
             assert c.classify([('a', files[0][:50])]) == [[]]
             with pytest.raises(ServiceError, match='scores pairs'): c.encode(['a'])
@@ -107,7 +122,13 @@ def test_labels_that_are_given(server, way):
     with Client(getattr(server, way), batch_size=1) as c:
         got = c.classify([*files, b'broken'], ['circle', 'square'], 'a red {}')
         scores = emb.score(['a red circle', 'a red square'], files).T.softmax(-1)
-        for row, want in zip(got, scores.tolist()): assert dict(row) == pytest.approx(dict(zip(('circle', 'square'), want)), abs=1e-5) and row == sorted(row, key=lambda x: -x[1])
-        assert got[2:] == [[]] and [len(r) for r in asyncio.run(c.aclassify(files, ['circle', 'square'], top_k=1))] == [1, 1]
+        for row, want in zip(got, scores.tolist()):
+            assert dict(row) == pytest.approx(dict(zip(('circle', 'square'), want)), abs=1e-5) and row == sorted(
+                row, key=lambda x: -x[1]
+            )
+        assert got[2:] == [[]] and [len(r) for r in asyncio.run(c.aclassify(files, ['circle', 'square'], top_k=1))] == [
+            1,
+            1,
+        ]
         for wrong, args in (('none of its own', [files]), ('scores no pairs', [[('a', files[0])], ['x']])):
             with pytest.raises(ServiceError, match=wrong): c.classify(*args)

@@ -17,7 +17,15 @@ from mmembed.text.pipeline import TextPipeline
 from mmembed.text.unicode import Codes
 from tests.helpers import FORMS, data_path, in_form
 
-CAPTIONS = ['a small red circle left of a large blue square', "it isn't the dog's", '一个红色的小圆在蓝色方块左边', 'Crème brûlée, naïve café!', 'ไทย ที่นี่', '각 한국어', '  two  spaces\n'] * 3
+CAPTIONS = [
+    'a small red circle left of a large blue square',
+    "it isn't the dog's",
+    '一个红色的小圆在蓝色方块左边',
+    'Crème brûlée, naïve café!',
+    'ไทย ที่นี่',
+    '각 한국어',
+    '  two  spaces\n',
+] * 3
 
 
 @functools.cache
@@ -52,7 +60,8 @@ def pipeline(tokenizer, form, max_length):
 
 
 @functools.lru_cache(5)
-def open_clips(form, cleaned=False): return in_form(TextPipeline.from_open_clip('ViT-B-32', cleaned=cleaned), form, ['tokenize'])
+def open_clips(form, cleaned=False):
+    return in_form(TextPipeline.from_open_clip('ViT-B-32', cleaned=cleaned), form, ['tokenize'])
 
 
 def agree(tok, texts, form='scripted', batch=1000, max_length=128):
@@ -104,7 +113,10 @@ def test_code_points_alone_and_between_letters(make):
 def test_code_points_as_open_clip():
     some = fuzz_text.code_points(step=97)
     tp = open_clips('scripted')
-    assert fuzz_bpe.open_clip_differences(tp.tokenize, fuzz_bpe.in_graph(some + [f'a{c}b' for c in some]), 20_000)[:5] == []
+    assert (
+        fuzz_bpe.open_clip_differences(tp.tokenize, fuzz_bpe.in_graph(some + [f'a{c}b' for c in some]), 20_000)[:5]
+        == []
+    )
 
 
 @pytest.mark.parametrize('make', MAKERS)
@@ -122,13 +134,29 @@ def test_real_corpora_as_open_clip():
     assert len(kept) > .99 * len(texts) and fuzz_bpe.open_clip_differences(tp.tokenize, kept)[:5] == []
 
 
-LONG = ['a' * 1000, 'ha' * 999, 'x' + 'a' * 333, 'ab' * 500, '!' * 777, '!?' * 300, '一' * 300, 'é' * 501, ' ' * 999, '\n ' * 200, '1' * 300]
+LONG = [
+    'a' * 1000,
+    'ha' * 999,
+    'x' + 'a' * 333,
+    'ab' * 500,
+    '!' * 777,
+    '!?' * 300,
+    '一' * 300,
+    'é' * 501,
+    ' ' * 999,
+    '\n ' * 200,
+    '1' * 300,
+]
 
 
 @pytest.mark.parametrize('make', MAKERS)
 def test_long_words(make):
     rng = random.Random(7)
-    texts = LONG + [''.join(rng.choices(alphabet, k=rng.randrange(30, 900))) for alphabet in ('abcdefghijklmnopqrstuvwxyz', 'aab', 'thecatonmat', '!-=.', 'éü一猫') for _ in range(20)]
+    texts = LONG + [
+        ''.join(rng.choices(alphabet, k=rng.randrange(30, 900)))
+        for alphabet in ('abcdefghijklmnopqrstuvwxyz', 'aab', 'thecatonmat', '!-=.', 'éü一猫')
+        for _ in range(20)
+    ]
     texts += [''.join(rng.choice('abhx!é') * rng.randrange(1, 40) for _ in range(9)) for _ in range(300)]
     agree(make(), texts, max_length=2000)
     agree(make(), texts[:12], batch=1, max_length=2000)
@@ -139,18 +167,34 @@ def test_awkward_batches(form):
     for make in (clip, gpt2_prefix):
         tok = make()
         tp = pipeline(tok.to_str(), form, 16)
-        for texts in [[''], ['', ''], ['\x00'], [' \n'], ['a' * 300_000], ['a ' * 50_000], ['<|endoftext|>' * 3000], ['\u0301' * 1000], ['\ud800x'], ['<mask> ' * 99, ' <s>', 'a  <mask>']]:
+        for texts in [
+            [''],
+            ['', ''],
+            ['\x00'],
+            [' \n'],
+            ['a' * 300_000],
+            ['a ' * 50_000],
+            ['<|endoftext|>' * 3000],
+            ['\u0301' * 1000],
+            ['\ud800x'],
+            ['<mask> ' * 99, ' <s>', 'a  <mask>'],
+        ]:
             ids, mask = tp.tokenize(*pack(texts))
             assert ids.shape == mask.shape == (len(texts), ids.shape[1]) and ids.dtype == torch.int64
             tok.enable_truncation(16)
-            want = [e.ids for e in tok.encode_batch([t.encode('utf-8', 'surrogatepass').decode(errors='replace') for t in texts])]
+            want = [
+                e.ids
+                for e in tok.encode_batch([t.encode('utf-8', 'surrogatepass').decode(errors='replace') for t in texts])
+            ]
             assert [r[m > 0].tolist() for r, m in zip(ids, mask)] == want
         assert tp.tokenize(*pack([])).ids.shape == (0, 2)
 
 
 def bpe(vocab, merges, **options):
     vocab = {**{c: i for i, c in enumerate(byte_letters().values())}, **{t: 256 + i for i, t in enumerate(vocab)}}
-    return Tokenizer(models.BPE(vocab, merges, **options)), BytePairs(vocab, merges, whole=options.get('ignore_merges', False), drops=False)
+    return Tokenizer(models.BPE(vocab, merges, **options)), BytePairs(
+        vocab, merges, whole=options.get('ignore_merges', False), drops=False
+    )
 
 
 def merged(model, words):
@@ -177,7 +221,8 @@ def test_made_up_merges(seed, learnt):
     words = [''.join(rng.choices('abc', k=rng.randrange(1, 60))) for _ in range(400)] + ['a' * n for n in range(1, 40)]
     words += [''.join(rng.choice('abc') * rng.randrange(1, 12) for _ in range(9)) for _ in range(200)]
     assert merged(ours, words) == [hf.encode(w).ids for w in words]
-    for w in (w for w in words if len(w) < 9): assert merged(ours, [w]) == [hf.encode(w).ids]  # without long words, which take another way
+    # without long words, which take another way
+    for w in (w for w in words if len(w) < 9): assert merged(ours, [w]) == [hf.encode(w).ids]
     assert learnt or not ours.orderly
 
 
@@ -200,7 +245,9 @@ def test_spans_are_the_bytes_of_each_token():
 def test_spans_are_the_references():
     tok = Tokenizer.from_str(gpt2().to_str())
     tok.no_truncation()
-    tok.post_processor = processors.RobertaProcessing(('</s>', 2), ('<s>', 0), trim_offsets=False, add_prefix_space=False)
+    tok.post_processor = processors.RobertaProcessing(
+        ('</s>', 2), ('<s>', 0), trim_offsets=False, add_prefix_space=False
+    )
     tp = in_form(TextPipeline(json.loads(tok.to_str()), max_length=4000), 'scripted')
     texts = [t for t in fuzz_bpe.bpe_texts(400, seed=8) if t]
     enc = tp.encode(texts)
@@ -211,10 +258,18 @@ def test_spans_are_the_references():
 
 
 def test_spec_pickle_and_file_rebuild_it(tmp_path):
-    for tp in (TextPipeline(json.loads(clip().to_str()), 64), TextPipeline(json.loads(gpt2().to_str()), 64), TextPipeline.from_open_clip('ViT-B-32', 64)):
+    for tp in (
+        TextPipeline(json.loads(clip().to_str()), 64),
+        TextPipeline(json.loads(gpt2().to_str()), 64),
+        TextPipeline.from_open_clip('ViT-B-32', 64),
+    ):
         tp.to_tokenizer_file(tmp_path/'tokenizer.json')
         texts = fuzz_bpe.bpe_texts(100, seed=9)
-        others = [TextPipeline.from_spec(json.loads(json.dumps(tp.spec()))), pickle.loads(pickle.dumps(tp)), TextPipeline.from_tokenizer_file(tmp_path, max_length=64)]
+        others = [
+            TextPipeline.from_spec(json.loads(json.dumps(tp.spec()))),
+            pickle.loads(pickle.dumps(tp)),
+            TextPipeline.from_tokenizer_file(tmp_path, max_length=64),
+        ]
         for other in others: assert torch.equal(other(texts).ids, tp(texts).ids) and other.spec() == tp.spec()
 
 
@@ -226,7 +281,12 @@ def test_decode():
 
 def test_open_clip_names():
     assert TextPipeline.from_open_clip('ViT-B-32', max_length=20).max_length == 20
-    for name, says in [('no-such-model', 'knows no model'), ('ViT-B-16-SigLIP', 'SigLIP'), ('roberta-ViT-B-32', 'roberta-base'), ('hf-hub:x/y', 'knows no model')]:
+    for name, says in [
+        ('no-such-model', 'knows no model'),
+        ('ViT-B-16-SigLIP', 'SigLIP'),
+        ('roberta-ViT-B-32', 'roberta-base'),
+        ('hf-hub:x/y', 'knows no model'),
+    ]:
         with pytest.raises(ValueError, match=says): TextPipeline.from_open_clip(name)
 
 
@@ -236,12 +296,24 @@ def changed(tok, **parts): return {**json.loads(tok.to_str()), **parts}
 def level(**options): return dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=True) | options
 
 
-@pytest.mark.parametrize('parts, says', [
-    (dict(normalizer=dict(type='NFKC')), 'NFKC'),
-    (dict(normalizer=dict(type='Sequence', normalizers=[dict(type='Lowercase'), dict(type='NFC')])), 'normalizer'),
-    (dict(pre_tokenizer=None), 'pre_tokenizer'), (dict(pre_tokenizer=level(use_regex=False)), 'use_regex'),
-    (dict(pre_tokenizer=dict(type='Sequence', pretokenizers=[dict(type='Digits', individual_digits=True), level()])), 'Digits'),
-    (dict(added_tokens=[dict(id=0, content='x', normalized=True, single_word=True)]), 'single_word')])
+@pytest.mark.parametrize(
+    'parts, says',
+    [
+        (dict(normalizer=dict(type='NFKC')), 'NFKC'),
+        (dict(normalizer=dict(type='Sequence', normalizers=[dict(type='Lowercase'), dict(type='NFC')])), 'normalizer'),
+        (dict(pre_tokenizer=None), 'pre_tokenizer'),
+        (dict(pre_tokenizer=level(use_regex=False)), 'use_regex'),
+        (
+            dict(
+                pre_tokenizer=dict(
+                    type='Sequence', pretokenizers=[dict(type='Digits', individual_digits=True), level()]
+                )
+            ),
+            'Digits',
+        ),
+        (dict(added_tokens=[dict(id=0, content='x', normalized=True, single_word=True)]), 'single_word'),
+    ],
+)
 def test_unknown_rules_are_refused(parts, says):
     with pytest.raises(ValueError, match=says): TextPipeline(changed(gpt2(), **parts))
 
@@ -263,7 +335,11 @@ def test_vocabularies_that_do_not_hold_together():
 
 
 def test_normalizers_one_by_one():
-    for norm in (normalizers.NFC(), normalizers.Lowercase(), normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])):
+    for norm in (
+        normalizers.NFC(),
+        normalizers.Lowercase(),
+        normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()]),
+    ):
         tok = Tokenizer.from_str(gpt2().to_str())
         tok.normalizer = norm
         agree(tok, fuzz_bpe.bpe_texts(800, seed=10))

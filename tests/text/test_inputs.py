@@ -11,10 +11,25 @@ from mmembed.core.packing import pack
 from mmembed.text.pipeline import TextPipeline
 from tests.helpers import in_form
 
-CAPTIONS = ['a small red circle left of a large blue square', '一个红色的小圆在蓝色方块左边', 'Crème brûlée, naïve café!', "don't I'll be UNAFFABLE"] * 5
-VOCAB = {w: i for i, w in enumerate(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '一个', '红色', '的', '小', '圆', 'a', 'red', ',', '\0', '\ufffd'])}
-FAMILIES = {model: functools.partial(TextPipeline.learn, CAPTIONS, 400, max_length=16, model=model) for model in ('wordpiece', 'words', 'bpe', 'unigram')} | {
-    'clip': lambda: TextPipeline.from_open_clip('ViT-B-32', max_length=16), 'jieba': lambda: TextPipeline.from_jieba(VOCAB, 16)}
+CAPTIONS = [
+    'a small red circle left of a large blue square',
+    '一个红色的小圆在蓝色方块左边',
+    'Crème brûlée, naïve café!',
+    "don't I'll be UNAFFABLE",
+] * 5
+VOCAB = {
+    w: i
+    for i, w in enumerate(
+        ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '一个', '红色', '的', '小', '圆', 'a', 'red', ',', '\0', '\ufffd']
+    )
+}
+FAMILIES = {
+    model: functools.partial(TextPipeline.learn, CAPTIONS, 400, max_length=16, model=model)
+    for model in ('wordpiece', 'words', 'bpe', 'unigram')
+} | {
+    'clip': lambda: TextPipeline.from_open_clip('ViT-B-32', max_length=16),
+    'jieba': lambda: TextPipeline.from_jieba(VOCAB, 16),
+}
 everywhere = pytest.mark.parametrize('form', ['eager', 'scripted', 'loaded'])
 families = pytest.mark.parametrize('family', FAMILIES)
 
@@ -32,7 +47,8 @@ def module(family, form): return in_form(made(family), form)
 def test_empty(family, form):
     tp, m = made(family), module(family, form)
     special = sum(map(len, tp.single.ids))
-    for ids, mask in m([]), m.tokenize(*pack([])): assert ids.shape == mask.shape == (0, special) and ids.dtype == mask.dtype == torch.int64
+    for ids, mask in m([]), m.tokenize(*pack([])):
+        assert ids.shape == mask.shape == (0, special) and ids.dtype == mask.dtype == torch.int64
     ids, mask = m(['', ''])
     assert ids.shape == (2, 8) and mask.sum(1).tolist() == [special] * 2
     enc = m.encode([], []) if form == 'eager' else m.encode([], None)
@@ -55,8 +71,12 @@ def test_texts_of_a_million_characters(family, form):
 @everywhere
 def test_surrogates_nul_and_bytes(family, form):
     tp, m = made(family), module(family, form)
-    same = [(['\ud800x', 'a'], [b'\xed\xa0\x80x', 'a']), (['\ud800x'], ['\ufffd\ufffd\ufffdx']), ([b'a red \xff\xe4\xb8'], ['a red \ufffd\ufffd']),
-        ([bytearray(b'red'), memoryview(b'a')], ['red', 'a'])]
+    same = [
+        (['\ud800x', 'a'], [b'\xed\xa0\x80x', 'a']),
+        (['\ud800x'], ['\ufffd\ufffd\ufffdx']),
+        ([b'a red \xff\xe4\xb8'], ['a red \ufffd\ufffd']),
+        ([bytearray(b'red'), memoryview(b'a')], ['red', 'a']),
+    ]
     for a, b in same: assert torch.equal(m.tokenize(*pack(a)).ids, m.tokenize(*pack(b)).ids)
     texts = ['a\0red', '\0', 'red\0', 'red']
     for x in m(texts), m.tokenize(*pack(texts)): assert torch.equal(x[0], tp(texts).ids)
@@ -80,9 +100,17 @@ def test_wrong_texts(family, form):
 def test_wrong_tensors(family, form):
     m, (d, o) = module(family, form), pack(['ab', 'c'])
     error = RuntimeError if form == 'eager' else torch.jit.Error
-    cases = [('data must be a uint8', [(d.float(), o), (d.long(), o), (d[None], o), (d.to(torch.int8), o), (d[0], o)]),
+    cases = [
+        ('data must be a uint8', [(d.float(), o), (d.long(), o), (d[None], o), (d.to(torch.int8), o), (d[0], o)]),
         ('offsets must be an int64', [(d, o.int()), (d, o[:0]), (d, o[None]), (d, o.float()), (d, o[0])]),
-        ('offsets must rise from 0 to the 3', [(d, torch.tensor(x)) for x in ([0, 3, 2, 3], [0, 9], [0, 2], [1, 3], [-1, 3], [0, -1, 3], [0, 1 << 40, 3], [0], [3])])]
+        (
+            'offsets must rise from 0 to the 3',
+            [
+                (d, torch.tensor(x))
+                for x in ([0, 3, 2, 3], [0, 9], [0, 2], [1, 3], [-1, 3], [0, -1, 3], [0, 1 << 40, 3], [0], [3])
+            ],
+        ),
+    ]
     for says, tensors in cases:
         for x in tensors:
             for call in m.tokenize, m.pieces, m.encode_bytes:
@@ -104,12 +132,19 @@ def test_spans_decode_and_explain(family):
         size = len(t.encode())
         for side, other in ((0, t), (1, texts[::-1][i])):
             spans = enc.spans[i][(enc.mask[i] > 0)]
-            assert int(spans.min()) >= 0 and int(spans.max()) <= max(size, len(texts[::-1][i].encode())) and bool((spans[:, 1] >= spans[:, 0]).all())
+            assert (
+                int(spans.min()) >= 0
+                and int(spans.max()) <= max(size, len(texts[::-1][i].encode()))
+                and bool((spans[:, 1] >= spans[:, 0]).all())
+            )
     alone = tp.encode(texts)
     for i, t in enumerate(texts):
         n = int(alone.mask[i].sum())
         inner = [s for s in alone.spans[i, :n].tolist() if s != [0, 0]]
-        assert all(e <= len(t.encode()) for _, e in inner) and (family == 'clip' or sorted(b for b, _ in inner) == [b for b, _ in inner])  # NFC puts marks in order
+        # NFC puts marks in order
+        assert all(e <= len(t.encode()) for _, e in inner) and (
+            family == 'clip' or sorted(b for b, _ in inner) == [b for b, _ in inner]
+        )
         one = tp.encode([t])
         assert torch.equal(alone.ids[i, :n], one.ids[0, :n]) and torch.equal(alone.spans[i, :n], one.spans[0, :n])
         shown = tp.explain(t)
@@ -133,7 +168,10 @@ def test_pairs_are_cut_as_the_reference_does(family, strategy, monkeypatch):
     monkeypatch.setattr(tp, 'strategy', strategy)
     for longest in range(edge + 1, edge + 14, 2):
         monkeypatch.setattr(tp, 'max_length', longest)
-        letters.enable_truncation(longest - edge, strategy=dict(LongestFirst='longest_first', OnlyFirst='only_first', OnlySecond='only_second')[strategy])
+        letters.enable_truncation(
+            longest - edge,
+            strategy=dict(LongestFirst='longest_first', OnlyFirst='only_first', OnlySecond='only_second')[strategy],
+        )
         for a, b in itertools.product(range(4), repeat=2):
             try: kept = letters.encode('a ' * len(whole[a]), 'a ' * len(whole[b])).sequence_ids
             except Exception:  # the reference refuses
@@ -146,10 +184,24 @@ def test_pairs_are_cut_as_the_reference_does(family, strategy, monkeypatch):
 
 def test_pack_of_all_kinds_of_texts():
     class Marked(str): pass
-    for texts in ([], [''], ['a', ''], ['a', b'b', 'c'], [Marked('ab'), 'c'], ['é', 'a'], ['\ud800'], ('ab', 'c'), [bytearray(b'\xff'), memoryview(b'a')], ['a' * 9] * 3000):
+
+    for texts in (
+        [],
+        [''],
+        ['a', ''],
+        ['a', b'b', 'c'],
+        [Marked('ab'), 'c'],
+        ['é', 'a'],
+        ['\ud800'],
+        ('ab', 'c'),
+        [bytearray(b'\xff'), memoryview(b'a')],
+        ['a' * 9] * 3000,
+    ):
         rows = [t.encode('utf-8', 'surrogatepass') if isinstance(t, str) else bytes(t) for t in texts]
         data, offsets = pack(texts)
-        assert bytes(data.tolist()) == b''.join(rows) and offsets.tolist() == [sum(map(len, rows[:k])) for k in range(len(rows) + 1)]
+        assert bytes(data.tolist()) == b''.join(rows) and offsets.tolist() == [
+            sum(map(len, rows[:k])) for k in range(len(rows) + 1)
+        ]
         assert (data.dtype, offsets.dtype) == (torch.uint8, torch.int64)
     assert pack(t for t in ['a', 'é'])[1].tolist() == [0, 1, 3]
     for wrong in (['a', 1], ['a', None], ['é', ['b']]):

@@ -42,7 +42,12 @@ def test_every_form(form, hmm): agree(TEXTS + fuzz_segment.random_texts(400, see
 
 @pytest.mark.parametrize('hmm', [False, True])
 def test_random_strings(hmm):
-    agree(fuzz_segment.random_texts(3000, seed=2) + fuzz_text.random_texts(500, seed=3) + fuzz_text.random_bytes(500, seed=4), hmm)
+    agree(
+        fuzz_segment.random_texts(3000, seed=2)
+        + fuzz_text.random_texts(500, seed=3)
+        + fuzz_text.random_bytes(500, seed=4),
+        hmm,
+    )
     agree(fuzz_segment.random_texts(60, seed=5), hmm, 'eager', batch=1)
 
 
@@ -58,7 +63,18 @@ def test_real_corpora(hmm): agree(fuzz_text.corpus(data_path('text')), hmm)
 
 @pytest.mark.parametrize('hmm', [False, True])
 def test_awkward_batches(hmm):
-    for texts in [[], [''], ['', ''], ['\0'], ['\r\n' * 500], ['哈' * 3000], ['1.' * 3000], ['龥' * 500], ['国' * 20_000 + '。' * 20_000]]: agree(texts, hmm, 'eager')
+    for texts in [
+        [],
+        [''],
+        ['', ''],
+        ['\0'],
+        ['\r\n' * 500],
+        ['哈' * 3000],
+        ['1.' * 3000],
+        ['龥' * 500],
+        ['国' * 20_000 + '。' * 20_000],
+    ]:
+        agree(texts, hmm, 'eager')
 
 
 @pytest.mark.parametrize('hmm', [False, True])
@@ -69,7 +85,9 @@ def test_own_dictionary(hmm, tmp_path):
     vocab = {w: i for i, w in enumerate(['[UNK]', *(line.split(' ')[0] for line in DICTIONARY.split('\n'))])}
     tp = TextPipeline.from_jieba(vocab, max_length=1000, hmm=hmm, dictionary=DICTIONARY)
     for t in ['一只猫红色的', '哈哈哈哈哈', '一只只一猫猫', '零零 abc', '的' * 50 + '哈' * 51]:
-        assert tp([t]).ids[0][tp([t]).mask[0] > 0].tolist() == [vocab.get(w, 0) for w in own.lcut(t, HMM=hmm) if not w.isspace()]
+        assert tp([t]).ids[0][tp([t]).mask[0] > 0].tolist() == [
+            vocab.get(w, 0) for w in own.lcut(t, HMM=hmm) if not w.isspace()
+        ]
 
 
 @pytest.mark.parametrize('form', FORMS)
@@ -103,5 +121,6 @@ def test_decode_joins_the_words():
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match='line 1 of the dictionary'): TextPipeline.from_jieba(vocabulary(), dictionary='猫')
+    with pytest.raises(ValueError, match='line 1 of the dictionary'):
+        TextPipeline.from_jieba(vocabulary(), dictionary='猫')
     with pytest.raises(ValueError, match="no '\\[UNK\\]'"): TextPipeline.from_jieba({'猫': 0})

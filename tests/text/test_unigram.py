@@ -37,7 +37,17 @@ def test_every_form(form): agree(small(), fuzz_unigram.LINES[:12] + fuzz_text.ra
 
 @pytest.mark.parametrize('name', fuzz_unigram.VARIANTS)
 def test_rules_of_the_model(name):
-    texts = [*fuzz_text.random_texts(1000, seed=2), *fuzz_text.random_bytes(300, seed=3), '  a  b ', '▁a▁ ▁', ' ', '\u200b', '\ufdfa x', '¨ ¨', 'don x[SEP]é[sep]']
+    texts = [
+        *fuzz_text.random_texts(1000, seed=2),
+        *fuzz_text.random_bytes(300, seed=3),
+        '  a  b ',
+        '▁a▁ ▁',
+        ' ',
+        '\u200b',
+        '\ufdfa x',
+        '¨ ¨',
+        'don x[SEP]é[sep]',
+    ]
     agree(small(name), texts, 'eager')
     agree(small(name), texts[::5], batch=1)
 
@@ -69,8 +79,21 @@ def test_batch_sizes(batch): agree(small(), fuzz_text.random_texts(200, seed=5),
 @pytest.mark.parametrize('form', FORMS)
 def test_awkward_batches(form):
     model = small()
-    tp, sp = in_form(TextPipeline.from_sentencepiece(model, max_length=16), form, ['tokenize']), sentencepiece.SentencePieceProcessor(model_proto=model)
-    for texts in [[''], ['', ''], ['\0'], [' \n'], ['a ' * 500_000], ['\u0301' * 1000], ['a' * 20_000], ['e\u0301' * 300, ''], ['\ud800x']]:
+    tp, sp = (
+        in_form(TextPipeline.from_sentencepiece(model, max_length=16), form, ['tokenize']),
+        sentencepiece.SentencePieceProcessor(model_proto=model),
+    )
+    for texts in [
+        [''],
+        ['', ''],
+        ['\0'],
+        [' \n'],
+        ['a ' * 500_000],
+        ['\u0301' * 1000],
+        ['a' * 20_000],
+        ['e\u0301' * 300, ''],
+        ['\ud800x'],
+    ]:
         ids, mask = tp.tokenize(*pack(texts))
         assert ids.dtype == torch.int64 and ids.shape == mask.shape
         want = [sp.encode(t.encode('utf-8', 'surrogatepass').decode(errors='replace'))[:16] for t in texts]
@@ -94,13 +117,16 @@ def test_spans_cover_the_characters():
     text = 'A small ﬁﬆ café ☃ e\u0301'
     enc = tp.encode([text])
     spans = enc.spans[0, :int(enc.mask.sum())].tolist()
-    assert ''.join(text.encode()[a:b].decode() for i, (a, b) in enumerate(spans) if spans[i - 1] != [a, b]).replace(' ', '') == text.replace(' ', '')
+    assert ''.join(text.encode()[a:b].decode() for i, (a, b) in enumerate(spans) if spans[i - 1] != [a, b]).replace(
+        ' ', ''
+    ) == text.replace(' ', '')
 
 
 def test_decode_is_the_references():
     model = small()
     tp, sp = TextPipeline.from_sentencepiece(model), sentencepiece.SentencePieceProcessor(model_proto=model)
-    for t in [*fuzz_unigram.LINES[:10], *fuzz_text.random_texts(300, seed=6)]: assert tp.decode(sp.encode(t)) == sp.decode(sp.encode(t))
+    for t in [*fuzz_unigram.LINES[:10], *fuzz_text.random_texts(300, seed=6)]:
+        assert tp.decode(sp.encode(t)) == sp.decode(sp.encode(t))
 
 
 def test_spec_and_pickle_rebuild_it():
@@ -113,10 +139,16 @@ def test_spec_and_pickle_rebuild_it():
 def test_what_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError): TextPipeline.from_sentencepiece(tmp_path/'none.model')
     (tmp_path/'x.model').write_bytes(b'no model')
-    with pytest.raises(ValueError, match='not a SentencePiece model'): TextPipeline.from_sentencepiece(tmp_path/'x.model')
-    for options, says in [(dict(model_type='bpe'), "'BPE'"), (dict(treat_whitespace_as_suffix=True), 'treat_whitespace_as_suffix')]:
-        with pytest.raises(ValueError, match=says): TextPipeline.from_sentencepiece(fuzz_unigram.learn(fuzz_unigram.LINES, **options))
-    with pytest.raises(ValueError, match='add_eos'): TextPipeline.from_sentencepiece(fuzz_unigram.learn(fuzz_unigram.LINES, eos_id=-1), add_eos=True)
+    with pytest.raises(ValueError, match='not a SentencePiece model'):
+        TextPipeline.from_sentencepiece(tmp_path / 'x.model')
+    for options, says in [
+        (dict(model_type='bpe'), "'BPE'"),
+        (dict(treat_whitespace_as_suffix=True), 'treat_whitespace_as_suffix'),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            TextPipeline.from_sentencepiece(fuzz_unigram.learn(fuzz_unigram.LINES, **options))
+    with pytest.raises(ValueError, match='add_eos'):
+        TextPipeline.from_sentencepiece(fuzz_unigram.learn(fuzz_unigram.LINES, eos_id=-1), add_eos=True)
 
 
 # ---- the same models as a tokenizer.json
@@ -132,28 +164,48 @@ def pipeline_of(tok, **options): return TextPipeline(json.loads(tok.to_str()), *
 
 
 def agree_with_file(tok, texts, form='scripted', batch=1000):
-    assert fuzz_unigram.file_differences(tok, in_form(pipeline_of(tok), form, ['tokenize']).tokenize, texts, batch)[:5] == []
+    assert (
+        fuzz_unigram.file_differences(tok, in_form(pipeline_of(tok), form, ['tokenize']).tokenize, texts, batch)[:5]
+        == []
+    )
 
 
 @pytest.mark.parametrize('form', FORMS)
 def test_files_in_every_form(form):
-    agree_with_file(small_file('converted, bytes'), fuzz_unigram.LINES[:12] + fuzz_text.random_texts(500, seed=8) + fuzz_unigram.marked(300, seed=8), form)
+    agree_with_file(
+        small_file('converted, bytes'),
+        fuzz_unigram.LINES[:12] + fuzz_text.random_texts(500, seed=8) + fuzz_unigram.marked(300, seed=8),
+        form,
+    )
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_rules_of_files(kind):
-    texts = [*fuzz_text.random_texts(600, seed=9), *fuzz_text.random_bytes(200, seed=10), *fuzz_unigram.marked(1500, seed=11), '  a  b ', '▁a▁ ▁', ' ', '']
+    texts = [
+        *fuzz_text.random_texts(600, seed=9),
+        *fuzz_text.random_bytes(200, seed=10),
+        *fuzz_unigram.marked(1500, seed=11),
+        '  a  b ',
+        '▁a▁ ▁',
+        ' ',
+        '',
+    ]
     agree_with_file(small_file(kind), texts, 'eager')
     agree_with_file(small_file(kind), texts[::40], 'eager', batch=1)
 
 
 def test_files_at_every_code_point():
     some = fuzz_text.code_points(step=23)
-    agree_with_file(small_file('T5 of transformers 5'), some + [f'a{c}b' for c in some] + [f'e{c}' for c in some], batch=20_000)
+    agree_with_file(
+        small_file('T5 of transformers 5'), some + [f'a{c}b' for c in some] + [f'e{c}' for c in some], batch=20_000
+    )
 
 
 def test_multilingual_file_on_real_texts(large):
-    agree_with_file(fuzz_unigram.as_file(large, 'converted, bytes'), fuzz_text.corpus(data_path('text')) + fuzz_text.random_texts(1000, seed=12))
+    agree_with_file(
+        fuzz_unigram.as_file(large, 'converted, bytes'),
+        fuzz_text.corpus(data_path('text')) + fuzz_text.random_texts(1000, seed=12),
+    )
 
 
 @pytest.mark.parametrize('seed', range(6))
@@ -168,7 +220,17 @@ def test_awkward_batches_of_files(form):
     tp = in_form(pipeline_of(tok, max_length=16), form, ['tokenize'])
     tok = type(tok).from_str(tok.to_str())
     tok.enable_truncation(16)
-    for texts in [[''], ['', ''], ['\0'], [' \n'], ['\u0301' * 1000], ['a' * 5000], ['e\u0301' * 300, ''], ['\ud800x'], ['</s>' * 9, '<mask>']]:
+    for texts in [
+        [''],
+        ['', ''],
+        ['\0'],
+        [' \n'],
+        ['\u0301' * 1000],
+        ['a' * 5000],
+        ['e\u0301' * 300, ''],
+        ['\ud800x'],
+        ['</s>' * 9, '<mask>'],
+    ]:
         ids, mask = tp.tokenize(*pack(texts))
         want = [tok.encode(t.encode('utf-8', 'surrogatepass').decode(errors='replace')).ids for t in texts]
         assert [r[m > 0].tolist() for r, m in zip(ids, mask)] == want
@@ -192,7 +254,11 @@ def test_pairs_spans_and_decode_of_files(kind):
 
 def test_unicodes_own_clusters():
     lines = data_path('text', 'unicode', 'GraphemeBreakTest.txt').read_text(encoding='utf-8').split('\n')
-    cases = [[[chr(int(h, 16)) for h in c.split('×')] for c in line.split('#')[0].strip(' ÷\t').split('÷')] for line in lines if line[:1] == '÷']
+    cases = [
+        [[chr(int(h, 16)) for h in c.split('×')] for c in line.split('#')[0].strip(' ÷\t').split('÷')]
+        for line in lines
+        if line[:1] == '÷'
+    ]
     texts = [''.join(map(''.join, c)) for c in cases if not any('\ud800' <= h < '\ue000' for part in c for h in part)]
     assert len(texts) > 600
     x = Utf8()(*pack(texts))[0]
@@ -206,7 +272,13 @@ def test_unicodes_own_clusters():
 def test_what_transformers_makes_of_a_model(tmp_path):
     convert = pytest.importorskip('transformers.convert_slow_tokenizer')
     (tmp_path/'m.model').write_bytes(small())
-    class Slow: vocab_file, _extra_ids, convert_tokens_to_ids = str(tmp_path/'m.model'), 10, staticmethod({'<s>': 1, '</s>': 2}.get)
+
+    class Slow:
+        vocab_file, _extra_ids, convert_tokens_to_ids = (
+            str(tmp_path / 'm.model'),
+            10,
+            staticmethod({'<s>': 1, '</s>': 2}.get),
+        )
     texts = fuzz_unigram.LINES[:10] + fuzz_unigram.marked(200, seed=13) + ['<extra_id_3> x']
     for kind in (convert.T5Converter, convert.XLMRobertaConverter):
         tok = kind(Slow()).converted()
@@ -215,8 +287,14 @@ def test_what_transformers_makes_of_a_model(tmp_path):
 
 def test_what_is_refused_of_files():
     good = json.loads(small_file('converted').to_str())
-    for change, says in [({'normalizer': {'type': 'NFKC'}}, "normalizer is 'NFKC'"), ({'pre_tokenizer': {'type': 'ByteLevel'}}, "pre_tokenizer is 'ByteLevel'"),
-                         ({'model': {**good['model'], 'unk_id': None}}, 'unk_id is None'),
-                         ({'added_tokens': [{'id': 0, 'content': 'x', 'normalized': True}]}, 'normalized=true'),
-                         ({'normalizer': {'type': 'Replace', 'pattern': {'Regex': 'a|b'}, 'content': ''}}, "Replace of {'Regex': 'a|b'}")]:
+    for change, says in [
+        ({'normalizer': {'type': 'NFKC'}}, "normalizer is 'NFKC'"),
+        ({'pre_tokenizer': {'type': 'ByteLevel'}}, "pre_tokenizer is 'ByteLevel'"),
+        ({'model': {**good['model'], 'unk_id': None}}, 'unk_id is None'),
+        ({'added_tokens': [{'id': 0, 'content': 'x', 'normalized': True}]}, 'normalized=true'),
+        (
+            {'normalizer': {'type': 'Replace', 'pattern': {'Regex': 'a|b'}, 'content': ''}},
+            "Replace of {'Regex': 'a|b'}",
+        ),
+    ]:
         with pytest.raises(ValueError, match=re.escape(says)): TextPipeline({**good, **change})

@@ -8,19 +8,35 @@ from benchmarks import fuzz_text
 from mmembed.text.pipeline import TextPipeline
 from tests.helpers import FORMS, data_path, in_form
 
-RULES = {'Whitespace': (None, pre_tokenizers.Whitespace()), 'lower': (normalizers.Lowercase(), pre_tokenizers.Whitespace()),
-         'WhitespaceSplit': (normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()),
-         'Bert': (normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()),
-         'Bert at signs': (normalizers.BertNormalizer(lowercase=False), pre_tokenizers.Whitespace()),
-         'CJK not spaced': (normalizers.BertNormalizer(handle_chinese_chars=False), pre_tokenizers.WhitespaceSplit())}
-CAPTIONS = ['A small red circle, left of a large BLUE square!', '一个红色的小圆 在蓝色方块左边', 'Crème brûlée, naïve café!?', 'ไทย ที่นี่', '각 한국어 가각', "don't I'll"]
+RULES = {
+    'Whitespace': (None, pre_tokenizers.Whitespace()),
+    'lower': (normalizers.Lowercase(), pre_tokenizers.Whitespace()),
+    'WhitespaceSplit': (normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()),
+    'Bert': (normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()),
+    'Bert at signs': (normalizers.BertNormalizer(lowercase=False), pre_tokenizers.Whitespace()),
+    'CJK not spaced': (normalizers.BertNormalizer(handle_chinese_chars=False), pre_tokenizers.WhitespaceSplit()),
+}
+CAPTIONS = [
+    'A small red circle, left of a large BLUE square!',
+    '一个红色的小圆 在蓝色方块左边',
+    'Crème brûlée, naïve café!?',
+    'ไทย ที่นี่',
+    '각 한국어 가각',
+    "don't I'll",
+]
 
 
 def tokenizer(rules, texts=CAPTIONS, special=True):
     tok = Tokenizer(models.WordLevel({}, unk_token='[UNK]'))
     tok.normalizer, tok.pre_tokenizer = RULES[rules]
-    words = {w for t in texts for w, _ in tok.pre_tokenizer.pre_tokenize_str(tok.normalizer.normalize_str(t) if tok.normalizer else t)}
-    tok.model = models.WordLevel({w: i for i, w in enumerate(['[UNK]', '[PAD]', *sorted(words - {'[UNK]', '[PAD]'})])}, unk_token='[UNK]')
+    words = {
+        w
+        for t in texts
+        for w, _ in tok.pre_tokenizer.pre_tokenize_str(tok.normalizer.normalize_str(t) if tok.normalizer else t)
+    }
+    tok.model = models.WordLevel(
+        {w: i for i, w in enumerate(['[UNK]', '[PAD]', *sorted(words - {'[UNK]', '[PAD]'})])}, unk_token='[UNK]'
+    )
     if special: tok.add_special_tokens(['[PAD]', '[SEP]', '[MASK]'])
     return tok
 
@@ -58,5 +74,10 @@ def test_awkward_batches():
 
 
 def test_rules_that_are_not_known():
-    for part, value in [('normalizer', {'type': 'NFKC'}), ('pre_tokenizer', {'type': 'Digits'}), ('pre_tokenizer', None)]:
-        with pytest.raises(ValueError, match=part): TextPipeline({**json.loads(tokenizer('lower').to_str()), part: value})
+    for part, value in [
+        ('normalizer', {'type': 'NFKC'}),
+        ('pre_tokenizer', {'type': 'Digits'}),
+        ('pre_tokenizer', None),
+    ]:
+        with pytest.raises(ValueError, match=part):
+            TextPipeline({**json.loads(tokenizer('lower').to_str()), part: value})

@@ -20,7 +20,9 @@ from mmembed.vision.pipeline import VisionPipeline
 
 
 class Broken(Scenes):
-    "Scenes of which every fifth training image, from row 2 on, is cut off; defined here so that spawned workers find it"
+    """Scenes of which every fifth training image, from row 2 on, is cut off.
+
+    Defined here so that spawned workers find it"""
     def image(self, i): return super().image(i)[:300] if i < self.train and i % 5 == 2 else super().image(i)
 
 
@@ -38,7 +40,8 @@ def pipelines(scenes):
     return dict(text_pipeline=tp, vision_pipeline=VisionPipeline(size=48, scale=(0.5, 1.0)))
 
 
-def same(a, b): return all(x.equal(y) for x, y in zip([*a.tokens, a.pixels, a.index], [*b.tokens, b.pixels, b.index], strict=True))
+def same(a, b):
+    return all(x.equal(y) for x, y in zip([*a.tokens, a.pixels, a.index], [*b.tokens, b.pixels, b.index], strict=True))
 
 
 def batches(data, epoch=0):
@@ -81,7 +84,10 @@ def mirrored(data, part='train'):
     return sum(x.equal(straight.flip(2)) for x in seen)
 
 
-@pytest.mark.parametrize('flip, of_captions, of_classes', [(None, range(1), range(16, 49)), (0, range(1), range(1)), (1, range(64, 65), range(64, 65))])
+@pytest.mark.parametrize(
+    'flip, of_captions, of_classes',
+    [(None, range(1), range(16, 49)), (0, range(1), range(1)), (1, range(64, 65), range(64, 65))],
+)
 def test_captions_are_not_mirrored_but_classes_are(tmp_path, scenes, pipelines, flip, of_captions, of_classes):
     import io
     from PIL import Image
@@ -92,11 +98,23 @@ def test_captions_are_not_mirrored_but_classes_are(tmp_path, scenes, pipelines, 
         path = tmp_path/('left', 'right')[i % 2]/f'{i}.png'
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(file.getvalue())
-    (tmp_path/'t.csv').write_text('image,text,side\n' + ''.join(f'{s}/{i}.png,the {s} one,{s}\n' for i in range(20) for s in [('left', 'right')[i % 2]]))
-    options = dict(text_pipeline=pipelines['text_pipeline'], vision_pipeline=VisionPipeline(size=32, scale=(1, 1), ratio=(1, 1), flip=flip), valid_share=0.5)
+    (tmp_path / 't.csv').write_text(
+        'image,text,side\n'
+        + ''.join(f'{s}/{i}.png,the {s} one,{s}\n' for i in range(20) for s in [('left', 'right')[i % 2]])
+    )
+    options = dict(
+        text_pipeline=pipelines['text_pipeline'],
+        vision_pipeline=VisionPipeline(size=32, scale=(1, 1), ratio=(1, 1), flip=flip),
+        valid_share=0.5,
+    )
     table = dict(path=str(tmp_path/'t.csv'), label_key='side', **options)
-    for data in (PairData(**table), MatchData(**table), LabelData(**table), PairData(shuffle_captions=True, **table)): assert mirrored(data) in of_captions
-    for data in (PairData(text_key=None, **table), LabelData(question='which?', **table), PairData(source=ClassFolder(tmp_path), **options)):
+    for data in (PairData(**table), MatchData(**table), LabelData(**table), PairData(shuffle_captions=True, **table)):
+        assert mirrored(data) in of_captions
+    for data in (
+        PairData(text_key=None, **table),
+        LabelData(question='which?', **table),
+        PairData(source=ClassFolder(tmp_path), **options),
+    ):
         assert mirrored(data) in of_classes
 
 
@@ -142,8 +160,14 @@ def test_broken_images_are_skipped_and_named(pipelines, workers, kind):
 
 @pytest.mark.parametrize('workers, kind', [(0, 'processes'), (1, 'processes'), (2, 'threads')])
 def test_strict_runs_stop_at_a_broken_image(pipelines, workers, kind):
-    data = PairData(source=Broken(train=20, valid=10), batch_size=5, workers=workers, worker_type=kind, on_error='raise',
-                    **pipelines)
+    data = PairData(
+        source=Broken(train=20, valid=10),
+        batch_size=5,
+        workers=workers,
+        worker_type=kind,
+        on_error='raise',
+        **pipelines,
+    )
     with pytest.raises(ValueError, match=r'^scene train (2|7|12|17): [^\n]+$'): list(data.train_dataloader())
     assert len(list(data.val_dataloader())) == 2
 
@@ -162,7 +186,8 @@ class Gone(Scenes):
 @pytest.mark.parametrize('make', [PairData, MatchData])
 @pytest.mark.parametrize('workers, kind', [(0, 'processes'), (2, 'threads')])
 def test_ranks_take_equally_many_steps_whatever_can_be_read(pipelines, make, workers, kind):
-    "A batch of which nothing can be read is a blank row without an index where other processes wait, and is left out where there are none."
+    """A batch of which nothing can be read is a blank row without an index where other processes wait, and is left
+    out where there are none."""
     def loaders(gone, part='train', world=2):
         source = Gone(train=22, valid=20)
         source.gone = gone
@@ -174,7 +199,8 @@ def test_ranks_take_equally_many_steps_whatever_can_be_read(pipelines, make, wor
         rows = [[b.index.tolist() for b in loader] for _, loader in loaders((), part)]
         data, loader = next(loaders((), part))
         times = 2 if make is MatchData else 1
-        gone = {i // times + (0 if part == 'train' else 22) for i in [*rows[1][1], rows[0][0][0]]}  # a whole batch of one process, a row of the other
+        # a whole batch of one process, a row of the other
+        gone = {i // times + (0 if part == 'train' else 22) for i in [*rows[1][1], rows[0][0][0]]}
         got = [list(loader) for _, loader in loaders(gone, part)]
         assert len(got[0]) == len(got[1]) == len(rows[0])
         for rank in (0, 1):
@@ -209,13 +235,16 @@ def test_shuffled_captions(scenes, pipelines):
     texts = [data.train.text(i) for i in range(60)]
     assert sorted(texts) == sorted(scenes.text(i) for i in range(60)) and texts != [scenes.text(i) for i in range(60)]
     assert data.train.image(4).equal(scenes.image(4)) and isinstance(data.train, Shuffled)
-    assert [data.valid.text(i) for i in range(20)] == [scenes.text(60 + i) for i in range(20)]  # validation is left as it is
+    # validation is left as it is
+    assert [data.valid.text(i) for i in range(20)] == [scenes.text(60 + i) for i in range(20)]
 
 
 @pytest.mark.parametrize('workers, kind', [(0, 'processes'), (2, 'threads')])
 def test_ranks_share_the_data(scenes, pipelines, workers, kind):
     def rank(r, world, batch_size, n):
-        data = PairData(source=Scenes(train=60, valid=n), batch_size=batch_size, workers=workers, worker_type=kind, **pipelines)
+        data = PairData(
+            source=Scenes(train=60, valid=n), batch_size=batch_size, workers=workers, worker_type=kind, **pipelines
+        )
         data.trainer = SimpleNamespace(global_rank=r, world_size=world)
         return data
     whole = list(rank(0, 1, 8, 17).train_dataloader())
@@ -223,7 +252,9 @@ def test_ranks_share_the_data(scenes, pipelines, workers, kind):
     assert [len(p) for p in parts] == [7, 7] == [len(whole)]*2
     for one, *both in zip(whole, *parts, strict=True):
         pixels = {int(i): x for b in both for i, x in zip(b.index, b.pixels)}
-        assert set(one.index.tolist()) == set(pixels) and all(pixels[int(i)].equal(x) for i, x in zip(one.index, one.pixels))
+        assert set(one.index.tolist()) == set(pixels) and all(
+            pixels[int(i)].equal(x) for i, x in zip(one.index, one.pixels)
+        )
     valid = [list(rank(r, 2, 8, 17).val_dataloader()) for r in (0, 1)]  # 9 and 8 rows: batches of 8 would be 2 and 1
     assert len(valid[0]) == len(valid[1])
     assert sorted(i for part in valid for b in part for i in b.index.tolist()) == list(range(17))
@@ -242,8 +273,16 @@ def test_overfitting_goes_on_without_shuffling(scenes, pipelines, tmp_path):
     data = PairData(source=Broken(train=20, valid=10), batch_size=4, workers=2, worker_type='threads', **pipelines)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        Trainer(max_epochs=2, overfit_batches=2, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                enable_model_summary=False, default_root_dir=tmp_path).fit(Steps(), data)
+        Trainer(
+            max_epochs=2,
+            overfit_batches=2,
+            accelerator='cpu',
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        ).fit(Steps(), data)
     assert seen == [[0, 1, 3], [4, 5, 6]]*2 and set(data.ledger) == {'scene train 2', 'scene train 7'}
 
 
@@ -254,9 +293,18 @@ def test_small_data_is_not_dropped(pipelines):
 
 def test_a_table_by_path(tmp_path, scenes, pipelines):
     for i in range(40): (tmp_path/f'{i}.jpg').write_bytes(bytes(scenes.image(i).tolist()))
-    (tmp_path/'pairs.csv').write_text('file,alt,album\n' + ''.join(f'{i}.jpg,"{scenes.text(i)}",{i // 4}\n' for i in range(40)))
-    data = PairData(path=str(tmp_path/'pairs.csv'), image_key='file', text_key='alt', group_key='album', valid_share=0.3,
-                    batch_size=4, **pipelines)
+    (tmp_path / 'pairs.csv').write_text(
+        'file,alt,album\n' + ''.join(f'{i}.jpg,"{scenes.text(i)}",{i // 4}\n' for i in range(40))
+    )
+    data = PairData(
+        path=str(tmp_path / 'pairs.csv'),
+        image_key='file',
+        text_key='alt',
+        group_key='album',
+        valid_share=0.3,
+        batch_size=4,
+        **pipelines,
+    )
     assert len(data.train) + len(data.valid) == 40 and len(data.train) % 4 == 0
     assert sorted(data.captions()) == sorted(data.train.text(i) for i in range(len(data.train)))
     batch = next(iter(data.val_dataloader()))
@@ -268,7 +316,9 @@ def test_files_of_their_own_for_each_part(tmp_path, scenes, pipelines):
     for name, rows in (('train', range(12)), ('valid', range(12, 20)), ('test', range(20, 25))):
         (tmp_path/name).mkdir()
         for i in rows: (tmp_path/name/f'{i}.jpg').write_bytes(bytes(scenes.image(i).tolist()))
-        (tmp_path/f'{name}.csv').write_text('image,text,label\n' + ''.join(f'{name}/{i}.jpg,"{scenes.text(i)}",{"ab"[i > 20]}\n' for i in rows))
+        (tmp_path / f'{name}.csv').write_text(
+            'image,text,label\n' + ''.join(f'{name}/{i}.jpg,"{scenes.text(i)}",{"ab"[i > 20]}\n' for i in rows)
+        )
     train, valid, test = (str(tmp_path/f'{k}.csv') for k in ('train', 'valid', 'test'))
     data = PairData(path=train, valid_path=valid, test_path=test, batch_size=4, **pipelines)
     for part, rows in (('train', range(12)), ('valid', range(12, 20)), ('test', range(20, 25)), ('all', range(12))):
@@ -280,10 +330,14 @@ def test_files_of_their_own_for_each_part(tmp_path, scenes, pipelines):
     labelled = LabelData(path=train, valid_path=valid, test_path=test, label_key='label', **pipelines)
     assert labelled.classes == ['a', 'b'] and [labelled.part('test').pair(0, i)[1] for i in range(5)] == [0, 1, 1, 1, 1]
     assert len(MatchData(path=train, test_path=test, mismatches=2, valid_share=0.4).part('test')) == 15
-    for kw, message in [(dict(split_file='x.csv', valid_path=valid), 'split_file and valid_path both say what is held out'),
-                        (dict(valid_path=train), 'valid_path is path itself'), (dict(test_path=str(tmp_path/'none.csv')), 'no such file')]:
+    for kw, message in [
+        (dict(split_file='x.csv', valid_path=valid), 'split_file and valid_path both say what is held out'),
+        (dict(valid_path=train), 'valid_path is path itself'),
+        (dict(test_path=str(tmp_path / 'none.csv')), 'no such file'),
+    ]:
         with pytest.raises((ValueError, OSError), match=message): PairData(path=train, **kw)
-    with pytest.raises(ValueError, match='valid_path goes with path, not with source'): PairData(source=scenes, valid_path=valid)
+    with pytest.raises(ValueError, match='valid_path goes with path, not with source'):
+        PairData(source=scenes, valid_path=valid)
 
 
 def test_a_part_that_is_not_there(scenes, pipelines):
@@ -304,12 +358,15 @@ def test_all_rows_to_judge_a_model_by(pipelines):
 
 
 def test_mistakes(scenes, pipelines):
-    for kw, message in [({}, 'wants either path'), (dict(path='x.csv', source=scenes), 'wants either path'),
-                        (dict(source=scenes, batch_size=0), 'batch_size must be at least 1, got 0'),
-                        (dict(source=scenes, valid_share=1.1), 'valid_share must be between 0 and 1'),
-                        (dict(source=scenes, worker_type='fibres'), "worker_type must be 'processes' or 'threads', got 'fibres'"),
-                        (dict(source=Scenes(train=0, valid=3)), 'no rows for training'),
-                        (dict(source=Scenes(train=3, valid=0)), 'no rows for validation')]:
+    for kw, message in [
+        ({}, 'wants either path'),
+        (dict(path='x.csv', source=scenes), 'wants either path'),
+        (dict(source=scenes, batch_size=0), 'batch_size must be at least 1, got 0'),
+        (dict(source=scenes, valid_share=1.1), 'valid_share must be between 0 and 1'),
+        (dict(source=scenes, worker_type='fibres'), "worker_type must be 'processes' or 'threads', got 'fibres'"),
+        (dict(source=Scenes(train=0, valid=3)), 'no rows for training'),
+        (dict(source=Scenes(train=3, valid=0)), 'no rows for validation'),
+    ]:
         with pytest.raises(ValueError, match=message): PairData(**kw)
     with pytest.raises(ValueError, match='no vision_pipeline'):
         PairData(source=scenes, text_pipeline=pipelines['text_pipeline']).train_dataloader()
@@ -330,4 +387,7 @@ def test_show_batch(scenes, pipelines):
     assert shown.permute(2, 0, 1).equal(pipelines['vision_pipeline'].preprocess(scenes.image(1)))
     tp = pipelines['text_pipeline']
     tokens = [tp.token(i) for i in tp([scenes.text(1)]).ids[0] if i]
-    assert figure.axes[1].get_title() == 'scene train 1' and figure.axes[1].texts[0].get_text().split() == ' · '.join(tokens).split()
+    assert (
+        figure.axes[1].get_title() == 'scene train 1'
+        and figure.axes[1].texts[0].get_text().split() == ' · '.join(tokens).split()
+    )

@@ -19,11 +19,15 @@ from mmembed.vision.pipeline import VisionPipeline
 
 class Mixed(Scenes):
     "Scenes as JPEG, PNG with transparency, palette, grey, turned by EXIF, of many sizes; captions with odd letters"
-    def text(self, i): return super().text(i) + random.Random(i).choice(['', ' ÀÉ', ' 🐈‍⬛', '\x00', ' ' * 9, ' ' + 'w' * 300])
+
+    def text(self, i):
+        return super().text(i) + random.Random(i).choice(['', ' ÀÉ', ' 🐈‍⬛', '\x00', ' ' * 9, ' ' + 'w' * 300])
 
     def image(self, i):
         rng, out = random.Random(i), io.BytesIO()
-        image = Image.open(io.BytesIO(bytes(super().image(i).tolist()))).resize((rng.randint(9, 200), rng.randint(9, 200)))
+        image = Image.open(io.BytesIO(bytes(super().image(i).tolist()))).resize(
+            (rng.randint(9, 200), rng.randint(9, 200))
+        )
         kind = rng.choice(['RGB', 'RGBA', 'P', 'L', 'turned', 'cut'])
         if kind == 'RGBA': image.putalpha(rng.randint(0, 255))
         if kind in 'PL': image = image.convert(kind)
@@ -42,7 +46,9 @@ def source(): return Mixed(train=20, valid=60)
 def exported(source, tmp_path_factory):
     tp = TextPipeline.learn([source.text(i) for i in range(20)], vocab_size=300, max_length=32)
     torch.manual_seed(0)
-    model = DualEncoder(TextTransformer(tp, width=16, depth=1, heads=2), ConvNet(VisionPipeline(size=40), channels=(8,)), dim=8).eval()
+    model = DualEncoder(
+        TextTransformer(tp, width=16, depth=1, heads=2), ConvNet(VisionPipeline(size=40), channels=(8,)), dim=8
+    ).eval()
     path = tmp_path_factory.mktemp('exported')/'model.pt'
     export(model, path, fresh=False, cpp=False)
     return model, Embedder(path)
@@ -52,7 +58,9 @@ def exported(source, tmp_path_factory):
 @pytest.mark.parametrize('data_type', [PairData, MatchData])
 def test_a_validation_batch_is_the_artifacts(source, exported, kind, data_type):
     model, emb = exported
-    data = data_type(source=source, batch_size=16, text_pipeline=model.text_pipeline, vision_pipeline=model.vision_pipeline, **kind)
+    data = data_type(
+        source=source, batch_size=16, text_pipeline=model.text_pipeline, vision_pipeline=model.vision_pipeline, **kind
+    )
     seen = []
     for batch in data.val_dataloader():
         rows = batch.index.tolist()

@@ -7,7 +7,10 @@ from torch import nn
 
 from mmembed.models.dual import DualEncoder
 from mmembed.models.losses import InfoNCE
-from mmembed.train.finetune import ZeroShot, add_lora, checkpointed, depths, embed_in_chunks, interpolate, layers, lock, merge_lora, parameter_groups, still, trade_off
+from mmembed.train.finetune import (
+    ZeroShot, add_lora, checkpointed, depths, embed_in_chunks, interpolate, layers, lock, merge_lora, parameter_groups,
+    still, trade_off,
+)
 from mmembed.models.open_clip import OpenClipImage, OpenClipText
 from mmembed.models.towers import Bert, TextTransformer, image_tower
 from mmembed.text.pipeline import TextPipeline
@@ -15,7 +18,14 @@ from mmembed.vision.pipeline import VisionPipeline
 
 TP = TextPipeline.learn(['a red circle', 'a blue square'] * 9, vocab_size=60, max_length=12)
 VP = VisionPipeline(size=32)
-BERT = dict(model_type='bert', vocab_size=TP.vocab_size, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48)
+BERT = dict(
+    model_type='bert',
+    vocab_size=TP.vocab_size,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    intermediate_size=48,
+)
 
 
 def small(): return DualEncoder(TextTransformer(TP, width=32, depth=3), image_tower('resnet18', pipeline=VP), dim=16)
@@ -41,11 +51,21 @@ def model(request):
 def test_every_parameter_has_a_depth(model):
     for tower in (model.text, model.image):
         found, n = depths(tower), len(layers(tower))
-        assert found.keys() == dict(tower.named_parameters()).keys() and set(found.values()) <= set(range(n + 2)) and n >= 3
+        assert (
+            found.keys() == dict(tower.named_parameters()).keys()
+            and set(found.values()) <= set(range(n + 2))
+            and n >= 3
+        )
     heights = depths(clip().image)
-    assert heights['net.proj'] == heights['net.ln_post.weight'] == 4 and heights['net.positional_embedding'] == heights['net.conv1.weight'] == 0
+    assert (
+        heights['net.proj'] == heights['net.ln_post.weight'] == 4
+        and heights['net.positional_embedding'] == heights['net.conv1.weight'] == 0
+    )
     heights = depths(public().text)
-    assert heights['net.embeddings.word_embeddings.weight'] == 0 and heights['net.encoder.layer.2.output.dense.weight'] == 3
+    assert (
+        heights['net.embeddings.word_embeddings.weight'] == 0
+        and heights['net.encoder.layer.2.output.dense.weight'] == 3
+    )
 
 
 def test_groups_hold_every_parameter_once_at_its_rate(model):
@@ -57,7 +77,8 @@ def test_groups_hold_every_parameter_once_at_its_rate(model):
         found, top = depths(tower), max(depths(tower).values())
         for k, p in tower.named_parameters(): assert rate[id(p)] == pytest.approx(1e-3 * 0.5 ** (top + 1 - found[k])), k
     decay = {id(p): g['weight_decay'] for g in groups for p in g['params']}
-    for k, p in model.named_parameters(): assert (decay[id(p)] > 0) == (p.ndim > 1 and not k.endswith('positional_embedding')), k
+    for k, p in model.named_parameters():
+        assert (decay[id(p)] > 0) == (p.ndim > 1 and not k.endswith('positional_embedding')), k
 
 
 def test_locks(model):
@@ -106,7 +127,8 @@ def test_recomputed_blocks_have_the_same_gradient(model):
 
 
 def test_chunks_refuse_batch_statistics():
-    with pytest.raises(ValueError, match='batch norm in train mode'): embed_in_chunks(small().train(), TOKENS, torch.zeros(12, 3, 32, 32), 4)
+    with pytest.raises(ValueError, match='batch norm in train mode'):
+        embed_in_chunks(small().train(), TOKENS, torch.zeros(12, 3, 32, 32), 4)
 
 
 @pytest.mark.parametrize('name, towers', [('small', ['text']), ('public', ['text']), ('clip', ['text', 'image'])])
@@ -121,7 +143,10 @@ def test_adapters_begin_as_nothing_and_are_merged(name, towers):
         for a, b in zip(before, model(tokens, pixels), strict=True): assert torch.allclose(a, b, atol=1e-6)
         for k, p in model.named_parameters():
             if 'lora_B' in k: p.normal_(std=0.1)
-        for side in towers: assert {k for k, p in getattr(model, side).named_parameters() if p.requires_grad and 'lora_' not in k} == set()
+        for side in towers:
+            assert {
+                k for k, p in getattr(model, side).named_parameters() if p.requires_grad and 'lora_' not in k
+            } == set()
         adapted = model.eval()(tokens, pixels)
         merge_lora(model)
         for a, b in zip(adapted, model(tokens, pixels), strict=True): assert torch.allclose(a, b, atol=1e-5)
@@ -132,11 +157,15 @@ def test_wise_ft_lies_between():
     a, b = small().state_dict(), small().state_dict()
     half = interpolate(a, b, 0.5)
     for k in a:
-        if a[k].is_floating_point(): assert torch.allclose(half[k], (a[k] + b[k]) / 2, atol=1e-6)  # two that nearly cancel leave the rounding of both
+        # two that nearly cancel leave the rounding of both
+        if a[k].is_floating_point(): assert torch.allclose(half[k], (a[k] + b[k]) / 2, atol=1e-6)
     for k, v in interpolate(a, b, 0).items(): assert v.equal(a[k])
     model = small()
     table = trade_off(model, a, b, {'norm': lambda m: m.text_proj.weight.norm().item()}, (0, 1))
-    assert table == {'alpha': [0, 1], 'norm': [a['text_proj.weight'].norm().item(), b['text_proj.weight'].norm().item()]}
+    assert table == {
+        'alpha': [0, 1],
+        'norm': [a['text_proj.weight'].norm().item(), b['text_proj.weight'].norm().item()],
+    }
     with pytest.raises(ValueError, match='different models'): interpolate(a, public().state_dict(), 0.5)
 
 

@@ -83,7 +83,9 @@ def test_broken_images_keep_labels_in_place(pipelines):
         def image(self, i): return super().image(i)[:200] if i % 5 == 2 else super().image(i)
     data = MatchData(source=Broken(train=20, valid=4), batch_size=10, **pipelines)
     for batch in data.train_dataloader():
-        assert len(batch.label) == len(batch.index) == len(batch.pixels) and batch.label.equal((batch.index % 2 == 0).long())
+        assert len(batch.label) == len(batch.index) == len(batch.pixels) and batch.label.equal(
+            (batch.index % 2 == 0).long()
+        )
     assert len(data.ledger) == 4
 
 
@@ -108,7 +110,9 @@ def test_classes_of_a_table(tmp_path, pipelines):
     rows = ''.join(f'{i}.jpg,"{scenes.text(i)}",{scenes.scenes[i].relation},{i // 3}\n' for i in range(30))
     for i in range(30): (tmp_path/f'{i}.jpg').write_bytes(bytes(scenes.image(i).tolist()))
     (tmp_path/'t.csv').write_text('image,text,where,album\n' + rows)
-    data = LabelData(path=str(tmp_path/'t.csv'), label_key='where', group_key='album', valid_share=0.4, batch_size=4, **pipelines)
+    data = LabelData(
+        path=str(tmp_path / 't.csv'), label_key='where', group_key='album', valid_share=0.4, batch_size=4, **pipelines
+    )
     assert data.classes == sorted({s.relation for s in scenes.scenes})
     batch = next(iter(data.val_dataloader()))
     assert [data.classes[n] for n in batch.label] == [data.valid.label(i) for i in batch.index.tolist()]
@@ -116,7 +120,9 @@ def test_classes_of_a_table(tmp_path, pipelines):
 
 
 def test_rows_of_some_classes_have_the_numbers_of_all(pipelines):
-    "Data that show only some classes of a model are numbered as the model numbers them; another class is refused by name."
+    """Data that show only some classes of a model are numbered as the model numbers them.
+
+    Another class is refused by name."""
     class Kinds(Scenes):
         def label(self, i): return 'dog' if i % 2 else 'emu'
     data = LabelData(source=Kinds(train=4, valid=4), classes=['ant', 'dog', 'emu'], **pipelines)
@@ -131,7 +137,8 @@ def test_mistakes(scenes, tmp_path):
         def text(self, i): return 'a scene'
     with pytest.raises(ValueError, match='mismatches must be at least 1, got 0'): MatchData(source=scenes, mismatches=0)
     with pytest.raises(ValueError, match='near is a share between 0 and 1, got 2'): MatchData(source=scenes, near=2)
-    with pytest.raises(ValueError, match='scene train 1: no other row has another caption'): Matches(One(train=3, valid=0)).pair(0, 3)
+    with pytest.raises(ValueError, match='scene train 1: no other row has another caption'):
+        Matches(One(train=3, valid=0)).pair(0, 3)
     with pytest.raises(ValueError, match='scene train 0 has no label'): LabelData(source=scenes)
     with pytest.raises(ValueError, match="has a single class, 'scene'"): LabelData(source=One(train=4, valid=4))
 

@@ -22,18 +22,30 @@ matplotlib.use('Agg')
 def data():
     scenes = Scenes(train=40, valid=12)  # Chinese captions too
     tp = TextPipeline.learn([scenes.text(i) for i in range(40)], vocab_size=300, max_length=20)
-    return PairData(source=scenes, batch_size=5, text_pipeline=tp, vision_pipeline=VisionPipeline(size=32, scale=(0.5, 1.0)))
+    return PairData(
+        source=scenes, batch_size=5, text_pipeline=tp, vision_pipeline=VisionPipeline(size=32, scale=(0.5, 1.0))
+    )
 
 
 @pytest.fixture(scope='module')
 def model(data):
     torch.manual_seed(0)
-    return DualEncoder(TextTransformer(data.text_pipeline, width=16, depth=1, heads=2), ConvNet(data.vision_pipeline, channels=(8,)), dim=16)
+    return DualEncoder(
+        TextTransformer(data.text_pipeline, width=16, depth=1, heads=2),
+        ConvNet(data.vision_pipeline, channels=(8,)),
+        dim=16,
+    )
 
 
-@pytest.mark.parametrize('mean, std', [(0.5, 0.5), ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)), (0, 1/255)])
+@pytest.mark.parametrize(
+    'mean, std', [(0.5, 0.5), ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)), (0, 1 / 255)]
+)
 def test_levels_come_back(mean, std):
-    vp = VisionPipeline(size=16, mean=[mean]*3 if isinstance(mean, (int, float)) else mean, std=[std]*3 if isinstance(std, float) else std)
+    vp = VisionPipeline(
+        size=16,
+        mean=[mean] * 3 if isinstance(mean, (int, float)) else mean,
+        std=[std] * 3 if isinstance(std, float) else std,
+    )
     x = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(2, 3, 16, 16)
     assert levels(vp.normalize(x), vp).equal(x) and levels(vp.normalize(x)[0], vp).equal(x[0])
 
@@ -48,7 +60,9 @@ def test_seen_is_what_the_loader_gives(data):
         assert tokens == [data.text_pipeline.token(t) for t in ids if t]
     plain = first_rows(data, 4, training=False)
     assert plain.levels()[3].equal(data.vision_pipeline.preprocess(data.valid.image(3)))
-    html = first_rows(MatchData(source=data.source, text_pipeline=data.text_pipeline, vision_pipeline=data.vision_pipeline), 3)._repr_html_()
+    html = first_rows(
+        MatchData(source=data.source, text_pipeline=data.text_pipeline, vision_pipeline=data.vision_pipeline), 3
+    )._repr_html_()
     assert html.count('<img') == 3 and '<b>mismatch</b>' in html and html.count('<b>match</b>') == 2
     assert '<table>' in data._repr_html_() and 'no processes besides' in data._repr_html_()
 
@@ -57,8 +71,12 @@ def test_hostile_names_and_captions_are_escaped(data):
     class Hostile(Scenes):
         def name(self, i): return '"><script>alert(1)</script>'
         def text(self, i): return '<script>$\\frac{$ 一'
-    bad = PairData(source=Hostile(train=4, valid=2), text_pipeline=TextPipeline.learn(['<script>$\\frac{$ 一'], vocab_size=60, max_length=30),
-                   vision_pipeline=data.vision_pipeline)
+
+    bad = PairData(
+        source=Hostile(train=4, valid=2),
+        text_pipeline=TextPipeline.learn(['<script>$\\frac{$ 一'], vocab_size=60, max_length=30),
+        vision_pipeline=data.vision_pipeline,
+    )
     seen = first_rows(bad, 2)
     assert '<script' not in seen._repr_html_()
     matplotlib.pyplot.close(show_batch(seen))  # a dollar sign is no formula
@@ -69,7 +87,9 @@ def test_figures(data, model):
     assert len(g.index) == 12 and g.text.shape == g.image.shape == (12, 16) and model.training
     model.eval()
     with torch.no_grad():
-        assert torch.allclose(g.image, model.encode_image(data.vision_pipeline([data.valid.image(i) for i in range(12)])), atol=1e-5)
+        assert torch.allclose(
+            g.image, model.encode_image(data.vision_pipeline([data.valid.image(i) for i in range(12)])), atol=1e-5
+        )
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
         fig = show_scores(g, 5)
@@ -103,7 +123,13 @@ def test_captions_that_say_the_same_are_right():
 def test_broken_rows(data, model):
     class Broken(Scenes):
         def image(self, i): return super().image(i)[:100 if i in (0, 5) else None]
-    bad = PairData(source=Broken(train=4, valid=4), batch_size=2, text_pipeline=data.text_pipeline, vision_pipeline=data.vision_pipeline)
+
+    bad = PairData(
+        source=Broken(train=4, valid=4),
+        batch_size=2,
+        text_pipeline=data.text_pipeline,
+        vision_pipeline=data.vision_pipeline,
+    )
     with pytest.raises(ValueError, match='scene train 0: '): first_rows(bad)
     assert gallery(model, bad).index == [0, 2, 3]
     assert wrapped('a b c d e f', 3, 2) == 'a b\nc …'

@@ -5,13 +5,17 @@ import torch
 from torchvision.transforms import ColorJitter, RandomResizedCrop, v2
 
 from mmembed.core.torchscript import quietly
-from mmembed.vision.augment import color_jitter, random_crop, random_erasing, random_flip, random_gray, random_resized_crop
+from mmembed.vision.augment import (
+    color_jitter, random_crop, random_erasing, random_flip, random_gray, random_resized_crop,
+)
 from mmembed.vision.pipeline import VisionPipeline
 
 from tests.vision.conftest import FILES, picture
 
 
-@pytest.mark.parametrize('scale, ratio', [((0.08, 1.0), (3/4, 4/3)), ((0.9, 1.0), (3/4, 4/3)), ((0.2, 0.4), (1.0, 2.0))])
+@pytest.mark.parametrize(
+    'scale, ratio', [((0.08, 1.0), (3 / 4, 4 / 3)), ((0.9, 1.0), (3 / 4, 4 / 3)), ((0.2, 0.4), (1.0, 2.0))]
+)
 @pytest.mark.parametrize('height, width', [(480, 640), (97, 31), (10, 400)])
 def test_crops_are_distributed_as_torchvisions(scale, ratio, height, width):
     g = torch.Generator().manual_seed(0)
@@ -20,7 +24,11 @@ def test_crops_are_distributed_as_torchvisions(scale, ratio, height, width):
     torch.manual_seed(1)
     x = torch.zeros(1, height, width)
     theirs = np.array([RandomResizedCrop.get_params(x, scale, ratio) for _ in range(n)], float)
-    assert (ours[:, :2] >= 0).all() and (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all()
+    assert (
+        (ours[:, :2] >= 0).all()
+        and (ours[:, 0] + ours[:, 2] <= height).all()
+        and (ours[:, 1] + ours[:, 3] <= width).all()
+    )
     for k in range(4):
         for q in (0.1, 0.5, 0.9):
             a, b = np.quantile(ours[:, k], q), np.quantile(theirs[:, k], q)
@@ -82,7 +90,9 @@ def test_crop_is_torchvisions(x, interpolation):
         top, left, height, width = random_crop(*args, ratio, torch.Generator().manual_seed(seed))
         theirs = drawn(v2.RandomResizedCrop((48, 64), (0.08, 1.0), ratio, mode, antialias=True),
                        dict(top=top, left=left, height=height, width=width), x)
-        ours = random_resized_crop(x, (48, 64), (0.08, 1.0), ratio, interpolation, True, 'torch', torch.Generator().manual_seed(seed))
+        ours = random_resized_crop(
+            x, (48, 64), (0.08, 1.0), ratio, interpolation, True, 'torch', torch.Generator().manual_seed(seed)
+        )
         assert torch.equal(ours, theirs)
 
 

@@ -66,7 +66,10 @@ def test_upright_where_torchcodec_does_not_look(orientation):
 def test_arithmetic_coding(data):
     assert tuple(probe(data)) == ('jpeg', 24, 16, 8, 3, 1, 1, '')
     np.testing.assert_array_equal(hwc(decode_image(data)), upright(opened(data)))
-    assert (decode_image(data).int() - torch.from_numpy(np.array(picture(24, 16))).permute(2, 0, 1)).abs().float().mean() < 30  # noise, at quality 60
+    # noise, at quality 60
+    assert (
+        decode_image(data).int() - torch.from_numpy(np.array(picture(24, 16))).permute(2, 0, 1)
+    ).abs().float().mean() < 30
 
 
 def test_ycck():
@@ -84,7 +87,8 @@ def png(width, height, bits, kind, interlaced, seed=0):
     rng = np.random.default_rng(seed)
     channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
     levels = rng.integers(0, 1 << bits, (height, width, channels))
-    passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]  # x, y, dx, dy
+    # x, y, dx, dy
+    passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
     rows = b''
     for x, y, dx, dy in passes if interlaced else [(0, 0, 1, 1)]:
         part = levels[y::dy, x::dx]
@@ -92,14 +96,24 @@ def png(width, height, bits, kind, interlaced, seed=0):
             digits = ''.join(f'{v:0{bits}b}' for v in row.ravel())
             digits += '0' * (-len(digits) % 8)
             rows += b'\0' + int(digits, 2).to_bytes(len(digits) // 8, 'big')
-    def chunk(name, data): return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+
+    def chunk(name, data):
+        return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
     palette = chunk(b'PLTE', rng.integers(0, 256, (1 << bits) * 3, np.uint8).tobytes()) if kind == 3 else b''
     head = struct.pack('>IIBBBBB', width, height, bits, kind, 0, 0, interlaced)
-    return as_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head) + palette + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')), levels
+    return as_bytes(
+        b'\x89PNG\r\n\x1a\n'
+        + chunk(b'IHDR', head)
+        + palette
+        + chunk(b'IDAT', zlib.compress(rows))
+        + chunk(b'IEND', b'')
+    ), levels
 
 
 @pytest.mark.parametrize('interlaced', [0, 1])
-@pytest.mark.parametrize('kind, depths', [(0, (1, 2, 4, 8, 16)), (2, (8, 16)), (3, (1, 2, 4, 8)), (4, (8, 16)), (6, (8, 16))])
+@pytest.mark.parametrize(
+    'kind, depths', [(0, (1, 2, 4, 8, 16)), (2, (8, 16)), (3, (1, 2, 4, 8)), (4, (8, 16)), (6, (8, 16))]
+)
 def test_every_kind_of_png(kind, depths, interlaced):
     for bits in depths:
         for width, height in [(1, 1), (3, 2), (9, 13), (33, 8)]:
@@ -159,7 +173,10 @@ def test_gif_canvas_grows_to_its_first_frame():
     seen = np.asarray(opened(data).convert('RGBA'))[..., 3] == 255
     ours = hwc(decode_image(data))
     assert ours.shape == (3, 4, 3)
-    assert (ours[1:, 1:] == np.array([[[30, 31, 32], [33, 34, 35], [30, 31, 32]], [[33, 34, 35], [30, 31, 32], [33, 34, 35]]])).all()
+    assert (
+        ours[1:, 1:]
+        == np.array([[[30, 31, 32], [33, 34, 35], [30, 31, 32]], [[33, 34, 35], [30, 31, 32], [33, 34, 35]]])
+    ).all()
     assert (ours[0] == 255).all() and (ours[:, 0] == 255).all()
 
 
@@ -170,8 +187,12 @@ def test_gif_colours_beyond_the_table_are_black_and_not_memory():
 
 # Pillow takes an orientation from XMP where there is no EXIF, and refuses a bad animation or a missing end where all
 # pixels of the first frame are there.
-EXCEPTIONS = {'pillow/xmp_tags_orientation_exiftool.png', 'pillow/xmp_tags_orientation.png', 'pillow/apng__chunk_no_fctl.png',
-              'pillow/truncated_end_chunk.png'}
+EXCEPTIONS = {
+    'pillow/xmp_tags_orientation_exiftool.png',
+    'pillow/xmp_tags_orientation.png',
+    'pillow/apng__chunk_no_fctl.png',
+    'pillow/truncated_end_chunk.png',
+}
 # Broken files that Pillow opens with what it could read.
 STRICTER = {'pillow/broken_data_stream.png',
             'jpeg-decoder/tests__crashtest__images__imagetestsuite__5482a54657765056f1a94116a8dbffe7.jpg',
@@ -242,7 +263,8 @@ def test_an_animation_costs_its_first_frame():
         cut = scan(data, 10**9).cut
         assert cut and cut[-1] < len(data) / 6
         assert decode_image(data, max_pixels=600 * 400).shape == (3, 400, 600)
-    data = saved(frames[0], 'AVIF', save_all=True, append_images=frames[1:], speed=10)  # decoded whole, so all frames count
+    # decoded whole, so all frames count
+    data = saved(frames[0], 'AVIF', save_all=True, append_images=frames[1:], speed=10)
     assert decode_image(data, max_pixels=12 * 600 * 400).shape == (3, 400, 600)
     with pytest.raises(ValueError, match='600 x 400 x 12 frames'): decode_image(data, max_pixels=11 * 600 * 400)
 

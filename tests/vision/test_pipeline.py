@@ -185,8 +185,12 @@ def test_presets():
 
 def test_transformers_preset_is_the_fast_processor():
     from transformers import CLIPImageProcessor, ViTImageProcessor
-    for processor in [CLIPImageProcessor(), CLIPImageProcessor(size={'shortest_edge': 72}, crop_size={'height': 64, 'width': 64}),
-                      ViTImageProcessor(size={'height': 96, 'width': 96})]:
+
+    for processor in [
+        CLIPImageProcessor(),
+        CLIPImageProcessor(size={'shortest_edge': 72}, crop_size={'height': 64, 'width': 64}),
+        ViTImageProcessor(size={'height': 96, 'width': 96}),
+    ]:
         vp = VisionPipeline.from_transformers(processor.to_dict())
         for size in [(97, 64), (64, 97), (33, 500), (640, 481)]:
             image = picture(*size)
@@ -211,7 +215,12 @@ def test_transformers_preset_of_a_square_size():
 
 def test_torchvision_preset_is_its_transform():
     from torchvision.models import get_weight
-    for name in ['ResNet18_Weights.IMAGENET1K_V1', 'ResNet50_Weights.IMAGENET1K_V2', 'EfficientNet_B0_Weights.IMAGENET1K_V1']:
+
+    for name in [
+        'ResNet18_Weights.IMAGENET1K_V1',
+        'ResNet50_Weights.IMAGENET1K_V2',
+        'EfficientNet_B0_Weights.IMAGENET1K_V1',
+    ]:
         theirs = get_weight(name).transforms()
         vp = VisionPipeline.from_torchvision(name, resize='pillow')
         for size in [(97, 64), (64, 97), (640, 481)]:
@@ -221,8 +230,15 @@ def test_torchvision_preset_is_its_transform():
 
 def test_presets_refuse_what_they_cannot_express():
     base = dict(size=224, do_center_crop=True, crop_size=224, image_mean=[.5]*3, image_std=[.5]*3)
-    for bad in [dict(do_pad=True), dict(resample=1), dict(rescale_factor=1/127.5), dict(do_normalize=False), dict(crop_pct=0.9),
-                dict(size={'longest_edge': 300}), dict(size={'shortest_edge': 224}, do_center_crop=False)]:
+    for bad in [
+        dict(do_pad=True),
+        dict(resample=1),
+        dict(rescale_factor=1 / 127.5),
+        dict(do_normalize=False),
+        dict(crop_pct=0.9),
+        dict(size={'longest_edge': 300}),
+        dict(size={'shortest_edge': 224}, do_center_crop=False),
+    ]:
         with pytest.raises(ValueError) as e: VisionPipeline.from_transformers(base | bad)
         assert 'preprocessor_config: ' in str(e.value)
     with pytest.raises(OSError): VisionPipeline.from_transformers('/no/such/folder')
@@ -245,7 +261,8 @@ def test_show_and_html():
     for options in PIPELINES.values():
         vp = VisionPipeline(**options)
         figure = vp.show(FILES['jpeg'])
-        assert len(figure.axes[0].patches) == (4 if vp.resize_mode == 'shortest' else 0)  # the margins that are cut away
+        # the margins that are cut away
+        assert len(figure.axes[0].patches) == (4 if vp.resize_mode == 'shortest' else 0)
         assert figure.axes[1].get_images()[0].get_array().shape == (*vp.size, 3)
         assert f'{vp.size[0]} x {vp.size[1]}' in vp._repr_html_()
         import matplotlib.pyplot as plt
@@ -268,7 +285,15 @@ def test_everything_that_holds_a_picture():
     hwc = np.array(rgb)
     want = vp([as_image(rgb)])
     png = saved(rgb, 'PNG')
-    same = [rgb, hwc, torch.from_numpy(hwc), torch.from_numpy(hwc).permute(2, 0, 1), png, png.numpy().tobytes(), bytearray(png.numpy())]
+    same = [
+        rgb,
+        hwc,
+        torch.from_numpy(hwc),
+        torch.from_numpy(hwc).permute(2, 0, 1),
+        png,
+        png.numpy().tobytes(),
+        bytearray(png.numpy()),
+    ]
     for x in same: assert torch.equal(vp([x]), want)
     for x in [hwc.transpose(2, 0, 1), np.asfortranarray(hwc), hwc[:, ::-1][:, ::-1]]: assert torch.equal(vp([x]), want)
     gray = np.array(rgb.convert('L'))
@@ -286,8 +311,20 @@ def test_the_embedder_reads_pictures_the_same_way():
     from tests.exporters import tiny
     emb, vp, rgb = load(tiny.artifact()), tiny.pipelines()[1], picture(50, 40)
     hwc, both = np.array(rgb), np.arange(45, dtype=np.uint8).reshape(3, 5, 3)
-    forms = [rgb, hwc, hwc.transpose(2, 0, 1), torch.from_numpy(hwc), torch.from_numpy(hwc).permute(2, 0, 1), both, torch.from_numpy(both),
-             rgb.convert('L'), np.array(rgb.convert('L')), FILES['png-rgba'], opened(FILES['png-rgba']), opened(FILES['jpeg-exif'])]
+    forms = [
+        rgb,
+        hwc,
+        hwc.transpose(2, 0, 1),
+        torch.from_numpy(hwc),
+        torch.from_numpy(hwc).permute(2, 0, 1),
+        both,
+        torch.from_numpy(both),
+        rgb.convert('L'),
+        np.array(rgb.convert('L')),
+        FILES['png-rgba'],
+        opened(FILES['png-rgba']),
+        opened(FILES['jpeg-exif']),
+    ]
     for x in forms: assert torch.equal(emb.preprocess(x), vp.preprocess(as_image(x)))
 
 
@@ -339,9 +376,21 @@ def test_no_decoder_operator_is_left_without_file_decode():
     assert code and not any(b'torchcodec_ns' in c for c in code)
 
 
-@pytest.mark.parametrize('bad', [dict(resize_mode='fit'), dict(interpolation='lanczos'), dict(alpha='pink'), dict(size=0),
-                                 dict(mean=(1, 2)), dict(std=0), dict(fill=300), dict(resize='pil'),
-                                 dict(resize='pillow', antialias=False), dict(dtype='int8')])
+@pytest.mark.parametrize(
+    'bad',
+    [
+        dict(resize_mode='fit'),
+        dict(interpolation='lanczos'),
+        dict(alpha='pink'),
+        dict(size=0),
+        dict(mean=(1, 2)),
+        dict(std=0),
+        dict(fill=300),
+        dict(resize='pil'),
+        dict(resize='pillow', antialias=False),
+        dict(dtype='int8'),
+    ],
+)
 def test_bad_options_are_named(bad):
     with pytest.raises(ValueError) as e: VisionPipeline(**bad)
     assert next(iter(bad)) in str(e.value)
@@ -351,6 +400,9 @@ def test_describe_states_the_rule():
     text = VisionPipeline(resize_mode='longest', fill=9, alpha='black', max_pixels=1000).describe()
     for part in ['fit into 224 x 224', '(9, 9, 9)', 'transparency on black', 'bicubic', 'antialiased', '1,000 pixels']:
         assert part in text
-    assert 'in float16' in VisionPipeline(dtype='float16').describe() and 'levels in uint8' in VisionPipeline(dtype='uint8').describe()
+    assert (
+        'in float16' in VisionPipeline(dtype='float16').describe()
+        and 'levels in uint8' in VisionPipeline(dtype='uint8').describe()
+    )
     assert 'float32 rounded to levels' in VisionPipeline(resize='float').describe()
     assert text in repr(VisionPipeline(resize_mode='longest', fill=9, alpha='black', max_pixels=1000))

@@ -23,7 +23,8 @@ scripted = quietly(torch.jit.script, probe)
 
 
 class Work(TorchDispatchMode):
-    "Counts the operators that run, the values that those which are no views make, and those that `nonzero` looks at, which is slow at it"
+    """Counts the operators that run, the values that those which are no views make, and those that `nonzero` looks
+    at, which is slow at it"""
     def __init__(self):
         super().__init__()
         self.steps = self.values = self.searched = 0
@@ -63,7 +64,8 @@ def test_bits_and_channels():
     assert probe(saved(rgb.convert('RGBA'), 'WEBP', lossless=True, exact=True))[3] == 8
 
 
-# Pillow counts an MPO's second picture as a frame, and the frames of a damaged APNG by its parts, where we believe its header.
+# Pillow counts an MPO's second picture as a frame, and the frames of a damaged APNG by its parts, where we believe its
+# header.
 FRAMES = {'pillow/frame_size.mpo', 'pillow/ignore_frame_size.mpo', 'pillow/apng__split_fdat_zero_chunk.png'}
 
 
@@ -91,10 +93,13 @@ def test_other_formats_are_named():
     for r in rows:
         if r['format'] in ('TIFF', 'BMP', 'JPEG2000') and r['pil'] == 'ok':
             name = 'JPEG 2000' if r['format'] == 'JPEG2000' else r['format']
-            assert probe(read_bytes(data_path('images', r['file']))).error.startswith((f'{name} is not', 'not an')), r['file']
+            assert probe(read_bytes(data_path('images', r['file']))).error.startswith((f'{name} is not', 'not an')), r[
+                'file'
+            ]
 
 
-def chunk(name, payload): return struct.pack('>I', len(payload)) + name + payload + struct.pack('>I', zlib.crc32(name + payload))
+def chunk(name, payload):
+    return struct.pack('>I', len(payload)) + name + payload + struct.pack('>I', zlib.crc32(name + payload))
 
 
 def png_of(width, height):
@@ -144,30 +149,46 @@ def test_orientation_that_torchcodec_would_miss():
     assert opened(xmp_first).getexif()[0x0112] == 3
 
 
-@pytest.mark.parametrize('name, data', [
-    ('jpeg segments', b'\xff\xd8' + b'\xff\xe0\0\x02' * 2_000_000),
-    ('jpeg fill bytes', b'\xff\xd8' + b'\xff' * 8_000_000),
-    ('jpeg garbage', b'\xff\xd8\xff\0' + b'\0' * 8_000_000),
-    ('png chunks', png_of(9, 9).numpy().tobytes()[:33] + b'\0\0\0\0tEXtabcd' * 700_000),
-    ('gif sub-blocks of one byte', b'GIF89a\1\0\1\0\0\0\0' + b'\x21\xfe' + b'\1a' * 4_000_000),
-    ('gif extensions', b'GIF89a\1\0\1\0\0\0\0' + b'\x21\xfe\0' * 2_500_000),
-    ('gif zeros', b'GIF89a\1\0\1\0\0\0\0' + b'\0' * 8_000_000),
-    ('webp chunks', b'RIFF\0\0\0\0WEBPVP8X\x0a\0\0\0\x0a' + b'\0' * 9 + b'ABCD\0\0\0\0' * 1_000_000),
-    ('avif boxes', b'\0\0\0\x0cftypavif' + b'\0\0\0\x08free' * 1_000_000),
-    ('avif self', b'\0\0\0\x0cftypavif' + b'\0\0\0\x08meta' * 1_000_000),
-    ('jpeg scans', saved(picture(64, 64), 'JPEG', progressive=True).numpy().tobytes()[:-2] + b'\xff\xda\0\x02' * 2_000_000),
-])
+@pytest.mark.parametrize(
+    'name, data',
+    [
+        ('jpeg segments', b'\xff\xd8' + b'\xff\xe0\0\x02' * 2_000_000),
+        ('jpeg fill bytes', b'\xff\xd8' + b'\xff' * 8_000_000),
+        ('jpeg garbage', b'\xff\xd8\xff\0' + b'\0' * 8_000_000),
+        ('png chunks', png_of(9, 9).numpy().tobytes()[:33] + b'\0\0\0\0tEXtabcd' * 700_000),
+        ('gif sub-blocks of one byte', b'GIF89a\1\0\1\0\0\0\0' + b'\x21\xfe' + b'\1a' * 4_000_000),
+        ('gif extensions', b'GIF89a\1\0\1\0\0\0\0' + b'\x21\xfe\0' * 2_500_000),
+        ('gif zeros', b'GIF89a\1\0\1\0\0\0\0' + b'\0' * 8_000_000),
+        ('webp chunks', b'RIFF\0\0\0\0WEBPVP8X\x0a\0\0\0\x0a' + b'\0' * 9 + b'ABCD\0\0\0\0' * 1_000_000),
+        ('avif boxes', b'\0\0\0\x0cftypavif' + b'\0\0\0\x08free' * 1_000_000),
+        ('avif self', b'\0\0\0\x0cftypavif' + b'\0\0\0\x08meta' * 1_000_000),
+        (
+            'jpeg scans',
+            saved(picture(64, 64), 'JPEG', progressive=True).numpy().tobytes()[:-2] + b'\xff\xda\0\x02' * 2_000_000,
+        ),
+    ],
+)
 def test_hostile_headers_take_bounded_work(name, data):
     data = as_bytes(data)
     with Work() as work: info = probe(data)
-    most = {'png chunks': 24, 'webp chunks': 16}.get(name, 4)  # a few passes over the file; a chain is followed in some more
+    # a few passes over the file; a chain is followed in some more
+    most = {'png chunks': 24, 'webp chunks': 16}.get(name, 4)
     assert work.steps <= 25_000 and work.values <= most * len(data), name
     assert scripted(data) == info
     if not name.startswith(('png', 'webp')): assert info.error  # there the decoder has the last word
 
 
-PACKETS = [b'<x tiff:Orientation="6"/>', b'<tiff:Orientation>8</tiff:Orientation>', b"tiff:Orientation='6' tiff:Orientation=\"3\"",
-           b'tiff:Orientation="9" tiff:Orientation="2"', b'tiff:Orientation>', b'tiff:Orientation="', b't' * 60_000, b'tiff:Orientation' * 2000 + b'>5', b'']
+PACKETS = [
+    b'<x tiff:Orientation="6"/>',
+    b'<tiff:Orientation>8</tiff:Orientation>',
+    b"tiff:Orientation='6' tiff:Orientation=\"3\"",
+    b'tiff:Orientation="9" tiff:Orientation="2"',
+    b'tiff:Orientation>',
+    b'tiff:Orientation="',
+    b't' * 60_000,
+    b'tiff:Orientation' * 2000 + b'>5',
+    b'',
+]
 
 
 def with_xmp(format, packet, exif=b''):
@@ -210,7 +231,9 @@ def test_xmp_of_the_case_turns_the_image():
     from mmembed.vision.decode import decode_image
     data = read_bytes(data_path('cases', 'xmp_orientation_only.jpg'))
     assert probe(data).orientation == 6 and tuple(decode_image(data).shape) == (3, 97, 61)
-    assert np.abs(decode_image(data).permute(1, 2, 0).numpy().astype(int) - upright(opened(data)).astype(int)).max() == 0
+    assert (
+        np.abs(decode_image(data).permute(1, 2, 0).numpy().astype(int) - upright(opened(data)).astype(int)).max() == 0
+    )
 
 
 def texts(n): return b''.join(chunk(b'tEXt', b'Comment\0text number %d' % i) for i in range(n))
@@ -231,26 +254,44 @@ def test_thousands_of_text_chunks_hide_nothing_and_cost_little():
         assert found._replace(info=want.info) == want and found.info == want.info._replace(frames=7), n
         assert tuple(scripted(many)) == tuple(found.info)
         assert work.steps <= 300 and work.values <= 20 * len(many) and work.searched <= .6 * len(many), n
-    late = as_bytes(file[:33] + texts(5000) + chunk(b'iTXt', b'XML:com.adobe.xmp\0\0\0\0\0tiff:Orientation="8"') + FILES['png'].numpy().tobytes()[33:])
+    late = as_bytes(
+        file[:33]
+        + texts(5000)
+        + chunk(b'iTXt', b'XML:com.adobe.xmp\0\0\0\0\0tiff:Orientation="8"')
+        + FILES['png'].numpy().tobytes()[33:]
+    )
     assert probe(late).orientation == 8
     false = as_bytes(file[:33] + chunk(b'tEXt', frames * 3) * 70 + file[33:])  # what looks like a chunk inside another
     assert scan(false, 1000) == want
 
 
 def test_a_chain_is_what_a_walk_finds():
-    "Chunks of every kind, false ones inside others, damage and cuts; the shortcut for a chain without false ones gives what the long way does."
+    """Chunks of every kind, false ones inside others, damage and cuts.
+
+    The shortcut for a chain without false ones gives what the long way does."""
     r = random.Random(0)
     def walk(data, at):
         found, n = [], len(data) - 7
-        while at < n and (data[at] == 0 and data[at + 4:at + 8].isalpha()) and (end := at + 12 + int.from_bytes(data[at:at + 4], 'big')) <= len(data) + 1:
+        while (
+            at < n
+            and (data[at] == 0 and data[at + 4 : at + 8].isalpha())
+            and (end := at + 12 + int.from_bytes(data[at : at + 4], 'big')) <= len(data) + 1
+        ):
             if end < n and not (data[end] == 0 and data[end + 4:end + 8].isalpha()): break
             found.append(at)
             at = end
         return found
     for _ in range(150):
-        kinds = r.choices([b'tEXt', b'iTXt', b'IDAT', b'zTXt', b'aBcD', b'n0pe'], [9, 2, 2, 1, 1, .01], k=r.choice([1, 9, 80, 400]))
+        kinds = r.choices(
+            [b'tEXt', b'iTXt', b'IDAT', b'zTXt', b'aBcD', b'n0pe'], [9, 2, 2, 1, 1, 0.01], k=r.choice([1, 9, 80, 400])
+        )
         inside = [b'Comment\0nothing', b'', chunk(b'tEXt', b'abc') * 4, b'\0\0\0\5tEXtEXtEX', bytes(r.randbytes(70))]
-        data = bytearray(b'x' * 33 + b''.join(chunk(k, r.choice(inside) + bytes(r.randbytes(r.randrange(9)))) for k in kinds) + chunk(b'IEND', b'') + b'junk' * r.randrange(3))
+        data = bytearray(
+            b'x' * 33
+            + b''.join(chunk(k, r.choice(inside) + bytes(r.randbytes(r.randrange(9)))) for k in kinds)
+            + chunk(b'IEND', b'')
+            + b'junk' * r.randrange(3)
+        )
         if r.random() < .3: data[r.randrange(33, len(data))] = r.randrange(256)
         if r.random() < .3: del data[r.randrange(33, len(data)):]
         assert chain(as_bytes(bytes(data)), 33, True).tolist() == walk(bytes(data), 33)
@@ -259,12 +300,17 @@ def test_a_chain_is_what_a_walk_finds():
 def test_a_webp_of_many_chunks():
     exif = Image.Exif()
     exif[0x0112] = 6
-    for file in [saved(picture(9, 5), 'WEBP', exif=exif), saved(picture(9, 5), 'WEBP', save_all=True, append_images=[picture(9, 5, s) for s in range(90)])]:
+    for file in [
+        saved(picture(9, 5), 'WEBP', exif=exif),
+        saved(picture(9, 5), 'WEBP', save_all=True, append_images=[picture(9, 5, s) for s in range(90)]),
+    ]:
         want, file = scan(file, 1000), file.numpy().tobytes()
         for n in [60, 64, 5000]:
             odd = as_bytes(file[:30] + b'ABCD\3\0\0\0xyz\0' * n + file[30:])
             found = scan(odd, 1000)
-            assert found.info == want.info and found.applied == want.applied and tuple(scripted(odd)) == tuple(found.info)
+            assert (
+                found.info == want.info and found.applied == want.applied and tuple(scripted(odd)) == tuple(found.info)
+            )
             assert found.cut == [c + 12 * n for c in want.cut]
     assert want.info.frames == 90
 
@@ -272,21 +318,58 @@ def test_a_webp_of_many_chunks():
 TGA = struct.pack('<3B2HB4H2B', 0, 0, 2, 0, 0, 0, 0, 0, 8, 8, 24, 0)
 
 
-@pytest.mark.parametrize('name, data', [
-    ('JPEG XL', b'\xff\x0a\x1f\0'), ('JPEG XL', b'\0\0\0\x0cJXL \r\n\x87\n'), ('QOI', b'qoif\0\0\0\1'), ('PSD', b'8BPS\0\1'), ('OpenEXR', b'v/1\1'),
-    *(('PNM', b'P%d%c3 3 255 ' % (k, c)) for k in range(1, 8) for c in b'\n #'), ('PFM', b'PF\n3 3\n'), ('TGA', TGA + b'\0' * 192),
-    ('TGA', b'\7' * 60 + b'TRUEVISION-XFILE.\0'), ('ICO', b'\0\0\1\0\1\0'), ('TIFF', b'II+\0'), ('DDS', b'DDS |'), ('ZIP', b'PK\3\4'), ('DICOM', b'\0' * 128 + b'DICM'),
-    ('SVG', b'<svg xmlns="x"/>'), ('SVG', b'\xef\xbb\xbf \n<?xml version="1.0"?>\n<!-- a > b ? --><SVG>'), ('SVG', b'<!-- ' + b'licence ' * 4000 + b'--><svg/>'),
-    ('SVG', b'<!DOCTYPE svg PUBLIC "x">'), ('SVG', '<?xml version="1.0"?> <svg/>'.encode('utf-16')), ('SVG', b'\xfe\xff' + '<svg/>'.encode('utf-16-be')),
-    ('HTML', b'\r\n\t <html>'), ('HTML', b'<!-- saved page --><!doctype HTML>'), ('HTML', b'<head><title>404'), ('HTML', b'<!DOCTYPE\n html>'),
-    ('XML', b'<Error><Code>AccessDenied'), ('XML', b'<?xml version="1.0"?><note/>'), ('XML', b'<!-- never ends'),
-])
+@pytest.mark.parametrize(
+    'name, data',
+    [
+        ('JPEG XL', b'\xff\x0a\x1f\0'),
+        ('JPEG XL', b'\0\0\0\x0cJXL \r\n\x87\n'),
+        ('QOI', b'qoif\0\0\0\1'),
+        ('PSD', b'8BPS\0\1'),
+        ('OpenEXR', b'v/1\1'),
+        *(('PNM', b'P%d%c3 3 255 ' % (k, c)) for k in range(1, 8) for c in b'\n #'),
+        ('PFM', b'PF\n3 3\n'),
+        ('TGA', TGA + b'\0' * 192),
+        ('TGA', b'\7' * 60 + b'TRUEVISION-XFILE.\0'),
+        ('ICO', b'\0\0\1\0\1\0'),
+        ('TIFF', b'II+\0'),
+        ('DDS', b'DDS |'),
+        ('ZIP', b'PK\3\4'),
+        ('DICOM', b'\0' * 128 + b'DICM'),
+        ('SVG', b'<svg xmlns="x"/>'),
+        ('SVG', b'\xef\xbb\xbf \n<?xml version="1.0"?>\n<!-- a > b ? --><SVG>'),
+        ('SVG', b'<!-- ' + b'licence ' * 4000 + b'--><svg/>'),
+        ('SVG', b'<!DOCTYPE svg PUBLIC "x">'),
+        ('SVG', '<?xml version="1.0"?> <svg/>'.encode('utf-16')),
+        ('SVG', b'\xfe\xff' + '<svg/>'.encode('utf-16-be')),
+        ('HTML', b'\r\n\t <html>'),
+        ('HTML', b'<!-- saved page --><!doctype HTML>'),
+        ('HTML', b'<head><title>404'),
+        ('HTML', b'<!DOCTYPE\n html>'),
+        ('XML', b'<Error><Code>AccessDenied'),
+        ('XML', b'<?xml version="1.0"?><note/>'),
+        ('XML', b'<!-- never ends'),
+    ],
+)
 def test_what_is_not_decoded_is_named(name, data):
     info = probe(as_bytes(data))
     assert info.error.startswith(f'{name} is not decoded here') and tuple(scripted(as_bytes(data))) == tuple(info)
 
 
-@pytest.mark.parametrize('data', [b'   \n', b'<', b'<3 and a heart', b'P6', b'P8\n', b'MZ\x90', b'{"error": 1}', TGA[:17], b'\0' * 500, b'\xef\xbb\xbf'])
+@pytest.mark.parametrize(
+    'data',
+    [
+        b'   \n',
+        b'<',
+        b'<3 and a heart',
+        b'P6',
+        b'P8\n',
+        b'MZ\x90',
+        b'{"error": 1}',
+        TGA[:17],
+        b'\0' * 500,
+        b'\xef\xbb\xbf',
+    ],
+)
 def test_what_is_nothing_is_not_named(data):
     assert probe(as_bytes(data)).error == scripted(as_bytes(data)).error == 'not an image file that is known here'
 

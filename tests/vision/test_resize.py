@@ -47,7 +47,8 @@ def test_pillow_resize_from_every_small_size(name):
 def test_pillow_resize_of_noise(name):
     g = torch.Generator().manual_seed(1)
     for h, w, height, width in sizes(60, 2, 400):
-        x = torch.randint(0, 2, (3, h, w), dtype=torch.uint8, generator=g) * 255  # the hardest case for rounding and clipping
+        # the hardest case for rounding and clipping
+        x = torch.randint(0, 2, (3, h, w), dtype=torch.uint8, generator=g) * 255
         theirs = chw(Image.fromarray(x.permute(1, 2, 0).numpy()).resize((width, height), FILTERS[name]))
         assert torch.equal(resize(x, height, width, [0, 0, height, width], name, True, 'pillow'), theirs)
         top, left = height // 3, width // 4
@@ -62,7 +63,9 @@ def test_pillow_resize_of_noise(name):
 def test_pillow_resize_of_large_pictures(shape):
     image = picture(shape[1], shape[0], 5)
     for to in [(224, 299), (7, 1)]:
-        assert torch.equal(pillow_resize(chw(image), *to, [0, 0, *to], 'bicubic'), chw(image.resize(to[::-1], Image.BICUBIC)))
+        assert torch.equal(
+            pillow_resize(chw(image), *to, [0, 0, *to], 'bicubic'), chw(image.resize(to[::-1], Image.BICUBIC))
+        )
 
 
 @pytest.mark.parametrize('how', ['torch', 'float'])
@@ -84,8 +87,13 @@ def test_two_passes_and_a_window_are_one_interpolate(name):
     for h, w, height, width in sizes(120, 8, 300):
         hwc = torch.from_numpy(np.array(picture(w, h, w)))
         for antialias in [True, False]:
-            whole = F.interpolate(hwc.permute(2, 0, 1).contiguous()[None], size=[height, width], mode=name, align_corners=False,
-                                  antialias=antialias)[0]
+            whole = F.interpolate(
+                hwc.permute(2, 0, 1).contiguous()[None],
+                size=[height, width],
+                mode=name,
+                align_corners=False,
+                antialias=antialias,
+            )[0]
             top, left, rows, columns = height // 3, width // 4, max(height // 2, 1), max(width // 2, 1)
             for x in [hwc.permute(2, 0, 1), hwc.permute(2, 0, 1).contiguous()]:
                 ours = resize(x, height, width, [top, left, rows, columns], name, antialias, 'torch')
@@ -163,7 +171,8 @@ def test_size_rule_is_torchvisions_and_open_clips():
             assert resized(h, w, (a, b), mode) == [max(t, 1) for t in theirs]
     scripted = quietly(torch.jit.script, resized)
     for h, w, a, b in sizes(500, 6, 700):
-        for mode in ['shortest', 'longest', 'squash']: assert scripted(h, w, (a, b), mode) == resized(h, w, (a, b), mode)
+        for mode in ['shortest', 'longest', 'squash']:
+            assert scripted(h, w, (a, b), mode) == resized(h, w, (a, b), mode)
 
 
 def test_crop_is_torchvisions_and_open_clips():
@@ -240,5 +249,7 @@ def test_what_stays_of_a_strip_does_not_move():
 
 def test_nearest_copies_every_pixel_of_a_strip():
     x = chw(picture(1501, 1, 3))
-    theirs = TF.center_crop(Image.fromarray(x.permute(1, 2, 0).numpy()).resize((224 * 1501, 224), Image.NEAREST), [224, 224])
+    theirs = TF.center_crop(
+        Image.fromarray(x.permute(1, 2, 0).numpy()).resize((224 * 1501, 224), Image.NEAREST), [224, 224]
+    )
     assert torch.equal(fit(x, (224, 224), 'shortest', 'nearest', True, [0, 0, 0], 'torch'), chw(theirs))

@@ -78,5 +78,6 @@ def test_skip_and_blank_agree_on_the_rest():
 
 
 def test_nothing_readable_and_wrong_names():
-    with pytest.raises(ValueError, match='none of 20 images could be read'): batches(data('blank', AllBroken(train=20, valid=5)), 0)
+    with pytest.raises(ValueError, match='none of 20 images could be read'):
+        batches(data('blank', AllBroken(train=20, valid=5)), 0)
     with pytest.raises(ValueError, match="'skip', 'raise' or 'blank', got 'drop'"): data('drop')

@@ -30,7 +30,9 @@ def exported(
 ) -> torch.export.ExportedProgram:
     "`module` as a program, in which sizes of 0 and 1 are sizes like any other."
     from torch.fx.experimental import _config
-    with torch.no_grad(), _config.patch(backed_size_oblivious=True): return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+
+    with torch.no_grad(), _config.patch(backed_size_oblivious=True):
+        return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
 
 def export_program(
     tp: TextPipeline,
@@ -84,8 +86,13 @@ def _content(tp: TextPipeline) -> str:
     "A hash of the modules of `tp`, their plain attributes and their tensors."
     plain, h = (bool, int, float, str, list, tuple, type(None)), hashlib.sha256()
     for name, m in tp.named_modules():
-        h.update(repr((name, type(m).__qualname__, sorted((k, v) for k, v in vars(m).items() if isinstance(v, plain)))).encode())
-    for name, t in tp.state_dict().items(): h.update(repr((name, t.shape, t.dtype)).encode() + t.cpu().numpy().tobytes())
+        h.update(
+            repr(
+                (name, type(m).__qualname__, sorted((k, v) for k, v in vars(m).items() if isinstance(v, plain)))
+            ).encode()
+        )
+    for name, t in tp.state_dict().items():
+        h.update(repr((name, t.shape, t.dtype)).encode() + t.cpu().numpy().tobytes())
     return h.hexdigest()
 
 # %% ../../../nbs/exporters/graph/03_program.ipynb #5f3967fe
@@ -125,7 +132,12 @@ def _translated(program: torch.export.ExportedProgram, path: str | Path) -> Path
             output_names=['ids', 'mask'], custom_translation_table=translations(), verbose=False, optimize=False)
         optimizer.inline(onnx.model)
         optimizer.fold_constants(onnx.model)
-        for p in common.RemoveUnusedNodesPass, common.DeduplicateInitializersPass, common.CommonSubexpressionEliminationPass: p()(onnx.model)
+        for p in (
+            common.RemoveUnusedNodesPass,
+            common.DeduplicateInitializersPass,
+            common.CommonSubexpressionEliminationPass,
+        ):
+            p()(onnx.model)
     finally: log.setLevel(level)
     for n in onnx.model.graph.all_nodes(): n.metadata_props.clear()  # where in our source each came from, paths and all
     onnx.save(str(path))

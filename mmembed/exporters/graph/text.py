@@ -51,7 +51,9 @@ class LoopedWordPiece(WordPiece):
 
 # %% ../../../nbs/exporters/graph/01_text.ipynb #a18c106f
 class Listed(nn.Module):
-    "A short list of strings, looked for at given places; each of their characters is compared with all of them at once."
+    """A short list of strings, looked for at given places.
+
+    Each of their characters is compared with all of them at once."""
 
     def __init__(self,
         strings: list[list[int]], # as values, none negative
@@ -59,10 +61,14 @@ class Listed(nn.Module):
         super().__init__()
         longest = max(map(len, strings))
         self.register_buffer('size', torch.tensor([len(s) for s in strings]))
-        self.register_buffer('columns', torch.tensor([[*s, *[-1] * (longest - len(s))] for s in strings]).T.contiguous())
+        self.register_buffer(
+            'columns', torch.tensor([[*s, *[-1] * (longest - len(s))] for s in strings]).T.contiguous()
+        )
 
     def forward(self, v: Tensor, at: Tensor, end: Tensor) -> Tensor:
-        "The last of the strings that stands at each of `at` and does not reach beyond `end`, all int64 (K,); -1 for none."
+        """The last of the strings that stands at each of `at` and does not reach beyond `end`, all int64 (K,).
+
+        -1 for none."""
         v, same = nn.functional.pad(v, (0, self.columns.shape[0])), at[:, None] + self.size <= end[:, None]
         for j, column in enumerate(self.columns):
             same = same & ((v.index_select(0, at + j)[:, None] == column) | (column < 0))
@@ -110,10 +116,13 @@ class LoopedNfc(Nfc):
             free = free & ((near == last) | (rank.index_select(0, near.clamp(min=0)) < rank))
             whole = self.table((code.index_select(0, letter) << 32 | code) * self.scale)
             hit = free & (whole >= 0)
-            nearest = none.scatter_reduce(0, letter, torch.where(hit, at, none), 'amin')  # a letter's first mark that it accepts
+            # a letter's first mark that it accepts
+            nearest = none.scatter_reduce(0, letter, torch.where(hit, at, none), 'amin')
             joins = nearest < none
             code = torch.where(joins, whole.index_select(0, torch.where(joins, nearest, 0)), code)
-            passed = torch.where((last >= 0) & (at <= nearest.index_select(0, letter)) & joins.index_select(0, letter), 1, passed)
+            passed = torch.where(
+                (last >= 0) & (at <= nearest.index_select(0, letter)) & joins.index_select(0, letter), 1, passed
+            )
             gone = hit & (nearest.index_select(0, letter) == at)
             return code, here & ~gone, passed, gone.sum()
         state = step(code, torch.ones_like(code, dtype=torch.bool), torch.zeros_like(code), source)
@@ -126,8 +135,10 @@ class LoopedBytePairs(BytePairs):
     "`BytePairs` whose rounds are a `torch.while_loop`."
 
     def _merged(self, id: Tensor, at: Tensor, word: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-        id, word = nn.functional.pad(id, (0, 1), value=float(self.wall)), nn.functional.pad(word, (0, 1))  # never without one
-        behind = torch.full((), id.numel() - 1, dtype=torch.int64, device=id.device)  # takes what is not wanted, as a wall
+        # never without one
+        id, word = nn.functional.pad(id, (0, 1), value=float(self.wall)), nn.functional.pad(word, (0, 1))
+        # takes what is not wanted, as a wall
+        behind = torch.full((), id.numel() - 1, dtype=torch.int64, device=id.device)
         nothing, long = torch.full_like(size, 1 << 62), size > self.reach
         def step(id, origin, more):
             rank = self.ranks(id)
@@ -153,7 +164,8 @@ class LoopedBytePairs(BytePairs):
             return known & (nothing.scatter_reduce(0, owner, key, 'amin').index_select(0, owner) == key)
         low = nothing.scatter_reduce(0, owner, rank, 'amin').index_select(0, owner)
         hit = known & (rank == torch.where(long.index_select(0, owner), self._lowest(rank), low))
-        first = last_before(rank != nn.functional.pad(rank, (1, 0), value=-1.)[:-1])[1:] - 1  # where the run of equal ranks begins
+        # where the run of equal ranks begins
+        first = last_before(rank != nn.functional.pad(rank, (1, 0), value=-1.)[:-1])[1:] - 1
         return hit & ((place - first) % 2 == 0) & hit.index_select(0, first)
 
 # %% ../../../nbs/exporters/graph/01_text.ipynb #a4c475f5
@@ -192,10 +204,18 @@ class ExportedPipeline(TextPipeline):
         return torch.sym_min((longest + self.pad_to - 1) // self.pad_to * self.pad_to, self.max_length)
 
 # %% ../../../nbs/exporters/graph/01_text.ipynb #509e3577
-EXPORTED: dict[type, type] = {WordPiece: LoopedWordPiece, AddedTokens: LoopedAddedTokens, PatternStrings: LoopedPatternStrings,
-    SubstringHash: AnyLengthHash, Nfc: LoopedNfc, BytePairs: LoopedBytePairs,
-    TextPipeline: ExportedPipeline}  # a class -> its form; a form that has a method `prepare` is prepared once it took its place
-FAMILIES_EXPORTED: list[tuple[type, type]] = [(BertFront, WordPiece), (BertFront, WholeWords), (ByteFront, BytePairs)]  # (front, model)
+EXPORTED: dict[type, type] = {
+    WordPiece: LoopedWordPiece,
+    AddedTokens: LoopedAddedTokens,
+    PatternStrings: LoopedPatternStrings,
+    SubstringHash: AnyLengthHash,
+    Nfc: LoopedNfc,
+    BytePairs: LoopedBytePairs,
+    # a class -> its form; a form that has a method `prepare` is prepared once it took its place
+    TextPipeline: ExportedPipeline,
+}
+# (front, model)
+FAMILIES_EXPORTED: list[tuple[type, type]] = [(BertFront, WordPiece), (BertFront, WholeWords), (ByteFront, BytePairs)]
 
 # %% ../../../nbs/exporters/graph/01_text.ipynb #b93a555d
 def exported_form(

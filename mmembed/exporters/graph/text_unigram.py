@@ -40,7 +40,8 @@ class UnrolledAutomaton(Automaton):
 
 # %% ../../../nbs/exporters/graph/02_text_unigram.ipynb #8911725f
 def looped_walk(
-    score: Tensor, # float (n, L): of the piece that ends at each place and has each length, L down to 1; -inf where there is none
+    # float (n, L): of the piece that ends at each place and has each length, L down to 1; -inf where there is none
+    score: Tensor,
     start: Tensor, # int64 (S,): stretches, in order; those that are not empty cover all places
     size: Tensor,  # int64 (S,)
 ) -> Tensor:
@@ -54,8 +55,14 @@ def looped_walk(
         here = torch.where(size > t, start + t, nowhere)
         top = (rows.index_select(0, here) + window).amax(1)
         return t + 1, torch.cat([window[:, 1:], top[:, None]], 1), value.index_copy(0, here, top)
-    state = torch.zeros((), dtype=torch.int64, device=score.device), window, torch.zeros(n + 1, dtype=score.dtype, device=score.device)
-    value = torch.while_loop(lambda t, window, value: (size > t).sum() > 0, step, state)[2][:n]  # a sum, for `any` of nothing is true in onnxruntime
+
+    state = (
+        torch.zeros((), dtype=torch.int64, device=score.device),
+        window,
+        torch.zeros(n + 1, dtype=score.dtype, device=score.device),
+    )
+    # a sum, for `any` of nothing is true in onnxruntime
+    value = torch.while_loop(lambda t, window, value: (size > t).sum() > 0, step, state)[2][:n]
     place, reach = torch.arange(n, device=score.device), torch.arange(widest, 0, -1, device=score.device)
     nth = place - torch.repeat_interleave(start, size)
     column = torch.arange(widest, device=score.device)
@@ -87,7 +94,8 @@ class LoopedCharsmap(Charsmap):
 
 # %% ../../../nbs/exporters/graph/02_text_unigram.ipynb #93c1ffdf
 class LoopedPaths(nn.Module):
-    "The reference's walk alone: sums along each whole stretch, in its order and precision, so that ties and near-ties fall as they do there."
+    """The reference's walk alone: sums along each whole stretch, in its order and precision, so that ties and
+    near-ties fall as they do there."""
 
     def _best(self, x: Codes, start: Tensor) -> tuple[Tensor, Tensor]:
         size = x.offsets[1:] - x.offsets[:-1]
@@ -108,12 +116,16 @@ class LoopedUnigram(LoopedPaths, Unigram): "`Unigram` by 32-bit sums along each 
 class LoopedWordUnigram(LoopedPaths, WordUnigram): "`WordUnigram` by 64-bit sums along each word, as `tokenizers` adds."
 
 # %% ../../../nbs/exporters/graph/02_text_unigram.ipynb #cfcfc952
-EXPORTED.update({Automaton: UnrolledAutomaton, Charsmap: LoopedCharsmap, Unigram: LoopedUnigram, WordUnigram: LoopedWordUnigram})
+EXPORTED.update(
+    {Automaton: UnrolledAutomaton, Charsmap: LoopedCharsmap, Unigram: LoopedUnigram, WordUnigram: LoopedWordUnigram}
+)
 FAMILIES_EXPORTED.extend([(SentenceFront, Unigram), (StepFront, WordUnigram)])
 
 # %% ../../../nbs/exporters/graph/02_text_unigram.ipynb #95933e15
 class LoopedStates(WordStates):
-    "`WordStates` whose walk forth and back is a pair of `torch.while_loop`s; the sums are jieba's, one after another in 64 bits."
+    """`WordStates` whose walk forth and back is a pair of `torch.while_loop`s.
+
+    The sums are jieba's, one after another in 64 bits."""
 
     def forward(self, codes: Tensor, start: Tensor, size: Tensor) -> Tensor:
         n, before = codes.numel(), self.before
@@ -129,12 +141,22 @@ class LoopedStates(WordStates):
             return t + 1, best, came.index_copy(0, here, torch.where(late >= early, second, first))
         one = torch.ones((), dtype=torch.int64, device=codes.device)
         best = self.first + self.emit.index_select(0, emits.index_select(0, start))
-        _, best, came = torch.while_loop(lambda t, best, came: (size > t).sum() > 0, forth, (one, best, torch.zeros_like(emits)[:, None].repeat(1, 4)))
+        _, best, came = torch.while_loop(
+            lambda t, best, came: (size > t).sum() > 0,
+            forth,
+            (one, best, torch.zeros_like(emits)[:, None].repeat(1, 4)),
+        )
         def back(t, state, ends):
             here = torch.where(size > t, start + size - 1 - t, nowhere)
-            return (t + 1, came.index_select(0, here).gather(1, state[:, None]).flatten(), ends.index_copy(0, here, (state >= 2).long()))
+            return (
+                t + 1,
+                came.index_select(0, here).gather(1, state[:, None]).flatten(),
+                ends.index_copy(0, here, (state >= 2).long()),
+            )
         state = torch.where(best[:, 3] >= best[:, 2], 3, 2)
-        _, _, ends = torch.while_loop(lambda t, state, ends: (size > t).sum() > 0, back, (one - 1, state, torch.zeros_like(emits)))
+        _, _, ends = torch.while_loop(
+            lambda t, state, ends: (size > t).sum() > 0, back, (one - 1, state, torch.zeros_like(emits))
+        )
         return ends[:n] > 0
 
 # %% ../../../nbs/exporters/graph/02_text_unigram.ipynb #9f2c0292

@@ -43,8 +43,13 @@ class VisionForm(nn.Module):
     def __init__(self, vp: nn.Module):
         "Raises `ValueError` for a rule that has no exported form."
         super().__init__()
-        for name, value, known in (('interpolation', vp.interpolation, ('bicubic', 'bilinear')), ('antialias', vp.antialias, (True,)), ('resize', vp.resize, ('torch',))):
-            if value not in known: raise ValueError(f'{name}={value!r} has no exported form, only {", ".join(map(repr, known))}')
+        for name, value, known in (
+            ('interpolation', vp.interpolation, ('bicubic', 'bilinear')),
+            ('antialias', vp.antialias, (True,)),
+            ('resize', vp.resize, ('torch',)),
+        ):
+            if value not in known:
+                raise ValueError(f'{name}={value!r} has no exported form, only {", ".join(map(repr, known))}')
         self.size, self.mode, self.shortest, self.floor = vp.size, vp.resize_mode, vp.shortest, vp.crop == 'floor'
         self.interpolation, self.fill = vp.interpolation, [float(v) for v in vp.fill]
 
@@ -80,7 +85,8 @@ class VisionForm(nn.Module):
 
 # %% ../../../nbs/exporters/graph/04_vision.ipynb #e985ffa9
 def _sliced(graph): # an onnx_ir.Graph, changed in place
-    "`_part` as a `Slice`, which copies rows where a `Gather` fetches numbers one by one: that took two thirds of a photograph's time."
+    """`_part` as a `Slice`, which copies rows where a `Gather` fetches numbers one by one: that took two thirds of a
+    photograph's time."""
     import onnx_ir as ir
     from onnx_ir import convenience
     def made_by(v, kind):
@@ -92,9 +98,16 @@ def _sliced(graph): # an onnx_ir.Graph, changed in place
         counted = made_by(total.inputs[0], 'Range') if total else None
         if not counted: continue
         begin, count, step = counted.inputs
-        if any(v.const_value is None for v in (begin, step)) or (int(begin.const_value.numpy()), int(step.const_value.numpy())) != (0, 1): continue
+        if any(v.const_value is None for v in (begin, step)) or (
+            int(begin.const_value.numpy()),
+            int(step.const_value.numpy()),
+        ) != (0, 1):
+            continue
         tape = ir.tape.Tape()
-        one, axis = tape.op('Constant', [], {'value_ints': [1]}), tape.op('Constant', [], {'value_ints': [n.attributes['axis'].as_int()]})
+        one, axis = (
+            tape.op('Constant', [], {'value_ints': [1]}),
+            tape.op('Constant', [], {'value_ints': [n.attributes['axis'].as_int()]}),
+        )
         first, many = tape.op('Reshape', [total.inputs[1], one]), tape.op('Reshape', [count, one])
         out = tape.op('Slice', [n.inputs[0], first, tape.op('Add', [first, many]), axis])
         out.shape, out.dtype = n.outputs[0].shape, n.outputs[0].dtype
@@ -106,19 +119,27 @@ def _sliced(graph): # an onnx_ir.Graph, changed in place
 def vision_program(
     vp: nn.Module, # a VisionPipeline
 ) -> torch.export.ExportedProgram: # uint8 (B, H, W, 3) -> uint8 (B, 3, *size)
-    "`vp.transform` of B pictures of one size as a program; B, H and W are dynamic, B may be 0. Raises `ValueError` for a rule without exported form."
+    """`vp.transform` of B pictures of one size as a program; B, H and W are dynamic, B may be 0.
+
+    Raises `ValueError` for a rule without exported form."""
     D = torch.export.Dim
-    return exported(VisionForm(vp), (torch.zeros(2, 70, 90, 3, dtype=torch.uint8),), ({0: D('B', min=0), 1: D('H', min=1), 2: D('W', min=1)},))
+    return exported(
+        VisionForm(vp),
+        (torch.zeros(2, 70, 90, 3, dtype=torch.uint8),),
+        ({0: D('B', min=0), 1: D('H', min=1), 2: D('W', min=1)},),
+    )
 
 _files: dict[str, bytes] = {}  # rules of a pipeline -> the ONNX file
 
-def _content(vp: nn.Module) -> str: return repr(sorted((k, v) for k, v in vars(VisionForm(vp)).items() if not k.startswith('_')))
+def _content(vp: nn.Module) -> str:
+    return repr(sorted((k, v) for k, v in vars(VisionForm(vp)).items() if not k.startswith('_')))
 
 def vision_to_onnx(
     vp: nn.Module,    # a VisionPipeline
     path: str | Path, # the file to write
 ) -> Path:
-    """Writes `vp.transform` as an ONNX model of standard operators (opset 20): `images` uint8 (B, H, W, 3) -> `levels` uint8 (B, 3, *size).
+    """Writes `vp.transform` as an ONNX model of standard operators (opset 20): `images` uint8 (B, H, W, 3) ->
+    `levels` uint8 (B, 3, *size).
 
     Needs `pip install mmembed[onnx]`. Raises `ValueError` for a rule that has no exported form."""
     return translated_once(_files, _content(vp), lambda: _translated(vision_program(vp), path), path)
@@ -130,12 +151,32 @@ def _translated(program: torch.export.ExportedProgram, path: str | Path) -> Path
         def translated(self, output_size, align_corners=False, scales_h=None, scales_w=None):
             new = [one(n) if isinstance(n, int) else op.Reshape(n, one(-1)) for n in output_size]
             sizes = op.Concat(op.Slice(op.Shape(self), one(0), one(2), one(0)), *new, axis=0)
-            return op.Resize(self, None, None, sizes, mode=mode, antialias=1, cubic_coeff_a=-0.5, exclude_outside=1, coordinate_transformation_mode='half_pixel')
+            return op.Resize(
+                self,
+                None,
+                None,
+                sizes,
+                mode=mode,
+                antialias=1,
+                cubic_coeff_a=-0.5,
+                exclude_outside=1,
+                coordinate_transformation_mode='half_pixel',
+            )
         return translated
     aten = torch.ops.aten
-    table = {aten._upsample_bicubic2d_aa.default: resize('cubic'), aten._upsample_bilinear2d_aa.default: resize('linear')}
-    made = torch.onnx.export(unsized(program), dynamo=True, opset_version=20, input_names=['images'], output_names=['levels'],
-                             custom_translation_table=table, verbose=False)
+    table = {
+        aten._upsample_bicubic2d_aa.default: resize('cubic'),
+        aten._upsample_bilinear2d_aa.default: resize('linear'),
+    }
+    made = torch.onnx.export(
+        unsized(program),
+        dynamo=True,
+        opset_version=20,
+        input_names=['images'],
+        output_names=['levels'],
+        custom_translation_table=table,
+        verbose=False,
+    )
     _sliced(made.model.graph)
     for n in made.model.graph.all_nodes(): n.metadata_props.clear()  # where in our source each came from, paths and all
     made.save(str(path))

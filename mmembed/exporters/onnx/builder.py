@@ -57,7 +57,9 @@ class Graph:
         for a, b in zip(done, outs): a.dtype, a.shape = b.dtype, ir.Shape([None, *b.shape])
         return list(done)
 
-    def require(self, good, sentence: str, x): # int64 `x` as it is; running fails with `sentence` where not all of `good` is true
+    def require(
+        self, good, sentence: str, x
+    ):  # int64 `x` as it is; running fails with `sentence` where not all of `good` is true
         missing = self.op('ReduceSum', self.op('Cast', self.op('Not', good), to=7), keepdims=0)
         none = self.op('Gather', self.ints(0), self.op('Min', missing, self.number(1)), axis=0)
         none.producer().name = sentence  # onnxruntime's message has the name of the node that fails
@@ -79,13 +81,23 @@ class Graph:
 
     def one_more(self, x, width, zero: Tensor): # zeros behind `x` (B, *width) if B is 0
         missing = self.op('Max', self.op('Sub', self.ints(1), self.rows(x)), self.ints(0))
-        return self.op('Concat', x, self.op('ConstantOfShape', self.op('Concat', missing, width, axis=0), value=tensor(zero)), axis=0)
+        return self.op(
+            'Concat',
+            x,
+            self.op('ConstantOfShape', self.op('Concat', missing, width, axis=0), value=tensor(zero)),
+            axis=0,
+        )
 
     def model(self): # -> onnx_ir.Model
         import onnx_ir as ir
         from onnx_ir.passes import common
         made = ir.Model(self.graph, ir_version=10, producer_name='mmembed')
-        for p in common.LiftSubgraphInitializersToMainGraphPass, common.NameFixPass, common.ClearMetadataAndDocStringPass: p()(made)
+        for p in (
+            common.LiftSubgraphInitializersToMainGraphPass,
+            common.NameFixPass,
+            common.ClearMetadataAndDocStringPass,
+        ):
+            p()(made)
         return made
 
 # %% ../../../nbs/exporters/onnx/01_builder.ipynb #aef7371a
@@ -111,7 +123,8 @@ LIMIT = (1 << 31) - (1 << 24)  # bytes of a protocol buffer, and some room for t
 def graph_hash(
     path: str | Path, # an ONNX file
 ) -> str:
-    "SHA-256 of all that decides what the file answers: the graph and its numbers, those beside it too, but not its metadata."
+    """SHA-256 of all that decides what the file answers: the graph and its numbers, those beside it too, but not its
+    metadata."""
     import onnx
     model = onnx.load(str(path), load_external_data=False)
     model.ClearField('metadata_props')

@@ -36,7 +36,8 @@ from ..graph.program import unsized, exported, text_to_onnx, translations
 
 # %% ../../../nbs/exporters/onnx/04_export.ipynb #938ec705
 class ClassForm(nn.Module):
-    "A `TextForm`, `ImageForm` or `PairForm`, and the most probable classes: its answer, the probability of all, and of the K best index and probability"
+    """A `TextForm`, `ImageForm` or `PairForm`, and the most probable classes: its answer, the probability of all,
+    and of the K best index and probability"""
     def __init__(self,
         form: nn.Module,
         classes: Classes,
@@ -44,40 +45,72 @@ class ClassForm(nn.Module):
         scale: float = 1., bias: float | None = None, # a sigmoid where there is a bias
     ):
         super().__init__()
-        self.form, self.encoder, self.scale, self.bias, self.k = form, form.encoder, scale, bias, min(classes.top_k, len(classes.names))
+        self.form, self.encoder, self.scale, self.bias, self.k = (
+            form,
+            form.encoder,
+            scale,
+            bias,
+            min(classes.top_k, len(classes.names)),
+        )
         self.register_buffer('rows', rows)
         self.register_buffer('thresholds', torch.tensor(classes.thresholds))
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         x = self.form(*given)
-        scores = x if self.rows is None else self.scale * (unstored(x, self.encoder.output) @ self.rows.T) + (self.bias or 0.)
+        scores = (
+            x
+            if self.rows is None
+            else self.scale * (unstored(x, self.encoder.output) @ self.rows.T) + (self.bias or 0.0)
+        )
         p = scores.softmax(-1) if self.bias is None else scores.sigmoid()
         best, index = p.topk(self.k, dim=1)
         counts = best >= self.thresholds[index]
         return x, p, torch.where(counts, index, -1), torch.where(counts, best, 0.)
 
 # %% ../../../nbs/exporters/onnx/04_export.ipynb #9f95f90d
-def _part(form: nn.Module, example: dict, dims: tuple, outputs: list[str], what: str, table: dict = {}): # -> onnx_ir.Model
-    "`form` as an ONNX model whose inputs are named as in `example`, without functions, constant parts and what stands there twice."
+def _part(
+    form: nn.Module, example: dict, dims: tuple, outputs: list[str], what: str, table: dict = {}
+):  # -> onnx_ir.Model
+    """`form` as an ONNX model whose inputs are named as in `example`, without functions, constant parts and what
+    stands there twice."""
     from onnx_ir.passes import common
     from onnxscript import optimizer
     try:
         program = exported(form, tuple(example.values()), dims)
-        made = torch.onnx.export(unsized(program), dynamo=True, opset_version=20, input_names=list(example), output_names=outputs,
-                                 custom_translation_table=table, verbose=False, optimize=False).model
+        made = torch.onnx.export(
+            unsized(program),
+            dynamo=True,
+            opset_version=20,
+            input_names=list(example),
+            output_names=outputs,
+            custom_translation_table=table,
+            verbose=False,
+            optimize=False,
+        ).model
     except (RuntimeError, torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.UserError) as e:
         raise ValueError(f'{what} has no ONNX form: {str(e.__cause__ or e).strip().splitlines()[0]}') from None
     optimizer.inline(made)
     optimizer.fold_constants(made)
-    for p in common.RemoveUnusedNodesPass, common.DeduplicateInitializersPass, common.CommonSubexpressionEliminationPass: p()(made)
+    for p in (
+        common.RemoveUnusedNodesPass,
+        common.DeduplicateInitializersPass,
+        common.CommonSubexpressionEliminationPass,
+    ):
+        p()(made)
     return made
 
 def _tower(form: nn.Module, example: dict, dims: dict, outputs: list[str]): # -> onnx_ir.Model
     from onnxscript import opset20 as op
     aten = torch.ops.aten
-    table = {aten._int_mm.default: lambda self, mat2: op.MatMulInteger(self, mat2), aten.__rshift__.Tensor: translations()[aten.__rshift__.Tensor]}
+    table = {
+        aten._int_mm.default: lambda self, mat2: op.MatMulInteger(self, mat2),
+        aten.__rshift__.Tensor: translations()[aten.__rshift__.Tensor],
+    }
     axes = tuple(dims[k] for k in example)
-    return _part(form, example, (axes,) if isinstance(form, ClassForm) else axes, outputs, type(form.encoder.net).__name__, table)  # one argument, *given
+    # one argument, *given
+    return _part(
+        form, example, (axes,) if isinstance(form, ClassForm) else axes, outputs, type(form.encoder.net).__name__, table
+    )
 
 # %% ../../../nbs/exporters/onnx/04_export.ipynb #155befa5
 class _Turned(nn.Module):
@@ -90,11 +123,28 @@ class _Turned(nn.Module):
 def _before(steps: Steps) -> dict: # name -> onnx_ir.Model
     D, done = torch.export.Dim, {}
     if steps.before_text is not None:
-        example = {'data': torch.frombuffer(bytearray(b'a text, and 2 more'), dtype=torch.uint8), 'offsets': torch.tensor([0, 6, 14, 18])}
-        done['text'] = _part(steps.before_text, example, ({0: D('N', min=0)}, {0: D('rows', min=1)}), ['data_out', 'offsets_out'], 'before_text', translations())
+        example = {
+            'data': torch.frombuffer(bytearray(b'a text, and 2 more'), dtype=torch.uint8),
+            'offsets': torch.tensor([0, 6, 14, 18]),
+        }
+        done['text'] = _part(
+            steps.before_text,
+            example,
+            ({0: D('N', min=0)}, {0: D('rows', min=1)}),
+            ['data_out', 'offsets_out'],
+            'before_text',
+            translations(),
+        )
     if steps.before_image is not None:
         example = {'images': torch.zeros(1, 70, 90, 3, dtype=torch.uint8)}
-        done['image'] = _part(_Turned(steps.before_image), example, ({1: D('H', min=1), 2: D('W', min=1)},), ['images_out'], 'before_image', translations())
+        done['image'] = _part(
+            _Turned(steps.before_image),
+            example,
+            ({1: D('H', min=1), 2: D('W', min=1)},),
+            ['images_out'],
+            'before_image',
+            translations(),
+        )
     return done
 
 # %% ../../../nbs/exporters/onnx/04_export.ipynb #ef8be285
@@ -103,9 +153,19 @@ def _texts(g: Graph, parts: dict) -> tuple: # inputs -> ids, mask
     g.graph.inputs.extend([data, offsets])
     most = g.ints((1 << 63) - 1)
     first, last = g.op('Slice', offsets, g.ints(0), g.ints(1)), g.op('Slice', offsets, g.ints(-1), most)
-    rising = g.op('GreaterOrEqual', g.op('Sub', g.op('Slice', offsets, g.ints(1), most), g.op('Slice', offsets, g.ints(0), g.ints(-1))), g.ints(0))
-    ends = g.op('Greater', g.rows(offsets), g.ints(0)), g.op('Equal', first, g.ints(0)), g.op('Equal', last, g.rows(data))
-    offsets = g.require(g.op('Concat', *ends, rising, axis=0), 'offsets must rise from 0 to the length of data', offsets)
+    rising = g.op(
+        'GreaterOrEqual',
+        g.op('Sub', g.op('Slice', offsets, g.ints(1), most), g.op('Slice', offsets, g.ints(0), g.ints(-1))),
+        g.ints(0),
+    )
+    ends = (
+        g.op('Greater', g.rows(offsets), g.ints(0)),
+        g.op('Equal', first, g.ints(0)),
+        g.op('Equal', last, g.rows(data)),
+    )
+    offsets = g.require(
+        g.op('Concat', *ends, rising, axis=0), 'offsets must rise from 0 to the length of data', offsets
+    )
     if 'text' in parts: data, offsets = g.absorb(parts['text'], 'before', data=data, offsets=offsets)
     return tuple(g.absorb(parts['tokenizer'], 'tokens', data=data, offsets=offsets))
 
@@ -117,15 +177,24 @@ def _pictures(g: Graph, parts: dict): # inputs -> levels
 # %% ../../../nbs/exporters/onnx/04_export.ipynb #d0e8ae79
 def _levels(g: Graph, parts: dict, images, sizes): # -> uint8 (B, 3, S, S)
     "The pictures one by one through the user's step and `vision`, an onnx_ir.Model that takes (1, H, W, 3)."
-    def bytes_of(graph, size, axis): return graph.op('Mul', graph.op('ReduceProd', size, graph.ints(axis), keepdims=axis ^ 1), graph.ints(3))
+
+    def bytes_of(graph, size, axis):
+        return graph.op('Mul', graph.op('ReduceProd', size, graph.ints(axis), keepdims=axis ^ 1), graph.ints(3))
     all_of = g.op('ReduceSum', bytes_of(g, sizes, 1), keepdims=0)
     flat = g.op('Reshape', sizes, g.ints(-1))
-    good = g.op('GreaterOrEqual', flat, g.ints(1)), g.op('LessOrEqual', flat, g.rows(images)), g.op('Equal', g.op('Reshape', all_of, g.ints(1)), g.rows(images))
+    good = (
+        g.op('GreaterOrEqual', flat, g.ints(1)),
+        g.op('LessOrEqual', flat, g.rows(images)),
+        g.op('Equal', g.op('Reshape', all_of, g.ints(1)), g.rows(images)),
+    )
     sizes = g.require(g.op('Concat', *good, axis=0), 'sizes must be at least 1, 3 H W bytes of images for each', sizes)
     ends = g.op('CumSum', bytes_of(g, sizes, 1), g.number(0))
     body = Graph(value('i', torch.int64), value('go', torch.bool), name='picture')
     i = body.graph.inputs[0]
-    size, end = body.op('Gather', sizes, i, axis=0), body.op('Gather', ends, body.op('Unsqueeze', i, body.ints(0)), axis=0)
+    size, end = (
+        body.op('Gather', sizes, i, axis=0),
+        body.op('Gather', ends, body.op('Unsqueeze', i, body.ints(0)), axis=0),
+    )
     picture = body.op('Slice', images, body.op('Sub', end, bytes_of(body, size, 0)), end)
     picture = body.op('Reshape', picture, body.op('Concat', body.ints(1), size, body.ints(3), axis=0))
     if 'image' in parts: picture, = body.absorb(parts['image'], 'before', images=picture)
@@ -141,13 +210,16 @@ def _lengthened(g: Graph, given: dict, least: int, pad_id: int) -> dict: # ids a
         return g.op('Pad', x, g.op('Concat', g.ints(0, 0, 0), missing, axis=0), g.number(filling))
     return given | {k: wider(given[k], filling) for k, filling in (('ids', pad_id), ('mask', 0)) if k in given}
 
-def _whole(g: Graph, tower, given: dict, pad_id: int) -> list: # the tower's outputs, at least one row of them
-    if any(v.name == 'ids' and not isinstance(v.shape[1], int) for v in tower.graph.inputs): given = _lengthened(g, given, 2, pad_id)
+def _whole(g: Graph, tower, given: dict, pad_id: int) -> list:  # the tower's outputs, at least one row of them
+    if any(v.name == 'ids' and not isinstance(v.shape[1], int) for v in tower.graph.inputs):
+        given = _lengthened(g, given, 2, pad_id)
     shapes = {k: g.ints(*v.shape[1:]) if k == 'levels' else g.op('Shape', v, start=1) for k, v in given.items()}
     zero = {k: torch.zeros(1, dtype=torch.uint8 if k == 'levels' else torch.int64) for k in given}
     return g.absorb(tower, 'tower', **{k: g.one_more(v, shapes[k], zero[k]) for k, v in given.items()})
 
-def _in_blocks(g: Graph, tower, given: dict, rows: int, length: int, pad_id: int) -> list: # the tower's outputs, a multiple of `onnx_rows` of them
+def _in_blocks(
+    g: Graph, tower, given: dict, rows: int, length: int, pad_id: int
+) -> list:  # the tower's outputs, a multiple of `onnx_rows` of them
     many, given = g.rows(next(iter(given.values()))), _lengthened(g, given, length, pad_id)
     body = Graph(value('i', torch.int64), value('go', torch.bool), name='block')
     at = body.op('Add', body.op('Mul', body.graph.inputs[0], body.number(rows)), body.ints(*range(rows)))
@@ -166,7 +238,9 @@ def _answered(g: Graph, tower, outputs: dict, names: list[str], blocks: tuple, *
     import onnx_ir as ir
     rows = g.rows(next(iter(given.values())))
     if 'ids' in given and 'levels' in given:
-        given['ids'] = g.require(g.op('Equal', rows, g.rows(given['levels'])), 'as many texts as images make pairs', given['ids'])
+        given['ids'] = g.require(
+            g.op('Equal', rows, g.rows(given['levels'])), 'as many texts as images make pairs', given['ids']
+        )
     found = _in_blocks(g, tower, given, *blocks) if blocks[0] else _whole(g, tower, given, blocks[2])
     done = {}
     for (name, columns), x in zip(outputs.items(), found):
@@ -175,7 +249,11 @@ def _answered(g: Graph, tower, outputs: dict, names: list[str], blocks: tuple, *
         done[name] = cut
     if 'index' in done:  # -1 is the last of the names
         done['labels'] = g.op('Gather', g.op('Constant', value_strings=[*names, '']), done['index'], axis=0)
-        done['labels'].dtype, done['labels'].shape, done['labels'].name = ir.DataType.STRING, done['index'].shape, 'labels'
+        done['labels'].dtype, done['labels'].shape, done['labels'].name = (
+            ir.DataType.STRING,
+            done['index'].shape,
+            'labels',
+        )
     for k, v in given.items():
         v.name = k
         done[k] = placed(v, torch.uint8, 'B', *v.shape[1:]) if k == 'levels' else placed(v, torch.int64, 'B', 'L')
@@ -193,13 +271,19 @@ def export_onnx(
     classes: Classes | None = None, # of a DualEncoder, or other top-k and thresholds of a PairClassifier
     calibrate: Sequence = (),      # as in `export`
 ) -> list[Path]: # the files
-    """Writes `model` as ONNX files of standard operators (opset 20). `mmembed.export(model, path, onnx=folder)` does so and verifies them, too.
+    """Writes `model` as ONNX files of standard operators (opset 20). `mmembed.export(model, path, onnx=folder)` does
+    so and verifies them, too.
 
-    Needs `pip install mmembed[onnx]`. Raises `ValueError` for a tokenizer, a pixel rule, an option, a step or a network that has no ONNX form, `TypeError`
+    Needs `pip install mmembed[onnx]`. Raises `ValueError` for a tokenizer, a pixel rule, an option, a step or a
+    network that has no ONNX form, `TypeError`
     for a model without pipelines."""
-    if variant.precision == 'bf16': raise ValueError("precision='bf16' has no ONNX form that onnxruntime computes on a CPU; fp32, fp16 and int8 have")
+    if variant.precision == 'bf16':
+        raise ValueError(
+            "precision='bf16' has no ONNX form that onnxruntime computes on a CPU; fp32, fp16 and int8 have"
+        )
     for name in ('text_pipeline', 'vision_pipeline'):
-        if not isinstance(getattr(model, name, None), nn.Module): raise TypeError(f'{type(model).__name__} has no {name}: its towers must carry it')
+        if not isinstance(getattr(model, name, None), nn.Module):
+            raise TypeError(f'{type(model).__name__} has no {name}: its towers must carry it')
     steps, pairs, folder = tried(steps), hasattr(model, 'labels'), Path(folder)
     classes = classes or read_classes(getattr(model, 'labels', None))
     how = dict(calibrate=calibrate, decode=(card or {}).get('decode', True))
@@ -209,7 +293,19 @@ def export_onnx(
     encoder = (Scorer if pairs else Encoder)(p.model, steps.after or Same(), free, tp.max_length, tp.pad_id).eval()
     ids, mask = tp(['two', 'a text that is a good deal longer than the other one', 'x'])
     with torch.no_grad(): dim = len(model.labels) if pairs else encoder.encode_text(Tokens(ids, mask)).shape[1]
-    card = json.dumps(card or make_card(model, dim, True, None, variant.changes(), steps.words(), classes.words() if classes.names and not pairs else None), indent=1)
+    card = json.dumps(
+        card
+        or make_card(
+            model,
+            dim,
+            True,
+            None,
+            variant.changes(),
+            steps.words(),
+            classes.words() if classes.names and not pairs else None,
+        ),
+        indent=1,
+    )
     rows = Eager(model, free, steps, classes, **how).rows if classes.names and not pairs else None
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as d:
@@ -229,18 +325,29 @@ def move_files(
         for old in (f'{name}.onnx', f'{name}.onnx.data'): (Path(folder)/old).unlink(missing_ok=True)
     for f in sorted(Path(made).iterdir()): shutil.move(f, Path(folder)/f.name)
 
-def _graphs(folder: Path, p, encoder: nn.Module, dim: int, tokens: Tokens, steps: Steps, classes: Classes, rows: Tensor | None) -> dict: # name -> onnx_ir.Model
+def _graphs(
+    folder: Path, p, encoder: nn.Module, dim: int, tokens: Tokens, steps: Steps, classes: Classes, rows: Tensor | None
+) -> dict:  # name -> onnx_ir.Model
     import onnx_ir as ir
     tp, vp, fixed, parts = p.text_pipeline, p.vision_pipeline, p.variant.deterministic, _before(steps)
-    for name, write in (('tokenizer', lambda path: text_to_onnx(tp, path)), ('vision', lambda path: vision_to_onnx(vp, path))):
+    for name, write in (
+        ('tokenizer', lambda path: text_to_onnx(tp, path)),
+        ('vision', lambda path: vision_to_onnx(vp, path)),
+    ):
         parts[name] = ir.load(write(folder/f'{name}.onnx'))
         (folder/f'{name}.onnx').unlink()
     levels = torch.zeros(len(tokens.ids), 3, *vp.size, dtype=torch.uint8)
-    if fixed: tokens, levels = Tokens(*(pad(x[:1], [0, tp.max_length - x.shape[1]]).repeat(fixed, 1) for x in tokens)), levels[:1].repeat(fixed, 1, 1, 1)
+    if fixed:
+        tokens, levels = (
+            Tokens(*(pad(x[:1], [0, tp.max_length - x.shape[1]]).repeat(fixed, 1) for x in tokens)),
+            levels[:1].repeat(fixed, 1, 1, 1),
+        )
     B, L = torch.export.Dim('B', min=2), torch.export.Dim('L', min=2, max=tp.max_length)
     words = {} if fixed else {0: B, 1: L} if tp.pad_to else {0: B}
     dims = {'ids': words, 'mask': words, 'levels': {} if fixed else {0: B}}
-    scale, bias = (None if x is None else float(x) for x in (getattr(p.model, k, None) for k in ('logit_scale', 'logit_bias')))
+    scale, bias = (
+        None if x is None else float(x) for x in (getattr(p.model, k, None) for k in ('logit_scale', 'logit_bias'))
+    )
     def made(form, answer, **example):
         g, columns, given = Graph(), {answer: dim}, {}
         if classes.names:
@@ -251,12 +358,19 @@ def _graphs(folder: Path, p, encoder: nn.Module, dim: int, tokens: Tokens, steps
         if 'levels' in example: given['levels'] = _pictures(g, parts)
         return _answered(g, tower, columns, classes.names, (fixed, tp.max_length, tp.pad_id), **given)
     text, image = {'ids': tokens.ids, 'mask': tokens.mask}, {'levels': levels}
-    if isinstance(encoder, Scorer): return {'pairs': made(PairForm(encoder, vp, p.variant.fold), 'scores', **text, **image)}
-    return {'text': made(TextForm(encoder), 'embedding', **text), 'image': made(ImageForm(encoder, vp, p.variant.fold), 'embedding', **image)}
+    if isinstance(encoder, Scorer):
+        return {'pairs': made(PairForm(encoder, vp, p.variant.fold), 'scores', **text, **image)}
+    return {
+        'text': made(TextForm(encoder), 'embedding', **text),
+        'image': made(ImageForm(encoder, vp, p.variant.fold), 'embedding', **image),
+    }
 
 def _quietly(f, *args):
     "`f(*args)` without the remarks of the packages that make ONNX."
-    logs = [logging.getLogger(n) for n in ('onnx_ir', 'torch.onnx', 'onnxscript', 'torch.export', 'torch.fx.experimental.symbolic_shapes')]
+    logs = [
+        logging.getLogger(n)
+        for n in ('onnx_ir', 'torch.onnx', 'onnxscript', 'torch.export', 'torch.fx.experimental.symbolic_shapes')
+    ]
     levels = [x.level for x in logs]
     for x in logs: x.setLevel(logging.ERROR)
     try: return f(*args)

@@ -49,13 +49,30 @@ def _found(g: Graph, head, wanted: tuple[int, ...]): # int64 (K,): where `wanted
 def _orientation(g: Graph, file): # int64 (): 1 to 8
     head = g.op('Slice', file, g.ints(0), g.ints(65536))
     exif = g.op('Greater', g.rows(_found(g, head, (69, 120, 105, 102, 0, 0))), g.ints(0))
-    numbers = [g.op('Gather', g.op('Concat', head, _bytes(g, *[0] * 16), axis=0), g.op('Add', _found(g, head, e), g.ints(len(e))), axis=0) for e in _ENTRIES]
-    found = g.op('Slice', g.op('Concat', *(g.op('Cast', n, to=7) for n in numbers), g.ints(1), axis=0), g.ints(0), g.ints(1))
-    good = g.op('And', g.op('And', exif, g.op('GreaterOrEqual', found, g.ints(1))), g.op('LessOrEqual', found, g.ints(8)))
+    numbers = [
+        g.op(
+            'Gather',
+            g.op('Concat', head, _bytes(g, *[0] * 16), axis=0),
+            g.op('Add', _found(g, head, e), g.ints(len(e))),
+            axis=0,
+        )
+        for e in _ENTRIES
+    ]
+    found = g.op(
+        'Slice', g.op('Concat', *(g.op('Cast', n, to=7) for n in numbers), g.ints(1), axis=0), g.ints(0), g.ints(1)
+    )
+    good = g.op(
+        'And', g.op('And', exif, g.op('GreaterOrEqual', found, g.ints(1))), g.op('LessOrEqual', found, g.ints(8))
+    )
     return g.op('Squeeze', g.op('Where', good, found, g.ints(1)), g.ints(0))
 
-def _turned(g: Graph, x, orientation): # uint8 (H, W, 3) as it is to be seen
-    def among(*numbers): return g.op('Greater', g.op('ReduceSum', g.op('Cast', g.op('Equal', orientation, g.ints(*numbers)), to=7), keepdims=1), g.ints(0))
+def _turned(g: Graph, x, orientation):  # uint8 (H, W, 3) as it is to be seen
+    def among(*numbers):
+        return g.op(
+            'Greater',
+            g.op('ReduceSum', g.op('Cast', g.op('Equal', orientation, g.ints(*numbers)), to=7), keepdims=1),
+            g.ints(0),
+        )
     across, same = Graph(name='across'), Graph(name='same')
     across.graph.outputs.append(placed(across.op('Transpose', x, perm=[1, 0, 2]), torch.uint8, -1, -1, 3))
     same.graph.outputs.append(placed(same.op('Identity', x), torch.uint8, -1, -1, 3))
@@ -69,25 +86,48 @@ def _turned(g: Graph, x, orientation): # uint8 (H, W, 3) as it is to be seen
 def _rgb(g: Graph, x): # uint8 (H, W, 1), (H, W, 3) or (H, W, 4) -> (H, W, 3)
     channels, four, three = g.op('Shape', x, start=2), Graph(name='four'), Graph(name='three')
     ink = [four.op('Cast', four.op('Gather', x, four.ints(*k), axis=2), to=6) for k in ((0, 1, 2), (3,))]
-    product = four.op('Add', four.op('Mul', *ink), four.op('Constant', value=tensor(torch.tensor(128, dtype=torch.int32))))
-    rounded = four.op('Div', four.op('Add', product, four.op('Div', product, four.op('Constant', value=tensor(torch.tensor(256, dtype=torch.int32))))), four.op('Constant', value=tensor(torch.tensor(256, dtype=torch.int32))))
+    product = four.op(
+        'Add', four.op('Mul', *ink), four.op('Constant', value=tensor(torch.tensor(128, dtype=torch.int32)))
+    )
+    rounded = four.op(
+        'Div',
+        four.op(
+            'Add',
+            product,
+            four.op('Div', product, four.op('Constant', value=tensor(torch.tensor(256, dtype=torch.int32)))),
+        ),
+        four.op('Constant', value=tensor(torch.tensor(256, dtype=torch.int32))),
+    )
     four.graph.outputs.append(placed(four.op('Cast', rounded, to=2), torch.uint8, -1, -1, 3))
     places = three.op('Where', three.op('Equal', channels, three.ints(1)), three.ints(0, 0, 0), three.ints(0, 1, 2))
     three.graph.outputs.append(placed(three.op('Gather', x, places, axis=2), torch.uint8, -1, -1, 3))
     return g.branch(g.op('Squeeze', g.op('Equal', channels, g.ints(4)), g.ints(0)), four, three)[0]
 
 # %% ../../../nbs/exporters/onnx/03_files.ipynb #2f13a024
-def _decoded(g: Graph, file) -> list: # -> images uint8 (M,), sizes int64 (1, 2); (0,) and (0, 2) for what is no whole JPEG or PNG
+def _decoded(
+    g: Graph, file
+) -> list:  # -> images uint8 (M,), sizes int64 (1, 2); (0,) and (0, 2) for what is no whole JPEG or PNG
     jpeg = g.op('And', _begins(g, file, JPEG), _ends(g, file, JPEG_END))
     place = g.op('Slice', g.op('Concat', file, _bytes(g, *[0] * 29), axis=0), g.ints(28), g.ints(29))
-    png = g.op('And', g.op('And', _begins(g, file, PNG), _ends(g, file, PNG_END)), _all(g, g.op('Equal', place, _bytes(g, 0))))  # no lines in turns
+    # no lines in turns
+    png = g.op(
+        'And', g.op('And', _begins(g, file, PNG), _ends(g, file, PNG_END)), _all(g, g.op('Equal', place, _bytes(g, 0)))
+    )
     good, bad = Graph(name='good'), Graph(name='bad')
-    ends = good.op('Reshape', good.op('Expand', _bytes(good, *JPEG_END), good.ints(33000, 2)), good.ints(-1))  # a length that reads past the end finds one
-    x = _rgb(good, good.op('DecodeImage', good.op('Concat', file, ends, axis=0), domain=EXTENSIONS_DOMAIN, color_space='rgb'))
+    # a length that reads past the end finds one
+    ends = good.op('Reshape', good.op('Expand', _bytes(good, *JPEG_END), good.ints(33000, 2)), good.ints(-1))
+    x = _rgb(
+        good, good.op('DecodeImage', good.op('Concat', file, ends, axis=0), domain=EXTENSIONS_DOMAIN, color_space='rgb')
+    )
     x = _turned(good, x, good.op('Where', jpeg, _orientation(good, file), good.number(1)))
     size = good.op('Unsqueeze', good.op('Shape', x, start=0, end=2), good.ints(0))
-    good.graph.outputs.extend([placed(good.op('Reshape', x, good.ints(-1)), torch.uint8, -1), placed(size, torch.int64, -1, 2)])
-    none = bad.op('ConstantOfShape', bad.ints(0), value=tensor(torch.zeros(1, dtype=torch.uint8))), bad.op('ConstantOfShape', bad.ints(0, 2), value=tensor(torch.zeros(1, dtype=torch.int64)))
+    good.graph.outputs.extend(
+        [placed(good.op('Reshape', x, good.ints(-1)), torch.uint8, -1), placed(size, torch.int64, -1, 2)]
+    )
+    none = (
+        bad.op('ConstantOfShape', bad.ints(0), value=tensor(torch.zeros(1, dtype=torch.uint8))),
+        bad.op('ConstantOfShape', bad.ints(0, 2), value=tensor(torch.zeros(1, dtype=torch.int64))),
+    )
     bad.graph.outputs.extend([placed(none[0], torch.uint8, -1), placed(none[1], torch.int64, -1, 2)])
     return g.branch(g.op('Or', jpeg, png), good, bad)
 
@@ -99,8 +139,11 @@ def add_files(
     import onnx
     import onnx_ir as ir
     source = Path(folder)/'image.onnx'
-    if not source.is_file(): raise ValueError(f'no image.onnx in {folder}: files.onnx stands in front of it, and pairs have none')
-    card = next(p.value for p in onnx.load(str(source), load_external_data=False).metadata_props if p.key == 'mmembed.card')
+    if not source.is_file():
+        raise ValueError(f'no image.onnx in {folder}: files.onnx stands in front of it, and pairs have none')
+    card = next(
+        p.value for p in onnx.load(str(source), load_external_data=False).metadata_props if p.key == 'mmembed.card'
+    )
     g, part, file = Graph(), ir.load(source), value('file', torch.uint8, 'N')
     g.graph.inputs.append(file)
     images, sizes = _decoded(g, file)
@@ -129,14 +172,25 @@ def file_rows(
 ) -> list[tuple]: # what, values, difference, bound, note
     "What files.onnx makes of built-in files that it claims to read, and of some that it claims to refuse."
     files, p = cases.images(), loaded.vision_pipeline
-    plain = [files[k] for k in ('quality 95.jpg', 'gray.jpg', 'cmyk.jpg', 'RGB.png', 'L.png', 'P.png', '16 bit.png', 'wide.png')]
-    rough = [files[k] for k in ('quality 75.jpg', 'progressive.jpg', *(f'exif {o}.jpg' for o in range(1, 9)), 'large.jpg')]
+    plain = [
+        files[k]
+        for k in ('quality 95.jpg', 'gray.jpg', 'cmyk.jpg', 'RGB.png', 'L.png', 'P.png', '16 bit.png', 'wide.png')
+    ]
+    rough = [
+        files[k] for k in ('quality 75.jpg', 'progressive.jpg', *(f'exif {o}.jpg' for o in range(1, 9)), 'large.jpg')
+    ]
     refused = [files[k] for k in ('empty', 'text', 'lossy.webp', 'still.gif', 'truncated.jpg', 'truncated.png')]
     try: levels, taken = elsewhere(folder, file_answers, [*plain, *rough], refused)
     except RuntimeError as e: return [('files', 0, float('inf'), 0., reason(e))]
-    want = torch.stack([loaded.preprocess_image(as_bytes(x)) for x in (*plain, *rough)]) if getattr(p, 'file_decode', True) else torch.from_numpy(levels)
+    want = (
+        torch.stack([loaded.preprocess_image(as_bytes(x)) for x in (*plain, *rough)])
+        if getattr(p, 'file_decode', True)
+        else torch.from_numpy(levels)
+    )
     off = (want.int() - torch.from_numpy(levels).int()).abs()
     exact, far = float(off[:len(plain)].max()), float(off[len(plain):].float().mean((1, 2, 3)).max())
-    return [('file pixels', off[:len(plain)].numel(), exact, LEVELS, f'largest difference {exact:.3g}'),
-            ('file pixels, mean', len(rough), far, FILE_MEAN, f'mean difference {far:.3g}'),
-            ('file status', len(refused), float(taken), 0., f'{taken} files that are no whole JPEG or PNG have an answer')]
+    return [
+        ('file pixels', off[: len(plain)].numel(), exact, LEVELS, f'largest difference {exact:.3g}'),
+        ('file pixels, mean', len(rough), far, FILE_MEAN, f'mean difference {far:.3g}'),
+        ('file status', len(refused), float(taken), 0.0, f'{taken} files that are no whole JPEG or PNG have an answer'),
+    ]

@@ -22,7 +22,10 @@ def provider_of(device): # 'cpu', 'cuda' or 'tensorrt' -> what onnxruntime tries
     names = {'cpu': 'CPUExecutionProvider', 'cuda': 'CUDAExecutionProvider', 'tensorrt': 'TensorrtExecutionProvider'}
     if device not in names: raise ValueError(f'device must be cpu, cuda or tensorrt, got {device!r}')
     if names[device] not in onnxruntime.get_available_providers():
-        raise ValueError(f'device={device!r}: this onnxruntime has no {names[device]}: pip install onnxruntime-gpu{" tensorrt" * (device == "tensorrt")}')
+        raise ValueError(
+            f'device={device!r}: this onnxruntime has no {names[device]}: pip install '
+            f'onnxruntime-gpu{" tensorrt" * (device == "tensorrt")}'
+        )
     return [names[k] for k in ('tensorrt', 'cuda', 'cpu') if list(names).index(k) <= list(names).index(device)]
 
 class OnnxModel:
@@ -41,7 +44,11 @@ class OnnxModel:
             if library: options.register_custom_ops_library(library)
             try: name = str(path) if str(path).encode() else ''
             except UnicodeEncodeError:  # onnxruntime takes UTF-8 alone
-                if Path(f'{path}.data').exists(): raise ValueError(f'{path!r}: its weights lie beside it, and onnxruntime finds them only where the name of the folder is UTF-8') from None
+                if Path(f'{path}.data').exists():
+                    raise ValueError(
+                        f'{path!r}: its weights lie beside it, and onnxruntime finds them only where the name of the '
+                        f'folder is UTF-8'
+                    ) from None
                 name = path.read_bytes()
             return onnxruntime.InferenceSession(name, options, providers=provider_of(device))
         self.given = str(Path(folder).absolute()), threads, device
@@ -54,21 +61,28 @@ class OnnxModel:
     def __reduce__(self): return type(self), self.given  # the files are opened again
 
     def batch(self, items, name):
-        if isinstance(items, (str, bytes, bytearray, memoryview, Path)): raise TypeError(f'{name} is a single {type(items).__name__}; pass a list: [{name[:-1]}]')
+        if isinstance(items, (str, bytes, bytearray, memoryview, Path)):
+            raise TypeError(f'{name} is a single {type(items).__name__}; pass a list: [{name[:-1]}]')
         return list(items)
 
     def text_inputs(self, texts): # str or UTF-8 bytes; half of a pair of surrogates is read as any broken UTF-8
         texts = self.batch(texts, 'texts')
         for i, t in enumerate(texts):
-            if not isinstance(t, (str, bytes, bytearray, memoryview)): raise TypeError(f'texts[{i}] is no text: pass str or bytes, got {type(t).__name__}')
+            if not isinstance(t, (str, bytes, bytearray, memoryview)):
+                raise TypeError(f'texts[{i}] is no text: pass str or bytes, got {type(t).__name__}')
         raw = [t.encode('utf-8', 'surrogatepass') if isinstance(t, str) else bytes(t) for t in texts]
-        return {'data': np.frombuffer(b''.join(raw), np.uint8), 'offsets': np.cumsum([0, *map(len, raw)], dtype=np.int64)}
+        return {
+            'data': np.frombuffer(b''.join(raw), np.uint8),
+            'offsets': np.cumsum([0, *map(len, raw)], dtype=np.int64),
+        }
 
     def image_inputs(self, images): # uint8 (H, W, 3), decoded RGB, of any sizes
         images = self.batch(images, 'images')
         for i, x in enumerate(images):
-            if not isinstance(x, np.ndarray): raise TypeError(f'images[{i}] must be an array uint8 (H, W, 3), got {type(x).__name__}')
-            if x.dtype != np.uint8 or x.ndim != 3 or x.shape[2] != 3 or not x.size: raise ValueError(f'images[{i}] must be uint8 (H, W, 3), got {x.dtype} {x.shape}')
+            if not isinstance(x, np.ndarray):
+                raise TypeError(f'images[{i}] must be an array uint8 (H, W, 3), got {type(x).__name__}')
+            if x.dtype != np.uint8 or x.ndim != 3 or x.shape[2] != 3 or not x.size:
+                raise ValueError(f'images[{i}] must be uint8 (H, W, 3), got {x.dtype} {x.shape}')
         flat = np.concatenate([np.zeros(0, np.uint8), *(x.reshape(-1) for x in images)])
         return {'images': flat, 'sizes': np.array([x.shape[:2] for x in images], np.int64).reshape(-1, 2)}
 
@@ -81,12 +95,17 @@ class OnnxModel:
     def encode_files(self, files, outputs=('embedding',)): # each the content of a JPEG or PNG file, one that you trust
         if not self.decoding: raise ValueError('no files.onnx here: mmembed export --onnx-files writes it')
         if 'files' not in self.sessions:
-            try: import onnxruntime_extensions as extensions
-            except ImportError: raise ImportError('files.onnx decodes with ONNX Runtime Extensions: pip install onnxruntime-extensions') from None
+            try:
+                import onnxruntime_extensions as extensions
+            except ImportError:
+                raise ImportError(
+                    'files.onnx decodes with ONNX Runtime Extensions: pip install onnxruntime-extensions'
+                ) from None
             self.sessions['files'] = self.opened(self.decoding, extensions.get_library_path())
         done, files = [], self.batch(files, 'files')
         for i, x in enumerate(files):
-            if not isinstance(x, (bytes, bytearray, memoryview)): raise TypeError(f'files[{i}] must be the content of a file as bytes, got {type(x).__name__}')
+            if not isinstance(x, (bytes, bytearray, memoryview)):
+                raise TypeError(f'files[{i}] must be the content of a file as bytes, got {type(x).__name__}')
             found = self.sessions['files'].run(list(outputs), {'file': np.frombuffer(x, np.uint8)})
             if not len(found[0]): raise ValueError(f'files[{i}] is no whole JPEG or PNG file')
             done.append(found)

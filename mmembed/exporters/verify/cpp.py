@@ -84,12 +84,14 @@ def built() -> Path | None:
 
 # %% ../../../nbs/exporters/verify/02_cpp.ipynb #85a08944
 def ask_host(
-    exe: str | Path,        # the compiled mmembed_cli
-    path: str | Path,       # an artifact
+    exe: str | Path,  # the compiled mmembed_cli
+    path: str | Path,  # an artifact
     texts: list[bytes] = (),
-    images: list[Tensor] = (), # uint8 (N,), files, or uint8 (3, H, W), decoded RGB
-    batch: int = 64,        # rows that the towers see at once
-) -> dict: # text: one dict each (ids, mask, embedding); image: (pixels, embedding) or (error); pair: (scores) or (error)
+    images: list[Tensor] = (),  # uint8 (N,), files, or uint8 (3, H, W), decoded RGB
+    batch: int = 64,  # rows that the towers see at once
+) -> (
+    dict
+):  # text: one dict each (ids, mask, embedding); image: (pixels, embedding) or (error); pair: (scores) or (error)
     "The host's answers as tensors; raises `RuntimeError` with its message when it does not run."
     with tempfile.TemporaryDirectory() as d:
         d, args = Path(d), []
@@ -105,7 +107,12 @@ def ask_host(
         answers, stored = {'text': [], 'image': [], 'pair': []}, {'int8': torch.int8, 'binary': torch.uint8}
         kind = stored.get(read_card(path).get('variant', {}).get('output'), torch.float32)
         for row in map(json.loads, done.stdout.splitlines()):
-            for k, dtype in (('ids', torch.int64), ('mask', torch.int64), ('embedding', kind), ('scores', torch.float32)):
+            for k, dtype in (
+                ('ids', torch.int64),
+                ('mask', torch.int64),
+                ('embedding', kind),
+                ('scores', torch.float32),
+            ):
                 if k in row: row[k] = torch.tensor(row[k], dtype=dtype)
             if 'crc32' in row: row['pixels'] = read_bytes(d/f"{row['index']}.bin")
             answers[row.pop('kind')].append(row)

@@ -54,8 +54,13 @@ def answers(
             if pairs:  # a PairClassifier: text i with image i, images from the start again
                 n = [len(p[1]) - 1 for p in packed]
                 places = [torch.arange(i*size, i*size + k) % max(1, len(levels)) for i, k in enumerate(n)]
-                out['pair scores', size] = [module.score_pairs(*p, torch.stack([levels[int(j)] for j in at]) if len(at) else
-                                                               nothing.reshape(0, *shape)) for p, at in zip(packed, places) if levels]
+                out['pair scores', size] = [
+                    module.score_pairs(
+                        *p, torch.stack([levels[int(j)] for j in at]) if len(at) else nothing.reshape(0, *shape)
+                    )
+                    for p, at in zip(packed, places)
+                    if levels
+                ]
                 continue
             text, image = [module.encode_text_bytes(*p) for p in packed], [module.encode_pixels(x) for x in stacked]
             out['text embedding', size], out['image embedding', size] = text, image
@@ -71,9 +76,19 @@ def answers(
 # %% ../../../nbs/exporters/verify/03_hosts.ipynb #bca58534
 def program() -> str:
     "What the fresh process runs."
-    head = ("import sys\nsys.modules['mmembed'] = None  # any import of it fails\nimport importlib.util, io, json, re, tempfile, warnings, zipfile\n"
-            "from collections.abc import Callable, Iterator\nfrom contextlib import contextmanager\nfrom pathlib import Path\nimport torch\nfrom torch import Tensor\n")
-    return head + '\n'.join(inspect.getsource(f) for f in (register_image_ops, reason, named, quietly, multiplies, widened, Packaged, opened, answers)) + '''
+    head = (
+        "import sys\nsys.modules['mmembed'] = None  # any import of it fails\nimport importlib.util, io, json, re, "
+        "tempfile, warnings, zipfile\n"
+        "from collections.abc import Callable, Iterator\nfrom contextlib import contextmanager\nfrom pathlib import "
+        "Path\nimport torch\nfrom torch import Tensor\n"
+    )
+    return (
+        head
+        + '\n'.join(
+            inspect.getsource(f)
+            for f in (register_image_ops, reason, named, quietly, multiplies, widened, Packaged, opened, answers)
+        )
+        + '''
 path, card, asked, told, decode, threads, device = sys.argv[1:]
 torch.set_num_threads(int(threads))
 if decode == 'True': register_image_ops()
@@ -83,6 +98,7 @@ asked = torch.load(asked)
 found = opened(path, card := json.loads(card), device)
 torch.save(answers(widened(found, card) if device == 'cpu' else found, **asked), told)
 '''
+    )
 
 # %% ../../../nbs/exporters/verify/03_hosts.ipynb #f1ef0587
 def fresh(
@@ -114,7 +130,10 @@ def cpp(
     pairs = 'labels' in read_card(path)
     if pairs: # pixels of every image, then text i with good image i, from the start again
         once = host.ask_host(exe, path, (), images)['image']
-        out['pixels', 1], out['image status', 1] = [r['pixels'] for r in once if 'pixels' in r], [r.get('error', '') for r in once]
+        out['pixels', 1], out['image status', 1] = (
+            [r['pixels'] for r in once if 'pixels' in r],
+            [r.get('error', '') for r in once],
+        )
         good = [x for x, r in zip(images, once) if 'pixels' in r]
         images = [good[i % len(good)] for i in range(len(texts))] if good else []
     for size in asked['sizes']:
@@ -123,7 +142,9 @@ def cpp(
         good = [r for r in a['image'] if 'pixels' in r]
         out['token ids', size] = [torch.stack([r[k] for r in b]) for b in batches for k in ('ids', 'mask')]
         if pairs:
-            out['pair scores', size] = [torch.stack([r['scores'] for r in a['pair'][i:i+size]]) for i in range(0, len(a['pair']), size)]
+            out['pair scores', size] = [
+                torch.stack([r['scores'] for r in a['pair'][i : i + size]]) for i in range(0, len(a['pair']), size)
+            ]
             continue
         out['text embedding', size] = [torch.stack([r['embedding'] for r in b]) for b in batches]
         batches = [good[i:i+size] for i in range(0, len(good), size)]
@@ -144,5 +165,11 @@ def loaded_rows(
         def __len__(self): return len(images)
         def text(self, i): return bytes(texts[i % len(texts)].tolist())
         def image(self, i): return images[i]
-    loader = PairLoader(Rows(Samples(), model.vision_pipeline), 7, Ledger(), collate_fn=Collate(model.text_pipeline, model.vision_pipeline))
+
+    loader = PairLoader(
+        Rows(Samples(), model.vision_pipeline),
+        7,
+        Ledger(),
+        collate_fn=Collate(model.text_pipeline, model.vision_pipeline),
+    )
     return [(b.index.tolist(), b.tokens.ids, b.tokens.mask, b.pixels) for b in loader]

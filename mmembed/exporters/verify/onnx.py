@@ -31,7 +31,9 @@ from ..variants import Variant
 from .cpp import last_line
 
 # %% ../../../nbs/exporters/verify/05_onnx.ipynb #3694dd4b
-def onnx_answers(model, texts, images, sizes): # an OnnxModel; bytes; uint8 (H, W, 3); batch sizes -> (what, batch size) -> list of arrays
+def onnx_answers(
+    model, texts, images, sizes
+):  # an OnnxModel; bytes; uint8 (H, W, 3); batch sizes -> (what, batch size) -> list of arrays
     "What the files answer: every text, picture or pair, in batches of each size."
     out, named = {}, ('class_probability', 'index', 'probability', 'labels') * model.classifies
     for size in sizes:
@@ -44,7 +46,9 @@ def onnx_answers(model, texts, images, sizes): # an OnnxModel; bytes; uint8 (H, 
         for i, part in enumerate(batches(texts)):
             if 'pairs' in model.sessions:
                 pictures = [images[(i*size + k) % len(images)] for k in range(len(part))]
-                answer, ids, mask, levels, *classes = model.score_pairs(part, pictures, ('scores', 'ids', 'mask', 'levels') + named)
+                answer, ids, mask, levels, *classes = model.score_pairs(
+                    part, pictures, ('scores', 'ids', 'mask', 'levels') + named
+                )
                 put('pixels', levels)
                 put('pair scores', answer)
             else:
@@ -65,7 +69,9 @@ def elsewhere(
     function,           # of an OnnxModel and what follows; of the modules' names it knows those of embed.py
     *given,
 ): # what it returns
-    "`function(OnnxModel(folder), *given)` in a new process without torch; raises `RuntimeError` with its last line when it fails."
+    """`function(OnnxModel(folder), *given)` in a new process without torch.
+
+    Raises `RuntimeError` with its last line when it fails."""
     program = f'''import sys
 for name in 'torch', 'mmembed': sys.modules[name] = None  # any import of them fails
 {host_source()}
@@ -77,7 +83,13 @@ Path(told).write_bytes(pickle.dumps({function.__name__}(OnnxModel(folder), *pick
     with tempfile.TemporaryDirectory() as d:
         asked, told = Path(d)/'asked', Path(d)/'told'
         asked.write_bytes(pickle.dumps(given))
-        done = subprocess.run([sys.executable, '-I', '-W', 'ignore', '-c', program, Path(folder).absolute(), asked, told], capture_output=True, text=True, errors='replace', cwd=d)
+        done = subprocess.run(
+            [sys.executable, '-I', '-W', 'ignore', '-c', program, Path(folder).absolute(), asked, told],
+            capture_output=True,
+            text=True,
+            errors='replace',
+            cwd=d,
+        )
         if done.returncode: raise RuntimeError(last_line(done))
         return pickle.loads(told.read_bytes())
 
@@ -92,15 +104,24 @@ def ask_process(
     return {k: v if k[0] == 'labels' else [torch.from_numpy(x) for x in v] for k, v in found.items()}
 
 # %% ../../../nbs/exporters/verify/05_onnx.ipynb #9d782203
-LEVELS, DIRECTION, PROBABILITY = 2., 1e-4, 1e-2  # of pixels; 1 - cosine of a picture's embedding, and difference of a pair's probability, for levels that are off
+# of pixels; 1 - cosine of a picture's embedding, and difference of a pair's probability, for levels that are off
+LEVELS, DIRECTION, PROBABILITY = 2., 1e-4, 1e-2
 
-def _unlike(found, card: dict) -> str: # class_probability, index, probability, labels, as the graph gives them -> what is wrong with them
-    classes = card.get('classes') or {'names': card.get('labels', []), 'top_k': 5, 'thresholds': [0.] * len(card.get('labels', []))}
+def _unlike(
+    found, card: dict
+) -> str:  # class_probability, index, probability, labels, as the graph gives them -> what is wrong with them
+    classes = card.get('classes') or {
+        'names': card.get('labels', []),
+        'top_k': 5,
+        'thresholds': [0.0] * len(card.get('labels', [])),
+    }
     p, index, probability = map(torch.from_numpy, found[:3])
     want = best_labels(classes['names'], p, torch.tensor(classes['thresholds']), classes['top_k']).probability
     if not want.equal(probability): return f'the best probabilities are not {want.tolist()[:1]}'
-    if not torch.where(index < 0, 0., p.gather(1, index.clamp(min=0))).equal(probability): return 'index does not point at the best probabilities'
-    if found[3].tolist() != [[([*classes['names'], ''])[i] for i in row] for row in index.tolist()]: return 'labels are not the names at index'
+    if not torch.where(index < 0, 0.0, p.gather(1, index.clamp(min=0))).equal(probability):
+        return 'index does not point at the best probabilities'
+    if found[3].tolist() != [[([*classes['names'], ''])[i] for i in row] for row in index.tolist()]:
+        return 'labels are not the names at index'
     return ''
 
 def _another(found: dict, card: dict, name: str) -> str: # what is wrong with the card in an ONNX file
@@ -117,25 +138,45 @@ def onnx_rows(
     "What onnxruntime answers, compared with the artifact."
     from mmembed.exporters.verify.report import Comparison, comparison, bound_of
     variant, pairs = Variant(**card.get('variant', {})), 'labels' in card
-    files = [Path(folder)/f'{k}.onnx' for k in (['pairs'] if pairs else ['text', 'image', *(['files'] if (Path(folder)/'files.onnx').is_file() else [])])]
-    def told(what, notes): return Comparison('onnx', what, 1, float('inf') if any(notes) else 0., 0., next(filter(None, notes), ''))
+    files = [
+        Path(folder) / f'{k}.onnx'
+        for k in (
+            ['pairs'] if pairs else ['text', 'image', *(['files'] if (Path(folder) / 'files.onnx').is_file() else [])]
+        )
+    ]
+
+    def told(what, notes):
+        return Comparison('onnx', what, 1, float('inf') if any(notes) else 0.0, 0.0, next(filter(None, notes), ''))
     try:
         done = [told('identity card', [_another(read_onnx_card(f), card, f.name) for f in files]),
                 told('tensors', [f'{f.name} is not as it was written' * (not intact(f)) for f in files])]
         good = [x for x, why in zip(asked['images'], known['image status', 1]) if not why]
         rgb = [loaded.vision_pipeline.decode(x) if x.dim() == 1 else x for x in good]
-        found = ask_process(folder, [bytes(t.tolist()) for t in asked['texts']], [x.permute(1, 2, 0).contiguous().numpy() for x in rgb], asked['sizes'])
+        found = ask_process(
+            folder,
+            [bytes(t.tolist()) for t in asked['texts']],
+            [x.permute(1, 2, 0).contiguous().numpy() for x in rgb],
+            asked['sizes'],
+        )
     except (RuntimeError, OSError, ValueError) as e: return [Comparison('onnx', 'runs', 0, float('inf'), 0., reason(e))]
     sizes = [s for s in asked['sizes'] if ('token ids', s) in found]
     def row(what, want, got, bound): done.append(comparison('onnx', what, want, got, bound))
-    def both(what, bound): row(what, [v for s in sizes for v in known[what, s]], [v for s in sizes for v in found[what, s]], bound)
+
+    def both(what, bound):
+        row(what, [v for s in sizes for v in known[what, s]], [v for s in sizes for v in found[what, s]], bound)
     def levels(size, shown): # the artifact's, of the same pictures
         if pairs: at = [torch.arange(i*size, i*size + len(x)) % len(good) for i, x in enumerate(shown)]
         else: at = [torch.arange(i*size, i*size + len(x)) for i, x in enumerate(shown)]
         return [torch.stack([known['pixels', 1][int(j)] for j in a]) if len(a) else x for a, x in zip(at, shown)]
     def classed(want):
-        if ('class probability', sizes[0]) not in found: return done.append(Comparison('onnx', 'labels', 0, float('inf'), 0., 'the graph has no labels'))
-        row('class probability', want, [x for s in sizes for x in found['class probability', s]], bound_of('class probability', variant, pairs))
+        if ('class probability', sizes[0]) not in found:
+            return done.append(Comparison('onnx', 'labels', 0, float('inf'), 0.0, 'the graph has no labels'))
+        row(
+            'class probability',
+            want,
+            [x for s in sizes for x in found['class probability', s]],
+            bound_of('class probability', variant, pairs),
+        )
         done.append(told('labels', [_unlike(x, card) for s in sizes for x in found['labels', s]]))
     def direction(a, b):
         a, b = (unstored(torch.cat(x), variant.output).double() for x in (a, b))
@@ -148,20 +189,40 @@ def onnx_rows(
     row('pixels', [x for s, v in shown.items() for x in levels(s, v)], [x for v in shown.values() for x in v], LEVELS)
     with torch.no_grad():
         if pairs:
-            texts = {s: [pack([bytes(t.tolist()) for t in asked['texts'][i*s:i*s+len(x)]]) for i, x in enumerate(v)] for s, v in shown.items()}
+            texts = {
+                s: [pack([bytes(t.tolist()) for t in asked['texts'][i * s : i * s + len(x)]]) for i, x in enumerate(v)]
+                for s, v in shown.items()
+            }
             scores = {s: [loaded.score_pairs(*t, x) for t, x in zip(texts[s], v)] for s, v in shown.items()}
             got = [x for s in shown for x in found['pair scores', s]]
             row('pair scores', [x for v in scores.values() for x in v], got, bound_of('pair scores', variant, True))
             classed([x.softmax(-1) for v in scores.values() for x in v])
-            row('pair probability', [x.softmax(-1) for s in shown for x in known['pair scores', s]], [x.softmax(-1) for x in got], PROBABILITY)
+            row(
+                'pair probability',
+                [x.softmax(-1) for s in shown for x in known['pair scores', s]],
+                [x.softmax(-1) for x in got],
+                PROBABILITY,
+            )
         else:
             both('text embedding', bound_of('text embedding', variant, False))
-            row('image embedding', [loaded.encode_pixels(x) for v in shown.values() for x in v], [x for s in shown for x in found['image embedding', s]],
-                bound_of('image embedding', variant, False))
+            row(
+                'image embedding',
+                [loaded.encode_pixels(x) for v in shown.values() for x in v],
+                [x for s in shown for x in found['image embedding', s]],
+                bound_of('image embedding', variant, False),
+            )
             if 'classes' in card:
-                each = [(known['text embedding', s], [loaded.encode_pixels(x) for x in shown.get(s, [])]) for s in sizes]
+                each = [
+                    (known['text embedding', s], [loaded.encode_pixels(x) for x in shown.get(s, [])]) for s in sizes
+                ]
                 classed([loaded.class_probability(x) for parts in each for part in parts for x in part])
             if variant.output != 'binary' and max(sizes) in shown and good:
                 off = direction(known['image embedding', max(sizes)], found['image embedding', max(sizes)])
-                row('image cosine', [torch.zeros_like(off)], [off], DIRECTION + (0. if variant.output == 'float32' else 1e-3) + (1e-3 if variant.quantize else 0.))  # levels that are off round otherwise
+                # levels that are off round otherwise
+                row(
+                    'image cosine',
+                    [torch.zeros_like(off)],
+                    [off],
+                    DIRECTION + (0.0 if variant.output == 'float32' else 1e-3) + (1e-3 if variant.quantize else 0.0),
+                )
     return done

@@ -53,16 +53,30 @@ def comparison(stage: str, what: str, want: list, got: list, bound: float) -> Co
     return Comparison(stage, what, n, worst, bound, '' if worst <= bound else f'largest difference {worst:.3g}')
 
 # %% ../../../nbs/exporters/verify/04_report.ipynb #34c151a3
-BOUNDS = {'token ids': 0., 'pixels': 0., 'image status': 0., 'labels': 0., 'text embedding': 1., 'image embedding': 1., 'raw batch': 1.,
-          'class probability': 10., 'score': 100., 'pair scores': 10.} # times what an embedding may differ; a score is up to 100 times a cosine
+BOUNDS = {
+    'token ids': 0.0,
+    'pixels': 0.0,
+    'image status': 0.0,
+    'labels': 0.0,
+    'text embedding': 1.0,
+    'image embedding': 1.0,
+    'raw batch': 1.0,
+    # times what an embedding may differ; a score is up to 100 times a cosine
+    'class probability': 10.0,
+    'score': 100.0,
+    'pair scores': 10.0,
+}
 
 def bound_of(
     kind: str,         # of answer
     variant: Variant,
     pairs: bool,       # the answers are scores of pairs
 ) -> float:
-    "The largest difference between two hosts of one file. A stored number may be off by one step, a stored byte of signs by any."
-    if kind in ('text embedding', 'image embedding', 'raw batch') and variant.output != 'float32': return {'int8': 1., 'binary': 255.}[variant.output]
+    """The largest difference between two hosts of one file.
+
+    A stored number may be off by one step, a stored byte of signs by any."""
+    if kind in ('text embedding', 'image embedding', 'raw batch') and variant.output != 'float32':
+        return {'int8': 1.0, 'binary': 255.0}[variant.output]
     return BOUNDS[kind] * bounds(variant)[0] * (10 if pairs and kind == 'raw batch' else 1)
 
 # %% ../../../nbs/exporters/verify/04_report.ipynb #440afe8a
@@ -75,8 +89,17 @@ def compare(stage: str, want: dict, answer, variant: Variant, skips=(), sizes=No
     for kind in [k for k in BOUNDS if k not in skips and any(k == w for w, _ in want)]:
         asked = [s for k, s in want if k == kind and (sizes is None or s in sizes or kind in _ONCE)]
         silent = [s for s in asked if (kind, s) not in got]
-        if silent: rows.append(Comparison(stage, kind, 0, float('inf'), 0., f'no answer for batches of {silent}'))
-        else: rows.append(comparison(stage, kind, *([v for s in asked for v in x[kind, s]] for x in (want, got)), bound_of(kind, variant, pairs)))
+        if silent:
+            rows.append(Comparison(stage, kind, 0, float('inf'), 0.0, f'no answer for batches of {silent}'))
+        else:
+            rows.append(
+                comparison(
+                    stage,
+                    kind,
+                    *([v for s in asked for v in x[kind, s]] for x in (want, got)),
+                    bound_of(kind, variant, pairs),
+                )
+            )
     return rows
 
 _ONCE = 'image status', 'pixels', 'labels', 'raw batch'  # asked once, not in batches of every size
@@ -127,7 +150,9 @@ class Report:
 
     def _repr_html_(self):
         cells = [('stage', 'compared', 'values', 'max diff', 'bound', '')]
-        cells += [(r.stage, r.what, f'{r.n:,}', f'{r.difference:.2g}', f'{r.bound:.0e}', r.verdict) for r in self.shown()]
+        cells += [
+            (r.stage, r.what, f'{r.n:,}', f'{r.difference:.2g}', f'{r.bound:.0e}', r.verdict) for r in self.shown()
+        ]
         td = '<td style="text-align:left">'
         body = ''.join('<tr>' + ''.join(f'{td}{escape(c)}</td>' for c in row) + '</tr>' for row in cells)
         notes = ''.join(f'<p>not run: {escape(n)}</p>' for n in self.notes)

@@ -45,11 +45,29 @@ def _against_full(full: dict, got: dict, variant: Variant) -> list[Comparison]:
         b = unstored(b, variant.output)
         off = 1 - nn.functional.cosine_similarity(a.double(), b.double(), dim=1)
         off = float(off.max()) if len(off) else 0.
-        rows.append(Comparison('against fp32', kind.replace('embedding', 'cosine'), len(a), max(off, 0.), bound, '' if off <= bound else f'1 - cosine is {off:.3g}'))
+        rows.append(
+            Comparison(
+                'against fp32',
+                kind.replace('embedding', 'cosine'),
+                len(a),
+                max(off, 0.0),
+                bound,
+                '' if off <= bound else f'1 - cosine is {off:.3g}',
+            )
+        )
     if ('pair scores', size) in full:
         a, b = (torch.cat(x['pair scores', size]).softmax(-1) for x in (full, got))
         off, bound = float((a - b).abs().max()), 2 * bounds(variant)[0]
-        rows.append(Comparison('against fp32', 'pair probability', len(a), off, bound, '' if off <= bound else f'largest difference {off:.3g}'))
+        rows.append(
+            Comparison(
+                'against fp32',
+                'pair probability',
+                len(a),
+                off,
+                bound,
+                '' if off <= bound else f'largest difference {off:.3g}',
+            )
+        )
     return rows
 
 # %% ../../../nbs/exporters/verify/06_verify.ipynb #e8e695db
@@ -85,7 +103,8 @@ def verify(
     exe, notes = _cpp_host(cpp), [] if fresh else ['fresh process']
     if isinstance(exe, str): notes.append(exe)
     else: notes.append(f'c++: {", ".join(CPP_SKIPS)}, batches of 0: the command-line host does not print them')
-    threads, profiling = torch.get_num_threads(), torch._C._jit_set_profiling_mode(False)  # as every host has it; by itself TorchScript recompiles in the first calls
+    # as every host has it; by itself TorchScript recompiles in the first calls
+    threads, profiling = torch.get_num_threads(), torch._C._jit_set_profiling_mode(False)
     inlined = torch._C._get_graph_executor_optimize(False)  # likewise, and smaller
     torch.set_num_threads(1)  # the answers are many small operations, and every host is to work alike
     try:
@@ -103,10 +122,23 @@ def verify(
         del loaded  # other processes load it now: twice at once is more than a machine may have
         give_back()
         if fresh: rows += compare('fresh process', got, lambda: fresh_answers(path, asked, decode), variant)
-        if not isinstance(exe, str): rows += compare('c++', got, lambda: cpp_answers(exe, path, asked | {'sizes': [s for s in sizes if s]}), variant,
-                                                      CPP_SKIPS, [s for s in sizes if s])
+        if not isinstance(exe, str):
+            rows += compare(
+                'c++',
+                got,
+                lambda: cpp_answers(exe, path, asked | {'sizes': [s for s in sizes if s]}),
+                variant,
+                CPP_SKIPS,
+                [s for s in sizes if s],
+            )
         rows += own.pop('onnx')
-        if device != 'cpu': rows += compare(device, got, lambda: fresh_answers(path, asked, decode, device), variant._replace(precision=_looser(variant)))
+        if device != 'cpu':
+            rows += compare(
+                device,
+                got,
+                lambda: fresh_answers(path, asked, decode, device),
+                variant._replace(precision=_looser(variant)),
+            )
         rows += sum(own.values(), [])
     finally:
         torch.set_num_threads(threads)
@@ -116,31 +148,66 @@ def verify(
 
 # %% ../../../nbs/exporters/verify/06_verify.ipynb #0d9a476d
 def _lent(model: nn.Module) -> Callable: # for `mapped`
-    "What gives a record of the file the model's own memory where that holds the same bytes: the weights are there once, and every byte of the file is compared."
+    """What gives a record of the file the model's own memory where that holds the same bytes: the weights are there
+    once, and every byte of the file is compared."""
     known = {}
     for t in (*model.parameters(), *model.buffers()):
-        if t.device.type != 'cpu' or t.layout is not torch.strided or not t.is_contiguous() or t.untyped_storage().nbytes() != t.nbytes or not t.nbytes: continue
+        if (
+            t.device.type != 'cpu'
+            or t.layout is not torch.strided
+            or not t.is_contiguous()
+            or t.untyped_storage().nbytes() != t.nbytes
+            or not t.nbytes
+        ):
+            continue
         known.setdefault(t.nbytes, []).append(t.detach().reshape(-1).view(torch.uint8))
     def same(x: Tensor, record: Tensor) -> bool: return torch.equal(x[:64], record[:64]) and torch.equal(x, record)
     return lambda record: next((x for x in known.get(len(record), ()) if same(x, record)), record)
 
-def _cpp_host(cpp) -> Path | str: # the program, or why it is not asked
-    exe = host.built() if cpp is None else Path(cpp) if isinstance(cpp, (str, Path)) else host.build_host() if cpp else None
+def _cpp_host(cpp) -> Path | str:  # the program, or why it is not asked
+    exe = (
+        host.built()
+        if cpp is None
+        else Path(cpp)
+        if isinstance(cpp, (str, Path))
+        else host.build_host()
+        if cpp
+        else None
+    )
     return exe or ('c++: ' + ('not asked for' if cpp is False else 'no host is built; pass cpp=True to build it'))
 
-def _rows_here(loaded, model, path: Path, card: dict, asked: dict, got: dict, variant: Variant, steps: Steps, device: str, onnx, notes: list[str]) -> dict: # by stage
+def _rows_here(
+    loaded,
+    model,
+    path: Path,
+    card: dict,
+    asked: dict,
+    got: dict,
+    variant: Variant,
+    steps: Steps,
+    device: str,
+    onnx,
+    notes: list[str],
+) -> dict:  # by stage
     "What is compared in this process, with the artifact that is loaded here."
     rows = {'onnx': onnx_rows(onnx, loaded, asked, got, card) if onnx else []}
     if 'graphs' in card:
         if device == 'cpu': notes.append('graphs: captured on a GPU alone; here batches were filled up as for them')
-        rows['graphs'] = compare('graphs', got, lambda: _graphed(path, card, loaded, asked, device), variant if device == 'cpu' else variant._replace(precision=_looser(variant)))
+        rows['graphs'] = compare(
+            'graphs',
+            got,
+            lambda: _graphed(path, card, loaded, asked, device),
+            variant if device == 'cpu' else variant._replace(precision=_looser(variant)),
+        )
     if not model: return rows
     found = _loader_rows(model, loaded, asked, variant, steps, card['decode'])
     if isinstance(found, str): notes.append(found)
     else: rows['loader'] = found
     if variant.full() != variant:
         once = asked | {'sizes': [64]}
-        rows['full'] = _against_full(answers(Eager(model, variant.full(), steps), **once), answers(loaded, **once), variant)
+        rows['full'] = _against_full(
+            answers(Eager(model, variant.full(), steps), **once), answers(loaded, **once), variant
+        )
     return rows
 
 def _graphed(path: Path, card: dict, loaded, asked: dict, device: str) -> dict:
@@ -152,8 +219,11 @@ def _looser(variant: Variant) -> str: # other kernels, other sums
     return 'fp16' if SAME[variant.quantize or variant.precision] < SAME['fp16'] else variant.precision
 
 # %% ../../../nbs/exporters/verify/06_verify.ipynb #7f5240d0
-def _loader_rows(model: nn.Module, loaded, asked: dict, variant: Variant, steps: Steps, decode: bool) -> list[Comparison] | str:
-    if variant.trim or steps.before_text or steps.before_image: return 'DataLoader: this file prepares its inputs otherwise than the loader, as its card says'
+def _loader_rows(
+    model: nn.Module, loaded, asked: dict, variant: Variant, steps: Steps, decode: bool
+) -> list[Comparison] | str:
+    if variant.trim or steps.before_text or steps.before_image:
+        return 'DataLoader: this file prepares its inputs otherwise than the loader, as its card says'
     if not decode: return 'DataLoader: it reads files, this artifact takes decoded RGB'
     got, want = {}, {}
     def put(where, kind, value): where.setdefault((kind, 7), []).extend(value)
@@ -161,8 +231,20 @@ def _loader_rows(model: nn.Module, loaded, asked: dict, variant: Variant, steps:
         for rows, ids, mask, pixels in loaded_rows(model, asked['texts'], asked['images']):
             put(want, 'token ids', [ids, mask])
             put(want, 'pixels', [pixels])
-            put(got, 'token ids', loaded.tokenize(*pack([bytes(asked['texts'][i % len(asked['texts'])].tolist()) for i in rows])))
-            put(got, 'pixels', [loaded.vision_pipeline.normalize(torch.stack([loaded.preprocess_image(asked['images'][i]) for i in rows]))])
+            put(
+                got,
+                'token ids',
+                loaded.tokenize(*pack([bytes(asked['texts'][i % len(asked['texts'])].tolist()) for i in rows])),
+            )
+            put(
+                got,
+                'pixels',
+                [
+                    loaded.vision_pipeline.normalize(
+                        torch.stack([loaded.preprocess_image(asked['images'][i]) for i in rows])
+                    )
+                ],
+            )
     return compare('DataLoader', want, lambda: got, Variant())
 
 # %% ../../../nbs/exporters/verify/06_verify.ipynb #6755f980
@@ -182,18 +264,35 @@ def _altered(path: Path, card: dict) -> str: # what is not as it was written
 
 def _integrity(loaded, card: dict, model, decode: bool, steps: Steps, path: Path, notes: list[str]) -> list[Comparison]:
     rows = []
-    def row(what, good, note): rows.append(Comparison('card', what, 1, 0. if good else float('inf'), 0., '' if good else note))
+
+    def row(what, good, note):
+        rows.append(Comparison('card', what, 1, 0.0 if good else float('inf'), 0.0, '' if good else note))
     row('identity card', json.loads(loaded.card()) == card, 'the card in the module is not the card in the archive')
     if 'records_sha256' in card:
-        row('content hash', content_hash(card) == card['content_hash'], "the card's entries are not those that its content hash was made of")
+        row(
+            'content hash',
+            content_hash(card) == card['content_hash'],
+            "the card's entries are not those that its content hash was made of",
+        )
         row('records', not (why := _altered(path, card)), why)
     else: notes.append('card: records, as this file is too old to have a hash of them')
-    if 'tensors_sha256' in card: row('tensors', sha256(all_tensors(loaded)) == card['tensors_sha256'], "a tensor differs from the card's hash")
-    if hasattr(loaded, 'labels'): row('names', loaded.labels() == _names(card), 'the names in the module are not those in the card')
+    if 'tensors_sha256' in card:
+        row('tensors', sha256(all_tensors(loaded)) == card['tensors_sha256'], "a tensor differs from the card's hash")
+    if hasattr(loaded, 'labels'):
+        row('names', loaded.labels() == _names(card), 'the names in the module are not those in the card')
     else: notes.append('labels, which this file is too old to have')
     if 'compiled' in card:
-        row('programs', program_hashes(path) == card['compiled']['programs_sha256'], "a compiled program differs from the card's hash")
+        row(
+            'programs',
+            program_hashes(path) == card['compiled']['programs_sha256'],
+            "a compiled program differs from the card's hash",
+        )
     if model:
-        same = make_card(model, card['dim'], decode, None, card.get('variant'), steps.words(), card.get('classes'))['content_hash'] == card['content_hash']
+        same = (
+            make_card(model, card['dim'], decode, None, card.get('variant'), steps.words(), card.get('classes'))[
+                'content_hash'
+            ]
+            == card['content_hash']
+        )
         row('model', same, 'the file was exported from other weights, another preprocessing or other steps')
     return rows

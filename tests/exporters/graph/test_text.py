@@ -78,9 +78,32 @@ def test_words_of_5000_characters(exported):
 
 def test_quick_fuzz(exported):
     tp, _, program, onnx = exported
-    marks = ['[[', '[', ']]', 'S', '<l>', '<r>', '<w>', 'a', 'b', ' ', '\u3000', '[SEP]', '-', '猫', '<mask>', '<|endoftext|>', "'s", '\u0301']
+    marks = [
+        '[[',
+        '[',
+        ']]',
+        'S',
+        '<l>',
+        '<r>',
+        '<w>',
+        'a',
+        'b',
+        ' ',
+        '\u3000',
+        '[SEP]',
+        '-',
+        '猫',
+        '<mask>',
+        '<|endoftext|>',
+        "'s",
+        '\u0301',
+    ]
     rng = random.Random(3)
-    texts = bpe_texts(2000, seed=11) + random_bytes(1000, seed=12) + [''.join(rng.choices(marks, k=rng.randrange(1, 12))) for _ in range(1500)]
+    texts = (
+        bpe_texts(2000, seed=11)
+        + random_bytes(1000, seed=12)
+        + [''.join(rng.choices(marks, k=rng.randrange(1, 12))) for _ in range(1500)]
+    )
     assert differing(onnx, tp.tokenize, texts) == []
     assert differing(program, tp.tokenize, texts[::4]) == []
 
@@ -100,15 +123,22 @@ def test_corpus(exported):
 
 def test_rules_without_shortcuts():
     vocab = learnt()
-    for rules in (dict(lowercase=True, strip_accents=False), dict(lowercase=False, strip_accents=True), dict(clean_text=False),
-                  dict(handle_chinese_chars=False)):
+    for rules in (
+        dict(lowercase=True, strip_accents=False),
+        dict(lowercase=False, strip_accents=True),
+        dict(clean_text=False),
+        dict(handle_chinese_chars=False),
+    ):
         tp = TextPipeline(json.loads(bert_tokenizer(vocab, **rules).to_str()), max_length=48).eval()
         assert differing(exported_form(tp), tp.tokenize, AWKWARD + random_texts(500, seed=13), 550) == []
 
 
 def test_clip_rules_without_shortcuts():
     texts = AWKWARD + bpe_texts(500, seed=14)
-    for tp in (TextPipeline(json.loads(clip_tokenizer(False, True).to_str())), TextPipeline.from_open_clip('ViT-B-32', cleaned=True)):
+    for tp in (
+        TextPipeline(json.loads(clip_tokenizer(False, True).to_str())),
+        TextPipeline.from_open_clip('ViT-B-32', cleaned=True),
+    ):
         assert differing(exported_form(tp.eval()), tp.tokenize, texts, 550) == []
 
 
@@ -175,7 +205,11 @@ def test_made_up_merges(seed):
 
 def test_composition():
     rules, rng = nfc_rules(), random.Random(0)
-    odd = ''.join(map(chr, rules.pairs[:930].ravel())) + ''.join(map(chr, range(0x300, 0x330))) * 4 + '\u1112\u1161\u11ab각' * 40
+    odd = (
+        ''.join(map(chr, rules.pairs[:930].ravel()))
+        + ''.join(map(chr, range(0x300, 0x330))) * 4
+        + '\u1112\u1161\u11ab각' * 40
+    )
     texts = [''.join(rng.choices(odd, k=rng.randrange(9))) for _ in range(5000)] + ['', 'a', '\u0301']
     x, nfc = Utf8()(*pack(texts))[0], Nfc(rules)
     (want, rows), source = nfc(x)

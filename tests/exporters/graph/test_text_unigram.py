@@ -1,4 +1,5 @@
-"The exported forms of unigram models and Chinese words: ids equal to the scripted pipeline's, in torch.export and in onnxruntime, with standard operators only."
+"""The exported forms of unigram models and Chinese words: ids equal to the scripted pipeline's, in torch.export and
+in onnxruntime, with standard operators only."""
 import functools
 import json
 import logging
@@ -20,25 +21,57 @@ from tests.exporters.graph.test_text import exits_once  # noqa: E402
 from tests.text.test_jieba import DICTIONARY  # noqa: E402
 
 logging.getLogger('torch.__trace').setLevel(logging.ERROR)  # or pytest keeps every size that the tracer thinks about
-AWKWARD = ['', ' ', '\0', 'a', 'aaaaaaaaaaaaaaaa', 'l' * 300, b'\xff', b'\xe2\x82 a', '\r\n', '☃☃ ☃', 'e\u0301\u0301', 'ﬁ\u0308', '哈' * 70, '1.5ab.6%x.1a.2.3', '杭a研', '<s>' * 70,
-    '一只猫红色的' * 20, '\u1100\u1161\u11a8', '👩\u200d👧', '   x  y ']
+AWKWARD = [
+    '',
+    ' ',
+    '\0',
+    'a',
+    'aaaaaaaaaaaaaaaa',
+    'l' * 300,
+    b'\xff',
+    b'\xe2\x82 a',
+    '\r\n',
+    '☃☃ ☃',
+    'e\u0301\u0301',
+    'ﬁ\u0308',
+    '哈' * 70,
+    '1.5ab.6%x.1a.2.3',
+    '杭a研',
+    '<s>' * 70,
+    '一只猫红色的' * 20,
+    '\u1100\u1161\u11a8',
+    '👩\u200d👧',
+    '   x  y ',
+]
 
 
 @functools.cache
-def model(**options): return fuzz_unigram.learn(fuzz_unigram.LINES, max_sentencepiece_length=4, **options)  # short pieces make a small program
+# short pieces make a small program
+def model(**options): return fuzz_unigram.learn(fuzz_unigram.LINES, max_sentencepiece_length=4, **options)
 
 
-def file(kind, **options): return TextPipeline(json.loads(fuzz_unigram.as_file(model(), kind).to_str()), **{'max_length': 40, **options})
+def file(kind, **options):
+    return TextPipeline(json.loads(fuzz_unigram.as_file(model(), kind).to_str()), **{'max_length': 40, **options})
 
 
 def chinese(hmm, dictionary=None):
     words = sorted({w for t in fuzz_segment.random_texts(200, seed=3) for w in jieba.lcut(t, HMM=True)})
     dictionary = dictionary or '\n'.join(f'{w} {c}' for w, c in jieba.dt.FREQ.items() if c and len(w) < 4)
-    return TextPipeline.from_jieba({w: i for i, w in enumerate(['[PAD]', '[UNK]', '[CLS]', '[SEP]', *words])}, max_length=40, hmm=hmm, dictionary=dictionary)
+    return TextPipeline.from_jieba(
+        {w: i for i, w in enumerate(['[PAD]', '[UNK]', '[CLS]', '[SEP]', *words])},
+        max_length=40,
+        hmm=hmm,
+        dictionary=dictionary,
+    )
 
 
-FAMILIES = {'sentencepiece': lambda: TextPipeline.from_sentencepiece(model(user_defined_symbols=('[SEP]', 'aa')), max_length=40, add_eos=True),
-    'tokenizer.json': lambda: file('converted, bytes'), 'jieba': lambda: chinese(True)}
+FAMILIES = {
+    'sentencepiece': lambda: TextPipeline.from_sentencepiece(
+        model(user_defined_symbols=('[SEP]', 'aa')), max_length=40, add_eos=True
+    ),
+    'tokenizer.json': lambda: file('converted, bytes'),
+    'jieba': lambda: chinese(True),
+}
 
 
 WEEKLY = {'tokenizer.json'}  # the lattice is sentencepiece's
@@ -51,7 +84,13 @@ def exported(request):
     return in_form(tp, 'scripted'), *exits_once(request.param, tp)
 
 
-def some_texts(n, seed): return [*fuzz_text.random_texts(n, seed), *fuzz_text.random_bytes(n // 2, seed), *fuzz_segment.random_texts(n, seed), *fuzz_unigram.marked(n, seed)]
+def some_texts(n, seed):
+    return [
+        *fuzz_text.random_texts(n, seed),
+        *fuzz_text.random_bytes(n // 2, seed),
+        *fuzz_segment.random_texts(n, seed),
+        *fuzz_unigram.marked(n, seed),
+    ]
 
 
 def holds(run, scripted, texts):
@@ -89,8 +128,14 @@ def test_corpus_in_onnxruntime(exported):
     assert differing(onnx, scripted.tokenize, fuzz_text.corpus(data_path('text'))) == []
 
 
-@pytest.mark.parametrize('make', [lambda: TextPipeline.from_sentencepiece(model(byte_fallback=False, character_coverage=.98), max_length=40),
-    lambda: chinese(False, DICTIONARY)], ids=['unknowns', 'no HMM'])
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: TextPipeline.from_sentencepiece(model(byte_fallback=False, character_coverage=0.98), max_length=40),
+        lambda: chinese(False, DICTIONARY),
+    ],
+    ids=['unknowns', 'no HMM'],
+)
 def test_other_rules_as_programs(make):
     tp = make().eval()
     holds(export_program(tp).module(), in_form(tp, 'scripted'), AWKWARD + some_texts(25, seed=23))

@@ -30,7 +30,9 @@ def quick(path, *args, **kwargs): return verify(path, *args, **{'fresh': False, 
 
 
 def test_every_stage_agrees():
-    report = verify(tiny.artifact(), tiny.model(), texts=['mein Text', b'\xff'], images=[b'no image'], cpp=False).check()
+    report = verify(
+        tiny.artifact(), tiny.model(), texts=['mein Text', b'\xff'], images=[b'no image'], cpp=False
+    ).check()
     assert report.ok and not report.failures
     for stage in ('artifact', 'fresh process'):
         rows = {r.what: r for r in report.rows if r.stage == stage}
@@ -39,7 +41,11 @@ def test_every_stage_agrees():
         assert rows['image status'].n == len(cases.images()) + 1
         assert rows['text embedding'].n == 24 * (len(cases.texts()) + 2) * 3
     loader = {r.what: r for r in report.rows if r.stage == 'DataLoader'}
-    assert loader['pixels'].n > 30 * 3 * 48 * 48 and loader['token ids'].n and all(r.difference == 0 for r in loader.values())
+    assert (
+        loader['pixels'].n > 30 * 3 * 48 * 48
+        and loader['token ids'].n
+        and all(r.difference == 0 for r in loader.values())
+    )
     assert quick(tiny.artifact(False), tiny.model()).check().ok
 
 
@@ -74,7 +80,12 @@ def test_an_altered_table_entry_is_found(tmp_path):
 def test_one_altered_weight_is_found(tmp_path):
     def change(m): m.model.net.image_proj.weight[0, 0].add_(0.05)
     report = quick(altered(tmp_path, change), tiny.model())
-    assert failing(report) == {('card', 'tensors'), ('artifact', 'image embedding'), ('artifact', 'raw batch'), ('artifact', 'score')}
+    assert failing(report) == {
+        ('card', 'tensors'),
+        ('artifact', 'image embedding'),
+        ('artifact', 'raw batch'),
+        ('artifact', 'score'),
+    }
     def slightly(m): m.model.net.text_proj.weight[0, 0].add_(1e-9 + m.model.net.text_proj.weight[0, 0].abs() * 1e-6)
     assert failing(quick(altered(tmp_path, slightly), tiny.model())) == {('card', 'tensors')}
     assert failing(quick(altered(tmp_path, slightly))) == {('card', 'tensors')}
@@ -98,7 +109,8 @@ def test_another_card_is_found(tmp_path):
 
 
 def rewritten(source, path, changes):
-    "A copy of the archive, its checksums in order, with (part of a record's name, old bytes, new bytes) changed in the records that hold them."
+    """A copy of the archive, its checksums in order, with (part of a record's name, old bytes, new bytes) changed in
+    the records that hold them."""
     done = set()
     with zipfile.ZipFile(source) as z, zipfile.ZipFile(path, 'w') as out:
         for i in z.infolist():
@@ -116,9 +128,16 @@ def pickled(text): return b'X' + len(text).to_bytes(4, 'little') + text.encode()
 def test_changed_code_is_found(tmp_path):
     "A sentence of an error, a number of the code, a record more: all answers are as they were, or nearly."
     for old, new in ((b'must not be negative', b'should not be minus '), (b'def classify', b'def  classify')):
-        report = quick(rewritten(tiny.artifact(), tmp_path/'code.pt', [('/code/__torch__/mmembed/export/artifact', old, new)]))
+        report = quick(
+            rewritten(tiny.artifact(), tmp_path / 'code.pt', [('/code/__torch__/mmembed/export/artifact', old, new)])
+        )
         assert failing(report) == {('card', 'records')}
-    with pytest.raises(VerifyError, match='code.pt fails verification: card, records: a record of the archive, code or data, is not as it was written'): report.check()
+    with pytest.raises(
+        VerifyError,
+        match='code.pt fails verification: card, records: a record of the archive, code or data, is not as it was '
+              'written',
+    ):
+        report.check()
     shutil.copy(tiny.artifact(), tmp_path/'more.pt')
     with zipfile.ZipFile(tmp_path/'more.pt', 'a') as z: z.writestr('archive/code/more.py', 'x = 1')
     assert failing(quick(tmp_path/'more.pt')) == {('card', 'records')}
@@ -127,11 +146,21 @@ def test_changed_code_is_found(tmp_path):
 
 def test_changed_labels_are_found(tmp_path):
     swapped = [('data.pkl', pickled('circle'), pickled('zircle'))]
-    assert failing(quick(rewritten(tiny.labelled(), tmp_path/'x.pt', swapped))) == {('card', 'records'), ('card', 'names')}
+    assert failing(quick(rewritten(tiny.labelled(), tmp_path / 'x.pt', swapped))) == {
+        ('card', 'records'),
+        ('card', 'names'),
+    }
     both = swapped + [(name, b'"circle"', b'"zircle"') for name in ('data.pkl', 'card.json')]
-    assert failing(quick(rewritten(tiny.labelled(), tmp_path/'x.pt', both))) == {('card', 'records'), ('card', 'content hash')}
+    assert failing(quick(rewritten(tiny.labelled(), tmp_path / 'x.pt', both))) == {
+        ('card', 'records'),
+        ('card', 'content hash'),
+    }
     names = [(name, b'"match"', b'"patch"') for name in ('data.pkl', 'card.json')]
-    assert failing(quick(rewritten(tiny.pair_artifact(), tmp_path/'x.pt', names))) == {('card', 'records'), ('card', 'content hash'), ('card', 'names')}
+    assert failing(quick(rewritten(tiny.pair_artifact(), tmp_path / 'x.pt', names))) == {
+        ('card', 'records'),
+        ('card', 'content hash'),
+        ('card', 'names'),
+    }
 
 
 def test_every_entry_of_the_card_is_held(tmp_path):
@@ -150,7 +179,9 @@ def test_a_damaged_record_is_named(tmp_path):
     (tmp_path/'x.pt').write_bytes(whole)
     report = quick(tmp_path/'x.pt')
     assert {('card', 'records'), ('card', 'tensors')} <= failing(report)
-    assert next(r.note for r in report.failures if r.what == 'records').startswith('a record is damaged: Bad CRC-32 for file')
+    assert next(r.note for r in report.failures if r.what == 'records').startswith(
+        'a record is damaged: Bad CRC-32 for file'
+    )
 
 
 class TwoFaced(torch.nn.Linear):
@@ -167,23 +198,30 @@ def test_export_leaves_no_file_that_fails(tmp_path):
     bad = copy.deepcopy(model)
     bad.text_proj = TwoFaced(32, 24, bias=False).eval()
     for p in (path, tmp_path/'deep'/'new.pt'):
-        with pytest.raises(VerifyError, match=f'{p.name} fails verification: artifact, text embedding'): export(bad, p, fresh=False, cpp=False)
+        with pytest.raises(VerifyError, match=f'{p.name} fails verification: artifact, text embedding'):
+            export(bad, p, fresh=False, cpp=False)
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ['model.pt']
 
 
 def test_a_host_that_does_not_answer_fails(monkeypatch):
     answers = importlib.import_module('mmembed.exporters.verify.hosts').answers
-    def dumb(module, **asked): return {k: v for k, v in answers(module, **asked).items() if k not in (('score', 3), ('pixels', 1))}
+
+    def dumb(module, **asked):
+        return {k: v for k, v in answers(module, **asked).items() if k not in (('score', 3), ('pixels', 1))}
     want = answers(tiny.model_as_eager(), [], [], [0])
     assert ('text embedding', 0) in want
-    monkeypatch.setattr('mmembed.exporters.verify.hosts.fresh_answers', lambda path, asked, decode: dumb(tiny.loaded(), **asked))
+    monkeypatch.setattr(
+        'mmembed.exporters.verify.hosts.fresh_answers', lambda path, asked, decode: dumb(tiny.loaded(), **asked)
+    )
     report = verify(tiny.artifact(), cpp=False)
     assert failing(report) == {('fresh process', 'pixels'), ('fresh process', 'score')}
     with pytest.raises(VerifyError, match=r'fresh process, pixels: no answer for batches of \[1\]'): report.check()
 
 
 def test_the_file_is_asked_as_its_hosts_run_it(monkeypatch):
-    "Without the executor that recompiles in the first calls, functions left apart; afterwards the process has its own again."
+    """Without the executor that recompiles in the first calls, functions left apart.
+
+    Afterwards the process has its own again."""
     module, seen = importlib.import_module('mmembed.exporters.verify.verify'), []
     def noted(asked, **inputs):
         seen.extend([torch._C._jit_set_profiling_mode(False), torch._C._get_graph_executor_optimize()])
@@ -205,7 +243,11 @@ def test_the_difference_is_the_largest_and_not_the_mean(monkeypatch):
     monkeypatch.setattr('mmembed.exporters.verify.hosts.fresh_answers', nearly)
     report = verify(tiny.artifact(), cpp=False)
     row, = report.failures
-    assert (row.stage, row.what, row.n) == ('fresh process', 'text embedding', 24 * 3 * len(cases.texts())) and row.difference == pytest.approx(0.01, abs=1e-6)
+    assert (row.stage, row.what, row.n) == (
+        'fresh process',
+        'text embedding',
+        24 * 3 * len(cases.texts()),
+    ) and row.difference == pytest.approx(0.01, abs=1e-6)
 
 
 def test_a_value_that_is_not_a_number_is_a_difference(monkeypatch):
@@ -221,7 +263,10 @@ def test_a_value_that_is_not_a_number_is_a_difference(monkeypatch):
 
 def test_samples_of_ones_own_are_asked():
     files = [(t, cases.images()['gray.jpg']) for t in ('mine', b'\xffbytes')]
-    plain, more = quick(tiny.artifact(), tiny.model()), quick(tiny.artifact(), tiny.model(), samples=files, sizes=(0, 5))
+    plain, more = (
+        quick(tiny.artifact(), tiny.model()),
+        quick(tiny.artifact(), tiny.model(), samples=files, sizes=(0, 5)),
+    )
     n = lambda report, what: next(r.n for r in report.rows if (r.stage, r.what) == ('artifact', what))
     assert n(more, 'image status') == n(plain, 'image status') + 2
     assert n(more, 'text embedding') * 3 == (n(plain, 'text embedding') + 2 * 3 * 24)
@@ -237,12 +282,18 @@ def test_wrong_calls(tmp_path):
 
 def test_the_fresh_process_knows_no_mmembed():
     head = program().split('import importlib')[0]
-    run = subprocess.run([sys.executable, '-I', '-c', head + 'import mmembed.core.types'], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, '-I', '-c', head + 'import mmembed.core.types'], capture_output=True, text=True
+    )
     assert run.returncode and 'ModuleNotFoundError' in run.stderr
 
 
 def test_a_fresh_process_that_dies_is_a_failing_stage(monkeypatch):
-    monkeypatch.setattr(importlib.import_module('mmembed.exporters.verify.hosts'), 'program', lambda: 'import sys; sys.exit("no such luck")')
+    monkeypatch.setattr(
+        importlib.import_module('mmembed.exporters.verify.hosts'),
+        'program',
+        lambda: 'import sys; sys.exit("no such luck")',
+    )
     report = verify(tiny.artifact(), cpp=False)
     assert failing(report) == {('fresh process', 'runs')} and report.failures[0].note == 'no such luck'
     with pytest.raises(VerifyError, match='fresh process, runs: no such luck'): report.check()
@@ -251,15 +302,26 @@ def test_a_fresh_process_that_dies_is_a_failing_stage(monkeypatch):
 def test_report_in_three_forms():
     report = quick(tiny.artifact(), tiny.model())
     said = json.loads(report.to_json())
-    assert said['ok'] is True and said['short_hash'] in str(report) and 'verified' in str(report) and len(said['rows']) == len(report.rows)
+    assert (
+        said['ok'] is True
+        and said['short_hash'] in str(report)
+        and 'verified' in str(report)
+        and len(said['rows']) == len(report.rows)
+    )
     assert said['not_run'] == ['fresh process', 'c++: not asked for'] and 'not run: c++' in str(report)
-    bad = Report(report.path, report.card, [*report.rows, Comparison('c++', 'pixels', 0, float('inf'), 0., 'shape <1>')], 1.)
+    bad = Report(
+        report.path, report.card, [*report.rows, Comparison('c++', 'pixels', 0, float('inf'), 0.0, 'shape <1>')], 1.0
+    )
     assert not bad.ok and 'FAILED: shape <1>' in str(bad) and 'FAILED: shape &lt;1&gt;' in bad._repr_html_()
     assert json.loads(bad.to_json())['rows'][-1]['difference'] is None
 
 
 def test_the_package_is_the_function(tmp_path):
-    assert callable(mmembed.export) and inspect.ismodule(mmembed.export) and mmembed.export is sys.modules['mmembed.export']
+    assert (
+        callable(mmembed.export)
+        and inspect.ismodule(mmembed.export)
+        and mmembed.export is sys.modules['mmembed.export']
+    )
     report = mmembed.export(tiny.model(), tmp_path/'model.pt', fresh=False, cpp=False)
     assert report.path == tmp_path/'model.pt' and report.ok
 
@@ -277,9 +339,20 @@ def test_real_files_and_texts():
 
 def test_an_older_file_is_checked_as_far_as_it_goes(tmp_path):
     "As a file exported before labels were known and records hashed: neither method nor entry is there."
-    old = rewritten(tiny.artifact(), tmp_path/'old.pt', [('/code/__torch__/mmembed/export/artifact', b'def labels(', b'def labelz('),
-        *((name, b'"records_sha256"', b'"records_sha25_"') for name in ('data.pkl', 'card.json'))])
+    old = rewritten(
+        tiny.artifact(),
+        tmp_path / 'old.pt',
+        [
+            ('/code/__torch__/mmembed/export/artifact', b'def labels(', b'def labelz('),
+            *((name, b'"records_sha256"', b'"records_sha25_"') for name in ('data.pkl', 'card.json')),
+        ],
+    )
     report = verify(old, tiny.model(), cpp=False).check()
-    assert {'artifact', 'fresh process'} <= {r.stage for r in report.rows} and 'records' not in {r.what for r in report.rows}
-    assert {'card: records, as this file is too old to have a hash of them', 'labels, which this file is too old to have'} <= set(report.notes)
+    assert {'artifact', 'fresh process'} <= {r.stage for r in report.rows} and 'records' not in {
+        r.what for r in report.rows
+    }
+    assert {
+        'card: records, as this file is too old to have a hash of them',
+        'labels, which this file is too old to have',
+    } <= set(report.notes)
     assert 'not run: labels, which this file is too old to have' in str(report)
