@@ -239,7 +239,7 @@ class Panels:
 
     def _paired(self, images: list, texts: list[str], clock: Clock) -> Answer:
         pairs = [(t, i) for t in texts for i in images]
-        scores = self.emb.scores([Text(t) for t, _ in pairs], [i for _, i in pairs]).softmax(1).cpu()
+        scores = self.emb.score_pairs([Text(t) for t, _ in pairs], [i for _, i in pairs]).softmax(1).cpu()
         clock.lap('pairs')
         labels = list(self.emb.card['labels'])
         rows = sorted(

@@ -119,7 +119,7 @@ def sides(
 
     if emb.pairs:
         return {
-            'pair': lambda: done(emb.scores(texts, images, decoders=0)),
+            'pair': lambda: done(emb.score_pairs(texts, images, decoders=0)),
             'pair tower': bare(lambda: m.model(tokens, pixels)),
         }
     return {
@@ -198,13 +198,13 @@ def step(name):
     times[name], start = (now - start) * 1e3, now
 import torch
 step('import torch')
-from mmembed.runtime import load
+from mmembed.runtime.embedder import load
 step('import mmembed')
 emb = load(sys.argv[1], sys.argv[2])
 step('load')
 picture = open(sys.argv[3], 'rb').read() if sys.argv[3] else torch.zeros(3, 480, 640, dtype=torch.uint8)
 for name in ('first', 'second'):
-    if emb.pairs: emb.scores(['a photo of a cat'], [picture]), step(name + ' pair')
+    if emb.pairs: emb.score_pairs(['a photo of a cat'], [picture]), step(name + ' pair')
     else: emb.encode_text(['a photo of a cat']), step(name + ' text'), emb.encode_image([picture]), step(name + ' image')
 import json
 print(json.dumps(times))

@@ -121,7 +121,7 @@ class Canary:
         self.items = (('pair', (text, picture)),) if emb.pairs else (('text', text), ('image', picture))
         self.want = (
             (
-                emb.scores([text], [picture])
+                emb.score_pairs([text], [picture])
                 if emb.pairs
                 else torch.cat([emb.encode_text([text]), emb.encode_image([picture])])
             )

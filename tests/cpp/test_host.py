@@ -148,7 +148,7 @@ def test_pairs(cli):
     images = [as_bytes(files[i % len(files)]) for i in range(len(texts))]
     answers, want = (
         host.ask_host(cli, tiny.pair_artifact(), texts, images, batch=7),
-        emb.scores(texts, images, on_error='flag'),
+        emb.score_pairs(texts, images, on_error='flag'),
     )
     assert [r.get('error', '') for r in answers['pair']] == want.errors and 0 < want.ok.sum() < len(texts)
     got = torch.stack([r['scores'] for r in answers['pair'] if 'scores' in r])
@@ -273,7 +273,7 @@ def test_server_over_tcp(server, picture):
 
 
 def test_server_of_pairs(server, picture):
-    want = load(tiny.pair_artifact()).scores(['a'], [picture])[0]
+    want = load(tiny.pair_artifact()).score_pairs(['a'], [picture])[0]
     got = lines(
         server,
         tiny.pair_artifact(),

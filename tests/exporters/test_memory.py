@@ -115,7 +115,7 @@ def test_weights_stay_in_the_file(made):
     at, held = mapped_at(path), storage_bytes(e.module)
     inside = sum(n for place, n in held.items() if any(place in m for m in at))
     assert inside == sum(held.values()) > 0
-    if e.pairs: assert torch.equal(e.scores(['a red circle'], images), want.scores(['a red circle'], images))
+    if e.pairs: assert torch.equal(e.score_pairs(['a red circle'], images), want.score_pairs(['a red circle'], images))
     else:
         assert torch.equal(e.encode_text(['a red circle', '']), want.encode_text(['a red circle', '']))
         assert torch.equal(e.encode_image(images), want.encode_image(images))

@@ -62,7 +62,7 @@ def test_pairs(repository):
     emb, files = load(tiny.pair_artifact()), [cases.images()[n] for n in ('RGB.png', 'gray.jpg')]
     data, offsets = pack(['a red circle', '一'])
     got = model(repository, 'pairs_pairs')(data, offsets.int(), torch.stack([emb.preprocess(f) for f in files]))
-    assert torch.allclose(got, emb.scores(['a red circle', '一'], files), atol=1e-5)
+    assert torch.allclose(got, emb.score_pairs(['a red circle', '一'], files), atol=1e-5)
 
 
 def test_configurations_are_protocol_buffers(repository):
@@ -223,7 +223,7 @@ def test_options_warm_up_strings_and_labels(tmp_path, capsys):
     assert c['input'][0]['data_type'] == ['TYPE_STRING'] and c['output'][0]['label_filename'] == ['labels.txt']
     emb, file = load(tiny.pair_artifact()), cases.images()['RGB.png']
     got = model(tmp_path, 'p_pairs_strings')(['一个', ''], torch.stack([emb.preprocess(file)] * 2))
-    assert torch.allclose(got, emb.scores(['一个', ''], [file] * 2), atol=1e-5)
+    assert torch.allclose(got, emb.score_pairs(['一个', ''], [file] * 2), atol=1e-5)
     labels = tmp_path/'p_match'/'labels.txt'
     assert labels.read_text() == 'mismatch\nmatch\n'
     labels.write_text('no\nyes\n')

@@ -42,7 +42,7 @@ def test_it_imports_no_training_code(tmp_path):
     program = '''
 import sys
 import zlib
-from mmembed.runtime import load
+from mmembed.runtime.embedder import load
 emb = load(sys.argv[1])
 assert emb.encode_text(['a']).shape == emb.encode_image([open(sys.argv[2], 'rb').read()]).shape == (1, 24)
 heavy = ('lightning', 'transformers', 'tokenizers', 'open_clip', 'torchvision', 'pandas', 'pyarrow', 'torchcodec')
@@ -254,7 +254,7 @@ def test_threads_share_one_embedder(emb, judge):
         if kind == 'text': return [emb.encode_text(texts), *emb.tokenize(texts)]
         if kind == 'image': return [emb.encode_image(images, on_error='flag', decoders=2).embedding]
         if kind == 'score': return [emb.score(texts[:2], images[:1])]
-        return [judge.scores(texts[:4], images, on_error='skip').scores]
+        return [judge.score_pairs(texts[:4], images, on_error='skip').scores]
     want = {kind: ask(kind) for kind in ('text', 'image', 'score', 'pairs')}
     with ThreadPoolExecutor(6) as pool:
         kinds = list(want) * 6
@@ -314,35 +314,41 @@ def test_pairs(judge):
     )
     vp, tp = model.vision_pipeline, model.text_pipeline
     with torch.no_grad(): want = model(tp(texts), vp([as_bytes(f) for f in files]))
-    got = judge.scores(texts, files)
+    got = judge.score_pairs(texts, files)
     assert judge.labels == ['mismatch', 'match'] and torch.allclose(got, want, atol=1e-5)
-    assert torch.allclose(judge.scores(iter(texts), iter(files), decoders=2), want, atol=1e-5)
-    assert torch.allclose(load(tiny.pair_artifact(), batch_size=2).scores(texts, files), want, atol=1e-5)
+    assert torch.allclose(judge.score_pairs(iter(texts), iter(files), decoders=2), want, atol=1e-5)
+    assert torch.allclose(load(tiny.pair_artifact(), batch_size=2).score_pairs(texts, files), want, atol=1e-5)
     same = load(tiny.pair_artifact(), batch_size=4, deterministic=True)
-    assert torch.equal(same.scores(texts[1:2], files[1:2])[0], same.scores(texts, files)[1])
+    assert torch.equal(same.score_pairs(texts[1:2], files[1:2])[0], same.score_pairs(texts, files)[1])
     for row, probability in zip(judge.classify(texts, files, top_k=9), want.softmax(-1)):
         assert (
             dict(row) == pytest.approx(dict(zip(judge.labels, probability.tolist())), abs=1e-5)
             and row[0][1] >= row[1][1]
         )
-    assert judge.scores([], []).shape == (0, 2)
+    assert judge.score_pairs([], []).shape == (0, 2)
     assert 'mismatch' in repr(judge)
+
+
+def test_the_old_name_of_score_pairs_warns(judge):
+    with pytest.warns(DeprecationWarning, match='score_pairs'): old = judge.scores(['a'], [FILES['RGB.png']])
+    assert torch.equal(old, judge.score_pairs(['a'], [FILES['RGB.png']]))
 
 
 def test_bad_pairs(judge):
     texts, files = ['a', None, 'c', 'd'], [FILES['RGB.png'], FILES['RGB.png'], b'broken', FILES['gray.jpg']]
-    flagged = judge.scores(texts, files, on_error='flag')
+    flagged = judge.score_pairs(texts, files, on_error='flag')
     assert (
         flagged.ok.tolist() == [True, False, False, True]
         and flagged.errors[1].startswith('NoneType')
         and flagged.errors[2]
     )
-    want = judge.scores(['a', 'd'], [files[0], files[3]])
+    want = judge.score_pairs(['a', 'd'], [files[0], files[3]])
     assert torch.equal(flagged.scores[flagged.ok], want) and flagged.scores[~flagged.ok].isnan().all()
-    assert torch.equal(judge.scores(texts, files, on_error='skip').scores, want)
-    with pytest.raises(ValueError, match=r'pairs\[1\]: NoneType'): judge.scores(texts, files)
-    with pytest.raises(ValueError, match='2 images are fewer than the texts'): judge.scores(['a', 'b', 'c'], files[:2])
-    with pytest.raises(ValueError, match='1 texts are fewer than the images'): judge.scores(['a'], files)
+    assert torch.equal(judge.score_pairs(texts, files, on_error='skip').scores, want)
+    with pytest.raises(ValueError, match=r'pairs\[1\]: NoneType'): judge.score_pairs(texts, files)
+    with pytest.raises(ValueError, match='2 images are fewer than the texts'):
+        judge.score_pairs(['a', 'b', 'c'], files[:2])
+    with pytest.raises(ValueError, match='1 texts are fewer than the images'): judge.score_pairs(['a'], files)
 
 
 def test_each_kind_of_artifact_names_its_calls(emb, judge):
@@ -352,7 +358,7 @@ def test_each_kind_of_artifact_names_its_calls(emb, judge):
         lambda: judge.rank(['a'], []),
         lambda: judge.similarity(['a'], []),
     ):
-        with pytest.raises(TypeError, match='scores pairs and has no embeddings: call scores'): call()
+        with pytest.raises(TypeError, match='scores pairs and has no embeddings: call score_pairs'): call()
     for call in (emb.scores, emb.classify):
         with pytest.raises(TypeError, match='scores no pairs: call score'): call(['a'], [FILES['RGB.png']])
     for call in (emb.classify_text, emb.classify_image):
@@ -643,7 +649,7 @@ import sys; sys.modules['torchcodec'] = None
 import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == 'torchcodec' else find(name, *a)
-from mmembed.runtime import load
+from mmembed.runtime.embedder import load
 try: load(sys.argv[1])
 except ImportError as e: print(e)
 print(load(sys.argv[2]).encode_text(['a']).shape)
@@ -694,9 +700,9 @@ def test_of_a_long_text_no_more_is_tokenized_than_can_matter(text):
         text[:2000] if isinstance(text, str) else text[:2000].decode(),
         torch.zeros(3, 40, 40, dtype=torch.uint8),
     )
-    want, scores = emb.encode_text([short, 'a']), judge.scores([short], [image])
+    want, scores = emb.encode_text([short, 'a']), judge.score_pairs([short], [image])
     emb.module, judge.module = Recorder(emb.module), Recorder(judge.module)
-    assert torch.equal(emb.encode_text([text, 'a']), want) and torch.equal(judge.scores([text], [image]), scores)
+    assert torch.equal(emb.encode_text([text, 'a']), want) and torch.equal(judge.score_pairs([text], [image]), scores)
     emb.tokenize([text])
     assert emb.module.read and sum(emb.module.read) < 40_000 and sum(judge.module.read) < 20_000
 
@@ -756,8 +762,8 @@ def test_the_callers_autocast_changes_nothing(emb, judge):
             and torch.equal(got[3], want.encode_text(['a']))
             and torch.equal(cold.encode_text(tiny.CAPTIONS), got[0])
         )
-    with torch.autocast('cpu'): scores = load(tiny.pair_artifact()).scores(['a'], images[:1])
-    assert torch.equal(scores, judge.scores(['a'], images[:1]))
+    with torch.autocast('cpu'): scores = load(tiny.pair_artifact()).score_pairs(['a'], images[:1])
+    assert torch.equal(scores, judge.score_pairs(['a'], images[:1]))
 
 
 def test_an_embedder_pickles_by_its_path(emb, tmp_path, monkeypatch):
@@ -801,7 +807,7 @@ def test_decoders_are_silent(tmp_path):
         (tmp_path / name).write_bytes(data)
     program = '''
 import ctypes, sys
-from mmembed.runtime import load
+from mmembed.runtime.embedder import load
 emb = load(sys.argv[1])
 for _ in range(2): done = emb.encode_image(sys.argv[2:], on_error='flag')
 print(done.ok.tolist())
