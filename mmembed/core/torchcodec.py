@@ -8,6 +8,7 @@ Docs: https://mmembed.github.io/mmembed/core/torchcodec.html.md"""
 __all__ = ['register_image_ops', 'silence_decoders', 'load_heic']
 
 # %% ../../nbs/core/11_torchcodec.ipynb #1c624aee
+import importlib
 import importlib.util
 import os
 import sys
@@ -16,7 +17,6 @@ from pathlib import Path
 from struct import unpack_from
 
 import torch
-import torchcodec
 
 # %% ../../nbs/core/11_torchcodec.ipynb #f5373b32
 def register_image_ops(
@@ -33,7 +33,7 @@ def register_image_ops(
     library = Path(spec.origin).parent/'libtorchcodec_image.so'
     try:
         if library.is_file(): torch.ops.load_library(str(library))
-        else: import torchcodec  # where the library has another name
+        else: importlib.import_module('torchcodec')  # where the library has another name
     except OSError as e:
         raise ImportError(f"torchcodec's image operators do not load beside torch {torch.__version__}: {e}") from None
 
@@ -89,8 +89,9 @@ def _stderr_of(
 # %% ../../nbs/core/11_torchcodec.ipynb #1e5aa258
 def load_heic():
     "Registers torchcodec's HEIC operator; raises `ImportError` where libheif is missing."
-    library = Path(torchcodec.__file__).parent/'libtorchcodec_heic.so'
-    try: torch.ops.load_library(str(library))
+    spec = importlib.util.find_spec('torchcodec')
+    if not spec: raise ImportError('heic=True needs torchcodec: pip install torchcodec')
+    try: torch.ops.load_library(str(Path(spec.origin).parent/'libtorchcodec_heic.so'))
     except OSError as e:
         raise ImportError('heic=True needs libheif: apt install libheif1, or conda install -c conda-forge libheif '
                           f'({e})') from None

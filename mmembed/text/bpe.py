@@ -10,6 +10,7 @@ __all__ = ['CLIP_STRINGS', 'CLIP_PATTERN', 'ShortWords', 'PairRanks', 'BytePairs
 
 # %% ../../nbs/text/08_bpe.ipynb #d5c1e298
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -122,7 +123,7 @@ class BytePairs(nn.Module):
         merges: list[tuple[str, str]], # the first is the best
         suffix: str = '',              # what the last token of a word ends in, CLIP's '</w>'
         whole: bool = False,           # a word that is a token is that token, whatever its merges (`ignore_merges`)
-        added: list[int] = [],         # ids of added tokens, by number
+        added: Sequence[int] = (),     # ids of added tokens, by number
         drops: bool = True,            # some bytes belong to no word: those with flag 512
     ):
         super().__init__()

@@ -11,13 +11,14 @@ __all__ = ['SPACE', 'LETTER', 'NUMBER', 'OTHER', 'MARK', 'pattern_classes', 'ope
 # %% ../../nbs/text/07_byte_level.ipynb #effa682a
 import functools
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from tokenizers import Regex, normalizers
 from torch import Tensor, nn
 
-from .nfc import Nfc, NormalizedLike, nfc_rules
+from .nfc import Nfc, NormalizedLike
 from .pretokenize import AddedTokens, first_from, last_before
 from .hash_table import ExpandTable, PageTable, ended
 from mmembed.text.unicode import (
@@ -199,10 +200,10 @@ class ByteFront(nn.Module):
         sigma: np.ndarray | None = None, # for FinalSigma
         clip: bool = True,             # CLIP's pattern; else GPT-2's
         prefix: bool = False,          # a space goes before every part of a text that begins without one
-        strings: list[str] = [],       # strings that the pattern lists first: they only end a word ...
-        joined: list[str] = [],        # ... or are one word ...
-        marked: list[str] = [],        # ... or are an added token, numbered on from `added`
-        also: dict[str, list[str]] = {}, # letters that stand for others in contractions
+        strings: Sequence[str] = (),   # strings that the pattern lists first: they only end a word ...
+        joined: Sequence[str] = (),    # ... or are one word ...
+        marked: Sequence[str] = (),    # ... or are an added token, numbered on from `added`
+        also: dict[str, list[str]] | None = None, # letters that stand for others in contractions
     ):
         super().__init__()
         self.clip, self.prefix, self.alone = clip, prefix, 2 if clip else 8
@@ -251,7 +252,7 @@ class ByteFront(nn.Module):
             ADDED + len(added),
         )
         self.apostrophe = value("'")
-        self.register_buffer('single', torch.tensor([value(o) for c in 'stmd' for o in [c, *also.get(c, [])]]))
+        self.register_buffer('single', torch.tensor([value(o) for c in 'stmd' for o in [c, *(also or {}).get(c, [])]]))
         self.r, self.v, self.e, self.l = map(value, 'rvel')
         self.register_buffer('quick', self._quick_table())
 

@@ -1,4 +1,4 @@
-"""Most words of a caption are tokens of the vocabulary: they are found all at once, by their bytes, and only the others go the long way
+"""Find the words that are tokens of the vocabulary by their bytes, all at once, and tokenize only the others
 
 Docs: https://mmembed.github.io/mmembed/text/fast_path.html.md"""
 
@@ -51,12 +51,13 @@ class KnownWords(nn.Module):
 
     def __init__(self,
         letters: Letters | None = None,   # what each byte is
-        words: dict[bytes, int] = {},     # codes of a word, at most 15 -> its token
+        words: dict[bytes, int] | None = None, # codes of a word, at most 15 -> its token
         # the same, of pieces that continue a word, if a word's pieces are its longest ones from the left
-        inner: dict[bytes, int] = {},
+        inner: dict[bytes, int] | None = None,
         unknown: int = -1,                # the token of a word that has no pieces
     ):
         super().__init__()
+        words, inner = words or {}, inner or {}
         self.some, self.greedy, self.unknown = len(words) > 0, len(inner) > 0, unknown
         # bytes of a batch that is likely to be known as a whole, and of one whose words are worth to be sent on alone;
         # words cut here (measured)

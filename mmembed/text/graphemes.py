@@ -18,7 +18,7 @@ from tokenizers import normalizers
 from torch import Tensor, nn
 
 from .hash_table import ExpandTable, PageTable, ended
-from .unicode import ADDED, MAX_ADDED, N_CODES, Codes, Located, Utf8, probed
+from .unicode import ADDED, MAX_ADDED, N_CODES, Codes, Located, probed
 from .sentencepiece import read_charsmap
 from .viterbi import Automaton
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .hash_table import ExpandTable, PageTable, VocabTable
 from mmembed.text.unicode import (
-    SENTINEL, ADDED, MAX_ADDED, N_CODES, Codes, Utf8, code_points, combining_ranks, probe_normalizer, probed,
+    SENTINEL, ADDED, MAX_ADDED, N_CODES, Codes, code_points, combining_ranks, probe_normalizer, probed,
 )
 
 # %% ../../nbs/text/03_nfc.ipynb #602a32f5

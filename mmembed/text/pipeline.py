@@ -380,7 +380,7 @@ class TextPipeline(nn.Module):
     def _longest_first(self, a: Tensor, b: Tensor, room: int) -> tuple[Tensor, Tensor]:
         """How many tokens of each text of a pair remain (`TruncationStrategy::LongestFirst` of Hugging Face
         `tokenizers`)."""
-        short, long = torch.minimum(a, b), torch.maximum(a, b)
+        short = torch.minimum(a, b)
         rest = torch.where(short > room, short, torch.maximum(short, room - short))
         both = short + rest > room
         short_to = torch.where(both, room // 2, short)
@@ -550,7 +550,8 @@ class TextPipeline(nn.Module):
     def __repr__(self):
         lower = 'lower-cased, ' if (self._tokenizer.get('normalizer') or {}).get('lowercase') else ''
         padding = f'padded to the longest row in steps of {self.pad_to}' if self.pad_to else 'padded to max_length'
-        return f'TextPipeline({kind_of(self._tokenizer, "model")}, {lower}{self.vocab_size:,} ids, max_length={self.max_length}, {padding})'
+        kind, ids = kind_of(self._tokenizer, 'model'), f'{self.vocab_size:,} ids'
+        return f'TextPipeline({kind}, {lower}{ids}, max_length={self.max_length}, {padding})'
 
 # %% ../../nbs/text/18_pipeline.ipynb #68b704c3
 @patch

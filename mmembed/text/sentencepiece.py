@@ -10,7 +10,9 @@ __all__ = ['NORMAL', 'UNKNOWN', 'CONTROL', 'USER', 'UNUSED', 'BYTE', 'METASPACE'
 
 # %% ../../nbs/text/10_sentencepiece.ipynb #467c2b56
 import base64
+from collections.abc import Sequence
 from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -113,7 +115,7 @@ class Charsmap(nn.Module):
 
     def __init__(self,
         blob: bytes,             # a model's precompiled_charsmap
-        symbols: list[str] = [], # user-defined symbols
+        symbols: Sequence[str] = (), # user-defined symbols
     ):
         super().__init__()
         edges, values = read_charsmap(blob)
@@ -221,7 +223,7 @@ class SentenceFront(nn.Module):
 
     def __init__(self,
         charsmap: bytes,         # a model's precompiled_charsmap
-        symbols: list[str] = [], # user-defined symbols
+        symbols: Sequence[str] = (), # user-defined symbols
         add_dummy_prefix: bool = True,
         remove_extra_whitespaces: bool = True,
         escape_whitespaces: bool = True,

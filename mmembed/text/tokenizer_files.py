@@ -1,4 +1,4 @@
-"""A file, a folder, a name on the hub or in open_clip, a bare vocabulary: whatever it was, a `tokenizer.json` as a dictionary
+"""Read any tokenizer (a file, a folder, a name on the hub or in open_clip, a bare vocabulary) as one dictionary
 
 Docs: https://mmembed.github.io/mmembed/text/tokenizer_files.html.md"""
 
@@ -10,7 +10,6 @@ __all__ = ['FILES', 'Stated', 'stated', 'saying', 'vocabulary', 'read_json', 're
 
 # %% ../../nbs/text/17_tokenizer_files.ipynb #57ccd41d
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -275,13 +274,16 @@ def hub_folder(
     try:
         return Path(snapshot_download(name, allow_patterns=FILES))
     except HFValidationError:
-        why = 'it is no folder here and cannot be the name of a repository'
+        why = 'it is not a folder here and cannot be the name of a repository'
     except LocalEntryNotFoundError:
-        why = 'it is no folder here, not in the cache of huggingface_hub, and the hub cannot be reached (or HF_HUB_OFFLINE is set)'
+        why = (
+            'it is not a folder here, not in the cache of huggingface_hub, and the hub cannot be reached '
+            '(or HF_HUB_OFFLINE is set)'
+        )
     except HfHubHTTPError as e:
-        why = f'it is no folder here, and the hub answers {e.response.status_code if e.response is not None else e}'
+        why = f'it is not a folder here, and the hub answers {e.response.status_code if e.response is not None else e}'
     except OSError as e:
-        why = f'it is no folder here, and the hub cannot be reached: {type(e).__name__}'
+        why = f'it is not a folder here, and the hub cannot be reached: {type(e).__name__}'
     raise FileNotFoundError(f'no tokenizer {name!r}: {why}')
 
 # %% ../../nbs/text/17_tokenizer_files.ipynb #797141df

@@ -26,7 +26,7 @@ from mmembed.text.unicode import (
 )
 from .sentencepiece import METASPACE
 from .unigram import Unigram
-from .wordpiece import Pieces, kind_of, refuse
+from .wordpiece import Pieces, refuse
 from .wordpiece import NoTokens
 
 # %% ../../nbs/text/13_unigram_json.ipynb #b881a760
@@ -261,9 +261,10 @@ class WordUnigram(Unigram):
         unk_id: int,
         unk_score: float,
         byte_ids: list[int] | None = None, # the ids of bytes 0 to 255; None: an unknown run is `unk_id`
-        added: dict[int, int] = {},        # value of an added token -> its id
+        added: dict[int, int] | None = None, # value of an added token -> its id
     ):
         super().__init__(pieces, ids, scores, unk_id, unk_score, byte_ids, single=False)
+        added = added or {}
         self.flag, self.unk_id, self.added = 1 << CLASS_SHIFT, unk_id, ADDED
         size = max(added, default=ADDED) + 1 - ADDED
         self.register_buffer(

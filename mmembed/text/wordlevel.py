@@ -112,13 +112,13 @@ class WholeWords(nn.Module):
         vocab: dict[str, int],       # word -> id
         classes: np.ndarray,         # (0x110000,): the class of each character
         unk_token: str = '[UNK]',
-        added: dict[int, int] = {},  # value of an added token -> its id
+        added: dict[int, int] | None = None, # value of an added token -> its id
     ):
         super().__init__()
         if unk_token not in vocab:
             raise ValueError(f'the vocabulary has no {unk_token!r}, which stands for unknown words')
         entries = [([ord(c) | int(classes[ord(c)]) << CLASS_SHIFT for c in t], i) for t, i in vocab.items() if t]
-        entries += [([v], i) for v, i in added.items()]
+        entries += [([v], i) for v, i in (added or {}).items()]
         self.table, self.unk_id = WordTable([v for v, _ in entries]), vocab[unk_token]
         self.register_buffer('ids', torch.tensor([i for _, i in entries] or [0], dtype=torch.int64))
 

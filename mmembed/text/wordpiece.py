@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .pretokenize import AddedTokens, Words, split_words
 from .hash_table import SubstringHash, VocabTable, ended
 from mmembed.text.unicode import (
-    ADDED, ALONE, CLASS_SHIFT, N_CODES, CharRules, CharTables, Codes, Located, Utf8, bert_rules, char_tables,
+    ADDED, ALONE, CLASS_SHIFT, N_CODES, CharRules, Codes, Located, Utf8, bert_rules, char_tables,
 )
 
 # %% ../../nbs/text/05_wordpiece.ipynb #452e84eb
@@ -78,7 +78,7 @@ class WordPiece(nn.Module):
         unk_token: str = '[UNK]',
         prefix: str = '##',           # marks a piece that continues a word
         max_chars: int = 100,         # a longer word is unknown
-        added: dict[int, int] = {},   # value of an added token -> its id
+        added: dict[int, int] | None = None, # value of an added token -> its id
     ):
         super().__init__()
         if unk_token not in vocab:
@@ -87,7 +87,7 @@ class WordPiece(nn.Module):
         inside = [
             (values(t[len(prefix) :]), i) for t, i in vocab.items() if t.startswith(prefix) and len(t) > len(prefix)
         ]
-        marks = [([v], i) for v, i in added.items()]
+        marks = [([v], i) for v, i in (added or {}).items()]
         entries = whole + marks + inside
         self.unk_id, self.max_chars, self.continues, self.at_once, self.prefix = (
             vocab[unk_token],

@@ -11,6 +11,7 @@ __all__ = ['turn', 'first_gif_frame', 'first_webp_frame', 'decode_scanned', 'dec
 from typing import List
 
 import torch
+import torchcodec  # noqa: F401 registers its operators, also for artifacts that are loaded later
 from torch import Tensor
 
 from ..core.images import opaque

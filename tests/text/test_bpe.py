@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, processors
 
 from benchmarks import fuzz_bpe, fuzz_text
 from mmembed.core.packing import pack

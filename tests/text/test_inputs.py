@@ -130,13 +130,12 @@ def test_spans_decode_and_explain(family):
     enc = tp.encode(texts, texts[::-1])
     for i, t in enumerate(texts):
         size = len(t.encode())
-        for side, other in ((0, t), (1, texts[::-1][i])):
-            spans = enc.spans[i][(enc.mask[i] > 0)]
-            assert (
-                int(spans.min()) >= 0
-                and int(spans.max()) <= max(size, len(texts[::-1][i].encode()))
-                and bool((spans[:, 1] >= spans[:, 0]).all())
-            )
+        spans = enc.spans[i][(enc.mask[i] > 0)]
+        assert (
+            int(spans.min()) >= 0
+            and int(spans.max()) <= max(size, len(texts[::-1][i].encode()))
+            and bool((spans[:, 1] >= spans[:, 0]).all())
+        )
     alone = tp.encode(texts)
     for i, t in enumerate(texts):
         n = int(alone.mask[i].sum())

@@ -13,7 +13,13 @@ from tests.helpers import FORMS, data_path, in_form
 jieba = pytest.importorskip('jieba')
 from benchmarks import fuzz_segment, fuzz_text  # noqa: E402
 
-TEXTS = ['小明硕士毕业于中国科学院计算所，后在日本京都大学深造', '他来到了网易杭研大厦', '一只猫坐在红色的垫子上。', '今天 iPhone5.5 降价 3.5%', '']
+TEXTS = [
+    '小明硕士毕业于中国科学院计算所，后在日本京都大学深造',
+    '他来到了网易杭研大厦',
+    '一只猫坐在红色的垫子上。',
+    '今天 iPhone5.5 降价 3.5%',
+    '',
+]
 DICTIONARY = '一只 20 m\n猫 30 n\n一 50 m\n只 10 m\n红色 40 n\n红 5\n的 100 uj\n哈哈 7\n哈 3\n一只猫 2\n零 0'
 
 
@@ -106,7 +112,8 @@ def test_ids_mask_and_segment_ids(form):
 def test_spans_are_the_words():
     enc = pipeline().encode(['小明 在日本'])
     spans = enc.spans[0, 1:int(enc.mask.sum()) - 1].tolist()
-    assert ['小明 在日本'.encode()[a:b].decode() for a, b in spans] == [w for w in jieba.lcut('小明 在日本') if w != ' ']
+    text = '小明 在日本'
+    assert [text.encode()[a:b].decode() for a, b in spans] == [w for w in jieba.lcut(text) if w != ' ']
 
 
 def test_spec_and_pickle_rebuild_it():

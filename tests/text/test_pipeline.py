@@ -175,7 +175,8 @@ def test_tokens_added_without_being_special(rules):
     "They are matched in normalised text (`add_tokens` makes such), after the special ones."
     tok = Tokenizer.from_str(learnt().to_str())
     tok.normalizer = normalizers.BertNormalizer(**rules)
-    tok.add_tokens(['Naïve', 'unaff', 'e\u0301x', '猫', '一猫', 'a  b', '[SEP', 'ß', '각', '\U0001d15e', 'foo bar', 'fo'])
+    added = ['Naïve', 'unaff', 'e\u0301x', '猫', '一猫', 'a  b', '[SEP', 'ß', '각', '\U0001d15e', 'foo bar', 'fo']
+    tok.add_tokens(added)
     atoms = [
         'naïve',
         'NAI\u0308VE',

@@ -191,7 +191,7 @@ def test_enough_of_a_text_is_as_good_as_all_of_it(family):
         want = tokens(text)
         for first in (7, 300):
             read = []
-            def fills(head):
+            def fills(head, read=read):
                 read.append(len(head))
                 return sum(tokens(head)[1][0]) == tp.max_length
             kept = enough(text, found, fills, first)

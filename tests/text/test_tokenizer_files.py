@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
@@ -303,7 +302,7 @@ def test_learning_is_a_function_of_the_captions():
     "The same vocabulary in processes with different hash seeds."
     program = f'''
 import hashlib, json
-from mmembed.text.learn import LEARNERS
+from mmembed.text.trainers import LEARNERS
 for learn in LEARNERS.values(): print(hashlib.sha256(json.dumps(learn({CAPTIONS!r}, 400)).encode()).hexdigest())'''
     outputs = {
         subprocess.run(
@@ -324,7 +323,8 @@ import socket
 def refuse(*args, **kwargs): raise SystemExit('a socket was asked for')
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 from mmembed.text.pipeline import TextPipeline
-print(TextPipeline.learn({CAPTIONS!r}, 300)(['a red circle']).ids.shape, TextPipeline.from_open_clip('ViT-B-32').vocab_size)'''
+print(TextPipeline.learn({CAPTIONS!r}, 300)(['a red circle']).ids.shape)
+print(TextPipeline.from_open_clip('ViT-B-32').vocab_size)'''
     env = {k: v for k, v in os.environ.items() if k != 'HF_HUB_OFFLINE'}
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, env=env)
     assert done.returncode == 0 and '49408' in done.stdout, done.stderr[-500:]

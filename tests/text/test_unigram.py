@@ -241,7 +241,8 @@ def test_awkward_batches_of_files(form):
 def test_pairs_spans_and_decode_of_files(kind):
     tok = small_file(kind)
     tp = pipeline_of(tok, max_length=64)
-    texts = ['A small red circle', 'Crème brûlée; naïve', '一个红色的小圆 ☃☃ x', 'a <mask> b</s>c', '각 한국어', "don't, I'll", '']
+    texts = ['A small red circle', 'Crème brûlée; naïve', '一个红色的小圆 ☃☃ x', 'a <mask> b</s>c', '각 한국어']
+    texts += ["don't, I'll", '']
     enc = tp.encode(texts, texts[::-1])
     for i, (a, b) in enumerate(zip(texts, texts[::-1])):
         e = tok.encode(a, b)
