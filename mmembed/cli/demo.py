@@ -38,7 +38,7 @@ def demo(
     mmembed demo model.pt --index idx/ --host 0.0.0.0 --port 7860 --auth me:secret"""
     from mmembed.demo.app import default_artifact, serve_page
     from mmembed.demo.handlers import Panels
-    from mmembed.demo.gallery import Indexed, embed_folder, embed_scenes
+    from mmembed.demo.gallery import IndexImages, embed_folder, embed_scenes
     from mmembed.retrieval.embed import progress_bar
     from mmembed.runtime.embedder import load
 
@@ -50,7 +50,7 @@ def demo(
     if not hasattr(emb.module, 'score_pairs'):
         if index:
             from mmembed.retrieval.index import Index
-            sets.append(Indexed(Index(index, emb)))
+            sets.append(IndexImages(Index(index, emb)))
         if images:
             with progress_bar() as progress: sets.append(embed_folder(emb, images, limit, threads, progress))
             if bad := sets[-1].failed:

@@ -62,7 +62,7 @@ def serve(
     except ImportError as e:
         raise ImportError(f'the server needs more packages ({e}): pip install "mmembed[serve]"') from None
     from mmembed.runtime.artifact import read_card
-    from mmembed.serve.checks import checked_config
+    from mmembed.serve.checks import check_config
     from mmembed.serve.token_ids import token_table
     from mmembed.serve.service import read_keys
     listed = lambda text: tuple(x.strip() for x in text.split(',') if x.strip())
@@ -105,7 +105,7 @@ def serve(
         grace=grace,
         bodies=max_held << 20,
     )
-    checked_config(config, here=False)
+    check_config(config, here=False)
     read_card(artifact)  # what is no artifact ends here, with one sentence
     if token_ids: token_table(token_ids)  # and so does what is no table
     if ray:

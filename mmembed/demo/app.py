@@ -6,7 +6,7 @@ Docs: https://mmembed.github.io/mmembed/demo/app.html.md"""
 
 # %% auto #0
 __all__ = ['CSS', 'ON_LOAD', 'theme', 'image_input', 'examples_of', 'search_tab', 'match_tab', 'inside_tab', 'embeddings_tab',
-           'own_pictures', 'build_page', 'serve_page', 'default_artifact']
+           'upload_section', 'build_page', 'serve_page', 'default_artifact']
 
 # %% ../../nbs/demo/05_app.ipynb #df9a0ab9
 import os
@@ -420,7 +420,7 @@ def embeddings_tab(panels: Panels, pictures: gr.Dropdown) -> dict:
     return asked
 
 # %% ../../nbs/demo/05_app.ipynb #d5d4a5a2
-def own_pictures(panels: Panels, pictures: gr.Dropdown):
+def upload_section(panels: Panels, pictures: gr.Dropdown):
     "An upload that becomes a set of pictures to search."
     with gr.Accordion('Search in your own pictures', open=False):
         files = gr.File(label=f'Image files, at most {MAX_UPLOAD}', file_count='multiple', height=160, elem_id='mm-own')
@@ -477,7 +477,7 @@ def build_page(
         wide = gr.Checkbox(visible=False, label='wide')
         with gr.Tab('Search'):
             more = search_tab(panels, pictures)
-            own_pictures(panels, pictures)
+            upload_section(panels, pictures)
         with gr.Tab('Match'): match_tab(panels)
         with gr.Tab('Look inside'): inside_tab(panels)
         with gr.Tab('Embeddings') as tab: drawn = embeddings_tab(panels, pictures)

@@ -16,13 +16,12 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from .svg import bars, data_url, heat_table, spectrum, thumb_map
-from .explain import heat, look_image, look_text, token_html
-from .gallery import ImageHit, Pictures
+from .explain import normalized_image, look_image, look_text, token_html
+from .gallery import ImageHit, ImageSet
 from ..core.markers import Text
 from ..runtime.embedder import Embedder
 
@@ -73,16 +72,16 @@ class Panels:
     "Everything the page can do"
     def __init__(self,
         emb: Embedder,
-        pictures: list[Pictures],  # the first is shown at the start
+        pictures: list[ImageSet],  # the first is shown at the start
         uploads: int = 8,          # sets of uploaded pictures that are held; the oldest goes
     ):
         self.emb, self.uploads = emb, uploads
-        self.sets: dict[str, Pictures] = {repr(p): p for p in pictures}
+        self.sets: dict[str, ImageSet] = {repr(p): p for p in pictures}
         self.own: list[str] = []
         self.out = tempfile.TemporaryDirectory(prefix='mmembed-demo-')
         self.pairs = hasattr(emb.module, 'score_pairs')  # scores of pairs instead of embeddings
 
-    def of(self, key: str) -> Pictures:
+    def of(self, key: str) -> ImageSet:
         "A set of pictures by its title; raises `ValueError`."
         if key in self.sets: return self.sets[key]
         raise ValueError(f'These pictures are no longer held: {key!r}. Choose others, or add yours again.')
@@ -92,7 +91,7 @@ class Panels:
     ) -> str | None:  # what a filter can name there; None where there is nothing to filter
         return self.sets[key].columns if key in self.sets else None
 
-    def add(self, pictures: Pictures) -> str:
+    def add(self, pictures: ImageSet) -> str:
         "Holds a visitor's pictures; their title cannot be guessed by others."
         pictures.title = f'upload {secrets.token_hex(3)}'
         self.own.append(repr(pictures))
@@ -159,7 +158,7 @@ class Panels:
             )
         return answers
 
-    def _shown(self, pictures: Pictures, rows: list[int], side: int = 320) -> tuple[dict[int, Path], str]:
+    def _shown(self, pictures: ImageSet, rows: list[int], side: int = 320) -> tuple[dict[int, Path], str]:
         "Small pictures by their rows, without those that went away since they were found; what is said of these."
         shown, why = {}, {}
         for row in rows:
@@ -295,7 +294,7 @@ class Panels:
         show = [
             (seen.upright, 'upright; pale: cut away'),
             (seen.seen, f'what the model sees, {seen.facts["model_sees"]}'),
-            (heat(seen.normalised), 'normalised: grey is 0'),
+            (normalized_image(seen.normalised), 'normalised: grey is 0'),
         ]
         return Answer(dict(facts=seen.facts, warnings=seen.warnings), clock.status() + _facts(seen), show)
 
@@ -404,7 +403,7 @@ def _facts(inside) -> str:
 def _spread(rows: list[int], k: int) -> list[int]:
     return [rows[i * len(rows) // min(len(rows), k)] for i in range(min(len(rows), k))]
 
-def _row(pictures: Pictures, given: str) -> int:
+def _row(pictures: ImageSet, given: str) -> int:
     "A row by its number; raises `ValueError` for one that was never there."
     if given.isdecimal() and int(given) < len(pictures.names): return int(given)
     raise ValueError(f'There is no picture {given!r}: rows go from 0 to {len(pictures.names) - 1:,}.')

@@ -14,7 +14,6 @@ import json
 import time
 
 import grpc
-import numpy as np
 import orjson
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -23,10 +22,10 @@ from grpc_reflection.v1alpha import reflection
 from . import open_inference as inference, tasks as scores
 from .queue import Item
 from .engine import Unsuited
-from .telemetry import request_id, seconds
+from .telemetry import request_id, stage_times
 from .protobuf import message, methods, pool
 from .service import Service
-from .schemas import few, made_by, run, vector, verdict
+from .schemas import check_count, artifact_of, run, shorten, describe_error
 
 # %% ../../nbs/serve/14_grpc_server.ipynb #b7081685
 STATUS = dict(ok=1, invalid=2, expired=3, failed=4, unavailable=5, cancelled=6)  # as mmembed.proto has them
@@ -64,7 +63,7 @@ CODES = {
 def refusal(e: Exception) -> Refusal:
     "What a client is told of `e`."
     if isinstance(e, Refusal): return e
-    code, message, retry = verdict(e)
+    code, message, retry = describe_error(e)
     name = 'FAILED_PRECONDITION' if isinstance(e, Unsuited) else CODES.get(code, 'INVALID_ARGUMENT')
     return Refusal(grpc.StatusCode[name], message, retry or 0.)
 
@@ -81,18 +80,18 @@ class Methods:
         dim = self.service.emb.dim
         if not q.items: raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, 'items: there are none')
         if q.dimensions > dim: raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, f'dimensions: the model has {dim}')
-        few(len(q.items), self.service.config)
+        check_count(len(q.items), self.service.config)
         items = await self._embed(seen)(engine_items(q.items))
         return self.m['EncodeResponse'](
             id=q.id,
-            artifact=made_by(items, self.service),
+            artifact=artifact_of(items, self.service),
             timing_ms=_timing(items),
             results=[
                 self.m['Result'](
                     index=i.index,
                     status=STATUS[i.status],
                     error=i.error,
-                    embedding=vector(i.value, q.dimensions).astype('<f4').tobytes() if i.status == 'ok' else b'',
+                    embedding=shorten(i.value, q.dimensions).astype('<f4').tobytes() if i.status == 'ok' else b'',
                 )
                 for i in items
             ],
@@ -100,21 +99,21 @@ class Methods:
 
     async def Rank(self, q, seen):
         if not q.candidates: raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, 'candidates: there are none')
-        few(len(q.candidates) + 1, self.service.config)
+        check_count(len(q.candidates) + 1, self.service.config)
         query, *candidates = engine_items([q.query, *q.candidates])
         rows, items = await scores.rank(self.service, self._embed(seen), query, candidates, q.top_k)
         return self.m['RankResponse'](
-            id=q.id, artifact=made_by(items, self.service), results=self._rows('Ranked', rows)
+            id=q.id, artifact=artifact_of(items, self.service), results=self._rows('Ranked', rows)
         )
 
     async def Classify(self, q, seen):
         if not q.items: raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, 'items: there are none')
-        few(len(q.items) + len(q.labels), self.service.config)
+        check_count(len(q.items) + len(q.labels), self.service.config)
         rows, items = await scores.classify(
             self.service, self._embed(seen), engine_items(q.items), list(q.labels), q.template or '{}', q.top_k
         )
         return self.m['ClassifyResponse'](
-            id=q.id, artifact=made_by(items, self.service), results=self._rows('Classified', rows)
+            id=q.id, artifact=artifact_of(items, self.service), results=self._rows('Classified', rows)
         )
 
     async def Search(self, q, seen):
@@ -122,7 +121,7 @@ class Methods:
         rows, items = await scores.search(
             self.service, self._embed(seen), *engine_items([q.query]), q.top_k or 10, q.where or None
         )
-        return self.m['SearchResponse'](id=q.id, artifact=made_by(items, self.service), results=[
+        return self.m['SearchResponse'](id=q.id, artifact=artifact_of(items, self.service), results=[
             self.m['Hit'](id=str(r['id']), score=r['score'], row=orjson.dumps(r)) for r in rows])
 
     async def Info(self, q, seen):
@@ -158,7 +157,7 @@ class Methods:
         return self.v2('ModelStatisticsResponse')(model_stats=[inference.statistics(self.service)])
 
     async def RepositoryIndex(self, q, seen):
-        return self.v2('RepositoryIndexResponse')(models=await inference.index(self.service, q.ready))
+        return self.v2('RepositoryIndexResponse')(models=await inference.repository_index(self.service, q.ready))
 
     async def ModelInfer(self, q, seen):
         self._known(q.model_name)
@@ -176,11 +175,11 @@ class Methods:
         ]
         items = await self._embed(seen)(inference.tensor_items(self.service, given))
         out = self.v2('ModelInferResponse')(
-            model_name=self.service.name, model_version=made_by(items, self.service), id=q.id
+            model_name=self.service.name, model_version=artifact_of(items, self.service), id=q.id
         )
         for name, datatype, shape, values in inference.output_tensors(self.service, items, {o.name for o in q.outputs}):
             out.outputs.add(name=name, datatype=datatype, shape=shape)
-            out.raw_output_contents.append(inference.raw(values))
+            out.raw_output_contents.append(inference.tensor_bytes(values))
         return out
 
     def _rows(self, name, rows): return [self.m[name](**(r | dict(status=STATUS[r['status']]))) for r in rows]
@@ -199,7 +198,7 @@ class Methods:
 def _timing(items) -> dict:
     longest: dict = {}
     for i in items:
-        for stage, s in seconds(i).items(): longest[stage] = max(longest.get(stage, 0), s * 1e3)
+        for stage, s in stage_times(i).items(): longest[stage] = max(longest.get(stage, 0), s * 1e3)
     return longest
 
 # %% ../../nbs/serve/14_grpc_server.ipynb #13431afa

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from .middleware import Direct, Edge, Gone, attended
+from .middleware import DirectRoutes, ServiceMiddleware, ClientGone, cancel_on_disconnect
 from .engine import Busy, Unfit, Unsuited
 from .queue import Item
 from . import open_inference as inference, tasks as scores
@@ -29,28 +29,47 @@ from mmembed.serve.openapi import (
     PAGE_HEADERS,
     RAW,
     Classification,
-    Embeddings,
+    EmbeddingResponse,
     Hits,
     Live,
     ModelList,
     ModelRow,
-    Ranking,
+    RankResponse,
     Ready,
     Reloaded,
-    asks,
+    request_body,
     name_schemas,
-    gives,
-    page,
+    response_models,
+    docs_page,
 )
 from .service import Service
 from mmembed.serve.schemas import (
-    ClassifyRequest, EmbeddingRequest, RankRequest, ReloadRequest, SearchRequest, StreamRequest, answered, check_model,
-    error, few, made_by, misfit, plain_text, problem, read_body, reply, embedding_rows, run, timing, to_items, vector,
-    verdict,
+    ClassifyRequest,
+    EmbeddingRequest,
+    RankRequest,
+    ReloadRequest,
+    SearchRequest,
+    StreamRequest,
+    response_status,
+    check_model,
+    error,
+    check_count,
+    artifact_of,
+    validation_failure,
+    plain_text,
+    problem,
+    read_body,
+    reply,
+    embedding_rows,
+    run,
+    timing,
+    to_items,
+    shorten,
+    describe_error,
 )
 
 # %% ../../nbs/serve/12_http.ipynb #09cf9413
-def app(service: Service) -> Edge:
+def app(service: Service) -> ServiceMiddleware:
     "The ASGI application of `service`."
     api = FastAPI(title='mmembed', version='1', docs_url=None, redoc_url=None,
                   description='Embeddings of texts and images by an exported file, one status an item.')
@@ -66,11 +85,11 @@ def app(service: Service) -> Edge:
 
     async def embed(request: Request, items: list[Item]) -> list[Item]:
         request.state.seen['items'] = len(items)
-        return await attended(request, run(service, items, _timeout(request), request.state.span))
+        return await cancel_on_disconnect(request, run(service, items, _timeout(request), request.state.span))
 
     async def fetched(request: Request, listed: list) -> list[Item]:
         work = to_items(listed, service, _timeout(request))
-        return await (attended(request, work) if config.fetch_hosts else work)
+        return await (cancel_on_disconnect(request, work) if config.fetch_hosts else work)
 
     async def entries(request: Request) -> tuple[list[Item], dict]:
         kind = request.headers.get('content-type', 'application/json').partition(';')[0].strip().lower()
@@ -85,15 +104,15 @@ def app(service: Service) -> Edge:
         else:
             asked = await parsed(request, EmbeddingRequest)
             listed = asked.input if isinstance(asked.input, list) else [asked.input]
-            few(len(listed), config)
+            check_count(len(listed), config)
             return await fetched(request, listed), dict(dimensions=asked.dimensions, encoding=asked.encoding_format)
         try: asked = EmbeddingRequest(input='', **query)
-        except ValidationError as e: raise misfit(e) from None
+        except ValidationError as e: raise validation_failure(e) from None
         check_model(asked.model, service)
         return items, dict(dimensions=asked.dimensions, encoding=asked.encoding_format)
 
-    @api.post('/v1/embeddings', responses=gives(Embeddings, partial=(422, 500, 503, 504), **BINARY),
-              openapi_extra=asks(EmbeddingRequest, RAW, FORM), tags=['embeddings'])
+    @api.post('/v1/embeddings', responses=response_models(EmbeddingResponse, partial=(422, 500, 503, 504), **BINARY),
+              openapi_extra=request_body(EmbeddingRequest, RAW, FORM), tags=['embeddings'])
     async def embeddings(request: Request):
         """Embeddings of texts and images, mixed; every item has its own `status`.
 
@@ -103,11 +122,11 @@ def app(service: Service) -> Edge:
         if (how['dimensions'] or 0) > service.emb.dim:
             raise HTTPException(422, f'dimensions: the model has {service.emb.dim}')
         items = await embed(request, items)
-        head = dict(Server_Timing=timing(items), X_Artifact=made_by(items, service))
-        if request.headers.get('accept') == 'application/octet-stream' and answered(items) == 200:
+        head = dict(Server_Timing=timing(items), X_Artifact=artifact_of(items, service))
+        if request.headers.get('accept') == 'application/octet-stream' and response_status(items) == 200:
             width = how['dimensions'] or service.emb.dim
             table = np.stack(
-                [np.zeros(width, np.float32) if i.value is None else vector(i.value, how['dimensions']) for i in items]
+                [np.zeros(width, np.float32) if i.value is None else shorten(i.value, how['dimensions']) for i in items]
             )
             return Response(
                 table.astype('<f4').tobytes(),
@@ -117,23 +136,27 @@ def app(service: Service) -> Edge:
                 'application/octet-stream',
             )
         tokens = sum(i.tokens for i in items)
-        status = answered(items)
+        status = response_status(items)
         body = dict(
             object='list',
             model=service.name,
-            artifact=made_by(items, service),
+            artifact=artifact_of(items, service),
             data=embedding_rows(items, **how),
             usage=dict(prompt_tokens=tokens, total_tokens=tokens),
         )
         if status != 200: body['error'] = error(status, next(i.error or i.status for i in items))
         return reply(body, status, **head)
 
-    @api.get('/v1/models', responses=gives(ModelList, 401), tags=['embeddings'])
+    @api.get('/v1/models', responses=response_models(ModelList, 401), tags=['embeddings'])
     async def models():
         "The one model that this server has."
         return reply(dict(object='list', data=[_model(service)]))
 
-    @api.get('/v1/models/{name:path}', responses=gives(ModelRow, 401, more={404: 'another model'}), tags=['embeddings'])
+    @api.get(
+        '/v1/models/{name:path}',
+        responses=response_models(ModelRow, 401, more={404: 'another model'}),
+        tags=['embeddings'],
+    )
     async def one_model(name: str):
         "The model of that name."
         check_model(name, service)
@@ -141,24 +164,26 @@ def app(service: Service) -> Edge:
 
     def scored(found: list[dict], items: list[Item], status: int = 200, **more):
         return reply(
-            dict(model=service.name, artifact=made_by(items, service), **more, results=found),
+            dict(model=service.name, artifact=artifact_of(items, service), **more, results=found),
             status,
             Server_Timing=timing(items),
         )
 
-    @api.post('/rank', responses=gives(Ranking), openapi_extra=asks(RankRequest), tags=['scores'])
+    @api.post(
+        '/rank', responses=response_models(RankResponse), openapi_extra=request_body(RankRequest), tags=['scores']
+    )
     async def rank(request: Request):
         "Candidates by the model's own score for the query, best first; those that failed come last, with their status."
         asked = await parsed(request, RankRequest)
-        few(len(asked.candidates) + 1, config)
+        check_count(len(asked.candidates) + 1, config)
         query, *candidates = await fetched(request, [asked.query, *asked.candidates])
         found, items = await scores.rank(service, partial(embed, request), query, candidates, asked.top_k)
         return scored(found, items, kind=query.kind)
 
     @api.post(
         '/classify',
-        responses=gives(Classification, partial=(422, 500, 503, 504)),
-        openapi_extra=asks(ClassifyRequest),
+        responses=response_models(Classification, partial=(422, 500, 503, 504)),
+        openapi_extra=request_body(ClassifyRequest),
         tags=['scores'],
     )
     async def classify(request: Request):
@@ -167,17 +192,17 @@ def app(service: Service) -> Edge:
         Without labels the artifact's own."""
         asked = await parsed(request, ClassifyRequest)
         listed = asked.input if isinstance(asked.input, list) else [asked.input]
-        few(len(listed) + len(asked.labels or ()), config)
+        check_count(len(listed) + len(asked.labels or ()), config)
         items = await fetched(request, listed)
         found, items = await scores.classify(
             service, partial(embed, request), items, asked.labels, asked.template or '{}', asked.top_k
         )
-        return scored(found, items, answered(items))
+        return scored(found, items, response_status(items))
 
     @api.post(
         '/search',
-        responses=gives(Hits, more={404: 'no index is loaded'}),
-        openapi_extra=asks(SearchRequest),
+        responses=response_models(Hits, more={404: 'no index is loaded'}),
+        openapi_extra=request_body(SearchRequest),
         tags=['scores'],
     )
     async def search(request: Request):
@@ -186,7 +211,7 @@ def app(service: Service) -> Edge:
         [query] = await fetched(request, [asked.query])
         return scored(*await scores.search(service, partial(embed, request), query, asked.top_k or 10, asked.where))
 
-    @api.get('/info', responses=gives(None, 401), tags=['service'])
+    @api.get('/info', responses=response_models(None, 401), tags=['service'])
     async def info():
         "The identity card of the artifact."
         return reply(service.card)
@@ -194,7 +219,8 @@ def app(service: Service) -> Edge:
     @api.get(
         '/livez',
         tags=['service'],
-        responses=gives(Live, 503) | {503: dict(description='a worker is dead or stuck: restart', model=Live)},
+        responses=response_models(Live, 503)
+        | {503: dict(description='a worker is dead or stuck: restart', model=Live)},
     )
     async def live():
         "Whether this process can still answer; if not, it is about to end."
@@ -202,7 +228,9 @@ def app(service: Service) -> Edge:
         return reply(dict(live=not why, reason=why), 503 if why else 200)
 
     @api.get(
-        '/readyz', tags=['service'], responses=gives(Ready, 503) | {503: dict(description='not ready', model=Ready)}
+        '/readyz',
+        tags=['service'],
+        responses=response_models(Ready, 503) | {503: dict(description='not ready', model=Ready)},
     )
     async def ready():
         "Whether a canary, sent through the real queue, came back as the right vectors."
@@ -216,8 +244,8 @@ def app(service: Service) -> Edge:
 
     @api.post(
         '/admin/reload',
-        responses=gives(Reloaded, more={403: 'the server has no API key'}),
-        openapi_extra=asks(ReloadRequest),
+        responses=response_models(Reloaded, more={403: 'the server has no API key'}),
+        openapi_extra=request_body(ReloadRequest),
         tags=['service'],
     )
     async def reload(request: Request):
@@ -234,21 +262,21 @@ def app(service: Service) -> Edge:
     async def stream(socket: WebSocket): await _stream(service, socket)
 
     async def refused(request, e):
-        code, message, retry = verdict(e)
+        code, message, retry = describe_error(e)
         head = {k.replace('-', '_'): v for k, v in (getattr(e, 'headers', None) or {}).items()}
         if retry is not None: head['Retry_After'] = f'{max(1, round(retry))}'
         return problem(code, message, getattr(e, 'code', None), **head)
     for kind in (HTTPException, Busy, Unsuited, Unfit): api.add_exception_handler(kind, refused)
     @api.exception_handler(ClientDisconnect)
-    @api.exception_handler(Gone)
+    @api.exception_handler(ClientGone)
     async def gone(request, e): return problem(499, 'the client has gone')
 
     inference.routes(api, service, embed)
     name_schemas(api, inference.InferenceRequest)
     @api.get('/docs', include_in_schema=False)
-    async def docs(): return HTMLResponse(page(api.openapi()), headers=PAGE_HEADERS)
-    inner = Direct(api, {'/v1/embeddings': embeddings, '/rank': rank, '/classify': classify, '/search': search})
-    return Edge(
+    async def docs(): return HTMLResponse(docs_page(api.openapi()), headers=PAGE_HEADERS)
+    inner = DirectRoutes(api, {'/v1/embeddings': embeddings, '/rank': rank, '/classify': classify, '/search': search})
+    return ServiceMiddleware(
         inner,
         service,
         {
@@ -316,9 +344,9 @@ async def _stream(service: Service, socket: WebSocket, window: int = 16):
                     how = dict(dimensions=asked.dimensions, encoding=asked.encoding_format)
                 items = await run(service, items, span=socket.state.span)
                 socket.state.seen['items'] += len(items)
-                out = dict(id=rid, artifact=made_by(items, service), data=embedding_rows(items, **how))
+                out = dict(id=rid, artifact=artifact_of(items, service), data=embedding_rows(items, **how))
             except Exception as e:
-                code, why, retry = verdict(e)
+                code, why, retry = describe_error(e)
                 if rid == number and message.get('text'): rid = _named(message['text'], number)
                 out = dict(
                     id=rid,

@@ -6,8 +6,9 @@ Docs: https://mmembed.github.io/mmembed/serve/openapi.html.md"""
 
 # %% auto #0
 __all__ = ['ERRORS', 'Status', 'RAW', 'FORM', 'BINARY', 'SCRIPT', 'STYLE', 'PAGE_HEADERS', 'ErrorDetail', 'Problem',
-           'EmbeddingRow', 'Usage', 'Embeddings', 'ModelRow', 'ModelList', 'RankRow', 'Ranking', 'LabelRow', 'ClassRow',
-           'Classification', 'Hit', 'Hits', 'Live', 'Ready', 'Reloaded', 'asks', 'gives', 'name_schemas', 'page']
+           'EmbeddingRow', 'Usage', 'EmbeddingResponse', 'ModelRow', 'ModelList', 'RankRow', 'RankResponse', 'LabelRow',
+           'ClassRow', 'Classification', 'Hit', 'Hits', 'Live', 'Ready', 'Reloaded', 'request_body', 'response_models',
+           'name_schemas', 'docs_page']
 
 # %% ../../nbs/serve/08_openapi.ipynb #1a8d945a
 import base64
@@ -75,7 +76,7 @@ class Usage(_Answer):
     total_tokens: int
 
 # %% ../../nbs/serve/08_openapi.ipynb #aa6e572f
-class Embeddings(_Answer):
+class EmbeddingResponse(_Answer):
     "Of `/v1/embeddings`; `error` only where no item succeeded"
     object: Literal['list']
     model: str
@@ -111,7 +112,7 @@ class RankRow(_Answer):
     error: str = ''
 
 # %% ../../nbs/serve/08_openapi.ipynb #b780409c
-class Ranking(_Answer):
+class RankResponse(_Answer):
     "Of `/rank`, best first"
     model: str
     artifact: str
@@ -190,7 +191,7 @@ FORM = {
 BINARY = {'application/octet-stream': {'schema': {'type': 'string', 'format': 'binary'}}}
 
 # %% ../../nbs/serve/08_openapi.ipynb #5a4dd5a1
-def asks(
+def request_body(
     model: type, # of the JSON
     *others: dict, # content type -> media type object
 ) -> dict: # `openapi_extra` of a route
@@ -206,7 +207,7 @@ def asks(
     }
 
 # %% ../../nbs/serve/08_openapi.ipynb #2b0e5a1c
-def gives(
+def response_models(
     model: type | None = None, # of the JSON
     *codes: int,               # of errors; all of `ERRORS` by default
     partial: tuple = (),       # of these, those that may also come with an answer in which every item failed
@@ -225,7 +226,7 @@ def gives(
 # %% ../../nbs/serve/08_openapi.ipynb #658dc125
 def name_schemas(
     api: FastAPI, # with its routes
-    *models: type, # of bodies that `asks` was given, besides those of `wire`
+    *models: type, # of bodies that `request_body` was given, besides those of `wire`
 ):
     "Makes `/openapi.json` name every schema that a request refers to."
     plain = api.openapi
@@ -269,7 +270,7 @@ PAGE_HEADERS = {
 }
 
 # %% ../../nbs/serve/08_openapi.ipynb #e5b78840
-def page(
+def docs_page(
     found: dict, # an OpenAPI description
 ) -> str: # HTML
     "Render a description as a page that loads nothing from elsewhere."

@@ -7,9 +7,10 @@ Docs: https://mmembed.github.io/mmembed/serve/schemas.html.md"""
 # %% auto #0
 __all__ = ['Entry', 'ClassEntry', 'PART', 'TextEntry', 'ImageEntry', 'ImageURL', 'ImageURLEntry', 'TokensEntry',
            'EmbeddingRequest', 'RankRequest', 'PairEntry', 'ClassifyRequest', 'SearchRequest', 'ReloadRequest',
-           'StreamRequest', 'misfit', 'read_body', 'plain_text', 'UnknownModel', 'check_model', 'few', 'Refused',
-           'image_bytes', 'permitted', 'Downloads', 'to_item', 'to_items', 'run', 'vector', 'embedding_rows', 'timing',
-           'reply', 'error', 'problem', 'answered', 'made_by', 'verdict']
+           'StreamRequest', 'validation_failure', 'read_body', 'plain_text', 'UnknownModel', 'check_model',
+           'check_count', 'RefusedEntry', 'image_bytes', 'check_url', 'Downloads', 'to_item', 'to_items', 'run',
+           'shorten', 'embedding_rows', 'timing', 'reply', 'error', 'problem', 'response_status', 'artifact_of',
+           'describe_error']
 
 # %% ../../nbs/serve/07_schemas.ipynb #2be68f7b
 import asyncio
@@ -25,13 +26,13 @@ import numpy as np
 import orjson
 from pybase64 import b64decode
 from fastapi.responses import Response
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 
 from ..core import markers
 from .engine import Busy, Unfit, Unsuited
 from .queue import Item, PendingRequest
-from .telemetry import seconds
+from .telemetry import stage_times
 from .service import Service
 from .token_ids import text_of, token_table
 
@@ -130,7 +131,7 @@ class StreamRequest(EmbeddingRequest):
     id: Annotated[int, Field(ge=-2**63, lt=2**64)] | str | None = None
 
 # %% ../../nbs/serve/07_schemas.ipynb #05877646
-def misfit(e: ValidationError) -> HTTPException: # 400 for what is no JSON, else 422
+def validation_failure(e: ValidationError) -> HTTPException: # 400 for what is no JSON, else 422
     "What is wrong with a request, with its place."
     last = e.errors(include_url=False, include_input=False, include_context=False)[-1]  # of a union, the fullest form
     where = '.'.join(str(x) for x in last['loc'] if isinstance(x, int) or x.isidentifier() and x not in ('str', 'list'))
@@ -149,7 +150,7 @@ def read_body(
         elif (coding := json.detect_encoding(data[:4])) != 'utf-8': data = data.decode(coding)
         return model.model_validate_json(data)
     except UnicodeDecodeError: raise HTTPException(400, f'the body is not {coding}') from None
-    except ValidationError as e: raise misfit(e) from None
+    except ValidationError as e: raise validation_failure(e) from None
 
 # %% ../../nbs/serve/07_schemas.ipynb #2aca4d81
 def plain_text(
@@ -193,12 +194,12 @@ def check_model(
         raise UnknownModel(404, f'The model `{name[:60]}` does not exist; this server has `{service.name[:60]}`')
 
 # %% ../../nbs/serve/07_schemas.ipynb #deb2055f
-def few(n: int, config):
+def check_count(n: int, config):
     "Raises when a request has more items than the server takes."
     if n > config.max_items: raise HTTPException(413, f'{n} items; this server takes up to {config.max_items}')
 
 # %% ../../nbs/serve/07_schemas.ipynb #3a0fb97a
-class Refused(ValueError):
+class RefusedEntry(ValueError):
     "An entry that cannot become an item"
     def __init__(self, text: str, status: str = 'invalid'): super().__init__(text); self.status = status
 
@@ -206,28 +207,28 @@ class Refused(ValueError):
 def image_bytes(
     text: str, # base64, or a data URL
 ) -> bytes:
-    "The file in `text`; raises `Refused`."
+    "The file in `text`; raises `RefusedEntry`."
     if text[:5].lower() == 'data:':
         head, comma, text = text.partition(',')
         if not comma or not head.lower().endswith(';base64'):
-            raise Refused('a data URL must be data:image/...;base64,...')
+            raise RefusedEntry('a data URL must be data:image/...;base64,...')
     try: return b64decode(text, validate=True)
-    except (binascii.Error, ValueError): raise Refused('the image is not valid base64') from None
+    except (binascii.Error, ValueError): raise RefusedEntry('the image is not valid base64') from None
 
 # %% ../../nbs/serve/07_schemas.ipynb #64ece417
-def permitted(
+def check_url(
     url: str,
     hosts: tuple, # 'host': its ports 80 and 443, 'host:port', or 'host:*'
 ) -> str: # the same
-    "Return `url`; raises `Refused` where it is none of http, or of a host or port that is not in `hosts`."
+    "Return `url`; raises `RefusedEntry` where it is none of http, or of a host or port that is not in `hosts`."
     import httpx2
     try: parts = httpx2.URL(url)
-    except (httpx2.InvalidURL, ValueError): raise Refused('not a URL') from None
-    if parts.scheme not in ('http', 'https'): raise Refused('an image URL must be data:, http: or https:')
+    except (httpx2.InvalidURL, ValueError): raise RefusedEntry('not a URL') from None
+    if parts.scheme not in ('http', 'https'): raise RefusedEntry('an image URL must be data:, http: or https:')
     host = f'[{parts.host}]' if ':' in parts.host else parts.host
     port = parts.port or dict(http=80, https=443)[parts.scheme]
     forms = {f'{host}:{port}', f'{host}:*', host if parts.port is None else ''}
-    if not forms & {h.lower() for h in hosts}: raise Refused('this server does not fetch from that host')
+    if not forms & {h.lower() for h in hosts}: raise RefusedEntry('this server does not fetch from that host')
     return url
 
 # %% ../../nbs/serve/07_schemas.ipynb #52ccc3f0
@@ -245,30 +246,31 @@ class Downloads:
         asyncio.current_task().add_done_callback(lambda _: service.bodies.give(self.config.max_body - self.room))
 
     async def file(self, url: str) -> bytes:
-        "Download `url`; raises `Refused`."
+        "Download `url`; raises `RefusedEntry`."
         import httpx2
-        url, data = permitted(url, self.config.fetch_hosts), bytearray()
+        url, data = check_url(url, self.config.fetch_hosts), bytearray()
         how = dict(headers={'accept-encoding': 'identity'}, follow_redirects=False)
         try:
             async with asyncio.timeout_at(self.end), self.places, self._client().stream('GET', url, **how) as r:
-                if r.status_code != 200: raise Refused(f'the image URL answered {r.status_code}')
+                if r.status_code != 200: raise RefusedEntry(f'the image URL answered {r.status_code}')
                 packed = r.headers.get('content-encoding', 'identity') != 'identity'
-                if packed: raise Refused('the image URL answered packed')
+                if packed: raise RefusedEntry('the image URL answered packed')
                 self._fits(_length(r.headers.get('content-length', '')))
                 async for piece in r.aiter_raw():
                     self._take(len(piece))
                     data += piece
             return bytes(data)
-        except TimeoutError: raise Refused('the image did not arrive in time', 'expired') from None
+        except TimeoutError: raise RefusedEntry('the image did not arrive in time', 'expired') from None
         except (httpx2.HTTPError, OSError) as e:
-            raise Refused(f'the image URL cannot be fetched: {type(e).__name__}') from None
+            raise RefusedEntry(f'the image URL cannot be fetched: {type(e).__name__}') from None
 
     def _fits(self, n: int):
-        if n > self.room: raise Refused(f'the images of the request are larger than {self.config.max_body:,} bytes')
+        if n > self.room:
+            raise RefusedEntry(f'the images of the request are larger than {self.config.max_body:,} bytes')
 
     def _take(self, n: int):
         self._fits(n)
-        if not self.service.bodies.take(n): raise Refused(str(self.service.crowded()), 'unavailable')
+        if not self.service.bodies.take(n): raise RefusedEntry(str(self.service.crowded()), 'unavailable')
         self.room -= n
 
     def _client(self): # one for the server: it keeps connections, and no cookies
@@ -290,7 +292,7 @@ def _from_ids(ids, path):
             'check_embedding_ctx_length=False), or start the server with --token-ids FILE, the table they come from',
         )
     try: text = text_of(ids, token_table(path))
-    except ValueError as e: return Item('text', Refused(e))
+    except ValueError as e: return Item('text', RefusedEntry(e))
     return Item('text', text)
 
 # %% ../../nbs/serve/07_schemas.ipynb #893f0a2a
@@ -298,19 +300,19 @@ async def to_item(
     entry,                # an `Entry`
     downloads: Downloads, # of the request
 ) -> Item:
-    "The engine's item; one that is refused carries a `Refused`, for which `run` gives it a status."
+    "The engine's item; one that is refused carries a `RefusedEntry`, for which `run` gives it a status."
     if isinstance(entry, str):
         why = markers.doubt(
             entry, False, 'an entry of type image or image_url for the image', 'one of type text for the words'
         )
-        return Item('text', Refused(why) if why else entry)
+        return Item('text', RefusedEntry(why) if why else entry)
     if entry.type == 'text': return Item('text', entry.text)
     if entry.type == 'tokens': return _from_ids(entry.ids, downloads.config.token_ids)
     pair, given = entry.type == 'pair', entry.image_url if entry.type == 'image_url' else entry.image
     text = given.url if isinstance(given, ImageURL) else given
     url = text if text is not given or entry.type == 'image_url' else ''
     try: data = await downloads.file(url) if url and url[:5].lower() != 'data:' else image_bytes(text)
-    except Refused as e: return Item('pair' if pair else 'image', e)
+    except RefusedEntry as e: return Item('pair' if pair else 'image', e)
     return Item('pair', (entry.text, data)) if pair else Item('image', data)
 
 # %% ../../nbs/serve/07_schemas.ipynb #f10d93e1
@@ -353,8 +355,8 @@ async def run(
     "`service.run` for items of which some may be refused already."
     if len(items) > service.config.max_items:
         raise HTTPException(413, f'{len(items)} items; this server takes up to {service.config.max_items}')
-    bad = [i for i in items if isinstance(i.data, Refused)]
-    await _in_parts(service, [i for i in items if not isinstance(i.data, Refused)], timeout, span)
+    bad = [i for i in items if isinstance(i.data, RefusedEntry)]
+    await _in_parts(service, [i for i in items if not isinstance(i.data, RefusedEntry)], timeout, span)
     if bad:
         lost = PendingRequest(bad, lambda job: None)
         for i in bad: lost.settle(i, i.data.status, str(i.data))
@@ -363,7 +365,7 @@ async def run(
     return items
 
 # %% ../../nbs/serve/07_schemas.ipynb #4aadf3fc
-def vector(
+def shorten(
     value: np.ndarray,       # float32 (D,)
     dimensions: int | None,  # the first so many, brought to unit length again
 ) -> np.ndarray:
@@ -390,7 +392,7 @@ def embedding_rows(
             embedding='' if encoding == 'base64' else None,
         )
         if i.status == 'ok':
-            v = vector(i.value, dimensions)
+            v = shorten(i.value, dimensions)
             row['embedding'] = (
                 v if encoding != 'base64' else b2a_base64(v.astype('<f4', copy=False), newline=False).decode()
             )
@@ -403,7 +405,7 @@ def timing(items: list[Item]) -> str:
     "A Server-Timing header: the longest of each stage, in milliseconds."
     longest: dict = {}
     for i in items:
-        for stage, s in seconds(i).items(): longest[stage] = max(longest.get(stage, 0), s)
+        for stage, s in stage_times(i).items(): longest[stage] = max(longest.get(stage, 0), s)
     return ', '.join(f'{k};dur={v * 1e3:.3f}' for k, v in longest.items())
 
 # %% ../../nbs/serve/07_schemas.ipynb #19e53552
@@ -429,7 +431,7 @@ def problem(status: int, message: str, code: str | None = None, **headers) -> Re
     return reply(dict(error=error(status, message, code)), status, **headers)
 
 # %% ../../nbs/serve/07_schemas.ipynb #15ff89f5
-def answered(items: list[Item]) -> int:
+def response_status(items: list[Item]) -> int:
     "The HTTP status of a list of items: 200 when any of them succeeded, else what most of all went wrong."
     states = {i.status for i in items}
     for state, code in (('ok', 200), ('expired', 504), ('unavailable', 503), ('failed', 500)):
@@ -437,16 +439,16 @@ def answered(items: list[Item]) -> int:
     return 422
 
 # %% ../../nbs/serve/07_schemas.ipynb #45208fe7
-def made_by(items: list[Item], service: Service) -> str: # the short hash
+def artifact_of(items: list[Item], service: Service) -> str: # the short hash
     "The artifact that embedded `items`: during a reload not the one now in force."
     return next((i.job.hash for i in items if hasattr(i.job, 'hash')), service.card['short_hash'])
 
 # %% ../../nbs/serve/07_schemas.ipynb #34c0a555
-def verdict(
+def describe_error(
     e: Exception,
 ) -> tuple[int, str, float | None]:  # HTTP status, one sentence, seconds after which to ask again
     "What a client is told of `e`."
-    if isinstance(e, ValidationError): e = misfit(e)
+    if isinstance(e, ValidationError): e = validation_failure(e)
     if isinstance(e, HTTPException): return e.status_code, str(e.detail), 2. if e.status_code == 503 else None
     if isinstance(e, Busy): return 429, str(e), e.retry
     if isinstance(e, Unfit): return 503, str(e), 2.

@@ -20,7 +20,7 @@ from gradio_client import Client, handle_file
 from mmembed.demo import gallery as pictures
 from mmembed.demo.app import serve_page
 from mmembed.demo.handlers import Panels
-from mmembed.demo.gallery import Indexed, embed_files, embed_folder, embed_scenes
+from mmembed.demo.gallery import IndexImages, embed_files, embed_folder, embed_scenes
 
 from tests.helpers import HANG, ended
 
@@ -169,9 +169,9 @@ def test_own_pictures(client, folder, page):
 def test_the_artifact_alone_answers(folder):
     "No training code, no other framework: in a process of its own."
     program = (
-        "import sys, mmembed as mm; from mmembed.demo.app import build_page; from mmembed.demo.panels import Panels; "
-        "from mmembed.demo.pictures import embed_scenes\n"
-        f"emb = mm.load({str(folder / 'tiny.pt')!r}); build(Panels(emb, [embed_scenes(emb, 4)]))\n"
+        "import sys, mmembed as mm; from mmembed.demo.app import build_page; from mmembed.demo.handlers import Panels; "
+        "from mmembed.demo.gallery import embed_scenes\n"
+        f"emb = mm.load({str(folder / 'tiny.pt')!r}); build_page(Panels(emb, [embed_scenes(emb, 4)]))\n"
         "import json; print(json.dumps([m for m in ('lightning', 'transformers', 'open_clip', 'torchvision', "
         "'matplotlib', 'mmembed.train.run', 'mmembed.models.dual', 'mmembed.train.datamodule') if m in sys.modules]))"
     )
@@ -193,7 +193,7 @@ def indexed(folder):
     panels = Panels(
         emb,
         [
-            Indexed(Index.build(emb, str(folder / 'large.csv'), folder / 'index', columns=['year'])),
+            IndexImages(Index.build(emb, str(folder / 'large.csv'), folder / 'index', columns=['year'])),
             embed_scenes(emb, 12),
         ],
     )
@@ -259,7 +259,7 @@ def changing(folder, tmp_path):
                 Image.new('RGB', (60 + i, 40), colour).save(tmp_path/f'{name}-{i}.png')
                 table.write(f'{name}-{i}.png,a {colour} wall\n')
     emb = mm.load(folder/'tiny.pt')
-    panels = Panels(emb, [Indexed(Index.build(emb, str(tmp_path/'old.csv'), tmp_path/'my.idx'))])
+    panels = Panels(emb, [IndexImages(Index.build(emb, str(tmp_path/'old.csv'), tmp_path/'my.idx'))])
     with ended(
         subprocess.Popen(
             [sys.executable, '-c', WRITER, str(tmp_path / 'my.idx')],
@@ -366,7 +366,7 @@ def test_an_index_of_another_artifact_is_refused(changing, folder):
         cpp=False,
     )
     with pytest.raises(ValueError, match='cannot ask an index that artifact'):
-        Indexed(Index(d / 'my.idx', mm.load(d / 'other.pt')))
+        IndexImages(Index(d / 'my.idx', mm.load(d / 'other.pt')))
     Index.build(d/'other.pt', str(d/'old.csv'), d/'my.idx', overwrite=True)
     assert 'cannot ask an index that artifact' in found(panels, key)['error']
 
@@ -442,7 +442,10 @@ def browser():
 FAINT = """() => {  // visible texts that stand out from what is behind them by less than 4.5 to 1 (WCAG 2, level AA)
   const parsed = c => { const [r, g, b, a] = c.match(/[\\d.]+/g).map(Number); return [r, g, b, a ?? 1] }
   const over = (a, b) => [0, 1, 2].map(k => a[k]*a[3] + b[k]*(1 - a[3]))
-  const light = c => { const [r, g, b] = c.map(v => (v /= 255) <= .04045 ? v/12.92 : ((v + .055)/1.055)**2.4); return .2126*r + .7152*g + .0722*b }
+  const light = c => {
+    const [r, g, b] = c.map(v => (v /= 255) <= .04045 ? v/12.92 : ((v + .055)/1.055)**2.4)
+    return .2126*r + .7152*g + .0722*b
+  }
   const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + .05)/(y + .05) }
   const chain = e => e ? [e, ...chain(e.parentElement)] : []
   function behind(e) {
@@ -452,16 +455,20 @@ FAINT = """() => {  // visible texts that stand out from what is behind them by 
   }
   const seen = []
   function judge(e, colour, what) {
-    const [r, g, b, a] = parsed(colour), opacity = chain(e).reduce((o, p) => o*getComputedStyle(p).opacity, 1), back = behind(e)
+    const [r, g, b, a] = parsed(colour), back = behind(e)
+    const opacity = chain(e).reduce((o, p) => o*getComputedStyle(p).opacity, 1)
     seen.push([ratio(over([r, g, b, a*opacity], back), back), what])
   }
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT)
   for (let n; n = texts.nextNode();) {
     const e = n.parentElement, text = n.textContent.trim()
-    if (!text || ['SCRIPT', 'STYLE', 'NOSCRIPT'].includes(e.tagName) || !e.checkVisibility({visibilityProperty: true, opacityProperty: true}) || e.closest('[disabled]')) continue
-    judge(e, e.closest('svg') ? getComputedStyle(e).fill : getComputedStyle(e).color, `${e.tagName} ${text.slice(0, 40)}`)
+    const drawn = e.checkVisibility({visibilityProperty: true, opacityProperty: true})
+    if (!text || ['SCRIPT', 'STYLE', 'NOSCRIPT'].includes(e.tagName) || !drawn || e.closest('[disabled]')) continue
+    const style = getComputedStyle(e)
+    judge(e, e.closest('svg') ? style.fill : style.color, `${e.tagName} ${text.slice(0, 40)}`)
   }
-  for (const e of document.querySelectorAll('input, textarea')) if (e.placeholder && e.checkVisibility()) judge(e, getComputedStyle(e, '::placeholder').color, e.placeholder)
+  for (const e of document.querySelectorAll('input, textarea'))
+    if (e.placeholder && e.checkVisibility()) judge(e, getComputedStyle(e, '::placeholder').color, e.placeholder)
   if (seen.length < 20) throw Error(`only ${seen.length} texts are seen`)
   return seen.filter(([r]) => r < 4.5).map(([r, what]) => `${r.toFixed(2)} ${what}`)
 }"""

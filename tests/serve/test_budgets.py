@@ -14,7 +14,6 @@ from concurrent.futures import Future
 import grpc
 import httpx2
 import pytest
-import torch
 from PIL import Image
 from websockets.sync.client import connect
 
@@ -312,6 +311,11 @@ def test_many_large_uploads_leave_the_server_alive(narrow):
 @pytest.mark.parametrize('kind', ['RLIMIT_AS', 'RLIMIT_DATA'])
 def test_budgets_go_by_the_limit_that_ulimit_sets(kind):
     "As by that of a container: budgets of a machine's whole memory would let a process run into its own limit."
-    program = f'import resource as r\nfrom mmembed.runtime.inputs import memory\nbefore = memory()\nr.setrlimit(r.{kind}, (10 ** 8, r.getrlimit(r.{kind})[1]))\nprint(before > 10 ** 8, memory())'
+    program = f'''
+import resource as r
+from mmembed.core.threads import memory
+before = memory()
+r.setrlimit(r.{kind}, (10 ** 8, r.getrlimit(r.{kind})[1]))
+print(before > 10 ** 8, memory())'''
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', program], capture_output=True, text=True)
     assert done.stdout.split() == ['True', str(10 ** 8)], done

@@ -35,7 +35,11 @@ def client(request, server):
 
 
 def test_it_imports_no_torch():
-    program = "import sys, mmembed; mmembed.Client('grpc://x:1'); import mmembed.serve.protobuf; print([m for m in ('torch', 'fastapi', 'mmembed.core.types') if m in sys.modules])"
+    program = """
+import sys, mmembed
+mmembed.Client('grpc://x:1')
+import mmembed.serve.protobuf
+print([m for m in ('torch', 'fastapi', 'mmembed.core.types') if m in sys.modules])"""
     assert subprocess.run([sys.executable, '-c', program], capture_output=True, text=True).stdout.strip() == '[]'
 
 
@@ -148,7 +152,7 @@ def test_generators_are_read_no_further_than_needed(client):
     assert next(stream).index == 0 and len(read) <= 7 * 4 + 1
     stream.close()
     async def slowly():
-        for k in range(20):
+        for _ in range(20):
             await asyncio.sleep(.001)
             yield 'a'
     assert asyncio.run(client.aencode(slowly())).shape == (20, 24)

@@ -70,7 +70,8 @@ for name, m, at in (('http', tritonclient.http, host), ('grpc', tritonclient.grp
         def rows(r, kind='text'): return r.as_numpy(f'{kind}_embedding').tolist()
         both = [inputs('a red circle'), inputs(file, b'bad')]
         plain = c.infer(model, both)
-        said = dict(index=found, live=c.is_server_live(), ready=c.is_model_ready(model), meta=c.get_server_metadata(**kw)['extensions'],
+        said = dict(index=found, live=c.is_server_live(), ready=c.is_model_ready(model),
+                    meta=c.get_server_metadata(**kw)['extensions'],
                     config=c.get_model_config(model, **kw), text=rows(plain), image=rows(plain, 'image'),
                     status=[s.decode() for s in plain.as_numpy('image_status')], squeezed=[])
         for how in ('gzip', 'deflate'):

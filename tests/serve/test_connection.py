@@ -287,8 +287,10 @@ public class Ask {
     public static void main(String[] args) throws Exception {
         HttpClient client = HttpClient.newHttpClient();
         for (String kind : new String[] {"application/json", "text/plain"}) for (int i = 0; i < 8; i++) {
-            String text = "a red circle " + i, body = kind.equals("text/plain") ? text : "{\\"input\\": [\\"" + text + "\\"]}";
-            HttpRequest request = HttpRequest.newBuilder(URI.create(args[0] + "/v1/embeddings")).header("content-type", kind).POST(BodyPublishers.ofString(body)).build();
+            String text = "a red circle " + i;
+            String body = kind.equals("text/plain") ? text : "{\\"input\\": [\\"" + text + "\\"]}";
+            HttpRequest request = HttpRequest.newBuilder(URI.create(args[0] + "/v1/embeddings"))
+                .header("content-type", kind).POST(BodyPublishers.ofString(body)).build();
             HttpResponse<String> r = client.send(request, HttpResponse.BodyHandlers.ofString());
             System.out.println(r.statusCode() + " " + r.body());
         }

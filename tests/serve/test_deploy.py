@@ -261,15 +261,16 @@ def test_a_server_loads_only_what_its_image_has():
         import asyncio, sys
         class Missing:
             def find_spec(self, name, path=None, target=None):
-                if name.partition('.')[0] in sys.argv[2:]: raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+                if name.partition('.')[0] in sys.argv[2:]:
+                    raise ModuleNotFoundError(f'No module named {name!r}', name=name)
         sys.meta_path.insert(0, Missing())
         from mmembed.cli import main
-        from mmembed.serve import rpc, server
+        from mmembed.serve import grpc_server, server
         from mmembed.serve.service import Config, Service
         service = Service(Config(sys.argv[1], grpc_port=0, traces='http://127.0.0.1:1'))
         server.app(service)
         async def go():
-            grpc, _ = await rpc.start(service)
+            grpc, _ = await grpc_server.start(service)
             assert not await service.ready() and service.metrics.page()
             await grpc.stop(0)
         asyncio.run(go())"""
@@ -418,7 +419,8 @@ def test_alerts_burn_when_they_should_and_only_then(tmp_path):
             )
         )
     bucket = lambda le: (
-        f'mmembed_stage_seconds_bucket{{stage="queue", kind="text", namespace="shop", pod="a", instance="a:8000", job="mmembed", le="{le}"}}'
+        'mmembed_stage_seconds_bucket{stage="queue", kind="text", namespace="shop", pod="a", instance="a:8000", '
+        f'job="mmembed", le="{le}"}}'
     )
     waits = {f'up{SERVER}': '1x20', bucket('0.1'): '0+0x20', bucket('0.2'): '0+100x20', bucket('+Inf'): '0+100x20'}
     idle = waits | {bucket(le): '7x20' for le in ('0.1', '0.2', '+Inf')}

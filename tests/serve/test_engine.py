@@ -82,7 +82,7 @@ def test_requests_share_batches(engine):
     "Many requests of one item are answered in few passes of the tower."
     sizes = []
     engine.on_batch = lambda kind, stage, items, took: sizes.append(len(items)) if stage == 'forward' else None
-    engine.lanes['text'].alone = False
+    engine.tower_queues['text'].alone = False
     jobs = [Future() for _ in range(40)]
     for f in jobs: engine.submit([Item('text', 'a')], f.set_result)
     assert all(f.result(HANG).items[0].status == 'ok' for f in jobs)
@@ -147,7 +147,7 @@ def test_queue_is_bounded_and_whole_requests_are_admitted():
     with pytest.raises(Busy) as e: engine.submit([Item('text', 'x'), Item('text', 'y'), Item('text', 'z')], None)
     assert .1 <= e.value.retry <= 60 and engine.waiting['text'] == 4
     with pytest.raises(Busy): engine.submit([Item('image', b'', 601)], None)  # too many bytes
-    engine.submit([Item('image', b'', 600)], done[1].set_result)  # the other lane has room
+    engine.submit([Item('image', b'', 600)], done[1].set_result)  # the other queue has room
     go.set()
     assert done[0].result(HANG) and done[1].result(HANG) and engine.close() and not engine.bytes
 
@@ -178,7 +178,7 @@ def test_a_batch_that_fails_is_tried_item_by_item(engine):
     def picky(items):
         if any(i.data == 'poison' for i in items): raise RuntimeError('Traceback\nbuiltins.ValueError: no such token\n')
         return tower(items)
-    engine._tower, engine.lanes['text'].alone = picky, False
+    engine._tower, engine.tower_queues['text'].alone = picky, False
     items = ask(engine, [Item('text', t) for t in ('a', 'poison', 'b')])
     assert (
         [i.status for i in items] == ['ok', 'failed', 'ok']
@@ -265,7 +265,10 @@ def test_storm(engine):
         assert item.status in ('ok', 'invalid', 'expired', 'cancelled'), (item.status, item.error)
         if item.status == 'ok': assert np.allclose(item.value, want[item.data], atol=1e-5)
     assert sum(i.status == 'ok' for j in jobs for i in j.items) > 50
-    assert all(lane.size == 0 and lane.coming == 0 for lane in (*engine.first.values(), *engine.lanes.values()))
+    assert all(
+        queue.size == 0 and queue.coming == 0
+        for queue in (*engine.entry_queues.values(), *engine.tower_queues.values())
+    )
 
 
 def test_pairs_have_spans():

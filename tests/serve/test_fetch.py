@@ -11,7 +11,7 @@ import pytest
 
 from mmembed.exporters.verify import samples as cases
 from mmembed.serve.server import running
-from mmembed.serve.schemas import Refused, permitted
+from mmembed.serve.schemas import RefusedEntry, check_url
 
 from tests.serve.conftest import config
 from tests.helpers import HANG, until
@@ -138,9 +138,9 @@ NAMED = {
 def test_ports_are_named():
     for host, (good, bad) in NAMED.items():
         hosts = (host,)
-        for url in good: assert permitted(url, hosts) == url
+        for url in good: assert check_url(url, hosts) == url
         for url in bad:
-            with pytest.raises(Refused): permitted(url, hosts)
+            with pytest.raises(RefusedEntry): check_url(url, hosts)
 
 
 def _post(server, urls, path='/v1/embeddings'):

@@ -140,7 +140,7 @@ def test_health_keeps_nothing_that_a_client_names(server, channel):
     ask = lambda name: health_pb2.HealthCheckRequest(service=name)
     for name in names[:6]: assert code(stub.Check, ask(name)) == 'NOT_FOUND'
     before = memory()
-    for k, name in enumerate(names):
+    for name in names:
         with pytest.raises(grpc.RpcError) as e: stub.Check(ask(name))
         assert e.value.code().name == 'NOT_FOUND' and len(e.value.details()) < 200
     seen = []

@@ -352,7 +352,8 @@ def test_bytes_that_are_no_http(server, http):
 def test_clients_that_vanish_take_their_items_with_them(server, http):
     host, port = server.url.removeprefix('http://').split(':')
     body = json.dumps(dict(input=[image(FILES['quality 75.jpg'])] * 64)).encode()
-    head = f'POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n'.encode()
+    fields = f'host: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n'
+    head = f'POST /v1/embeddings HTTP/1.1\r\n{fields}'.encode()
 
     def gone():
         return sum(float(n) for n in re.findall(r'requests_total{.*status="499"} (\S+)', http.get('/metrics').text))

@@ -18,7 +18,7 @@ from websockets.sync.client import connect
 
 from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import load
-from mmembed.serve.middleware import EXPOSED, inflated
+from mmembed.serve.middleware import EXPOSED, decompressed
 from mmembed.serve.protobuf import message
 from mmembed.serve.server import running
 
@@ -141,7 +141,7 @@ def test_a_bomb_is_unpacked_as_far_as_the_limit_and_no_further(http, server):
     given = []
     async def unpack(limit):
         async def receive(): return {'type': 'http.request', 'body': bomb, 'more_body': False}
-        body = inflated(receive, 'gzip', limit)
+        body = decompressed(receive, 'gzip', limit)
         while True: given.append(len((await body())['body']))
     with pytest.raises(HTTPException) as e: asyncio.run(unpack(1 << 20))
     assert e.value.status_code == 413 and sum(given) <= 1 << 20 and max(given) <= 256 << 10

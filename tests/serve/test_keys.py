@@ -15,7 +15,7 @@ from mmembed.cli.main import main
 from mmembed.serve.middleware import OPEN
 from mmembed.serve.http import app
 from mmembed.serve.protobuf import methods
-from mmembed.serve.ray import options
+from mmembed.serve.ray import deployment_options
 from mmembed.serve.grpc_server import SERVICES
 from mmembed.serve.server import running
 from mmembed.serve.service import Config, Service
@@ -87,8 +87,9 @@ def test_a_key_file_without_a_key_starts_no_server(tmp_path, content, monkeypatc
             monkeypatch.setenv('MMEMBED_API_KEYS', keys)
             assert main(['serve', str(tiny.artifact()), *more]) == 1
             assert 'MMEMBED_API_KEYS holds no API key' in capsys.readouterr().err
-            with pytest.raises(ValueError, match='holds no API key'): options(dict(artifact='m.pt'))
-            with pytest.raises(ValueError, match='holds no API key'): options(dict(artifact='m.pt', api_keys=keys))
+            with pytest.raises(ValueError, match='holds no API key'): deployment_options(dict(artifact='m.pt'))
+            with pytest.raises(ValueError, match='holds no API key'):
+                deployment_options(dict(artifact='m.pt', api_keys=keys))
 
 
 def test_keys_are_read_whole(tmp_path, monkeypatch):
@@ -98,7 +99,7 @@ def test_keys_are_read_whole(tmp_path, monkeypatch):
     for words in (['--api-keys', str(tmp_path/'keys.txt')], []):
         assert main(['serve', str(tiny.artifact()), *words]) == 0
         monkeypatch.setenv('MMEMBED_API_KEYS', ' a, b ')
-        assert options(dict(artifact='m.pt'))[1]['api_keys'] == ('a', 'b')
+        assert deployment_options(dict(artifact='m.pt'))[1]['api_keys'] == ('a', 'b')
     assert started == [('first key', 'second'), ('a', 'b')]
 
 

@@ -7,26 +7,26 @@ from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import Embedder
 from mmembed.serve.engine import Engine, Options
 from mmembed.serve.queue import Item
-from mmembed.serve.queue import PendingRequest, Lane
+from mmembed.serve.queue import PendingRequest, BatchQueue
 
 from tests.exporters import tiny
 from tests.helpers import HANG, until
 
 
-def offer(lane, data, count=1, key=0, **kw):
+def offer(queue, data, count=1, key=0, **kw):
     "One request of `count` items that all hold `data`."
     job = PendingRequest([Item('text', data) for _ in range(count)], lambda job: None, **kw)
-    lane.expect(count), lane.put(job.items, [key] * count)
+    queue.expect(count), queue.put(job.items, [key] * count)
     return job
 
 
-def batches(lane, count): return [[i.data for i in lane.take(wait=False)] for _ in range(count)]
+def batches(queue, count): return [[i.data for i in queue.take(wait=False)] for _ in range(count)]
 
 
 def test_the_oldest_due_bucket_goes_first():
-    lane = Lane(largest=2)
-    for key, data in ((8, 'old'), (16, 'x'), (16, 'y'), (8, 'young')): offer(lane, data, key=key)
-    assert batches(lane, 2) == [['old', 'young'], ['x', 'y']]
+    queue = BatchQueue(largest=2)
+    for key, data in ((8, 'old'), (16, 'x'), (16, 'y'), (8, 'young')): offer(queue, data, key=key)
+    assert batches(queue, 2) == [['old', 'young'], ['x', 'y']]
 
 
 @pytest.mark.parametrize('before', [0, 1])
@@ -34,73 +34,73 @@ def test_the_oldest_due_bucket_goes_first():
 @pytest.mark.parametrize('largest', [1, 2, 8])
 def test_a_single_item_waits_for_two_batches_at_most(largest, key, before):
     "Behind a client that has sent 256 items three times; of the same length or of another, whatever went before."
-    lane = Lane(largest)
-    for name in 'abc': offer(lane, name, 256, key=8)
-    batches(lane, before)
-    offer(lane, 'single', key=key)
-    assert any('single' in batch for batch in batches(lane, 3))
+    queue = BatchQueue(largest)
+    for name in 'abc': offer(queue, name, 256, key=8)
+    batches(queue, before)
+    offer(queue, 'single', key=key)
+    assert any('single' in batch for batch in batches(queue, 3))
 
 
 @pytest.mark.parametrize('largest', [1, 8])
 def test_a_large_request_keeps_half_of_the_places(largest):
     "However many small ones keep coming."
-    lane = Lane(largest)
-    large, served = offer(lane, 'large', 128), 0
+    queue = BatchQueue(largest)
+    large, served = offer(queue, 'large', 128), 0
     for round in range(2 * 128 // largest):
-        for k in range(largest): offer(lane, f'small {round} {k}')
-        served += sum(data == 'large' for data in batches(lane, 1)[0])
+        for k in range(largest): offer(queue, f'small {round} {k}')
+        served += sum(data == 'large' for data in batches(queue, 1)[0])
     assert served == 128 and max(large.had.values()) == 128
 
 
 def test_places_are_shared_between_requests():
     "Each has had as many as the others, but for those places that go by age."
-    lane = Lane(largest=8)
-    for name in 'abcd': offer(lane, name, 100)
-    had = ''.join(data for batch in batches(lane, 20) for data in batch)
+    queue = BatchQueue(largest=8)
+    for name in 'abcd': offer(queue, name, 100)
+    had = ''.join(data for batch in batches(queue, 20) for data in batch)
     assert had.count('a') >= 80 and {had.count(name) for name in 'bcd'} <= set(range(20, 28)), had
 
 
 def test_a_rare_length_goes_with_the_third_batch_at_the_latest():
     "Full batches of another length keep coming, each is answered at once, and somebody is always on the way."
-    lane = Lane(largest=4)
-    lane.alone, lane.patience = False, 60.
-    lane.expect(1)
-    offer(lane, 'rare', key=64)
+    queue = BatchQueue(largest=4)
+    queue.alone, queue.patience = False, 60.
+    queue.expect(1)
+    offer(queue, 'rare', key=64)
     seen = []
     for _ in range(40):
-        offer(lane, 'common', 4, key=8)
-        seen += batches(lane, 1)
-        lane.answered(4, seconds=480.)
+        offer(queue, 'common', 4, key=8)
+        seen += batches(queue, 1)
+        queue.answered(4, seconds=480.)
     assert ['rare'] in seen[:3], seen[:3]
 
 
 def test_a_batch_that_is_not_full_waits_for_those_who_have_just_been_answered():
     """Also when another length has just had its batch: else clients of two lengths fall apart into small batches for
     good."""
-    lane = Lane(largest=8)
-    lane.alone = False
-    offer(lane, 'short', 3, key=8), offer(lane, 'long', 2, key=16)
-    assert batches(lane, 1) == [['short'] * 3]
-    lane.answered(3, seconds=480.)
-    assert batches(lane, 1) == [[]]
-    for k in range(3): offer(lane, 'again', key=16)
-    assert batches(lane, 1) == [['long'] * 2 + ['again'] * 3]
+    queue = BatchQueue(largest=8)
+    queue.alone = False
+    offer(queue, 'short', 3, key=8), offer(queue, 'long', 2, key=16)
+    assert batches(queue, 1) == [['short'] * 3]
+    queue.answered(3, seconds=480.)
+    assert batches(queue, 1) == [[]]
+    for _ in range(3): offer(queue, 'again', key=16)
+    assert batches(queue, 1) == [['long'] * 2 + ['again'] * 3]
 
 
 def test_a_rare_length_does_not_starve_behind_older_requests():
     "Every length has its turn, as old as its items are."
-    lane = Lane(largest=4)
-    for k in range(8): offer(lane, 'old', 64, key=8)
-    for k in range(4): offer(lane, f'rare {k}', key=16 + k)
-    assert [x[0] for x in batches(lane, 10) if x[0] != 'old'] == [f'rare {k}' for k in range(4)]
+    queue = BatchQueue(largest=4)
+    for _ in range(8): offer(queue, 'old', 64, key=8)
+    for k in range(4): offer(queue, f'rare {k}', key=16 + k)
+    assert [x[0] for x in batches(queue, 10) if x[0] != 'old'] == [f'rare {k}' for k in range(4)]
 
 
 def test_an_urgent_request_goes_before_all_singles():
     "The canary: hundreds of clients with one item each have had no place either."
-    lane = Lane(largest=4)
-    for k in range(300): offer(lane, f'client {k}')
-    offer(lane, 'canary', urgent=True)
-    assert 'canary' in batches(lane, 1)[0]
+    queue = BatchQueue(largest=4)
+    for k in range(300): offer(queue, f'client {k}')
+    offer(queue, 'canary', urgent=True)
+    assert 'canary' in batches(queue, 1)[0]
 
 
 def test_an_item_is_settled_once():
@@ -145,8 +145,8 @@ def test_a_single_item_passes_by_the_whole_engine(kind):
     engine = Engine(Embedder(tiny.artifact()), Options(batch=4, decoders=2))
     tower, png = Stepped(engine), cases.images()['RGB.png']
     many, single = ('many', 'single') if kind == 'text' else (png, png + b'\0')
-    first, lane = engine.first[kind], engine.lanes[kind]
-    def settled(): return not first.size if kind == 'text' else lane.size >= lane.room  # the stage before rests
+    first, queue = engine.entry_queues[kind], engine.tower_queues[kind]
+    def settled(): return not first.size if kind == 'text' else queue.size >= queue.room  # the stage before rests
     def ask(data, count): return engine.submit([Item(kind, data) for _ in range(count)], lambda job: None)
     for _ in range(3): ask(many, 64)
     assert tower.came.acquire(timeout=HANG)  # the first batch is in the tower

@@ -85,11 +85,11 @@ def test_the_canary_does_not_wait_behind_the_load():
     tower = Stepped(engine)
     for k in range(300): engine.submit([Item('text', f'a red circle {k}')], lambda job: None)
     assert tower.came.acquire(timeout=HANG)  # the first batch is in the tower
-    until(lambda: not engine.first['text'].size)
+    until(lambda: not engine.entry_queues['text'].size)
     said = []
-    thread = threading.Thread(target=lambda: said.append(canary.sing(engine, 120)))
+    thread = threading.Thread(target=lambda: said.append(canary.check(engine, 120)))
     thread.start()
-    until(lambda: engine.waiting['text'] == 301 and not engine.first['text'].size)
+    until(lambda: engine.waiting['text'] == 301 and not engine.entry_queues['text'].size)
     for _ in range(3): tower.next()
     texts = [next(data for kind, data in canary.items if kind == 'text') in batch for batch in tower.batches]
     assert any(texts[1:3]), texts

@@ -117,7 +117,7 @@ class Asked:
         return await call(self.channel, 'Classify')(q)
 
     async def grpc_infer(self):
-        raw, tensor = inference.raw([b'bad', PNG]), dict(name='image', datatype='BYTES', shape=[2])
+        raw, tensor = inference.tensor_bytes([b'bad', PNG]), dict(name='image', datatype='BYTES', shape=[2])
         q = message('inference.ModelInferRequest')(model_name=self.name, inputs=[tensor], raw_input_contents=[raw])
         return await call(self.channel, 'ModelInfer', 'inference.GRPCInferenceService')(q)
 
@@ -274,9 +274,9 @@ def test_reloads_leave_no_memory(server, http):
     for k in range(1, 13):
         assert http.post('/v1/embeddings', json=dict(input=[image(PNG), 'a'])).status_code == 200
         os.kill(server.process.pid, signal.SIGHUP)
-        until(lambda: reloads() >= before + k)
+        until(lambda k=k: reloads() >= before + k)
         if k == 2: second = figures()
         if k < 6: continue
-        until(lambda: figures()['Threads'] <= second['Threads'])
+        until(lambda second=second: figures()['Threads'] <= second['Threads'])
         if (last := figures())['VmRSS'] < 1.2 * second['VmRSS']: break
     assert last['Threads'] <= second['Threads'] and last['VmRSS'] < 1.2 * second['VmRSS'], (second, last)

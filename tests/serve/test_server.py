@@ -218,7 +218,7 @@ def test_gauges_speak_of_the_living(tmp_path):
     "A replica that died while it was not ready, and served another artifact, leaves its counts and nothing else."
     program = textwrap.dedent("""
         import os, sys
-        from mmembed.serve.observe import Metrics
+        from mmembed.serve.telemetry import Metrics
         m = Metrics()
         m.ready.set(sys.argv[1] == 'alive'), m.artifact.labels(sys.argv[1], 'dual', 24).set(1)
         m.queue_items.labels('text').inc(), m.reloads.labels('ok').inc()
@@ -334,7 +334,8 @@ def serve_with(patch, tmp_path):
         from mmembed.serve.server import serve
         from mmembed.serve.service import Config
         from mmembed.serve.engine import Options
-        sys.exit(serve(Config({str(tiny.artifact())!r}, port=0, log={str(tmp_path / 'log')!r}, engine=Options(batch=4, stall=5.))))''')
+        engine = Options(batch=4, stall=5.)
+        sys.exit(serve(Config({str(tiny.artifact())!r}, port=0, log={str(tmp_path / 'log')!r}, engine=engine)))''')
     )  # what is not stuck comes back by then
     p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', program], stdout=subprocess.PIPE, text=True)
     return p, f"http://127.0.0.1:{json.loads(p.stdout.readline())['http']}"
@@ -439,8 +440,8 @@ def test_every_line_is_json_and_the_file_is_opened_anew(tmp_path):
     end; after the file was moved away, in a new one."""
     program = """
         import asyncio, logging, os, sys, threading, warnings
-        from mmembed.serve.observe import Tracer, open_log, take_over
-        take_over()
+        from mmembed.serve.telemetry import Tracer, open_log, redirect_logs
+        redirect_logs()
         logging.getLogger('uvicorn.error').error('before the log is open')
         log = open_log(sys.argv[1])
         Tracer().begin('x', {'traceparent': '00-' + 'ab' * 16 + '-' + 'cd' * 8 + '-01'})
@@ -494,7 +495,7 @@ def test_memory_stays_flat(server):
     sizes = [memory()]
     while len(sizes) < 2 or (sizes[-1] - sizes[-2] >= 25 and len(sizes) < 5):
         answers = 100 + 300 * len(sizes)
-        until(lambda: len(load.answers) > answers)
+        until(lambda answers=answers: len(load.answers) > answers)
         sizes.append(memory())
     assert all(a == GOOD for a in load.end()) and sizes[-1] - sizes[-2] < 25, sizes
 
