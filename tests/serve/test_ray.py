@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import httpx2
 import pytest
@@ -89,7 +88,9 @@ def test_the_command_serves_and_ends_on_sigterm(tmp_path):
     "`mmembed serve --ray` as a process, with a cluster of its own: right vectors by HTTP, an orderly end."
     port = free_port()
     command = [
-        str(Path(sys.executable).with_name('mmembed')),
+        sys.executable,
+        '-m',
+        'mmembed',
         'serve',
         str(tiny.artifact()),
         '--ray',
