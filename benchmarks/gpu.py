@@ -31,6 +31,7 @@ import json
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,8 +39,26 @@ import torch.nn.functional as F
 
 import mmembed as mm
 from mmembed.core.types import Tokens
-from mmembed.exporters.cuda_graphs import eager_towers, why_not
-from mmembed.exporters.variants import Variant
+from mmembed.exporters.variants import Variant, prepared
+
+ACCELERATIONS = {  # name: (how to ask for it, what it is)
+    'fp16': ("export(precision='fp16')", 'weights and activations of 16 bits'),
+    'bf16': ("export(precision='bf16')", '16 bits with the range of fp32'),
+    'int8': (
+        "export(quantize='int8')",
+        'linear layers and convolutions multiply int8 by int8; in a .pt2, linear layers of the torch.export graph',
+    ),
+    'sdpa': (
+        "export(attention='sdpa'), the default",
+        'attention in one kernel: flash, or memory-efficient where there is a mask',
+    ),
+    'math': ("export(attention='math')", 'attention as matrix products and a softmax'),
+    'graphs': ('export(graphs=(1, 2, 4, 8, 16))', 'batches of a few sizes, each captured once as a CUDA graph'),
+    'aotinductor': ("export(model, 'model.pt2')", 'tokenizer and towers compiled ahead of time'),
+    'onnx-cuda': ("OnnxModel(folder, device='cuda')", "ONNX Runtime's CUDA provider"),
+    'tensorrt': ("OnnxModel(folder, device='tensorrt')", "ONNX Runtime's TensorRT provider"),
+    'compile': ('eager_towers(compile=True)', 'torch.compile, which takes eager Python, not TorchScript'),
+}
 
 ROWS = {
     'eager fp32': {},
@@ -58,6 +77,46 @@ ROWS = {
     'onnx-cuda': {},
     'tensorrt': {},
 }
+
+
+def why_not(name, device=''):
+    """Why an acceleration cannot be had on `device` ('cpu' or 'cuda'; '': the one that it is for); empty when it can.
+
+    Raises `ValueError` for an unknown name."""
+    if name not in ACCELERATIONS: raise ValueError(f'no acceleration {name!r}; there are {", ".join(ACCELERATIONS)}')
+    cuda = (device or ('cuda' if name == 'graphs' else 'cpu')).startswith('cuda')
+    if name in ('onnx-cuda', 'tensorrt'):
+        from mmembed.exporters.onnx.model import provider_of
+        try: return provider_of(name.removeprefix('onnx-')) and ''
+        except (ImportError, ValueError) as e: return str(e)
+    if cuda and not torch.cuda.is_available(): return 'torch sees no CUDA device here'
+    if name == 'compile' and cuda:
+        from torch.utils._triton import has_triton
+        return '' if has_triton() else 'torch.compile needs triton on a GPU: pip install triton'
+    reasons = {
+        ('graphs', False): 'CUDA graphs need a GPU',
+        ('int8', True): 'the int8 layers are for a CPU: on a GPU torch._int_mm takes no fewer than 17 rows',
+        ('aotinductor', True): 'a package is compiled for the CPU',
+    }
+    if (name, cuda) in reasons: return reasons[name, cuda]
+    if name not in ('compile', 'aotinductor'): return ''
+    from mmembed.exporters.aot import why_no_compiler
+    return why_no_compiler()
+
+
+def eager_towers(model, variant=Variant(), device='cpu', compile=False):
+    """Both towers of a DualEncoder as `variant` has them, as functions: text(ids, mask), image(normalised pixels).
+
+    `compile`: by torch.compile, when first called. Raises `RuntimeError` with the reason where a machine cannot."""
+    if why := why_not('compile' if compile else 'sdpa', device): raise RuntimeError(why)
+    net = prepared(model, variant).model.to(device)
+    def encode_text(ids, mask): return net.encode_text(Tokens(ids, mask))
+    def without_gradients(f):
+        f = torch.compile(f, dynamic=True) if compile else f
+        def g(*x):
+            with torch.no_grad(): return f(*x)
+        return g
+    return without_gradients(encode_text), without_gradients(net.encode_image)
 
 
 def clocked(f, device, rounds):
@@ -119,8 +178,8 @@ def measured(row, model, device, sizes, rounds, samples, folder):
             ids, mask = (x[:b].contiguous() for x in words)
             x = pictures[:b].contiguous()
             out['ms'][b] = (
-                clocked(lambda: text(texts[:b], ids, mask), device, rounds),
-                clocked(lambda: image(x), device, rounds),
+                clocked(partial(text, texts[:b], ids, mask), device, rounds),
+                clocked(partial(image, x), device, rounds),
             )
         if pairs:
             said, (ids, mask), shown = pairs[0], [x.to(device) for x in pairs[1]], pairs[2]
@@ -176,7 +235,12 @@ def main(argv=None):
     )
     parser.add_argument('--text-key', default='text', help='its column of captions')
     parser.add_argument('--json', help='where the figures go')
+    parser.add_argument('--list', action='store_true', help='print how to ask for each acceleration, and run nothing')
     args = parser.parse_args(argv)
+    if args.list:
+        for name, (option, what) in ACCELERATIONS.items():
+            print(f'{name:12}{option:42}{f"not here: {why}" if (why := why_not(name)) else what}')
+        return {}
     sizes, rounds = ([1, 2], 2) if args.quick else ([int(b) for b in args.sizes.split(',')], args.rounds)
     torch.set_num_threads(args.threads)
     if unknown := set(args.rows.split(',')) - ROWS.keys():

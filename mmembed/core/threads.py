@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from .errors import whole_number
+from .torchscript import inlining
 
 # %% ../../nbs/core/12_threads.ipynb #4b4367ce
 def give_back():
@@ -31,14 +32,14 @@ def give_back():
 class steady:
     "No gradients, no autocast of the caller's, and functions of TorchScript left apart, as long as the block runs"
     def __enter__(self):
-        # of this thread; what is called first is kept as it is then
-        self.inlined = torch._C._get_graph_executor_optimize(False)
+        self.inlining = inlining(False)  # what is called first is kept as it is prepared then
+        self.inlining.__enter__()
         self.cast = [torch.autocast(kind, enabled=False) for kind in ('cpu', 'cuda') if torch.is_autocast_enabled(kind)]
         for cast in self.cast: cast.__enter__()
         self.before = torch.is_grad_enabled()
         torch.set_grad_enabled(False)
     def __exit__(self, *error):
-        torch._C._get_graph_executor_optimize(self.inlined)
+        self.inlining.__exit__(*error)
         torch.set_grad_enabled(self.before)
         for cast in reversed(self.cast): cast.__exit__(*error)
 

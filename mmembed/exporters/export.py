@@ -7,122 +7,185 @@ Docs: https://mmembed.github.io/mmembed/exporters/export.html.md"""
 # %% auto #0
 __all__ = ['export']
 
-# %% ../../nbs/exporters/13_export.ipynb #99e02806
+# %% ../../nbs/exporters/13_export.ipynb #1234f0ac
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-import torch
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
+
 from ..core.threads import give_back
 from ..core.torchscript import quietly
 from .aot import check_name, save_package
-from .artifact import assemble, save
+from .artifact import Served, assemble, save
 from .card import make_card, sha256
 from .cuda_graphs import waits
 from .onnx.export import export_onnx, move_files
 from .onnx.files import add_files
-from .steps import Steps, read_classes, tried
+from .steps import Classes, Steps, read_classes, tried
 from .variants import Variant
-
 from .verify.report import Report
 from .verify.verify import all_tensors, verify
 from ..runtime.cuda_graphs import sizes_of
 
-# %% ../../nbs/exporters/13_export.ipynb #35288b8a
-def export(
-    model: nn.Module,                # a DualEncoder or PairClassifier whose towers carry their pipelines; left as it is
-    path: str | Path,                # where the artifact goes
-    decode: bool = True,             # False: takes decoded RGB, loads where torchcodec is not
-    training: dict | None = None,    # 'config', 'counts' and 'metrics' of the run, for the card; never examples
-    texts: Sequence[str | bytes] = (), images: Sequence[bytes] = (), # samples of your own to verify on
-    fresh: bool = True,              # as in `verify`
-    cpp: bool | str | Path | None = None, # as in `verify`
-    # as in `Variant`
-    precision: str = 'fp32', quantize: str | None = None, fold: bool = False, trim: int = 0, deterministic: int = 0,
-    dim: int | None = None, output: str = 'float32', portable: bool = False, attention: str = 'sdpa', # as in `Variant`
-    labels: dict | Sequence[str] | None = None, templates: Sequence[str] = ('a photo of a {}.',), # as in `read_classes`
-    top_k: int = 5, threshold: float | dict = 0., # as in `read_classes`
-    # as in `Steps`
-    before_text: nn.Module | None = None, before_image: nn.Module | None = None, after: nn.Module | None = None,
-    device: str = 'cpu',             # on which the file is verified beside the CPU
-    samples: Sequence[tuple] = (),   # as in `verify`
-    onnx: str | Path | None = None,  # a folder for the model as ONNX, as `export_onnx` writes it
-    onnx_files: bool = False,        # files.onnx there, too, as `add_files` writes it
-    cpu: str = '',                   # for a `path` that ends in .pt2, as in `save_package`
-    # with quantize='int8': twenty or so images (files or decoded RGB) like those to come, for the ranges of
-    # convolutions
-    calibrate: Sequence[bytes | Tensor] = (),
-    graphs: Sequence[int] = (),      # batch sizes that a host on a GPU captures as CUDA graphs, as in `Captured`
-) -> Report:
-    """Scripts `model` with its pipelines into one file at `path`, or compiles it where that ends in `.pt2`; verifies
-    the file, and returns the report.
+# %% ../../nbs/exporters/13_export.ipynb #fcbbfd52
+class _Content(NamedTuple):
+    "What an artifact holds: options of `export`"
+    model: nn.Module
+    decode: bool
+    labels: dict | Sequence[str] | None
+    templates: Sequence[str]
+    top_k: int
+    threshold: float | dict
+    training: dict | None
+    variant: Variant
+    calibrate: Sequence[bytes | Tensor]
+    steps: Steps
 
-    A file that fails does not stay: what was at `path` before remains, and `VerifyError` names the stage. Raises
-    `ValueError` and `TypeError` for
-    options that do not go with the model."""
-    path, variant = (
-        Path(path),
-        Variant(precision, quantize or '', fold, trim, deterministic, dim or 0, output, portable, attention),
+    def classes(self) -> Classes:
+        "The classes of the labels that were given, or of the model's own, which need no sentences."
+        own = getattr(self.model, 'labels', None)
+        templates = tuple(self.templates) if isinstance(self.templates, (list, tuple)) else self.templates
+        classes = read_classes(own if self.labels is None else self.labels, templates, self.top_k, self.threshold)
+        return classes if own is None else classes._replace(prompts=[])
+
+class _Files(NamedTuple):
+    "Which files are written, and for which hosts: options of `export`"
+    path: Path
+    onnx: str | Path | None
+    onnx_files: bool
+    cpu: str
+    graphs: tuple[int, ...]
+
+    @property
+    def package(self) -> bool: return self.path.suffix == '.pt2'
+
+    def check(self, device: str):
+        "Raise `ValueError` for options that do not go together."
+        if self.path.is_dir(): raise ValueError(f'path must name a file, {self.path} is a folder')
+        if self.onnx_files and not self.onnx:
+            raise ValueError('onnx_files: files.onnx stands beside image.onnx; name their folder with onnx=')
+        if not self.package: return
+        check_name(self.path)
+        if self.graphs or device != 'cpu':
+            raise ValueError(f'{self.path.name} is compiled for the CPU: graphs and device go with a TorchScript file')
+
+# %% ../../nbs/exporters/13_export.ipynb #469fc2ad
+def _assembled(content: _Content, files: _Files) -> tuple[Served, dict]: # the artifact, not scripted; its card
+    steps, classes, variant = content.steps, content.classes(), content.variant
+    artifact = assemble(
+        content.model, content.decode, variant, steps, classes, not files.package, True, content.calibrate
     )
-    if path.is_dir(): raise ValueError(f'path must name a file, {path} is a folder')
-    if onnx_files and not onnx:
-        raise ValueError('onnx_files: files.onnx stands beside image.onnx; name their folder with onnx=')
-    steps = tried(Steps(before_text, before_image, after))
-    own = getattr(model, 'labels', None)
-    classes = read_classes(
-        own if labels is None else labels,
-        tuple(templates) if isinstance(templates, (list, tuple)) else templates,
-        top_k,
-        threshold,
+    if files.graphs and (why := waits(artifact)): raise ValueError(f'graphs: {why}')
+    # a PairClassifier's labels stand in the card anyway; what else belongs to them does where it was asked for
+    changed = hasattr(content.model, 'labels') and (content.top_k, content.threshold) != (5, 0.)
+    told = classes.words() if content.labels is not None or changed else None
+    card = make_card(
+        content.model, artifact.dim, content.decode, content.training, variant.changes(), steps.words(), told
     )
-    if own is not None: classes = classes._replace(prompts=[])
-    package, graphs = path.suffix == '.pt2', sizes_of(graphs)
-    if package: check_name(path)
-    if package and (graphs or device != 'cpu'):
-        raise ValueError(f'{path.name} is compiled for the CPU: graphs and device go with a TorchScript file')
-    artifact = assemble(model, decode, variant, steps, classes, script=not package, share=True, calibrate=calibrate)
-    said = classes.words() if labels is not None or own is not None and (top_k, threshold) != (5, 0.) else None
-    card = (
-        make_card(model, artifact.dim, decode, training, variant.changes(), steps.words(), said)
-        | {'tensors_sha256': sha256(all_tensors(artifact)), 'records_sha256': '0' * 64}
-        | ({'graphs': list(graphs)} if graphs else {})
-    )
-    if graphs and (why := waits(artifact)): raise ValueError(f'graphs: {why}')
+    card |= {'tensors_sha256': sha256(all_tensors(artifact)), 'records_sha256': '0' * 64}  # `save` fills in the second
+    if files.graphs: card['graphs'] = list(files.graphs)
     artifact.identity = json.dumps(card, indent=1, allow_nan=False)
+    return artifact, card
+
+# %% ../../nbs/exporters/13_export.ipynb #61233d1d
+@contextmanager
+def _drafts(path: Path) -> Iterator[tuple[Path, Path]]: # the artifact; a folder for ONNX files
+    "Names beside `path` to write to; what is left there afterwards is deleted."
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp' + package * '.pt2')
-    graphs = temporary.with_suffix('.onnx')
-    try:
-        if onnx: export_onnx(model, graphs, variant, steps, card, classes=classes, calibrate=calibrate)
-        if onnx_files: add_files(graphs)
-        if package: save_package(artifact, temporary, card, cpu)
-        else: save(quietly(torch.jit.script, artifact), temporary, artifact.identity)
-        del artifact
+    end = '.pt2' if path.suffix == '.pt2' else ''  # torch writes a package only to a name that ends so
+    draft = path.with_name(f'.{path.name}.{os.getpid()}.tmp{end}')
+    folder = draft.with_suffix('.onnx')
+    try: yield draft, folder
+    finally:
+        draft.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+def _exported(content: _Content, files: _Files, checks: dict) -> Report:
+    artifact, card = _assembled(content, files)
+    variant, steps, calibrate = content.variant, content.steps, content.calibrate
+    with _drafts(files.path) as (draft, folder):
+        if files.onnx:
+            export_onnx(
+                content.model, folder, variant, steps, card, classes=content.classes(), calibrate=calibrate
+            )
+        if files.onnx_files: add_files(folder)
+        if files.package: save_package(artifact, draft, card, files.cpu)
+        else: save(quietly(torch.jit.script, artifact), draft, artifact.identity)
+        del artifact  # `verify` loads the file: it is not to lie in memory twice
         give_back()
         report = verify(
-            temporary,
-            model,
-            texts,
-            images,
-            fresh,
-            cpp,
-            (0, 1, 3, 64),
-            samples,
-            steps,
-            labels if own is None else None,
-            templates,
-            device,
-            graphs if onnx else None,
-            calibrate,
+            draft,
+            content.model,
+            steps=steps,
+            labels=None if hasattr(content.model, 'labels') else content.labels,
+            templates=content.templates,
+            onnx=folder if files.onnx else None,
+            calibrate=calibrate,
+            **checks,
         )
-        report.path = path
+        report.path = files.path
         report.check()
-        os.replace(temporary, path)
-        if onnx: move_files(graphs, onnx)
-    finally:
-        temporary.unlink(missing_ok=True)
-        shutil.rmtree(graphs, ignore_errors=True)
+        os.replace(draft, files.path)
+        if files.onnx: move_files(folder, files.onnx)
     return report
+
+# %% ../../nbs/exporters/13_export.ipynb #84bf260e
+def export(
+    model: nn.Module,  # a DualEncoder or PairClassifier whose towers carry their pipelines; left unchanged
+    path: str | Path,  # file to write: TorchScript, or a package compiled for CPUs if the name ends in .pt2
+    *,
+    # What the artifact does
+    decode: bool = True,  # decode image files; False: take decoded RGB, and load without torchcodec
+    labels: dict | Sequence[str] | None = None,  # class names, or {name: sentences}; None: those of the model, if any
+    templates: Sequence[str] = ('a photo of a {}.',),  # sentences for a class, with {} where its name goes
+    top_k: int = 5,  # labels in an answer, at most
+    threshold: float | dict = 0.,  # least probability of a label, 0 to 1: one for all, or {name: probability}
+    training: dict | None = None,  # 'config', 'counts' and 'metrics' of the run, for the identity card; never examples
+    # Where it runs
+    onnx: str | Path | None = None,  # folder for the same model as ONNX files; None: none are written
+    onnx_files: bool = False,  # write files.onnx there too, which decodes image files
+    cpu: str = '',  # kind of CPU that a .pt2 is compiled for, 'AVX2' or 'AVX512'; '': this one's
+    graphs: Sequence[int] = (),  # batch sizes (rows) that a host with a GPU captures as CUDA graphs; (): none
+    # Numbers
+    precision: str = 'fp32',  # type of the towers' weights and activations: 'fp32', 'bf16' or 'fp16'
+    quantize: str | None = None,  # 'int8': linear layers, and convolutions that gain, multiply int8; None: none do
+    calibrate: Sequence[bytes | Tensor] = (),  # for 'int8': some 20 typical images, files or RGB; (): built-in ones
+    fold: bool = False,  # normalise pixels in the image tower's first convolution instead of before it
+    trim: int = 0,  # pad texts to a multiple of this many tokens; 0: as the text pipeline does
+    deterministic: int = 0,  # rows that every batch is filled up to, for bit-equal answers; 0: rows as they come
+    dim: int | None = None,  # numbers kept of an embedding, which is made unit length again; None: all
+    output: str = 'float32',  # type of embeddings: 'float32', 'int8' or 'binary' (one bit a number)
+    attention: str = 'sdpa',  # 'sdpa': one fused kernel; 'math': matrix products and a softmax
+    portable: bool = False,  # use torch's own layers: slower, but loads without oneDNN (macOS on ARM)
+    # Steps of your own, which TorchScript can read
+    before_text: nn.Module | None = None,  # forward(data uint8 (N,), offsets int64 (B+1,)) -> the same for B texts
+    before_image: nn.Module | None = None,  # forward(rgb uint8 (3, H, W)) -> uint8 (3, H', W'), before the resize
+    after: nn.Module | None = None,  # forward(float32 (B, D)) -> float32 (B, D'), on embeddings or scores of pairs
+    # Checks
+    texts: Sequence[str | bytes] = (),  # verify on these texts besides the built-in ones
+    images: Sequence[bytes] = (),  # verify on these image files (RGB if not `decode`) besides the built-in ones
+    samples: Sequence[tuple] = (),  # verify on these pairs (text, image file) too, as a `Source` yields them
+    fresh: bool = True,  # verify in a new process that cannot import mmembed
+    cpp: bool | str | Path | None = None,  # verify the C++ host: True builds it, a path names it, None: if one is built
+    device: str = 'cpu',  # verify on this torch device besides the CPU, such as 'cuda'
+) -> Report: # of `verify`, with a row for each stage and kind of answer
+    """Write `model` and its pipelines into one artifact, verify it against the model, and return the report.
+
+    What was at `path` is replaced only when every check has passed; an artifact that fails is deleted.
+
+    Raises `VerifyError`, which names the stage that differs, and `ValueError` or `TypeError` for options that do
+    not fit the model or each other."""
+    variant = Variant(precision, quantize or '', fold, trim, deterministic, dim or 0, output, portable, attention)
+    files = _Files(Path(path), onnx, onnx_files, cpu, sizes_of(graphs))
+    files.check(device)
+    steps = tried(Steps(before_text, before_image, after))
+    content = _Content(model, decode, labels, templates, top_k, threshold, training, variant, calibrate, steps)
+    return _exported(
+        content, files, dict(texts=texts, images=images, samples=samples, fresh=fresh, cpp=cpp, device=device)
+    )

@@ -73,8 +73,9 @@ def elsewhere(made):
     program = f'''import json, warnings
 warnings.simplefilter('ignore')
 from tests.exporters.test_convolutions import answered, furthest_off, model
-from mmembed.export.verify import verify
-print(json.dumps([furthest_off(), verify({str(made[1])!r}, model(), fresh=True, cpp=False).ok, *answered({str(made[1])!r})]))'''
+from mmembed.exporters.verify.verify import verify
+path = {str(made[1])!r}
+print(json.dumps([furthest_off(), verify(path, model(), fresh=True, cpp=False).ok, *answered(path)]))'''
     return on_avx2(made[1].parent, program)
 
 

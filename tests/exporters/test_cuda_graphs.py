@@ -5,15 +5,15 @@ import functools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.fuzz_exits import AWKWARD, FAMILIES
 from benchmarks.fuzz_text import random_texts
+from benchmarks.gpu import ACCELERATIONS, eager_towers, main as gpu, why_not
 from mmembed.core.types import Tokens
 from mmembed.core.packing import as_bytes, pack
 from mmembed.core.torchscript import quietly
-from mmembed.exporters.cuda_graphs import ACCELERATIONS, eager_towers, left_behind, waits, why_not
+from mmembed.exporters.cuda_graphs import left_behind, waits
 from mmembed.exporters.artifact import assemble
 from mmembed.exporters.card import make_card
 from mmembed.exporters.onnx.model import provider_of
@@ -67,15 +67,11 @@ def operators(f):
 @pytest.mark.parametrize('make', [tiny.model, traced, cross])
 def test_attention_takes_the_kernel_that_is_asked_for(make):
     "In the scripted file, and with the same answers."
-    model, words, picture = (
-        make(),
-        ['a small red circle', '', 'blue'],
-        torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8),
-    )
-    said = {}
+    model, words, said = make(), ['a small red circle', '', 'blue'], {}
+    picture = torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8)
     for how in ('sdpa', 'math'):
         a = quietly(torch.jit.script, assemble(model, variant=Variant(attention=how)))
-        call = (lambda: a(words, list(picture))) if hasattr(a, 'score_pairs') else lambda: a.encode_text(words)
+        def call(a=a): return a(words, list(picture)) if hasattr(a, 'score_pairs') else a.encode_text(words)
         said[how], used = call(), operators(call)
         assert (
             ('aten::_scaled_dot_product_attention_math' in used)
@@ -224,13 +220,32 @@ def test_a_tower_that_waits_is_not_captured(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason='a GPU is here')
 def test_without_a_gpu_it_says_so():
     assert why_not('graphs') == why_not('fp16', 'cuda') == 'torch sees no CUDA device here'
-    assert why_not('graphs', 'cpu') == 'CUDA graphs want a GPU' and all(
+    assert why_not('graphs', 'cpu') == 'CUDA graphs need a GPU' and all(
         not why_not(k) for k in ('fp16', 'bf16', 'int8', 'sdpa', 'math')
     )
     with pytest.raises(RuntimeError, match='torch sees no CUDA device here'):
         eager_towers(tiny.model(), device='cuda', compile=True)
     with pytest.raises(ValueError, match="no acceleration 'fast'; there are fp16"): why_not('fast')
     assert ACCELERATIONS.keys() >= {'fp16', 'int8', 'sdpa', 'graphs', 'aotinductor', 'tensorrt', 'compile'}
+
+
+def test_the_benchmark_lists_what_a_machine_lacks(capsys):
+    "One line an acceleration; none is a name of the library."
+    import mmembed.exporters.cuda_graphs as module
+    assert gpu(['--list']) == {}
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [*ACCELERATIONS]
+    if not torch.cuda.is_available():
+        assert any(x.startswith('graphs') and x.endswith('torch sees no CUDA device here') for x in lines)
+    assert not {'ACCELERATIONS', 'why_not', 'eager_towers'} & vars(module).keys()
+
+
+@pytest.mark.parametrize('how', [Variant(), Variant(attention='math'), Variant(precision='bf16')])
+def test_eager_towers_answer_like_the_model(how):
+    model = tiny.model()
+    tokens = model.text_pipeline(['a small red circle', ''])
+    text, _ = eager_towers(model, how)
+    assert nn.functional.cosine_similarity(text(*tokens), model.encode_text(tokens)).min() > .999
 
 
 def test_providers_of_onnxruntime():
@@ -291,9 +306,8 @@ def test_tokenizers_on_another_device(family):
     tp = FAMILIES[family]().eval()
     for texts in AWKWARD[::9] + random_texts(20, seed=5), ['a small red circle']:
         data, offsets = pack(texts)
-        for got, want, away in rehearsed(
-            tp, lambda m: m.tokenize(*((data, offsets) if m is tp else (there(data), there(offsets))))
-        ):
+        def tokenize(m, packed=(data, offsets)): return m.tokenize(*(packed if m is tp else map(there, packed)))
+        for got, want, away in rehearsed(tp, tokenize):
             assert away and got.equal(want)
 
 
@@ -334,18 +348,14 @@ def test_an_artifact_on_another_device(make, variant):
 
 def test_pixels_on_another_device():
     "resize='float' computes where the picture lies, the others on the CPU, and say so."
-    for resize_mode in (
-        'shortest',
-        'squash',
-    ):  # torch.tensor(device=...) makes a tensor that the rehearsal does not see
-        vp, rgb = (
-            VisionPipeline(size=32, resize='float', resize_mode=resize_mode),
-            torch.randint(0, 256, (3, 61, 80), dtype=torch.uint8),
-        )
-        for got, want, away in rehearsed(vp, lambda m: m.preprocess(rgb if m is vp else there(rgb))):
-            assert away and (got.int() - want.int()).abs().max() <= 1
-        for got, want, away in rehearsed(vp, lambda m: m.normalize(rgb[None] if m is vp else there(rgb[None]))):
-            assert away and torch.allclose(got, want)
+    rgb = torch.randint(0, 256, (3, 61, 80), dtype=torch.uint8)
+    # torch.tensor(device=...) makes a tensor that the rehearsal does not see
+    for resize_mode in ('shortest', 'squash'):
+        vp = VisionPipeline(size=32, resize='float', resize_mode=resize_mode)
+        def preprocess(m, vp=vp): return m.preprocess(rgb if m is vp else there(rgb))
+        def normalize(m, vp=vp): return m.normalize(rgb[None] if m is vp else there(rgb[None]))
+        for got, want, away in rehearsed(vp, preprocess): assert away and (got.int() - want.int()).abs().max() <= 1
+        for got, want, away in rehearsed(vp, normalize): assert away and torch.allclose(got, want)
     with pytest.raises(ValueError, match="resize='torch' runs on the CPU"), Rehearsal():
         VisionPipeline(size=32).preprocess(there(rgb))
 

@@ -83,7 +83,7 @@ def test_functions_are_prepared_once_and_not_in_every_caller(tmp_path):
 import re, sys, torch
 from pathlib import Path
 import mmembed as mm
-from mmembed.opening import give_back
+from mmembed.core.threads import give_back
 def held():
     give_back()
     return int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024
@@ -183,8 +183,8 @@ def test_a_file_is_written_without_a_copy_in_memory(tmp_path):
     program = '''
 import re, sys, torch
 from pathlib import Path
-from mmembed.core import quietly
-from mmembed.export.artifact import save
+from mmembed.core.torchscript import quietly
+from mmembed.exporters.artifact import save
 def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024
 scripted = quietly(torch.jit.script, torch.nn.ModuleList([torch.nn.Linear(1024, 1024) for _ in range(32)]))
 before = peak()
@@ -201,8 +201,8 @@ print(peak() - before)
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path, limit):
     program = '''
 import resource, sys, torch
-from mmembed.core import quietly
-from mmembed.export.artifact import save
+from mmembed.core.torchscript import quietly
+from mmembed.exporters.artifact import save
 scripted = quietly(torch.jit.script, torch.nn.Linear(1024, 1024))
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 try: save(scripted, sys.argv[1], '{}')

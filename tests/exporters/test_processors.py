@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import mmembed as mm
-from mmembed.core import quietly
-from mmembed.export.variants import Int8Linear, int8_steps
-from mmembed.export.verify import export
-from mmembed.opening import prepack
+from mmembed.core.torchscript import quietly
+from mmembed.exporters.int8 import Int8Linear, int8_steps
+from mmembed.exporters.export import export
+from mmembed.runtime.artifact import prepack
 from tests.exporters import tiny
 from tests.exporters.test_processors import called
 torch.manual_seed(0)
@@ -51,14 +51,18 @@ with torch.no_grad():
 folder = Path(sys.argv[1])
 images = [torch.randint(0, 256, (3, 50, 60), dtype=torch.uint8) for _ in range(3)]
 def digest(*tensors): return hashlib.sha256(b''.join(t.numpy().tobytes() for t in tensors)).hexdigest()
-options = {'fp32': {}, 'bf16': dict(precision='bf16'), 'int8': dict(quantize='int8', deterministic=4), 'portable int8': dict(quantize='int8', portable=True)}
+options = {'fp32': {}, 'bf16': dict(precision='bf16'), 'int8': dict(quantize='int8', deterministic=4),
+           'portable int8': dict(quantize='int8', portable=True)}
 for name, how in options.items():
-    if not (folder/f'{name}.pt').exists(): told['verified ' + name] = export(tiny.model(), folder/f'{name}.pt', fresh=name == 'int8', cpp=False, **how).ok
+    if not (folder/f'{name}.pt').exists():
+        report = export(tiny.model(), folder/f'{name}.pt', fresh=name == 'int8', cpp=False, **how)
+        told['verified ' + name] = report.ok
     emb = mm.load(folder/f'{name}.pt')
     a, b, ids = emb.encode_text(texts), emb.encode_image(images), emb.tokenize(texts)
     told[name] = {'digest': digest(a, b), 'ids': digest(*ids)}
     told[name]['calls'] = called(emb.encode_text, texts)
-    told[name]['computes'], told[name]['types'] = emb.computes, sorted({str(p.dtype) for p in emb.module.model.net.text.parameters()})
+    told[name]['computes'] = emb.computes
+    told[name]['types'] = sorted({str(p.dtype) for p in emb.module.model.net.text.parameters()})
     if name == 'fp32':
         one, other = (mm.load(folder/'fp32.pt', kernels=k).encode_text(texts) for k in ('onednn', 'torch'))
         told['kernels differ'] = float((one - other).abs().max())
@@ -149,7 +153,7 @@ def test_a_traced_tower_is_widened_with_what_tracing_wrote_down(precision, tmp_p
     export(traced(), tmp_path/'m.pt', precision=precision, fresh=False, cpp=False)
     texts, answers = ['a small red circle', 'a'], {}
     for own in True, False:
-        monkeypatch.setattr('mmembed.runtime.artifact.multiplies', lambda p: own)
+        monkeypatch.setattr('mmembed.runtime.artifact.multiplies', lambda p, own=own: own)
         emb = load(tmp_path/'m.pt')
         answers[own] = emb.encode_text(texts)
         assert {p.dtype for p in emb.module.model.net.text.parameters() if p.numel()} == {
@@ -177,22 +181,26 @@ EMULATED = '''
 import json
 import numpy as np, onnxruntime, torch
 from onnx import TensorProto as T, helper
-from mmembed.export.variants import int8_steps, multiplied
+from mmembed.exporters.int8 import int8_steps, multiplied
 from tests.exporters.test_convolutions import furthest_off
 told = {'capability': torch.backends.cpu.get_cpu_capability(), 'steps': int8_steps(), 'convolutions': furthest_off()}
 def errors(steps): # of sums, with all numbers at their ends and with random ones
     g = torch.Generator().manual_seed(0)
-    for codes, weight in ((torch.full((8, 768), steps, dtype=torch.uint8), torch.full((96, 768), 127, dtype=torch.int8)),
-                          (torch.randint(0, steps + 1, (8, 768), generator=g, dtype=torch.uint8), torch.randint(-127, 128, (96, 768), generator=g, dtype=torch.int8))):
+    def some(low, high, rows, dtype): return torch.randint(low, high, (rows, 768), generator=g, dtype=dtype)
+    ends = torch.full((8, 768), steps, dtype=torch.uint8), torch.full((96, 768), 127, dtype=torch.int8)
+    for codes, weight in (ends, (some(0, steps + 1, 8, torch.uint8), some(-127, 128, 96, torch.int8))):
         got = multiplied(codes, torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(96), steps // 2)
         yield float((got - (codes.long() - steps // 2) @ weight.long().t()).abs().max())
 told['errors'] = {steps: list(errors(steps)) for steps in (126, 254)}
 def product(a, b): # as the graphs of an int8 artifact have it, by onnxruntime
     kind = {np.dtype(np.int8): T.INT8, np.dtype(np.uint8): T.UINT8}
-    graph = helper.make_graph([helper.make_node('MatMulInteger', ['a', 'b'], ['y'])], 'g', [helper.make_tensor_value_info('a', kind[a.dtype], a.shape)],
-        [helper.make_tensor_value_info('y', T.INT32, [a.shape[0], b.shape[1]])], [helper.make_tensor('b', kind[b.dtype], b.shape, b.tobytes(), raw=True)])
+    taken = helper.make_tensor_value_info('a', kind[a.dtype], a.shape)
+    given = helper.make_tensor_value_info('y', T.INT32, [a.shape[0], b.shape[1]])
+    weight = helper.make_tensor('b', kind[b.dtype], b.shape, b.tobytes(), raw=True)
+    graph = helper.make_graph([helper.make_node('MatMulInteger', ['a', 'b'], ['y'])], 'g', [taken], [given], [weight])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 18)], ir_version=9)
-    return onnxruntime.InferenceSession(model.SerializeToString(), providers=['CPUExecutionProvider']).run(None, {'a': a})[0]
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=['CPUExecutionProvider'])
+    return session.run(None, {'a': a})[0]
 b = np.full((768, 96), 127, np.int8)
 ends = {'int8': np.full((50, 768), 127, np.int8), 'uint8': np.full((50, 768), 255, np.uint8)}
 told['onnx'] = {name: int(np.abs(product(a, b) - a.astype(int) @ b.astype(int)).max()) for name, a in ends.items()}
