@@ -1,4 +1,4 @@
-"""Tokenizer and towers compiled ahead of time by AOTInductor, in one `.pt2` file for Python and C++
+"""Compile tokenizer and towers ahead of time with AOTInductor, into one `.pt2` file for Python and C++
 
 Docs: https://mmembed.github.io/mmembed/exporters/aot.html.md"""
 
@@ -34,22 +34,24 @@ from ..runtime.artifact import multiplies, records_hash, records_of
 
 # %% ../../nbs/exporters/10_aot.ipynb #06b849f9
 class KnownForm(nn.Module):
-    """What the tokenizer does to a few texts whose words are all known: every byte is asked as if a word began
-    there, which a compiler makes one pass of"""
-    def __init__(self, tp: nn.Module): # a `TextPipeline` with a table of words
+    """Tokenize a few texts whose words are all in the table of words.
+
+    Every byte is looked up as if a word began there, which a compiler makes one pass of."""
+    def __init__(self,
+        tp: nn.Module, # a `TextPipeline` with a table of words
+    ):
         super().__init__()
-        self.words, self.max_length, self.step, self.pad_id = (
-            tp.words,
-            tp.max_length,
-            tp.pad_to or tp.max_length,
-            tp.pad_id,
-        )
-        self.head, self.tail, self.mix = tp.single.ids[0], tp.single.ids[2], tp.words.mix.tolist()
+        self.words, self.mix = tp.words, tp.words.mix.tolist()
+        self.max_length, self.step, self.pad_id = tp.max_length, tp.pad_to or tp.max_length, tp.pad_id
+        self.head, self.tail = tp.single.ids[0], tp.single.ids[2]  # token ids before and behind a text
 
     def forward(self, data: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Packed UTF-8 of at least a byte -> ids and mask int64 (B, max_length), how much of these is the batch, and
-        whether all words are known."""
-        w, n, rows, width = self.words, data.shape[0], offsets.shape[0] - 1, self.max_length
+        """Tokenize packed UTF-8 of at least one byte.
+
+        Returns ids and mask int64 (B, max_length), the length of the longest row, and whether all words are known."""
+        w, width = self.words, self.max_length
+        n, rows = data.shape[0], offsets.shape[0] - 1
+        # where words begin (n bytes), and each word's 16 bytes as two keys of 8
         x = torch.cat([w.before.long(), data.long(), w.behind.long()])
         code, after = w.codes.long()[x], w.after.long()[x]
         border = torch.zeros(n + 1, dtype=torch.int64).index_fill(0, offsets, 223)
@@ -59,15 +61,17 @@ class KnownForm(nn.Module):
         for j in range(16):
             if j: on = on * inside[j:j + n].long()
             key[j // 8] = key[j // 8] | (code[1 + j:1 + j + n] * on) << 8 * (j % 8)
+        # the slot of each key in the hash table, and what lies there
         mixed = key[0] * self.mix[0] + key[1] * self.mix[1]
         by = w.multiplier[(mixed >> w.bucket_shift) & w.bucket_mask]
         slot, table = ((mixed * by) >> w.slot_shift) & w.slot_mask, w.rows
         first = begins[:n] != 0
         # neither an odd byte nor two spaces
         known = (table[slot, 0] == key[0]) & (table[slot, 1] == key[1]) & (begins[:n] & 96 == 0)
+        # the place of every word's id in its row; ids that do not fit go to a place that is cut off
         till = torch.cat([offsets[:1], first.long().cumsum(0)])
-        at = till[offsets]
-        row = torch.bucketize(torch.arange(n), offsets[1:], right=True)
+        at = till[offsets]                                               # (B+1,): words before each text
+        row = torch.bucketize(torch.arange(n), offsets[1:], right=True)  # (n,): the text of each byte
         room = width - len(self.head) - len(self.tail)
         place = till[:n] - at[row]
         place = torch.where(first & (place < room), row * width + len(self.head) + place, rows * width)
@@ -76,6 +80,7 @@ class KnownForm(nn.Module):
             .index_put((place,), table[slot, 2])[:-1]
             .view(rows, width)
         )
+        # special tokens, and the mask
         total = ((at[1:] - at[:-1]).clamp(max=room) + len(self.head) + len(self.tail)).unsqueeze(1)
         column = torch.arange(width)
         for j, t in enumerate(self.head): ids = torch.where(column == j, t, ids)
@@ -86,11 +91,11 @@ class KnownForm(nn.Module):
 # %% ../../nbs/exporters/10_aot.ipynb #00eab13f
 def programs(
     artifact: nn.Module, # of `assemble(..., script=False)`
-) -> dict[str, torch.export.ExportedProgram]:
-    """'tokenize', 'known' where there is a table of words, and 'text' and 'image' or 'pair'.
+) -> dict[str, torch.export.ExportedProgram]: # 'tokenize', 'known', and 'text' and 'image', or 'pair'
+    """Export tokenizer and towers by `torch.export`; 'known' is there where the pipeline has a table of words.
 
     Raises `ValueError` for what has no exported form."""
-    tp, encoder, D = artifact.text_pipeline, artifact.model, torch.export.Dim
+    tp, encoder, Dim = artifact.text_pipeline, artifact.model, torch.export.Dim
     if encoder.rows:
         raise ValueError(
             'deterministic: a package takes batches of any size; load it with mm.load(..., deterministic=True) instead'
@@ -102,32 +107,40 @@ def programs(
         )
     # torch's own module has one form for one row and another for more
     for tower in (encoder.net.text, encoder.net.image): with_linear_attention(tower)
-    out, tokens = {'tokenize': unsized(export_program(tp))}, tp(['two words', 'a text that is longer', ''])
+    samples = ['two words', 'a text that is longer', '']
+    out = {'tokenize': unsized(export_program(tp))}
     if tp.words.some:
-        sizes = {0: D('N', min=1)}, {0: D('rows', min=1)}
-        out['known'] = unsized(exported(KnownForm(tp).eval(), pack(['two words', 'a text that is longer', '']), sizes))
-    rows = D('B', min=1)
-    length = {} if tp.pad_to == 0 else {1: D.DYNAMIC}
-    texts, images = ({0: rows} | length,) * 2, ({0: rows},)
-    levels = torch.zeros(3, 3, *artifact.vision_pipeline.size, dtype=torch.uint8)
-    seen = encoder, artifact.vision_pipeline, artifact.folded
-    made = [('pair', PairForm(*seen), (*tokens, levels), texts + images)] if hasattr(artifact, 'score_pairs') else \
-        [('text', TextForm(encoder), tuple(tokens), texts), ('image', ImageForm(*seen), (levels,), images)]
-    for name, form, inputs, shapes in made:
-        try:
-            out[name] = exported(form.eval(), inputs, shapes)
+        sizes = {0: Dim('N', min=1)}, {0: Dim('rows', min=1)}
+        out['known'] = unsized(exported(KnownForm(tp).eval(), pack(samples), sizes))
+    for name, form, inputs, sizes in _tower_forms(artifact, tp(samples)):
+        try: out[name] = exported(form.eval(), inputs, sizes)
         except Exception as e:
             raise ValueError(f'the {name} tower has no exported form: {str(e).strip().splitlines()[0]}') from None
     return out
 
+def _tower_forms(artifact: nn.Module, tokens: Tokens) -> list[tuple]: # name, module, sample inputs, which sizes vary
+    encoder, vp = artifact.model, artifact.vision_pipeline
+    rows = torch.export.Dim('B', min=1)
+    length = {} if artifact.text_pipeline.pad_to == 0 else {1: torch.export.Dim.DYNAMIC}
+    text_sizes, image_sizes = ({0: rows} | length,) * 2, ({0: rows},)
+    pixels = torch.zeros(3, 3, *vp.size, dtype=torch.uint8)
+    if hasattr(artifact, 'score_pairs'):
+        form = PairForm(encoder, vp, artifact.folded)
+        return [('pair', form, (*tokens, pixels), text_sizes + image_sizes)]
+    return [
+        ('text', TextForm(encoder), tuple(tokens), text_sizes),
+        ('image', ImageForm(encoder, vp, artifact.folded), (pixels,), image_sizes),
+    ]
+
 # %% ../../nbs/exporters/10_aot.ipynb #30a77cb6
-CPUS = {'AVX2': ('x86-64-v3', 256), 'AVX512': ('x86-64-v4', 512)} # what g++ and the compiler call them
+# kind of processor -> its name for g++, and the width of its vector registers in bits
+CPUS = {'AVX2': ('x86-64-v3', 256), 'AVX512': ('x86-64-v4', 512)}
 
 def cpu_options(
-    cpu: str, # 'AVX2' or 'AVX512'; '' for this processor's kind
-    scalar: bool = False, # no vector instructions
-) -> dict:
-    "The compiler's options for a kind of processor; raises `ValueError` for one that is not known."
+    cpu: str, # kind of processor, 'AVX2' or 'AVX512'; '': this one's
+    scalar: bool = False, # use no vector instructions
+) -> dict: # of AOTInductor
+    "Return the compiler's options for a kind of processor; raises `ValueError` for an unknown one."
     cpu = cpu or torch.backends.cpu.get_cpu_capability()
     known = cpu in CPUS
     if not known and cpu != torch.backends.cpu.get_cpu_capability():
@@ -136,32 +149,31 @@ def cpu_options(
     return {'cpp.march': march, 'cpp.simdlen': 1 if scalar else bits}
 
 def computed_in(
-    precision: str, # of the artifact's variant
-    cpu: str = '',  # as in `cpu_options`
+    precision: str, # of the artifact's variant: 'fp32', 'bf16' or 'fp16'
+    cpu: str = '',  # kind of processor, 'AVX2' or 'AVX512'; '': this one's
 ) -> str: # 'fp32', 'bf16' or 'fp16'
-    """Return what the towers of a package multiply in: `precision`, or 'fp32' where the kind of processor that it is
-    compiled for would emulate it."""
+    "Return the type that a package's towers multiply in: `precision`, or 'fp32' where the processor would emulate it."
     return precision if cpu != 'AVX2' and multiplies(precision) else 'fp32'
 
 def widened_towers(
     encoder: nn.Module, # of `assemble(..., script=False)`, of half precision; changed in place
 ):
-    "Have the towers compute in float32, with the weights as half precision has rounded them."
+    "Have the towers compute in float32, with their weights as half precision has rounded them."
     for tower in (encoder.net.text, encoder.net.image):
         for part in tower.float().modules():
             if getattr(part, 'dtype', None) in (torch.bfloat16, torch.float16): part.dtype = torch.float32
 
 def why_no_compiler() -> str:
-    "Why nothing can be compiled here; empty when it can."
+    "Say why nothing can be compiled here; empty when it can."
     found = os.environ.get('CXX') or shutil.which('g++') or shutil.which('clang++')
     return '' if found else 'a compiled package needs a C++ compiler: apt install g++'
 
 # %% ../../nbs/exporters/10_aot.ipynb #b2b5c2f1
 @contextmanager
 def packed_convolutions():
-    """The compiler brings weights of convolutions into oneDNN's order, however many rows come.
+    """Have the compiler bring weights of convolutions into oneDNN's order once, inside the block.
 
-    By itself it leaves that to every call when their number is open."""
+    By itself it leaves that to every call when the number of rows is open."""
     from torch._inductor.fx_passes import mkldnn_fusion as fusion
     free, kind = getattr(fusion, 'has_free_symbols', None), getattr(fusion, 'CpuMkldnnDeviceOp', None)
     if not (free and hasattr(kind, 'pack_conv_weight')): return (yield)  # another torch: it does as it does
@@ -176,20 +188,20 @@ def packed_convolutions():
         yield
 
 # %% ../../nbs/exporters/10_aot.ipynb #15b4270a
-# further options, to try things out: compiles in half the time
+# options to try things out with: compiling takes half the time, the result is slower
 QUICK = {'aot_inductor.compile_wrapper_opt_level': 'O0', 'cpp.simdlen': 1}
 
 def shared_library(
-    program: torch.export.ExportedProgram,
-    cpu: str = '',         # as in `cpu_options`
-    scalar: bool = False,  # as in `cpu_options`
-    metadata: dict = {},   # strings, which a host finds in the library
-    options: dict = {},    # further ones, of the compiler
-) -> list[Path]: # the shared library, and what it wants beside it
-    "`program` as a shared library, in torch's folder for what it compiles."
+    program: torch.export.ExportedProgram, # to compile
+    cpu: str = '',         # kind of processor, 'AVX2' or 'AVX512'; '': this one's
+    scalar: bool = False,  # use no vector instructions
+    metadata: dict | None = None, # strings that a host finds in the library
+    options: dict | None = None,  # further options of the compiler
+) -> list[Path]: # the shared library, and files that it needs beside it
+    "Compile `program` to a shared library, in torch's folder for what it compiles."
     every = {
         'aot_inductor.package': True,
-        'aot_inductor.metadata': metadata,
+        'aot_inductor.metadata': metadata or {},
         'aot_inductor.enable_line_tables': False,
         'scalar_asserts': False,
         'cpp.vec_isa_ok': True,
@@ -200,51 +212,54 @@ def shared_library(
         files = torch._inductor.aot_compile(
             program.module(check_guards=False),
             *program.example_inputs,
-            options=every | cpu_options(cpu, scalar) | options,
+            options=every | cpu_options(cpu, scalar) | (options or {}),
         )
     return [Path(f) for f in files if not str(f).endswith('.cpp')]
 
 # %% ../../nbs/exporters/10_aot.ipynb #a62a4f8a
 class Untokenized(nn.Module):
-    "A text pipeline whose `tokenize` is compiled elsewhere"
-    def __init__(self, tp: nn.Module):
+    "Stand for a text pipeline that is compiled elsewhere: `tokenize` hands the bytes back"
+    def __init__(self,
+        tp: nn.Module, # a `TextPipeline`
+    ):
         super().__init__()
-        self.pipeline, self.pad_id, self.pad_to, self.max_length = tp, tp.pad_id, tp.pad_to, tp.max_length
+        self.pipeline = tp
+        self.pad_id, self.pad_to, self.max_length = tp.pad_id, tp.pad_to, tp.max_length
     def forward(self, data: Tensor, offsets: Tensor) -> Tokens: return self.tokenize(data, offsets)
     def tokenize(self, data: Tensor, offsets: Tensor) -> Tokens: return Tokens(data, offsets)
 
 class Elsewhere(nn.Module):
-    "Towers that are compiled"
-    def __init__(self, output: str):
+    "Stand for towers that are compiled elsewhere"
+    def __init__(self,
+        output: str, # type of the embeddings: 'float32', 'int8' or 'binary'
+    ):
         super().__init__()
         self.output = output
     def forward(self, tokens: Tokens, pixels: Tensor) -> Tensor: return self.encode_text(tokens)
     @torch.jit.export
     def encode_text(self, tokens: Tokens) -> Tensor:
-        assert False, 'the towers are compiled: ask the programs of the package'
-        return tokens.ids
+        raise RuntimeError('the towers are compiled: ask the programs of the package')
+        return tokens.ids  # TorchScript wants a result
     @torch.jit.export
     def encode_image(self, pixels: Tensor) -> Tensor:
-        assert False, 'the towers are compiled: ask the programs of the package'
+        raise RuntimeError('the towers are compiled: ask the programs of the package')
         return pixels
 
 # %% ../../nbs/exporters/10_aot.ipynb #72de8815
 def rest_of(
     artifact: nn.Module, # of `assemble(..., script=False)`, used up
 ) -> nn.Module: # the same without towers, not yet scripted
-    "The artifact with its towers and its tokenizer taken out."
-    artifact.model, artifact.text_pipeline = (
-        Elsewhere(getattr(artifact.model, 'output', 'float32')),
-        Untokenized(artifact.text_pipeline),
-    )
+    "Take the towers and the tokenizer out of an artifact."
+    artifact.model = Elsewhere(getattr(artifact.model, 'output', 'float32'))
+    artifact.text_pipeline = Untokenized(artifact.text_pipeline)
     return artifact.eval()
 
 # %% ../../nbs/exporters/10_aot.ipynb #4699d13a
 def nameless(
-    library: bytes,
-    folders: list[str | Path],
-) -> bytes:
-    "`library` with the folders' names replaced by dots, as many as they are long."
+    library: bytes,            # content of a shared library
+    folders: list[str | Path], # of the building machine
+) -> bytes: # as long as `library`
+    "Replace the folders' names in `library` by dots."
     for f in folders: library = library.replace(str(f).encode(), b'.' * len(str(f).encode()))
     return library
 
@@ -256,66 +271,73 @@ def check_name(
     if str(path).encode('utf-8', 'ignore').decode() != str(path):
         raise ValueError(f'{str(path)!r}: torch writes a package only where the path is UTF-8')
 
+# %% ../../nbs/exporters/10_aot.ipynb #af63e635
+def _compiled(artifact: nn.Module, card: dict, cpu: str, options: dict | None) -> dict[str, list[Path]]:
+    "Compile the programs of an artifact; name -> the shared library, without names of folders, and files beside it."
+    folders = [Path(torch.__file__).parents[1], os.environ['TORCHINDUCTOR_CACHE_DIR']]
+    files = {}
+    for name, program in programs(artifact).items():
+        scalar = name in ('tokenize', 'known')
+        files[name] = shared_library(program, cpu, scalar, {'mmembed': card['short_hash']}, options)
+        for f in files[name]: f.write_bytes(nameless(f.read_bytes(), folders))
+    return files
+
+def _write_package(path: Path, files: dict[str, list[Path]], rest: Path, card: str):
+    from torch.export.pt2_archive._package import PT2ArchiveWriter
+    with PT2ArchiveWriter(str(path)) as out:
+        for name, found in files.items():
+            for f in found: out.write_bytes(f'data/aotinductor/{name}/{f.name}', f.read_bytes())
+        out.write_string('extra/card.json', card)
+        out.write_bytes('mmembed/rest.pt', rest.read_bytes())
+
 def save_package(
     artifact: nn.Module, # of `assemble(..., script=False)`, used up
     path: str | Path,    # the file to write
     card: dict,          # the identity card, which gets the entries 'compiled', 'tensors_sha256' and 'records_sha256'
-    cpu: str = '',       # as in `cpu_options`
-    options: dict = {},  # further ones, of the compiler
+    cpu: str = '',       # kind of processor to compile for, 'AVX2' or 'AVX512'; '': this one's
+    options: dict | None = None, # further options of the compiler
 ) -> dict: # the card
-    """Compiles the artifact's tokenizer and towers and writes them into one package with the rest of it.
+    """Compile the artifact's tokenizer and towers, and write them into one package with the rest of it.
 
     Raises `RuntimeError` where there is no C++ compiler, `ValueError` for a model that cannot be exported or an
     unknown `cpu`."""
     from torch._inductor.utils import fresh_cache
-    from torch.export.pt2_archive._package import PT2ArchiveWriter
     if why := why_no_compiler(): raise RuntimeError(why)
     check_name(path)
     cpu_options(cpu)
     precision = card.get('variant', {}).get('precision', 'fp32')
-    if (multiplied := computed_in(precision, cpu)) != precision: widened_towers(artifact.model)
-    made, mark = programs(artifact), {'mmembed': card['short_hash']}
+    if (multiplies_in := computed_in(precision, cpu)) != precision: widened_towers(artifact.model)
+    path, inner = Path(path), Path(path).with_name(Path(path).name + '.rest')
     with fresh_cache():
-        files = {name: shared_library(p, cpu, name in ('tokenize', 'known'), mark, options) for name, p in made.items()}
-        for f in sum(files.values(), []):
-            f.write_bytes(
-                nameless(f.read_bytes(), [Path(torch.__file__).parents[1], os.environ['TORCHINDUCTOR_CACHE_DIR']])
-            )
+        files = _compiled(artifact, card, cpu, options)
         rest = rest_of(artifact)
+        libraries = {k: next(f for f in v if f.suffix == '.so') for k, v in files.items()}
         card = card | {
             'tensors_sha256': sha256(dict(rest.named_buffers(remove_duplicate=False))),
             'compiled': {
                 'torch': torch.__version__,
                 'cpu': cpu or torch.backends.cpu.get_cpu_capability(),
                 'system': sys.platform,
-                'multiplies': multiplied,
-                'programs_sha256': {
-                    k: sha256(next(f for f in v if f.suffix == '.so').read_bytes()) for k, v in files.items()
-                },
+                'multiplies': multiplies_in,
+                'programs_sha256': {k: sha256(f.read_bytes()) for k, f in libraries.items()},
             },
         }
-        inner = Path(path).with_name(Path(path).name + '.rest')
         rest.identity = ''
         rest = quietly(torch.jit.script, rest)
         try:
-            for mark in ('0' * 64, ''): # the second time with the hash of what was written
-                card = card | {'records_sha256': mark or records_hash(records_of(path, reuse=True))}
+            for known in False, True:  # the second time with the hash of the records that were written
+                card['records_sha256'] = records_hash(records_of(path, reuse=True)) if known else '0' * 64
                 rest.identity = json.dumps(card, indent=1, allow_nan=False)
                 save(rest, inner, rest.identity, own=False)
-                with PT2ArchiveWriter(str(path)) as out:
-                    for name, found in files.items():
-                        for f in found: out.write_bytes(f'data/aotinductor/{name}/{f.name}', f.read_bytes())
-                    out.write_string('extra/card.json', rest.identity)
-                    out.write_bytes('mmembed/rest.pt', inner.read_bytes())
+                _write_package(path, files, inner, rest.identity)
         finally: inner.unlink(missing_ok=True)
     return card
 
 # %% ../../nbs/exporters/10_aot.ipynb #ddc5be89
 def program_hashes(
     path: str | Path, # a package
-) -> dict[str, str]: # by program
-    "SHA-256 of every shared library in it."
+) -> dict[str, str]: # name of the program -> hexadecimal digits
+    "Hash every shared library in a package with SHA-256."
     with zipfile.ZipFile(path) as z:
-        return {
-            n.split('/')[-2]: sha256(z.read(n)) for n in z.namelist() if '/data/aotinductor/' in n and n.endswith('.so')
-        }
+        names = [n for n in z.namelist() if '/data/aotinductor/' in n and n.endswith('.so')]
+        return {n.split('/')[-2]: sha256(z.read(n)) for n in names}

@@ -1,4 +1,4 @@
-"""One scripted module that takes raw text and raw image files and answers with embeddings
+"""Compile pipelines and towers into one module that takes raw text and raw image files and returns embeddings
 
 Docs: https://mmembed.github.io/mmembed/exporters/artifact.html.md"""
 
@@ -37,7 +37,7 @@ from ..text.seams import seams
 
 # %% ../../nbs/exporters/08_artifact.ipynb #c387c144
 class Served(nn.Module):
-    "What every artifact has: its card, its two pipelines, and a look at what comes in"
+    "Hold an artifact's card and its two pipelines, and check what comes in"
     dim: int
     folded: torch.jit.Final[bool]
     names: list[str]
@@ -47,10 +47,10 @@ class Served(nn.Module):
         model: nn.Module,            # an `Encoder` or `Scorer`, in eval mode
         text_pipeline: nn.Module,    # a TextPipeline
         vision_pipeline: nn.Module,  # a VisionPipeline
-        dim: int,                    # width of an answer
-        steps: Steps,                # of the user's
-        classes: Classes,            # none: no names
-        folded: bool = False,        # the image tower takes levels
+        dim: int,                    # width of an embedding, or number of labels
+        steps: Steps,                # of the user
+        classes: Classes,            # its names are empty for an artifact without labels
+        folded: bool = False,        # the image tower normalises
     ):
         super().__init__()
         self.model, self.text_pipeline, self.vision_pipeline = model, text_pipeline, vision_pipeline
@@ -69,16 +69,16 @@ class Served(nn.Module):
 
     @torch.jit.export
     def card(self) -> str:
-        "The identity card, as JSON."
+        "Return the identity card, as JSON."
         return self.identity
 
     def forward(self, texts: list[str], images: list[Tensor]) -> Tensor:
-        "Scores float32 (T, I) of every text with every image: `logit_scale * cosine + logit_bias`."
+        "Score every text with every image, float32 (T, I): `logit_scale * cosine + logit_bias`."
         return self.score(self.encode_text(texts), self.encode_image(images))
 
     @torch.jit.export
     def tokenize(self, data: Tensor, offsets: Tensor) -> Tokens:
-        "ids and mask int64 (B, L) of the texts `data[offsets[i]:offsets[i+1]]`."
+        "Tokenize the texts `data[offsets[i]:offsets[i+1]]` to ids and mask int64 (B, L)."
         if data.dtype != torch.uint8 or data.dim() != 1:
             raise ValueError('data must be a uint8 tensor of shape (N,): the UTF-8 bytes of all texts')
         if offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.shape[0] == 0:
@@ -95,7 +95,7 @@ class Served(nn.Module):
 
     @torch.jit.export
     def probe(self, image: Tensor) -> ImageInfo:
-        "What the header says, without decoding and without raising; decoded RGB has the format 'rgb'."
+        "Read the header of an image, without decoding and without raising; decoded RGB has the format 'rgb'."
         if image.dtype != torch.uint8 or (image.dim() != 1 and image.dim() != 3):
             return ImageInfo('', 0, 0, 0, 0, 1, 1, 'image must be uint8: a file (N,) or decoded RGB (3, H, W)')
         if image.dim() == 1: return self.vision_pipeline.probe(image)
@@ -106,14 +106,13 @@ class Served(nn.Module):
 
     @torch.jit.export
     def count_pixels(self, image: Tensor) -> int:
-        """Return width times height as the header says, 0 where it cannot be read: a number, which costs a host less
-        than an `ImageInfo`."""
+        "Return width times height by the header, 0 where it cannot be read: cheaper for a host than an `ImageInfo`."
         info = self.probe(image)
         return info.width * info.height if info.error == '' else 0
 
     @torch.jit.export
     def preprocess_image(self, image: Tensor) -> Tensor:
-        "One image, as `encode_image` takes it, to uint8 (3, S, S). For hosts that give every item its own status."
+        "Decode and resize one image, a file or RGB, to uint8 (3, S, S). For hosts that give every item its own status."
         rgb = self.vision_pipeline.decode(image) if image.dim() == 1 else image
         rgb = self.before_image(rgb)
         return self.vision_pipeline.transform(
@@ -122,7 +121,9 @@ class Served(nn.Module):
 
     @torch.jit.export
     def levels(self, images: list[Tensor]) -> list[Tensor]:
-        "Each image, a file or decoded RGB, to uint8 (3, S, S); what cannot be read is an error that names its place."
+        """Decode and resize images, files or RGB, to uint8 (3, S, S) each.
+
+        The error for an unreadable one names its place."""
         done: list[Tensor] = []
         for i, image in enumerate(images):
             info = self.probe(image)
@@ -132,7 +133,7 @@ class Served(nn.Module):
 
     @torch.jit.export
     def normalized(self, pixels: Tensor) -> Tensor:
-        "What the image tower takes, float32 (B, 3, S, S), of uint8 levels, or of float32 that is normalised already."
+        "Normalise uint8 pixels (B, 3, S, S) for the image tower; float32 is taken for normalised already."
         h, w = self.vision_pipeline.size
         if pixels.dim() != 4 or pixels.shape[1] != 3 or pixels.shape[2] != h or pixels.shape[3] != w:
             raise ValueError(f'pixels must have the shape (B, 3, {h}, {w})')
@@ -146,27 +147,29 @@ class Served(nn.Module):
 
     @torch.jit.export
     def labels(self) -> list[str]:
-        "The names of the classes; none for an artifact without."
+        "Return the class names; empty for an artifact without labels."
         return self.names
 
     def pick(self, probability: Tensor, top_k: int) -> Labelled:
-        "The best labels that reach their thresholds, `top_k` of them, or as many as the artifact says for 0."
+        """Pick at most `top_k` labels that reach their thresholds, of probabilities (B, C).
+
+        0: the artifact's own number."""
         if top_k < 0: raise ValueError(f'top_k must not be negative, got {top_k}')
         return best_labels(self.names, probability, self.thresholds, top_k if top_k > 0 else self.top_k)
 
 # %% ../../nbs/exporters/08_artifact.ipynb #a29afb3c
 class Artifact(Served):
-    "Both pipelines and both towers of a DualEncoder in one module that scripts: raw bytes in, embeddings out"
+    "Run both pipelines and both towers of a DualEncoder in one module that scripts: raw bytes in, embeddings out"
 
     def __init__(
         self,
-        model: nn.Module,
-        text_pipeline: nn.Module,
-        vision_pipeline: nn.Module,
-        dim: int,
-        steps: Steps,
-        classes: Classes,
-        folded: bool = False,
+        model: nn.Module,            # an `Encoder`, in eval mode
+        text_pipeline: nn.Module,    # a TextPipeline
+        vision_pipeline: nn.Module,  # a VisionPipeline
+        dim: int,                    # width of an embedding
+        steps: Steps,                # of the user
+        classes: Classes,            # its names are empty for an artifact without labels
+        folded: bool = False,        # the image tower normalises
     ):
         super().__init__(model, text_pipeline, vision_pipeline, dim, steps, classes, folded)
         self.kind = {'int8': torch.int8, 'binary': torch.uint8}.get(model.output, torch.float32)
@@ -174,30 +177,30 @@ class Artifact(Served):
         self.register_buffer('classes', torch.zeros(0, 0))
 
     def forward(self, texts: list[str], images: list[Tensor]) -> Tensor:
-        "Scores float32 (T, I) of every text with every image: `logit_scale * cosine + logit_bias`."
+        "Score every text with every image, float32 (T, I): `logit_scale * cosine + logit_bias`."
         return self.score(self.encode_text(texts), self.encode_image(images))
 
     @torch.jit.export
     def encode_text(self, texts: list[str]) -> Tensor:
-        "Unit-length float32 (B, D). Convenient; `encode_text_bytes` is the fast way in."
+        "Encode strings to (B, D), unit-length float32 unless stored otherwise. `encode_text_bytes` is faster."
         data, offsets = pack_str(texts)
         return self.encode_text_bytes(data, offsets)
 
     @torch.jit.export
     def encode_text_bytes(self, data: Tensor, offsets: Tensor) -> Tensor:
-        "Unit-length float32 (B, D) of the texts `data[offsets[i]:offsets[i+1]]`."
+        "Encode the texts `data[offsets[i]:offsets[i+1]]` to (B, D), unit-length float32 unless stored otherwise."
         tokens = self.tokenize(data, offsets)
         return self.model.encode_text(tokens) if tokens.ids.shape[0] > 0 else self.none()
 
     @torch.jit.export
     def encode_image(self, images: list[Tensor]) -> Tensor:
-        "Unit-length float32 (B, D); each image a file as uint8 (N,), or decoded RGB uint8 (3, H, W)."
+        "Encode images, each a file uint8 (N,) or decoded RGB uint8 (3, H, W), to (B, D)."
         levels = self.levels(images)
         return self.encode_pixels(stack_levels(levels)) if len(levels) > 0 else self.none()
 
     @torch.jit.export
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        "Unit-length float32 (B, D) of (B, 3, S, S): uint8 levels, or float32 that is normalised already."
+        "Encode pixels (B, 3, S, S), uint8 or normalised float32, to (B, D)."
         if not torch.jit.is_scripting():
             pixels = self.normalized(pixels)
             return self.model.encode_image(pixels) if pixels.shape[0] > 0 else self.none()
@@ -210,49 +213,50 @@ class Artifact(Served):
         return torch.cat(done) if len(done) > 0 else self.none()
 
     def none(self) -> Tensor:
-        "The answer to an empty batch."
+        "Return what an empty batch is encoded to, (0, D)."
         return torch.zeros((0, self.dim), dtype=self.kind, device=self.logit_scale.device)
 
     @torch.jit.export
     def score(self, text: Tensor, image: Tensor) -> Tensor:
-        "Scores float32 (T, I) of embeddings (T, D) and (I, D)."
+        "Score embeddings (T, D) of texts with (I, D) of images: float32 (T, I)."
         text, image = self.unit(text, 'text', 'T'), self.unit(image, 'image', 'I')
         return self.logit_scale * (text @ image.T) + self.logit_bias
 
     def unit(self, x: Tensor, name: str, rows: str) -> Tensor:
-        "Embeddings as they are stored, as float32 of unit length."
+        "Convert embeddings (B, D) from the stored type to float32 of unit length."
         if x.dim() != 2 or x.shape[1] != self.dim: raise ValueError(f'{name} must have the shape ({rows}, {self.dim})')
         if x.dtype != self.kind: raise ValueError(f'{name} must be of the type that this artifact answers with')
         return unstored(x, self.model.output)
 
     @torch.jit.export
     def class_probability(self, embedding: Tensor) -> Tensor:
-        """float32 (B, C) of embeddings (B, D) of images, or of texts: softmax of the scores, or sigmoid where the
-        model has a bias."""
+        """Return the probability float32 (B, C) of every class for embeddings (B, D) of images or texts.
+
+        Softmax of the scores, or sigmoid where the model has a bias."""
         if len(self.names) == 0: raise ValueError('this artifact has no labels: export it with labels=')
         scores = self.logit_scale * (self.unit(embedding, 'embedding', 'B') @ self.classes.T) + self.logit_bias
         return scores.sigmoid() if self.sigmoid else scores.softmax(-1)
 
     @torch.jit.export
     def classify(self, images: list[Tensor], top_k: int = 0) -> Labelled:
-        "The labels of images, as `encode_image` takes them; `top_k` at most, 0 for as many as the artifact says."
+        "Label images, files or RGB; at most `top_k` labels each, 0: the artifact's own number."
         return self.pick(self.class_probability(self.encode_image(images)), top_k)
 
     @torch.jit.export
     def classify_text(self, texts: list[str], top_k: int = 0) -> Labelled:
-        "The labels of texts."
+        "Label texts; at most `top_k` labels each, 0: the artifact's own number."
         return self.pick(self.class_probability(self.encode_text(texts)), top_k)
 
     @torch.jit.export
     def classify_embedding(self, embedding: Tensor, top_k: int = 0) -> Labelled:
-        "The labels of embeddings (B, D), for hosts that encode item by item."
+        "Label embeddings (B, D), for hosts that encode item by item."
         return self.pick(self.class_probability(embedding), top_k)
 
 # %% ../../nbs/exporters/08_artifact.ipynb #eea38f33
 class PairArtifact(Served):
-    "Both pipelines and a PairClassifier in one module that scripts: raw pairs in, scores out"
+    "Run both pipelines and a PairClassifier in one module that scripts: raw pairs in, scores out"
     def forward(self, texts: list[str], images: list[Tensor]) -> Tensor:
-        "Scores float32 (B, C), before softmax, of text i with image i; images are files or decoded RGB."
+        "Score text i with image i, a file or decoded RGB: float32 (B, C), before softmax."
         data, offsets = pack_str(texts)
         if len(texts) != len(images): raise ValueError(f'{len(texts)} texts and {len(images)} images are no pairs')
         levels = self.levels(images)
@@ -261,8 +265,7 @@ class PairArtifact(Served):
 
     @torch.jit.export
     def score_pairs(self, data: Tensor, offsets: Tensor, pixels: Tensor) -> Tensor:
-        """Scores float32 (B, C) of the texts `data[offsets[i]:offsets[i+1]]` with pixels (B, 3, S, S), levels or
-        normalised."""
+        "Score texts `data[offsets[i]:offsets[i+1]]` with pixels (B, 3, S, S), uint8 or normalised: float32 (B, C)."
         tokens, pixels = self.tokenize(data, offsets), self.normalized(pixels)
         if tokens.ids.shape[0] != pixels.shape[0]:
             raise ValueError(f'{tokens.ids.shape[0]} texts and {pixels.shape[0]} images are no pairs')
@@ -271,23 +274,23 @@ class PairArtifact(Served):
 
     @torch.jit.export
     def classify(self, texts: list[str], images: list[Tensor], top_k: int = 0) -> Labelled:
-        "The labels of pairs; `top_k` at most, 0 for as many as the artifact says."
+        "Label pairs; at most `top_k` labels each, 0: the artifact's own number."
         return self.pick(self(texts, images).softmax(-1), top_k)
 
     @torch.jit.export
     def classify_scores(self, scores: Tensor, top_k: int = 0) -> Labelled:
-        "The labels of scores (B, C), for hosts that score item by item."
+        "Label scores (B, C), for hosts that score item by item."
         if scores.dim() != 2 or scores.shape[1] != self.dim:
             raise ValueError(f'scores must have the shape (B, {self.dim})')
         return self.pick(scores.softmax(-1), top_k)
 
 # %% ../../nbs/exporters/08_artifact.ipynb #4495f1da
 class TracedText(nn.Module):
-    "A traced text tower behind the signature of a scripted one"
+    "Call a traced text tower with the signature of a scripted one"
     def __init__(
         self,
         traced: torch.jit.ScriptModule, # (ids, mask) -> (B, width)
-        width: int,
+        width: int,                     # of its vectors
     ):
         super().__init__()
         self.traced, self.width = traced, width
@@ -296,7 +299,7 @@ class TracedText(nn.Module):
 
 # %% ../../nbs/exporters/08_artifact.ipynb #e3de3e03
 class _Flat(nn.Module):
-    "A text tower that takes two tensors, as tracing wants them"
+    "Call a text tower with two tensors, as tracing needs it"
     def __init__(self, tower: nn.Module):
         super().__init__()
         self.tower = tower
@@ -306,9 +309,9 @@ class _Flat(nn.Module):
 def trace_text(
     tower: nn.Module,     # forward(Tokens) -> (B, width), in eval mode
     tokens: list[Tokens], # batches of different sizes and lengths; the first is traced, all are compared
-    bound: float = 1e-5,
+    bound: float = 1e-5,  # largest difference between the traced and the eager tower
 ) -> TracedText:
-    "`tower`, traced; raises `ValueError` when the trace does not follow the batch or the length."
+    "Trace a text tower; raises `ValueError` when the trace does not follow the batch or the length."
     flat = _Flat(tower)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')  # the comparison below is the judge
@@ -326,9 +329,9 @@ def trace_text(
 def trace_image(
     tower: nn.Module,    # forward(pixels) -> (B, width), in eval mode
     size: tuple,         # (H, W) of its pixels
-    bound: float = 1e-5,
+    bound: float = 1e-5, # largest difference between the traced and the eager tower
 ) -> torch.jit.ScriptModule:
-    "`tower`, traced; raises `ValueError` when the trace does not follow the batch."
+    "Trace an image tower; raises `ValueError` when the trace does not follow the batch."
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')  # the comparison below is the judge
         traced = torch.jit.trace(tower, torch.zeros(2, 3, *size), check_trace=False)
@@ -343,15 +346,15 @@ def trace_image(
     return traced
 
 def _scripted(tower: nn.Module, size: tuple) -> nn.Module:
-    "The image tower scripted, or traced where TorchScript refuses it."
+    "Script the image tower, or trace it where TorchScript refuses it."
     try: return quietly(torch.jit.script, tower)
     except (RuntimeError, torch.jit.frontend.NotSupportedError, TypeError, OSError): return trace_image(tower, size)
 
 # %% ../../nbs/exporters/08_artifact.ipynb #990934dd
 def scriptable(
-    p: PreparedModel, # a model as its variant has it; its towers are replaced
-) -> nn.Module: # the model
-    "`p.model`, its traceable towers traced."
+    p: PreparedModel, # its model's towers are replaced
+) -> nn.Module: # `p.model`
+    "Trace the towers that cannot be scripted, so that the model can be."
     model, tp, vp = p.model, p.text_pipeline, p.vision_pipeline
     if getattr(model.text, 'traceable', False):
         texts = ['two', 'a text that is a good deal longer than the other one'], ['one'], ['', 'three', 'texts ' * 30]
@@ -367,18 +370,17 @@ def scriptable(
 def assemble(
     model: nn.Module,    # a DualEncoder or PairClassifier with its two pipelines; left as it is
     decode: bool = True, # False: no file decoders; the artifact takes decoded RGB and loads without torchcodec
-    variant: Variant = Variant(),
-    steps: Steps = Steps(),       # of the user's
-    classes: Classes | None = None, # names of classes; a PairClassifier's by default
-    # False: the towers as they are, for eager Python; else their layers are those of `export.kernels`
-    script: bool = True,
-    share: bool = False, # weights that the variant leaves alone are those of `model`, not copies
-    calibrate: Sequence = (), # as in `prepared`
+    variant: Variant = Variant(), # how its numbers differ from the model's
+    steps: Steps = Steps(),       # of the user
+    classes: Classes | None = None, # class names; None: those of a PairClassifier, or none
+    script: bool = True, # prepare the towers for scripting, with oneDNN's layers; False: leave them in eager Python
+    share: bool = False, # use the model's own memory for weights that the variant does not change
+    calibrate: Sequence = (), # images for the ranges of int8 convolutions; (): the built-in ones
 ) -> Served: # not yet scripted
-    """The `Artifact` of a DualEncoder, the `PairArtifact` of a PairClassifier. Raises `TypeError` for a model whose
-    towers carry no pipelines,
-    `ValueError` for one whose pictures are not float32, as its towers' weights are, and for options that do not go
-    with the model."""
+    """Build the `Artifact` of a DualEncoder, or the `PairArtifact` of a PairClassifier.
+
+    Raises `TypeError` for a model whose towers carry no pipelines, `ValueError` for one whose pixels are not float32,
+    as its towers' weights are, and for options that do not fit the model."""
     for name in ('text_pipeline', 'vision_pipeline'):
         if not isinstance(getattr(model, name, None), nn.Module):
             raise TypeError(f'{type(model).__name__} has no {name}: an artifact holds the preprocessing, '
@@ -405,7 +407,7 @@ def assemble(
 
 # %% ../../nbs/exporters/08_artifact.ipynb #4f1b350b
 def _width(encoder: Encoder, tp: nn.Module, steps: Steps) -> int:
-    "How many numbers an embedding has before they are stored; raises `ValueError` for a step that cannot take it."
+    "Return how many numbers an embedding has before it is stored; raises `ValueError` for a step that cannot take it."
     encoder.output, output = 'float32', encoder.output
     try:
         with torch.no_grad(): x = encoder.encode_text(tp(['x', 'y']))
@@ -445,8 +447,8 @@ def _pairs(scorer: Scorer, p: PreparedModel, steps: Steps, classes: Classes) -> 
 # %% ../../nbs/exporters/08_artifact.ipynb #20444e2a
 def storage_bytes(
     module: nn.Module, # scripted or not
-) -> dict[int, int]: # by address
-    "Bytes of every storage that the parameters and buffers of `module` lie in: what several share counts once."
+) -> dict[int, int]: # address -> bytes
+    "Return the size of every storage that holds parameters and buffers of `module`; shared ones count once."
     held = [t.untyped_storage() for t in (*module.parameters(), *module.buffers()) if t.layout is torch.strided]
     return {s.data_ptr(): s.nbytes() for s in held}
 
@@ -454,13 +456,13 @@ def room_for(
     path: Path, # a file that is not there yet
     size: int,  # bytes
 ):
-    "Raises `OSError` where a file of `size` bytes has no room: torch's own writer ends the process then."
+    "Reserve `size` bytes for a file; raises `OSError` where the disk is full, which torch's writer dies of."
     with open(path, 'wb') as f:
         if hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, size)
         elif shutil.disk_usage(path.parent).free < size: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 class _Out:
-    "A file for torch's writer, which ends the process where `write` raises: what went wrong is kept for `check`"
+    "Take what torch's writer writes, and keep an error for `check`: an exception in `write` would end the process"
     def __init__(self, file): self.file, self.error = file, None
 
     def write(self, data) -> int:
@@ -474,14 +476,14 @@ class _Out:
         self.file.flush()
 
 def save(
-    scripted: torch.jit.ScriptModule,
+    scripted: torch.jit.ScriptModule, # an artifact
     path: str | Path, # the file to write
     card: str,        # identity card, JSON
     own: bool = True, # the archive is the artifact itself, not a part of a package
 ):
-    """Writes `scripted` and its card to `path`, without source paths.
+    """Write a scripted artifact and its card to `path`, without source paths.
 
-    The card's `records_sha256`, where it has one, becomes that of the file."""
+    The card's `records_sha256`, if it has that entry, becomes the hash of the file's records."""
     path = Path(path)
     rough = path.with_name(f'{path.name}.rough')
     try:
@@ -492,8 +494,9 @@ def save(
                 _rewritten(Path(plain), path, json.loads(card).get('records_sha256', '').encode() if own else b'')
     finally: rough.unlink(missing_ok=True)
 
+# %% ../../nbs/exporters/08_artifact.ipynb #bae099a0
 def _apart(code: dict[str, bytes]) -> dict[str, bytes]: # source files by name
-    "Each function of a file of several in a file of its own, `a.b.f` as `a.b.f.f`; classes stay."
+    "Move each function of a source file with several to a file of its own, `a.b.f` to `a.b.f.f`; classes stay."
     out, moved = {}, {}
     for name, text in code.items():
         heads = list(re.finditer(rb'^(def|class) (\w+)', text, re.M))

@@ -1,4 +1,4 @@
-"""Networks of convolutions that hand bytes from layer to layer: two to four times as fast as float32, where the embedding stays the same
+"""Compute networks of convolutions in int8, two to four times as fast as float32, where the embedding stays the same
 
 Docs: https://mmembed.github.io/mmembed/exporters/convolutions.html.md"""
 
@@ -16,35 +16,38 @@ from typing import NamedTuple, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..core.torchscript import quietly
 from .int8 import Int8Embedding, Int8Linear, SelfAttention
 
 # %% ../../nbs/exporters/05_convolutions.ipynb #1a2161f1
 class Span(NamedTuple):
-    "What the bytes of a tensor stand for: `(byte - zero) * step`"
-    step: float
-    zero: int
+    "Map the bytes of a tensor to numbers: `(byte - zero) * step`"
+    step: float # between two neighbouring bytes
+    zero: int   # the byte that stands for 0
 
 def span_of(
-    low: float,  # smallest and largest number that was seen
-    high: float,
+    low: float,  # smallest number that was seen
+    high: float, # largest
 ) -> Span:
-    "The bytes of a range that holds 0."
+    "Divide the range from `low` to `high`, extended to hold 0, into 255 steps."
     low, high = min(low, 0.), max(high, 0.)
     step = max(high - low, 1e-12) / 255
     return Span(step, round(-low / step))
 
 def stepped(x: Tensor, step: float, zero: int) -> Tensor:
-    "Round float32 to what bytes could hold."
+    "Round float32 to the nearest number that a byte stands for."
     return x.div(step).add_(zero + .5).clamp_(0., 255.).floor_().sub_(zero).mul_(step)
 
 # %% ../../nbs/exporters/05_convolutions.ipynb #f403c83c
 class ToBytes(nn.Module):
-    """float32 as bytes, where convolutions multiply them: on a CPU with oneDNN.
+    """Convert float32 to bytes where convolutions multiply bytes: on a CPU with oneDNN.
 
-    Elsewhere and in exported graphs float32 that is rounded alike"""
-    def __init__(self, span: Span):
+    Elsewhere, and in exported graphs, the result is float32, rounded alike"""
+    def __init__(self,
+        span: Span, # of the bytes
+    ):
         super().__init__()
         self.step, self.offset = span
         self.register_buffer('zero', torch.tensor(span.zero + .5))
@@ -61,13 +64,16 @@ class ToBytes(nn.Module):
         )
 
     def quick(self) -> bool:
+        "Whether the next convolution multiplies bytes here."
         if not torch.jit.is_scripting():
             if torch.compiler.is_exporting(): return False
         return self.zero.device.type == 'cpu' and not torch.ops.mkldnn._is_mkldnn_acl_supported()
 
 class Values(nn.Module):
-    "Bytes as float32"
-    def __init__(self, span: Span):
+    "Convert bytes to float32; float32 stays as it is"
+    def __init__(self,
+        span: Span, # of the bytes
+    ):
         super().__init__()
         self.step, self.zero = span
 
@@ -76,17 +82,14 @@ class Values(nn.Module):
 
 # %% ../../nbs/exporters/05_convolutions.ipynb #a18b331c
 class Largest(nn.Module):
-    "`nn.MaxPool2d` of bytes"
-    def __init__(self, pool: nn.MaxPool2d):
+    "Compute `nn.MaxPool2d` of bytes, or of float32"
+    def __init__(self,
+        pool: nn.MaxPool2d, # without dilation or indices
+    ):
         super().__init__()
         def two(v): return [v, v] if isinstance(v, int) else list(v)
-
-        self.kernel, self.stride, self.padding, self.ceil = (
-            two(pool.kernel_size),
-            two(pool.stride),
-            two(pool.padding),
-            pool.ceil_mode,
-        )
+        self.kernel, self.stride = two(pool.kernel_size), two(pool.stride)
+        self.padding, self.ceil = two(pool.padding), pool.ceil_mode
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != torch.uint8: return F.max_pool2d(x, self.kernel, self.stride, self.padding, ceil_mode=self.ceil)
@@ -95,14 +98,14 @@ class Largest(nn.Module):
         bottom = max(0, (rows - 1) * sh + self.kernel[0] - x.shape[2] - ph)
         right = max(0, (columns - 1) * sw + self.kernel[1] - x.shape[3] - pw)
         if ph + pw + bottom + right > 0: x = F.pad(x, [pw, right, ph, bottom])  # 0 is the smallest byte
-        y = x[:, :, 0:(rows - 1) * sh + 1:sh]
+        y = x[:, :, 0:(rows - 1) * sh + 1:sh]  # (B, C, rows, W)
         for i in range(1, self.kernel[0]): y = torch.maximum(y, x[:, :, i:i + (rows - 1) * sh + 1:sh])
-        z = y[:, :, :, 0:(columns - 1) * sw + 1:sw]
+        z = y[:, :, :, 0:(columns - 1) * sw + 1:sw]  # (B, C, rows, columns)
         for i in range(1, self.kernel[1]): z = torch.maximum(z, y[:, :, :, i:i + (columns - 1) * sw + 1:sw])
         return z
 
     def places(self, n: int, axis: int) -> int:
-        "How many windows there are along an axis of `n`."
+        "Return how many windows there are along an axis of `n` pixels."
         rest = n + 2 * self.padding[axis] - self.kernel[axis]
         if not self.ceil: return rest // self.stride[axis] + 1
         count = (rest + self.stride[axis] - 1) // self.stride[axis] + 1
@@ -110,34 +113,31 @@ class Largest(nn.Module):
 
 # %% ../../nbs/exporters/05_convolutions.ipynb #d32da0d5
 def safe_step(
-    weight: Tensor, # (out, in, h, w)
-) -> Tensor: # (out,)
-    "The step of the int8 weights of every output channel with which no pair of products overflows 16 bits."
+    weight: Tensor, # float32 (out, in, h, w)
+) -> Tensor: # float32 (out,)
+    "Return the smallest step of each output channel's int8 weights with which no pair of products overflows 16 bits."
     flat = weight.flatten(2)
-    tops = [flat.abs().amax((1, 2))]
-    for x in flat.clamp(min=0), (-flat).clamp(min=0):
+    tops = [flat.abs().amax((1, 2))]  # (out,): what must fit into 127
+    for x in flat.clamp(min=0), (-flat).clamp(min=0):  # numbers of one sign
         if weight.shape[1] > 4: tops.append((x[:, :-1] + x[:, 1:]).amax((1, 2)))
-        # pixels: their order is not known
-        elif flat[0].numel() > 1 and weight.shape[1] > 1: tops.append(x.flatten(1).topk(2).values.sum(1))
+        elif weight.shape[1] > 1: tops.append(x.flatten(1).topk(2).values.sum(1))  # pixels, in an order of oneDNN's own
     return torch.stack(tops).amax(0).clamp(min=1e-12) / 127
 
 # %% ../../nbs/exporters/05_convolutions.ipynb #c8434af2
-# and what oneDNN calls them; a byte ends at 6 by itself
+# activation -> its name in oneDNN; for relu6 the range of the bytes ends at 6
 ACTS = {'none': 'none', 'relu': 'relu', 'relu6': 'relu', 'hardswish': 'hardswish', 'silu': 'swish'}
 
 class Int8Conv(nn.Module):
-    "A convolution of bytes, with what follows it: the sum with another tensor of bytes, and an activation"
+    "Convolve bytes, add another tensor of bytes if there is one, and apply an activation"
     def __init__(self,
-        layer: nn.Conv2d,           # padded with zeros by numbers
-        span: Span,                 # of its input
-        out: Optional[Span] = None, # of its output; None: float32
-        act: str = 'none',          # one of `ACTS`
-        other: Optional[Span] = None, # of what is added, if anything is
-        keep: bool = False,         # what is added is used again, so it is copied: oneDNN writes into it
-        # (B, in, H, W) of what it usually gets, upon which the order of weights depends
-        size: Optional[list[int]] = None,
-        # (in,) of its input: what rounding the weights takes from the outputs in the mean is put into the bias
-        mean: Optional[Tensor] = None,
+        layer: nn.Conv2d,           # with numbers for padding, of zeros
+        span: Span,                 # of the input's bytes
+        out: Optional[Span] = None, # of the output's bytes; None: the output is float32
+        act: str = 'none',          # activation, of `ACTS`
+        other: Optional[Span] = None, # of the bytes that are added; None: nothing is
+        keep: bool = False,         # copy what is added, because it is used again: oneDNN writes into it
+        size: Optional[list[int]] = None, # usual shape (B, in, H, W) of the input, for the order of packed weights
+        mean: Optional[Tensor] = None, # (in,) of the input: corrects the bias for the rounding of the weights
     ):
         super().__init__()
         weight = layer.weight.detach()
@@ -151,13 +151,13 @@ class Int8Conv(nn.Module):
         self.register_buffer('bias', bias.clone())
         self.register_buffer('zeros', torch.zeros(len(step), dtype=torch.int32))
         self.stride, self.padding, self.dilation = (list(v) for v in (layer.stride, layer.padding, layer.dilation))
-        self.groups, self.act, self.post, self.size = layer.groups, act, ACTS[act], list(size or [0])
-        self.coded, self.keep, self.packed = out is not None, keep, torch.empty(0, dtype=torch.int8)
-        (self.x_step, self.x_zero), (self.out_step, self.out_zero), (self.sum_step, self.sum_zero) = (
-            span,
-            out or (1.0, 0),
-            other or (1.0, 0),
-        )
+        self.groups, self.size, self.keep = layer.groups, list(size or [0]), keep
+        self.act, self.post = act, ACTS[act]
+        self.packed = torch.empty(0, dtype=torch.int8)  # the weights in oneDNN's order, by `pack`
+        self.coded = out is not None  # the output is bytes
+        self.x_step, self.x_zero = span
+        self.out_step, self.out_zero = out or (1.0, 0)
+        self.sum_step, self.sum_zero = other or (1.0, 0)
 
     def forward(self,
         x: Tensor, # uint8 (B, in, H, W), as `ToBytes` gives it
@@ -213,7 +213,7 @@ class Int8Conv(nn.Module):
         )
 
     def plain(self, x: Tensor, other: Optional[Tensor]) -> Tensor:
-        "The same of float32 that is rounded to what bytes could hold."
+        "Convolve float32 that is rounded to what bytes stand for, and round the result likewise."
         y = F.conv2d(
             x,
             self.weight.to(self.step.dtype) * self.step[:, None, None, None],
@@ -231,6 +231,7 @@ class Int8Conv(nn.Module):
         return stepped(y, self.out_step, self.out_zero) if self.coded else y
 
     def ordered(self) -> Tensor:
+        "Return the weights in oneDNN's order."
         size: Optional[list[int]] = None
         if len(self.size) == 4: size = self.size
         return torch.ops.onednn.qconv_prepack(
@@ -247,7 +248,7 @@ class Int8Conv(nn.Module):
 
     @torch.jit.export
     def pack(self):
-        "Bring the weights into the order of this processor; the plain ones are given up."
+        "Bring the weights into the order of this processor, and give up the plain ones."
         if self.step.device.type != 'cpu' or torch.ops.mkldnn._is_mkldnn_acl_supported(): return
         self.packed = self.ordered()
         self.weight = torch.empty(0, dtype=torch.int8)
@@ -262,24 +263,19 @@ class _Tracer(fx.Tracer):
 def traced(
     net: nn.Module, # in eval mode
 ) -> fx.GraphModule | None:
-    "`net` as a list of calls; None where its code decides by numbers."
+    "Trace `net` to a list of calls; None where its code decides by numbers."
     try: return fx.GraphModule(net, _Tracer().trace(net)).eval()
     except Exception: return None  # whatever the network's own code does with what it is not made for
 
 def _fold(made: fx.GraphModule):
-    "Puts every batch normalisation into the convolution before it."
-    from torch.nn.utils.fusion import fuse_conv_bn_eval
+    "Put every batch normalisation into the convolution before it."
     layers, calls = dict(made.named_modules()), [n.target for n in made.graph.nodes if n.op == 'call_module']
     for node in list(made.graph.nodes):
-        if (
-            node.op != 'call_module'
-            or type(layers[node.target]) is not nn.BatchNorm2d
-            or layers[node.target].running_mean is None
-        ):
-            continue
+        if node.op != 'call_module' or type(layers[node.target]) is not nn.BatchNorm2d: continue
+        if layers[node.target].running_mean is None: continue
         before = node.args[0]
-        if before.op != 'call_module' or type(layers[before.target]) is not nn.Conv2d or len(before.users) > 1: continue
-        if calls.count(before.target) > 1: continue
+        if before.op != 'call_module' or type(layers[before.target]) is not nn.Conv2d: continue
+        if len(before.users) > 1 or calls.count(before.target) > 1: continue
         owner, _, key = before.target.rpartition('.')
         layers[before.target] = fuse_conv_bn_eval(layers[before.target], layers[node.target])
         setattr(made.get_submodule(owner), key, layers[before.target])
@@ -289,7 +285,7 @@ def _fold(made: fx.GraphModule):
     made.delete_all_unused_submodules()
 
 class _Watch(fx.Interpreter):
-    "Runs a network and notes the range of every tensor, and the mean of every channel that a convolution reads"
+    "Run a network and note the range of every tensor, and the mean of every channel that a convolution reads"
     def __init__(self, made: fx.GraphModule):
         super().__init__(made)
         self.ends, self.shapes, self.means = {}, {}, {}
@@ -304,167 +300,163 @@ class _Watch(fx.Interpreter):
         return x
 
 # %% ../../nbs/exporters/05_convolutions.ipynb #b890833b
+_MODULES = {nn.ReLU: 'relu', nn.ReLU6: 'relu6', nn.Hardswish: 'hardswish', nn.SiLU: 'silu'}
+_FUNCTIONS = {F.relu: 'relu', torch.relu: 'relu', F.relu6: 'relu6', F.hardswish: 'hardswish', F.silu: 'silu'}
+
+class _Network:
+    "A traced network, what its nodes compute, and what ran through it"
+    def __init__(self, made: fx.GraphModule, batches: list[Tensor]):
+        self.nodes, self.layers = list(made.graph.nodes), dict(made.named_modules())
+        watch = _Watch(made)
+        with torch.no_grad():
+            for x in batches: watch.run(x)
+        self.ends, self.shapes = watch.ends, watch.shapes  # by node: smallest and largest number; shape
+        self.means = {n: torch.stack(x).mean(0) for n, x in watch.means.items()}  # by convolution: (in,)
+
+    def module(self, n: fx.Node): return self.layers[n.target] if n.op == 'call_module' else None
+
+    def activation(self, n: fx.Node) -> str:
+        "Name the activation that `n` computes, one of `ACTS`; empty for anything else."
+        if n.op == 'call_module': return _MODULES.get(type(self.module(n)), '')
+        if n.op == 'call_function': return _FUNCTIONS.get(n.target, '')
+        return 'relu' if n.op == 'call_method' and n.target in ('relu', 'relu_') else ''
+
+    def same(self, n: fx.Node) -> bool:
+        "Whether `n` returns its input."
+        return type(self.module(n)) in (nn.Identity, nn.Dropout) or n.op == 'call_function' and n.target is F.dropout
+
+    def joins(self, n: fx.Node) -> bool:
+        "Whether `n` concatenates tensors."
+        if n.op != 'call_function' or n.target is not torch.cat or not isinstance(n.args[0], (list, tuple)):
+            return False
+        return all(isinstance(x, fx.Node) for x in n.args[0])
+
+    def passes(self, n: fx.Node) -> bool:
+        "Whether `n` gives bytes for bytes."
+        m = self.module(n)
+        if type(m) is nn.MaxPool2d: return m.dilation in (1, (1, 1)) and not m.return_indices
+        return self.same(n) or self.joins(n)
+
+    def adds(self, n: fx.Node) -> bool:
+        "Whether `n` adds two tensors of one shape."
+        if n.op != 'call_function' or n.target not in (operator.add, operator.iadd, torch.add): return False
+        if len(n.args) != 2 or n.kwargs: return False
+        a, b = n.args
+        if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b: return False
+        return a in self.shapes and self.shapes[a] == self.shapes.get(b)
+
+    def sources(self, n: fx.Node) -> list[fx.Node]: return list(n.args[0]) if self.joins(n) else [n.args[0]]
+
+    def origin(self, n: fx.Node) -> fx.Node:
+        "Return the node whose bytes `n` passes on."
+        while self.passes(n) and not self.joins(n): n = n.args[0]
+        return n
+
+# %% ../../nbs/exporters/05_convolutions.ipynb #e104ea1f
 class _Unit:
-    "A convolution with what is computed with it"
+    "A convolution, and what is computed with it"
     def __init__(self, conv: fx.Node, layer: nn.Conv2d):
-        self.conv, self.layer, self.last, self.act, self.other, self.keep, self.inner = (
-            conv,
-            layer,
-            conv,
-            'none',
-            None,
-            False,
-            [],
-        )
+        self.conv, self.layer, self.last = conv, layer, conv  # `last`: the node whose result the unit gives
+        self.act = 'none'
+        self.other, self.keep = None, False  # what is added, and whether it is copied
+        self.inner = []  # nodes before the last one, whose results nothing else reads
 
     @property
     def source(self) -> fx.Node: return self.conv.args[0]
 
     def extend(self, node: fx.Node): self.inner, self.last = [*self.inner, self.last], node
 
-class _Plan:
+def _only_user(n: fx.Node) -> fx.Node | None:
+    users = list(n.users)
+    return users[0] if len(users) == 1 else None
+
+def _units(net: _Network) -> list[_Unit]:
+    "Collect the convolutions of a network, each with the sum and the activation that follow it."
+    taken, found = set(), []
+    for n in net.nodes:
+        layer = net.module(n)
+        if type(layer) is not nn.Conv2d or isinstance(layer.padding, str) or len(n.args) != 1: continue
+        if layer.padding_mode != 'zeros': continue
+        found.append(unit := _Unit(n, layer))
+        if (after := _only_user(n)) is None: continue
+        if act := net.activation(after):
+            unit.act = act
+            unit.extend(after)
+        elif net.adds(after) and after not in taken:
+            taken.add(after)
+            _add(net, unit, after)
+    return found
+
+def _add(net: _Network, unit: _Unit, total: fx.Node):
+    a, b = total.args
+    unit.other = b if a is unit.conv else a
+    place = {n: i for i, n in enumerate(net.nodes)}
+    around = [unit.other, *unit.other.users]
+    read_again = any(place[x] > place[total] for x in around) or any(net.same(x) for x in around)
+    unit.keep = unit.other is unit.source or read_again
+    unit.extend(total)
+    after = _only_user(total)
+    if after is not None and net.activation(after) == 'relu':
+        unit.act = 'relu'
+        unit.extend(after)
+
+# %% ../../nbs/exporters/05_convolutions.ipynb #103355b2
+class _Plan(_Network):
     "Which convolutions of a network are to be int8, and which tensors bytes"
     def __init__(self, made: fx.GraphModule, batches: list[Tensor], skip):
-        self.nodes, self.layers, watch = list(made.graph.nodes), dict(made.named_modules()), _Watch(made)
-        with torch.no_grad():
-            for x in batches: watch.run(x)
-        self.ends, self.shapes, self.means = (
-            watch.ends,
-            watch.shapes,
-            {n: torch.stack(x).mean(0) for n, x in watch.means.items()},
-        )
-        units = self.units()
+        super().__init__(made, batches)
+        units = _units(self)
         self.count = len(units)
+        self.use = self.chosen(units, skip)             # by node of the convolution
+        self.lasts = {u.last: u for u in self.use.values()}
+        self.coded = self.bytes_of()
+        self.parent = self.joined()
+        self.ranges = {}
+        for n, (low, high) in self.ends.items():
+            a, b = self.ranges.get(self.root(n), (low, high))
+            self.ranges[self.root(n)] = min(a, low), max(b, high)
+
+    def chosen(self, units: list[_Unit], skip) -> dict[fx.Node, _Unit]:
         self.use = {u.conv: u for u in units if u.layer.groups == 1 and not skip(u.layer)}
         lasts = {u.last for u in self.use.values()}
-        for u in units:
-            if (
-                u.layer.groups == u.layer.in_channels == u.layer.out_channels > 1
-                and not skip(u.layer)
-                and self.origin(u.source) in lasts
-                and self.feeds(u)
-            ):
+        for u in units:  # depthwise ones, between two others
+            depthwise = u.layer.groups == u.layer.in_channels == u.layer.out_channels > 1
+            if depthwise and not skip(u.layer) and self.origin(u.source) in lasts and self.feeds(u):
                 self.use[u.conv] = u
         while alone := [n for n, u in self.use.items() if not self.given(u.source) and not self.feeds(u)]:
             for n in alone: del self.use[n]
-        self.lasts = {u.last: u for u in self.use.values()}
-        self.choose_bytes()
+        return self.use
 
-    def module(self, n: fx.Node): return self.layers[n.target] if n.op == 'call_module' else None
+    def given(self, n: fx.Node) -> bool:
+        "Whether `n` is bytes anyway, without a conversion."
+        if any(n is u.last for u in self.use.values()): return True
+        return self.passes(n) and all(self.given(s) for s in self.sources(n))
 
-    def activation(self, n: fx.Node) -> str:
-        "One of `ACTS` or nothing."
-        m = self.module(n)
-        if m is not None:
-            return {nn.ReLU: 'relu', nn.ReLU6: 'relu6', nn.Hardswish: 'hardswish', nn.SiLU: 'silu'}.get(type(m), '')
-        if n.op == 'call_function':
-            return {F.relu: 'relu', torch.relu: 'relu', F.relu6: 'relu6', F.hardswish: 'hardswish', F.silu: 'silu'}.get(
-                n.target, ''
-            )
-        return 'relu' if n.op == 'call_method' and n.target in ('relu', 'relu_') else ''
-
-    def same(self, n: fx.Node) -> bool: # it gives back what it gets
-        return type(self.module(n)) in (nn.Identity, nn.Dropout) or n.op == 'call_function' and n.target is F.dropout
-
-    def joins(self, n: fx.Node) -> bool:
-        return (
-            n.op == 'call_function'
-            and n.target is torch.cat
-            and isinstance(n.args[0], (list, tuple))
-            and all(isinstance(x, fx.Node) for x in n.args[0])
-        )
-
-    def passes(self, n: fx.Node) -> bool: # bytes in, bytes out
-        m = self.module(n)
-        return (
-            self.same(n)
-            or self.joins(n)
-            or type(m) is nn.MaxPool2d
-            and m.dilation in (1, (1, 1))
-            and not m.return_indices
-        )
-
-    def sources(self, n: fx.Node) -> list[fx.Node]: return list(n.args[0]) if self.joins(n) else [n.args[0]]
-
-    def origin(self, n: fx.Node) -> fx.Node:
-        while self.passes(n) and not self.joins(n): n = n.args[0]
-        return n
-
-    def given(self, n: fx.Node) -> bool:  # as bytes, without a way of its own
-        return (
-            any(n is u.last for u in self.use.values())
-            or self.passes(n)
-            and all(self.given(s) for s in self.sources(n))
-        )
-
-    def feeds(self, u: _Unit) -> bool: # another convolution of int8
+    def feeds(self, u: _Unit) -> bool:
+        "Whether another int8 convolution reads the result of `u`."
         ahead = list(u.last.users)
         for n in ahead:
             if self.passes(n): ahead += n.users
         return any(n in self.use for n in ahead)
 
-    def adds(self, n: fx.Node) -> bool:
-        if (
-            n.op != 'call_function'
-            or n.target not in (operator.add, operator.iadd, torch.add)
-            or len(n.args) != 2
-            or n.kwargs
-        ):
-            return False
-        a, b = n.args
-        return (
-            isinstance(a, fx.Node)
-            and isinstance(b, fx.Node)
-            and a is not b
-            and a in self.shapes
-            and self.shapes[a] == self.shapes.get(b)
-        )
-
-    def units(self) -> list[_Unit]:
-        place, taken, found = {n: i for i, n in enumerate(self.nodes)}, set(), []
-        for n in self.nodes:
-            c = self.module(n)
-            if type(c) is not nn.Conv2d or isinstance(c.padding, str) or c.padding_mode != 'zeros' or len(n.args) != 1:
-                continue
-            unit, (after, *more) = _Unit(n, c), [*n.users, None]
-            found.append(unit)
-            if any(more) or after is None: continue
-            if act := self.activation(after):
-                unit.act = act
-                unit.extend(after)
-            elif self.adds(after) and after not in taken:
-                taken.add(after)
-                unit.other = after.args[1] if after.args[0] is n else after.args[0]
-                around = [unit.other, *unit.other.users]
-                unit.keep = (
-                    unit.other is unit.source
-                    or any(place[x] > place[after] for x in around)
-                    or any(self.same(x) for x in around)
-                )
-                unit.extend(after)
-                follows, *more = [*after.users, None]
-                if not any(more) and follows is not None and self.activation(follows) == 'relu':
-                    unit.act = 'relu'
-                    unit.extend(follows)
-        return found
-
-    def choose_bytes(self):
-        "Which tensors are bytes, and one range for those that are joined."
-        read, wanted, self.coded = {u.source for u in self.use.values()} | {u.other for u in self.use.values()}, {}, {}
+    def bytes_of(self) -> dict[fx.Node, bool]:
+        "Decide for every node whether its result is bytes."
+        read = {u.source for u in self.use.values()} | {u.other for u in self.use.values()}
+        wanted, coded = {}, {}
         for n in reversed(self.nodes): wanted[n] = n in read or any(self.passes(x) and wanted[x] for x in n.users)
         for n in self.nodes:
-            unit = self.lasts.get(n)
-            if unit: self.coded[n] = wanted[n] or unit.other is not None or unit.act == 'relu6'
-            else: self.coded[n] = self.passes(n) and wanted[n] and all(self.coded[s] for s in self.sources(n))
+            if unit := self.lasts.get(n): coded[n] = wanted[n] or unit.other is not None or unit.act == 'relu6'
+            else: coded[n] = self.passes(n) and wanted[n] and all(coded[s] for s in self.sources(n))
+        return coded
+
+    def joined(self) -> dict[fx.Node, fx.Node]:
+        "Link nodes of bytes that share one range: each leads to the next, the last one to none."
         self.parent = {}
         for n in self.nodes:
-            if self.coded[n] and self.passes(n):
-                for s in self.sources(n):
-                    if (a := self.root(s)) is not (b := self.root(n)): self.parent[a] = b
-        self.ranges = {}
-        for n, (low, high) in self.ends.items():
-            a, b = self.ranges.get(self.root(n), (low, high))
-            self.ranges[self.root(n)] = min(a, low), max(b, high)
+            if not self.coded[n] or not self.passes(n): continue
+            for s in self.sources(n):
+                if (a := self.root(s)) is not (b := self.root(n)): self.parent[a] = b
+        return self.parent
 
     def root(self, n: fx.Node) -> fx.Node:
         while n in self.parent: n = self.parent[n]
@@ -474,15 +466,15 @@ class _Plan:
 
 # %% ../../nbs/exporters/05_convolutions.ipynb #5cb2e74d
 def converted(
-    made: fx.GraphModule,  # as `traced` gives it, changed in place
+    made: fx.GraphModule,  # of `traced`, changed in place
     batches: list[Tensor], # what it gets, for the ranges
-    script: bool = False,  # its new layers, so that they choose where they run inside a traced tower, too
-    skip=lambda layer: False, # whether a convolution is to stay as it is
+    script: bool = False,  # script its new layers, so that they choose their kernel inside a traced tower too
+    skip=lambda layer: False, # whether a convolution is to stay float32
 ) -> tuple[int, int]: # how many convolutions are int8, of how many
     "Make the convolutions of a network int8 where that is quicker."
     _fold(made)
     plan = _Plan(made, batches, skip)
-    graph, floats, codes = fx.Graph(), {}, {}
+    graph, floats, codes = fx.Graph(), {}, {}  # the new calls; by old node, its float32 and its bytes among them
     def put(kind, module, *args):
         name = f'{kind}_{len(graph.nodes)}'
         made.add_submodule(name, quietly(torch.jit.script, module.eval()) if script else module.eval())
@@ -493,22 +485,18 @@ def converted(
     def as_codes(n):
         if n not in codes: codes[n] = put('codes', ToBytes(plan.span(n)), floats[n])
         return codes[n]
+    def convolution(unit, n):
+        inputs = [as_codes(x) for x in (unit.source, unit.other) if x is not None]
+        out = plan.span(n) if plan.coded[n] else None
+        other = None if unit.other is None else plan.span(unit.other)
+        size, mean = plan.shapes[unit.source], plan.means[unit.conv]
+        return put(
+            'conv', Int8Conv(unit.layer, plan.span(unit.source), out, unit.act, other, unit.keep, size, mean), *inputs
+        )
     inner = {n for u in plan.use.values() for n in u.inner}
     for n in plan.nodes:
         if n in inner: continue
-        if unit := plan.lasts.get(n):
-            inputs = [as_codes(x) for x in (unit.source, unit.other) if x is not None]
-            layer = Int8Conv(
-                unit.layer,
-                plan.span(unit.source),
-                plan.span(n) if plan.coded[n] else None,
-                unit.act,
-                plan.span(unit.other) if unit.other is not None else None,
-                unit.keep,
-                plan.shapes[unit.source],
-                plan.means[unit.conv],
-            )
-            (codes if plan.coded[n] else floats)[n] = put('conv', layer, *inputs)
+        if unit := plan.lasts.get(n): (codes if plan.coded[n] else floats)[n] = convolution(unit, n)
         elif not plan.coded[n]: floats[n] = graph.node_copy(n, as_float)
         elif plan.same(n): codes[n] = codes[n.args[0]]
         elif plan.joins(n): codes[n] = graph.node_copy(n, codes.__getitem__)
@@ -522,11 +510,11 @@ def converted(
 def int8_convolutions(
     tower: nn.Module, # an image tower in eval mode, changed in place
     pixels: list[Tensor], # batches that it gets, for the ranges
-    asked: list[Tensor],  # batches on which its answers are held to `limit`
-    limit: float,     # of 1 - cosine
-    script: bool = False, # as in `converted`
+    asked: list[Tensor],  # batches for which its embeddings are compared with float32
+    limit: float,     # largest 1 - cosine that they may lose
+    script: bool = False, # script the new layers, so that they choose their kernel inside a traced tower too
 ) -> tuple[int, str]: # how many convolutions are int8; why the others are not, in a sentence
-    "Make the convolutions of `tower` int8 where that is quicker and its answers stay."
+    "Make the convolutions of `tower` int8 where that is quicker and its embeddings stay within `limit`."
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one order of sums, whatever the process has
     try:
@@ -534,52 +522,52 @@ def int8_convolutions(
     finally: torch.set_num_threads(threads)
 
 def _by_steps(tower, pixels, asked, limit, script) -> tuple[int, str]:
+    "Try all convolutions, then all but the first, which reads the pixels."
     total = sum(type(m) is nn.Conv2d for m in tower.modules())
     if total < 2: return 0, ''  # the patches of a transformer
-    want, worst = [tower(x).flatten(1) for x in asked], 0.
-    for skip in (lambda c: False), (lambda c: c.in_channels <= 4):
-        before, count = [], 0
-        for owner, key, part, inputs in _parts(tower, pixels):
-            made = traced(copy.deepcopy(part))
-            found = converted(made, inputs, script, skip)[0]
-            if not found: continue
-            count += found
-            before.append((owner, key, part))
-            setattr(owner, key, made)
-        if not count:
-            return (
-                0,
-                f'{total} convolutions of the image tower stay float32: they stand alone between float32 layers, or '
-                f'torch.fx cannot list their calls',
-            )
-        worst = max(
-            float((1 - F.cosine_similarity(w.double(), tower(x).flatten(1).double())).max())
-            for w, x in zip(want, asked)
-        )
-        if worst <= limit:
-            return (
-                count,
-                f'{total - count} of {total} convolutions of the image tower stay float32' if count < total else '',
-            )
-        for owner, key, part in before: setattr(owner, key, part)
-    return (
-        0,
-        f'{total} convolutions of the image tower stay float32: in int8 its answers lose {worst:.2g} of their cosine, '
-        f'{limit:.2g} is allowed; give pictures of your own to calibrate=',
+    stay = f'{total} convolutions of the image tower stay float32'
+    want = [tower(x).flatten(1) for x in asked]
+    for skip in (lambda layer: False), (lambda layer: layer.in_channels <= 4):
+        count, replaced = _replaced(tower, pixels, script, skip)
+        if not count: return 0, f'{stay}: they stand alone between float32 layers, or torch.fx cannot list their calls'
+        worst = max(_lost(w, tower(x).flatten(1)) for w, x in zip(want, asked))
+        if worst <= limit: return count, f'{total - count} of {stay}' if count < total else ''
+        for owner, key, part in replaced: setattr(owner, key, part)
+    return 0, (
+        f'{stay}: in int8 its embeddings lose {worst:.2g} of their cosine, {limit:.2g} is allowed; give images of your '
+        'own to calibrate='
     )
 
+def _replaced(tower, pixels, script, skip) -> tuple[int, list[tuple]]:
+    "Convert the parts of `tower` in place; return how many convolutions are int8, and (owner, name, part) of before."
+    count, before = 0, []
+    for owner, key, part, inputs in _parts(tower, pixels):
+        made = traced(copy.deepcopy(part))
+        found, _ = converted(made, inputs, script, skip)
+        if not found: continue
+        count += found
+        before.append((owner, key, part))
+        setattr(owner, key, made)
+    return count, before
+
+def _lost(want: Tensor, got: Tensor) -> float: # largest 1 - cosine of two (B, D)
+    return float((1 - F.cosine_similarity(want.double(), got.double())).max())
+
+def _inputs_of(part: nn.Module, tower: nn.Module, pixels: list[Tensor]) -> list[tuple]: # arguments, call by call
+    inputs = []
+    hook = part.register_forward_pre_hook(lambda module, args: inputs.append(args))
+    for x in pixels: tower(x)
+    hook.remove()
+    return inputs
+
 def _parts(tower: nn.Module, pixels: list[Tensor]) -> list[tuple]: # owner, name, module, what it gets
-    "The largest parts of `tower` that can be traced and hold two convolutions or more."
+    "Find the largest parts of `tower` that can be traced and hold two convolutions or more."
     found = []
     for key, part in tower.named_children():
         if sum(type(m) is nn.Conv2d for m in part.modules()) < 2: continue
-        inputs = []
-        def look(module, args): inputs.append(args)
-        hook = part.register_forward_pre_hook(look)
-        for x in pixels: tower(x)
-        hook.remove()
-        if len(inputs) == len(pixels) and all(len(x) == 1 and isinstance(x[0], Tensor) for x in inputs):
-            inputs = [x[0] for x in inputs]
-            if traced(part) is not None: found.append((tower, key, part, inputs))
-            else: found += _parts(part, inputs)
+        inputs = _inputs_of(part, tower, pixels)
+        if len(inputs) != len(pixels) or any(len(x) != 1 or not isinstance(x[0], Tensor) for x in inputs): continue
+        inputs = [x[0] for x in inputs]
+        if traced(part) is not None: found.append((tower, key, part, inputs))
+        else: found += _parts(part, inputs)
     return found

@@ -9,7 +9,7 @@ __all__ = ['waits', 'left_behind']
 
 # %% ../../nbs/exporters/11_cuda_graphs.ipynb #21dfb64d
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.types import Tokens

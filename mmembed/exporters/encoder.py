@@ -1,4 +1,4 @@
-"""Fixed batches, fewer dimensions, a step of your own, small numbers: what happens to a batch before and after the towers
+"""Bring batches to fixed shapes before the towers, and shorten, change and store embeddings behind them
 
 Docs: https://mmembed.github.io/mmembed/exporters/encoder.html.md"""
 
@@ -18,22 +18,23 @@ from ..core.quantize import stored
 
 # %% ../../nbs/exporters/07_encoder.ipynb #c5938f78
 class Encoder(nn.Module):
-    "A DualEncoder, and what is done to its batches and its answers"
+    "Run a DualEncoder on batches of fixed shape, and store its embeddings as a variant asks"
     def __init__(
         self,
-        net: nn.Module,    # a DualEncoder, as `prepared` gives it
-        after: nn.Module,  # a user's step, or `Same`
+        net: nn.Module,    # a DualEncoder, of `prepared`
+        after: nn.Module,  # a user's step on embeddings (B, D), or `Same`
         variant: tuple,    # a `Variant`
         length: int,       # tokens of a text, at most
-        pad_id: int,
+        pad_id: int,       # token id that fills up a text
     ):
         super().__init__()
         self.net, self.after, self.length, self.pad_id = net, after, length, pad_id
-        self.rows, self.keep, self.output, self.slab = variant.deterministic, variant.dim, variant.output, 8
+        self.rows, self.keep, self.output = variant.deterministic, variant.dim, variant.output
+        self.slab = 8  # images that a CPU computes at once
 
     @torch.jit.export
     def encode_text(self, tokens: Tokens) -> Tensor:
-        "(B, D) of ids and mask (B, L), B at least 1."
+        "Encode ids and mask (B, L), B at least 1, to (B, D)."
         if not torch.jit.is_scripting():
             if self.rows == 0: return self.finish(self.net.encode_text(tokens))
         ids, mask, rows = tokens.ids, tokens.mask, tokens.ids.shape[0]
@@ -42,39 +43,48 @@ class Encoder(nn.Module):
         done: list[Tensor] = []
         for i in range(0, ids.shape[0], rows):
             part, marks = ids[i:i+rows], mask[i:i+rows]
-            x = self.net.encode_text(Tokens(filled(part, rows), filled(marks, rows)))
+            x = self.net.encode_text(Tokens(filled(part, rows), filled(marks, rows)))  # (rows, D)
             done.append(self.finish(x)[:part.shape[0]])
         return torch.cat(done)
 
     @torch.jit.export
     def encode_image(self, pixels: Tensor) -> Tensor:
-        "(B, D) of float32 (B, 3, S, S), B at least 1."
+        "Encode pixels float32 (B, 3, S, S), B at least 1, to (B, D)."
         if not torch.jit.is_scripting():
             if self.rows == 0: return self.finish(self.net.encode_image(pixels))
         rows = self.rows if self.rows > 0 else self.slab if pixels.device.type == 'cpu' else pixels.shape[0]
         done: list[Tensor] = []
         for i in range(0, pixels.shape[0], rows):
             part = pixels[i:i+rows]
-            # the one call: TorchScript writes each out, in several copies
+            # one call for both cases: TorchScript keeps several copies of whatever each call runs
             x = self.net.encode_image(filled(part, rows) if self.rows > 0 else part)
             done.append(self.finish(x)[:part.shape[0]])
         return torch.cat(done)
 
     def finish(self, x: Tensor) -> Tensor:
-        "The first numbers of a unit vector as a unit vector, the user's step, and fewer bits."
+        """Shorten unit vectors (B, D) to `keep` numbers of unit length, apply the user's step, and store them in
+        fewer bits."""
         x = x.float()
         if self.keep > 0: x = F.normalize(x[:, :self.keep], dim=-1)
         return stored(self.after(x), self.output)
 
 # %% ../../nbs/exporters/07_encoder.ipynb #850f61f9
 class Scorer(nn.Module):
-    "A PairClassifier, and what is done to its batches and its answers"
-    def __init__(self, net: nn.Module, after: nn.Module, variant: tuple, length: int, pad_id: int):
+    "Run a PairClassifier on batches of fixed shape"
+    def __init__(
+        self,
+        net: nn.Module,    # a PairClassifier, of `prepared`
+        after: nn.Module,  # a user's step on scores (B, C), or `Same`
+        variant: tuple,    # a `Variant`
+        length: int,       # tokens of a text, at most
+        pad_id: int,       # token id that fills up a text
+    ):
         super().__init__()
-        self.net, self.after, self.length, self.pad_id, self.rows = net, after, length, pad_id, variant.deterministic
+        self.net, self.after, self.length, self.pad_id = net, after, length, pad_id
+        self.rows = variant.deterministic
 
     def forward(self, tokens: Tokens, pixels: Tensor) -> Tensor:
-        "Scores (B, C) of B pairs, B at least 1."
+        "Score B pairs, B at least 1: (B, C) of ids and mask (B, L) and float32 (B, 3, S, S)."
         if not torch.jit.is_scripting():
             if self.rows == 0: return self.after(self.net(tokens, pixels).float())
         ids, mask, rows = tokens.ids, tokens.mask, tokens.ids.shape[0]
@@ -82,29 +92,35 @@ class Scorer(nn.Module):
             ids, mask, rows = lengthened(ids, self.length, self.pad_id), lengthened(mask, self.length, 0), self.rows
         done: list[Tensor] = []
         for i in range(0, ids.shape[0], rows):
-            part, marks, picture = ids[i:i+rows], mask[i:i+rows], pixels[i:i+rows]
-            x = self.net(Tokens(filled(part, rows), filled(marks, rows)), filled(picture, rows))
+            part, marks, images = ids[i:i+rows], mask[i:i+rows], pixels[i:i+rows]
+            x = self.net(Tokens(filled(part, rows), filled(marks, rows)), filled(images, rows))  # (rows, C)
             done.append(self.after(x.float())[:part.shape[0]])
         return torch.cat(done)
 
 # %% ../../nbs/exporters/07_encoder.ipynb #049d21f5
 class TextForm(nn.Module):
-    "ids and mask int64 (B, L) to embeddings"
-    def __init__(self, encoder: nn.Module):
+    "Encode ids and mask int64 (B, L) to embeddings (B, D)"
+    def __init__(self,
+        encoder: nn.Module, # an `Encoder`
+    ):
         super().__init__()
         self.encoder = encoder
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor: return self.encoder.encode_text(Tokens(ids, mask))
 
 class ImageForm(nn.Module):
-    "Levels uint8 (B, 3, S, S) to embeddings"
-    def __init__(self, encoder: nn.Module, vision_pipeline: nn.Module, fold: bool):
+    "Encode pixels uint8 (B, 3, S, S) to embeddings (B, D)"
+    def __init__(self,
+        encoder: nn.Module,         # an `Encoder`
+        vision_pipeline: nn.Module, # its VisionPipeline, which normalises
+        fold: bool,                 # the image tower normalises
+    ):
         super().__init__()
         self.encoder, self.pipeline, self.fold = encoder, vision_pipeline, fold
     def pixels(self, levels): return levels.float() if self.fold else self.pipeline.normalize(levels)
     def forward(self, levels: Tensor) -> Tensor: return self.encoder.encode_image(self.pixels(levels))
 
 class PairForm(ImageForm):
-    "ids, mask and levels to scores"
+    "Score pairs: ids and mask int64 (B, L), pixels uint8 (B, 3, S, S) to (B, C)"
 
     def forward(self, ids: Tensor, mask: Tensor, levels: Tensor) -> Tensor:
         return self.encoder(Tokens(ids, mask), self.pixels(levels))

@@ -1,4 +1,4 @@
-"""Linear layers, embeddings and attention that multiply bytes
+"""Linear layers, embeddings and attention that multiply int8 by int8
 
 Docs: https://mmembed.github.io/mmembed/exporters/int8.html.md"""
 
@@ -24,9 +24,9 @@ from ..core.torchscript import quietly
 # %% ../../nbs/exporters/03_int8.ipynb #8802d3e3
 def evened(
     weight: Tensor, # (out, in)
-    peak: Tensor,   # (in,): the largest size of each input
-) -> Tensor: # (in,): what the inputs are multiplied by, and the columns of the weights divided by
-    """Numbers that make inputs and weights equally hard to round, quarter powers of two.
+    peak: Tensor,   # (in,): largest absolute value of each input
+) -> Tensor: # (in,): inputs are multiplied by it, columns of the weights divided
+    """Return factors, quarter powers of two, that make inputs and weights equally hard to round.
 
     1 everywhere if no input was seen."""
     top = float(peak.max())
@@ -38,7 +38,7 @@ def evened(
 # %% ../../nbs/exporters/03_int8.ipynb #9a216698
 @functools.cache
 def exact_products() -> bool:
-    "Whether `torch._int_mm`, which graphs of int8 layers call, is exact in this process; tried on the largest numbers."
+    "Whether `torch._int_mm`, which exported graphs call, is exact in this process; tried on the largest numbers."
     x = torch.full((64, 64), 127, dtype=torch.int8)
     return bool((torch._int_mm(x, x) == 64 * 127 * 127).all())
 
@@ -55,12 +55,10 @@ def multiplied(
     )
 
 def int8_steps() -> int:
-    """Return into how many steps this processor wants the range of an input divided for `multiplied`, 0 where it
-    wants `torch._int_mm`.
+    """Return how many steps the range of an input has on this processor; 0: `torch._int_mm` is the kernel, with 254.
 
-    126 where oneDNN adds pairs of products in int16 (AVX2, AVX-512 without VNNI): 7 bits never saturate there. 254
-    where it is exact (AVX-VNNI).
-    0 where torch calls such a kernel itself (AVX-512 VNNI, ARM)."""
+    126 where oneDNN adds pairs of products in int16 (AVX2, AVX-512 without VNNI), since 7 bits never saturate
+    there; 254 where it is exact (AVX-VNNI); 0 where torch calls such a kernel itself (AVX-512 VNNI, ARM)."""
     if torch.ops.mkldnn._is_mkldnn_acl_supported(): return 0
     largest, weight = torch.full((64, 64), 254, dtype=torch.uint8), torch.full((64, 64), 127, dtype=torch.int8)
     sums = multiplied(largest, torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(64), 0)
@@ -69,15 +67,14 @@ def int8_steps() -> int:
 
 # %% ../../nbs/exporters/03_int8.ipynb #8663f050
 class Int8Linear(nn.Module):
-    """A linear layer that multiplies int8 by int8, by the kernel that is quick on the processor it runs on, and a
-    GELU behind it if asked for"""
+    "Multiply int8 by int8 with the kernel that is quick on this processor, and apply GELU if asked to"
     portable: torch.jit.Final[bool]
 
     def __init__(self,
-        layer: nn.Linear,
-        peak: Optional[Tensor] = None, # (in,): the largest size of each input, as `channel_peaks` finds it
-        gelu: bool = False,
-        portable: bool = False, # `torch._int_mm` on every processor, so that it loads where torch has no oneDNN
+        layer: nn.Linear, # in float32
+        peak: Optional[Tensor] = None, # (in,): largest absolute value of each input, by `channel_peaks`; None: alike
+        gelu: bool = False, # apply GELU to the result
+        portable: bool = False, # use `torch._int_mm` on every processor, to load where torch has no oneDNN
     ):
         super().__init__()
         weight = layer.weight.detach()
@@ -85,8 +82,10 @@ class Int8Linear(nn.Module):
         weight = weight / scale
         step = weight.abs().amax(1).clamp(min=1e-12) / 127
         codes = (weight / step[:, None]).round()
-        self.slab, self.gelu, self.portable = 256, gelu, portable or not torch.backends.mkldnn.is_available()
-        self.steps, self.packed = -1, torch.empty(0, dtype=torch.int8)  # chosen by `pack`, or at every call
+        self.gelu, self.portable = gelu, portable or not torch.backends.mkldnn.is_available()
+        self.slab = 256  # rows computed at once, so that they stay in the cache
+        self.steps = -1  # of an input: chosen by `pack`, or at every call
+        self.packed = torch.empty(0, dtype=torch.int8)  # the weights in the kernel's order, by `pack`
         self.wide = torch.empty(0)  # float32 (out, in), of `widen`
         self.register_buffer('weight', codes.to(torch.int8))
         self.register_buffer('step', step)
@@ -114,18 +113,18 @@ class Int8Linear(nn.Module):
         return self.rows(rows, steps, packed).view(shape)
 
     def rows(self, x: Tensor, steps: int, packed: Tensor) -> Tensor:
-        "(N, out) of (N, in)."
+        "Multiply rows (N, in) to (N, out), each with a step and a middle of its own."
         x = x * self.scale
-        low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+        low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)            # (N, 1)
         step, middle = (high - low).clamp(min=1e-12) / (steps if steps > 0 else 254), (high + low) / 2
-        codes = x.sub_(middle).div_(step).round_().to(torch.int8)
+        codes = x.sub_(middle).div_(step).round_().to(torch.int8)               # (N, in)
         if steps > 0: product = multiplied(codes.to(torch.uint8).add_(steps // 2), packed, self.step, steps // 2)
-        else: product = torch._int_mm(codes, self.weight.t()).float().mul_(self.step)
+        else: product = torch._int_mm(codes, self.weight.t()).float().mul_(self.step)  # (N, out)
         y = torch.addcmul(self.bias, middle, self.sums).addcmul_(product, step)
         return F.gelu(y) if self.gelu else y
 
     def choose(self) -> int:
-        "`int8_steps` of this processor; 0 on a GPU, in a portable file and for graphs that are exported."
+        "Return `int8_steps` of this processor; 0 on a GPU, in a portable file and in graphs that are exported."
         if not torch.jit.is_scripting():
             if torch.compiler.is_exporting(): return 0
         if self.portable: return 0
@@ -133,7 +132,7 @@ class Int8Linear(nn.Module):
 
     @torch.jit.export
     def pack(self):
-        "Choose the kernel once and bring the weights into its order; the plain ones are given up."
+        "Choose the kernel once and bring the weights into its order, and give up the plain ones."
         self.steps = self.choose()
         if self.portable: return
         else:
@@ -152,10 +151,10 @@ class Int8Linear(nn.Module):
         self.weight = torch.empty(0, dtype=torch.int8)
 
 # %% ../../nbs/exporters/03_int8.ipynb #0fb507a9
-TABLE = 1 << 16 # numbers that a table of embeddings has at least to be int8
+TABLE = 1 << 16 # numbers in the smallest table of embeddings that is stored in int8
 
 class Int8Embedding(nn.Module):
-    "A table of embeddings in int8, one step a row"
+    "Look up embeddings in an int8 table, one step a row"
     def __init__(self,
         table: nn.Embedding, # without `max_norm`
     ):
@@ -173,15 +172,11 @@ class Int8Embedding(nn.Module):
 
 # %% ../../nbs/exporters/03_int8.ipynb #6eaee628
 class SelfAttention(nn.Module):
-    "`nn.MultiheadAttention` of one sequence with itself, made of linear layers that share its weights"
+    "Attend from one sequence to itself as `nn.MultiheadAttention` does, with linear layers that share its weights"
     def __init__(self, attention: nn.MultiheadAttention):
         super().__init__()
-        width, self.heads, self.batch_first, self.fused = (
-            attention.embed_dim,
-            attention.num_heads,
-            attention.batch_first,
-            True,
-        )
+        width, self.heads, self.batch_first = attention.embed_dim, attention.num_heads, attention.batch_first
+        self.fused = True  # in one kernel; False: `attention='math'`
         self.qkv, self.out = nn.Linear(width, 3*width, device='meta'), nn.Linear(width, width, device='meta')
         for layer, weight, bias in ((self.qkv, attention.in_proj_weight, attention.in_proj_bias),
                                     (self.out, attention.out_proj.weight, attention.out_proj.bias)):
@@ -194,11 +189,13 @@ class SelfAttention(nn.Module):
                 attn_mask: Optional[Tensor] = None) -> tuple[Tensor, Optional[Tensor]]:
         x = query if self.batch_first else query.transpose(0, 1)
         B, L, W = x.shape
-        qkv = self.qkv(x).view(B, L, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).view(B, L, 3, self.heads, W // self.heads)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, L, W / heads)
         if attn_mask is not None:
             if attn_mask.dtype == torch.bool: attn_mask = attn_mask.logical_not()
             if attn_mask.dim() == 3: attn_mask = attn_mask.view(B, self.heads, L, L)  # (B * heads, L, L), CoCa's
-        y = self.out(attend(qkv[0], qkv[1], qkv[2], attn_mask, self.fused).transpose(1, 2).reshape(B, L, W))
+        y = attend(qkv[0], qkv[1], qkv[2], attn_mask, self.fused)  # (B, heads, L, W / heads)
+        y = self.out(y.transpose(1, 2).reshape(B, L, W))
         none: Optional[Tensor] = None
         return y if self.batch_first else y.transpose(0, 1), none
 
@@ -208,26 +205,24 @@ _BLOCKS = {'ResidualAttentionBlock': 'attn', 'EncoderBlock': 'self_attention'}  
 def with_linear_attention(
     tower: nn.Module, # changed in place
 ) -> nn.Module:
-    "`tower` with `SelfAttention` in the blocks that are known to attend to themselves."
+    "Replace the attention of blocks that are known to attend to themselves by `SelfAttention`, and return `tower`."
     for block in list(tower.modules()):
-        name = _BLOCKS.get(type(block).__name__)
-        attention = getattr(block, name, None) if name else None
-        plain = (
-            isinstance(attention, nn.MultiheadAttention) and attention._qkv_same_embed_dim and attention.bias_k is None
-        )
-        if plain and not hasattr(block, 'ln_1_kv') and not attention.add_zero_attn:
+        if not (name := _BLOCKS.get(type(block).__name__)) or hasattr(block, 'ln_1_kv'): continue  # that one crosses
+        attention = getattr(block, name, None)
+        if not isinstance(attention, nn.MultiheadAttention): continue
+        if attention._qkv_same_embed_dim and attention.bias_k is None and not attention.add_zero_attn:
             setattr(block, name, SelfAttention(attention).eval())
     return tower
 
-def _linears(tower: nn.Module) -> list[tuple]:
+def _linears(tower: nn.Module) -> list[tuple]: # owner, name, layer
     return [(m, k, x) for m in with_linear_attention(tower).modules() for k, x in m.named_children()
             if type(x) is nn.Linear and not isinstance(m, nn.MultiheadAttention)]
 
 def channel_peaks(
-    tower: nn.Module, # its attention is changed in place, as `with_linear_attention` does it
-    *inputs,          # of the tower, one call each
+    tower: nn.Module, # its attention is changed in place, by `with_linear_attention`
+    *inputs,          # examples of what the tower takes, one call each
 ) -> dict: # linear layer -> (in,)
-    "The largest size of every channel that comes into the linear layers of `tower`."
+    "Return the largest absolute value of every channel that comes into the linear layers of `tower`."
     peaks = {}
     def look(layer, inputs, _):
         x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).abs().amax(0)
@@ -245,18 +240,18 @@ def channel_peaks(
 
 def int8_linear(
     tower: nn.Module,  # changed in place
-    *inputs,           # of the tower: what the sizes of the channels are taken from
-    script: bool = False, # the layers, so that they work in slabs inside a traced tower too
-    portable: bool = False, # as in `Int8Linear`
-) -> int: # how many
-    "Replaces every linear layer of `tower` by an `Int8Linear`, and large tables of embeddings by an `Int8Embedding`."
+    *inputs,           # examples of what the tower takes, for `channel_peaks`
+    script: bool = False, # script the layers, so that they work in slabs inside a traced tower too
+    portable: bool = False, # use `torch._int_mm` on every processor, to load where torch has no oneDNN
+) -> int: # how many layers
+    "Replace every linear layer of `tower` by an `Int8Linear`, and large tables of embeddings by an `Int8Embedding`."
     peaks = channel_peaks(tower, *inputs)  # while the GELUs are still in their places
     mark_gelus(tower)
     found = _linears(tower)
-    for owner, key, table in [
-        (m, k, x) for m in tower.modules() for k, x in m.named_children() if type(x) is nn.Embedding
-    ]:
-        if table.max_norm is None and table.weight.numel() >= TABLE: setattr(owner, key, Int8Embedding(table))
+    for owner in list(tower.modules()):
+        for key, table in list(owner.named_children()):
+            if type(table) is not nn.Embedding or table.max_norm is not None: continue
+            if table.weight.numel() >= TABLE: setattr(owner, key, Int8Embedding(table))
     for owner, key, layer in found:
         made = Int8Linear(layer, peaks.get(layer), hasattr(layer, 'gelu'), portable).eval()
         setattr(owner, key, quietly(torch.jit.script, made) if script else made)
@@ -264,8 +259,10 @@ def int8_linear(
 
 # %% ../../nbs/exporters/03_int8.ipynb #0df1245a
 class AttentionLayer(TorchFunctionMode):
-    "Counts the calls that attend, and answers them with `f` if there is one"
-    def __init__(self, f: Callable | None = None):
+    "Count the calls of torch's attention inside the block, and answer them with `f` if it is given"
+    def __init__(self,
+        f: Callable | None = None, # f(query, key, value, mask or None), all (B, heads, L, width)
+    ):
         super().__init__()
         self.f, self.seen = f, 0
 
@@ -282,25 +279,25 @@ class AttentionLayer(TorchFunctionMode):
         return self.f(query, key, value, attn_mask)
 
 # %% ../../nbs/exporters/03_int8.ipynb #d30055ac
-def mark_gelus(tower: nn.Module):
-    """Marks linear layers with a GELU right behind them, and takes it away: open_clip's and torchvision's
-    `Sequential`, Hugging Face's BERT."""
+def _is_gelu(m: nn.Module) -> bool: # the exact one, not its approximation by tanh
+    if type(m) is nn.GELU: return m.approximate == 'none'
+    return type(m).__name__ == 'GELUActivation' and getattr(m, 'act', None) is F.gelu  # of transformers
+
+def _activations(m: nn.Module) -> list[tuple]: # layer, name of what follows it in `m`, what follows it
+    children = list(m.named_children())
+    if isinstance(m, nn.Sequential):
+        return [(layer, name, after) for (_, layer), (name, after) in zip(children, children[1:])]
+    after = getattr(m, 'intermediate_act_fn', None)  # of transformers' BERT
+    return [(m.dense, 'intermediate_act_fn', after)] if hasattr(m, 'dense') and isinstance(after, nn.Module) else []
+
+def mark_gelus(
+    tower: nn.Module, # changed in place
+):
+    """Mark linear layers with a GELU right behind them (`gelu = True`), and remove that GELU.
+
+    Known are `nn.Sequential`, as open_clip and torchvision have it, and Hugging Face's BERT."""
     for m in tower.modules():
-        row = list(m.named_children())
-        pairs = (
-            zip(row, row[1:])
-            if isinstance(m, nn.Sequential)
-            else [(('dense', m.dense), ('intermediate_act_fn', m.intermediate_act_fn))]
-            if (hasattr(m, 'dense') and isinstance(getattr(m, 'intermediate_act_fn', None), nn.Module))
-            else []
-        )
-        for (_, linear), (name, after) in pairs:
-            exact = (
-                type(after) is nn.GELU
-                and after.approximate == 'none'
-                or type(after).__name__ == 'GELUActivation'
-                and getattr(after, 'act', None) is F.gelu
-            )
-            if type(linear) is nn.Linear and exact:
-                linear.gelu = True
-                setattr(m, name, nn.Identity())
+        for layer, name, after in _activations(m):
+            if type(layer) is not nn.Linear or not _is_gelu(after): continue
+            layer.gelu = True
+            setattr(m, name, nn.Identity())

@@ -19,23 +19,24 @@ from .int8 import with_linear_attention, mark_gelus
 
 # %% ../../nbs/exporters/04_onednn.ipynb #54121b1f
 def supported(
-    weight: Tensor,
+    weight: Tensor, # of a layer
 ) -> bool:
-    "Whether oneDNN takes it here."
+    "Whether oneDNN takes weights of this type on this device and processor."
     if weight.device.type != 'cpu': return False
     if weight.dtype == torch.bfloat16: return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return weight.dtype == torch.float32
 
 # %% ../../nbs/exporters/04_onednn.ipynb #9aa0a909
 class Linear(nn.Module):
-    "`nn.Linear`, and a GELU behind it if asked for, by oneDNN on a CPU"
+    "Compute `nn.Linear`, and a GELU behind it if asked for, by oneDNN on a CPU"
     def __init__(self,
         layer: nn.Linear,   # its weights are shared
-        gelu: bool = False,
+        gelu: bool = False, # apply GELU to the result
     ):
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
-        self.post, self.kind, self.packed = 'gelu' if gelu else 'none', 'none' if gelu else '', torch.empty(0)
+        self.post, self.kind = ('gelu', 'none') if gelu else ('none', '')  # oneDNN's operation, and the kind of GELU
+        self.packed = torch.empty(0)  # the weights in oneDNN's order, once packed
         self.own = False  # torch's own product for float32, where that is quicker: a host says so after loading
 
     def forward(self,
@@ -50,24 +51,26 @@ class Linear(nn.Module):
 
     @torch.jit.export
     def pack(self):
+        "Bring the weights into oneDNN's order, and give up the plain ones."
         if not supported(self.weight): return
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 64)
         self.weight = torch.empty(0)
 
 # %% ../../nbs/exporters/04_onednn.ipynb #d6ee8864
 class Conv(nn.Module):
-    "`nn.Conv2d`, and a ReLU behind it if asked for, by oneDNN on a CPU, channels last"
-    # (1, in, H, W) of what it usually gets, upon which the order of weights depends; nothing if not known
+    "Compute `nn.Conv2d`, and a ReLU behind it if asked for, by oneDNN on a CPU, channels last"
+    # usual shape (1, in, H, W) of its input, which decides the order of packed weights; [] if not known
     size: list[int]
 
     def __init__(self,
-        layer: nn.Conv2d,   # padded with zeros by numbers; its weights are shared
-        relu: bool = False,
+        layer: nn.Conv2d,   # with numbers for padding, of zeros; its weights are shared
+        relu: bool = False, # apply ReLU to the result
     ):
         super().__init__()
         self.weight, self.bias, self.relu = layer.weight, layer.bias, relu
         self.stride, self.padding, self.dilation = (list(v) for v in (layer.stride, layer.padding, layer.dilation))
-        self.groups, self.post, self.packed = layer.groups, 'relu' if relu else 'none', torch.empty(0)
+        self.groups, self.post = layer.groups, 'relu' if relu else 'none'
+        self.packed = torch.empty(0)  # the weights in oneDNN's order, once packed
         self.size = getattr(layer, 'sees', [])
 
     def forward(self,
@@ -87,6 +90,7 @@ class Conv(nn.Module):
 
     @torch.jit.export
     def pack(self):
+        "Bring the weights into oneDNN's order, and give up the plain ones."
         if not supported(self.weight): return
         size: Optional[list[int]] = None
         if len(self.size) > 0: size = self.size
@@ -97,9 +101,9 @@ class Conv(nn.Module):
 
 # %% ../../nbs/exporters/04_onednn.ipynb #2be55eaa
 class Patches(nn.Module):
-    "`nn.Conv2d` of windows that lie side by side, as a `Linear`"
+    "Compute `nn.Conv2d` of windows that lie side by side as a `Linear` of each window"
     def __init__(self,
-        layer: nn.Conv2d, # its stride is its kernel, without padding, dilation or groups
+        layer: nn.Conv2d, # stride equal to kernel size; no padding, dilation or groups
     ):
         super().__init__()
         flat = nn.Linear(1, 1, layer.bias is not None)
@@ -111,22 +115,24 @@ class Patches(nn.Module):
     ) -> Tensor: # (B, out, H', W'), channels last
         B, C, H, W = x.shape
         rows, columns = H // self.h, W // self.w
-        x = x[:, :, :rows * self.h, :columns * self.w].reshape(B, C, rows, self.h, columns, self.w)
-        y = self.linear(x.permute(0, 2, 4, 1, 3, 5).reshape(B, rows * columns, C * self.h * self.w))
-        return y.view(B, rows, columns, y.shape[2]).permute(0, 3, 1, 2)
+        x = x[:, :, :rows * self.h, :columns * self.w]                      # whole windows
+        x = x.reshape(B, C, rows, self.h, columns, self.w)
+        x = x.permute(0, 2, 4, 1, 3, 5).reshape(B, rows * columns, C * self.h * self.w)
+        y = self.linear(x)                                                  # (B, rows * columns, out)
+        return y.view(B, rows, columns, y.shape[2]).permute(0, 3, 1, 2)     # (B, out, rows, columns)
 
 # %% ../../nbs/exporters/04_onednn.ipynb #3bd66f64
 def quick(
     tower: nn.Module, # float32, in eval mode; changed in place
-    pixels: Tensor | None = None, # what an image tower takes, one row
+    pixels: Tensor | None = None, # one row that an image tower takes, float32 (1, 3, S, S); None: a text tower
 ) -> nn.Module:
-    "`tower` with layers that oneDNN computes; as it is where torch has no oneDNN."
+    "Have oneDNN compute the layers of `tower`, and return it; unchanged where torch has no oneDNN."
     if not torch.backends.mkldnn.is_available(): return tower
     with_linear_attention(tower)
     if isinstance(getattr(tower, 'net', None), nn.Module): tower.net = folded(tower.net)
     mark_gelus(tower)
-    _together(tower)
-    if pixels is not None: _look(tower, pixels)
+    _join(tower)
+    if pixels is not None: _note_sizes(tower, pixels)
     for owner in list(tower.modules()):
         for name, layer in list(owner.named_children()):
             if (found := _kernel(owner, layer)) is not None:
@@ -149,10 +155,9 @@ def _kernel(owner: nn.Module, layer: nn.Module) -> nn.Module | None:
 def folded(
     net: nn.Module, # in eval mode
 ) -> nn.Module:
-    """`net` with every batch normalisation in the convolution before it, and ReLUs marked there.
+    """Fold every batch normalisation into the convolution before it, and mark ReLUs there (`relu = True`).
 
-    `net` itself where that cannot be found out."""
-    from torch.fx import Graph, GraphModule
+    Returns `net` itself where `torch.fx` cannot trace it."""
     from torch.fx.experimental.optimization import fuse
     if not any(isinstance(m, nn.BatchNorm2d) for m in net.modules()): return net
     try: made = fuse(net)
@@ -170,8 +175,8 @@ def folded(
     return made.eval()
 
 # %% ../../nbs/exporters/04_onednn.ipynb #38daf071
-def _look(tower: nn.Module, pixels: Tensor):
-    "Tells every convolution the shape that it gets."
+def _note_sizes(tower: nn.Module, pixels: Tensor):
+    "Write the shape that each convolution gets to its `sees`."
     hooks = [
         m.register_forward_pre_hook(lambda m, x: setattr(m, 'sees', list(x[0].shape)))
         for m in tower.modules()
@@ -181,51 +186,56 @@ def _look(tower: nn.Module, pixels: Tensor):
     for h in hooks: h.remove()
 
 # %% ../../nbs/exporters/04_onednn.ipynb #3f974f85
-_SELF = [
-    (kind + end, names)
-    for names, kinds, end in (
-        (('query', 'key', 'value'), ('Bert', 'Roberta', 'XLMRoberta', 'Camembert', 'Electra'), 'SelfAttention'),
-        (('q_proj', 'k_proj', 'v_proj'), ('CLIP', 'Siglip', 'ViT'), 'Attention'),
-    )
-    for kind in kinds
-]  # of transformers, which ask for all three of the same rows, in this order
+# attention of transformers that asks its three layers for the same rows, query first: class -> names of the layers
+_SELF_ATTENTION = dict.fromkeys(
+    [f'{k}SelfAttention' for k in ('Bert', 'Roberta', 'XLMRoberta', 'Camembert', 'Electra')],
+    ('query', 'key', 'value'),
+) | dict.fromkeys([f'{k}Attention' for k in ('CLIP', 'Siglip', 'ViT')], ('q_proj', 'k_proj', 'v_proj'))
 
 # %% ../../nbs/exporters/04_onednn.ipynb #71e4623a
-class _First(nn.Module):
-    "Query, key and value of the same rows as one product; the query comes back, the others wait for `_Other`"
-    def __init__(self, layers: list[nn.Linear]):
+class _Joined(nn.Module):
+    "Query, key and value of the same rows by one product; in the query's place, it keeps the others for theirs"
+    def __init__(self, layers: list[nn.Linear]): # query, key, value
         super().__init__()
-        self.layer, self.made = nn.Linear(1, 1, layers[0].bias is not None), []
-        self.layer.weight = nn.Parameter(torch.cat([x.weight.detach() for x in layers]), False)
+        self.layer = nn.Linear(1, 1, layers[0].bias is not None)
+        self.layer.weight = nn.Parameter(torch.cat([x.weight.detach() for x in layers]), False)  # (3 * out, in)
         if layers[0].bias is not None:
             self.layer.bias = nn.Parameter(torch.cat([x.bias.detach() for x in layers]), False)
+        self.rows, self.kept = None, {}
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.made[:] = [x, *self.layer(x).chunk(3, -1)]
-        return self.made[1]
+    def forward(self, x: Tensor) -> Tensor: # (..., in) -> the query (..., out)
+        query, key, value = self.layer(x).chunk(3, -1)
+        self.rows, self.kept = x, {'key': key, 'value': value}
+        return query
 
-# %% ../../nbs/exporters/04_onednn.ipynb #de5ab6ec
-class _Other(nn.Module):
-    def __init__(self, made: list, place: int):
-        super().__init__(), setattr(self, 'made', made), setattr(self, 'place', place)
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.made or self.made[0] is not x:
+    def take(self, name: str, x: Tensor) -> Tensor:
+        "Return the key or the value of `x`, once, and forget it."
+        if self.rows is not x or name not in self.kept:
             raise RuntimeError('this attention asks for keys or values of other rows than its queries')
-        y = self.made[self.place]
-        if self.place == 3: self.made.clear()
+        y = self.kept.pop(name)
+        if not self.kept: self.rows = None
         return y
 
+# %% ../../nbs/exporters/04_onednn.ipynb #de5ab6ec
+class _Kept(nn.Module):
+    "The key or the value of the rows whose query was asked for last"
+    def __init__(self, joined: _Joined, name: str):
+        super().__init__()
+        object.__setattr__(self, 'joined', joined)  # a part of the tower already, in the query's place
+        self.name = name
+    def forward(self, x: Tensor) -> Tensor: return self.joined.take(self.name, x)
+
 # %% ../../nbs/exporters/04_onednn.ipynb #78f91a86
-def _together(tower: nn.Module):
-    """Query, key and value of transformers' towers as one layer: a product of few rows spends a third of its time on
-    being called."""
+def _join(tower: nn.Module):
+    """Compute query, key and value of transformers' towers by one layer.
+
+    A product of few rows spends a third of its time on being called."""
     for m in tower.modules():
-        for kind, names in _SELF:
-            layers = [getattr(m, n, None) for n in names] if type(m).__name__ == kind else [None]
-            if (
-                any(type(x) is not nn.Linear for x in layers)
-                or len({(x.weight.shape, x.bias is None) for x in layers}) > 1
-            ):
-                continue
-            first = _First(layers)
-            for place, n in enumerate(names): setattr(m, n, _Other(first.made, place + 1) if place else first)
+        layers = [getattr(m, name, None) for name in _SELF_ATTENTION.get(type(m).__name__, ())]
+        if not layers or any(type(x) is not nn.Linear for x in layers): continue
+        if len({(x.weight.shape, x.bias is None) for x in layers}) > 1: continue
+        query, key, value = _SELF_ATTENTION[type(m).__name__]
+        joined = _Joined(layers)
+        setattr(m, query, joined)
+        setattr(m, key, _Kept(joined, 'key'))
+        setattr(m, value, _Kept(joined, 'value'))

@@ -1,4 +1,4 @@
-"""What a user adds to the file: a step before the pipelines or after the towers, and the names of classes
+"""Add steps of your own and class names to an artifact: before the pipelines, after the towers
 
 Docs: https://mmembed.github.io/mmembed/exporters/steps.html.md"""
 
@@ -21,98 +21,91 @@ from .card import canonical_json, sha256
 
 # %% ../../nbs/exporters/02_steps.ipynb #ec3ce351
 class Steps(NamedTuple):
-    "A user's modules; each must script, and is copied"
+    "Modules of a user that run inside the artifact; TorchScript must be able to script them"
     before_text: nn.Module | None = None   # forward(data uint8 (N,), offsets int64 (B+1,)) -> the same for B texts
     before_image: nn.Module | None = None  # forward(rgb uint8 (3, H, W)) -> uint8 (3, H', W')
     after: nn.Module | None = None         # forward(x float32 (B, D)) -> float32 (B, D')
 
     def words(self) -> dict:
-        "Which steps there are, and a hash of each: of its code, its settings and its tensors."
-        return {
-            k: {'class': type(m).__name__, 'sha256': step_hash(m)} for k, m in self._asdict().items() if m is not None
-        }
+        "Describe each step for the card: its class, and a hash of its code, settings and tensors."
+        given = {k: m for k, m in self._asdict().items() if m is not None}
+        return {k: {'class': type(m).__name__, 'sha256': step_hash(m)} for k, m in given.items()}
 
 class SameTexts(nn.Module):
-    "No step"
+    "Return the texts unchanged: no step"
     def forward(self, data: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]: return data, offsets
 
 class Same(nn.Module):
-    "No step"
+    "Return `x` unchanged: no step"
     def forward(self, x: Tensor) -> Tensor: return x
 
 # %% ../../nbs/exporters/02_steps.ipynb #df184778
 def step_hash(
-    step: nn.Module, # that scripts
-) -> str:
-    "The first 16 digits of a SHA-256 of all that decides what `step` answers."
-    graph = re.sub(
-        r'\s*#.*|___torch_mangle_\d+\.', '', str(quietly(torch.jit.script, copy.deepcopy(step).eval()).inlined_graph)
-    )
+    step: nn.Module, # that TorchScript can script
+) -> str: # 16 hexadecimal digits
+    "Hash all that decides what `step` returns: its code, its settings and its tensors."
+    graph = str(quietly(torch.jit.script, copy.deepcopy(step).eval()).inlined_graph)
+    graph = re.sub(r'\s*#.*|___torch_mangle_\d+\.', '', graph)  # lines of the source, numbers of the process
     plain = {f'{name}.{k}': repr(v) for name, m in step.named_modules() for k, v in sorted(vars(m).items())
              if isinstance(v, (bool, int, float, str, list, tuple)) and not k.startswith('_') and k != 'training'}
     return sha256(graph, canonical_json(plain), step.state_dict())[:16]
 
 # %% ../../nbs/exporters/02_steps.ipynb #5124f82a
-def tried(
-    steps: Steps,
-) -> Steps:
-    """Copies in eval mode.
+def _run(
+    name: str, step: nn.Module, *inputs
+) -> tuple[nn.Module, object]:  # a copy; what it returns for `inputs`, if any
+    "Script a copy of a step and call it; errors name the argument `name` and the class."
+    if not isinstance(step, nn.Module): raise TypeError(f'{name} is {type(step).__name__}, not an nn.Module')
+    kind, step = type(step).__name__, copy.deepcopy(step).cpu().eval().requires_grad_(False)
+    try: scripted = quietly(torch.jit.script, step)
+    except (RuntimeError, TypeError, OSError, torch.jit.frontend.NotSupportedError) as e:
+        raise TypeError(f'{name}: {kind} cannot be scripted: {str(e).strip().splitlines()[0]}') from None
+    if not inputs: return step, None
+    try:
+        with torch.no_grad(): return step, scripted(*inputs)
+    except (RuntimeError, torch.jit.Error) as e:
+        raise ValueError(f'{name}: {kind} fails on a sample: {str(e).strip().splitlines()[-1]}') from None
 
-    Raises `TypeError` for a step that is no module or does not script, `ValueError` for one with another answer
-    than it must have."""
-    def run(name, *inputs):
-        step = getattr(steps, name)
-        if not isinstance(step, nn.Module): raise TypeError(f'{name} is {type(step).__name__}, not an nn.Module')
-        step = copy.deepcopy(step).cpu().eval().requires_grad_(False)
-        try: scripted = quietly(torch.jit.script, step)
-        except (RuntimeError, TypeError, OSError, torch.jit.frontend.NotSupportedError) as e:
-            raise TypeError(
-                f'{name}: {type(step).__name__} cannot be scripted: {str(e).strip().splitlines()[0]}'
-            ) from None
-        if name == 'after': return step, None
-        try:
-            with torch.no_grad(): return step, scripted(*inputs)
-        except (RuntimeError, torch.jit.Error) as e:
-            raise ValueError(
-                f'{name}: {type(step).__name__} fails on a sample: {str(e).strip().splitlines()[-1]}'
-            ) from None
+def _are_texts(x, count: int) -> bool: # data and offsets of as many texts
+    if not isinstance(x, tuple) or [getattr(t, 'dtype', None) for t in x] != [torch.uint8, torch.int64]: return False
+    data, offsets = x
+    return len(offsets) == count + 1 and int(offsets[-1]) == len(data)
+
+def _is_image(x) -> bool: # uint8 (3, H, W)
+    return isinstance(x, Tensor) and x.dtype == torch.uint8 and x.dim() == 3 and len(x) == 3 and x.numel() > 0
+
+def tried(
+    steps: Steps, # of a user
+) -> Steps:
+    """Copy each step in eval mode, after trying it scripted on a small input.
+
+    Raises `TypeError` for a step that is not a module or does not script, `ValueError` for one that returns something
+    else than it must."""
     done = {}
     if steps.before_text is not None:
-        done['before_text'], out = run('before_text', *pack(['a b', '', 'é']))
-        good = (
-            isinstance(out, tuple)
-            and len(out) == 2
-            and out[0].dtype == torch.uint8
-            and out[1].dtype == torch.int64
-            and len(out[1]) == 4
-        )
-        if not good or int(out[1][-1]) != len(out[0]):
+        texts = ['a b', '', 'é']
+        done['before_text'], out = _run('before_text', steps.before_text, *pack(texts))
+        if not _are_texts(out, len(texts)):
             raise ValueError(
                 'before_text: must give (data uint8 (N,), offsets int64 (B+1,)) for as many texts as it got'
             )
     if steps.before_image is not None:
-        done['before_image'], out = run('before_image', torch.zeros(3, 20, 30, dtype=torch.uint8))
-        if (
-            not isinstance(out, Tensor)
-            or out.dtype != torch.uint8
-            or out.dim() != 3
-            or len(out) != 3
-            or not out.numel()
-        ):
-            raise ValueError('before_image: must give uint8 (3, H, W)')
-    if steps.after is not None: done['after'] = run('after')[0]
+        rgb = torch.zeros(3, 20, 30, dtype=torch.uint8)
+        done['before_image'], out = _run('before_image', steps.before_image, rgb)
+        if not _is_image(out): raise ValueError('before_image: must give uint8 (3, H, W)')
+    if steps.after is not None: done['after'], _ = _run('after', steps.after)
     return Steps(**done)
 
 # %% ../../nbs/exporters/02_steps.ipynb #1349310a
 class Classes(NamedTuple):
-    "What the classes are called, what stands for them, and which answers count"
-    names: list[str]
-    prompts: list[list[str]]  # of each class; none for a PairClassifier
-    top_k: int                # labels of an answer, at most
-    thresholds: list[float]   # the probability from which each label counts
+    "Class names, the sentences that stand for them, and which labels an answer has"
+    names: list[str]          # C of them
+    prompts: list[list[str]]  # sentences of each class; none for a PairClassifier
+    top_k: int                # labels in an answer, at most
+    thresholds: list[float]   # least probability of each label, 0 to 1
 
     def words(self) -> dict:
-        "For the card: everything."
+        "Describe the classes for the card: everything, with a hash of the sentences and three of them."
         return self._asdict() | {
             'prompts': sha256(canonical_json(self.prompts))[:16],
             'examples': [p[0] for p in self.prompts[:3] if p],
@@ -120,13 +113,15 @@ class Classes(NamedTuple):
 
 # %% ../../nbs/exporters/02_steps.ipynb #a4acc75c
 def read_classes(
-    labels: list[str] | dict[str, list[str]] | None,          # names, or names with sentences of their own
-    templates: tuple[str, ...] = ('a photo of a {}.',),       # sentences for names; CLIP's
-    top_k: int = 5,
-    threshold: float | dict[str, float] = 0.,                 # of probability, for all or by name
+    labels: list[str] | dict[str, list[str]] | None,     # names, or {name: sentences}; None: no classes
+    templates: tuple[str, ...] = ('a photo of a {}.',),  # sentences for a name, which replaces {}; CLIP's
+    top_k: int = 5,                                      # labels in an answer, at most
+    threshold: float | dict[str, float] = 0.,            # least probability of a label: for all, or {name: probability}
 ) -> Classes:
-    """Raises `ValueError` for names that are not two or more, all different, and for a template, k or threshold that
-    cannot be."""
+    """Read class names and what belongs to them, as a user gives them.
+
+    Raises `ValueError` unless there are two names or more, all different, and for a template without a place for the
+    name, a `top_k` below 1 and a threshold that is not a probability."""
     names = list(labels or [])
     if labels is not None and (isinstance(labels, str) or len(names) < 2 or len(set(names)) < len(names)):
         raise ValueError(f'labels must be two or more, all different, got {labels!r}')
@@ -144,19 +139,19 @@ def read_classes(
 
 # %% ../../nbs/exporters/02_steps.ipynb #8a99a87a
 class Labelled(NamedTuple):
-    "The best labels of every item, best first"
-    labels: list[list[str]]  # of each item: those that reach their threshold, at most k
-    index: Tensor            # int64 (B, K): which label; -1 where none counts
-    probability: Tensor      # float32 (B, K); 0 where none counts
+    "The most probable labels of every item, best first"
+    labels: list[list[str]]  # of each item: those that reach their threshold, at most K
+    index: Tensor            # int64 (B, K): which label; -1 where none reaches its threshold
+    probability: Tensor      # float32 (B, K); 0 where none reaches its threshold
 
 def best_labels(
-    names: list[str],      # C
+    names: list[str],      # of C classes
     probability: Tensor,   # float32 (B, C)
-    thresholds: Tensor,    # float32 (C,)
-    top_k: int,
+    thresholds: Tensor,    # float32 (C,): least probability of each
+    top_k: int,            # labels of a row, at most
 ) -> Labelled:
-    "The `top_k` most probable labels of every row that reach their thresholds."
-    best, index = probability.topk(min(top_k, probability.shape[1]), dim=1)
+    "Return the `top_k` most probable labels of every row that reach their thresholds."
+    best, index = probability.topk(min(top_k, probability.shape[1]), dim=1)  # (B, K)
     counts = best >= thresholds[index]
     index = torch.where(counts, index, torch.full_like(index, -1))
     rows: list[list[int]] = index.tolist()

@@ -1,4 +1,4 @@
-"""A verified file of three megabytes from untrained weights, to try a host, a service or a search with
+"""Make a verified artifact of three megabytes from untrained weights, to try a host, a service or a search with
 
 Docs: https://mmembed.github.io/mmembed/exporters/tiny.html.md"""
 

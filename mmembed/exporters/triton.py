@@ -1,4 +1,4 @@
-"""An artifact as models that NVIDIA's Triton serves: raw bytes in, embeddings out, batched by the server
+"""Write an artifact as models for NVIDIA's Triton server: raw bytes in, embeddings out, batched by the server
 
 Docs: https://mmembed.github.io/mmembed/exporters/triton.html.md"""
 
@@ -32,7 +32,7 @@ from ..core.torchcodec import register_image_ops
 
 # %% ../../nbs/exporters/12_triton.ipynb #74e42d7b
 class TritonText(nn.Module):
-    "Texts to embeddings"
+    "Encode ragged texts, their bytes and where each begins, to embeddings"
     def __init__(self, artifact: torch.jit.ScriptModule):
         super().__init__()
         self.artifact = artifact
@@ -40,7 +40,7 @@ class TritonText(nn.Module):
         return self.artifact.encode_text_bytes(text.reshape(-1), offsets.reshape(-1).to(torch.int64))
 
 class TritonPreprocess(nn.Module):
-    "One image file (1, N), or decoded RGB (1, 3, H, W), to pixels uint8 (1, 3, S, S)"
+    "Decode and resize one image file (1, N), or RGB (1, 3, H, W), to pixels uint8 (1, 3, S, S)"
     def __init__(self, artifact: torch.jit.ScriptModule):
         super().__init__()
         self.artifact = artifact
@@ -49,14 +49,14 @@ class TritonPreprocess(nn.Module):
         return self.artifact.preprocess_image(image[0])[None]
 
 class TritonPixels(nn.Module):
-    "Pixels uint8 (B, 3, S, S) to embeddings"
+    "Encode pixels uint8 (B, 3, S, S) to embeddings"
     def __init__(self, artifact: torch.jit.ScriptModule):
         super().__init__()
         self.artifact = artifact
     def forward(self, pixels: Tensor) -> Tensor: return self.artifact.encode_pixels(pixels)
 
 class TritonPairs(nn.Module):
-    "Texts and pixels to scores"
+    "Score ragged texts with pixels uint8 (B, 3, S, S)"
     def __init__(self, artifact: torch.jit.ScriptModule):
         super().__init__()
         self.artifact = artifact
@@ -64,7 +64,7 @@ class TritonPairs(nn.Module):
         return self.artifact.score_pairs(text.reshape(-1), offsets.reshape(-1).to(torch.int64), pixels)
 
 class TritonLabels(nn.Module):
-    "Pixels uint8 (B, 3, S, S) to embeddings, and the probability float32 (B, C) of each label"
+    "Encode pixels uint8 (B, 3, S, S) to embeddings, and to the probability float32 (B, C) of each label"
     def __init__(self, artifact: torch.jit.ScriptModule):
         super().__init__()
         self.artifact = artifact
@@ -73,14 +73,14 @@ class TritonLabels(nn.Module):
         return embedding, self.artifact.class_probability(embedding)
 
 class TritonStrings(nn.Module):
-    "Texts, as the server's BYTES, to embeddings"
+    "Encode texts, which the server takes as BYTES, to embeddings"
     def __init__(self, artifact: torch.jit.ScriptModule):
         super().__init__()
         self.artifact = artifact
     def forward(self, text: list[str]) -> Tensor: return self.artifact.encode_text(text)
 
 class TritonStringPairs(nn.Module):
-    "Texts, as the server's BYTES, and pixels to scores"
+    "Score texts, which the server takes as BYTES, with pixels uint8 (B, 3, S, S)"
     def __init__(self, artifact: torch.jit.ScriptModule):
         super().__init__()
         self.artifact = artifact
@@ -89,6 +89,7 @@ class TritonStringPairs(nn.Module):
         return self.artifact.score_pairs(data, offsets, pixels)
 
 # %% ../../nbs/exporters/12_triton.ipynb #37c9901c
+# torch's types in config.pbtxt
 TYPES = {
     torch.uint8: 'TYPE_UINT8',
     torch.int8: 'TYPE_INT8',
@@ -99,8 +100,8 @@ TYPES = {
 
 # %% ../../nbs/exporters/12_triton.ipynb #017b219d
 class Slot(NamedTuple):
-    "An input or output of a model"
-    name: str
+    "Describe an input or output of a model"
+    name: str          # as the server names it, NAME__PLACE for TorchScript
     type: str          # of `TYPES`, or TYPE_STRING
     dims: list[int]    # without the batch; -1: any
     ragged: bool = False
@@ -110,20 +111,17 @@ class Slot(NamedTuple):
 # %% ../../nbs/exporters/12_triton.ipynb #469dd788
 def _slots(kind: str, slots: list[Slot]) -> str:
     items = (
-        '  {{ name: "{}" data_type: {} dims: [ {} ]{}{}{} }}'.format(
-            s.name,
-            s.type,
-            ', '.join(map(str, s.dims)),
-            ' allow_ragged_batch: true' * s.ragged,
-            ' reshape { shape: [ ] }' * s.flat,
-            f' label_filename: "{s.labels}"' if s.labels else '',
-        )
+        f'  {{ name: "{s.name}" data_type: {s.type} dims: [ {", ".join(map(str, s.dims))} ]'
+        + (' allow_ragged_batch: true' if s.ragged else '')
+        + (' reshape { shape: [ ] }' if s.flat else '')
+        + (f' label_filename: "{s.labels}"' if s.labels else '')
+        + ' }'
         for s in slots
     )
     return f'{kind} [\n' + ',\n'.join(items) + '\n]\n'
 
 def _first(slot: Slot) -> tuple[list[int], bytes | None]:
-    "What a model is warmed up with: dims of one item, and its bytes; None: zeros."
+    "Return the dims of an item that warms a model up, and its bytes; None: zeros."
     # as the protocol has it: length, then bytes
     if slot.type == 'TYPE_STRING': return [1], struct.pack('<I', 7) + b'a photo'
     if slot.name == 'images': return [3], None                                    # one black pixel ...
@@ -135,25 +133,25 @@ def _first(slot: Slot) -> tuple[list[int], bytes | None]:
 def _warm_up(inputs: list[Slot], rows: int) -> str:
     def item(s):
         dims, data = _first(s)
+        shape = f'dims: [ {", ".join(map(str, dims))} ]'
         given = 'zero_data: true' if data is None else f'input_data_file: "{s.name}"'
-        return f'    inputs {{ key: "{s.name}" value: {{ data_type: {s.type} dims: [ {", ".join(map(str, dims))} ] {given} }} }}\n'
+        return f'    inputs {{ key: "{s.name}" value: {{ data_type: {s.type} {shape} {given} }} }}\n'
     return f'  {{ name: "{rows}" batch_size: {rows}\n{"".join(map(item, inputs))}  }}'
 
 # %% ../../nbs/exporters/12_triton.ipynb #63185690
 def config(
-    name: str,
-    inputs: list[Slot],
-    outputs: list[Slot],
-    max_batch: int,
-    device: str = 'cpu',  # or 'cuda', 'cuda:1'
-    offsets: str = '',    # the batch input that says where each ragged text begins
-    delay_us: int = 2000, # that a request may wait for others
-    instances: int = 1,   # on the device
+    name: str,             # of the model
+    inputs: list[Slot],    # in the order of `forward`
+    outputs: list[Slot],   # likewise
+    max_batch: int,        # rows that the server puts together, at most; 1: it batches nothing
+    device: str = 'cpu',   # 'cpu', 'cuda' (every GPU) or 'cuda:N'
+    offsets: str = '',     # name of the batch input that gives where each ragged text begins; '': there is none
+    delay_us: int = 2000,  # microseconds that a request may wait for others
+    instances: int = 1,    # copies of the model on the device
     platform: str = 'pytorch_libtorch', # or 'onnxruntime_onnx'
-    # with one item, and with `max_batch`, before the model is ready; the items lie in its folder warmup
-    warm_up: bool = False,
-) -> str: # config.pbtxt
-    "The configuration of a TorchScript or ONNX model; it batches when `max_batch` is more than 1."
+    warm_up: bool = False, # run one item, and `max_batch` of them, before the model is ready
+) -> str: # the text of config.pbtxt
+    "Write the configuration of a TorchScript or ONNX model."
     text = (
         f'name: "{name}"\nplatform: "{platform}"\nmax_batch_size: {max_batch}\n'
         + _slots('input', inputs)
@@ -177,13 +175,13 @@ def config(
 
 # %% ../../nbs/exporters/12_triton.ipynb #268c1205
 def ensemble(
-    name: str,
-    inputs: list[Slot],
-    outputs: list[Slot],
-    steps: list[tuple[str, dict, dict]], # model, its inputs and its outputs by the tensors of the ensemble
-) -> str: # config.pbtxt
-    "The configuration of a chain of models; one item a request, which the last model batches with those of others."
-    table = lambda kind, names: ''.join(f' {kind} {{ key: "{k}" value: "{v}" }}' for k, v in names.items())
+    name: str,           # of the ensemble
+    inputs: list[Slot],  # of the whole chain
+    outputs: list[Slot], # likewise
+    steps: list[tuple[str, dict, dict]], # (model, {its input: tensor of the ensemble}, {its output: tensor})
+) -> str: # the text of config.pbtxt
+    "Write the configuration of a chain of models; one item a request, which the last model batches with others."
+    def table(kind, names): return ''.join(f' {kind} {{ key: "{k}" value: "{v}" }}' for k, v in names.items())
     rows = ',\n'.join(
         f'    {{ model_name: "{m}" model_version: -1{table("input_map", i)}{table("output_map", o)} }}'
         for m, i, o in steps
@@ -196,120 +194,148 @@ def ensemble(
     )
 
 # %% ../../nbs/exporters/12_triton.ipynb #ef1338b4
+MARK, LABELS = '# written by mmembed, sha256 ', 'labels.txt'
+
+class _Slots:
+    "The inputs and outputs that an artifact's models have"
+    def __init__(self, artifact: torch.jit.ScriptModule, card: dict):
+        self.pairs, self.size = 'labels' in card, card['image_size']
+        self.names = card.get('labels') or card.get('classes', {}).get('names', [])
+        kind, labels = ('SCORES__0', LABELS) if self.pairs else ('EMBEDDING__0', '')
+        self.out = [Slot(kind, TYPES[_answer(artifact, card).dtype], [card['dim']], labels=labels)]
+        self.probable = self.out  # with the probability of each label, where the artifact has labels
+        if self.names and not self.pairs:
+            self.probable = [*self.out, Slot('CLASS_PROBABILITY__1', 'TYPE_FP32', [len(self.names)], labels=LABELS)]
+        self.text = Slot('TEXT__0', 'TYPE_UINT8', [-1], ragged=True)
+        self.string = Slot('TEXT__0', 'TYPE_STRING', [1], flat=True)
+        self.image = Slot('IMAGE__0', 'TYPE_UINT8', [-1] if card['decode'] else [3, -1, -1])
+
+    def pixels(self, place: int) -> Slot: return Slot(f'PIXELS__{place}', 'TYPE_UINT8', [3, *self.size])
+
+    def labels(self, outputs: list[Slot]) -> list[str]: # for labels.txt
+        return self.names if any(s.labels for s in outputs) else []
+
+def _answer(artifact, card: dict) -> Tensor: # an embedding, or scores of a pair
+    with torch.no_grad():
+        if 'labels' not in card: return artifact.encode_text_bytes(*pack(['a']))
+        return artifact.score_pairs(*pack(['a']), torch.zeros(1, 3, *card['image_size'], dtype=torch.uint8))
+
+# %% ../../nbs/exporters/12_triton.ipynb #2b6fb097
+class _Repository:
+    "Write the models of one artifact into a folder; `done` has their folders"
+    def __init__(self, folder: Path, name: str, artifact: torch.jit.ScriptModule, slots: _Slots, how: dict):
+        self.folder, self.name, self.artifact, self.slots, self.how = folder, name, artifact, slots, how
+        self.done = []
+
+    def add_model(self, kind: str, module, inputs: list[Slot], outputs: list[Slot], **options):
+        made, how = self.folder/f'{self.name}_{kind}', self.how | options
+        _save(made/'1', module(self.artifact), how['device'])
+        text = config(made.name, inputs, outputs, **how)
+        _configure(made, text, inputs if how['warm_up'] else [], self.slots.labels(outputs))
+        self.done.append(made)
+
+    def add_chain(self, kind: str, tower: str, taken: list[Slot], place: int, outputs: list[Slot]):
+        "Write the ensemble of NAME_preprocess and a tower, which takes pixels at `place`."
+        made = self.folder/f'{self.name}_{kind}'
+        def plain(slot): return slot.name.split('__')[0]
+        given = [s._replace(name=plain(s), ragged=False, flat=False) for s in [*taken, self.slots.image]]
+        steps = [
+            (f'{self.name}_preprocess', {'IMAGE__0': 'IMAGE'}, {'PIXELS__0': 'PIXELS'}),
+            (
+                f'{self.name}_{tower}',
+                {s.name: plain(s) for s in taken} | {f'PIXELS__{place}': 'PIXELS'},
+                {s.name: plain(s) for s in outputs},
+            ),
+        ]
+        text = ensemble(made.name, given, [s._replace(name=plain(s)) for s in outputs], steps)
+        (made/'1').mkdir(parents=True, exist_ok=True)
+        _configure(made, text, [], self.slots.labels(outputs))
+        self.done.append(made)
+
+    def add_models(self, strings: bool, preprocess: int):
+        s = self.slots
+        self.add_model(
+            'preprocess', TritonPreprocess, [s.image], [s.pixels(0)], max_batch=1, device='cpu', instances=preprocess
+        )
+        if s.pairs:
+            self.add_model('pairs', TritonPairs, [s.text, s.pixels(2)], s.out, offsets='OFFSETS__1')
+            if strings: self.add_model('pairs_strings', TritonStringPairs, [s.string, s.pixels(1)], s.out)
+            return
+        self.add_model('text', TritonText, [s.text], s.out, offsets='OFFSETS__1')
+        if strings: self.add_model('text_strings', TritonStrings, [s.string], s.out)
+        self.add_model('pixels', TritonLabels if s.names else TritonPixels, [s.pixels(0)], s.probable)
+
+    def add_chains(self, strings: bool):
+        s = self.slots
+        if not s.pairs: self.add_chain('image', 'pixels', [], 0, s.probable)
+        else:
+            self.add_chain('match', 'pairs', [s.text], 2, s.out)
+            if strings: self.add_chain('match_strings', 'pairs_strings', [s.string], 1, s.out)
+
+    def warn_of_others(self):
+        "Warn of models of an earlier export that this one did not write."
+        kinds = 'pairs', 'match', 'text', 'pixels', 'image'
+        both = [f'{k}_{end}' for end in ('strings', 'onnx') for k in ('text', 'pairs', 'match', 'image')]
+        for kind in [*kinds, *both]:
+            left = self.folder/f'{self.name}_{kind}'
+            if left not in self.done and (left/'config.pbtxt').is_file():
+                text = f'{left} is of an earlier export and stays as it was; this one does not write it'
+                warnings.warn(text, stacklevel=3)
+
+# %% ../../nbs/exporters/12_triton.ipynb #f060d5cf
+def _check_options(name: str, device: str, **least):
+    "Raise `ValueError` for a name or device that Triton does not take, or a number below its least: (value, least)."
+    if not re.fullmatch(r'[A-Za-z0-9_.-]+', name):
+        raise ValueError(f'name: {name!r} is not a name for Triton; use letters, digits, _, . and -')
+    if not re.fullmatch(r'cpu|cuda(:\d+)?', device):
+        raise ValueError(f'device must be cpu, cuda or cuda:N, got {device!r}')
+    for option, (value, low) in least.items():
+        if value < low: raise ValueError(f'{option} must be at least {low}, got {value}')
+
 def export_triton(
     path: str | Path,     # an artifact
     folder: str | Path,   # the model repository; models of the same names are replaced
-    name: str = '',       # that their names begin with; the file's by default
-    device: str = 'cpu',  # or 'cuda', on every GPU, or 'cuda:1'
-    max_batch: int = 64,
-    delay_us: int = 2000, # that a request may wait for others
-    instances: int = 1,   # of each tower on the device
-    preprocess: int = 1,  # instances that decode and resize, on the CPU: about one a core
-    onnx: str | Path | None = None, # a folder with the same model's files of `export_onnx`: they are served, too
-    warm_up: bool = False, # each model runs before the server calls it ready
-    strings: bool = False, # models that take texts as BYTES, too
+    name: str = '',       # what the models' names begin with; '': the file's name
+    device: str = 'cpu',  # where the towers run: 'cpu', 'cuda' (every GPU) or 'cuda:N'
+    max_batch: int = 64,  # rows that the server puts together, at most; 1: it batches nothing
+    delay_us: int = 2000, # microseconds that a request may wait for others
+    instances: int = 1,   # copies of each tower on the device
+    preprocess: int = 1,  # images that are decoded and resized at a time, on the CPU: about one a core
+    onnx: str | Path | None = None, # folder with the same model's files of `export_onnx`, to serve too; None: none
+    warm_up: bool = False, # run each model before the server calls it ready
+    strings: bool = False, # add models that take texts as BYTES
 ) -> list[Path]: # the folders of the models
-    """Writes the models of an artifact and their configurations, and runs each with what its configuration says.
+    """Write the models of an artifact and their configurations, and run each with what its configuration says.
 
-    A file beside a model (config.pbtxt, labels.txt, what warms it up) that was edited by hand since it was written
-    stays; what would
-    stand there now is written beside it as config.pbtxt.new, with a warning that names both. Models of an earlier
-    export that this
-    one does not write stay, with a warning.
+    A file beside a model (config.pbtxt, labels.txt, warm-up data) that was edited by hand since it was written stays;
+    what would stand there now is written beside it as config.pbtxt.new, with a warning that names both. Models of an
+    earlier export that this one does not write stay, with a warning.
 
-    Raises `ValueError` for a name or a device that is none, or a model that does not do what its configuration says,
-    and as `read_card` does."""
-    card, folder = read_card(path), Path(folder)
-    name = name or Path(path).stem
-    if not re.fullmatch(r'[A-Za-z0-9_.-]+', name):
-        raise ValueError(f'name: {name!r} is none for Triton; letters, digits, _, . and - are')
-    if not re.fullmatch(r'cpu|cuda(:\d+)?', device):
-        raise ValueError(f'device must be cpu, cuda or cuda:N, got {device!r}')
-    for option, value, least in (
-        ('max_batch', max_batch, 1),
-        ('instances', instances, 1),
-        ('preprocess', preprocess, 1),
-        ('delay_us', delay_us, 0),
-    ):
-        if value < least: raise ValueError(f'{option} must be at least {least}, got {value}')
+    Raises `ValueError` for an option that Triton does not take, for a model that does not do what its configuration
+    says, and for a file that is not an artifact."""
+    card, folder, name = read_card(path), Path(folder), name or Path(path).stem
+    _check_options(
+        name,
+        device,
+        max_batch=(max_batch, 1),
+        instances=(instances, 1),
+        preprocess=(preprocess, 1),
+        delay_us=(delay_us, 0),
+    )
     if card.get('decode', True): register_image_ops(card.get('pixels', {}).get('heic', False))
     artifact = quietly(torch.jit.load, str(path), map_location='cpu').eval()
-    pairs, names = 'labels' in card, card.get('labels') or card.get('classes', {}).get('names', [])
-    out = [
-        Slot(
-            'SCORES__0' if pairs else 'EMBEDDING__0',
-            TYPES[_answer(artifact, card).dtype],
-            [card['dim']],
-            labels=LABELS * pairs,
+    slots = _Slots(artifact, card)
+    how = dict(max_batch=max_batch, device=device, delay_us=delay_us, instances=instances, warm_up=warm_up)
+    models = _Repository(folder, name, artifact, slots, how)
+    models.add_models(strings, preprocess)
+    if onnx:
+        models.done += _onnx_models(
+            folder, name, Path(onnx), card, slots.out[0], slots.names if slots.pairs else [], how
         )
-    ]
-    probable = (
-        [*out, Slot('CLASS_PROBABILITY__1', 'TYPE_FP32', [len(names)], labels=LABELS)] if names and not pairs else out
-    )
-    size, text, words = (
-        card['image_size'],
-        Slot('TEXT__0', 'TYPE_UINT8', [-1], True),
-        Slot('TEXT__0', 'TYPE_STRING', [1], flat=True),
-    )
-    image = Slot('IMAGE__0', 'TYPE_UINT8', [-1] if card['decode'] else [3, -1, -1])
-    levels = lambda place: Slot(f'PIXELS__{place}', 'TYPE_UINT8', [3, *size])
-    how, done = dict(max_batch=max_batch, device=device, delay_us=delay_us, instances=instances, warm_up=warm_up), []
-    def model(kind, module, inputs, outputs, **options):
-        made = folder/f'{name}_{kind}'
-        _save(made/'1', module(artifact), options.get('device', device))
-        _configure(
-            made,
-            config(made.name, inputs, outputs, **how | options),
-            inputs if warm_up else [],
-            names if any(s.labels for s in outputs) else [],
-        )
-        done.append(made)
-    def chain(kind, tower, taken, outputs):  # of `preprocess` and a tower
-        made, given = (
-            folder / f'{name}_{kind}',
-            [s._replace(name=s.name.split('__')[0], ragged=False, flat=False) for s in [*taken, image]],
-        )
-        first = (f'{name}_preprocess', {'IMAGE__0': 'IMAGE'}, {'PIXELS__0': 'PIXELS'})
-        second = (
-            f'{name}_{tower}',
-            {s.name: s.name.split('__')[0] for s in taken}
-            | {f'PIXELS__{dict(pairs=2, pairs_strings=1).get(tower, 0)}': 'PIXELS'},
-            {s.name: s.name.split('__')[0] for s in outputs},
-        )
-        (made/'1').mkdir(parents=True, exist_ok=True)
-        _configure(
-            made,
-            ensemble(made.name, given, [s._replace(name=s.name.split('__')[0]) for s in outputs], [first, second]),
-            [],
-            names if any(s.labels for s in outputs) else [],
-        )
-        done.append(made)
-    model('preprocess', TritonPreprocess, [image], [levels(0)], max_batch=1, device='cpu', instances=preprocess)
-    if pairs:
-        model('pairs', TritonPairs, [text, levels(2)], out, offsets='OFFSETS__1')
-        if strings: model('pairs_strings', TritonStringPairs, [words, levels(1)], out)
-    else:
-        model('text', TritonText, [text], out, offsets='OFFSETS__1')
-        if strings: model('text_strings', TritonStrings, [words], out)
-        model('pixels', TritonLabels if names else TritonPixels, [levels(0)], probable)
-    if onnx: done += _onnx_models(folder, name, Path(onnx), card, out[0], names if pairs else [], how)
-    if pairs:
-        chain('match', 'pairs', [text], out)
-        if strings: chain('match_strings', 'pairs_strings', [words], out)
-    else: chain('image', 'pixels', [], probable)
-    for kind in (
-        'pairs',
-        'match',
-        'text',
-        'pixels',
-        'image',
-        *(f'{k}_{x}' for x in ('strings', 'onnx') for k in ('text', 'pairs', 'match', 'image')),
-    ):
-        left = folder/f'{name}_{kind}'
-        if left not in done and (left / 'config.pbtxt').is_file():
-            warnings.warn(f'{left} is of an earlier export and stays as it was; this one does not write it')
+    models.add_chains(strings)
+    models.warn_of_others()
     check_repository(folder)
-    return done
+    return models.done
 
 # %% ../../nbs/exporters/12_triton.ipynb #655af352
 def _onnx_models(
@@ -329,26 +355,16 @@ def _onnx_models(
         (made/'1').mkdir(parents=True, exist_ok=True)
         _counted_in_32_bits(source, made/'1')
         out = answer._replace(name='scores' if kind == 'pairs' else 'embedding')
-        _configure(
-            made,
-            config(
-                made.name,
-                slots[kind],
-                [out],
-                offsets='' if kind == 'image' else 'offsets_32',
-                platform='onnxruntime_onnx',
-                **how,
-            ),
-            slots[kind] if how['warm_up'] else [],
-            names,
-        )
+        offsets = '' if kind == 'image' else 'offsets_32'
+        text = config(made.name, slots[kind], [out], offsets=offsets, platform='onnxruntime_onnx', **how)
+        _configure(made, text, slots[kind] if how['warm_up'] else [], names)
         done.append(made)
     return done
 
 def _counted_in_32_bits(source: Path, folder: Path):
-    """The file with `offsets_32` instead of `offsets` and its first output alone, as model.onnx.
+    """Copy an ONNX file to model.onnx, with `offsets_32` instead of `offsets` and its first output alone.
 
-    Numbers beside it come along."""
+    A file of weights beside it is copied too."""
     import onnx
     model = onnx.load(str(source), load_external_data=False)
     for x in model.graph.input:
@@ -363,15 +379,8 @@ def _counted_in_32_bits(source: Path, folder: Path):
     if beside.is_file(): shutil.copyfile(beside, folder/beside.name)
 
 # %% ../../nbs/exporters/12_triton.ipynb #e7b1e711
-def _answer(artifact, card: dict) -> Tensor:
-    with torch.no_grad():
-        if 'labels' not in card: return artifact.encode_text_bytes(*pack(['a']))
-        return artifact.score_pairs(*pack(['a']), torch.zeros(1, 3, *card['image_size'], dtype=torch.uint8))
-
-MARK, LABELS = '# written by mmembed, sha256 ', 'labels.txt'
-
 def _configure(folder: Path, text: str, warmed: list[Slot], names: list[str]):
-    """Writes config.pbtxt under a line with its hash, and the files that it names, whose hashes are comments in it.
+    """Write config.pbtxt under a line with its hash, and the files that it names, whose hashes are comments in it.
 
     A file that no longer fits its hash was edited by hand and stays."""
     path, files = folder/'config.pbtxt', {f'warmup/{s.name}': data for s in warmed if (data := _first(s)[1])}
@@ -380,7 +389,7 @@ def _configure(folder: Path, text: str, warmed: list[Slot], names: list[str]):
     for name, data in files.items():
         text += f'# {name} sha256 {_hash(data)}\n'
         (folder/name).parent.mkdir(exist_ok=True)
-        _keep(folder/name, data, lambda old: _hash(old) == known.get(name))
+        _keep(folder/name, data, lambda old, name=name: _hash(old) == known.get(name))
     def ours(old):
         first, _, body = old.partition(b'\n')
         return first == (MARK + _hash(body)).encode()
@@ -389,11 +398,12 @@ def _configure(folder: Path, text: str, warmed: list[Slot], names: list[str]):
 def _hash(data: bytes) -> str: return hashlib.sha256(data).hexdigest()
 
 def _keep(path: Path, data: bytes, ours):
-    "Writes a file, unless what lies there is not `ours`."
+    "Write a file, unless what lies there is not `ours`."
     new = path.with_name(f'{path.name}.new')
     if path.is_file() and (old := path.read_bytes()) != data and not ours(old):
         new.write_bytes(data)
-        warnings.warn(f'{path} was edited by hand and stays as it is; what would stand there now is in {new.name}')
+        text = f'{path} was edited by hand and stays as it is; what would stand there now is in {new.name}'
+        warnings.warn(text, stacklevel=5)
         return
     path.write_bytes(data)
     new.unlink(missing_ok=True)
@@ -405,45 +415,57 @@ def _save(folder: Path, module: nn.Module, device: str):
     save(scripted, folder/'model.pt', module.artifact.card())
 
 # %% ../../nbs/exporters/12_triton.ipynb #8ca33a89
-def read_pbtxt(
-    text: str, # a message in protobuf's text form
-) -> dict: # field -> list of its values: str, int, bool words, or dict
-    "The message as nested dicts; raises `ValueError` where it does not parse."
-    tokens = re.findall(r'"(?:[^"\\]|\\.)*"|[A-Za-z_]\w*|-?\d+|[{}\[\]:,]|\S', re.sub(r'#.*', '', text))
-    place = 0
-    def take(*wanted):
-        nonlocal place
-        got = tokens[place] if place < len(tokens) else ''
-        if wanted and got not in wanted:
-            raise ValueError(f'{got or "the end"!r} where one of {" ".join(wanted)} should stand')
-        place += 1
-        return got
-    def value():
-        token = take()
-        if token == '{': return message('}')
+class _Pbtxt:
+    "Read the tokens of protobuf's text form"
+    def __init__(self, text: str):
+        text = re.sub(r'#.*', '', text)  # comments
+        self.tokens = re.findall(r'"(?:[^"\\]|\\.)*"|[A-Za-z_]\w*|-?\d+|[{}\[\]:,]|\S', text)
+        self.place = 0
+
+    @property
+    def next(self) -> str: return self.tokens[self.place] if self.place < len(self.tokens) else ''
+
+    def take(self, *wanted: str) -> str:
+        if wanted and self.next not in wanted:
+            raise ValueError(f'{self.next or "the end"!r} where one of {" ".join(wanted)} should stand')
+        token = self.next
+        self.place += 1
+        return token
+
+    def value(self):
+        token = self.take()
+        if token == '{': return self.message('}')
         if token.startswith('"'): return token[1:-1]
         if re.fullmatch(r'-?\d+', token): return int(token)
         if re.fullmatch(r'[A-Za-z_]\w*', token): return token
-        raise ValueError(f'{token or "the end"!r} is no value')
-    def message(end):
+        raise ValueError(f'{token or "the end"!r} is not a value')
+
+    def values(self) -> list: # one, or those in brackets
+        if self.next != '[': return [self.value()]
+        self.take('[')
+        items = []
+        while self.next != ']':
+            if items: self.take(',')
+            items.append(self.value())
+        self.take(']')
+        return items
+
+    def message(self, end: str) -> dict:
         found = {}
-        while place < len(tokens) and tokens[place] != end:
-            field = take()
-            if not re.fullmatch(r'[A-Za-z_]\w*', field): raise ValueError(f'{field!r} is no field')
-            if tokens[place:place+1] == [':']: take(':')
-            elif tokens[place:place+1] not in (['{'], ['[']): raise ValueError(f'no : after {field}')
-            if tokens[place:place+1] == ['[']:
-                take('[')
-                items = []
-                while tokens[place:place+1] != [']']:
-                    if items: take(',')
-                    items.append(value())
-                take(']')
-            else: items = [value()]
-            found.setdefault(field, []).extend(items)
-        if end: take(end)
+        while self.next and self.next != end:
+            field = self.take()
+            if not re.fullmatch(r'[A-Za-z_]\w*', field): raise ValueError(f'{field!r} is not a field')
+            if self.next == ':': self.take(':')
+            elif self.next not in ('{', '['): raise ValueError(f'no : after {field}')
+            found.setdefault(field, []).extend(self.values())
+        if end: self.take(end)
         return found
-    return message('')
+
+def read_pbtxt(
+    text: str, # a message in protobuf's text form
+) -> dict: # field -> list of its values: str, int, bool words, or dict
+    "Parse a message to nested dicts; raises `ValueError` where it is malformed."
+    return _Pbtxt(text).message('')
 
 # %% ../../nbs/exporters/12_triton.ipynb #cd65377c
 FIELDS = {
@@ -464,7 +486,7 @@ FIELDS = {
 def check_repository(
     folder: str | Path, # a model repository
 ):
-    "Raises `ValueError` that names the model and what does not fit; see above for what is checked."
+    "Check every model of a repository by what its configuration says; raises `ValueError` that names the model."
     configs = {p.parent.name: p for p in sorted(Path(folder).glob('*/config.pbtxt'))}
     if not configs: raise ValueError(f'{folder} holds no models')
     read = {}
@@ -528,7 +550,7 @@ def _check_onnx(name: str, c: dict, path: Path):
         if len(taken[k].shape) != (1 if flat else 1 + len(s['dims'])):
             fails(f'{k} has {len(taken[k].shape)} dimensions in model.onnx')
     for rows in sorted({1, min(3, c['max_batch_size'][0])}):
-        # pictures of one pixel
+        # images of one pixel
         given = {
             k: (_made_up(s, rows) if k != 'sizes' else torch.ones(rows, 2, dtype=torch.int64)).numpy()
             for k, s in slots.items()
@@ -579,10 +601,8 @@ def _check_files(name: str, c: dict, folder: Path): # that the configuration nam
             fails(f'{path.name} has {lines} lines for {want} labels of {s["name"][0]}')
     slots, width = {s['name'][0]: s for s in c['input']}, {v: k.itemsize for k, v in TYPES.items()}
     for sample in c.get('model_warmup', []):
-        about, given = (
-            f'the warm-up {sample["name"][0]}',
-            {i['key'][0]: i['value'][0] for i in sample.get('inputs', [])},
-        )
+        about = f'the warm-up {sample["name"][0]}'
+        given = {i['key'][0]: i['value'][0] for i in sample.get('inputs', [])}
         if not 1 <= sample['batch_size'][0] <= max(1, c['max_batch_size'][0]):
             fails(f'{about} has more rows than a batch')
         if set(given) != set(slots): fails(f'{about} has the inputs {", ".join(given)}')

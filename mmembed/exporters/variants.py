@@ -1,4 +1,4 @@
-"""The same model in fewer bits, fewer dimensions or fixed batches, each with the bound that it keeps
+"""Change the numbers of an exported model: fewer bits, fewer dimensions, fixed batches, each within a known bound
 
 Docs: https://mmembed.github.io/mmembed/exporters/variants.html.md"""
 
@@ -17,7 +17,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.types import Tokens
@@ -26,7 +25,9 @@ from ..core.attention import attend
 from ..core.torchscript import quietly
 from ..core.errors import reason
 from ..core.torchcodec import register_image_ops
+from .convolutions import int8_convolutions
 from .int8 import AttentionLayer, int8_linear, with_linear_attention
+from .onednn import quick
 from .verify import samples as cases
 
 # %% ../../nbs/exporters/06_variants.ipynb #ee5263c9
@@ -36,42 +37,38 @@ ATTENTION = ('sdpa', 'math')
 
 # %% ../../nbs/exporters/06_variants.ipynb #46acfb9d
 class Variant(NamedTuple):
-    "What an exported model has otherwise than the trained one"
-    precision: str = 'fp32'   # of the towers: 'fp32', 'bf16', 'fp16'
-    quantize: str = ''        # 'int8': linear layers, and convolutions where they gain, multiply int8 by int8
-    fold: bool = False        # normalisation folded into the image tower's first convolution
-    trim: int = 0             # texts padded to multiples of this many tokens, whatever the pipeline says; 0: as it says
-    deterministic: int = 0    # rows of every batch that a tower sees, filled up to max_length tokens; 0: as they come
+    "Options that make the numbers of an exported model differ from those of the trained one"
+    precision: str = 'fp32'   # type of the towers' weights and activations: 'fp32', 'bf16' or 'fp16'
+    quantize: str = ''        # 'int8': linear layers, and convolutions that gain, multiply int8 by int8; '': none do
+    fold: bool = False        # normalise pixels in the image tower's first convolution instead of before it
+    trim: int = 0             # pad texts to a multiple of this many tokens; 0: as the text pipeline does
+    # rows that every batch is filled up to, and its texts to max_length tokens; 0: rows as they come
+    deterministic: int = 0
     dim: int = 0              # numbers kept of an embedding, which is made unit length again; 0: all
-    output: str = 'float32'   # of embeddings: 'float32', 'int8' (stretched to 127), 'binary' (one bit a number)
-    # towers in torch's own layers: slower, but it loads where torch has no oneDNN (macOS on ARM)
-    portable: bool = False
-    # in one kernel (flash, where there is one), or 'math': products and a softmax, one after the other
-    attention: str = 'sdpa'
+    output: str = 'float32'   # type of embeddings: 'float32', 'int8' (stretched to 127) or 'binary' (one bit a number)
+    portable: bool = False    # use torch's own layers: slower, but loads without oneDNN (macOS on ARM)
+    attention: str = 'sdpa'   # 'sdpa': one fused kernel (flash where possible); 'math': matrix products and a softmax
 
     def changes(self) -> dict:
-        "The options that are not the default."
+        "Return the options that are not the default."
         return {k: v for k, v in self._asdict().items() if v != self._field_defaults[k]}
 
     def words(self) -> str:
-        "The changes in words."
-        return (
-            ', '.join(
-                k if v is True else str(v) if k in ('precision', 'quantize') else f'{k} {v}'
-                for k, v in self.changes().items()
-            )
-            or 'fp32'
-        )
+        "Name the changes in one line, such as 'bf16, dim 64'; 'fp32' without any."
+        def word(option, value):
+            if option in ('precision', 'quantize'): return value
+            return option if value is True else f'{option} {value}'
+        return ', '.join(word(*change) for change in self.changes().items()) or 'fp32'
 
     def full(self) -> 'Variant':
-        "What this variant is held to: all bits, the same dimensions."
+        "Return the variant that this one is compared with: all bits, the same dimensions."
         return Variant(dim=self.dim)
 
 # %% ../../nbs/exporters/06_variants.ipynb #af97b9e6
 def checked_variant(
-    v: Variant,
-) -> Variant:
-    "`v`; raises `ValueError` that names the option that is wrong."
+    v: Variant, # any values
+) -> Variant: # `v`
+    "Return `v`; raises `ValueError` that names the first option with a wrong value."
     if v.precision not in DTYPES: raise ValueError(f'precision must be one of {", ".join(DTYPES)}, got {v.precision!r}')
     if v.quantize not in ('', 'int8'): raise ValueError(f"quantize must be 'int8' or nothing, got {v.quantize!r}")
     if v.quantize and v.precision != 'fp32':
@@ -84,49 +81,54 @@ def checked_variant(
     return v
 
 # %% ../../nbs/exporters/06_variants.ipynb #dae31015
-SAME = {'fp32': 1e-5, 'bf16': 2e-2, 'fp16': 2e-3, 'int8': 2e-2}           # largest difference in an embedding
-PRECISION_BOUNDS = {'fp32': 1e-6, 'bf16': 1e-3, 'fp16': 1e-5, 'int8': 1e-2}           # 1 - cosine with the fp32 model
-# what the numbers of an embedding may add; binary: not bounded
+# largest difference of an embedding between two hosts of one file
+SAME = {'fp32': 1e-5, 'bf16': 2e-2, 'fp16': 2e-3, 'int8': 2e-2}
+# largest 1 - cosine of an embedding with that of the fp32 model
+PRECISION_BOUNDS = {'fp32': 1e-6, 'bf16': 1e-3, 'fp16': 1e-5, 'int8': 1e-2}
+# what storing an embedding may add to 1 - cosine; binary is not bounded
 STORED = {'float32': 0., 'int8': 1e-3}
 
 # %% ../../nbs/exporters/06_variants.ipynb #aff018a7
 def bounds(
-    v: Variant,
-) -> tuple[
-    float, float | None
-]:  # largest difference to the same variant; 1 - cosine with the full model, None if there is none
-    "What `verify` holds a variant to."
+    v: Variant, # of the file
+) -> tuple[float, float | None]: # of a difference between hosts; of 1 - cosine with the full model, None: no bound
+    "Return the two bounds that `verify` compares a variant with."
     kind = v.quantize or v.precision
     full = PRECISION_BOUNDS[kind] + STORED[v.output] if v.output in STORED else None
     return SAME[kind], full if v.full() != v else None
 
 # %% ../../nbs/exporters/06_variants.ipynb #6b73600c
 class HalfText(nn.Module):
-    "A text tower of lower precision"
-    def __init__(self, tower: nn.Module, dtype: torch.dtype):
+    "Run a text tower in lower precision, and return float32"
+    def __init__(self,
+        tower: nn.Module,   # forward(Tokens) -> (B, width); converted in place
+        dtype: torch.dtype, # bfloat16 or float16
+    ):
         super().__init__()
         self.tower, self.width, self.traceable = tower.to(dtype), tower.width, getattr(tower, 'traceable', False)
 
     def forward(self, tokens: Tokens) -> Tensor: return self.tower(tokens).float()
 
 class HalfImage(nn.Module):
-    "An image tower of lower precision"
-    def __init__(self, tower: nn.Module, dtype: torch.dtype):
+    "Run an image tower in lower precision on float32 pixels, and return float32"
+    def __init__(self,
+        tower: nn.Module,   # forward(pixels) -> (B, width); converted in place
+        dtype: torch.dtype, # bfloat16 or float16
+    ):
         super().__init__()
-        self.tower, self.width, self.dtype, self.traceable = (
-            tower.to(dtype),
-            tower.width,
-            dtype,
-            getattr(tower, 'traceable', False),
-        )
+        self.tower, self.width, self.dtype = tower.to(dtype), tower.width, dtype
+        self.traceable = getattr(tower, 'traceable', False)
 
     def forward(self, pixels: Tensor) -> Tensor: return self.tower(pixels.to(self.dtype)).float()
 
 # %% ../../nbs/exporters/06_variants.ipynb #8d493835
 class Attending(nn.Module):
-    "A tower that is traced, whose attention `f` computes"
+    "Run a tower, which is to be traced, with its attention computed by `f`"
     traceable = True
-    def __init__(self, tower: nn.Module, f: Callable):
+    def __init__(self,
+        tower: nn.Module, # any that calls `scaled_dot_product_attention`
+        f: Callable,      # f(query, key, value, mask or None), all (B, heads, L, width)
+    ):
         super().__init__()
         self.tower, self.width, self.f = tower, tower.width, f
     def forward(self, x):
@@ -138,14 +140,16 @@ def in_steps(
     tp: nn.Module,    # its text pipeline
     size: tuple,      # (H, W) of its pixels
 ):
-    "`attention='math'`. Raises `ValueError` for towers that do not attend, or do so in a way of their own."
-    asked = {'text': tp(['two', 'texts']), 'image': torch.zeros(2, 3, *size)}
+    """Compute attention as products and a softmax instead of by one kernel (`attention='math'`).
+
+    Raises `ValueError` if neither tower has attention, or one attends in a way of its own."""
+    inputs = {'text': tp(['two', 'texts']), 'image': torch.zeros(2, 3, *size)}
     def calls(name):
-        with torch.no_grad(), AttentionLayer() as seen: getattr(model, name)(asked[name])
-        return seen.seen
-    for name in asked: with_linear_attention(getattr(model, name))
-    some = [name for name in asked if calls(name)]
-    if not some: raise ValueError("attention='math': neither tower attends")
+        with torch.no_grad(), AttentionLayer() as mode: getattr(model, name)(inputs[name])
+        return mode.seen
+    for name in inputs: with_linear_attention(getattr(model, name))
+    some = [name for name in inputs if calls(name)]
+    if not some: raise ValueError("attention='math': neither tower has attention")
     for m in model.modules():
         for flag in ('fused', 'fused_attn'):  # ours, timm's
             if hasattr(m, flag): setattr(m, flag, False)
@@ -160,9 +164,9 @@ def fold_normalization(
     tower: nn.Module,           # an image tower, changed in place
     vision_pipeline: nn.Module, # its VisionPipeline
 ):
-    """Makes `tower` take levels 0 to 255 as float32.
+    """Make `tower` take pixels 0 to 255 as float32, by folding the normalisation into its first convolution.
 
-    Raises `ValueError` if its first convolution pads, or does not come first."""
+    Raises `ValueError` if that convolution pads, or does not come first."""
     pixels, first = torch.zeros(1, 3, *vision_pipeline.size), []
     def look(layer, inputs, _):
         if inputs[0].data_ptr() == pixels.data_ptr(): first.append(layer)
@@ -174,9 +178,8 @@ def fold_normalization(
     conv, std = first[0], 255 * vision_pipeline.std.double()[None]
     if any(conv.padding) if not isinstance(conv.padding, str) else conv.padding != 'valid':
         raise ValueError(
-            f"fold: the first convolution of {type(tower).__name__} pads by {conv.padding}, and a margin of zeros is "
-            f"the mean colour only "
-            'after normalisation'
+            f'fold: the first convolution of {type(tower).__name__} pads by {conv.padding}, and a margin of zeros is '
+            'the mean colour only after normalisation'
         )
     if conv.groups != 1:
         raise ValueError(f'fold: the first convolution of {type(tower).__name__} has {conv.groups} groups')
@@ -189,72 +192,70 @@ def fold_normalization(
 
 # %% ../../nbs/exporters/06_variants.ipynb #7d06e385
 class PreparedModel(NamedTuple):
-    "A model as a variant has it, still in eager Python"
+    "A model changed as a variant asks, still in eager Python"
     model: nn.Module           # DualEncoder or PairClassifier, on the CPU, in eval mode, its towers without pipelines
-    text_pipeline: nn.Module
-    vision_pipeline: nn.Module
-    variant: Variant
+    text_pipeline: nn.Module   # a copy of the model's, on the CPU
+    vision_pipeline: nn.Module # likewise
+    variant: Variant           # that was asked for, checked
 
 # %% ../../nbs/exporters/06_variants.ipynb #4884570b
 def copied(
-    model: nn.Module,
-    # its parameters, under other objects: a copy costs no memory, and is to be used before `model` changes
-    share: bool = False,
+    model: nn.Module,    # any
+    share: bool = False, # the copy has the parameters' memory: it costs none, and must be used before `model` changes
 ) -> nn.Module:
     "Return a deep copy of `model`; one that shares weights can be converted and cut up, and `model` stays as it is."
-    return copy.deepcopy(
-        model,
-        {id(p): nn.Parameter(p.detach(), False) for p in model.parameters() if type(p) is nn.Parameter}
-        if share
-        else None,
-    )
+    if not share: return copy.deepcopy(model)
+    shared = {id(p): nn.Parameter(p.detach(), False) for p in model.parameters() if type(p) is nn.Parameter}
+    return copy.deepcopy(model, shared)
 
 def prepared(
     model: nn.Module,              # a DualEncoder or PairClassifier with its two pipelines; left as it is
-    variant: Variant = Variant(),
-    kernels: bool = False,         # its towers' layers computed by oneDNN, as a TorchScript file has them
-    share: bool = False,           # weights that the variant leaves alone are those of `model`, not copies
-    calibrate: Sequence[bytes | Tensor] = (), # images for the ranges of int8 convolutions; none: the built-in ones
-    decode: bool = True,           # the built-in ones are files; False: decoded RGB
+    variant: Variant = Variant(),  # what is to change
+    kernels: bool = False,         # compute the towers' layers by oneDNN, as a TorchScript file does
+    share: bool = False,           # use the model's own memory for weights that the variant does not change
+    calibrate: Sequence[bytes | Tensor] = (), # images for the ranges of int8 convolutions; (): the built-in ones
+    decode: bool = True,           # the built-in images are files; False: decoded RGB
 ) -> PreparedModel:
-    "`model` as `variant` has it. Raises `ValueError` for an option that this model does not allow."
-    v, tp, vp = (
-        checked_variant(variant),
-        copy.deepcopy(model.text_pipeline).cpu(),
-        copy.deepcopy(model.vision_pipeline).cpu(),
-    )
+    "Return a copy of `model` changed as `variant` asks. Raises `ValueError` for an option that it does not allow."
+    v = checked_variant(variant)
     if len(calibrate) and not v.quantize:
         raise ValueError("calibrate: images for quantize='int8', which was not asked for")
+    tp, vp = copy.deepcopy(model.text_pipeline).cpu(), copy.deepcopy(model.vision_pipeline).cpu()
     model = copied(model, share).cpu().eval().requires_grad_(False)
     for tower in (model.text, model.image, getattr(model.text, 'tower', None), *getattr(model, 'towers', ())):
         if hasattr(tower, 'pipeline'): object.__setattr__(tower, 'pipeline', None)  # the artifact holds it once
     if v.trim: _trim(model, tp, v.trim)
     if v.fold: fold_normalization(model.image, vp)
-    if v.quantize:
-        texts, pixels = _examples(tp, vp, v.fold)
-        how = dict(script=kernels, portable=v.portable)
-        layers = int8_linear(model.text, texts, **how) + int8_linear(model.image, pixels, **how)
-        convolutions, why = _convolutions(model.image, vp, v, kernels, calibrate, decode)
-        if not layers + convolutions:
-            raise ValueError(f"quantize='int8': the towers have no linear layers{'; ' * bool(why)}{why}")
-        if why and kernels: warnings.warn(f"quantize='int8': {why}", stacklevel=2)
+    if v.quantize: _quantize(model, tp, vp, v, kernels, calibrate, decode)
     if kernels and not v.portable:
-        from mmembed.exporters.onednn import quick
         model.text, model.image = quick(model.text), quick(model.image, torch.zeros(1, 3, *vp.size))
     if v.attention == 'math': in_steps(model, tp, vp.size)
-    if v.precision != 'fp32':
-        dtype = DTYPES[v.precision]
-        if kernels and v.precision == 'bf16' and v.attention == 'sdpa':
-            quick_attention = quietly(torch.jit.script, attend)
-            for name in ('text', 'image'):
-                if getattr(tower := getattr(model, name), 'traceable', False):
-                    setattr(model, name, Attending(tower, quick_attention))
-        model.text, model.image = HalfText(model.text, dtype), HalfImage(model.image, dtype)
+    if v.precision != 'fp32': _lower_precision(model, v, kernels)
     return PreparedModel(model, tp, vp, v)
 
 # %% ../../nbs/exporters/06_variants.ipynb #a7a2eb6d
+def _lower_precision(model: nn.Module, v: Variant, kernels: bool):
+    if kernels and v.precision == 'bf16' and v.attention == 'sdpa':
+        scripted = quietly(torch.jit.script, attend)  # oneDNN's products, for towers that are traced
+        for name in ('text', 'image'):
+            tower = getattr(model, name)
+            if getattr(tower, 'traceable', False): setattr(model, name, Attending(tower, scripted))
+    dtype = DTYPES[v.precision]
+    model.text, model.image = HalfText(model.text, dtype), HalfImage(model.image, dtype)
+
+def _quantize(
+    model: nn.Module, tp: nn.Module, vp: nn.Module, v: Variant, script: bool, calibrate: Sequence, decode: bool
+):
+    texts, pixels = _examples(tp, vp, v.fold)
+    how = dict(script=script, portable=v.portable)
+    layers = int8_linear(model.text, texts, **how) + int8_linear(model.image, pixels, **how)
+    convolutions, why = _convolutions(model.image, vp, v, script, calibrate, decode)
+    if not layers + convolutions:
+        raise ValueError('; '.join(["quantize='int8': the towers have no linear layers", *filter(None, [why])]))
+    if why and script: warnings.warn(f"quantize='int8': {why}", stacklevel=3)
+
 def _examples(tp: nn.Module, vp: nn.Module, fold: bool) -> tuple[Tokens, Tensor]:
-    "The built-in texts and pictures as the towers take them: never a user's own, so that one model has one int8 form."
+    "Return the built-in texts and images as the towers take them: never a user's own, so that a model has one form."
     texts = [torch.tensor(list(t), dtype=torch.uint8) for t in cases.texts()]
     levels = torch.stack([vp.preprocess(x) for x in cases.arrays()])
     with torch.no_grad():
@@ -263,15 +264,14 @@ def _examples(tp: nn.Module, vp: nn.Module, fold: bool) -> tuple[Tokens, Tensor]
 
 def _convolutions(
     tower: nn.Module, vp: nn.Module, v: Variant, script: bool, calibrate: Sequence, decode: bool
-) -> tuple[int, str]:
-    "Makes those of an image tower int8, as `int8_convolutions` does; what `verify` will ask for is what it is held to."
-    from mmembed.exporters.convolutions import int8_convolutions
+) -> tuple[int, str]: # of `int8_convolutions`
+    """Make the convolutions of an image tower int8.
 
+    Its embeddings are compared on the images that `verify` will ask for."""
     if v.portable or not torch.backends.mkldnn.is_available() or sum(type(m) is nn.Conv2d for m in tower.modules()) < 2:
         return 0, ''
     if decode: register_image_ops()
-    def batches(levels):
-        return [x.float() if v.fold else vp.normalize(x) for x in torch.stack(levels).split(8)]
+    def batches(levels): return [x.float() if v.fold else vp.normalize(x) for x in torch.stack(levels).split(8)]
     built_in, given = [], []
     for x in [as_bytes(b) for b in cases.images().values()] if decode else cases.arrays():
         try: built_in.append(vp.preprocess(x))
@@ -279,24 +279,20 @@ def _convolutions(
     for i, x in enumerate(calibrate):
         try: given.append(vp.preprocess(x if isinstance(x, Tensor) else as_bytes(x)))
         except (RuntimeError, TypeError, ValueError) as e: raise ValueError(f'calibrate[{i}]: {reason(e)}') from None
-    return int8_convolutions(
-        tower, batches(given or built_in), batches(built_in + given), PRECISION_BOUNDS['int8'] / 2, script
-    )
-
+    limit = PRECISION_BOUNDS['int8'] / 2
+    return int8_convolutions(tower, batches(given or built_in), batches(built_in + given), limit, script)
 
 # %% ../../nbs/exporters/06_variants.ipynb #3362f1d7
 def _trim(model: nn.Module, tp: nn.Module, bucket: int):
-    texts, before = ['a', 'be', ''], tp.pad_to  # short: a row of theirs has padding
+    "Set the pipeline's `pad_to` to `bucket`, after a try whether the text tower gives the same for shorter rows."
+    texts, before = ['a', 'be', ''], tp.pad_to  # short: their rows have padding
     with torch.no_grad():
         tp.pad_to = 0
-        whole = model.text(tp(texts))
+        whole = model.text(tp(texts))  # (B, width), or (B, L, width) of a tower that gives every token's
         tp.pad_to = bucket
-        short = tp(texts)
-        off = (
-            float((model.text(short) - whole)[..., :1, :].abs().max())
-            if whole.dim() == 3
-            else float((model.text(short) - whole).abs().max())
-        )
+        short = model.text(tp(texts))
+        if whole.dim() == 3: whole, short = whole[:, :1], short[:, :1]
+        off = float((short - whole).abs().max())
     if not off <= 1e-4 * max(1., float(whole.abs().max())):
         tp.pad_to = before
         raise ValueError(

@@ -216,7 +216,7 @@ def test_what_loses_its_cosine_stays_float32():
     with torch.no_grad(): want = m(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     x = [torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))]
     count, why = int8_convolutions(m, x, x, 1e-9)
-    assert count == 0 and 'in int8 its answers lose' in why and 'give pictures of your own to calibrate=' in why
+    assert count == 0 and 'in int8 its embeddings lose' in why and 'give images of your own to calibrate=' in why
     with torch.no_grad(): assert m(x[0]).equal(want)
 
 

@@ -134,7 +134,7 @@ def test_attention_that_cannot_be_chosen():
     still = tiny.model()
     pipeline, still.text = still.text.pipeline, Mean(still.text.embed)
     still.text.pipeline = pipeline
-    with pytest.raises(ValueError, match="attention='math': neither tower attends"):
+    with pytest.raises(ValueError, match="attention='math': neither tower has attention"):
         prepared(still.eval(), Variant(attention='math'))
 
 

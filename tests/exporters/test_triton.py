@@ -132,7 +132,7 @@ def test_from_the_shell(tmp_path, capsys):
     )
     with pytest.raises(ValueError, match='max_batch must be at least 1'):
         triton.export_triton(tiny.artifact(), tmp_path, max_batch=0)
-    with pytest.raises(ValueError, match="name: 'a/b' is none for Triton"):
+    with pytest.raises(ValueError, match="name: 'a/b' is not a name for Triton"):
         triton.export_triton(tiny.artifact(), tmp_path, 'a/b')
 
 
