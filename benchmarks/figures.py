@@ -6,6 +6,7 @@
     python -m benchmarks.figures soup        # the mean of two fine-tuned models
     python -m benchmarks.figures curves FILE # draws the learning curves of benchmarks/results/learning_curves.json,
     which finetune writes with the flag `record`
+    python -m benchmarks.figures picture     # the README's picture: photographs that sentences find
     python -m benchmarks.figures errors      # what stands first where the right picture does not, before and after
     python -m benchmarks.figures compare     # frozen against fine-tuned, several seeds each: the same queries, with
     bootstrap intervals
@@ -25,6 +26,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -173,6 +175,53 @@ def line(name, text, image, captions):
             flush=True,
         )
     return r
+
+
+ASKED = (
+    'the Earth seen from space',
+    'a bird on a branch',
+    'people protest in the street with signs',
+    'an ancient stone temple',
+    'a doctor with a patient',
+    'food on a plate',
+)
+
+
+def picture(out='nbs/images/found.webp', shown=6, pixels=116):
+    """Draw what sentences find among the held-out photographs, by heads on frozen features.
+
+    Writes `out` and, beside it, a Markdown file with the credit of each photograph."""
+    import matplotlib.pyplot as plt
+    from PIL import Image
+    train, valid = parts(source())
+    about = {r['image']: r for r in map(json.loads, (DATA/'figures'/'pairs.jsonl').read_text().splitlines())}
+    photos = [i for i in range(len(valid)) if about[valid.name(i)]['kind'] == 'photo']
+    model, _ = heads((*features(train), other_features(train)))
+    text = minilm()
+    with torch.no_grad():
+        asked = model[0](text(text.pipeline.tokenize(*pack(list(ASKED)))))
+        images = model[1](features(valid)[1][photos])
+    scores = nn.functional.normalize(asked, dim=1) @ nn.functional.normalize(images, dim=1).T
+    fig, axes = plt.subplots(
+        len(ASKED),
+        shown + 1,
+        figsize=(1.16 * (shown + 1.7), 1.2 * len(ASKED)),
+        gridspec_kw=dict(width_ratios=[1.7] + [1] * shown),
+    )
+    credits = {}
+    for row, words, order in zip(axes, ASKED, scores.topk(shown).indices.tolist()):
+        for ax in row: ax.axis('off')
+        row[0].text(0, 0.5, textwrap.fill(words, 20), fontsize=9, va='center', transform=row[0].transAxes)
+        for ax, i in zip(row[1:], order):
+            name = valid.name(photos[i])
+            ax.imshow(Image.open(DATA/'figures'/name).convert('RGB'))
+            found = re.search(r'\(credit:?\s*(.*?)\)\s*$', about[name]['caption'])
+            credits[name] = (found[1] if found else 'OpenStax', about[name]['book'])
+    fig.tight_layout(pad=0.2)
+    fig.savefig(out, dpi=100, pil_kwargs=dict(quality=55, method=6))
+    lines = [f'- {Path(name).stem}: {credit} ({book})' for name, (credit, book) in credits.items()]
+    head = '# Credits of found.webp\n\nRice University / OpenStax, CC BY 4.0, with the credits of their captions:\n\n'
+    Path(out).with_suffix('.md').write_text(head + '\n'.join(lines) + '\n')
 
 
 def header(valid):
@@ -559,6 +608,7 @@ if __name__ == '__main__':
         'finetune': finetune,
         'errors': errors,
         'curves': curves,
+        'picture': picture,
         'compare': compare,
         'soup': soup,
     }[sys.argv[1]](*(a for a in sys.argv[2:] if a != '--quick'))

@@ -1,6 +1,6 @@
 """`python -m mmembed`: the same as the command `mmembed`"""
 import sys
 
-from .cli import main
+from .cli.main import main
 
 sys.exit(main())

@@ -27,7 +27,7 @@ def tree() -> argparse.ArgumentParser:
                 places[''].add_parser(group, help=GROUPS[group], add_help=False).add_subparsers(metavar='COMMAND')
             )
         places[group].add_parser(last, help=summary(name), add_help=False)
-        leaf = places[group]._name_parser_map[last] = parser(name)
+        leaf = places[group]._name_parser_map[last] = parser(name, whole=True)
         for a in leaf._actions:
             if (
                 a.nargs != 0

@@ -28,8 +28,8 @@ def embed(
     # are printed
     Out: path = None,
     text: str = None,           # a text, to be printed
-    stdin: store_true = False,  # read texts from standard input, one a line: as `- --what text`
-    what: Annotated[str, {'choices': ['image', 'text', 'both']}] = None, # which vectors; image by default
+    stdin: store_true = False,  # read texts from standard input, one a line: as `- --modality text`
+    modality: Annotated[str, {'choices': ['image', 'text', 'both']}] = None, # which vectors; image by default
     keep: str = '',             # columns of the source to keep, separated by commas
     # of the vectors; Spark cannot read float16: see --spark
     precision: Annotated[str, {'choices': ['float32', 'float16', 'int8', 'binary']}] = 'float32',
@@ -42,8 +42,8 @@ def embed(
     # tell changed images by their bytes (reads them twice), not by size and time of their files
     content_hash: store_true = False,
     spark: store_true = False,  # write Parquet that Spark reads: float32 instead of float16
-    rows: int = 8192,           # of a part: what a killed run may lose
-    batch: int = 0,             # items that a tower sees at once; as in `mmembed serve`: 16, or 64 on a GPU
+    shard_rows: int = 8192,     # rows of a Parquet file; a killed run redoes at most one file
+    batch_size: int = 0,        # items that a tower sees at once; as in `mmembed serve`: 16, or 64 on a GPU
     threads: int = 0,           # that read and decode; one a core by default
     device: str = 'cpu',        # where the towers run: cpu, cuda, ...
     engine: Annotated[str, {'choices': ['local', 'ray']}] = 'local', # this process, or the workers of a Ray cluster
@@ -57,7 +57,7 @@ def embed(
     mmembed embed model.pt photo.jpg --text "a red boat"
     mmembed embed model.pt --stdin < captions.txt
     mmembed embed model.pt photos/ -o vectors
-    mmembed embed model.pt products.csv -o products.lance --what both --keep year,price
+    mmembed embed model.pt products.csv -o products.lance --modality both --keep year,price
     find photos -newer last -print0 | mmembed embed model.pt - --null -o new.npy --precision float16
     mmembed embed model.pt 'shards-{000..999}.tar' -o vectors --engine ray --workers 2-16 --gpus 1"""
     options = dict(
@@ -67,9 +67,9 @@ def embed(
         text_key=text_key,
         image_root=image_root,
     )
-    if stdin and Out: source, what = ('-', *source), 'text'
+    if stdin and Out: source, modality = ('-', *source), 'text'
     if text is not None and Out: raise ValueError('--text is printed, not written: leave out -o')
-    if not Out and (text is not None or stdin or not source or (not what and all(map(_is_image, source)))):
+    if not Out and (text is not None or stdin or not source or (not modality and all(map(_is_image, source)))):
         return _print_items(artifact, source, text, stdin, device)
     if len(source) > 1 and (bad := [s for s in source if not _is_image(s)]):
         raise ValueError(f'{bad[0]} is no image file: want image files, or one source alone')
@@ -77,13 +77,13 @@ def embed(
     from mmembed.runtime.artifact import read_card
     read_card(artifact)
     from mmembed.data.open import open_source
-    found = open_source(list(source), what or 'image', null, **options)
+    found = open_source(list(source), modality or 'image', null, **options)
     if left := getattr(found, 'ignored', []):
         print(f'{len(left):,} files or samples are left out, such as {left[0]}', file=sys.stderr)
     if not Out:
         if engine != 'local' or spark:
             raise ValueError(f'{"--spark is of" if spark else "--engine ray writes"} files: name them with -o')
-        return _print(artifact, found, what or 'image', options['keep'], batch, threads, device)
+        return _print(artifact, found, modality or 'image', options['keep'], batch_size, threads, device)
     from mmembed.retrieval.embed import embed as run, progress_bar
     from mmembed.retrieval.writers import embed_to
     more: dict = dict(threads=threads)
@@ -103,12 +103,12 @@ def embed(
             Out,
             run,
             device,
-            batch,
+            batch_size,
             progress,
-            what=what or 'image',
+            what=modality or 'image',
             keep=options['keep'],
             precision=precision,
-            shard_rows=rows,
+            shard_rows=shard_rows,
             unique=unique,
             content_hash=content_hash,
             spark=spark,

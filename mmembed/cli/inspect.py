@@ -56,7 +56,7 @@ def bench(
     artifact: path,                # an exported file
     # a folder of images, and a captions.txt with one text a line; made-up ones by default
     data: path = None,
-    batches: str = '1,2,4,8,16,32,64', # batch sizes
+    batch_sizes: str = '1,2,4,8,16,32,64', # rows of a batch
     threads: str = '1',           # of one torch operation, as 1,2
     rounds: int = 5,              # of which the median counts
     device: str = 'cpu',          # where the towers run: cpu, cuda, ...
@@ -66,11 +66,13 @@ def bench(
     """Measure an exported file on this machine: texts and images a second from raw bytes, and what preprocessing adds.
 
     mmembed bench model.pt
-    mmembed bench model.pt --data photos --batches 1,16 --threads 1,4 --json"""
+    mmembed bench model.pt --data photos --batch-sizes 1,16 --threads 1,4 --json"""
     import json as formats
     from mmembed.runtime.benchmark import measure, table
     whole = lambda name, text: [int(x) if x.strip().isdigit() else _no_number(name, x) for x in text.split(',')]
-    found = measure(artifact, data, device, whole('batches', batches), whole('threads', threads), rounds, not no_cold)
+    found = measure(
+        artifact, data, device, whole('batch_sizes', batch_sizes), whole('threads', threads), rounds, not no_cold
+    )
     print(formats.dumps(found, indent=1) if json else f"{table(found)}\ncomputes {found['machine']['computes']}")
 
 def _no_number(name: str, x: str): raise ValueError(f'{name} must be whole numbers separated by commas, got {x!r}')

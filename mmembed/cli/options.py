@@ -11,7 +11,7 @@ __all__ = ['Option', 'describe_parameters', 'trainer_options', 'run_options', 'n
 # %% ../../nbs/cli/02_options.ipynb #ffebeee3
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import UnionType
@@ -131,7 +131,7 @@ def _config_file(word: str) -> str:
 
 # %% ../../nbs/cli/02_options.ipynb #127fa3ff
 def train_parser(
-    argv: list[str] = [], # a command line whose `--config`, `--task` bring options with them
+    argv: Sequence[str] = (), # a command line whose `--config`, `--task` bring options with them
 ) -> Parser:
     "All options of a training run in groups, with what they mean."
     import yaml

@@ -22,7 +22,7 @@ def serve(
     device: str = 'cpu',        # where the towers run: cpu, cuda, ...
     threads: int = None,        # for one torch operation
     replicas: int = 1,          # processes that share the ports
-    batch: int = 0,             # items that a tower sees at once; 16 by default, 64 on a GPU
+    batch_size: int = 0,        # items that a tower sees at once; 16 by default, 64 on a GPU
     wait_ms: float = 2.,        # after its arrival an item goes into a batch that is not full
     queue: int = 1024,          # items that may wait; more are answered 429
     decoders: int = 0,          # threads that decode images; one a core by default
@@ -70,7 +70,7 @@ def serve(
     if max_replicas and not ray:
         raise ValueError('max_replicas goes with ray: without it the number of replicas is fixed')
     options = Options(
-        batch=batch or (64 if device.startswith('cuda') else 16),
+        batch=batch_size or (64 if device.startswith('cuda') else 16),
         wait=wait_ms / 1e3,
         queue=queue,
         decoders=decoders,
@@ -111,4 +111,4 @@ def serve(
     if ray:
         from mmembed.serve.ray import run_cluster
         raise SystemExit(run_cluster(config, max_replicas=max_replicas, min_replicas=replicas if max_replicas else 0))
-    raise SystemExit(run_cluster(config))
+    raise SystemExit(run(config))

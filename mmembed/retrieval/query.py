@@ -268,7 +268,7 @@ class Store:
                 raise FileNotFoundError(
                     f'the artifact {self.about.artifact[:12]} that made this index is not at '
                     f'{str(self._model) or "any known place"}: '
-                    'name it (--model, model=)'
+                    'name it (--artifact, model=)'
                 )
             self.check(read_card(self._model))
             self._model = Embedder(self._model)

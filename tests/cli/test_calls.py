@@ -89,7 +89,10 @@ def test_closed_and_full_streams(here, line, status, says, unbuffered):
 
 def test_no_file_takes_the_number_of_a_closed_stream(here):
     "A file that is opened in place of a closed standard output would receive what is printed."
-    program = "import os, sys\nfrom mmembed.cli.main import open_streams\nopen_streams()\nf = open('new.txt', 'w')\nprint('printed')\nsys.stdout.flush()\nassert f.fileno() > 2 and sys.stdin.read() == ''"
+    program = (
+        "import os, sys\nfrom mmembed.cli.main import open_streams\nopen_streams()\nf = open('new.txt', 'w')\n"
+        "print('printed')\nsys.stdout.flush()\nassert f.fileno() > 2 and sys.stdin.read() == ''"
+    )
     assert (
         subprocess.run(
             ['bash', '-c', f'exec {sys.executable} -c "$0" <&- >&-', program], capture_output=True
@@ -146,7 +149,7 @@ WRONG = [
     (['verify', 'x.pt', '--sampels', '3'], 2, 'is --samples meant?'),
     (['serve', 'x.pt', '--prot', '8000'], 2, 'is --port meant?'),
     (['index', 'build', 'x.pt', 'y', '--image-kye', 'a', '-o', 'z'], 2, 'is --image-key meant?'),
-    (['search', 'x', '--fliter', 'a'], 2, 'is --filter meant?'),
+    (['search', 'x', '--wheer', 'a'], 2, 'is --where meant?'),
     (['info', 'x.pt', '--wholly-other'], 2, 'unrecognized arguments: --wholly-other; `mmembed info --help`'),
 ]
 

@@ -1,6 +1,7 @@
 """The house keeps its order: imports point one way, nothing private is borrowed, chapters build on earlier ones, a
 public name has one home."""
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -104,12 +105,141 @@ def twice(root=ROOT):
     homes = defaultdict(list)
     for module, tree in modules(root):
         for node in tree.body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)): names = [node.name]
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                # a method of a class that stands elsewhere is no name of the module
+                names = [] if any(ast.unparse(d).startswith('patch') for d in node.decorator_list) else [node.name]
             elif isinstance(node, ast.Assign): names = [t.id for t in node.targets if isinstance(t, ast.Name)]
             else: continue
             for n in names:
                 if not n.startswith('_'): homes[n].append(module)
     return {n: m for n, m in homes.items() if len(set(m)) > 1}
+
+
+# Names that several modules may define, since they are called by others: commands, and schemas of the service.
+ENDPOINTS = {
+    'commands of the command line': {'embed', 'export', 'verify', 'info', 'add', 'compact', 'serve', 'evaluate'},
+    'schemas in /openapi.json, named as the results they carry': {'Embeddings', 'Ranking'},
+}
+# Chapters that use a later one; the list may only shrink.
+LATER: set[str] = set()
+
+
+def test_arrows_point_down():
+    assert [*arrows()] == []
+
+
+def test_no_chapter_uses_a_later_one():
+    found = set(later())
+    assert found - LATER == set() and LATER - found == set()
+
+
+def test_chapters_are_numbered_without_gaps():
+    assert [*numbering()] == []
+
+
+def test_nothing_lies_flat():
+    assert {p.name for p in (ROOT/'mmembed').glob('*.py')} == FREE
+    assert {p.name for p in (ROOT/'nbs').glob('*.ipynb')} == {'index.ipynb', 'comparison.ipynb'}
+    assert {p.name for p in (ROOT/'tests').glob('test_*.py')} == set()
+
+
+def test_tests_and_notebooks_have_the_rooms_of_the_library():
+    def folders(top):
+        tracked = {
+            p.parent.relative_to(ROOT / top).as_posix()
+            for p in (ROOT / top).rglob('*.*')
+            if '__pycache__' not in p.parts
+        }
+        return {f.split('/')[0] for f in tracked} - {'.'}
+    assert folders('mmembed') == set(RANK)
+    assert {p.name for p in (ROOT / 'nbs').iterdir() if p.is_dir() and any(p.rglob('*.ipynb'))} == set(RANK) | {
+        'tutorials'
+    }
+    assert {p.name for p in (ROOT/'tests').iterdir() if any(p.glob('**/test_*.py'))} == set(RANK) | {'cpp', 'repo'}
+
+
+def test_a_public_name_has_one_home():
+    found = {n: m for n, m in twice().items() if n not in set().union(*ENDPOINTS.values())}
+    assert found == {}
+
+
+def test_ruff():
+    """Lines of at most 120 columns, no unused names, no known bugs, no function that is too complex.
+
+    The lines of `__all__` are nbdev's own, which breaks them at 130."""
+    done = subprocess.run(
+        [
+            Path(sys.executable).parent / 'ruff',
+            'check',
+            '--no-cache',
+            '--output-format',
+            'json',
+            'mmembed',
+            'tests',
+            'benchmarks',
+            'tools',
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    def generated(row):
+        lines = Path(row['filename']).read_text().splitlines()[: row['location']['row']]
+        begins = [i for i, line in enumerate(lines) if line.startswith('__all__')]
+        return bool(begins) and all(line.startswith(('__all__', ' ')) for line in lines[begins[0] :])
+    left = [r for r in json.loads(done.stdout) if not (r['code'] == 'E501' and generated(r))]
+    assert [
+        f"{Path(r['filename']).relative_to(ROOT)}:{r['location']['row']}: {r['code']} {r['message']}" for r in left
+    ] == []
+
+
+# Scripted classes stand as one body, and are longer; so does what is pasted as source into another process.
+LONG: dict[str, str] = {}
+
+
+def test_exported_cells_are_short():
+    found = {}
+    for path, module, cells in chapters():
+        for source in cells:
+            if re.match(r'#\s*\|\s*export', source) and (n := len(source.split('\n'))) > 60:
+                scripted = re.search(r'(?m)^class \w+\(.*(Module|Tower|Pipeline|Protocol)', source)
+                if not scripted: found[f'{path}: {source.split(chr(10))[1][:60]}'] = n
+    assert {k: v for k, v in found.items() if k not in LONG} == {}
+
+
+@pytest.fixture
+def small(tmp_path):
+    "A house of two rooms in which every rule is broken once."
+    def write(name, text):
+        path = tmp_path/name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    write('mmembed/core/first.py', 'def f():\n    from mmembed.text.second import g\n')
+    write('mmembed/text/second.py', 'from ..core.first import _hidden\ndef g(): pass\n')
+    write('mmembed/text/third.py', 'def g(): pass\n')
+    def book(name, module, code):
+        cells = [
+            dict(cell_type='code', source=f'#| default_exp {module}', metadata={}, outputs=[], execution_count=None)
+        ]
+        cells.append(dict(cell_type='code', source=code, metadata={}, outputs=[], execution_count=None))
+        write(name, json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
+    book('nbs/core/01_first.ipynb', 'core.first', 'from mmembed.text.second import g')
+    book('nbs/text/01_second.ipynb', 'text.second', 'from mmembed.text.third import g')
+    book('nbs/text/03_third.ipynb', 'text.third', 'x = 1')
+    return tmp_path
+
+
+def test_the_rules_fail_where_they_are_broken(small):
+    assert [m.split(': ')[1] for m in arrows(small)] == [
+        'core may not use text.second',
+        '_hidden is private to core.first',
+    ]
+    assert sorted(later(small)) == [
+        'core/01_first.ipynb: uses text.second, of a later room',
+        'text/01_second.ipynb: uses text.third, which comes later',
+    ]
+    assert [*numbering(small)] == ["text: ['01_second.ipynb', '03_third.ipynb']"]
+    assert twice(small) == {'g': ['text.second', 'text.third']}
 
 
 if __name__ == '__main__':
