@@ -105,7 +105,10 @@ def split(near='0.97'):
     captions = {valid.text(i) for i in range(len(valid))}
     twins = (a @ b.T).max(1).values > float(near)
     out = [train.name(i) for i in range(len(train)) if twins[i] or train.text(i) in captions]
-    rule = f'PairsFile(group_key=section).split(0.2); left out: training rows with a held-out caption, or a picture of cosine > {near} to a held-out one'
+    rule = (
+        'PairsFile(group_key=section).split(0.2); left out: training rows with a held-out caption, or a picture of '
+        f'cosine > {near} to a held-out one'
+    )
     SPLIT.write_text(
         json.dumps({'rule': rule, 'held_out': [valid.name(i) for i in range(len(valid))], 'left_out': out}, indent=0)
     )
@@ -562,10 +565,8 @@ def compare(*names):
         drawn.append(some(after, rows) - some(before, rows))
     drawn = torch.stack(drawn)
     print(f"| difference | {' | '.join(f'{100 * float(x):+.1f}' for x in after.mean((1, 2)) - before.mean((1, 2)))} |")
-    print(
-        f"| 95 % interval | "
-        f"{' | '.join(f'{100 * float(a):+.1f} to {100 * float(b):+.1f}' for a, b in drawn.quantile(torch.tensor([0.025, 0.975]), 0).T)} |"
-    )
+    bounds = (100 * drawn.quantile(torch.tensor([0.025, 0.975]), 0).T).tolist()
+    print(f"| 95 % interval | {' | '.join(f'{low:+.1f} to {high:+.1f}' for low, high in bounds)} |")
     print(
         f"| share of draws in which fine-tuning is not ahead | "
         f"{' | '.join(f'{float(x):.4f}' for x in (drawn <= 0).float().mean(0))} |"

@@ -242,10 +242,9 @@ def serve(name, folder):
         print((time.process_time() - start) * 1e3 / batch, flush=True)
 
 
-def run(args, folder):
-    import numpy as np
-    failed, rows, best, running = json.loads((folder/'failed.json').read_text()), [], {}, {}
-    data = np.load(folder/'photos.npz')
+def started(args, folder, failed):
+    "The processes that are ready, by name; what does not start is noted in `failed`."
+    running = {}
     for name in ('fp32', 'int8', *PEERS):
         if args.only and name not in args.only or name in failed: continue
         python = args.peers if name in PEERS else sys.executable
@@ -264,6 +263,13 @@ def run(args, folder):
         )
         if process.stdout.readline().strip() == 'ready': running[name] = process
         else: failed[name] = (process.communicate()[1].strip().splitlines() or ['it ended'])[-1][:150]
+    return running
+
+
+def run(args, folder):
+    import numpy as np
+    failed, rows, best = json.loads((folder/'failed.json').read_text()), [], {}
+    data, running = np.load(folder/'photos.npz'), started(args, folder, failed)
     def ask(name, line):
         running[name].stdin.write(f'{line}\n')
         running[name].stdin.flush()

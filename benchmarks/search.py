@@ -162,8 +162,9 @@ def vectors_file(work, rows):
 def rates(ask, queries, truth, most, knobs):
     "Recall@10 and queries a second, one at a time, in at most so many seconds."
     ask(queries[0])
-    start, cpu, found = time.perf_counter(), time.process_time(), 0
-    for n, (q, right) in enumerate(zip(queries, truth), 1):
+    start, cpu, found, n = time.perf_counter(), time.process_time(), 0, 0
+    for q, right in zip(queries, truth):
+        n += 1
         found += len(set(ask(q)) & set(right.tolist()))
         if time.perf_counter() - start > most: break
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
@@ -222,7 +223,6 @@ def lance_ask(kind, work, rows):
 def named_model(path):
     "The card of an artifact is all that an index of ready vectors wants; this one's vectors are 512 wide."
     if not path.is_file():
-        import torch
         import mmembed as mm
         tp = mm.TextPipeline.learn(['a red circle', 'a blue square'], vocab_size=100, max_length=16)
         model = mm.DualEncoder(

@@ -43,7 +43,6 @@ WHO = ('ours', 'sentence_transformers', 'open_clip')
 
 def prepare(folder, args):
     "Files, lists of pairs, the model in both forms."
-    import open_clip
     import torch
     if args.data == 'scenes':
         from mmembed.data.scenes import Scenes

@@ -145,7 +145,8 @@ def last_weekly() -> str:
     last = json.loads(WEEKLY.read_text())
     outcomes = Counter(row['outcome'] for row in last['tests'].values())
     days = (date.today() - date.fromisoformat(last['date'])).days
-    return f"weekly set: {', '.join(f'{n} {kind}' for kind, n in outcomes.items())}, {days} days ago at {last['commit']} (make weekly)"
+    told = ', '.join(f'{n} {kind}' for kind, n in outcomes.items())
+    return f"weekly set: {told}, {days} days ago at {last['commit']} (make weekly)"
 
 
 class Spent:

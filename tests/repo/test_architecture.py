@@ -199,7 +199,7 @@ LONG: dict[str, str] = {}
 
 def test_exported_cells_are_short():
     found = {}
-    for path, module, cells in chapters():
+    for path, _, cells in chapters():
         for source in cells:
             if re.match(r'#\s*\|\s*export', source) and (n := len(source.split('\n'))) > 60:
                 scripted = re.search(r'(?m)^class \w+\(.*(Module|Tower|Pipeline|Protocol)', source)
@@ -243,7 +243,6 @@ def test_the_rules_fail_where_they_are_broken(small):
 
 
 if __name__ == '__main__':
-    import collections
 
     for title, found in (
         ('arrows', [*arrows()]),

@@ -228,7 +228,10 @@ def test_commands_of_the_pages(command, checkout):
 
 
 def test_a_benchmark_says_and_limits_its_instructions():
-    program = 'import argparse, os, sys; from benchmarks import LIMITS, begun; a = begun(argparse.ArgumentParser()); print(a.avx2, [os.environ.get(k) for k in LIMITS], sys.argv[1:])'
+    program = (
+        'import argparse, os, sys; from benchmarks import LIMITS, begun; a = begun(argparse.ArgumentParser()); '
+        'print(a.avx2, [os.environ.get(k) for k in LIMITS], sys.argv[1:])'
+    )
     def run(*words, **more):
         env = {k: v for k, v in os.environ.items() if k not in LIMITS} | more
         return subprocess.run(

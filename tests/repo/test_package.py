@@ -67,7 +67,8 @@ from mmembed.cli import main
 assert Path(mm.__file__).is_relative_to({str(installed)!r}), mm.__file__
 assert main(['--version']) == 0
 text = mm.TextPipeline.learn(['a red circle', 'a blue square'], vocab_size=60, max_length=8)
-model = mm.DualEncoder(mm.TextTransformer(text, width=16, depth=1, heads=2), mm.ConvNet(mm.VisionPipeline(size=16), channels=(4,), width=16), dim=8).eval()
+image = mm.ConvNet(mm.VisionPipeline(size=16), channels=(4,), width=16)
+model = mm.DualEncoder(mm.TextTransformer(text, width=16, depth=1, heads=2), image, dim=8).eval()
 report = mm.export(model, 'model.pt', fresh=False)
 assert report.ok and any('c++' in n for n in report.notes), report
 assert main(['info', 'model.pt']) == 0
@@ -121,7 +122,10 @@ def test_import_is_light():
     program = 'import sys; import mmembed; print(*sorted({m.split(".")[0] for m in sys.modules}))'
     got = set(python('-c', program).stdout.split())
     assert 'mmembed' in got and not got & set(LATE)
-    program = 'import sys; from mmembed.cli.main import main; main(["--version"]); a = set(sys.modules); main(["--help"]); print(*a, "|", *sys.modules)'
+    program = (
+        'import sys; from mmembed.cli.main import main; main(["--version"]); a = set(sys.modules); '
+        'main(["--help"]); print(*a, "|", *sys.modules)'
+    )
     version, everything = (
         {m.split('.')[0] for m in part.split()} for part in python('-c', program).stdout.splitlines()[-1].split('|')
     )
