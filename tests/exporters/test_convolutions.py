@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mmembed as mm
-from mmembed.cli.train import calibration
+from mmembed.cli.export import calibration
 from mmembed.exporters.artifact import assemble
 from mmembed.exporters.convolutions import Int8Conv, Largest, Span, converted, int8_convolutions, safe_step, traced
 from mmembed.exporters.variants import PRECISION_BOUNDS, SAME, Variant, prepared
