@@ -181,16 +181,15 @@ def line(name, text, image, captions):
 
 
 ASKED = (
-    'the Earth seen from space',
-    'a bird on a branch',
-    'people protest in the street with signs',
-    'an ancient stone temple',
-    'a doctor with a patient',
-    'food on a plate',
+    'protesters hold up signs',
+    'a butterfly on flowers',
+    'sunlight breaks through the clouds',
+    'ruins of a stone building',
+    'a glass with a cold drink',
 )
 
 
-def picture(out='nbs/images/found.webp', shown=6, pixels=116):
+def picture(out='nbs/images/found.webp', shown=5):
     """Draw what sentences find among the held-out photographs, by heads on frozen features.
 
     Writes `out` and, beside it, a Markdown file with the credit of each photograph."""
@@ -208,9 +207,10 @@ def picture(out='nbs/images/found.webp', shown=6, pixels=116):
     fig, axes = plt.subplots(
         len(ASKED),
         shown + 1,
-        figsize=(1.16 * (shown + 1.7), 1.2 * len(ASKED)),
-        gridspec_kw=dict(width_ratios=[1.7] + [1] * shown),
+        figsize=(1.3 * (shown + 1.5), 1.15 * len(ASKED)),
+        gridspec_kw=dict(width_ratios=[1.5] + [1] * shown),
     )
+    print(f'{len(photos)} held-out photographs')
     credits = {}
     for row, words, order in zip(axes, ASKED, scores.topk(shown).indices.tolist()):
         for ax in row: ax.axis('off')

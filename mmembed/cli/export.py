@@ -18,7 +18,6 @@ from fastcore.meta import delegates
 from fastcore.script import store_true
 
 from .main import near, path, path_or_name, working
-from ..train.run import training_record
 
 # %% ../../nbs/cli/04_export.ipynb #6bf296c1
 def triton_options(
@@ -238,6 +237,7 @@ def exportable(
             )
         if image: raise ValueError('--image goes with a Hugging Face folder')
         from mmembed.train.checkpoint import load_checkpoint
+        from mmembed.train.run import training_record
         return load_checkpoint(checkpoint), Path(checkpoint).resolve().parent.name, training_record(Path(checkpoint))
     if not weights and ':' not in open_clip:
         raise ValueError(

@@ -19,7 +19,6 @@ from fastcore.script import store_true
 from .main import near, parser, passes_on, path, split_doc
 from .options import add_data_options, train_parser, with_configs
 from ..core.settings import config_names, config_path
-from ..train.run import training_record
 
 # %% ../../nbs/cli/03_train.ipynb #12296be0
 OFTEN = """  --config NAME               where to begin: pairs, clip_vitb32, ..., or your own file; may come twice
@@ -142,7 +141,7 @@ def quickstart(
     import mmembed as mm
     from mmembed.core.settings import settings
     from mmembed.runtime.embedder import load
-    from mmembed.train.run import run
+    from mmembed.train.run import run, training_record
     start = time.perf_counter()
     def step(text): print(f'\n[{time.perf_counter() - start:5.0f} s] {text}', flush=True)
     step('training on generated scenes, captions in English and Chinese')
