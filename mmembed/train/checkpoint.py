@@ -1,4 +1,4 @@
-"""Save, load and resume checkpoints
+"""What a run leaves behind: files that load on their own, and the best of them kept when a run is resumed
 
 Docs: https://mmembed.github.io/mmembed/train/checkpoint.html.md"""
 
@@ -24,6 +24,12 @@ from ..core.errors import naming
 from ..models.base import finite, from_spec, read_saved
 
 from .finetune import add_lora, merge_lora
+
+# %% ../../nbs/train/08_checkpoint.ipynb #d3054e6a
+def _first(e: BaseException, line: int = 0) -> str:
+    "One line of an exception's text."
+    lines = [s.strip() for s in str(e).splitlines() if s.strip()] or [type(e).__name__]
+    return lines[min(line, len(lines) - 1)]
 
 # %% ../../nbs/train/08_checkpoint.ipynb #978fbcc7
 def load_checkpoint(
@@ -138,9 +144,3 @@ def write_weights(
             if not (number := re.search(r'os error (\d+)', str(e))): raise
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
     return out
-
-# %% ../../nbs/train/08_checkpoint.ipynb #d3054e6a
-def _first(e: BaseException, line: int = 0) -> str:
-    "One line of an exception's text."
-    lines = [s.strip() for s in str(e).splitlines() if s.strip()] or [type(e).__name__]
-    return lines[min(line, len(lines) - 1)]

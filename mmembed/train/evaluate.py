@@ -1,4 +1,4 @@
-"""Measure recall of a checkpoint on pairs it was not trained on
+"""Every figure of a checkpoint on the rows that its run held out, or on another file
 
 Docs: https://mmembed.github.io/mmembed/train/evaluate.html.md"""
 

@@ -1,4 +1,4 @@
-"""Show what a model finds: galleries, scores and captions
+"""Galleries of what a model finds: scores, the images for a caption, the captions for an image
 
 Docs: https://mmembed.github.io/mmembed/train/results.html.md"""
 

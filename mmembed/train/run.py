@@ -1,4 +1,4 @@
-"""A run that is fully described by one short file, and can be killed at any moment
+"""A run that is described by one short file, can be killed at any moment, and goes on from its last checkpoint
 
 Docs: https://mmembed.github.io/mmembed/train/run.html.md"""
 
@@ -140,7 +140,6 @@ def training_record(
     """What the identity card says of the training run: its configuration, and metrics if they were measured on these
     very weights; never examples."""
     import yaml
-    from mmembed.train.checkpoint import read_checkpoint
     config, (note, _) = checkpoint.parent/'config.yaml', read_checkpoint(checkpoint)
     own = note.get('measured_at') is not None and note['measured_at'] == note['step']
     return dict(

@@ -636,7 +636,7 @@ def test_changed_code_is_refused_when_asked(tmp_path):
     rewritten(
         tiny.artifact(),
         tmp_path / 'm.pt',
-        [('/code/__torch__/mmembed/export/artifact', b'must not be negative', b'should not be minus ')],
+        [('/code/__torch__/mmembed/exporters/artifact', b'must not be negative', b'should not be minus ')],
     )
     with pytest.raises(ValueError, match='m.pt is damaged: a record, of code or data, is not as it was written'):
         load(tmp_path / 'm.pt', check=True)

@@ -11,7 +11,8 @@ from mmembed.data.scenes import Scenes
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
 from mmembed.train.results import Gallery, gallery, show_captions, show_results, show_scores
-from mmembed.train.show import levels, first_rows, show_batch, wrapped
+from mmembed.train.datamodule import first_rows
+from mmembed.train.show import levels, show_batch, wrapped
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 
