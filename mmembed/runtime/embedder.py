@@ -164,7 +164,8 @@ class Embedder:
 
         An item fails when it is neither `str` nor `bytes`, or is a `str` that names an image and is not marked as
         `Text`."""
-        self._embeds(), policy(on_error)
+        self._embeds()
+        policy(on_error)
         done, errors, rows = [], [], []
         def flush():
             if rows: done.append(self._texts(rows))
@@ -187,7 +188,8 @@ class Embedder:
         numpy: bool = False,           # arrays for tensors
     ) -> Tensor | Encoded: # (B, D) for 'raise', else `Encoded`
         "Embeddings of unit length; an image that cannot be read or decoded fails alone."
-        self._embeds(), policy(on_error)
+        self._embeds()
+        policy(on_error)
         done, errors, levels = [], [], []
         for x, error in self._decoded(images, progress, decoders):
             errors.append(error)
@@ -329,11 +331,13 @@ class Embedder:
         numpy: bool = False,           # arrays for tensors
     ) -> Tensor | Scored: # float32 (B, C) for 'raise', else `Scored`
         "Scores of pairs, one for each of `labels`, before softmax; a pair fails when its text or its image does."
-        self._judges(), policy(on_error)
+        self._judges()
+        policy(on_error)
         done, errors, rows, levels = [], [], [], []
         def flush():
             if rows: done.append(self._pairs(rows, stack_levels(levels)))
-            rows.clear(), levels.clear()
+            rows.clear()
+            levels.clear()
         texts = iter(items_of(texts, 'texts'))
         for x, error in self._decoded(images, progress, decoders):
             try:
@@ -344,7 +348,9 @@ class Embedder:
                 ) from None
             errors.append(text_error(t) or error)
             check(errors, on_error, 'pairs')
-            if not errors[-1]: rows.append(t), levels.append(x)
+            if not errors[-1]:
+                rows.append(t)
+                levels.append(x)
             if len(rows) == self.batch_size: flush()
         if next(texts, self) is not self:
             raise ValueError(f'{len(errors)} images are fewer than the texts: pairs want one text an image')
@@ -365,7 +371,8 @@ class Embedder:
         list[tuple[str, float]]
     ]:  # for each pair its labels that reach their thresholds, and their probabilities, best first
         "The labels that fit each pair."
-        self._judges(), self._labelled(top_k)
+        self._judges()
+        self._labelled(top_k)
         return self._picked('classify_scores', self.score_pairs(texts, images), top_k)
 
     def classify_text(
@@ -374,7 +381,8 @@ class Embedder:
         top_k: int = 0,               # 0: as many as the artifact says
     ) -> list[list[tuple[str, float]]]: # as `classify`
         "The labels of texts; raises `TypeError` for an artifact that was exported without labels."
-        self._embeds(), self._labelled(top_k)
+        self._embeds()
+        self._labelled(top_k)
         return self._picked('classify_embedding', self._embedded(texts, 'texts', self.encode_text), top_k)
 
     def classify_image(
@@ -383,22 +391,27 @@ class Embedder:
         top_k: int = 0,   # 0: as many as the artifact says
     ) -> list[list[tuple[str, float]]]: # as `classify`
         "The labels of images; raises `TypeError` for an artifact that was exported without labels."
-        self._embeds(), self._labelled(top_k)
+        self._embeds()
+        self._labelled(top_k)
         return self._picked('classify_embedding', self._embedded(images, 'images', self.encode_image), top_k)
 
     def warmup(
         self,
         sizes: Sequence[int] = (1,), # batch sizes that will be asked for
     ) -> 'Embedder': # itself
-        "Answers made-up items, so that what is slow only once is over."
+        "Encode made-up items, so that the first caller does not pay for what is slow only once."
         if not isinstance(sizes, Iterable): raise TypeError(f'sizes must be a list of whole numbers, got {sizes!r}')
         sizes = [whole_number('sizes', n, 1) for n in sizes]
         if self.card.get('decode', True): self.preprocess(DOT)
-        picture = self.preprocess(torch.zeros(3, *self.card['image_size'], dtype=torch.uint8))
+        image = self.preprocess(torch.zeros(3, *self.card['image_size'], dtype=torch.uint8))
         for n in sizes:
             for texts in (['a'] * n, ['a photo of a small red circle'] * n):
-                if self.pairs: self._pairs(texts, picture.expand(n, *picture.shape))
-                else: self._texts(texts), self.encode_pixels(picture.expand(n, *picture.shape))
+                pixels = image.expand(n, *image.shape)
+                if self.pairs:
+                    self._pairs(texts, pixels)
+                    continue
+                self._texts(texts)
+                self.encode_pixels(pixels)
         return self
 
     def profile(
@@ -509,7 +522,8 @@ class Embedder:
         c = self.card
         what = f'labels={self.labels}' if self.pairs else f'dim={self.dim}'
         more = f', graphs={self.graphs}' if self.graphs else ', graphs on CUDA alone' if 'graphs' in c else ''
-        return f"Embedder({self.path.name!r}, {c['short_hash']}: {c['parameters']:,} parameters, {what}, device={str(self.device)!r}{more})"
+        size = f"{c['parameters']:,} parameters"
+        return f"Embedder({self.path.name!r}, {c['short_hash']}: {size}, {what}, device={str(self.device)!r}{more})"
 
     def _repr_html_(self): return self.card._repr_html_()
 

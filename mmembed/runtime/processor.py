@@ -54,10 +54,10 @@ def processor_name() -> str:
     may have."""
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
     flags = ','.join(sorted(k for k, v in found.items() if v is True) + [os.environ.get(k, '') for k in LIMITS])
-    name = f"{found.get('cpu_name') or 'processor'} {torch.backends.cpu.get_cpu_capability()} {zlib.crc32(flags.encode()):08x}"
-    return re.sub(
-        '[^A-Za-z0-9.]+', '-', f"{name} torch {torch.__version__.partition('+')[0]} threads {torch.get_num_threads()}"
-    )
+    processor, instructions = found.get('cpu_name') or 'processor', torch.backends.cpu.get_cpu_capability()
+    version, threads = torch.__version__.partition('+')[0], torch.get_num_threads()
+    name = f'{processor} {instructions} {zlib.crc32(flags.encode()):08x} torch {version} threads {threads}'
+    return re.sub('[^A-Za-z0-9.]+', '-', name)
 
 # %% ../../nbs/runtime/01_processor.ipynb #429e5bf5
 # of oneDNN's time, which torch's own product must stay below to be chosen: a tie is never decided by chance

@@ -9,6 +9,7 @@ __all__ = ['TASKS', 'PATHS', 'FREE', 'task_of', 'absolute_paths', 'new_folder', 
            'Resumed', 'resumed_run', 'own_tokenizer', 'same_model', 'TrainCLI', 'WrongCall', 'argument_error']
 
 # %% ../../nbs/train/09_config.ipynb #d00b086e
+import argparse
 import json
 import os
 import re
@@ -43,18 +44,21 @@ TASKS = {'retrieval': (LitDualEncoder, PairData, 'recall@1'), 'match': (LitPairC
 def task_of(
     args: list[str], # as on the command line
 ) -> str:
-    "The last `--task` or `task:` in the arguments and configuration files; 'retrieval' if there is none."
-    task, pairs = (
-        'retrieval',
-        [(k, v) for a, b in zip(args, [*args[1:], '']) for k, v in [a.split('=', 1) if '=' in a else (a, b)]],
-    )
-    for k, v in pairs:
-        if k == '--config' and Path(v).is_file():
-            if found := re.search(r'^task:\s*(\w+)', Path(v).read_text(encoding='utf-8', errors='replace'), re.M):
-                task = found[1]
-        if k == '--task': task = v
+    """Return the task of a run: the last `--task` or `task:` of a configuration file, 'retrieval' without one.
+
+    It decides which classes the whole command line is parsed for, so it is read first."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option, kind in (('--config', _task_in), ('--task', str)):
+        first.add_argument(option, dest='tasks', action='append', type=kind, nargs='?')
+    named = [task for task in first.parse_known_args(args)[0].tasks or [] if task]
+    task = named[-1] if named else 'retrieval'
     if task not in TASKS: raise ValueError(f'task must be one of {", ".join(TASKS)}, got {task}')
     return task
+
+def _task_in(config: str) -> str: # '' for a file without one, or no file: jsonargparse will say what is wrong with it
+    if not Path(config).is_file(): return ''
+    found = re.search(r'^task:\s*(\w+)', Path(config).read_text(encoding='utf-8', errors='replace'), re.M)
+    return found[1] if found else ''
 
 # %% ../../nbs/train/09_config.ipynb #4faf03d3
 def _get(config: Namespace, key: str) -> Any:

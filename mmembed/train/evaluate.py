@@ -11,6 +11,7 @@ __all__ = ['DIVIDES', 'show_recall', 'show_figures', 'evaluate', 'judged_data']
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def show_figures(
 # %% ../../nbs/train/10_evaluate.ipynb #d3c61694
 def evaluate(
     checkpoint: str | Path,  # a .ckpt or .safetensors of a run
-    argv: list[str] = [],    # options of the data: ['--data.path', 'other.csv', '--data.group_key', 'section']
+    argv: Sequence[str] = (), # options of the data: ['--data.path', 'other.csv', '--data.group_key', 'section']
     part: str | None = None, # 'train', 'valid', 'test' or 'all' rows; by default 'valid', and 'all' of another file
 ) -> dict: # 'recall' and 'map', or 'figures'; 'data': what was judged; 'step': of the weights; plain data
     """The figures of a checkpoint on held-out rows of its run, or on those of another file.

@@ -49,7 +49,7 @@ class Shell(LightningModule):
         "Adapters, then locks; called at the end of `__init__`."
         h = self.hparams
         self.model = model
-        if isinstance(h.lock, str): h.lock = [h.lock]
+        h.lock = [h.lock] if isinstance(h.lock, str) else list(h.lock or [])
         if h.lora_rank: add_lora(model, **self.adapters())
         lock(model, h.lock)
 
@@ -127,7 +127,10 @@ class Shell(LightningModule):
         half = (
             ', and --trainer.precision bf16-mixed instead of 16-mixed' if self.trainer.precision == '16-mixed' else ''
         )
-        return f'try a lower --model.lr than {self.hparams.lr:g}, --trainer.gradient_clip_val 1, a longer --model.warmup{half}'
+        return (
+            f'try a lower --model.lr than {self.hparams.lr:g}, --trainer.gradient_clip_val 1, '
+            f'a longer --model.warmup{half}'
+        )
 
     def note(self) -> dict[str, Any]:
         "What a checkpoint says of the model beside its weights."
@@ -210,7 +213,7 @@ class LitDualEncoder(Shell):
         max_logit_scale: float = 100,
         share_targets: bool = True,  # captions that occur twice in a batch share their images
         loss: nn.Module | None = None,     # `InfoNCE` by default, or `SigmoidLoss`
-        lock: list[str] = [],              # 'text', 'image', or with -N: all but the N top layers
+        lock: list[str] | None = None,     # 'text', 'image', or with -N: all but the N top layers
         freeze_norms: bool = False,        # batch norms keep their statistics
         layer_decay: float = 1.,           # a layer learns so much more slowly than the one above it
         lora_rank: int = 0,                # of adapters in the towers; 0: none, the weights themselves are trained
@@ -343,7 +346,7 @@ class LitPairClassifier(Shell):
         warmup: float = 0.1,         # share of the steps
         betas: tuple[float, float] = (0.9, 0.98),  # of AdamW
         smoothing: float = 0.,             # of the labels
-        lock: list[str] = [],              # 'text', 'image', or with -N: all but the N top layers
+        lock: list[str] | None = None,     # 'text', 'image', or with -N: all but the N top layers
         freeze_norms: bool = False,        # batch norms keep their statistics
         layer_decay: float = 1.,           # a layer learns so much more slowly than the one above it
         lora_rank: int = 0,                # of adapters in the towers; 0: none

@@ -82,7 +82,11 @@ def go_on(
     "Tell how an interrupted run goes on, or that nothing of it was saved."
     step, last = cli.trainer.global_step, cli.folder/'last.ckpt'
     if last.is_file():
-        return f'interrupted at step {step}: mmembed train --config {cli.folder / "config.yaml"} --resume {last} goes on from step {read_checkpoint(last)[0].get("step", "saved last")}'
+        saved = read_checkpoint(last)[0].get('step', 'saved last')
+        return (
+            f'interrupted at step {step}: mmembed train --config {cli.folder / "config.yaml"} --resume {last} '
+            f'goes on from step {saved}'
+        )
     return f'interrupted at step {step}, before anything was saved; --save_every 100 saves within an epoch, too'
 
 def _told(e: Exception) -> str:

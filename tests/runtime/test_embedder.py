@@ -46,7 +46,8 @@ from mmembed.runtime.embedder import load
 emb = load(sys.argv[1])
 assert emb.encode_text(['a']).shape == emb.encode_image([open(sys.argv[2], 'rb').read()]).shape == (1, 24)
 heavy = ('lightning', 'transformers', 'tokenizers', 'open_clip', 'torchvision', 'pandas', 'pyarrow', 'torchcodec')
-print([m for m in sys.modules if m.split('.')[0] in heavy or m.startswith(('mmembed.text', 'mmembed.vision', 'mmembed.models', 'mmembed.export'))])
+ours = tuple('mmembed.' + room for room in ('text', 'vision', 'models', 'train', 'exporters'))
+print([m for m in sys.modules if m.split('.')[0] in heavy or m.startswith(ours)])
 '''
     picture = tmp_path/'p.jpg'
     picture.write_bytes(FILES['quality 75.jpg'])

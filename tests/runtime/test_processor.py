@@ -23,7 +23,11 @@ from tests.exporters.test_processors import called
 
 TORCH, ONEDNN = dict(onednn=.021, torch=.018), dict(onednn=.018, torch=.021)
 OWN = "fp32, linear layers by torch's own product"
-SAYS = 'import sys, json; from mmembed.runtime.processor import choose_kernel; print(choose_kernel(timing=lambda: json.loads(sys.argv[1])))'
+SAYS = '''
+import sys, json
+from mmembed.runtime.processor import choose_kernel
+print(choose_kernel(timing=lambda: json.loads(sys.argv[1])))
+'''
 
 
 @pytest.fixture

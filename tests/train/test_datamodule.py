@@ -77,7 +77,7 @@ def test_training_batches_are_augment_of_the_pipeline(scenes, pipelines):
 
 def mirrored(data, part='train'):
     "How many of 64 draws of the first row of a part are mirrored, of a pipeline that takes the whole image."
-    part, (tp, vp) = getattr(data, part), data.pipelines()
+    part, (_, vp) = getattr(data, part), data.pipelines()
     straight, rows = vp.preprocess(part.image(0)), data.rows(part, training=True)
     seen = [rows[epoch, 0].levels for epoch in range(64)]
     assert all(x.equal(straight) or x.equal(straight.flip(2)) for x in seen) and not straight.equal(straight.flip(2))

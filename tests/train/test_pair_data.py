@@ -72,7 +72,7 @@ def test_match_batches(scenes, pipelines, kind):
             assert batch.label.tolist() == [n for _, n in pairs] == [int(i % 2 == 0) for i in rows]
             texts.append([t for t, _ in pairs])
     assert len(texts) == 20
-    for epoch in (0, 1):  # validation pairs stay
+    for _ in (0, 1):  # validation pairs stay
         valid = [b for b in data.val_dataloader()]
         assert sum(int(b.label.sum()) for b in valid) == 12 == sum(len(b.label) for b in valid) - 12
     assert list(data.captions())[:3] == [scenes.text(0)]*2 + [scenes.text(1)]

@@ -20,7 +20,7 @@ from mmembed.cli.main import main
 from mmembed.train.run import training_record
 from mmembed.train.pair_data import LabelData
 from mmembed.train.evaluate import evaluate, judged_data, show_recall
-from mmembed.train.checkpoint import load_checkpoint, write_weights
+from mmembed.train.checkpoint import load_checkpoint
 from mmembed.train.config import new_folder
 from mmembed.train.run import prepare, run
 from mmembed.train.modules import judge, warm_cosine
@@ -41,11 +41,21 @@ model:
     class_path: mmembed.models.dual.DualEncoder
     init_args:
       dim: 16
-      text: {class_path: mmembed.models.towers.TextTransformer, init_args: {tokenizer: learn, width: 32, depth: 1, max_length: 40}}
+      text:
+        class_path: mmembed.models.towers.TextTransformer
+        init_args: {tokenizer: learn, width: 32, depth: 1, max_length: 40}
       image:
         class_path: mmembed.models.towers.ConvNet
-        init_args: {channels: [8, 16], width: 32, pipeline: {class_path: mmembed.vision.pipeline.VisionPipeline, init_args: {size: 32, flip: 0}}}
-trainer: {max_epochs: 2, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false, log_every_n_steps: 1}
+        init_args:
+          channels: [8, 16]
+          width: 32
+          pipeline: {class_path: mmembed.vision.pipeline.VisionPipeline, init_args: {size: 32, flip: 0}}
+trainer:
+  max_epochs: 2
+  accelerator: cpu
+  enable_progress_bar: false
+  enable_model_summary: false
+  log_every_n_steps: 1
 """
 SMALL = ['--config', 'tiny.yaml']
 
@@ -133,7 +143,7 @@ def test_the_kept_configuration_repeats_the_run(work):
 def test_a_resumed_run_ends_where_an_unbroken_one_does(fixed):
     argv = [*fixed, '--trainer.max_epochs', '4']
     whole = run(argv)
-    half = run([*argv, '--name', 'half', '--trainer.callbacks+=tests.test_train.StopAfterTwo'])
+    half = run([*argv, '--name', 'half', '--trainer.callbacks+=tests.train.test_run.StopAfterTwo'])
     rest = run([*argv, '--name', 'rest', '--resume', str(half.folder/'last.ckpt')])
     a, b, c = (torch.load(r.folder/'last.ckpt', weights_only=True) for r in (whole, rest, half))
     assert (a['epoch'], b['epoch'], c['epoch']) == (3, 3, 1) and a['global_step'] == b['global_step'] == 12
@@ -167,9 +177,12 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(fixed, work):
     (work/'tiny.yaml').write_text(text)
     argv = [*fixed, '--data.workers', '2', '--save_every', '3', '--trainer.max_epochs', '2']
     whole = run([*argv, '--name', 'whole'])
-    slow = [*argv, '--name', 'killed', '--trainer.callbacks+=tests.test_train.Waits']
+    slow = [*argv, '--name', 'killed', '--trainer.callbacks+=tests.train.test_run.Waits']
     threads = torch.get_num_threads()  # sums depend on it, and another test may have changed it here
-    program = f'import sys, torch; sys.path.insert(0, {str(ROOT)!r}); torch.set_num_threads({threads})\nfrom mmembed.train.run import run\nrun({slow!r})'
+    program = (
+        f'import sys, torch; sys.path.insert(0, {str(ROOT)!r}); torch.set_num_threads({threads})\n'
+        f'from mmembed.train.run import run\nrun({slow!r})'
+    )
     process = subprocess.Popen(
         [sys.executable, '-W', 'ignore', '-c', program],
         stdout=subprocess.DEVNULL,
@@ -383,7 +396,7 @@ def test_figures_say_which_step_they_were_measured_at(work, capsys):
         '2',
         '--save_every',
         '5',
-        '--trainer.callbacks+=tests.test_train.Keeps',
+        '--trainer.callbacks+=tests.train.test_run.Keeps',
     ]
     result = run([*argv, '--trainer.max_epochs', '4'])
     notes = {n: json.loads((result.folder/f'{n}.json').read_text()) for n in (5, 15, 25, 35)}
@@ -416,7 +429,7 @@ def test_figures_say_which_step_they_were_measured_at(work, capsys):
         (['--trainer.max_epochs', '3'], 9),
         (['--trainer.max_steps', '4', '--trainer.max_epochs', '-1'], 4),
         (['--trainer.max_epochs', '1', '--trainer.limit_train_batches', '2'], 2),
-        (['--trainer.max_epochs', '4', '--trainer.callbacks+=tests.test_train.StopAfterTwo'], 6),
+        (['--trainer.max_epochs', '4', '--trainer.callbacks+=tests.train.test_run.StopAfterTwo'], 6),
     ],
     ids=lambda x: ' '.join(x)[10:40] if isinstance(x, list) else '',
 )
@@ -682,7 +695,7 @@ def test_the_best_checkpoint_has_the_highest_figure(work):
             '1',
             '--trainer.max_epochs',
             '4',
-            '--trainer.callbacks+=tests.test_train.WorseAndWorse',
+            '--trainer.callbacks+=tests.train.test_run.WorseAndWorse',
         ]
     )
     assert result.checkpoint.name == 'best.ckpt' and result.figures['accuracy'] == 0.75
