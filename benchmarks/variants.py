@@ -31,7 +31,7 @@ import mmembed as mm
 from mmembed.core.torchscript import quietly
 from mmembed.exporters.artifact import assemble, save
 from mmembed.exporters.card import make_card
-from mmembed.core.quantize import stored, unstored
+from mmembed.core.quantize import quantize, dequantize
 from mmembed.exporters.variants import Variant
 from mmembed.exporters.card import sha256
 from mmembed.exporters.verify.verify import all_tensors
@@ -103,7 +103,7 @@ def written(model, v, path):
 
 def finished(x, v):
     "Embeddings of the full towers in fewer numbers and fewer bits, as `Encoder.finish` does it."
-    return stored(F.normalize(x[:, :v.dim], dim=-1) if v.dim else x, v.output)
+    return quantize(F.normalize(x[:, :v.dim], dim=-1) if v.dim else x, v.output)
 
 
 def loaded(path): return mm.load(path, threads=1)
@@ -139,7 +139,7 @@ def prepare(args, model, part, folder):
                     1 if y.dtype == torch.int8 else 255 if y.dtype == torch.uint8 else 1e-4
                 )
         else: pair = answers[v] = ask(n)
-        text, pair = pair[0], [unstored(x, v.output) for x in pair]
+        text, pair = pair[0], [dequantize(x, v.output) for x in pair]
         if full is None: full = pair
         c = [
             '–'

@@ -27,7 +27,7 @@ from ..core.packing import pack_str
 from ..core.torchscript import quietly
 from ..core.images import stack_levels
 from .encoder import Encoder, Scorer
-from ..core.quantize import unstored
+from ..core.quantize import dequantize
 from .steps import Classes, Labelled, Same, SameTexts, Steps, best_labels, read_classes, tried
 from .variants import PreparedModel, Variant, prepared
 from ..core.files import named
@@ -226,7 +226,7 @@ class Artifact(Served):
         "Convert embeddings (B, D) from the stored type to float32 of unit length."
         if x.dim() != 2 or x.shape[1] != self.dim: raise ValueError(f'{name} must have the shape ({rows}, {self.dim})')
         if x.dtype != self.kind: raise ValueError(f'{name} must be of the type that this artifact answers with')
-        return unstored(x, self.model.output)
+        return dequantize(x, self.model.output)
 
     @torch.jit.export
     def class_probability(self, embedding: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core.types import Tokens
 from ..core.batching import filled, lengthened
-from ..core.quantize import stored
+from ..core.quantize import quantize
 
 # %% ../../nbs/exporters/07_encoder.ipynb #c5938f78
 class Encoder(nn.Module):
@@ -66,7 +66,7 @@ class Encoder(nn.Module):
         fewer bits."""
         x = x.float()
         if self.keep > 0: x = F.normalize(x[:, :self.keep], dim=-1)
-        return stored(self.after(x), self.output)
+        return quantize(self.after(x), self.output)
 
 # %% ../../nbs/exporters/07_encoder.ipynb #850f61f9
 class Scorer(nn.Module):

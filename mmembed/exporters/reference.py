@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.packing import pack_str
-from ..core.quantize import unstored
+from ..core.quantize import dequantize
 from ..core.types import Tokens
 from .encoder import Encoder, Scorer
 from .steps import Classes, Same, SameTexts, Steps
@@ -96,13 +96,13 @@ class Eager:
     def encode_pixels(self, levels): return self.tower.encode_image(self.pixels(levels)) if len(levels) else self.empty
     def _stacked(self, images): return torch.stack([self.preprocess_image(x) for x in images]) if images else []
 
-    def score(self, text, image): return self._logits(text, unstored(image, self.variant.output))
+    def score(self, text, image): return self._logits(text, dequantize(image, self.variant.output))
     def class_probability(self, x):  # (B, D) -> (B, C)
         scores = self._logits(x, self.rows)
         return scores.softmax(-1) if self._bias() is None else scores.sigmoid()
     def _logits(self, x, rows):  # (B, D), float32 (C, D) -> (B, C)
         bias = self._bias()
-        scores = self.tower.net.logit_scale.exp() * (unstored(x, self.variant.output) @ rows.T)
+        scores = self.tower.net.logit_scale.exp() * (dequantize(x, self.variant.output) @ rows.T)
         return scores if bias is None else scores + bias
     def _bias(self): return getattr(self.tower.net, 'logit_bias', None)
     def _class_rows(self, classes: Classes) -> Tensor: # float32 (C, D), unit length

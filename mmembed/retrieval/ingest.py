@@ -29,7 +29,8 @@ from .embed import embed, readable_id
 from ..runtime.embedder import Embedder
 from ..runtime.artifact import read_card
 from .parts import MANIFEST, Job, read_job
-from ..core.quantize import from_precision
+
+
 
 # %% ../../nbs/retrieval/06_ingest.ipynb #b9de9484
 FORMAT = 1 # of an index
@@ -171,9 +172,8 @@ def ready_vectors(
         schema, batches = file.schema_arrow, file.iter_batches(8192)
     if 'vector' in schema.names: return iter(batches)
     about = json.loads((schema.metadata or {}).get(b'mmembed', b'{}'))
-    if set(Job._fields) - set(about):
-        raise ValueError(f'{path} has no column vector and does not say which artifact made it')
-    return _of_job(batches, Job(**{k: about[k] for k in Job._fields}), card, side, path)
+    if not about: raise ValueError(f'{path} has no column vector and does not say which artifact made it')
+    return _of_job(batches, Job.from_dict(about, path), card, side, path)
 
 def _of_job(
     batches: Iterable[pa.RecordBatch], job: Job, card: dict, side: str, where: Path
@@ -190,7 +190,7 @@ def _of_job(
         valid = np.asarray(given.is_valid())
         stored = given.drop_null().flatten().to_numpy(zero_copy_only=False).reshape(-1, given.type.list_size)
         x = np.zeros((len(b), job.dim), 'f')
-        if valid.any(): x[valid] = from_precision(torch.from_numpy(stored.copy()), job.precision, job.dim).numpy()
+        if valid.any(): x[valid] = job.dequantize(torch.from_numpy(stored.copy())).numpy()
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), job.dim, mask=pa.array(~valid))
         yield pa.RecordBatch.from_pydict(columns | dict(vector=vectors))
 

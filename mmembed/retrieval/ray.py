@@ -18,7 +18,7 @@ from ..data.source import Source
 from ..data.open import excerpt
 from .embed import Done, embed_parts, open_job, plan, service_batch
 from ..runtime.embedder import Embedder
-from .parts import ERRORS, Job, check_part, write_ledger
+from .parts import ERRORS, Job, check_part, write_failures
 
 # %% ../../nbs/retrieval/04_ray.ipynb #4f82241d
 class PartWorker:
@@ -76,7 +76,7 @@ def embed_ray(
         model = Embedder(model, batch_size=batch_size or service_batch(device), deterministic=True)
     job, found = plan(model, source, what, keep, precision, shard_rows, unique, content_hash, spark)
     start, folder, ready, mine = time.perf_counter(), Path(out).resolve(), 0, not ray.is_initialized()
-    with open_job(folder, job) as todo:
+    with open_job(folder, job) as (job, todo):
         there = job.rows - sum(len(job.shard(k)) for k in todo)
         try:
             if todo and mine: _connect(ray, address, workers[1], cpus, gpus)
@@ -87,7 +87,7 @@ def embed_ray(
                 if progress: progress(there + ready, job.rows)
         finally:
             if mine: ray.shutdown()
-        failed = write_ledger(folder, job)
+        failed = write_failures(folder, job)
     return Done(
         folder,
         job.rows,

@@ -23,7 +23,7 @@ import torch
 from ..data.source import Source
 from .embed import Done, embed, plan, service_batch
 from ..runtime.embedder import Embedder
-from .parts import Job, each_shard, part_schema, read_job, same_job, write_ledger
+from .parts import Job, each_shard, part_schema, read_job, same_job, write_failures
 from ..core.files import alone, draft, write_whole
 
 # %% ../../nbs/retrieval/03_writers.ipynb #28ac5284
@@ -53,7 +53,7 @@ def save_safetensors(
     github.com/huggingface/safetensors)."""
     job = read_job(folder)
     name = {'float32': 'F32', 'float16': 'F16', 'int8': 'I8', 'binary': 'U8'}[job.precision]
-    header: dict = {'__metadata__': {k: v if isinstance(v, str) else json.dumps(v) for k, v in job._asdict().items()}}
+    header: dict = {'__metadata__': {k: v if isinstance(v, str) else json.dumps(v) for k, v in job.to_dict().items()}}
     end = 0
     for side in job.sides():
         kind = part_schema(job).field(f'{side}_vector').type
@@ -109,7 +109,7 @@ def save_lance(
     schema = part_schema(job)
     db = lancedb.connect(path.parent)
     table = db.open_table(path.stem) if path.exists() else db.create_table(path.stem, schema=schema)
-    if json.loads((table.schema.metadata or {}).get(b'mmembed', b'{}')) != job._asdict():
+    if json.loads((table.schema.metadata or {}).get(b'mmembed', b'{}')) != job.to_dict():
         raise ValueError(f'{path} is a table of another job: choose another name')
     there = table.count_rows()
     todo = [k for k in range(job.shards()) if job.shard(k).start >= there]
@@ -190,7 +190,7 @@ def embed_to(
     }
     job, found = plan(model, source, **about)
     files = targets(out, job)
-    if manifest.exists(): same_job(manifest, job)
+    if manifest.exists(): job = same_job(manifest, job)
     if not parts.exists() and (there := [f for f in files if f.exists()]):
         if not manifest.exists():
             raise ValueError(f'{there[0]} exists, and no manifest says that it is of this job: choose another name')
@@ -204,7 +204,8 @@ def embed_to(
             for left in path.parent.glob(f'.{escape(path.name)}.*.draft'): left.unlink()
         for path, side in files.items(): form.save(*[parts, path, *([side] if side else [])])
         if form.ids: save_ids(parts, names)
-        write_ledger(parts, job, ledger)
+        job = read_job(parts)  # by the int8 rule with which it was begun
+        write_failures(parts, job, ledger)
         write_whole(manifest, job.to_json().encode())
         shutil.rmtree(parts)
     return done._replace(folder=out, ledger=ledger, seconds=time.perf_counter() - start)

@@ -2,7 +2,6 @@ import errno
 import io
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -18,15 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import mmembed.core.files as written
 import mmembed.retrieval.embed as jobs
-import mmembed.retrieval.parts as tables
 from mmembed.cli.main import main
 from mmembed.data.scenes import Scenes
 from mmembed.data.source import Source
 from mmembed.exporters.export import export
 from mmembed.data.webdataset import ShardRows
-from mmembed.data.tables import Table
-from mmembed.data.open import excerpt, open_source, read_lines, survey_names
+from mmembed.data.open import excerpt, open_source, read_lines
 from mmembed.retrieval.embed import embed
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
@@ -34,8 +32,10 @@ from mmembed.retrieval.writers import FORMS, embed_to
 from mmembed.runtime.embedder import Embedder
 from mmembed.serve.engine import Engine, Options
 from mmembed.serve.queue import Item
-from mmembed.core.quantize import PRECISIONS, from_precision, to_precision
-from mmembed.retrieval.parts import load_vectors, read_job
+from mmembed.core.quantize import PRECISIONS, dequantize, quantize, quantize_fixed
+from mmembed.exporters.tiny import tiny_model
+from mmembed.retrieval.index import Index
+from mmembed.retrieval.parts import load_vectors, part_table, read_job, save_part
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 
@@ -118,7 +118,7 @@ KILLED = '''
 import os, random, signal, sys, time
 from pathlib import Path
 from tests.retrieval.test_embed import KW, N, Worn
-from mmembed.jobs import embed
+from mmembed.retrieval.embed import embed
 
 class Slow(Worn):
     def image(self, i):
@@ -215,15 +215,15 @@ def test_a_file_is_on_the_disk_before_its_name_and_the_name_before_the_end(tmp_p
     def sync(handle, really=os.fsync):
         synced.append((os.fstat(handle).st_ino, (tmp_path/'x').exists()))
         really(handle)
-    monkeypatch.setattr(tables.os, 'fsync', sync)
-    tables.write_whole(tmp_path/'x', b'data')
+    monkeypatch.setattr(written.os, 'fsync', sync)
+    written.write_whole(tmp_path/'x', b'data')
     assert synced == [((tmp_path/'x').stat().st_ino, False), (tmp_path.stat().st_ino, True)]
 
 
 def test_no_space_while_writing_leaves_no_draft(tmp_path, monkeypatch):
     def fail(_): raise OSError(errno.ENOSPC, 'No space left on device')
-    monkeypatch.setattr(tables.os, 'fsync', fail)
-    with pytest.raises(OSError, match='No space'): tables.write_whole(tmp_path/'x', b'data')
+    monkeypatch.setattr(written.os, 'fsync', fail)
+    with pytest.raises(OSError, match='No space'): written.write_whole(tmp_path/'x', b'data')
     assert not list(tmp_path.iterdir())
 
 
@@ -245,7 +245,7 @@ def test_another_job_in_the_folder(model, source, whole, tmp_path):
 
 
 def test_one_job_at_a_time(model, source, tmp_path):
-    with tables.alone(tmp_path):
+    with written.alone(tmp_path):
         with pytest.raises(ValueError, match='another job is writing to'): embed(model, source, tmp_path, **KW)
     assert embed(model, source, tmp_path, **KW).written == N
 
@@ -254,20 +254,99 @@ def test_one_job_at_a_time(model, source, tmp_path):
 def test_precisions(model, source, whole, tmp_path, precision):
     embed(model, source, tmp_path, what='image', precision=precision, shard_rows=100)
     found, exact = load_vectors(tmp_path), load_vectors(whole, 'image')
-    assert (
-        found.vectors[exact.ok].equal(to_precision(exact.vectors[exact.ok], precision))
-        and found.ok.sum() == exact.ok.sum() + 1
-    )
+    assert found.vectors[exact.ok].equal(quantize(exact.vectors[exact.ok], precision))
+    assert found.ok.sum() == exact.ok.sum() + 1
     cosine = (found.float() * exact.vectors).sum(1)[exact.ok]
-    assert cosine.min() > {'float32': 0.9999, 'float16': 0.999, 'int8': 0.99, 'binary': 0.5}[precision]
+    assert cosine.min() > {'float32': 0.9999, 'float16': 0.9999, 'int8': 0.9999, 'binary': 0.5}[precision]
 
 
-def test_precision_round_trip():
-    x = torch.nn.functional.normalize(torch.randn(50, 29), dim=1)
-    assert from_precision(to_precision(x, 'float32'), 'float32', 29).equal(x)
-    bits = to_precision(x, 'binary')
+@pytest.mark.parametrize('dim', [29, 512])
+def test_precision_round_trip(dim):
+    x = torch.nn.functional.normalize(torch.randn(50, dim, generator=torch.Generator().manual_seed(0)), dim=1)
+    assert dequantize(quantize(x, 'float32'), 'float32', dim).equal(x)
+    assert (dequantize(quantize(x, 'int8'), 'int8', dim) * x).sum(1).min() >= .9999
+    bits = quantize(x, 'binary')
     assert bits.equal(torch.from_numpy(np.packbits(x.numpy() > 0, axis=1)))
-    assert (from_precision(bits, 'binary', 29) > 0).equal(x > 0)
+    assert dequantize(bits, 'binary', dim).shape == (50, dim) and (dequantize(bits, 'binary', dim) > 0).equal(x > 0)
+
+
+def begun_by_the_older_rule(model, source, folder, rows=64):
+    "A folder as `mmembed embed --precision int8` left it when it multiplied by 127: its manifests name no rule."
+    embed(model, source, folder, what='image', precision='int8', shard_rows=rows)
+    job = read_job(folder)._replace(int8='fixed')
+    (folder/'_manifest.json').write_text(job.to_json())
+    assert 'int8' not in json.loads(job.to_json()) and json.loads(job.to_json())['precision'] == 'int8'
+    exact = embed_exact(model, source, folder.with_name(f'{folder.name}-exact'), rows)
+    for k in range(job.shards()):
+        table = pq.read_table(exact/job.file(k))
+        good = [not e for e in table['error'].to_pylist()]
+        x = torch.from_numpy(np.stack(table['image_vector'].combine_chunks().drop_null().to_numpy(False)))
+        assert len(x) == sum(good)
+        columns = [table[c].to_pylist() for c in ('row', 'id', 'error')]
+        save_part(folder, job, k, part_table(job, *columns[:2], {}, columns[2], {'image': x}))
+    return job
+
+
+def embed_exact(model, source, folder, rows):
+    embed(model, source, folder, what='image', shard_rows=rows)
+    return folder
+
+
+def test_vectors_of_the_older_int8_are_read(model, source, tmp_path):
+    job = begun_by_the_older_rule(model, source, tmp_path/'old')
+    old, exact = load_vectors(tmp_path/'old'), load_vectors(tmp_path/'old-exact')
+    assert old.job == job and old.vectors[old.ok].equal(quantize_fixed(exact.vectors[exact.ok]))
+    assert not old.vectors[old.ok].equal(quantize(exact.vectors[exact.ok], 'int8'))
+    assert (old.float() * exact.vectors).sum(1)[old.ok].min() > .999
+    assert torch.allclose(old.float()[old.ok].norm(dim=1), torch.ones(int(old.ok.sum())), atol=1e-5)
+    Index.build(model, tmp_path/'old', tmp_path/'idx')
+    assert (torch.tensor(Index(tmp_path/'idx').vector_of(old.ids[0])) * exact.vectors[0]).sum() > .999
+
+
+@pytest.mark.parametrize('run', ['folder', 'file'])
+def test_a_job_of_the_older_int8_is_finished_by_its_rule(model, source, tmp_path, run):
+    out = tmp_path/'all.parquet'
+    folder = tmp_path/'old' if run == 'folder' else tmp_path/'all.parquet.parts'
+    job = begun_by_the_older_rule(model, source, folder)
+    before = files(folder)
+    (folder/job.file(1)).unlink()
+    if run == 'folder':
+        done = embed(model, source, folder, what='image', precision='int8', shard_rows=64)
+        assert files(folder) == before
+    else:
+        done = embed_to(model, source, out, what='image', precision='int8', shard_rows=64)
+        whole = pq.read_table(out)['image_vector'].combine_chunks().drop_null().to_numpy(False)
+        exact = load_vectors(tmp_path/f'{folder.name}-exact')
+        assert torch.from_numpy(np.stack(whole)).equal(quantize_fixed(exact.vectors[exact.ok]))
+        assert 'int8' not in json.loads((tmp_path/'all.parquet.manifest.json').read_text())
+    assert done.written == len(job.shard(1))
+
+
+def test_int8_by_an_unknown_rule_is_refused(model, source, tmp_path):
+    embed(model, source, tmp_path, what='image', precision='int8')
+    manifest = json.loads((tmp_path/'_manifest.json').read_text())
+    assert manifest['int8'] == 'rowwise'
+    (tmp_path/'_manifest.json').write_text(json.dumps(manifest | dict(int8='log')))
+    with pytest.raises(ValueError, match="stores int8 by the rule 'log', which this mmembed does not know"):
+        load_vectors(tmp_path)
+    with pytest.raises(ValueError, match="int8 is 'log' there and 'rowwise' here"):
+        embed(model, source, tmp_path, what='image', precision='int8')
+
+
+@pytest.mark.parametrize('output', ['int8', 'binary'])
+def test_artifacts_that_store_small_embeddings(source, tmp_path, output):
+    "Their int8 was multiplied by 127 once more, and their bits were taken for numbers."
+    path = tmp_path/'small.pt'
+    export(tiny_model(), path, output=output, fresh=False, cpp=False)
+    emb = Embedder(path, batch_size=16, deterministic=True)
+    rows = [0, 1, 2]
+    want = dequantize(emb.encode_image([source.image(i) for i in rows]), output)
+    for precision in ('float32', 'int8'):
+        embed(emb, source, tmp_path/precision, what='image', precision=precision)
+        found = load_vectors(tmp_path/precision).float()
+        assert found.shape[1] == want.shape[1] and (found[rows] * want).sum(1).min() > .9999
+    Index.build(emb, tmp_path/'float32', tmp_path/'idx')
+    assert Index(tmp_path/'idx', emb).search(bytes(source.image(2).tolist()), 1).ids == [source.name(2)]
 
 
 @pytest.mark.parametrize('form, precision', [*zip(FORMS, PRECISIONS), ('.lance', 'float16')])
@@ -276,7 +355,7 @@ def test_one_file(model, source, whole, tmp_path, form, precision):
     out = tmp_path/f'all{form}'
     done = embed_to(model, source, out, **KW, precision=precision)
     assert (done.rows, done.failed, done.folder) == (N, 6, out)
-    want = {side: to_precision(load_vectors(whole, side).vectors, precision) for side in ('image', 'text')}
+    want = {side: quantize(load_vectors(whole, side).vectors, precision) for side in ('image', 'text')}
     ok = load_vectors(whole, 'image').ok
     if form == '.npy': found = {side: torch.from_numpy(np.load(tmp_path/f'all.{side}.npy')) for side in want}
     elif form == '.safetensors': found = load_file(out)
@@ -324,7 +403,9 @@ def last_step(at):
             if calls == at: os._exit(9)
             return real(*args, **kw)
         setattr(place, name, wrapped)
-    for place, name in [(pq, 'read_table'), (outputs.shutil, 'rmtree'), (outputs, 'write_whole'), (outputs, 'write_ledger'), (outputs, 'save_ids')]: wrap(place, name)
+    steps = [(pq, 'read_table'), (outputs.shutil, 'rmtree')]
+    steps += [(outputs, name) for name in ('write_whole', 'write_failures', 'save_ids')]
+    for place, name in steps: wrap(place, name)
 
 for at in (7, 9, 12, 15, 17, 18, 24):
     child = os.fork()

@@ -24,7 +24,7 @@ from ...core.types import Tokens
 from ..reference import Eager
 from ..card import make_card
 from ..encoder import Encoder, ImageForm, PairForm, Scorer, TextForm
-from ...core.quantize import unstored
+from ...core.quantize import dequantize
 from .builder import LIMIT, Graph, graph_hash, intact, placed, read_onnx_card, value, write_graph
 from .model import OnnxModel, host_source, provider_of
 from ..verify.onnx import onnx_answers, ask_process, onnx_rows
@@ -60,7 +60,7 @@ class ClassForm(nn.Module):
         scores = (
             x
             if self.rows is None
-            else self.scale * (unstored(x, self.encoder.output) @ self.rows.T) + (self.bias or 0.0)
+            else self.scale * (dequantize(x, self.encoder.output) @ self.rows.T) + (self.bias or 0.0)
         )
         p = scores.softmax(-1) if self.bias is None else scores.sigmoid()
         best, index = p.topk(self.k, dim=1)

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from ...core.errors import reason
 from ...core.packing import pack
-from ...core.quantize import unstored
+from ...core.quantize import dequantize
 from ..card import content_hash
 from ..onnx.builder import intact, read_onnx_card
 from ..onnx.model import host_source
@@ -179,7 +179,7 @@ def onnx_rows(
         )
         done.append(told('labels', [_unlike(x, card) for s in sizes for x in found['labels', s]]))
     def direction(a, b):
-        a, b = (unstored(torch.cat(x), variant.output).double() for x in (a, b))
+        a, b = (dequantize(torch.cat(x), variant.output).double() for x in (a, b))
         return (1 - nn.functional.cosine_similarity(a, b, dim=1)).clamp(min=0)
     if len(files) == 3:
         from mmembed.exporters.onnx.files import file_rows

@@ -23,7 +23,7 @@ from .hosts import CPP_SKIPS, answers, cpp as cpp_answers, fresh as fresh_answer
 from ..reference import Eager
 from ..card import content_hash, make_card, sha256
 from ..aot import program_hashes
-from ...core.quantize import unstored
+from ...core.quantize import dequantize
 from .onnx import onnx_rows as onnx_rows
 from ..steps import Steps, read_classes, tried
 from ..variants import SAME, Variant, bounds
@@ -42,7 +42,7 @@ def _against_full(full: dict, got: dict, variant: Variant) -> list[Comparison]:
     for kind in ('text embedding', 'image embedding'):
         if (kind, size) not in full: continue
         a, b = (torch.cat(x[kind, size]) for x in (full, got))
-        b = unstored(b, variant.output)
+        b = dequantize(b, variant.output)
         off = 1 - nn.functional.cosine_similarity(a.double(), b.double(), dim=1)
         off = float(off.max()) if len(off) else 0.
         rows.append(
