@@ -215,7 +215,7 @@ def lance_ask(kind, work, rows):
     from mmembed.retrieval.index import Index
     index = Index(work/(f'lance-{rows}' if kind == 'flat' else f'lance-{rows}-{kind}'))
     return [
-        (knobs, lambda q, knobs=knobs: [int(r['id']) for r in index._nearest(q, 10, None, kind == 'flat', knobs)])
+        (knobs, lambda q, knobs=knobs: [int(r['id']) for r in index.nearest(q, 10, None, kind == 'flat', knobs)])
         for knobs in settings(kind)
     ]
 

@@ -550,7 +550,7 @@ TABLE = [
         ),
         (
             'index/pairs of a row with itself',
-            'mmembed/retrieval/query.py',
+            'mmembed/retrieval/clusters.py',
             'keep = b > a',
             'keep = b >= a',
             'tests/retrieval/test_index.py::test_near_pairs_are_told_once_and_in_order',

@@ -1,4 +1,4 @@
-"""The same job, part by part on the workers of Ray Data: the same files
+"""The same job, shard by shard on the workers of Ray Data: the same files
 
 Docs: https://mmembed.github.io/mmembed/retrieval/ray.html.md"""
 
@@ -22,14 +22,14 @@ from .parts import ERRORS, Job, check_part, write_failures
 
 # %% ../../nbs/retrieval/04_ray.ipynb #4f82241d
 class PartWorker:
-    "An actor of Ray Data: numbers and sources of parts in, numbers of parts that are written out"
+    "An actor of Ray Data: takes numbers and sources of shards, writes them, and returns their numbers"
     def __init__(self,
         artifact: str,       # a path that the machine of the worker can read
         job: dict,           # the manifest
-        folder: str,         # where the parts go: a path that all machines share
-        device: str = 'cpu',
-        threads: int = 2,    # that read and decode
-        cores: int = 1,      # of one operation of the towers
+        folder: str,         # where the shards go: a path that all machines share
+        device: str = 'cpu', # that the towers run on
+        threads: int = 2,    # to read and decode with
+        cores: int = 1,      # that one operation of the towers uses
     ):
         self.job, self.folder, self.threads = Job(**job), Path(folder), threads
         self.emb = Embedder(artifact, device, cores, self.job.batch_size, deterministic=self.job.deterministic)
@@ -50,25 +50,25 @@ class PartWorker:
 # %% ../../nbs/retrieval/04_ray.ipynb #5dffccb4
 def embed_ray(
     model: Embedder | str | Path,    # an artifact, at a path that all machines can read
-    source: Source,
+    source: Source,                  # see `open_source`
     out: str | Path,                 # a folder that all machines can write to
-    what: str = 'image',
-    keep: list | tuple = (),
-    precision: str = 'float32',
-    shard_rows: int = 8192,          # rows of a part: what a worker that dies loses
-    threads: int = 0,                # of each worker, that read and decode; 0: one for each CPU of it, and one more
-    batch_size: int = 0,
+    what: str = 'image',             # modality: 'image', 'text' or 'both'
+    keep: list | tuple = (),         # columns of the source to keep
+    precision: str = 'float32',      # one of `PRECISIONS`
+    shard_rows: int = 8192,          # rows in a shard: what a worker that dies loses
+    threads: int = 0,                # of each worker, to read and decode with; 0: one for each CPU of it, and one more
+    batch_size: int = 0,             # rows that the towers see at once; 0: the service's
     device: str = 'cpu',             # of the workers
-    unique: bool = False,
-    progress=None,                   # called with (rows ready, rows) after each part
-    content_hash: bool = False,
-    spark: bool = False,
-    workers: tuple[int, int] = (1, 1), # at least and at most
+    unique: bool = False,            # refuse a source in which an id occurs twice
+    progress=None,                   # called with (rows ready, rows) after each shard
+    content_hash: bool = False,      # as in `embed`
+    spark: bool = False,             # as in `embed`
+    workers: tuple[int, int] = (1, 1), # least and largest number of them
     address: str | None = None,      # of a cluster; None: the one this process is connected to, or one on this machine
     gpus: float = 0.,                # of each worker
     cpus: float = 1.,                # of each worker
 ) -> Done:
-    "As `embed`, with the same files as the result; raises as it does, and `ImportError` without Ray."
+    "Embed a source on a cluster, into the same files as `embed`; raises as it does, and `ImportError` without Ray."
     os.environ.update(RAY_USAGE_STATS_ENABLED='0', RAY_ENABLE_UV_RUN_RUNTIME_ENV='0')
     try: import ray.data
     except ImportError: raise ImportError('--engine ray wants Ray: pip install "mmembed[ray]"') from None
@@ -111,7 +111,7 @@ def _connect(ray, address: str | None, workers: int, cpus: float, gpus: float):
     )
 
 def _results(ray, model, source, job, folder, todo, threads, device, workers, gpus, cpus):
-    "What the workers answer, part by part as they are done."
+    "Yield the workers' results, shard by shard as they are done."
     if not todo: return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars, context.print_on_execution_start = False, False
@@ -136,7 +136,7 @@ def _results(ray, model, source, job, folder, todo, threads, device, workers, gp
     except ray.exceptions.RayError as e: raise _cause(e) from None
 
 def _cause(e: BaseException) -> BaseException:
-    "What went wrong in a worker, as if it had been here."
+    "Return the exception of a worker as if it had been raised here."
     seen = e
     while seen is not None:
         if type(seen) in (ValueError, OSError, FileNotFoundError, PermissionError, RuntimeError, ImportError):

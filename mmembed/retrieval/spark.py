@@ -12,39 +12,39 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .embed import service_batch
+from .embed import decoded, service_batch
 from ..core.markers import Text
 from ..runtime.embedder import Embedder
 
 # %% ../../nbs/retrieval/05_spark.ipynb #6fb93d82
 def predict_images(
     artifact: str,       # a path that every worker can read
-    device: str = 'cpu',
-    threads: int = 1,    # of one operation of the towers
+    device: str = 'cpu', # that the towers run on
+    threads: int = 1,    # that one operation of the towers uses
 ) -> Callable[[], Callable]: # to be given to `predict_batch_udf`
-    "A maker of functions from files (B,), an array of bytes, to embeddings float32 (B, D)."
+    "Return a maker of functions from image files (B,), an array of bytes, to embeddings float32 (B, D)."
     def make_predict_fn():
         emb = Embedder(artifact, device, threads, service_batch(device), deterministic=True)
-        return lambda files: _with_nan(emb.encode_image([_bytes(f) for f in files], on_error='flag'))
+        return lambda files: _with_nan(emb.card, emb.encode_image([_bytes(f) for f in files], on_error='flag'))
     return make_predict_fn
 
 def predict_texts(
-    artifact: str,
-    device: str = 'cpu',
-    threads: int = 1,
+    artifact: str,       # a path that every worker can read
+    device: str = 'cpu', # that the towers run on
+    threads: int = 1,    # that one operation of the towers uses
 ) -> Callable[[], Callable]:
-    "A maker of functions from texts (B,) to embeddings float32 (B, D)."
+    "Return a maker of functions from texts (B,) to embeddings float32 (B, D)."
     def make_predict_fn():
         emb = Embedder(artifact, device, threads, service_batch(device), deterministic=True)
         return lambda texts: _with_nan(
-            emb.encode_text([Text(t) if isinstance(t, str) else t for t in texts], on_error='flag')
+            emb.card, emb.encode_text([Text(t) if isinstance(t, str) else t for t in texts], on_error='flag')
         )
     return make_predict_fn
 
 def _bytes(f): return b'' if f is None else bytes(f)
 
-def _with_nan(done) -> np.ndarray:
-    out = np.full((len(done.errors), done.embedding.shape[1]), np.nan, np.float32)
-    ok = done.ok.cpu().numpy()
-    out[ok] = done.embedding.cpu().numpy()[ok]
+def _with_nan(card: dict, done) -> np.ndarray:
+    ok, x = done.ok.cpu().numpy(), decoded(card, done.embedding).cpu().numpy()  # (B,), (B, D)
+    out = np.full(x.shape, np.nan, np.float32)
+    out[ok] = x[ok]
     return out

@@ -18,8 +18,6 @@ from glob import escape
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from ..data.source import Source
 from .embed import Done, embed, plan, service_batch
 from ..runtime.embedder import Embedder
@@ -28,11 +26,11 @@ from ..core.files import alone, draft, write_whole
 
 # %% ../../nbs/retrieval/03_writers.ipynb #28ac5284
 def save_npy(
-    folder: Path,              # of parts
-    path: Path,                # what is to be written
-    side: str | None = None,   # 'image' or 'text'; None: the one there is
+    folder: Path,              # of shards
+    path: Path,                # the file to write
+    side: str | None = None,   # modality: 'image' or 'text'; None: the one there is
 ):
-    "One side of a job as an array of numpy, (rows, D)."
+    "Write one modality of a job as a numpy array (rows, D)."
     import numpy as np
     job, header = read_job(folder), None
     with draft(path) as temporary, temporary.open('wb') as f:
@@ -46,11 +44,12 @@ def save_npy(
 
 # %% ../../nbs/retrieval/03_writers.ipynb #501dac9f
 def save_safetensors(
-    folder: Path,  # of parts
-    path: Path,    # what is to be written
+    folder: Path,  # of shards
+    path: Path,    # the file to write
 ):
-    """The sides of a job as tensors `image` and `text`, with the manifest as metadata (format:
-    github.com/huggingface/safetensors)."""
+    """Write a job as tensors `image` and `text`, with the manifest as metadata.
+
+    The format is that of github.com/huggingface/safetensors."""
     job = read_job(folder)
     name = {'float32': 'F32', 'float16': 'F16', 'int8': 'I8', 'binary': 'U8'}[job.precision]
     header: dict = {'__metadata__': {k: v if isinstance(v, str) else json.dumps(v) for k, v in job.to_dict().items()}}
@@ -68,10 +67,10 @@ def save_safetensors(
 
 # %% ../../nbs/retrieval/03_writers.ipynb #df6b454d
 def save_ids(
-    folder: Path,  # of parts
-    path: Path,    # what is to be written
+    folder: Path,  # of shards
+    path: Path,    # the file to write
 ):
-    "One JSON object a row of the arrays: number, id, kept columns, error."
+    "Write one JSON object a row of the arrays: number, id, kept columns, error."
     import pyarrow.parquet as pq
     job = read_job(folder)
     with draft(path) as temporary, temporary.open('w', encoding='utf-8') as f:
@@ -81,10 +80,10 @@ def save_ids(
 
 # %% ../../nbs/retrieval/03_writers.ipynb #2b4f2759
 def save_parquet(
-    folder: Path,  # of parts
-    path: Path,    # what is to be written
+    folder: Path,  # of shards
+    path: Path,    # the file to write
 ):
-    "The parts as one Parquet file, a row group each."
+    "Write the shards as one Parquet file, a row group each."
     import pyarrow.parquet as pq
     job = read_job(folder)
     with (
@@ -95,11 +94,11 @@ def save_parquet(
 
 # %% ../../nbs/retrieval/03_writers.ipynb #4d1b7df8
 def save_lance(
-    folder: Path,      # of parts
+    folder: Path,      # of shards
     path: Path,        # NAME.lance: the table NAME of the LanceDB database that its folder is
-    group: int = 64,   # parts of a commit
+    group: int = 64,   # shards in a commit
 ):
-    "The parts as a Lance table, going on behind the rows that it has; raises `ValueError` for a table of another job."
+    "Write the shards as a Lance table, after the rows that it has; raises `ValueError` for a table of another job."
     import pyarrow as pa
     import pyarrow.parquet as pq
     os.environ.setdefault('LANCE_LOG', 'error')  # it says at each start that the table will be created
@@ -121,9 +120,9 @@ def save_lance(
 
 # %% ../../nbs/retrieval/03_writers.ipynb #85ed2502
 class Form(NamedTuple):
-    "What an ending of OUT stands for"
-    save: Callable  # (parts, path)
-    ids: bool       # whether the rows' names want a file of their own
+    "How a file with some ending is written"
+    save: Callable  # called with (folder of shards, path)
+    ids: bool       # whether the rows' ids need a file of their own
 
 FORMS = {
     '.npy': Form(save_npy, True),
@@ -134,9 +133,9 @@ FORMS = {
 
 # %% ../../nbs/retrieval/03_writers.ipynb #41e596dc
 def form_of(
-    out: Path, # what is to be written
-) -> Form | None: # None: a folder of parts
-    "The form that an ending stands for; raises `ValueError` for one that looks like an ending and stands for none."
+    out: Path, # the file or folder to write
+) -> Form | None: # None: a folder of shards
+    "Return the form for the ending of `out`; raises `ValueError` for an unknown ending."
     if found := FORMS.get(out.suffix): return found
     if not out.suffix[1:2].isalpha(): return None  # as in run-1.5
     raise ValueError(
@@ -147,9 +146,9 @@ def form_of(
 # %% ../../nbs/retrieval/03_writers.ipynb #c502cebd
 def targets(
     out: Path,     # with an ending of `FORMS`
-    job: Job,
-) -> dict[Path, str | None]: # file: the side that it holds, None for all
-    "The files of vectors: two arrays for a job of both sides."
+    job: Job,      # whose vectors are written
+) -> dict[Path, str | None]: # file: the modality that it holds, None for all
+    "Return the files of vectors: two arrays for a job of both modalities."
     if out.suffix == '.npy' and job.what == 'both':
         return {out.with_suffix(f'.{side}.npy'): side for side in job.sides()}
     return {out: None}

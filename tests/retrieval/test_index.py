@@ -17,12 +17,13 @@ pytest.importorskip('lancedb', reason='the extra "search" is not installed')
 from mmembed.cli.main import main
 from mmembed.data.scenes import Scenes
 from mmembed.exporters.export import export
-from mmembed.retrieval.ann import KINDS
+from mmembed.retrieval.ann import KINDS, approximate, measure
+from mmembed.retrieval.clusters import clusters, duplicates, near_pairs
 from mmembed.retrieval.index import Index
 from mmembed.retrieval.embed import embed
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
-from mmembed.retrieval.query import Found, Query, merged, near_pairs
+from mmembed.retrieval.query import Found, Query, merged
 from mmembed.runtime.embedder import Embedder
 from mmembed.text.pipeline import TextPipeline
 from mmembed.retrieval.lance import asked
@@ -310,7 +311,7 @@ def test_an_empty_index(model, scenes, tmp_path):
     index = Index.build(model, points(3), tmp_path/'a')
     assert index.delete(where='true') == 3 and len(index) == 0
     assert index.search('a red circle') == [] and repr(index.search('a')) == "nothing found for 'a'"
-    assert index.duplicates() == [] and index.info()['items'] == 0 and index.vectors()[1].shape == (0, D)
+    assert duplicates(index) == [] and index.info()['items'] == 0 and index.vectors()[1].shape == (0, D)
     assert index.add(points(4)) == 4 and len(index.search('a red circle')) == 4
     assert len(Index.build(model, table(['z'], np.zeros((1, D))), tmp_path/'b')) == 0
 
@@ -354,8 +355,8 @@ def test_two_rankings_are_merged_by_reciprocal_ranks():
 def test_approximate(model, tmp_path):
     rows = points(2000)
     index = Index.build(model, rows, tmp_path/'a')
-    with pytest.raises(ValueError, match='no approximate index'): index.measure()
-    found = index.approximate('ivf_flat', recall=.9, partitions=16)
+    with pytest.raises(ValueError, match='no approximate index'): measure(index)
+    found = approximate(index, 'ivf_flat', recall=.9, partitions=16)
     assert found.recall >= .9 and index.info()['approximate']['kind'] == 'ivf_flat'
     x, again = matrix(rows), Index(tmp_path/'a')
     best = [{f'p{i}' for i in np.argsort(-(x @ v))[:10]} for v in x[:50]]
@@ -363,8 +364,8 @@ def test_approximate(model, tmp_path):
         assert np.mean([len(b & set(again.search(v, 10, exact=exact).ids)) / 10 for b, v in zip(best, x[:50])]) >= least
     again.add(points(5, 9, 'new'))
     assert again.search(matrix(points(5, 9))[2], 1).ids == ['new2']
-    with pytest.raises(ValueError, match='at least 256'): Index.build(model, points(20), tmp_path/'b').approximate()
-    with pytest.raises(ValueError, match='kind must be'): index.approximate('tree')
+    with pytest.raises(ValueError, match='at least 256'): approximate(Index.build(model, points(20), tmp_path/'b'))
+    with pytest.raises(ValueError, match='kind must be'): approximate(index, 'tree')
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -374,12 +375,12 @@ def test_every_kind_answers_for_every_k(kind, model, tmp_path):
     captions = pa.array([f'number {i % 3}' for i in range(600)])
     index, x = Index.build(model, rows.append_column('text', captions), tmp_path/'a'), matrix(rows)
     # the knobs as low as they go
-    index.approximate(kind, recall=.01, partitions=None if kind.startswith('hnsw') else 30, **more)
+    approximate(index, kind, recall=.01, partitions=None if kind.startswith('hnsw') else 30, **more)
     for k in (1, 10, 32, 33, 64, 65, 150, 599, 600, 601, 5000):
         assert len(index.search(x[0], k)) == min(k, 600)
         assert len(index.search(x[0], k, where="id LIKE 'p1_'")) == min(k, 10)
         assert len(index.search(x[0], k, words='number')) == min(k, 600) and len(index.like('p0', k)) == min(k, 599)
-    for neighbours in (40, 599): assert index.duplicates(.999, "id LIKE 'p1_'", neighbours) == []
+    for neighbours in (40, 599): assert duplicates(index, .999, "id LIKE 'p1_'", neighbours) == []
 
 
 def test_recall_of_text_queries(model, tmp_path, capsys, scenes):
@@ -403,24 +404,23 @@ def test_recall_of_text_queries(model, tmp_path, capsys, scenes):
     assert f'over {N} queries' in first and 'with rows as queries: hnsw_sq' in second and 'over 100 queries' in second
     assert index.info()['approximate']['queries'] == N
     x = index.embedder().encode_text([scenes.text(i) for i in range(N)])
-    assert index.measure(x)[0].recall == pytest.approx(index.info()['approximate']['recall'])
+    assert measure(index, x)[0].recall == pytest.approx(index.info()['approximate']['recall'])
     for wrong, error in ((dict(recall=1.5), 'a share of 0 to 1, got 1.5'), (dict(queries=x[:0]), 'no queries')):
-        with pytest.raises(ValueError, match=error): index.approximate(**wrong)
+        with pytest.raises(ValueError, match=error): approximate(index, **wrong)
 
 
 def test_near_duplicates_and_clusters(model, tmp_path):
     x = matrix(points(300))
     x[200:220] = x[:20] + .01 * x[100:120]
     index = Index.build(model, table([f'p{i}' for i in range(300)], x), tmp_path/'a')
-    groups = index.duplicates(.99)
+    groups = duplicates(index, .99)
     assert {frozenset(g.ids) for g in groups} == {frozenset((f'p{i}', f'p{200 + i}')) for i in range(20)}
-    assert {frozenset(g.ids) for g in index.duplicates(.99, neighbours=5)} == {frozenset(g.ids) for g in groups}
+    assert {frozenset(g.ids) for g in duplicates(index, .99, neighbours=5)} == {frozenset(g.ids) for g in groups}
     pytest.importorskip('faiss')
-    clusters = index.clusters(5)
-    assert sorted(i for g in clusters for i in g.ids) == sorted(index.ids()) and all(
-        g.scores == sorted(g.scores, reverse=True) for g in clusters
-    )
-    assert [g.ids for g in index.clusters(5)] == [g.ids for g in clusters]
+    five = clusters(index, 5)
+    assert sorted(i for g in five for i in g.ids) == sorted(index.ids())
+    assert all(g.scores == sorted(g.scores, reverse=True) for g in five)
+    assert [g.ids for g in clusters(index, 5)] == [g.ids for g in five]
 
 
 def test_near_pairs_are_told_once_and_in_order():
@@ -488,7 +488,8 @@ def whole():
     ids = index.ids()
     made = {{i.split('-')[0] for i in ids}}
     assert len(ids) == 400 * len(made), (len(ids), made)
-    assert sum(name == 'base' or int(name.split('x')[0]) % 2 == 0 for name in made) == 1, made  # of one build, with what was added to it
+    # of one build, with what was added to it
+    assert sum(name == 'base' or int(name.split('x')[0]) % 2 == 0 for name in made) == 1, made
     assert len(index.search(np.ones(D, 'f'), 5)) == 5
 
 def write(turn):
@@ -634,8 +635,8 @@ def test_a_search_asks_again_where_another_process_has_compacted(model, tmp_path
     assert not [str(w.message) for w in recwarn]
     with pytest.raises(RuntimeError, match='Not found'): held.search(x).limit(5).to_list()
     for where in (None, "id <> 'x'"):
-        turns = iter([held, held, index._table])
-        assert len(asked(lambda: next(turns).search(x).limit(5).to_list(), where)) == 5
+        turns = iter([held, held, index._table]).__next__
+        assert len(asked(lambda turns=turns: turns().search(x).limit(5).to_list(), where)) == 5
         with pytest.raises(OSError, match='a file of the index is missing: .*Not found') as e:
             asked(held.search(x).limit(5).to_list, where)
         assert 'cargo' not in str(e.value)
@@ -647,7 +648,8 @@ def test_a_search_asks_again_where_another_process_has_compacted(model, tmp_path
         late.ids,
         late.vectors,
         lambda: late.vector_of('p3'),
-        lambda: late._sample(3),
+        lambda: late.vectors(ids=['p3']),
+        lambda: late.select(['id']),
     ):
         with pytest.raises(OSError, match='a file of the index is missing'): question()
 
@@ -671,7 +673,7 @@ def test_one_row_a_line(emb, scenes, tmp_path, monkeypatch, capsys):
     assert len(shown.splitlines()) == len(names) and '\x1b' not in shown and '\u202e' not in shown
     for name in (r'a\nb.jpg', r'red\x1b[31m.jpg', r'l\u2028s.jpg', r'turn\u202e.jpg', r'caf\udce9.jpg'):
         assert name in shown
-    assert len(repr(index.duplicates(-1.)).splitlines()) == 2
+    assert len(repr(duplicates(index, -1.)).splitlines()) == 2
     monkeypatch.setattr('webbrowser.open', lambda url: None)
     assert main(['search', str(tmp_path/'my.idx'), str(tmp_path/'photos'/raw), '--open']) == 0  # the page is UTF-8
     assert r'caf\udce9.jpg' in capsys.readouterr().out.splitlines()[0]
@@ -721,15 +723,16 @@ DOORS = '''
 import json, sys
 from pathlib import Path
 import numpy as np
-from mmembed.cli import main
-from mmembed.index import KINDS, Index
-from mmembed.stores import to_faiss
+from mmembed.cli.main import main
+from mmembed.retrieval.clusters import clusters, duplicates
+from mmembed.retrieval.faiss import to_faiss
+from mmembed.retrieval.index import Index
 folder = sys.argv[1]
 index, x = Index(folder), np.ones(12, 'f')
 doors = dict(search=lambda w: index.search(x, where=w), find=lambda w: index.find(x, where=w),
              words=lambda w: index.search(words='circle', where=w), like=lambda w: index.like(index.ids()[0], where=w),
-             ids=index.ids, vectors=index.vectors, duplicates=lambda w: index.duplicates(where=w),
-             clusters=lambda w: index.clusters(2, w), delete=lambda w: index.delete(where=w),
+             ids=index.ids, vectors=index.vectors, duplicates=lambda w: duplicates(index, where=w),
+             clusters=lambda w: clusters(index, 2, w), delete=lambda w: index.delete(where=w),
              faiss=lambda w: to_faiss(index, Path(folder)/'x.faiss', where=w))
 for where, error in json.load(sys.stdin).items():
     for name, door in doors.items():
@@ -742,7 +745,7 @@ print(len(index))'''
 
 CHAINS = '''
 import json, sys
-from mmembed.index import KINDS, Index
+from mmembed.retrieval.index import Index
 index, n = Index(sys.argv[1]), 0
 for where in json.load(sys.stdin):
     n += 1

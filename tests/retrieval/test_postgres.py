@@ -1,3 +1,4 @@
+import inspect
 import json
 import os
 import tempfile
@@ -10,7 +11,11 @@ pytest.importorskip('lancedb', reason='the extra "search" is not installed')
 
 from mmembed.data.scenes import Scenes
 from mmembed.retrieval.index import Index
-from mmembed.retrieval.postgres import PostgresIndex, to_faiss
+from mmembed.retrieval.ann import approximate, measure
+from mmembed.retrieval.base import VectorIndex
+from mmembed.retrieval.clusters import clusters, duplicates
+from mmembed.retrieval.faiss import to_faiss
+from mmembed.retrieval.postgres import PostgresIndex
 
 from tests.retrieval.test_index import HOSTILE, HOSTILE_CONDITIONS, D, N, artifact, matrix, points, table
 
@@ -67,6 +72,95 @@ def test_both_stores_answer_alike(model, url, folder):
     b.close()
 
 
+PLACE = {'folder', 'url', 'name'}  # where an index lies is the one thing that the two say differently
+
+
+def test_the_stores_have_the_same_methods():
+    "Reading one is reading the other: names, arguments, defaults and what comes back."
+    public = {name for name in dir(Index) + dir(PostgresIndex) if not name.startswith('_') or name in ('__len__',)}
+    assert {'build', 'add', 'retry', 'delete', 'search', 'nearest', 'vectors', 'compact', 'full_text'} <= public
+    for name in sorted(public):
+        one, two = (inspect.getattr_static(kind, name) for kind in (Index, PostgresIndex))
+        assert type(one) is type(two), name
+        if isinstance(one, property): continue
+        one, two = (inspect.signature(getattr(kind, name)) for kind in (Index, PostgresIndex))
+        shape = lambda s: [(p.name, p.kind, p.default) for p in s.parameters.values() if p.name not in PLACE]
+        assert shape(one) == shape(two), name
+    for kind in (Index, PostgresIndex): assert issubclass(kind, VectorIndex) and not inspect.isabstract(kind)
+    with pytest.raises(TypeError, match='abstract'): VectorIndex()
+
+
+def test_whatever_one_store_can_the_other_can(model, url, folder, tmp_path):
+    "One program, two stores: build, search, groups, FAISS, changes, failures that are mended."
+    x = matrix(points(300))
+    x[200:220] = x[:20] + .01 * x[100:120]
+    rows = table([f'p{i:03}' for i in range(300)], x, year=pa.array([2000 + i % 7 for i in range(300)]))
+    stores = [Index.build(model, rows, tmp_path/'a.idx'), PostgresIndex.build(model, rows, url, 'both')]
+    def same(question):
+        one, two = map(question, stores)
+        assert one == two, (one, two)
+        return one
+    assert same(len) == 300 and same(lambda s: sorted(s.columns)) == ['id', 'year'] and same(lambda s: s.about)
+    assert same(lambda s: sorted(s.ids('year = 2003')))
+    for exact in (True, None): same(lambda s, exact=exact: s.search(x[7], 5, 'year > 2001', exact).ids)
+    same(lambda s: s.like('p007', 3).ids)
+    pairs = {frozenset((f'p{i:03}', f'p{200 + i}')) for i in range(20)}
+    for near in (None, 5):
+        assert same(lambda s, near=near: {frozenset(g.ids) for g in duplicates(s, .99, None, near)}) == pairs
+    assert same(lambda s: len(duplicates(s, .99, 'year = 2003'))) < 20
+    names = same(lambda s: sorted(s.vectors('year = 2003')[0]))
+    for s in stores: np.testing.assert_allclose(s.vectors(ids=['p007'])[1][0], x[7] / np.linalg.norm(x[7]), atol=1e-5)
+    assert same(lambda s: s.vectors('false')[1].shape) == (0, D) and len(names) == 43
+    if has_faiss():
+        assert same(lambda s: sum(map(len, clusters(s, 5)))) == 300
+        assert same(lambda s: sorted(map(len, clusters(s, 3, 'year = 2003', seed=1)))) and same(
+            lambda s: sorted(json.loads(to_faiss(s, tmp_path/'f.faiss').with_suffix('.ids.json').read_text())['ids'])
+        )
+    approximate(stores[0], 'hnsw_flat')
+    for s in stores: assert measure(s, n=20)[0].recall > .9
+    with pytest.raises(TypeError, match='pgvector builds one graph with the table'): approximate(stores[1])
+    assert same(lambda s: set(s.info()) - {'folder', 'name'})
+    versions = [s.version for s in stores]
+    for s, before in zip(stores, versions):
+        assert s.delete(['p001', 'nobody']) == 1 and s.version > before
+        before = s.version
+        assert s.add(points(2, 5)) == 2 and s.version > before and s.delete(['nobody']) == 0
+        s.compact()
+        assert len(s) == 301
+    for s in stores:
+        with pytest.raises(ValueError, match='no full-text index|no column of text'): s.search(words='x')
+        s.close()
+
+
+def has_faiss():
+    try: import faiss  # noqa: F401
+    except ImportError: return False
+    return True
+
+
+def test_both_stores_mend_failures_and_take_a_working_folder(model, url, tmp_path):
+    for s in (Index, PostgresIndex):
+        photos, place = tmp_path/s.__name__, [tmp_path/'mend.idx'] if s is Index else [url, 'mend']
+        photos.mkdir()
+        scenes = Scenes(train=4, valid=0)
+        for i in range(3): (photos/f'{i}.jpg').write_bytes(bytes(scenes.image(i).tolist()))
+        (photos/'broken.jpg').write_bytes(b'no picture')
+        with s.build(model, photos, *place, work=photos.with_suffix('.work')) as index:
+            assert (photos.with_suffix('.work')/'vectors'/'_manifest.json').is_file()
+            assert [r['id'] for r in index.bad()] == ['broken.jpg'] and len(index) == 3
+            (photos/'broken.jpg').write_bytes(bytes(scenes.image(3).tolist()))
+            assert index.retry(photos) == 1 and index.bad() == [] and len(index) == 4
+            assert index.retry(photos) == 0 and len(index.thumbnails(index.ids())) == 4
+
+
+def test_full_text_is_renewed_in_both(model, url, tmp_path):
+    rows = table(['a', 'b'], matrix(points(2)), text=pa.array(['a red circle', 'a blue square']))
+    for index in (Index.build(model, rows, tmp_path/'t.idx'), PostgresIndex.build(model, rows, url, 'worded')):
+        for _ in range(2): index.full_text()
+        assert index.search(words='circle').ids == ['a'] and index.info()['full_text']
+        index.close()
+
+
 def test_add_delete_and_ids_that_come_twice(model, other, url):
     index = PostgresIndex.build(model, points(20), url, 'twice')
     for source, error in (
@@ -114,9 +208,13 @@ def test_hostile_ids_and_filters(model, url):
         except ValueError: pass
     for where, error in HOSTILE_CONDITIONS.items():
         if 'cannot call' in error: continue  # of an engine in this process
-        for door in (lambda: index.search(x[0], where=where), lambda: index.ids(where),
-                     lambda: index.delete(where=where), lambda: index.like('plain', where=where)):
-            with pytest.raises(ValueError, match=error): door()
+        for door, given in (
+            (index.search, (x[0], 10)),
+            (index.ids, ()),
+            (index.delete, (None,)),
+            (index.like, ('plain', 10)),
+        ):
+            with pytest.raises(ValueError, match=error): door(*given, where)
     with pytest.raises(ValueError, match='read-only'): index.search(x[0], where='(SELECT lo_create(0)) > 0')
     assert index.ids() == ['plain'] and index.search(x[0], 3).ids == ['plain']
     index.close()
