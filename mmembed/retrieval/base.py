@@ -132,7 +132,7 @@ def embedder(self: VectorIndex) -> Embedder:
         if not self._model or not Path(self._model).is_file():
             raise FileNotFoundError(
                 f'the artifact {self.about.artifact[:12]} that made this index is not at '
-                f'{str(self._model) or "any known place"}: name it (--model, model=)'
+                f'{str(self._model) or "any known place"}: name it (--artifact, model=)'
             )
         self.check(read_card(self._model))
         self._model = Embedder(self._model)
