@@ -188,12 +188,12 @@ def approximate(
 
     mmembed index approximate photos.idx --kind ivf_pq --recall 0.95
     mmembed index approximate photos.idx --queries captions.csv"""
-    from mmembed.retrieval.ann import approximate, measure
+    from mmembed.retrieval.ann import approximate, measure_recall
     from mmembed.retrieval.index import Index
     table = Index(index, artifact)
     texts = _texts(table, queries, text_key) if queries else None
     print(approximate(table, kind, recall, queries=texts))
-    if queries: print(f'  with rows as queries: {measure(table)[0]}')
+    if queries: print(f'  with rows as queries: {measure_recall(table)[0]}')
 
 def _texts(index, where: str, text_key: str | None):
     "Embed up to 1,000 texts of a table, spread evenly over it."

@@ -86,6 +86,7 @@ class VectorIndex(ABC):
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
 
+# %% ../../nbs/retrieval/08_base.ipynb #2ef23190
 def complete(
     cls: type, # a store whose methods were patched onto it
 ) -> None:

@@ -99,6 +99,7 @@ def embed_ray(
         time.perf_counter() - start,
     )
 
+# %% ../../nbs/retrieval/04_ray.ipynb #fc1a3281
 def _connect(ray, address: str | None, workers: int, cpus: float, gpus: float):
     small = {} if address else dict(num_cpus=max(1, round(workers * cpus + .5)), object_store_memory=200 << 20)
     if gpus and not address: small['num_gpus'] = max(1, round(workers * gpus + .49))

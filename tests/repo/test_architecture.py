@@ -117,7 +117,8 @@ def twice(root=ROOT):
 
 # Names that several modules may define, since they are called by others: commands, and schemas of the service.
 ENDPOINTS = {
-    'commands of the command line': {'embed', 'export', 'verify', 'info', 'add', 'compact', 'serve', 'evaluate'},
+    'commands of the command line': {'embed', 'export', 'verify', 'info', 'add', 'compact', 'serve', 'evaluate',
+                                     'approximate', 'duplicates', 'clusters'},
     'schemas in /openapi.json, named as the results they carry': {'Embeddings', 'Ranking'},
 }
 # Chapters that use a later one; the list may only shrink.

@@ -17,7 +17,7 @@ pytest.importorskip('lancedb', reason='the extra "search" is not installed')
 from mmembed.cli.main import main
 from mmembed.data.scenes import Scenes
 from mmembed.exporters.export import export
-from mmembed.retrieval.ann import KINDS, approximate, measure
+from mmembed.retrieval.ann import KINDS, approximate, measure_recall
 from mmembed.retrieval.clusters import clusters, duplicates, near_pairs
 from mmembed.retrieval.index import Index
 from mmembed.retrieval.embed import embed
@@ -355,7 +355,7 @@ def test_two_rankings_are_merged_by_reciprocal_ranks():
 def test_approximate(model, tmp_path):
     rows = points(2000)
     index = Index.build(model, rows, tmp_path/'a')
-    with pytest.raises(ValueError, match='no approximate index'): measure(index)
+    with pytest.raises(ValueError, match='no approximate index'): measure_recall(index)
     found = approximate(index, 'ivf_flat', recall=.9, partitions=16)
     assert found.recall >= .9 and index.info()['approximate']['kind'] == 'ivf_flat'
     x, again = matrix(rows), Index(tmp_path/'a')
@@ -404,7 +404,7 @@ def test_recall_of_text_queries(model, tmp_path, capsys, scenes):
     assert f'over {N} queries' in first and 'with rows as queries: hnsw_sq' in second and 'over 100 queries' in second
     assert index.info()['approximate']['queries'] == N
     x = index.embedder().encode_text([scenes.text(i) for i in range(N)])
-    assert measure(index, x)[0].recall == pytest.approx(index.info()['approximate']['recall'])
+    assert measure_recall(index, x)[0].recall == pytest.approx(index.info()['approximate']['recall'])
     for wrong, error in ((dict(recall=1.5), 'a share of 0 to 1, got 1.5'), (dict(queries=x[:0]), 'no queries')):
         with pytest.raises(ValueError, match=error): approximate(index, **wrong)
 

@@ -11,7 +11,7 @@ pytest.importorskip('lancedb', reason='the extra "search" is not installed')
 
 from mmembed.data.scenes import Scenes
 from mmembed.retrieval.index import Index
-from mmembed.retrieval.ann import approximate, measure
+from mmembed.retrieval.ann import approximate, measure_recall
 from mmembed.retrieval.base import VectorIndex
 from mmembed.retrieval.clusters import clusters, duplicates
 from mmembed.retrieval.faiss import to_faiss
@@ -117,7 +117,7 @@ def test_whatever_one_store_can_the_other_can(model, url, folder, tmp_path):
             lambda s: sorted(json.loads(to_faiss(s, tmp_path/'f.faiss').with_suffix('.ids.json').read_text())['ids'])
         )
     approximate(stores[0], 'hnsw_flat')
-    for s in stores: assert measure(s, n=20)[0].recall > .9
+    for s in stores: assert measure_recall(s, n=20)[0].recall > .9
     with pytest.raises(TypeError, match='pgvector builds one graph with the table'): approximate(stores[1])
     assert same(lambda s: set(s.info()) - {'folder', 'name'})
     versions = [s.version for s in stores]
