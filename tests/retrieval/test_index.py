@@ -123,8 +123,8 @@ def test_sums_of_queries(index, emb, scenes, tmp_path):
         (np.ones(D + 1, 'f'), 'holds vectors of 12'),
         (b'no picture', 'images'),
         (Query('a') - 'a', 'cancel out'),
-        (3, 'no query'),
-        (['a'], 'no query'),
+        (3, 'is not a query'),
+        (['a'], 'is not a query'),
     ],
 )
 def test_queries_that_cannot_be_asked(index, query, error):
