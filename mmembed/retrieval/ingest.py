@@ -236,7 +236,12 @@ class Rest(Part):
         if name in ('keep', 'kept', 'types', 'digest', 'version') and 'source' in self.__dict__:
             return getattr(self.source, name)
         raise AttributeError(name)
-    def value(self, i: int, column: str): return self.source.value(self.rows[i], column)
+    def value(self,
+        i: int,      # number of a row
+        column: str, # that the source keeps
+    ):
+        "Return the value of a kept column."
+        return self.source.value(self.rows[i], column)
 
 # %% ../../nbs/retrieval/06_ingest.ipynb #f12865c9
 def embedded(

@@ -156,55 +156,62 @@ def targets(
 # %% ../../nbs/retrieval/03_writers.ipynb #f20a3e07
 def embed_to(
     model: Embedder | str | Path,  # an artifact
-    source: Source,
-    # a folder of parts, there already or without an ending, or a file that ends as in `FORMS`
+    source: Source,                # see `open_source`
+    # a folder of shards (there already, or a name without ending), or a file: see `FORMS`
     out: str | Path,
-    run=embed,                     # what makes the parts: `embed`, or `embed_ray`
-    device: str = 'cpu',
-    batch_size: int = 0,
-    progress=None,
+    run=embed,                     # function that makes the shards: `embed` or `embed_ray`
+    device: str = 'cpu',           # that the towers run on
+    batch_size: int = 0,           # rows that the towers see at once; 0: the service's
+    progress=None,                 # called with (rows ready, rows)
     **options,                     # of `run`
 ) -> Done:
-    """As `embed`, but `out` may be one file. Raises `ValueError` for a file of that name that is of another job, for
-    an unknown ending,
-    and for `spark` beside an ending other than .parquet."""
+    """Embed a source into a folder or one file.
+
+    Raises as `embed`, and `ValueError` for a file that is of another job, for an unknown ending, and for `spark`
+    beside an ending other than .parquet."""
     plain, out = str(out).endswith(('/', os.sep)), Path(out)
     form = None if plain or out.is_dir() and out.suffix != '.lance' else form_of(out)
     if options.get('spark') and form not in (None, FORMS['.parquet']):
         raise ValueError(f'{out}: Spark reads Parquet: want a name that ends in .parquet, or a folder')
     if not isinstance(model, Embedder):
-        model = Embedder(
-            model, device if run is embed else 'cpu', batch_size=batch_size or service_batch(device), deterministic=True
-        )
+        where = device if run is embed else 'cpu'
+        model = Embedder(model, where, batch_size=batch_size or service_batch(device), deterministic=True)
     if form is None: return run(model, source, out, progress=progress, device=device, **options)
-    start, beside = (
-        time.perf_counter(),
-        {kind: out.with_name(f'{out.name}.{kind}') for kind in ('manifest.json', 'errors.jsonl', 'ids.jsonl', 'parts')},
-    )
-    manifest, ledger, names, parts = beside.values()
-    about = {
-        k: options[k]
-        for k in ('what', 'keep', 'precision', 'shard_rows', 'unique', 'content_hash', 'spark')
-        if k in options
-    }
-    job, found = plan(model, source, **about)
+    start, place = time.perf_counter(), _places(out)
+    about = ('what', 'keep', 'precision', 'shard_rows', 'unique', 'content_hash', 'spark')
+    job, found = plan(model, source, **{k: options[k] for k in about if k in options})
     files = targets(out, job)
-    if manifest.exists(): job = same_job(manifest, job)
-    if not parts.exists() and (there := [f for f in files if f.exists()]):
-        if not manifest.exists():
-            raise ValueError(f'{there[0]} exists, and no manifest says that it is of this job: choose another name')
-        if len(there) == len(files):
-            failed = sum(1 for _ in ledger.open()) if ledger.exists() else 0
-            return Done(out, job.rows, 0, failed, found.repeated, found.example, ledger, time.perf_counter() - start)
-    parts.mkdir(parents=True, exist_ok=True)
-    with alone(parts, '.out.lock'):
-        done = run(model, source, parts, progress=progress, device=device, **options)
-        for path in (*files, names, ledger, manifest):
-            for left in path.parent.glob(f'.{escape(path.name)}.*.draft'): left.unlink()
-        for path, side in files.items(): form.save(*[parts, path, *([side] if side else [])])
-        if form.ids: save_ids(parts, names)
-        job = read_job(parts)  # by the int8 rule with which it was begun
-        write_failures(parts, job, ledger)
-        write_whole(manifest, job.to_json().encode())
-        shutil.rmtree(parts)
-    return done._replace(folder=out, ledger=ledger, seconds=time.perf_counter() - start)
+    if _is_finished(files, place, job):
+        failed = sum(1 for _ in place['errors'].open()) if place['errors'].exists() else 0
+        seconds = time.perf_counter() - start
+        return Done(out, job.rows, 0, failed, found.repeated, found.example, place['errors'], seconds)
+    place['parts'].mkdir(parents=True, exist_ok=True)
+    with alone(place['parts'], '.out.lock'):
+        done = run(model, source, place['parts'], progress=progress, device=device, **options)
+        _put_together(place, files, form)
+    return done._replace(folder=out, ledger=place['errors'], seconds=time.perf_counter() - start)
+
+# %% ../../nbs/retrieval/03_writers.ipynb #36fb6160
+def _places(out: Path) -> dict[str, Path]: # what lies beside a file while it is made, and afterwards
+    names = dict(manifest='manifest.json', errors='errors.jsonl', ids='ids.jsonl', parts='parts')
+    return {key: out.with_name(f'{out.name}.{ending}') for key, ending in names.items()}
+
+def _is_finished(files: dict[Path, str | None], place: dict[str, Path], job: Job) -> bool:
+    "Return whether all files are there; raises `ValueError` where one is not of this job."
+    if place['manifest'].exists(): same_job(place['manifest'], job)
+    there = [] if place['parts'].exists() else [f for f in files if f.exists()]
+    if there and not place['manifest'].exists():
+        raise ValueError(f'{there[0]} exists, and no manifest says that it is of this job: choose another name')
+    return len(there) == len(files)
+
+def _put_together(place: dict[str, Path], files: dict[Path, str | None], form: Form):
+    "Write the files, what lies beside them, and the manifest last; then delete the shards."
+    parts = place['parts']
+    for path in (*files, place['ids'], place['errors'], place['manifest']):
+        for left in path.parent.glob(f'.{escape(path.name)}.*.draft'): left.unlink()
+    for path, side in files.items(): form.save(*[parts, path, *([side] if side else [])])
+    if form.ids: save_ids(parts, place['ids'])
+    job = read_job(parts)  # by the int8 rule with which it was begun
+    write_failures(parts, job, place['errors'])
+    write_whole(place['manifest'], job.to_json().encode())
+    shutil.rmtree(parts)
