@@ -257,7 +257,7 @@ def test_precisions(model, source, whole, tmp_path, precision):
     assert found.vectors[exact.ok].equal(quantize(exact.vectors[exact.ok], precision))
     assert found.ok.sum() == exact.ok.sum() + 1
     cosine = (found.float() * exact.vectors).sum(1)[exact.ok]
-    assert cosine.min() > {'float32': 0.9999, 'float16': 0.9999, 'int8': 0.9999, 'binary': 0.5}[precision]
+    assert cosine.min() > {'float32': 0.9999, 'float16': 0.999, 'int8': 0.9999, 'binary': 0.5}[precision]
 
 
 @pytest.mark.parametrize('dim', [29, 512])
@@ -868,7 +868,7 @@ def test_texts_of_a_part_are_tokenized_at_once(model, tmp_path, monkeypatch):
 
 LIMITED = '''
 import resource, sys
-from mmembed.cli import main
+from mmembed.cli.main import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1))
 sys.exit(main(sys.argv[2:]))
 '''
