@@ -347,6 +347,7 @@ def as_text(
 
 # %% ../../nbs/data/01_source.ipynb #d1c877f1
 def find_file(path: str | Path) -> Path:
+    "Return the file here or in `settings().data_path`; raises `FileNotFoundError`, or `ValueError` for a folder."
     given = Path(path).expanduser()
     for p in [given, Path(settings().data_path)/given]:
         if p.is_file(): return p
@@ -354,6 +355,7 @@ def find_file(path: str | Path) -> Path:
     raise FileNotFoundError(f'no such file: {given}')
 
 def find_folder(path: str | Path) -> Path:
+    "Return the folder here or in `settings().data_path`; raises `FileNotFoundError` if there is none."
     given = Path(path).expanduser()
     for p in [given, Path(settings().data_path)/given]:
         if p.is_dir(): return p

@@ -257,6 +257,7 @@ class Table(Source):
     def __repr__(self): return f'{len(self)} rows of {self.path.name}'
 
 def hash_column(h, name: str, column):
+    "Add a column's name, type and values to the hash `h`."
     import pyarrow as pa
     empty = '' if pa.types.is_large_string(column.type) else False if pa.types.is_boolean(column.type) else 0
     filled = column.fill_null(pa.scalar(empty, column.type))  # what lies under a null is not defined
@@ -267,6 +268,7 @@ def hash_column(h, name: str, column):
 
 # %% ../../nbs/data/02_tables.ipynb #b7e92912
 def empty_row(d, column: str):
+    "Return an empty Arrow array of the type of a column."
     import pyarrow as pa
     return pa.array([], d.features.arrow_schema.field(column).type)
 
@@ -314,6 +316,7 @@ def _parquet(path: Path, keys: list[str]) -> Iterator[tuple[str, dict]]:
 
 # %% ../../nbs/data/02_tables.ipynb #28ba658d
 def no_column(where, key: str, names) -> ValueError:
+    "Make the error for a column that is not there, with those that are."
     return ValueError(f'{where}: no column {key!r}; there are: {", ".join(map(str, names))}')
 
 # %% ../../nbs/data/02_tables.ipynb #dad3f614

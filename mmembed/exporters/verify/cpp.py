@@ -120,5 +120,6 @@ def ask_host(
 
 # %% ../../../nbs/exporters/verify/02_cpp.ipynb #c9b01347
 def last_line(done: subprocess.CompletedProcess) -> str:
+    "Return the last line that a program printed, of its errors if there are any; else its exit status."
     lines = (done.stderr or done.stdout).strip().splitlines()
     return lines[-1] if lines else f'exit status {done.returncode}'

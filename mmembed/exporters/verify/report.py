@@ -35,6 +35,7 @@ class Comparison(NamedTuple):
 
 # %% ../../../nbs/exporters/verify/04_report.ipynb #f18b9a41
 def comparison(stage: str, what: str, want: list, got: list, bound: float) -> Comparison:
+    "Compare answers one by one; another number, shape or type of them, or another string, is an infinite difference."
     def off(i, note): return Comparison(stage, what, i, float('inf'), bound, note)
     if len(want) != len(got): return off(0, f'{len(got)} answers, not {len(want)}')
     n, worst = 0, 0.
