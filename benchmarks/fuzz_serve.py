@@ -200,7 +200,7 @@ def websocket(url: str, messages: int, seed: int = 0) -> Counter:
 
 def right(client: Client, want: np.ndarray):
     "Good items beside a broken one still get their vectors."
-    got = client.encode(['a red circle', b'broken', canary_png()], errors='flag')
+    got = client.encode(['a red circle', b'broken', canary_png()], on_error='flag')
     assert got.ok.tolist() == [True, False, True] and abs(got.embedding[[0, 2]] - want).max() < 1e-5, got
 
 

@@ -644,7 +644,7 @@ TABLE = [
         ),
         (
             'serve/times that cannot be',
-            'mmembed/serve/http.py',
+            'mmembed/serve/endpoints.py',
             'not 0 < seconds < 1e6',
             'not seconds < 1e6',
             'tests/serve/test_http.py::test_mistakes_have_their_status',

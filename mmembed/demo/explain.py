@@ -23,10 +23,11 @@ from ..vision.resize import resized
 
 # %% ../../nbs/demo/03_explain.ipynb #909ffd5c
 def visible_shares(
-    h: int, w: int, # of the upright picture
-    rule: dict,     # the card's `pixels`
+    h: int, # height of the upright image, pixels
+    w: int, # its width
+    rule: dict, # the card's `pixels`
 ) -> tuple[float, float]: # shares of the height and of the width that the model sees
-    "What the crop leaves."
+    "Return what the crop leaves of an image."
     if rule['resize_mode'] != 'shortest': return 1., 1.
     size = tuple(rule['size'])
     height, width = resized(h, w, size, 'shortest', rule.get('shortest', 0))
@@ -43,10 +44,10 @@ class InsideImage(NamedTuple):
 
 # %% ../../nbs/demo/03_explain.ipynb #01cc8098
 def look_image(
-    emb: Embedder,
-    image,  # as `Embedder.encode_image` takes one
+    emb: Embedder, # the loaded artifact
+    image, # as `Embedder.encode_image` takes one
 ) -> InsideImage:
-    "Everything about one image; raises `ValueError` or `OSError` for one that cannot be read."
+    "Follow an image into the model; raises `ValueError` or `OSError` for one that cannot be read."
     info, rule = emb.probe(image), emb.card['pixels']
     if info.error: raise ValueError(info.error)
     rgb, levels = emb.decode(image), emb.preprocess(image)
@@ -63,23 +64,24 @@ def look_image(
         upright=f'{w} × {h}',
         model_sees=f'{size[1]} × {size[0]}',
         resize=f'{rule["resize_mode"]}, {rule["interpolation"]}',
-        kept=f'{high * wide:.0%} of the picture',
+        kept=f'{high * wide:.0%} of the image',
         normalised=', '.join(f'{c} {v.mean():+.2f} ± {v.std():.2f}' for c, v in zip(('red', 'green', 'blue'), x)),
     )
     return InsideImage(facts, image_warnings(info, rule, h, w, _transparent(image)), shown, levels, x)
 
 # %% ../../nbs/demo/03_explain.ipynb #44e15b8a
 def image_warnings(
-    info,              # of the file: ImageInfo
-    rule: dict,        # the card's `pixels`
-    h: int, w: int,    # of the upright picture
-    transparent: bool,
+    info, # of the file: ImageInfo
+    rule: dict, # the card's `pixels`
+    h: int, # height of the upright image, pixels
+    w: int, # its width
+    transparent: bool, # whether the file has an alpha channel
 ) -> list[str]:
-    "A sentence for every loss."
+    "Return a sentence for everything that is lost or changed."
     said, (high, wide), size = [], visible_shares(h, w, rule), rule['size']
     if high * wide < 0.995:
         said.append(
-            f'{1 - high * wide:.0%} of the picture is cut away '
+            f'{1 - high * wide:.0%} of the image is cut away '
             f'({"left and right" if wide < high else "above and below"}).'
         )
     if rule['resize_mode'] == 'squash' and not 0.8 < (h / size[0]) / (w / size[1]) < 1.25:
@@ -88,27 +90,27 @@ def image_warnings(
         said.append('The rest of the square is filled with a margin.')
     if max(size[0] / h, size[1] / w) > 1.5 and rule['resize_mode'] != 'longest':
         said.append(
-            f'The picture is smaller than the model wants and is enlarged {max(size[0] / h, size[1] / w):.1f} times.'
+            f'The image is smaller than the model wants and is enlarged {max(size[0] / h, size[1] / w):.1f} times.'
         )
     if transparent:
         behind = {'drop': 'transparency is dropped, and the colours hidden under it show'}.get(
             rule['alpha'], f'transparent parts are drawn on {rule["alpha"]}'
         )
-        said.append(f'The picture has transparency: {behind}.')
+        said.append(f'The image has transparency: {behind}.')
     if info.orientation > 1:
         said.append(
-            f'The camera says how to turn the picture (EXIF orientation {info.orientation}): it is turned upright.'
+            f'The camera says how to turn the image (EXIF orientation {info.orientation}): it is turned upright.'
         )
     if info.frames > 1: said.append('The file is an animation: the model sees the first frame.')
     if info.bits > 8: said.append(f'{info.bits} bits a channel are rounded to 8.')
     if info.format == 'jpeg' and info.channels == 4: said.append('The JPEG is CMYK: its colours are converted to RGB.')
     if info.channels in (1, 2) and info.format in ('jpeg',):
-        said.append('The picture is grey: the three channels are equal.')
+        said.append('The image is grey: the three channels are equal.')
     return said
 
 # %% ../../nbs/demo/03_explain.ipynb #16d388f4
 def _transparent(image) -> bool:
-    "Whether a file says that some of its pixels are."
+    "Return whether a file has an alpha channel."
     from PIL import Image
 
     data = (
@@ -127,7 +129,7 @@ def _transparent(image) -> bool:
 def normalized_image(
     x: Tensor,  # float32 (3, H, W): normalised
 ) -> Tensor: # uint8 (3, H, W)
-    "Normalised values as a picture: 0 is grey, 2.5 deviations are full or no light."
+    "Draw normalized values as an image: 0 is grey, 2.5 deviations are white or black."
     return ((x/5 + 0.5)*255).round().clamp(0, 255).byte()
 
 # %% ../../nbs/demo/03_explain.ipynb #fe27a4a1
@@ -149,10 +151,10 @@ class InsideText(NamedTuple):
 
 # %% ../../nbs/demo/03_explain.ipynb #4f59043b
 def look_text(
-    emb: Embedder,
-    text: str,
+    emb: Embedder, # the loaded artifact
+    text: str, # of any length
 ) -> InsideText:
-    "Everything about one text."
+    "Follow a text into the model."
     data = text.encode('utf-8', 'surrogatepass')
     ids, mask, _, spans = (x[0] for x in emb.module.text_pipeline.encode_bytes(*pack([data])))
     n, lacking = int(mask.sum()), unknown_id(emb)
@@ -178,9 +180,9 @@ def look_text(
 
 # %% ../../nbs/demo/03_explain.ipynb #bf2dbea4
 def unknown_id(
-    emb: Embedder,
+    emb: Embedder, # the loaded artifact
 ) -> int: # -1 where bytes or pieces spell everything
-    "The id of what the vocabulary lacks: what two hieroglyphs of different scripts have in common."
+    "Return the id for what the vocabulary lacks: the one that two rare signs of different scripts share."
     both = []
     for rare in ('\U00013000', '\U00012000'):
         ids, _, _, spans = (x[0].tolist() for x in emb.module.text_pipeline.encode_bytes(*pack([rare])))
@@ -190,9 +192,9 @@ def unknown_id(
 
 # %% ../../nbs/demo/03_explain.ipynb #1ee1e734
 def token_html(
-    inside: InsideText,
+    inside: InsideText, # of `look_text`
 ) -> str:
-    "The text with its tokens in colour, ids below them; what is cut away is struck through."
+    "Return HTML of a text with its tokens in colour and their ids below; what is cut away is struck through."
     marks = ''
     for t in inside.tokens:
         word = escape(t.piece) if t.piece else '<i>special</i>'

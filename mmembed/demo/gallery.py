@@ -12,11 +12,12 @@ import hashlib
 import json
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
+from fastcore.basics import patch
 import numpy as np
 import torch
 from torch import Tensor
@@ -34,20 +35,21 @@ from ..retrieval.lance import among
 
 # %% ../../nbs/demo/01_gallery.ipynb #8df10afb
 class ImageHit(NamedTuple):
-    "One picture found"
+    "An image that was found"
     row: int       # of the collection
     name: str
     cosine: float | None # None for one that was found by its words alone
     text: str = ''       # its caption, where the collection knows one
 
+# %% ../../nbs/demo/01_gallery.ipynb #788b4d71
 class ImageSet:
-    "Embedded pictures: what the demo searches, shows and maps"
+    "A set of embedded images, which the demo searches, shows and maps"
     def __init__(self,
-        title: str,
-        names: list[str],                # N
-        vectors: Tensor,                 # float32 (N, D), unit length
-        read: Callable[[int], Any],      # row -> an image as `Embedder.decode` takes it
-        failed: list[tuple[str, str]] = [],  # names and reasons of those left out
+        title: str, # shown to visitors
+        names: list[str], # N
+        vectors: Tensor, # float32 (N, D), unit length
+        read: Callable[[int], Any], # row -> an image as `Embedder.decode` takes it
+        failed: Sequence[tuple[str, str]] = (), # names and reasons of those left out
     ):
         self.title, self.names, self.vectors, self.read, self.failed = title, names, vectors, read, list(failed)
         self._thumbs, self._made, self._lock = tempfile.TemporaryDirectory(prefix='mmembed-demo-'), {}, threading.Lock()
@@ -55,100 +57,121 @@ class ImageSet:
     def __len__(self) -> int: return len(self.names)
     def __repr__(self) -> str: return f'{self.title} ({len(self):,})'
 
-    def nearest(self,
-        queries: Tensor,   # float32 (Q, D), unit length
-        top: int = 12,
-    ) -> list[list[ImageHit]]: # for each query, best first
-        "The pictures whose vectors are nearest."
-        if not len(self): return [[] for _ in queries]
-        best = (queries.cpu() @ self.vectors.T).topk(min(top, len(self)))
-        return [
-            [ImageHit(i, self.names[i], c) for i, c in zip(*rows)]
-            for rows in zip(best.indices.tolist(), best.values.tolist())
-        ]
-
-    def find(self,
-        query: Tensor | None, # float32 (D,), of unit length; None: by words alone
-        top: int = 12,
-        where: str = '',      # an SQL condition on the columns
-        words: str = '',      # to be found in the captions
-    ) -> list[ImageHit]: # best first
-        "The pictures nearest to one query; raises `ValueError` for a condition or words that cannot be asked here."
-        if where or words or query is None:
-            raise ValueError('A filter and words are for an index: start the demo with --index.')
-        return self.nearest(query[None], top)[0]
-
     @property
     # what a filter can name, in words; None where there is nothing to filter
-    def columns(self) -> str | None: return None
+    def columns(self) -> str | None:
+        "Return what a filter can name, in words; None where there is nothing to filter."
+        return None
 
     @property
-    def version(self) -> int: return 0  # another one after every change of the pictures
+    def version(self) -> int:
+        "Return a number that changes when the images do."
+        return 0  # another one after every change of the images
 
-    def rows(self) -> list[int]: return list(range(len(self)))           # that are there now
-    def some(self, rows: list[int]) -> Tensor: return self.vectors[rows]  # float32 (len(rows), D)
-    def every(self) -> tuple[list[str], Tensor]: return self.names, self.vectors  # names and float32 (N, D)
-
-    def thumb(self,
-        emb: Embedder,    # whose decoder reads the file: upright, on the model's own background
-        row: int,
-        side: int = 320,  # pixels at most
-    ) -> Path: # a JPEG in a folder of this process
-        "A small picture of a row, made when it is first asked for; raises as `Embedder.decode` does."
-        from PIL import Image
-        path = Path(self._thumbs.name)/f'{row}-{side}-{self.version}.jpg'
-        if not path.exists():
-            image = Image.fromarray(self._decoded(emb, row, side).permute(1, 2, 0).numpy())
-            image.thumbnail((side, side))
-            draft = path.with_suffix(f'.{id(image)}')
-            image.save(draft, 'JPEG', quality=88)
-            draft.replace(path)
-            self._forget(row, side, path)
-        return path
-
-    def _forget(self, row: int, side: int, path: Path):
-        "Of every row the last two versions stay: a page may be about to read the one before."
-        with self._lock:
-            made = self._made.setdefault((row, side), [])
-            if path not in made: made.append(path)
-            while len(made) > 2: made.pop(0).unlink(missing_ok=True)
+    def rows(self) -> list[int]:
+        "Return the numbers of the images that are there now."
+        return list(range(len(self)))           # that are there now
+    def some(self,
+        rows: list[int],
+    ) -> Tensor:
+        "Return the vectors of some rows, float32 (len(rows), D)."
+        return self.vectors[rows]  # float32 (len(rows), D)
+    def every(self) -> tuple[list[str], Tensor]:
+        "Return all names, and their vectors, float32 (N, D)."
+        return self.names, self.vectors  # names and float32 (N, D)
 
     # uint8 (3, H, W)
     def _decoded(self, emb: Embedder, row: int, side: int) -> Tensor: return emb.decode(self.read(row))
 
-    def map(self,
-        rows: list[int],  # of the collection
-    ) -> tuple[Tensor, list[float]]: # float32 (rows, 2) in [0, 1], and the share of the variance along each axis
-        "Two principal components of some vectors (eigenvectors of the covariance): alike vectors lie together."
-        x = self.some(rows).double()
-        x = x - x.mean(0)
-        values, axes = torch.linalg.eigh(x.T @ x)
-        axes = axes[:, [-1, -2]] if x.shape[1] > 1 else axes[:, [-1, -1]]
-        # one sign of the two
-        axes = axes * torch.where(axes.gather(0, axes.abs().argmax(0, keepdim=True)) < 0, -1., 1.)
-        at = x @ axes
-        span = (at.amax(0) - at.amin(0)).clamp(min=1e-9)
-        share = (values.clamp(min=0)/values.clamp(min=0).sum().clamp(min=1e-12)).tolist()
-        return ((at - at.amin(0))/span).float(), [share[-1], share[-2] if len(share) > 1 else 0.]
+# %% ../../nbs/demo/01_gallery.ipynb #7483c9e8
+@patch
+def nearest(self: ImageSet,
+    queries: Tensor, # float32 (Q, D), unit length
+    top: int = 12, # images at most
+) -> list[list[ImageHit]]: # for each query, best first
+    "Find the images whose vectors are nearest to each query."
+    if not len(self): return [[] for _ in queries]
+    best = (queries.cpu() @ self.vectors.T).topk(min(top, len(self)))
+    return [
+        [ImageHit(i, self.names[i], c) for i, c in zip(*rows)]
+        for rows in zip(best.indices.tolist(), best.values.tolist())
+    ]
 
-    def save(self,
-        folder: Path,
-    ) -> Path:
-        "`vectors` and `names` as one .npz in `folder`."
-        path, (names, vectors) = Path(folder)/'embeddings.npz', self.every()
-        np.savez(path, vectors=vectors.numpy(), names=np.array(names))
-        return path
+@patch
+def find(self: ImageSet,
+    query: Tensor | None, # float32 (D,), of unit length; None: by words alone
+    top: int = 12, # images at most
+    where: str = '', # an SQL condition on the columns
+    words: str = '', # to be found in the captions
+) -> list[ImageHit]: # best first
+    "Find the images nearest to one query; raises `ValueError` for a condition or words, which only an index has."
+    if where or words or query is None:
+        raise ValueError('A filter and words are for an index: start the demo with --index.')
+    return self.nearest(query[None], top)[0]
+
+# %% ../../nbs/demo/01_gallery.ipynb #f421abc6
+@patch
+def thumb(self: ImageSet,
+    emb: Embedder, # whose decoder reads the file: upright, on the model's own background
+    row: int, # of the collection
+    side: int = 320, # pixels at most
+) -> Path: # a JPEG in a folder of this process
+    "Return a thumbnail of a row, made when it is first asked for; raises as `Embedder.decode` does."
+    from PIL import Image
+    path = Path(self._thumbs.name)/f'{row}-{side}-{self.version}.jpg'
+    if not path.exists():
+        image = Image.fromarray(self._decoded(emb, row, side).permute(1, 2, 0).numpy())
+        image.thumbnail((side, side))
+        draft = path.with_suffix(f'.{id(image)}')
+        image.save(draft, 'JPEG', quality=88)
+        draft.replace(path)
+        self._forget(row, side, path)
+    return path
+
+@patch
+def _forget(self: ImageSet, row: int, side: int, path: Path):
+    "Of every row the last two versions stay: a page may be about to read the one before."
+    with self._lock:
+        made = self._made.setdefault((row, side), [])
+        if path not in made: made.append(path)
+        while len(made) > 2: made.pop(0).unlink(missing_ok=True)
+
+# %% ../../nbs/demo/01_gallery.ipynb #caea59a3
+@patch
+def map(self: ImageSet,
+    rows: list[int],  # of the collection
+) -> tuple[Tensor, list[float]]: # float32 (rows, 2) in [0, 1], and the share of the variance along each axis
+    "Project vectors to their two principal components (of the covariance): alike vectors lie together."
+    x = self.some(rows).double()
+    x = x - x.mean(0)
+    values, axes = torch.linalg.eigh(x.T @ x)
+    axes = axes[:, [-1, -2]] if x.shape[1] > 1 else axes[:, [-1, -1]]
+    # one sign of the two
+    axes = axes * torch.where(axes.gather(0, axes.abs().argmax(0, keepdim=True)) < 0, -1., 1.)
+    at = x @ axes
+    span = (at.amax(0) - at.amin(0)).clamp(min=1e-9)
+    share = (values.clamp(min=0)/values.clamp(min=0).sum().clamp(min=1e-12)).tolist()
+    return ((at - at.amin(0))/span).float(), [share[-1], share[-2] if len(share) > 1 else 0.]
+
+@patch
+def save(self: ImageSet,
+    folder: Path, # that exists
+) -> Path:
+    "Write `vectors` and `names` as one .npz in `folder`, and return its path."
+    path, (names, vectors) = Path(folder)/'embeddings.npz', self.every()
+    np.savez(path, vectors=vectors.numpy(), names=np.array(names))
+    return path
 
 # %% ../../nbs/demo/01_gallery.ipynb #c9d46352
 def embed_source(
-    emb: Embedder,
-    source: Source,           # rows with images
-    title: str,
+    emb: Embedder, # the loaded artifact
+    source: Source, # rows with images
+    title: str, # shown to visitors
     names: list[str] | None = None, # of the rows; the source's own by default
-    threads: int = 2,         # that read and decode
-    progress=None,            # called with (rows ready, rows)
+    threads: int = 2, # that read and decode
+    progress=None, # called with (rows ready, rows)
 ) -> ImageSet:
-    "The images of a source, embedded; raises `ValueError` if none can be read."
+    "Embed the images of a source; raises `ValueError` if none can be read."
     vectors, errors = _embedded(emb, source, threads, progress)
     return _pictures(source, title, names or [readable_id(source.name(i)) for i in range(len(source))], vectors, errors)
 
@@ -164,18 +187,18 @@ def _embedded(
 
 def _pictures(source: Source, title: str, names: list[str], vectors: Tensor, errors: list[str]) -> ImageSet:
     good, failed = [i for i, e in enumerate(errors) if not e], [(n, e) for n, e in zip(names, errors) if e]
-    if not good: raise ValueError(f'none of {len(source):,} pictures can be read; the first: {": ".join(failed[0])}')
+    if not good: raise ValueError(f'none of {len(source):,} images can be read; the first: {": ".join(failed[0])}')
     return ImageSet(title, [names[i] for i in good], vectors[good], lambda row: source.image(good[row]), failed)
 
 # %% ../../nbs/demo/01_gallery.ipynb #e74bddd4
 def embed_folder(
-    emb: Embedder,
-    folder: str | Path,       # searched with its sub-folders
-    limit: int | None = None, # pictures at most, spread evenly over the folder
-    threads: int = 2,
-    progress=None,            # called with (rows ready, rows)
+    emb: Embedder, # the loaded artifact
+    folder: str | Path, # searched with its sub-folders
+    limit: int | None = None, # images at most, spread evenly over the folder
+    threads: int = 2, # that read and decode
+    progress=None, # called with (rows ready, rows)
 ) -> ImageSet:
-    "The image files of a folder; raises `FileNotFoundError`, and `ValueError` for a folder without any."
+    "Embed the image files of a folder; raises `FileNotFoundError`, and `ValueError` for a folder without any."
     source = Files(Path(folder).expanduser().resolve())
     if limit and limit < len(source):
         source = Files(source.path, [source.files[i * len(source.files)//limit] for i in range(limit)])
@@ -191,9 +214,8 @@ def embed_folder(
         for at in range(0, len(new), CHUNK):
             part = Files(source.path, new[at:at + CHUNK])
             before = [_stamp(source.path/f) for f in part.files]
-            vectors, errors = _embedded(
-                emb, part, threads, progress and (lambda ready, _: progress(at + ready, len(new)))
-            )
+            told = progress and (lambda ready, _, done=at: progress(done + ready, len(new)))
+            vectors, errors = _embedded(emb, part, threads, told)
             known |= dict(zip(part.files, zip(before, vectors, errors)))
             _keep(kept/'vectors.npz', {f: k for f, k in known.items() if k[0] and (source.path/f).exists()})
     rows = [known[f] for f in source.files]
@@ -205,7 +227,7 @@ def embed_folder(
         [e for *_, e in rows],
     )
 
-CHUNK = 4096 # files after which the vectors are written: what a killed start may lose
+CHUNK = 4096 # files after which the vectors are written; a start that is killed embeds at most so many again
 
 def _stamp(path: Path) -> str: # '' for a file that cannot be looked at
     try: return stamp(path)
@@ -230,22 +252,22 @@ def _keep(path: Path, known: dict[str, tuple[str, Tensor, str]]):
 
 # %% ../../nbs/demo/01_gallery.ipynb #67c615cc
 def embed_files(
-    emb: Embedder,
-    files: list[str | Path],  # image files
-    title: str = 'upload',
-    progress=None,            # called with (files ready, files)
+    emb: Embedder, # the loaded artifact
+    files: list[str | Path], # image files
+    title: str = 'upload', # shown to visitors
+    progress=None, # called with (files ready, files)
 ) -> ImageSet:
-    "Some files, named as they are called; raises `ValueError` if there are none or none can be read."
-    if not files: raise ValueError('no pictures were given')
+    "Embed image files, named as they are called; raises `ValueError` if there are none or none can be read."
+    if not files: raise ValueError('no images were given')
     source = Files('/', [str(Path(f).resolve()) for f in files])
     return embed_source(emb, source, title, [Path(f).name for f in files], progress=progress)
 
 def embed_scenes(
-    emb: Embedder,
-    count: int = 400,  # pictures
-    progress=None,
+    emb: Embedder, # the loaded artifact
+    count: int = 400, # images
+    progress=None, # called with (rows ready, rows)
 ) -> ImageSet:
-    "Generated scenes that no training set holds, each called by its caption."
+    "Embed generated scenes that no training set holds, each named by its caption."
     from mmembed.data.scenes import Scenes
     scenes = Scenes(train=0, valid=count, lang='en')
     return embed_source(emb, scenes, 'generated scenes', [scenes.text(i) for i in range(count)], progress=progress)
@@ -254,9 +276,9 @@ def embed_scenes(
 class IndexImages(ImageSet):
     "The rows of an `Index`, as they are at every call: rows that come get the next numbers, those that go keep theirs"
 
-    def __init__(
-        self, index
-    ):  # of `mmembed.retrieval.index`; raises `ValueError` where another artifact made it than its model
+    def __init__(self,
+        index, # of `mmembed.retrieval.index`
+    ): # of `mmembed.retrieval.index`; raises `ValueError` where another artifact made it than its model
         super().__init__(f'index {index.folder.name}', [], torch.zeros(0, index.about.dim), self._thumbnail)
         self.index, self._row = index, {}
         index.embedder()
@@ -266,21 +288,35 @@ class IndexImages(ImageSet):
     def __repr__(self) -> str: return self.title
 
     @property
-    def version(self) -> int: return self.index.version
+    def version(self) -> int:
+        "Return the version of the index."
+        return self.index.version
 
-    def rows(self) -> list[int]: return [self._number(name) for name in self.index.ids()]
+    @property
+    def columns(self) -> str:
+        "Name the columns that a filter can use."
+        return ', '.join(c for c in self.index.columns if c != 'file')
 
-    def _number(self, name: str) -> int:
-        with self._lock:
-            if name not in self._row:
-                self._row[name] = len(self.names)
-                self.names.append(name)
-            return self._row[name]
+    def _decoded(self, emb: Embedder, row: int, side: int) -> Tensor:
+        if side > 320 and (file := self._file(self.names[row])):
+            try: return emb.decode(file)
+            except (ValueError, OSError): pass  # it has gone, or is another file now
+        return super()._decoded(emb, row, side)
 
-    def nearest(self, queries: Tensor, top: int = 12) -> list[list[ImageHit]]:
+    def nearest(self,
+        queries: Tensor, # float32 (Q, D), unit length
+        top: int = 12, # images at most
+    ) -> list[list[ImageHit]]:
+        "Find the rows of the index that are nearest to each query."
         return [self.find(q, top) for q in queries]
 
-    def find(self, query: Tensor | None, top: int = 12, where: str = '', words: str = '') -> list[ImageHit]:
+    def find(self,
+        query: Tensor | None, # float32 (D,), unit length; None: by words alone
+        top: int = 12, # images at most
+        where: str = '', # an SQL condition on the columns of the index
+        words: str = '', # to be found in the captions
+    ) -> list[ImageHit]:
+        "Find the nearest rows of the index; raises `ValueError` for a condition that it does not understand."
         self.index.embedder()  # raises where the index has been built anew by another artifact
         found = self.index.search(
             None if query is None else query.cpu().numpy(), top, where.strip() or None, words=words.strip() or None
@@ -295,32 +331,50 @@ class IndexImages(ImageSet):
             for r in found
         ]
 
-    @property
-    def columns(self) -> str: return ', '.join(c for c in self.index.columns if c != 'file')
+# %% ../../nbs/demo/01_gallery.ipynb #540143b4
+@patch
+def _file(self: IndexImages, name: str) -> Path | None:
+    found = self.index.search(self._vector(name), 1, among([name])) if 'file' in self.index.columns else []
+    return Path(found[0]['file']) if found and found[0]['file'] else None
 
-    def _decoded(self, emb: Embedder, row: int, side: int) -> Tensor:
-        if side > 320 and (file := self._file(self.names[row])):
-            try: return emb.decode(file)
-            except (ValueError, OSError): pass  # it has gone, or is another file now
-        return super()._decoded(emb, row, side)
+@patch
+def _vector(self: IndexImages, name: str) -> np.ndarray:
+    try: return self.index.vector_of(name)
+    except KeyError: raise self._gone(name) from None
 
-    def _file(self, name: str) -> Path | None:
-        found = self.index.search(self._vector(name), 1, among([name])) if 'file' in self.index.columns else []
-        return Path(found[0]['file']) if found and found[0]['file'] else None
+@patch
+def _gone(self: IndexImages, name: str) -> ValueError:
+    return ValueError(f'{one_line(name)} has been deleted from {self.title} meanwhile')
 
-    def _vector(self, name: str) -> np.ndarray:
-        try: return self.index.vector_of(name)
-        except KeyError: raise self._gone(name) from None
+@patch
+def _thumbnail(self: IndexImages, row: int):
+    name = self.names[row]
+    if small := self.index.thumbnails([name]).get(name): return small
+    self._vector(name)  # raises for a row that is no longer there
+    return torch.full((3, 64, 64), 200, dtype=torch.uint8)
 
-    def _gone(self, name: str) -> ValueError:
-        return ValueError(f'{one_line(name)} has been deleted from {self.title} meanwhile')
+# %% ../../nbs/demo/01_gallery.ipynb #4b508db3
+@patch
+def rows(self: IndexImages) -> list[int]:
+    "Return the numbers of the rows that are in the index now."
+    return [self._number(name) for name in self.index.ids()]
 
-    def some(self, rows: list[int]) -> Tensor:
-        return torch.stack([torch.tensor(self._vector(self.names[i])).float() for i in rows])
-    def every(self) -> tuple[list[str], Tensor]: return self.index.vectors()
+@patch
+def _number(self: IndexImages, name: str) -> int:
+    with self._lock:
+        if name not in self._row:
+            self._row[name] = len(self.names)
+            self.names.append(name)
+        return self._row[name]
 
-    def _thumbnail(self, row: int):
-        name = self.names[row]
-        if small := self.index.thumbnails([name]).get(name): return small
-        self._vector(name)  # raises for a row that is no longer there
-        return torch.full((3, 64, 64), 200, dtype=torch.uint8)
+@patch
+def some(self: IndexImages,
+    rows: list[int], # of the collection
+) -> Tensor:
+    "Return the vectors of some rows, float32 (len(rows), D)."
+    return torch.stack([torch.tensor(self._vector(self.names[i])).float() for i in rows])
+
+@patch
+def every(self: IndexImages) -> tuple[list[str], Tensor]:
+    "Return all names, and their vectors, float32 (N, D)."
+    return self.index.vectors()

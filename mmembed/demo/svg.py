@@ -19,7 +19,7 @@ from torch import Tensor
 def bars(
     rows: list[dict], # 'label', 'share' (0 to 1), 'note'; best first
 ) -> str:
-    "A bar for each row."
+    "Draw a bar for each row, as HTML."
     return (
         '<div class="mm-bars">'
         + ''.join(
@@ -37,7 +37,7 @@ VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231,
 def colour(
     x: float, # 0 to 1
 ) -> tuple[str, str]: # as CSS: its place on the scale, and the colour of text on it
-    "Black or white text, whichever stands out more: by 4.58 to 1 at least, as WCAG measures it."
+    "Return a colour, and black or white for text on it: a contrast of 4.58 to 1 at least, as WCAG measures it."
     x = min(max(x, 0.), 1.)*4
     i = min(int(x), 3)
     rgb = [round(a + (b - a)*(x - i)) for a, b in zip(VIRIDIS[i], VIRIDIS[i + 1])]
@@ -47,7 +47,11 @@ def colour(
     )
     return f'rgb({", ".join(map(str, rgb))})', '#000' if light > .179 else '#fff'
 
-def data_url(path: Path) -> str: return 'data:image/jpeg;base64,' + base64.b64encode(Path(path).read_bytes()).decode()
+def data_url(
+    path: Path, # of a JPEG
+) -> str:
+    "Return a JPEG file as a data URL."
+    return 'data:image/jpeg;base64,' + base64.b64encode(Path(path).read_bytes()).decode()
 
 # %% ../../nbs/demo/02_svg.ipynb #7df4e475
 def heat_table(
@@ -55,7 +59,7 @@ def heat_table(
     names: list[str],   # N
     thumbs: list[str],  # N data URLs
 ) -> str:
-    "A table of cosines in colour, pictures at its edges."
+    "Draw cosines as a coloured table with images at its edges."
     others = cosines[~torch.eye(len(cosines), dtype=torch.bool)]
     low, high = (others.min().item(), others.max().item()) if len(others) else (0., 1.)
     image = lambda i: f'<img src="{thumbs[i]}" alt="{escape(names[i])}" title="{escape(names[i])}">'
@@ -66,19 +70,22 @@ def heat_table(
         for j, c in enumerate(row):
             x = (c - low)/max(high - low, 1e-9)
             back, ink = colour(x)
-            body += f'<td style="background:{back};color:{ink}" title="{escape(names[i])} / {escape(names[j])}">{c:.2f}</td>'
+            title = f'{escape(names[i])} / {escape(names[j])}'
+            body += f'<td style="background:{back};color:{ink}" title="{title}">{c:.2f}</td>'
         body += '</tr>'
     return f'<div class="mm-scroll"><table class="mm-heat">{head}{body}</table></div>'
 
 # %% ../../nbs/demo/02_svg.ipynb #90658192
 def thumb_map(
-    at: Tensor,         # float32 (N, 2), 0 to 1
-    names: list[str],   # N
-    thumbs: list[str],  # N data URLs
-    shares: list[float],# of the variance along each axis
-    width: int = 960, height: int = 600, side: int = 46,
+    at: Tensor, # float32 (N, 2), 0 to 1
+    names: list[str], # N
+    thumbs: list[str], # N data URLs
+    shares: list[float], # of the variance along each axis
+    width: int = 960, # of the drawing, pixels
+    height: int = 600, # of the drawing, pixels
+    side: int = 46, # of a thumbnail, pixels
 ) -> str:
-    "Thumbnails where their vectors lie, as SVG."
+    "Draw thumbnails where their vectors lie, as SVG."
     marks = ''
     for (x, y), name, src in zip(at.tolist(), names, thumbs):
         marks += (
@@ -86,17 +93,20 @@ def thumb_map(
             f'width="{side}" height="{side}">'
             f'<title>{escape(name)}</title></image>'
         )
-    axis = f'<text x="{width // 2}" y="{height - 8}" text-anchor="middle">first component, {shares[0]:.0%} of the variance (second, upwards: {shares[1]:.0%})</text>'
-    return f'<svg class="mm-map" viewBox="0 0 {width} {height}" role="img" aria-label="projection of {len(names)} pictures">{marks}{axis}</svg>'
+    text = f'first component, {shares[0]:.0%} of the variance (second, upwards: {shares[1]:.0%})'
+    axis = f'<text x="{width // 2}" y="{height - 8}" text-anchor="middle">{text}</text>'
+    view = f'viewBox="0 0 {width} {height}" aria-label="projection of {len(names)} images"'
+    return f'<svg class="mm-map" role="img" {view}>{marks}{axis}</svg>'
 
 # %% ../../nbs/demo/02_svg.ipynb #86cb39a1
 def spectrum(
     v: Tensor, # float32 (D,)
 ) -> str:
-    "A vector as bars above and below zero, as SVG."
+    "Draw a vector as bars above and below zero, as SVG."
     most = max(v.abs().max().item(), 1e-9)
     steps = ''.join(
         f'<rect x="{i}" y="{50 - max(x, 0) / most * 48:.2f}" width="0.8" height="{abs(x) / most * 48:.2f}"/>'
         for i, x in enumerate(v.tolist())
     )
-    return f'<svg class="mm-spectrum" viewBox="0 0 {len(v)} 100" preserveAspectRatio="none" role="img" aria-label="{len(v)} values">{steps}</svg>'
+    head = f'<svg class="mm-spectrum" viewBox="0 0 {len(v)} 100" preserveAspectRatio="none" role="img" '
+    return f'{head}aria-label="{len(v)} values">{steps}</svg>'

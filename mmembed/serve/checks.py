@@ -1,4 +1,4 @@
-"""Each is refused before anything is loaded, with one sentence
+"""A wrong option is refused before anything is loaded, with one sentence
 
 Docs: https://mmembed.github.io/mmembed/serve/checks.html.md"""
 
@@ -19,7 +19,7 @@ from .engine import Options
 
 # %% ../../nbs/serve/04_checks.ipynb #198a1325
 MOST = 2**31 - 1
-WHOLE = dict(  # the least and the most of each whole number
+WHOLE = dict(  # least and greatest value of each whole number
     port=(0, 65_535),
     grpc_port=(0, 65_535),
     threads=(1, 4096),
@@ -36,7 +36,7 @@ WHOLE = dict(  # the least and the most of each whole number
     bodies=(0, 2**63 - 1),
     max_text=(1, MOST),
 )
-REAL = dict(  # the same of numbers; times are seconds
+REAL = dict(  # least and greatest value of each other number; times are seconds
     timeout=(0.001, 1e6),
     body_timeout=(0.001, 1e6),
     stall=(0.001, 1e6),
@@ -47,7 +47,7 @@ REAL = dict(  # the same of numbers; times are seconds
 )
 
 # %% ../../nbs/serve/04_checks.ipynb #0b504027
-def _typed(name: str, value, usual): # what is wrong with `value`, '' for nothing
+def _wanted(name: str, value, usual): # what `value` must be, '' where it is that
     if value is None and usual is None: return ''
     if name in WHOLE:
         least, most = WHOLE[name]
@@ -110,14 +110,14 @@ def _files(o: dict):
 # %% ../../nbs/serve/04_checks.ipynb #865a2d17
 def check_config(
     config,            # a `Config`
-    here: bool = True, # whether this machine is to serve it: its files and its device are looked at
-): # the same
-    "Return `config`; raises `ValueError`, with one sentence, for an option that cannot be or does not fit to another."
+    here: bool = True, # whether this machine will serve: its files and its device are checked then
+): # the same `config`
+    "Return `config`; raises `ValueError` for an option that is out of range or does not fit another."
     if not isinstance(config.engine, Options):
         raise ValueError(f'engine must be Options, got {type(config.engine).__name__}')
     o, usual = config._asdict() | config.engine._asdict(), config._field_defaults | config.engine._field_defaults
     for name, value in o.items():
-        if wanted := _typed(name, value, usual.get(name)): raise ValueError(f'{name} must be {wanted}, got {value!r}')
+        if wanted := _wanted(name, value, usual.get(name)): raise ValueError(f'{name} must be {wanted}, got {value!r}')
     if bool(o.get('tls_cert')) != bool(o.get('tls_key')): raise ValueError('tls_cert and tls_key go together')
     _addresses(o)
     if here: _files(o)

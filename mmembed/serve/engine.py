@@ -16,6 +16,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from typing import NamedTuple
 
+from fastcore.basics import patch
 import torch
 
 from ..core.types import Tokens
@@ -30,10 +31,10 @@ from .queue import MAX_PATIENCE, Budget, Item, PendingRequest, BatchQueue, item_
 
 # %% ../../nbs/serve/02_engine.ipynb #168c8ebf
 class Options(NamedTuple):
-    "How an engine batches, and what it takes"
+    "How an engine batches, and what it accepts"
     batch: int = 16             # items that a tower sees at once, at most
     wait: float = .002          # seconds after its arrival when an item goes into a batch that is not full
-    queue: int = 1024           # items a queue holds, all stages together; more are turned away
+    queue: int = 1024           # items of a kind that wait, all stages together; more are turned away
     queue_bytes: int = 256 << 20 # the same in bytes of texts and files
     decoders: int = 0           # threads that decode images; 0: one a core
     timeout: float = 30.        # seconds a request may take
@@ -44,343 +45,395 @@ class Options(NamedTuple):
 
 # %% ../../nbs/serve/02_engine.ipynb #016b0c94
 class Busy(Exception):
-    "The queue is full; `retry` is the number of seconds after which there should be room"
-    def __init__(self, retry: float, why: str = 'the queue is full'):
+    "Raised when the queue is full; `retry` holds the seconds after which there should be room"
+    def __init__(self,
+        retry: float, # seconds
+        why: str = 'the queue is full', # what is full
+    ):
         super().__init__(f'{why}; try again in {retry:.1f} s')
         self.retry = retry
 
 # %% ../../nbs/serve/02_engine.ipynb #9277a0db
 class Unfit(Exception):
-    "The engine is closed, or a worker of it has died: this process cannot answer"
+    "Raised when the engine is closed or one of its workers has died: this process cannot answer"
 
 # %% ../../nbs/serve/02_engine.ipynb #0dce4166
 class Unsuited(ValueError):
-    "The artifact in force has no tower for such an item"
+    "Raised for an item for which the current artifact has no tower"
 
 # %% ../../nbs/serve/02_engine.ipynb #bcd8b4a6
-TURN = .5 # seconds
-TURN_BYTES = 1 << 16 # of texts of more than one item that are tokenized at once
+TURN = .5 # seconds that a batch may take where the towers take turns
+TURN_BYTES = 1 << 16 # of the texts that are tokenized together
 
 # %% ../../nbs/serve/02_engine.ipynb #baf9a2ba
 class Engine:
-    "Worker threads round an `Embedder`: `submit` items, get each back with a status"
+    "Worker threads around an `Embedder`: `submit` items and get each back with a status"
     def __init__(self,
-        emb: Embedder,                      # with deterministic=True its batch_size is the batch
-        options: Options = Options(),
-        on_batch: Callable | None = None,   # (kind, stage, items, seconds), after every batch of a stage
-        on_unfit: Callable | None = None,   # (reason), once, when a worker has died
+        emb: Embedder, # with deterministic=True its batch_size is the batch
+        options: Options = Options(), # how it batches, and its limits
+        on_batch: Callable | None = None, # (kind, stage, items, seconds), after every batch of a stage
+        on_unfit: Callable | None = None, # (reason), once, when a worker has died
     ):
         if emb.deterministic: options = options._replace(batch=emb.batch_size)
         elif emb.batch_size < options.batch: emb.batch_size = options.batch
         self.emb, self.options, self.on_batch, self.on_unfit = emb, options, on_batch, on_unfit
-        o = options
-        pipeline = emb.module.text_pipeline
         self.kinds = ('pair',) if emb.pairs else ('text', 'image')
-        self._pad_id = pipeline.pad_id
-        self._lengths = (
-            emb.lengths if emb.deterministic else text_lengths(pipeline.pad_to, emb.card['max_length'], fine=False)
-        )
-        self.tower_queues = {kind: BatchQueue(o.batch, o.wait, room=4 * o.batch) for kind in self.kinds}
-        self.entry_queues = {k: BatchQueue(1, then=self.tower_queues[k]) for k in self.kinds}
-        if 'text' in self.entry_queues:
-            for name in ('text', 'long'):
-                self.entry_queues[name] = BatchQueue(
-                    4 * o.batch, o.wait / 2, then=self.tower_queues['text'], bytes=TURN_BYTES
-                )
+        pipeline = emb.module.text_pipeline
+        self._pad_id, self._lengths = pipeline.pad_id, emb.lengths  # lengths that texts are padded to
+        if not emb.deterministic:
+            self._lengths = text_lengths(pipeline.pad_to, emb.card['max_length'], fine=False)
+        self._make_queues()
         self.waiting = dict.fromkeys(self.kinds, 0)
         self.pace = dict.fromkeys(self.kinds, 0.)  # seconds that a tower needs for an item, a running mean
         cores = max(1, decoders(None, None))
         places = max(1, cores // torch.get_num_threads()) if emb.device.type == 'cpu' else len(self.kinds)
-        self.turns, self.pixels = Budget(places), Budget(o.pixels or memory() // 32)  # eight bytes a pixel
-        self._short = places < len(self.kinds) and not emb.deterministic
+        self.turns = Budget(places)
+        self.pixels = Budget(options.pixels or memory() // 32)  # eight bytes a pixel
+        self._short = places < len(self.kinds) and not emb.deterministic  # whether batches are as short as a turn
         self.bytes, self.unfit, self.closing = 0, '', False
         self._lock, self._jobs, self._busy = threading.Lock(), set(), {}
         self._holders, self._retired, self._left = 0, False, threading.Condition(self._lock)
-        self._threads = [
-            threading.Thread(target=self._work, args=(name, step, *args), name=name, daemon=True)
-            for name, step, *args in [
-                *[(f'tokenize {k}', self._tokenize, k) for k in self.entry_queues if k in ('text', 'long')],
-                *[(k, self._forward, k) for k in self.kinds],
-                *[(f'decode-{i}', self._decode, self.kinds[-1]) for i in range(o.decoders or cores)],
-            ]
-        ]
+        self._threads = self._make_threads(options.decoders or cores)
         for t in self._threads: t.start()
 
-    def submit(self,
-        items: list[Item],
-        done: Callable,                # called once with the `PendingRequest`, from a worker thread
-        timeout: float | None = None,  # seconds; the options' by default
-        force: bool = False,           # even when the queue is full, and before all others (for the canary)
-    ) -> PendingRequest:
-        "Admits all `items` or none; raises `Busy`, `Unfit` or `Unsuited`."
-        if not items: raise ValueError('there are no items')
-        if any(i.kind not in self.waiting for i in items):
-            raise Unsuited(
-                'this artifact scores pairs of a text and an image: ask for their labels'
-                if self.emb.pairs
-                else 'this artifact embeds, and scores no pairs'
-            )
-        count = {k: sum(i.kind == k for i in items) for k in self.waiting}
-        size = sum(i.size for i in items)
-        job = PendingRequest(
-            items, self._finished, time.perf_counter() + (timeout or self.options.timeout), urgent=force
+# %% ../../nbs/serve/02_engine.ipynb #e8fcd09d
+@patch
+def _make_queues(self: Engine):
+    "One queue for each tower, and in front of it one for each thread that prepares its items."
+    batch, wait = self.options.batch, self.options.wait
+    self.tower_queues = {kind: BatchQueue(batch, wait, room=4 * batch) for kind in self.kinds}
+    self.entry_queues = {kind: BatchQueue(1, then=self.tower_queues[kind]) for kind in self.kinds}
+    if 'text' not in self.kinds: return
+    for entry in ('text', 'long'):
+        self.entry_queues[entry] = BatchQueue(
+            4 * batch, wait / 2, then=self.tower_queues['text'], bytes=TURN_BYTES
         )
-        job.answer = done
-        with self._lock:
-            if self.unfit or self.closing: raise Unfit(self.unfit or 'the engine is closed')
-            full = any(n and self.waiting[k] + n > self.options.queue for k, n in count.items())
-            if not force and (full or (self.bytes and self.bytes + size > self.options.queue_bytes)):
-                raise Busy(self.retry())
-            for k, n in count.items(): self.waiting[k] += n
-            self.bytes += size
-            job.weight = count, size
-            self._jobs.add(job)
-        for k, n in count.items():
-            if n: self.tower_queues[k].expect(n)
-        for name, queue in self.entry_queues.items():
-            if mine := [i for i in items if self._entry(i) == name]:
-                queue.expect(len(mine))
-                queue.put(mine)
-        return job
 
-    async def run(self,
-        items: list[Item],
-        timeout: float | None = None,
-        force: bool = False,
-    ) -> PendingRequest:
-        "`submit` for an event loop. A cancelled task cancels its items; those past their time are 'expired'."
-        loop = asyncio.get_running_loop()
-        answer = loop.create_future()
-        def done(job): loop.call_soon_threadsafe(lambda: answer.done() or answer.set_result(job))
-        job = self.submit(items, done, timeout, force)
-        def late():
-            for i in items: job.settle(i, 'expired', 'the time for this request is over')
-        timer = loop.call_later(job.deadline - time.perf_counter() + .05, late)
-        try: return await answer
-        except asyncio.CancelledError:
-            job.cancelled = True
-            for i in items: job.settle(i, 'cancelled')
-            raise
-        finally: timer.cancel()
+@patch
+def _make_threads(self: Engine, decoding: int) -> list[threading.Thread]:
+    "One thread for each entry of texts, one for each tower, and `decoding` threads for images."
+    def worker(name, step, argument):
+        return threading.Thread(target=self._work, args=(name, step, argument), name=name, daemon=True)
+    threads = [worker(kind, self._forward, kind) for kind in self.kinds]
+    for entry in ('text', 'long'):
+        if entry in self.entry_queues and 'text' in self.kinds:
+            threads.append(worker(f'tokenize {entry}', self._tokenize, entry))
+    for i in range(decoding): threads.append(worker(f'decode-{i}', self._decode, self.kinds[-1]))
+    return threads
 
-    def retry(self) -> float:
-        "Seconds until what waits now should be done."
-        return min(max(max(n * self.pace[k] for k, n in self.waiting.items()), .1), 60.)
+# %% ../../nbs/serve/02_engine.ipynb #321acdc1
+@patch
+def submit(self: Engine,
+    items: list[Item], # of one request
+    done: Callable, # called once with the `PendingRequest`, from a worker thread
+    timeout: float | None = None, # seconds; the options' by default
+    force: bool = False, # even when the queue is full, and before all others (for the canary)
+) -> PendingRequest:
+    "Admit all `items` or none; raises `Busy`, `Unfit` or `Unsuited`."
+    if not items: raise ValueError('there are no items')
+    if any(i.kind not in self.waiting for i in items):
+        raise Unsuited(
+            'this artifact scores pairs of a text and an image: ask for their labels'
+            if self.emb.pairs
+            else 'this artifact embeds, and scores no pairs'
+        )
+    count = {k: sum(i.kind == k for i in items) for k in self.waiting}
+    size = sum(i.size for i in items)
+    job = PendingRequest(
+        items, self._finished, time.perf_counter() + (timeout or self.options.timeout), urgent=force
+    )
+    job.answer = done
+    with self._lock:
+        if self.unfit or self.closing: raise Unfit(self.unfit or 'the engine is closed')
+        full = any(n and self.waiting[k] + n > self.options.queue for k, n in count.items())
+        if not force and (full or (self.bytes and self.bytes + size > self.options.queue_bytes)):
+            raise Busy(self.retry())
+        for k, n in count.items(): self.waiting[k] += n
+        self.bytes += size
+        job.weight = count, size
+        self._jobs.add(job)
+    for k, n in count.items():
+        if n: self.tower_queues[k].expect(n)
+    for name, queue in self.entry_queues.items():
+        if mine := [i for i in items if self._entry(i) == name]:
+            queue.expect(len(mine))
+            queue.put(mine)
+    return job
 
-    def health(self) -> str:
-        "'' or why this engine cannot answer; a thread that is gone or stuck makes it unfit for good."
-        now = time.perf_counter()
-        for t in self._threads:
-            since = self._busy.get(t.name)
-            if not t.is_alive() and not self.closing:
-                self._fail(f'worker {t.name} is dead')
-            elif since and now - since > self.options.stall:
-                self._fail(f'worker {t.name} is stuck for {now - since:.0f} s')
-        return self.unfit
+# %% ../../nbs/serve/02_engine.ipynb #00fcfba5
+@patch
+async def run(self: Engine,
+    items: list[Item], # of one request
+    timeout: float | None = None, # seconds; as configured by default
+    force: bool = False, # as for `submit`
+) -> PendingRequest: # every item settled
+    """Embed `items` in an event loop; raises as `submit`.
 
-    def enter(self) -> bool: # False when it is out of force
-        "Counts one more who may still ask this engine; ends with `leave`."
-        with self._lock:
-            self._holders += not self._retired
-            return not self._retired
+    A cancelled task cancels its items; items that are late become 'expired'."""
+    loop = asyncio.get_running_loop()
+    answer = loop.create_future()
+    def done(job): loop.call_soon_threadsafe(lambda: answer.done() or answer.set_result(job))
+    job = self.submit(items, done, timeout, force)
+    def late():
+        for i in items: job.settle(i, 'expired', 'the time for this request is over')
+    timer = loop.call_later(job.deadline - time.perf_counter() + .05, late)
+    try: return await answer
+    except asyncio.CancelledError:
+        job.cancelled = True
+        for i in items: job.settle(i, 'cancelled')
+        raise
+    finally: timer.cancel()
 
-    def leave(self):
-        "Counts one less."
-        with self._left:
-            self._holders -= 1
-            self._left.notify_all()
+@patch
+def retry(self: Engine) -> float:
+    "Return the seconds until the items that wait now should be done."
+    return min(max(max(n * self.pace[k] for k, n in self.waiting.items()), .1), 60.)
 
-    def retire(self,
-        grace: float, # seconds, at most, to wait for those who have entered
-    ):
-        "Lets nobody enter, waits until all have left, and closes."
-        with self._left:
-            self._retired = True
-            self._left.wait_for(lambda: not self._holders, grace)
-        self.close(grace)
-        for t in self._threads: t.join(1)
+@patch
+def _entry(self: Engine, item) -> str: # the queue by which it comes in
+    return 'long' if item.kind == 'text' and item.size > self.emb.glance else item.kind
 
-    def close(self,
-        timeout: float = 30., # seconds to answer what has been admitted
-    ) -> bool: # whether everything was answered in time
-        "Admits nothing more, answers what it has, and ends its threads."
-        with self._lock: self.closing = True
-        end = time.perf_counter() + timeout
-        while self._jobs and time.perf_counter() < end and not self.unfit: time.sleep(.005)
-        left = list(self._jobs)
-        for queue in (*self.entry_queues.values(), *self.tower_queues.values()): queue.close()
-        for job in left: self._give_up(job, 'the server is shutting down')
-        return not left
+# %% ../../nbs/serve/02_engine.ipynb #9f613f82
+@patch
+def health(self: Engine) -> str:
+    "Return why this engine cannot answer, or ''. A thread that has died or is stuck makes it unfit for good."
+    now = time.perf_counter()
+    for t in self._threads:
+        since = self._busy.get(t.name)
+        if not t.is_alive() and not self.closing:
+            self._fail(f'worker {t.name} is dead')
+        elif since and now - since > self.options.stall:
+            self._fail(f'worker {t.name} is stuck for {now - since:.0f} s')
+    return self.unfit
 
-    # ---- the stages -------------------------------------------------------------------------------------------------
-    def _work(self, name, step, *args):
-        try:
-            while step(*args): self._busy[name] = 0
-        except BaseException as e: self._fail(f'worker {name} died: {reason(e) if isinstance(e, Exception) else e!r}')
+@patch
+def enter(self: Engine) -> bool: # False when the engine has been replaced
+    "Register a request that may still use this engine; `leave` ends it."
+    with self._lock:
+        self._holders += not self._retired
+        return not self._retired
 
-    def _begin(self, items, stage) -> float:
-        now = self._busy[threading.current_thread().name] = time.perf_counter()
-        for i in items: i.times[stage] = (now, now)
-        return now
+@patch
+def leave(self: Engine):
+    "End what `enter` has registered."
+    with self._left:
+        self._holders -= 1
+        self._left.notify_all()
 
-    def _end(self, items, stage, begin):
-        now = time.perf_counter()
-        for i in items: i.times[stage] = (begin, now)
-        if self.on_batch: self.on_batch(items[0].kind, stage, items, now - begin)
+@patch
+def retire(self: Engine,
+    grace: float, # seconds, at most, to wait for requests that have entered
+):
+    "Let no request enter, wait until all have left, and close."
+    with self._left:
+        self._retired = True
+        self._left.wait_for(lambda: not self._holders, grace)
+    self.close(grace)
+    for t in self._threads: t.join(1)
 
-    def _entry(self, item) -> str: # the queue by which it comes in
-        return 'long' if item.kind == 'text' and item.size > self.emb.glance else item.kind
+@patch
+def close(self: Engine,
+    timeout: float = 30., # seconds to answer what has been admitted
+) -> bool: # whether everything was answered in time
+    "Admit no more items, answer those that were admitted, and end the threads."
+    with self._lock: self.closing = True
+    end = time.perf_counter() + timeout
+    while self._jobs and time.perf_counter() < end and not self.unfit: time.sleep(.005)
+    left = list(self._jobs)
+    for queue in (*self.entry_queues.values(), *self.tower_queues.values()): queue.close()
+    for job in left: self._give_up(job, 'the server is shutting down')
+    return not left
 
-    def _decode(self, kind) -> bool:
-        queue = self.tower_queues[kind]
-        queue.wait_for_room()
-        if not (items := self.entry_queues[kind].take()): return False
-        item, key = items[0], 0
-        try:
-            image, pixels = self._measured(item.data[1] if kind == 'pair' else item.data)
-            if kind == 'pair': key = self._shortened(item)
-            with self.pixels.hold(pixels):  # a worker that waits here is not stuck
-                begin = self._begin(items, 'decode')
-                rgb = self.emb.decode(image)
-                self._end(items, 'decode', begin)
-                begin = self._begin(items, 'transform')
-                item.ready = self.emb.preprocess(rgb)
-                self._end(items, 'transform', begin)
-        except (ValueError, TypeError, OSError) as e: self._lose(item, 'invalid', reason(e))
+# %% ../../nbs/serve/02_engine.ipynb #defb111b
+@patch
+def _work(self: Engine, name, step, *args):
+    try:
+        while step(*args): self._busy[name] = 0
+    except BaseException as e: self._fail(f'worker {name} died: {reason(e) if isinstance(e, Exception) else e!r}')
+
+@patch
+def _begin(self: Engine, items, stage) -> float:
+    now = self._busy[threading.current_thread().name] = time.perf_counter()
+    for i in items: i.times[stage] = (now, now)
+    return now
+
+@patch
+def _end(self: Engine, items, stage, begin):
+    now = time.perf_counter()
+    for i in items: i.times[stage] = (begin, now)
+    if self.on_batch: self.on_batch(items[0].kind, stage, items, now - begin)
+
+# %% ../../nbs/serve/02_engine.ipynb #4b44f143
+@patch
+def _decode(self: Engine, kind) -> bool:
+    queue = self.tower_queues[kind]
+    queue.wait_for_room()
+    if not (items := self.entry_queues[kind].take()): return False
+    item, key = items[0], 0
+    try:
+        image, pixels = self._measured(item.data[1] if kind == 'pair' else item.data)
+        if kind == 'pair': key = self._shortened(item)
+        with self.pixels.hold(pixels):  # a worker that waits here is not stuck
+            begin = self._begin(items, 'decode')
+            rgb = self.emb.decode(image)
+            self._end(items, 'decode', begin)
+            begin = self._begin(items, 'transform')
+            item.ready = self.emb.preprocess(rgb)
+            self._end(items, 'transform', begin)
+    except (ValueError, TypeError, OSError) as e: self._lose(item, 'invalid', reason(e))
+    except (RuntimeError, MemoryError) as e:
+        self._reraise_out_of_memory(e)
+        self._lose(item, 'failed', reason(e))
+    if item.ready is not None: queue.put(items, [key])
+    return True
+
+@patch
+def _measured(self: Engine, image) -> tuple: # as the decoder takes it, copied once; and its pixels
+    if isinstance(image, (bytes, bytearray, memoryview)): image = as_bytes(image)
+    size, limit = self.emb.count_pixels(image), self.options.max_pixels
+    if size > limit > 0:
+        info = self.emb.probe(image)
+        raise ValueError(f'{info.width} x {info.height} pixels; this server takes up to {limit:,}')
+    return image, size
+
+@patch
+def _shortened(self: Engine, pair) -> int: # its bucket: a text that stays long shares no batch
+    text, image = pair.data
+    if why := self._wrong(text): raise ValueError(why)
+    text = self.emb.enough(text)
+    pair.data = text, image
+    return id(pair) if item_bytes(text) > self.emb.glance else 0
+
+# %% ../../nbs/serve/02_engine.ipynb #81b92960
+@patch
+def _tokenize(self: Engine, entry) -> bool:
+    queue = self.tower_queues['text']  # as many as the queue holds: their tokens are small
+    if not (items := self.entry_queues[entry].take()): return False
+    begin = self._begin(items, 'tokenize')
+    good = []
+    for i in items:
+        if why := self._wrong(i.data): self._lose(i, 'invalid', why)
+        else: good.append(i)
+    if good:
+        try: rows = self.emb.tokenize([i.data for i in good])
         except (RuntimeError, MemoryError) as e:
             self._reraise_out_of_memory(e)
-            self._lose(item, 'failed', reason(e))
-        if item.ready is not None: queue.put(items, [key])
-        return True
+            for i in good: self._lose(i, 'failed', reason(e))
+            good = []
+    if good:
+        keys = []
+        for i, n, ids, mask in zip(good, rows.mask.sum(1).tolist(), *rows):
+            L = self._length(n)
+            i.tokens, i.ready = n, Tokens(ids[None, :L], mask[None, :L])
+            keys.append(L)
+    self._end(items, 'tokenize', begin)
+    if good: queue.put(good, keys)
+    return True
 
-    def _measured(self, image) -> tuple: # as the decoder takes it, copied once; and its pixels
-        if isinstance(image, (bytes, bytearray, memoryview)): image = as_bytes(image)
-        size, limit = self.emb.count_pixels(image), self.options.max_pixels
-        if size > limit > 0:
-            info = self.emb.probe(image)
-            raise ValueError(f'{info.width} x {info.height} pixels; this server takes up to {limit:,}')
-        return image, size
+@patch
+def _wrong(self: Engine, text) -> str: # '' or why it is not tokenized
+    if not isinstance(text, (str, bytes)): return f'{type(text).__name__} is not a text'
+    size, most = item_bytes(text), self.options.max_text
+    return f'{size:,} bytes of text; this server takes up to {most:,}' if size > most else ''
 
-    def _shortened(self, pair) -> int: # its bucket: a text that stays long shares no batch
-        text, image = pair.data
-        if why := self._wrong(text): raise ValueError(why)
-        text = self.emb.enough(text)
-        pair.data = text, image
-        return id(pair) if item_bytes(text) > self.emb.glance else 0
+@patch
+def _length(self: Engine, n: int) -> int: # the bucket of a text of n tokens
+    return self._lengths[min(bisect_left(self._lengths, n), len(self._lengths) - 1)]
 
-    def _tokenize(self, entry) -> bool:
-        queue = self.tower_queues['text']  # as many as the queue holds: their tokens are small
-        if not (items := self.entry_queues[entry].take()): return False
-        begin = self._begin(items, 'tokenize')
-        good = []
-        for i in items:
-            if why := self._wrong(i.data): self._lose(i, 'invalid', why)
-            else: good.append(i)
-        if good:
-            try: rows = self.emb.tokenize([i.data for i in good])
-            except (RuntimeError, MemoryError) as e:
-                self._reraise_out_of_memory(e)
-                for i in good: self._lose(i, 'failed', reason(e))
-                good = []
-        if good:
-            keys = []
-            for i, n, ids, mask in zip(good, rows.mask.sum(1).tolist(), *rows):
-                L = self._length(n)
-                i.tokens, i.ready = n, Tokens(ids[None, :L], mask[None, :L])
-                keys.append(L)
-        self._end(items, 'tokenize', begin)
-        if good: queue.put(good, keys)
-        return True
+# %% ../../nbs/serve/02_engine.ipynb #6ee21c21
+@patch
+def _forward(self: Engine, kind) -> bool:
+    if not (queue := self.tower_queues[kind]).due(): return False
+    with self.turns.hold():
+        if not (items := queue.take(wait=False)): return True
+        begin = self._begin(items, 'forward')
+        try: values = self._tower(items)
+        except (RuntimeError, MemoryError) as e:
+            values = None
+            self._reraise_out_of_memory(e)
+            for i in items: self._alone(i)
+        self._end(items, 'forward', begin)
+    queue.answered(len(items), time.perf_counter() - begin)
+    if values is not None:
+        for item, v in zip(items, values): self._settle(item, v)
+    return True
 
-    def _wrong(self, text) -> str: # '' or why it is not tokenised
-        if not isinstance(text, (str, bytes)): return f'{type(text).__name__} is no text'
-        size, most = item_bytes(text), self.options.max_text
-        return f'{size:,} bytes of text; this server takes up to {most:,}' if size > most else ''
+@patch
+def _tower(self: Engine, items):
+    ready = [i.ready for i in items]
+    for i in items: i.batch = len(items)
+    if items[0].kind == 'pair': out = self.emb._pairs([i.data[0] for i in items], stack_levels(ready))
+    elif items[0].kind == 'image': out = self.emb.encode_pixels(stack_levels(ready))
+    else: out = self.emb.encode_tokens(join_tokens(ready, self._pad_id))
+    return out.cpu().numpy()
 
-    def _length(self, n: int) -> int: # the bucket of a text of n tokens
-        return self._lengths[min(bisect_left(self._lengths, n), len(self._lengths) - 1)]
+@patch
+def _alone(self: Engine, item): # after its batch has failed
+    try: self._settle(item, self._tower([item])[0])
+    except RuntimeError as e: item.job.settle(item, 'failed', reason(e))
 
-    def _forward(self, kind) -> bool:
-        if not (queue := self.tower_queues[kind]).due(): return False
-        with self.turns.hold():
-            if not (items := queue.take(wait=False)): return True
-            begin = self._begin(items, 'forward')
-            try: values = self._tower(items)
-            except (RuntimeError, MemoryError) as e:
-                values = None
-                self._reraise_out_of_memory(e)
-                for i in items: self._alone(i)
-            self._end(items, 'forward', begin)
-        queue.answered(len(items), time.perf_counter() - begin)
-        if values is not None:
-            for item, v in zip(items, values): self._settle(item, v)
-        return True
+@patch
+def _settle(self: Engine, item, value):
+    if not math.isfinite(float(value.sum())): item.job.settle(item, 'failed', 'the model gave no finite embedding')
+    else: item.job.settle(item, 'ok', value=value)
 
-    def _tower(self, items):
-        ready = [i.ready for i in items]
-        for i in items: i.batch = len(items)
-        if items[0].kind == 'pair': out = self.emb._pairs([i.data[0] for i in items], stack_levels(ready))
-        elif items[0].kind == 'image': out = self.emb.encode_pixels(stack_levels(ready))
-        else: out = self.emb.encode_tokens(join_tokens(ready, self._pad_id))
-        return out.cpu().numpy()
+# %% ../../nbs/serve/02_engine.ipynb #4e625503
+@patch
+def _lose(self: Engine, item, status, error):
+    self.tower_queues[item.kind].expect(-1)
+    item.job.settle(item, status, error)
 
-    def _alone(self, item): # after its batch has failed
-        try: self._settle(item, self._tower([item])[0])
-        except RuntimeError as e: item.job.settle(item, 'failed', reason(e))
+@patch
+def _reraise_out_of_memory(self: Engine, error):
+    if out_of_memory(error): raise error  # ends the worker, and with it this engine
 
-    def _settle(self, item, value):
-        if not math.isfinite(float(value.sum())): item.job.settle(item, 'failed', 'the model gave no finite embedding')
-        else: item.job.settle(item, 'ok', value=value)
+@patch
+def _fail(self: Engine, why: str):
+    with self._lock:
+        if self.unfit: return
+        self.unfit = why
+    for queue in (*self.entry_queues.values(), *self.tower_queues.values()):
+        queue.close()
+        queue.clear()
+    for job in list(self._jobs): self._give_up(job, why)
+    if self.on_unfit: self.on_unfit(why)
 
-    # ---- what goes wrong ---------------------------------------------------------------------------------------------
-    def _lose(self, item, status, error):
-        self.tower_queues[item.kind].expect(-1)
-        item.job.settle(item, status, error)
+@patch
+def _give_up(self: Engine, job, why):
+    for i in job.items: job.settle(i, 'unavailable', why)
 
-    def _reraise_out_of_memory(self, error):
-        if out_of_memory(error): raise error  # ends the worker, and with it this engine
+@patch
+def _finished(self: Engine, job):
+    answer, job.answer = job.answer, None
+    try: self._account(job)
+    finally: answer(job)
 
-    def _fail(self, why: str):
-        with self._lock:
-            if self.unfit: return
-            self.unfit = why
-        for queue in (*self.entry_queues.values(), *self.tower_queues.values()): queue.close(), queue.clear()
-        for job in list(self._jobs): self._give_up(job, why)
-        if self.on_unfit: self.on_unfit(why)
-
-    def _give_up(self, job, why):
-        for i in job.items: job.settle(i, 'unavailable', why)
-
-    def _finished(self, job):
-        answer, job.answer = job.answer, None
-        try: self._account(job)
-        finally: answer(job)
-
-    def _account(self, job):
-        count, size = job.weight
-        now = time.perf_counter()
-        with self._lock:
-            for k, n in count.items():
-                self.waiting[k] -= n
-                done = [i for i in job.items if i.kind == k and i.status == 'ok']
-                if done:
-                    seconds = max(i.times['forward'][1] - i.times['forward'][0] for i in done) / max(done[0].batch, 1)
-                    self.pace[k] = self.pace[k] + .05 * (seconds - self.pace[k]) if self.pace[k] else seconds
-                    self.tower_queues[k].patience = min(self.pace[k] * self.options.batch, MAX_PATIENCE)
-                    # a tower computes eight at a time
-                    if self._short and self.pace[k]:
-                        self.tower_queues[k].largest = min(
-                            self.options.batch, 8 * max(1, round(TURN / self.pace[k] / 8))
-                        )
-            self.bytes -= size
-            self._jobs.discard(job)
-        job.total = now - job.arrival
+@patch
+def _account(self: Engine, job):
+    count, size = job.weight
+    now = time.perf_counter()
+    with self._lock:
+        for k, n in count.items():
+            self.waiting[k] -= n
+            done = [i for i in job.items if i.kind == k and i.status == 'ok']
+            if done:
+                seconds = max(i.times['forward'][1] - i.times['forward'][0] for i in done) / max(done[0].batch, 1)
+                self.pace[k] = self.pace[k] + .05 * (seconds - self.pace[k]) if self.pace[k] else seconds
+                self.tower_queues[k].patience = min(self.pace[k] * self.options.batch, MAX_PATIENCE)
+                # a tower computes eight at a time
+                if self._short and self.pace[k]:
+                    self.tower_queues[k].largest = min(
+                        self.options.batch, 8 * max(1, round(TURN / self.pace[k] / 8))
+                    )
+        self.bytes -= size
+        self._jobs.discard(job)
+    job.total = now - job.arrival
 
 # %% ../../nbs/serve/02_engine.ipynb #5f85e8ba
 def out_of_memory(
     e: Exception, # from torch, scripted or not
 ) -> bool:
-    "Whether memory is what was missing: then no later call can be trusted either."
+    "Return whether memory has run out: then later calls cannot be trusted either."
     text = str(e)
     return (
         isinstance(e, (MemoryError, torch.OutOfMemoryError))

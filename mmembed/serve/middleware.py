@@ -16,6 +16,7 @@ import time
 import zlib
 
 from fastapi import Request
+from fastcore.basics import patch
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -33,8 +34,12 @@ EXPOSED = ('x-request-id', 'x-artifact', 'x-shape', 'x-status', 'inference-heade
 
 # %% ../../nbs/serve/10_middleware.ipynb #4bcfce81
 class ServiceMiddleware:
-    "ASGI: ids, keys, origins, limits, log and metrics"
-    def __init__(self, inner, service: Service, routes: set[str]):
+    "ASGI middleware: ids, keys, origins, limits, log and metrics of every request"
+    def __init__(self,
+        inner, # ASGI app that answers
+        service: Service, # whose keys, limits, log and metrics apply
+        routes: set[str], # paths that metrics name; others count as 'other'
+    ):
         self.inner, self.service, self.routes = inner, service, routes
         self.checked = self._checked
         if service.config.cors:  # outside the checks, so that a page can read why it was refused
@@ -51,7 +56,7 @@ class ServiceMiddleware:
         named, attributes = (
             http_span(scope, headers, route if route != 'other' else '') if service.tracer.on else ('', {})
         )
-        state['span'] = span = service.tracer.begin(named, headers, **attributes) if route not in OPEN else None
+        state['span'] = service.tracer.begin(named, headers, **attributes) if route not in OPEN else None
         state['seen'] = seen = dict(
             status=499, items=0, bytes=0, held=0, refused=False, began=False, asked=False, start=start
         )
@@ -72,105 +77,105 @@ class ServiceMiddleware:
         try: await self.checked(scope, receive, answer)
         finally:
             service.bodies.give(seen['held'])
-            took = time.perf_counter() - start
-            kind = 'http' if scope['type'] == 'http' else 'websocket'
-            service.metrics.requests.labels(kind, route, str(seen['status'])).inc()
-            service.metrics.request_seconds.labels(kind, route).observe(took)
-            service.tracer.end(span, seen['status'], request_id=rid)
-            if path not in OPEN:
-                service.log.info(
-                    'request',
-                    extra=dict(
-                        fields=dict(
-                            id=rid,
-                            protocol=kind,
-                            method=scope.get('method', ''),
-                            path=path,
-                            status=seen['status'],
-                            items=seen['items'],
-                            bytes=seen['bytes'],
-                            seconds=round(took, 5),
-                            client=(scope.get('client') or ('',))[0],
-                        )
-                    ),
-                )
+            self._record(scope, seen)
 
-    async def _checked(self, scope, receive, send):
-        state = scope['state']
-        headers = state['headers']
+# %% ../../nbs/serve/10_middleware.ipynb #bb0a5eab
+@patch
+def _record(self: ServiceMiddleware, scope, seen: dict): # metrics, span and log line of an answered request
+    service, state = self.service, scope['state']
+    path, took = scope['path'], time.perf_counter() - seen['start']
+    route = path if path in self.routes else 'other'
+    kind = 'http' if scope['type'] == 'http' else 'websocket'
+    service.metrics.requests.labels(kind, route, str(seen['status'])).inc()
+    service.metrics.request_seconds.labels(kind, route).observe(took)
+    service.tracer.end(state['span'], seen['status'], request_id=state['id'])
+    if path in OPEN: return
+    fields = dict(id=state['id'], protocol=kind, method=scope.get('method', ''), path=path, status=seen['status'],
+                  items=seen['items'], bytes=seen['bytes'], seconds=round(took, 5),
+                  client=(scope.get('client') or ('',))[0])
+    service.log.info('request', extra=dict(fields=fields))
+
+# %% ../../nbs/serve/10_middleware.ipynb #90dc4039
+@patch
+async def _checked(self: ServiceMiddleware, scope, receive, send):
+    state = scope['state']
+    headers = state['headers']
+    try:
+        if refusal := self._refusal(scope, headers):
+            await refusal(
+                scope,
+                receive,
+                drain_request(receive, send, self.service.config.body_timeout)
+                if refusal.status_code in (413, 429)
+                else send,
+            )
+        elif scope['type'] == 'websocket': await self.inner(scope, receive, send)  # each message has its own engine
+        else:
+            if scope['method'] == 'HEAD': scope = scope | {'method': 'GET'}  # the server below sends no body to one
+            last = drain_request(receive, send, self.service.config.body_timeout)
+            async def answer(message): await (last if state['seen']['refused'] else send)(message)
+            body = self._body(state['seen'], receive, _codings(headers), _share(_length(headers)))
+            await self.service.pinned(self.inner(scope, body, answer))
+    except Exception as e:
+        state['seen']['status'] = 500
+        self.service.log.error('error', exc_info=e, extra=dict(fields=dict(id=state['id'], path=scope['path'])))
+        if not state['seen']['began'] and scope['type'] == 'http':
+            await problem(500, 'internal error')(scope, receive, send)
+
+@patch
+def _refusal(self: ServiceMiddleware, scope, headers) -> Response | None: # the answer to a request that goes no further
+    config, guarded = self.service.config, scope['path'] not in OPEN
+    if guarded and 'full' in scope['state']:
+        return problem(503, f'{config.max_connections} connections are open; try again later', Connection='close')
+    if guarded and scope.get('method') != 'OPTIONS' and not self.service.allows(_key(headers)):
+        return problem(401, 'a valid API key is needed', WWW_Authenticate='Bearer')
+    if scope['type'] == 'websocket':
+        return None if _may_call(headers, config.cors) else problem(403, 'this origin may not call this server')
+    if _length(headers) > config.max_body:
+        return problem(413, f'the request is larger than {config.max_body:,} bytes', Connection='close')
+    if not self.service.bodies.fits(length := _length(headers), _share(length)):
+        busy = self.service.crowded()
+        return problem(429, str(busy), Retry_After=f'{max(1, round(busy.retry))}', Connection='close')
+    if (coding := headers.get('transfer-encoding', 'chunked').strip().lower()) != 'chunked':
+        return problem(501, f'transfer encoding {coding[:40]!r} is not known, only chunked', Connection='close')
+    if _loses_body(headers):
+        return problem(400, 'no other protocol is spoken here: send the body without Upgrade', Connection='close')
+    if _codings(headers) not in ([], ['gzip'], ['deflate']):
+        given = headers['content-encoding'][:40]
+        return problem(415, f'content encoding {given!r} is not known, only gzip and deflate',
+                       Accept_Encoding='gzip, deflate')
+
+# %% ../../nbs/serve/10_middleware.ipynb #278cd995
+@patch
+def _body(
+    self: ServiceMiddleware, seen: dict, receive, codings: list, share: float
+):  # an ASGI receive: in time, bounded, without its coding
+    config, whole = self.service.config, False
+    if codings: receive = decompressed(receive, codings[0], config.max_body)
+    async def body():
+        nonlocal whole
+        seen['asked'] = True
+        if whole: return await receive()
         try:
-            if refusal := self._refusal(scope, headers):
-                await refusal(
-                    scope,
-                    receive,
-                    drain_request(receive, send, self.service.config.body_timeout)
-                    if refusal.status_code in (413, 429)
-                    else send,
-                )
-            elif scope['type'] == 'websocket': await self.inner(scope, receive, send)  # each message has its own engine
-            else:
-                if scope['method'] == 'HEAD': scope = scope | {'method': 'GET'}  # the server below sends no body to one
-                last = drain_request(receive, send, self.service.config.body_timeout)
-                async def answer(message): await (last if state['seen']['refused'] else send)(message)
-                body = self._body(state['seen'], receive, _codings(headers), _share(_length(headers)))
-                await self.service.pinned(self.inner(scope, body, answer))
-        except Exception as e:
-            state['seen']['status'] = 500
-            self.service.log.error('error', exc_info=e, extra=dict(fields=dict(id=state['id'], path=scope['path'])))
-            if not state['seen']['began'] and scope['type'] == 'http':
-                await problem(500, 'internal error')(scope, receive, send)
-
-    def _refusal(self, scope, headers) -> Response | None: # the answer to a request that goes no further
-        config, guarded = self.service.config, scope['path'] not in OPEN
-        if guarded and 'full' in scope['state']:
-            return problem(503, f'{config.max_connections} connections are open; try again later', Connection='close')
-        if guarded and scope.get('method') != 'OPTIONS' and not self.service.allows(_key(headers)):
-            return problem(401, 'a valid API key is needed', WWW_Authenticate='Bearer')
-        if scope['type'] == 'websocket':
-            return None if _may_call(headers, config.cors) else problem(403, 'this origin may not call this server')
-        if _length(headers) > config.max_body:
-            return problem(413, f'the request is larger than {config.max_body:,} bytes', Connection='close')
-        if not self.service.bodies.fits(length := _length(headers), _share(length)):
-            busy = self.service.crowded()
-            return problem(429, str(busy), Retry_After=f'{max(1, round(busy.retry))}', Connection='close')
-        if (coding := headers.get('transfer-encoding', 'chunked').strip().lower()) != 'chunked':
-            return problem(501, f'transfer encoding {coding[:40]!r} is not known, only chunked', Connection='close')
-        if _loses_body(headers):
-            return problem(400, 'no other protocol is spoken here: send the body without Upgrade', Connection='close')
-        if _codings(headers) not in ([], ['gzip'], ['deflate']):
-            given = headers['content-encoding'][:40]
-            return problem(415, f'content encoding {given!r} is not known, only gzip and deflate',
-                           Accept_Encoding='gzip, deflate')
-
-    def _body(
-        self, seen: dict, receive, codings: list, share: float
-    ):  # an ASGI receive: in time, bounded, without its coding
-        config, whole = self.service.config, False
-        if codings: receive = decompressed(receive, codings[0], config.max_body)
-        async def body():
-            nonlocal whole
-            seen['asked'] = True
-            if whole: return await receive()
-            try:
-                left = seen['start'] + config.body_timeout - time.perf_counter()
-                async with asyncio.timeout(max(left, .001)): message = await receive()
-            except TimeoutError:
-                raise HTTPException(408, f'the request did not arrive within {config.body_timeout:g} s') from None
-            if message['type'] == 'http.request':
-                size = len(message.get('body', b''))
-                seen['bytes'] += size
-                seen['refused'] = True  # unless it goes on
-                if seen['bytes'] > config.max_body:
-                    raise HTTPException(413, f'the request is larger than {config.max_body:,} bytes')
-                if not self.service.bodies.take(size, share):
-                    self.service.bodies.give(seen['held'])  # at once: the others that are coming in have room then
-                    seen['held'] = 0
-                    raise self.service.crowded()
-                seen['held'] += size
-                seen['refused'] = False
-                whole = not message.get('more_body')
-            return message
-        return body
+            left = seen['start'] + config.body_timeout - time.perf_counter()
+            async with asyncio.timeout(max(left, .001)): message = await receive()
+        except TimeoutError:
+            raise HTTPException(408, f'the request did not arrive within {config.body_timeout:g} s') from None
+        if message['type'] == 'http.request':
+            size = len(message.get('body', b''))
+            seen['bytes'] += size
+            seen['refused'] = True  # unless it goes on
+            if seen['bytes'] > config.max_body:
+                raise HTTPException(413, f'the request is larger than {config.max_body:,} bytes')
+            if not self.service.bodies.take(size, share):
+                self.service.bodies.give(seen['held'])  # at once: the others that are coming in have room then
+                seen['held'] = 0
+                raise self.service.crowded()
+            seen['held'] += size
+            seen['refused'] = False
+            whole = not message.get('more_body')
+        return message
+    return body
 
 # %% ../../nbs/serve/10_middleware.ipynb #4c73c8ab
 def _headers(scope) -> dict[str, str]: # of several with one name all, as a list
@@ -187,7 +192,7 @@ def decompressed(
     limit: int,       # bytes, packed and unpacked
     piece: int = 256 << 10, # bytes that are unpacked at once
 ): # an ASGI receive
-    "Unpack the body; raises `HTTPException` 400 where it is broken, and 413 where too many bytes come."
+    "Wrap `receive` to decompress the body; raises `HTTPException`: 400 for a broken body, 413 for a large one."
     unpack, packed, over = zlib.decompressobj(31 if coding == 'gzip' else 15), b'', False
     came = gave = 0       # bytes, packed and unpacked
     full = ended = False  # the last piece was full: there may be more inside; all has been given
@@ -221,9 +226,9 @@ def drain_request(
     send,           # ASGI
     seconds: float, # at most
 ): # an ASGI send
-    """Give an answer before the request has come whole.
+    """Wrap `send` for an answer that is given before the whole request has come.
 
-    The rest is thrown away for a while, since closing at once would take the answer with it."""
+    The rest of the request is read and dropped for `seconds`: closing at once would lose the answer."""
     async def sent(message):
         if message['type'] != 'http.response.body' or message.get('more_body'): return await send(message)
         await send(message | dict(more_body=True))
@@ -254,23 +259,26 @@ def _share(length: int) -> float: # of the bytes that requests may hold: a fifth
 
 # %% ../../nbs/serve/10_middleware.ipynb #873ee299
 def _may_call(headers: dict, cors: tuple) -> bool:
-    "Whether a WebSocket may be opened: by a program, a page of this host, or one of an origin that `cors` names."
+    "Return whether a WebSocket may be opened: by a program, a page of this host, or one of an origin in `cors`."
     origin = headers.get('origin')
     return origin is None or origin in cors or '*' in cors or origin.partition('://')[2] == headers.get('host', '-')
 
 # %% ../../nbs/serve/10_middleware.ipynb #fd8a3cfe
 def _loses_body(headers: dict) -> bool:
-    "Whether the body of a request stood behind an offer to upgrade that nobody has declined."
+    "Return whether a body came behind an offer to upgrade, and may have been read as another request."
     offered = 'upgrade' in headers.get('connection', '').lower() and headers.get('upgrade')
     return bool(offered) and (_length(headers) > 0 or 'transfer-encoding' in headers)
 
 # %% ../../nbs/serve/10_middleware.ipynb #191af15a
 class ClientGone(Exception):
-    "The client has gone away"
+    "Raised when the client has gone away"
 
 # %% ../../nbs/serve/10_middleware.ipynb #2fd341ee
-async def cancel_on_disconnect(request: Request, work):
-    "The result of the coroutine `work`, which is cancelled when the client goes away; raises `ClientGone` then."
+async def cancel_on_disconnect(
+    request: Request, # of the client
+    work,
+):
+    "Await `work`, or cancel it and raise `ClientGone` when the client goes away."
     me, left = asyncio.current_task(), False
     async def gone():
         nonlocal left
@@ -287,7 +295,7 @@ async def cancel_on_disconnect(request: Request, work):
 
 # %% ../../nbs/serve/10_middleware.ipynb #14f52e2b
 class DirectRoutes:
-    "ASGI: calls the endpoint of a path; what it does not know goes to the app"
+    "ASGI app that calls the endpoints of some paths directly; all other requests go to the FastAPI app"
     def __init__(self,
         api,             # a FastAPI app
         endpoints: dict, # path -> coroutine function, `Request` to `Response`; of POST

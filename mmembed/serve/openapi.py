@@ -6,8 +6,8 @@ Docs: https://mmembed.github.io/mmembed/serve/openapi.html.md"""
 
 # %% auto #0
 __all__ = ['ERRORS', 'Status', 'RAW', 'FORM', 'BINARY', 'SCRIPT', 'STYLE', 'PAGE_HEADERS', 'ErrorDetail', 'Problem',
-           'EmbeddingRow', 'Usage', 'EmbeddingResponse', 'ModelRow', 'ModelList', 'RankRow', 'RankResponse', 'LabelRow',
-           'ClassRow', 'Classification', 'Hit', 'Hits', 'Live', 'Ready', 'Reloaded', 'request_body', 'response_models',
+           'EmbeddingRow', 'Usage', 'Embeddings', 'ModelRow', 'ModelList', 'RankRow', 'Ranking', 'LabelRow', 'ClassRow',
+           'Classification', 'Hit', 'Hits', 'Live', 'Ready', 'Reloaded', 'request_body', 'response_models',
            'name_schemas', 'docs_page']
 
 # %% ../../nbs/serve/08_openapi.ipynb #1a8d945a
@@ -76,7 +76,7 @@ class Usage(_Answer):
     total_tokens: int
 
 # %% ../../nbs/serve/08_openapi.ipynb #aa6e572f
-class EmbeddingResponse(_Answer):
+class Embeddings(_Answer):
     "Of `/v1/embeddings`; `error` only where no item succeeded"
     object: Literal['list']
     model: str
@@ -112,7 +112,7 @@ class RankRow(_Answer):
     error: str = ''
 
 # %% ../../nbs/serve/08_openapi.ipynb #b780409c
-class RankResponse(_Answer):
+class Ranking(_Answer):
     "Of `/rank`, best first"
     model: str
     artifact: str
@@ -195,7 +195,7 @@ def request_body(
     model: type, # of the JSON
     *others: dict, # content type -> media type object
 ) -> dict: # `openapi_extra` of a route
-    "The body of a request."
+    "Describe the body of a request."
     schema = {
         k: v for k, v in model.model_json_schema(ref_template='#/components/schemas/{model}').items() if k != '$defs'
     }
@@ -214,7 +214,7 @@ def response_models(
     more: dict | None = None,  # code -> text, of errors besides
     **content: dict,           # of 200 besides JSON: content type -> media type object
 ) -> dict: # `responses` of a route
-    "The answers of a route."
+    "Describe the answers of a route."
     texts = {c: ERRORS[c] for c in codes or ERRORS} | (more or {})
     out = {c: dict(description=t, model=model | Problem if c in partial else Problem) for c, t in texts.items()}
     return {
@@ -226,9 +226,9 @@ def response_models(
 # %% ../../nbs/serve/08_openapi.ipynb #658dc125
 def name_schemas(
     api: FastAPI, # with its routes
-    *models: type, # of bodies that `request_body` was given, besides those of `wire`
+    *models: type, # of bodies that `request_body` was given, besides those of `schemas`
 ):
-    "Makes `/openapi.json` name every schema that a request refers to."
+    "Make `/openapi.json` name every schema that a request refers to."
     plain = api.openapi
     def openapi():
         if not api.openapi_schema:

@@ -17,62 +17,46 @@ from contextlib import contextmanager
 from heapq import heapify, heapreplace, heappop
 from typing import Any
 
+from fastcore.basics import patch
+
 # %% ../../nbs/serve/01_queue.ipynb #639860e7
-MAX_PATIENCE = .05 # seconds, at most, that a queue waits for company
+MAX_PATIENCE = .05 # seconds, at most, that a queue waits for items on their way
 
 # %% ../../nbs/serve/01_queue.ipynb #5cae1763
 def item_bytes(
-    data, # of an item
+    data, # of an item: a text, a file, an array of pixels, a pair, or anything else (0 bytes)
 ) -> int:
-    "Return the bytes of a text, a file or pixels, or of the two of a pair."
+    "Return the size of an item in bytes: of its UTF-8, its file or its pixels; of a pair both together."
     if isinstance(data, str): return len(data) if data.isascii() else len(data.encode('utf-8', 'surrogatepass'))
     if isinstance(data, tuple): return sum(map(item_bytes, data))
     return getattr(data, 'nbytes', 0) or (len(data) if isinstance(data, (bytes, bytearray)) else 0)
 
 # %% ../../nbs/serve/01_queue.ipynb #fbf52522
 class Item:
-    "One text or image of a request, with what became of it"
+    "One text, image or pair of a request, with its status and its embedding"
 
-    __slots__ = (
-        'kind',
-        'data',
-        'job',
-        'index',
-        'size',
-        'ready',
-        'tokens',
-        'value',
-        'status',
-        'error',
-        'times',
-        'batch',
-        'since',
-    )
+    __slots__ = ('kind', 'data', 'job', 'index', 'size', 'ready', 'tokens', 'value', 'status', 'error', 'times',
+                 'batch', 'since')
 
     def __init__(self,
-        kind: str,     # 'text' or 'image'
-        data: Any,     # str or bytes; for an image whatever `Embedder.preprocess` takes
+        kind: str,     # 'text', 'image' or 'pair'
+        data: Any,     # str or UTF-8 bytes; for an image whatever `Embedder.preprocess` takes; for a pair both
         size: int | None = None, # bytes, for the limits on what waits; `item_bytes(data)` by default
     ):
-        self.kind, self.data, self.size, self.job, self.index = (
-            kind,
-            data,
-            item_bytes(data) if size is None else size,
-            None,
-            0,
-        )
+        self.kind, self.data, self.size = kind, data, item_bytes(data) if size is None else size
+        self.job, self.index = None, 0  # the `PendingRequest`, and the place in it
         self.ready = self.value = None  # what the towers take; float32 (D,), the embedding
         self.tokens, self.status, self.error, self.batch, self.since = 0, '', '', 0, 0.
         self.times: dict[str, tuple[float, float]] = {}  # stage -> (begin, end), seconds of `time.perf_counter`
 
 # %% ../../nbs/serve/01_queue.ipynb #a12aabdc
 class PendingRequest:
-    "The items of one request, until the last of them is settled"
+    "The items of one request, until each of them has a status"
     def __init__(self,
-        items: list[Item],
-        done: Callable,                 # called once with this job, from the thread that settles the last item
-        deadline: float = math.inf,     # of `time.perf_counter`
-        urgent: bool = False,           # goes before every other request where a queue shares its places
+        items: list[Item], # of the request, in order
+        done: Callable, # called once with this job, from the thread that settles the last item
+        deadline: float = math.inf, # of `time.perf_counter`
+        urgent: bool = False, # goes before every other request where a queue shares its places
     ):
         self.items, self.done, self.deadline, self.cancelled, self.urgent = items, done, deadline, False, urgent
         self.had: dict[BatchQueue, int] = {}  # places that it has been given so far
@@ -81,12 +65,12 @@ class PendingRequest:
         for i, item in enumerate(items): item.job, item.index = self, i
 
     def settle(self,
-        item: Item,
-        status: str,   # 'ok', 'invalid', 'expired', 'cancelled', 'failed' or 'unavailable'
-        error: str = '',
-        value=None,    # float32 (D,)
+        item: Item, # one of `items`
+        status: str, # 'ok', 'invalid', 'expired', 'cancelled', 'failed' or 'unavailable'
+        error: str = '', # one sentence, for a status other than 'ok'
+        value=None, # float32 (D,)
     ) -> bool: # False when it was settled before
-        "Gives `item` its status."
+        "Set the status of `item`, once; with the last item of the request `done` is called."
         with self._lock:
             if item.status: return False
             item.status, item.error, item.value = status, error, value
@@ -97,7 +81,7 @@ class PendingRequest:
         return True
 
     def over(self) -> str: # '', 'cancelled' or 'expired'
-        "Why nobody waits for it any more."
+        "Return why no client waits for the request any more."
         return 'cancelled' if self.cancelled else 'expired' if time.perf_counter() > self.deadline else ''
 
 # %% ../../nbs/serve/01_queue.ipynb #198ece7a
@@ -140,12 +124,12 @@ class _Fewest: # the request of least rank in a bucket, again and again
 
 # %% ../../nbs/serve/01_queue.ipynb #27a14670
 class BatchQueue:
-    "Items that wait for a worker, in buckets that never share a batch; each request has its share of the places"
+    "Items that wait for a worker, in buckets that never share a batch; each request gets its share of the places"
     def __init__(self,
-        largest: int,      # items in a batch
+        largest: int,      # items in a batch, at most
         wait: float = 0.,  # seconds after its arrival when an item is due
-        room: int = 0,     # what `wait_for_room` compares with
-        then: 'BatchQueue | None' = None, # where its items go next, and are expected
+        room: int = 0,     # items below which `wait_for_room` returns
+        then: 'BatchQueue | None' = None, # the queue that its items go to next
         bytes: int = 0,    # of a batch of more than one item, at most; 0: any
     ):
         self.bytes = bytes
@@ -158,18 +142,20 @@ class BatchQueue:
         self._buckets, lock = defaultdict(lambda: _Bucket(self)), threading.Lock()
         self._ready, self._space, self._alarm = threading.Condition(lock), threading.Condition(lock), math.inf
 
-    def expect(self, n: int):
-        "`n` items are on their way (or, negative, have been lost on it)."
+    def expect(self,
+        n: int, # items
+    ):
+        "Count `n` items that are on their way here; a negative `n` counts items that were lost on it."
         with self._ready:
             self.coming += n
             self.back -= max(n, 0)
             if n < 0: self._wake()
 
     def put(self,
-        items: list[Item],
+        items: list[Item], # to wait here
         keys: list | None = None, # the bucket of each
     ):
-        "Adds `items`, which were expected."
+        "Add `items`, which `expect` has counted."
         now = time.perf_counter()
         with self._ready:
             for item, key in zip(items, keys or [0] * len(items)):
@@ -183,129 +169,158 @@ class BatchQueue:
         n: int,         # items
         seconds: float, # that their batch took
     ):
-        "A batch is done; those who asked may ask again."
+        "Note that a batch of `n` items is done: its clients may soon ask again, and the next batch waits for them."
         with self._ready:
             self.alone = n == 1 and not self.size and not self.coming
             self.back, self.until = n, time.perf_counter() + min(seconds / 8, MAX_PATIENCE)
 
-    def due(self) -> bool: # False when the queue is closed and nothing is left
-        "Waits until there is a batch."
-        with self._ready: return self._due()
+# %% ../../nbs/serve/01_queue.ipynb #daaee733
+@patch
+def due(self: BatchQueue) -> bool: # False when the queue is closed and nothing is left
+    "Wait until there is a batch."
+    with self._ready: return self._due()
 
-    def take(self, wait: bool = True) -> list[Item]:
-        """The next batch.
+@patch
+def take(self: BatchQueue,
+    wait: bool = True, # until a batch is due
+) -> list[Item]:
+    """The next batch.
 
-        Empty when the queue is closed and nothing is left, or when it should not wait and none is due."""
-        with self._ready:
-            while not wait or self._due():
-                key = self._leader()
-                if key is not None and (batch := self._pop(key)): return batch
-                if not wait: break
-            return []
+    Empty when the queue is closed and nothing is left, or when it should not wait and none is due."""
+    with self._ready:
+        while not wait or self._due():
+            key = self._leader()
+            if key is not None and (batch := self._pop(key)): return batch
+            if not wait: break
+        return []
 
-    def wait_for_room(self):
-        "Returns when fewer than `room` items wait here, so that a stage before does not run far ahead."
-        with self._space: self._space.wait_for(lambda: self.size < self.room or self.closed)
+@patch
+def wait_for_room(self: BatchQueue):
+    "Wait until fewer than `room` items are here, so that the stage before does not run far ahead."
+    with self._space: self._space.wait_for(lambda: self.size < self.room or self.closed)
 
-    def close(self):
-        "What is here is still given out; then `take` returns nothing."
-        with self._ready:
-            self.closed = True
-            self._ready.notify_all(), self._space.notify_all()
+@patch
+def close(self: BatchQueue):
+    "Accept no more items: `take` gives out those that are here, then returns empty batches."
+    with self._ready:
+        self.closed = True
+        self._ready.notify_all()
+        self._space.notify_all()
 
-    def clear(self) -> list[Item]:
-        "Takes everything out."
-        with self._ready:
-            left = [item for b in self._buckets.values() for queue in b.queues.values() for item in queue]
-            self._buckets.clear()
-            self.size = 0
-            return left
+@patch
+def clear(self: BatchQueue) -> list[Item]:
+    "Remove and return all items."
+    with self._ready:
+        left = [item for b in self._buckets.values() for queue in b.queues.values() for item in queue]
+        self._buckets.clear()
+        self.size = 0
+        return left
 
-    def _due(self):
-        while True:
-            due = self._earliest()
-            now = time.perf_counter()
-            if due <= now: return True
-            if self.closed and not self.size: return False
-            self._alarm = due
-            self._ready.wait(None if due == math.inf else due - now)
-            self._alarm = math.inf
-
-    def _wake(self, n=1): # whoever waits here, if there is a batch earlier than it thinks
-        if self._earliest() < self._alarm: self._ready.notify(n)
-
-    def _earliest(self) -> float: # when there is a batch
-        return min(map(self._when, self._buckets.values()), default=math.inf)
-
-    def _when(self, bucket) -> float: # when it is due
-        if self.closed or (self.alone and not self.coming) or bucket.size >= self.largest: return 0.
-        head = bucket.head()
-        due = head.job.arrival + self.wait
-        if bucket.passed > 1: return due
-        if self.coming: due = max(due, head.since + self.patience)
-        if self.coming or self.back > 0: due = max(due, self.until)
-        return due
-
-    def _leader(self): # the key of the bucket whose turn it is; None where none is due
+# %% ../../nbs/serve/01_queue.ipynb #11667dac
+@patch
+def _due(self: BatchQueue):
+    while True:
+        due = self._earliest()
         now = time.perf_counter()
-        due = [key for key, bucket in self._buckets.items() if self._when(bucket) <= now]
-        if len(due) < 2: return due[0] if due else None
-        def age(key): return self._buckets[key].head().job.arrival
-        def fewest(key): return min(map(self._buckets[key].rank, self._buckets[key].queues))
-        return min(due, key=fewest if self._fair else age)
+        if due <= now: return True
+        if self.closed and not self.size: return False
+        self._alarm = due
+        self._ready.wait(None if due == math.inf else due - now)
+        self._alarm = math.inf
 
-    def _pop(self, key) -> list[Item]:
-        bucket, batch, fewest, bytes = self._buckets[key], [], None, 0
-        while bucket.size and len(batch) < self.largest:
-            crowded = bucket.size + len(batch) > self.largest  # else all go, in any order
-            fair = crowded and (len(batch) + self._fair) % 2
-            if fair: fewest = fewest or _Fewest(bucket)
-            item = bucket.head(fewest.next() if fair else None)
-            bytes += item.size
-            if batch and self.bytes and bytes > self.bytes: break
-            bucket.pop(item)
-            self.size -= 1
-            if not item.status and not (why := item.job.over()):
-                batch.append(item)
-                item.job.had[self] = item.job.had.get(self, 0) + 1
-            else:
-                if self.then: self.then.expect(-1)
-                item.job.settle(item, item.status or why)
-        if not bucket.size: del self._buckets[key]
-        if batch:
-            self.alone, self._fair = len(batch) == 1, not self._fair
-            if bucket.size or len(batch) == self.largest:  # a full one
-                for other in self._buckets.values(): other.passed += other is not bucket
-            bucket.passed = 0
-        if self.size < self.room: self._space.notify_all()
-        return batch
+@patch
+def _wake(self: BatchQueue, n=1): # whoever waits here, if there is a batch earlier than it thinks
+    if self._earliest() < self._alarm: self._ready.notify(n)
+
+@patch
+def _earliest(self: BatchQueue) -> float: # when there is a batch
+    return min(map(self._when, self._buckets.values()), default=math.inf)
+
+@patch
+def _when(self: BatchQueue, bucket) -> float: # when it is due
+    if self.closed or (self.alone and not self.coming) or bucket.size >= self.largest: return 0.
+    head = bucket.head()
+    due = head.job.arrival + self.wait
+    if bucket.passed > 1: return due
+    if self.coming: due = max(due, head.since + self.patience)
+    if self.coming or self.back > 0: due = max(due, self.until)
+    return due
+
+# %% ../../nbs/serve/01_queue.ipynb #ee4412c7
+@patch
+def _leader(self: BatchQueue): # the key of the bucket whose turn it is; None where none is due
+    now = time.perf_counter()
+    due = [key for key, bucket in self._buckets.items() if self._when(bucket) <= now]
+    if len(due) < 2: return due[0] if due else None
+    def age(key): return self._buckets[key].head().job.arrival
+    def fewest(key): return min(map(self._buckets[key].rank, self._buckets[key].queues))
+    return min(due, key=fewest if self._fair else age)
+
+@patch
+def _pop(self: BatchQueue, key) -> list[Item]:
+    bucket, batch, fewest, bytes = self._buckets[key], [], None, 0
+    while bucket.size and len(batch) < self.largest:
+        crowded = bucket.size + len(batch) > self.largest  # else all go, in any order
+        fair = crowded and (len(batch) + self._fair) % 2
+        if fair: fewest = fewest or _Fewest(bucket)
+        item = bucket.head(fewest.next() if fair else None)
+        bytes += item.size
+        if batch and self.bytes and bytes > self.bytes: break
+        bucket.pop(item)
+        self.size -= 1
+        if not item.status and not (why := item.job.over()):
+            batch.append(item)
+            item.job.had[self] = item.job.had.get(self, 0) + 1
+        else:
+            if self.then: self.then.expect(-1)
+            item.job.settle(item, item.status or why)
+    if not bucket.size: del self._buckets[key]
+    if batch:
+        self.alone, self._fair = len(batch) == 1, not self._fair
+        if bucket.size or len(batch) == self.largest:  # a full one
+            for other in self._buckets.values(): other.passed += other is not bucket
+        bucket.passed = 0
+    if self.size < self.room: self._space.notify_all()
+    return batch
 
 # %% ../../nbs/serve/01_queue.ipynb #46093134
 class Budget:
-    "An amount of which no more is held than there is; what alone is more than that has room when nothing else is held"
+    "An amount of which at most `room` is held at once; a larger request is granted when nothing else is held"
 
-    def __init__(self, room: int):
+    def __init__(self,
+        room: int, # the whole amount: bytes, pixels or places
+    ):
         self.room, self.held, self._queue, self._changed = room, 0, deque(), threading.Condition()
 
-    def fits(self, n: int, share: float = 1.) -> bool:
-        "Return whether there is room for `n` now, in so much of all the room."
+    def fits(self,
+        n: int, # the amount
+        share: float = 1., # of `room` that may be used
+    ) -> bool:
+        "Return whether `n` more can be held now."
         return not self.held or self.held + n <= share * self.room
 
-    def take(self, n: int, share: float = 1.) -> bool: # False, and nothing more is held, where there is no room
-        "Hold `n` without waiting."
+    def take(self,
+        n: int, # the amount
+        share: float = 1., # of `room` that may be used
+    ) -> bool: # False, and nothing more is held, where there is no room
+        "Hold `n` more without waiting."
         with self._changed:
             if fits := self.fits(n, share): self.held += n
             return fits
 
-    def give(self, n: int):
-        "Hold `n` less."
+    def give(self,
+        n: int, # the amount
+    ):
+        "Give back `n` of what is held."
         with self._changed:
             self.held -= n
             self._changed.notify_all()
 
     @contextmanager
-    def hold(self, n: int = 1):
-        "Wait for room, first come, first served, and hold `n` meanwhile."
+    def hold(self,
+        n: int = 1, # the amount
+    ):
+        "Hold `n` during a `with` block, waiting for room first; who comes first is served first."
         with self._changed:
             if waited := bool(self._queue) or not self.fits(n):
                 self._queue.append(me := object())

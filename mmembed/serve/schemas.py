@@ -1,4 +1,4 @@
-"""What a client may say, how it becomes items, and how items become an answer
+"""What a client may send, how it becomes items, and how items become an answer
 
 Docs: https://mmembed.github.io/mmembed/serve/schemas.html.md"""
 
@@ -131,8 +131,8 @@ class StreamRequest(EmbeddingRequest):
     id: Annotated[int, Field(ge=-2**63, lt=2**64)] | str | None = None
 
 # %% ../../nbs/serve/07_schemas.ipynb #05877646
-def validation_failure(e: ValidationError) -> HTTPException: # 400 for what is no JSON, else 422
-    "What is wrong with a request, with its place."
+def validation_failure(e: ValidationError) -> HTTPException: # 400 where the body is not JSON, else 422
+    "Return the error for a request that does not fit its schema, with the place where it does not."
     last = e.errors(include_url=False, include_input=False, include_context=False)[-1]  # of a union, the fullest form
     where = '.'.join(str(x) for x in last['loc'] if isinstance(x, int) or x.isidentifier() and x not in ('str', 'list'))
     return HTTPException(
@@ -141,8 +141,8 @@ def validation_failure(e: ValidationError) -> HTTPException: # 400 for what is n
 
 # %% ../../nbs/serve/07_schemas.ipynb #9c8aa60a
 def read_body(
-    model: type,        # a pydantic model
-    data: bytes | str,
+    model: type, # a pydantic model
+    data: bytes | str, # JSON
 ):
     "Read `data` as a `model`; raises `HTTPException` 400 where it is not JSON, and 422 where it does not fit."
     try:
@@ -154,7 +154,7 @@ def read_body(
 
 # %% ../../nbs/serve/07_schemas.ipynb #2aca4d81
 def plain_text(
-    data: bytes,
+    data: bytes, # the body
     kind: str = 'text/plain', # the content type, with its parameters
 ) -> bytes: # UTF-8, broken where `data` is
     "Return the text in `data`; raises `HTTPException`: 415 for JSON and other charsets, 400 for broken UTF-16."
@@ -181,7 +181,7 @@ def _is_json(data: bytes) -> bool:
 
 # %% ../../nbs/serve/07_schemas.ipynb #6c5b08fb
 class UnknownModel(HTTPException):
-    "A request names a model that this server does not have"
+    "Raised for a request that names a model which this server does not have"
     code = 'model_not_found' # as OpenAI has it
 
 # %% ../../nbs/serve/07_schemas.ipynb #563268be
@@ -189,25 +189,32 @@ def check_model(
     name: str | None, # in a request; None or '': none
     service,          # a `Service`
 ):
-    "Raises `UnknownModel`, unless the server takes any name."
+    "Raise `UnknownModel` for another model's name, unless the server accepts any."
     if name and name != service.name and not service.config.any_model:
         raise UnknownModel(404, f'The model `{name[:60]}` does not exist; this server has `{service.name[:60]}`')
 
 # %% ../../nbs/serve/07_schemas.ipynb #deb2055f
-def check_count(n: int, config):
-    "Raises when a request has more items than the server takes."
+def check_count(
+    n: int,
+    config, # all options
+):
+    "Raise `HTTPException` 413 for a request with more items than the server accepts."
     if n > config.max_items: raise HTTPException(413, f'{n} items; this server takes up to {config.max_items}')
 
 # %% ../../nbs/serve/07_schemas.ipynb #3a0fb97a
 class RefusedEntry(ValueError):
-    "An entry that cannot become an item"
-    def __init__(self, text: str, status: str = 'invalid'): super().__init__(text); self.status = status
+    "Raised for an entry that cannot become an item"
+    def __init__(self,
+        text: str, # why
+        status: str = 'invalid', # that its item gets
+    ):
+        super().__init__(text); self.status = status
 
 # %% ../../nbs/serve/07_schemas.ipynb #61179045
 def image_bytes(
     text: str, # base64, or a data URL
 ) -> bytes:
-    "The file in `text`; raises `RefusedEntry`."
+    "Decode the file in `text`; raises `RefusedEntry`."
     if text[:5].lower() == 'data:':
         head, comma, text = text.partition(',')
         if not comma or not head.lower().endswith(';base64'):
@@ -217,10 +224,10 @@ def image_bytes(
 
 # %% ../../nbs/serve/07_schemas.ipynb #64ece417
 def check_url(
-    url: str,
+    url: str, # from a client
     hosts: tuple, # 'host': its ports 80 and 443, 'host:port', or 'host:*'
 ) -> str: # the same
-    "Return `url`; raises `RefusedEntry` where it is none of http, or of a host or port that is not in `hosts`."
+    "Return `url`; raises `RefusedEntry` unless it is http(s) and its host and port are in `hosts`."
     import httpx2
     try: parts = httpx2.URL(url)
     except (httpx2.InvalidURL, ValueError): raise RefusedEntry('not a URL') from None
@@ -233,19 +240,21 @@ def check_url(
 
 # %% ../../nbs/serve/07_schemas.ipynb #52ccc3f0
 class Downloads:
-    "The images that one request names by URL: a budget of bytes and a deadline for all of them together"
+    "Downloads the images that one request names by URL, within one budget of bytes and one deadline"
     def __init__(self,
-        service: Service,
+        service: Service, # that fetches
         seconds: float | None = None, # at most those of the configuration
-        places: int = 8,              # at once
+        places: int = 8, # at once
     ):
-        "To be made in the task of the request: at its end the bytes are given back."
+        "Begin the downloads of the current task, at whose end their bytes are given back."
         self.service, self.config, self.room = service, service.config, service.config.max_body
         self.end = asyncio.get_running_loop().time() + min(seconds or 1e9, service.config.engine.timeout)
         self.places = asyncio.Semaphore(places)
         asyncio.current_task().add_done_callback(lambda _: service.bodies.give(self.config.max_body - self.room))
 
-    async def file(self, url: str) -> bytes:
+    async def file(self,
+        url: str, # from the request
+    ) -> bytes:
         "Download `url`; raises `RefusedEntry`."
         import httpx2
         url, data = check_url(url, self.config.fetch_hosts), bytearray()
@@ -300,7 +309,7 @@ async def to_item(
     entry,                # an `Entry`
     downloads: Downloads, # of the request
 ) -> Item:
-    "The engine's item; one that is refused carries a `RefusedEntry`, for which `run` gives it a status."
+    "Turn an entry into an item; a refused one carries a `RefusedEntry`, from which `run` makes its status."
     if isinstance(entry, str):
         why = markers.doubt(
             entry, False, 'an entry of type image or image_url for the image', 'one of type text for the words'
@@ -317,11 +326,11 @@ async def to_item(
 
 # %% ../../nbs/serve/07_schemas.ipynb #f10d93e1
 async def to_items(
-    entries: list,                # of `Entry`
-    service: Service,
+    entries: list, # of `Entry`
+    service: Service, # that embeds them
     seconds: float | None = None, # for what has to be fetched
 ) -> list[Item]:
-    "`to_item` of each; what has to be fetched is fetched together, by tasks that end when this one is cancelled."
+    "Turn entries into items; images named by URL are downloaded together, until this task is cancelled."
     await service.turn(len(entries))
     downloads = Downloads(service, seconds)
     if not service.config.fetch_hosts: return [await to_item(e, downloads) for e in entries]
@@ -331,7 +340,7 @@ async def to_items(
 PART = 256 # items of a request that are in the queue at once
 
 async def _in_parts(service, items, timeout, span):
-    """`service.run` for items that may be more than the queue holds.
+    """Run `service.run` on items that may be more than the queue holds.
 
     Only the first part is turned away when it is full: later ones wait."""
     options = service.config.engine
@@ -347,12 +356,12 @@ async def _in_parts(service, items, timeout, span):
 
 # %% ../../nbs/serve/07_schemas.ipynb #7907fbe2
 async def run(
-    service: Service,
-    items: list[Item],
-    timeout: float | None = None,
-    span=None,
+    service: Service, # that embeds them
+    items: list[Item], # of one request
+    timeout: float | None = None, # seconds; as configured by default
+    span=None, # of the request
 ) -> list[Item]: # the same, settled
-    "`service.run` for items of which some may be refused already."
+    "Embed items by `service.run`; those that were refused before get their status without it."
     if len(items) > service.config.max_items:
         raise HTTPException(413, f'{len(items)} items; this server takes up to {service.config.max_items}')
     bad = [i for i in items if isinstance(i.data, RefusedEntry)]
@@ -369,18 +378,18 @@ def shorten(
     value: np.ndarray,       # float32 (D,)
     dimensions: int | None,  # the first so many, brought to unit length again
 ) -> np.ndarray:
-    "The embedding as it was asked for."
+    "Shorten an embedding to its first `dimensions` values, at unit length."
     if not dimensions or dimensions >= len(value): return value
     cut = value[:dimensions]
     return np.ascontiguousarray(cut / max(float(np.linalg.norm(cut)), 1e-12), np.float32)
 
 # %% ../../nbs/serve/07_schemas.ipynb #a76e19ae
 def embedding_rows(
-    items: list[Item],
-    dimensions: int | None = None,
+    items: list[Item], # settled
+    dimensions: int | None = None, # the first so many of each embedding
     encoding: str | None = None, # 'float' by default, or 'base64': little-endian float32
 ) -> list[dict]:
-    "One row an item, as `/v1/embeddings` answers."
+    "Return one row an item, as `/v1/embeddings` answers."
     out = []
     for i in items:
         # where base64 was asked for, an empty string: OpenAI's client for Node decodes whatever is there
@@ -402,7 +411,7 @@ def embedding_rows(
 
 # %% ../../nbs/serve/07_schemas.ipynb #ec642258
 def timing(items: list[Item]) -> str:
-    "A Server-Timing header: the longest of each stage, in milliseconds."
+    "Return a Server-Timing header: the longest time of each stage, in milliseconds."
     longest: dict = {}
     for i in items:
         for stage, s in stage_times(i).items(): longest[stage] = max(longest.get(stage, 0), s)
@@ -410,44 +419,47 @@ def timing(items: list[Item]) -> str:
 
 # %% ../../nbs/serve/07_schemas.ipynb #19e53552
 def reply(content, status: int = 200, **headers) -> Response:
-    "JSON, with numpy arrays as lists."
+    "Answer with JSON; numpy arrays become lists."
     return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS), status,
                     {k.replace('_', '-'): v for k, v in headers.items()}, 'application/json')
 
 # %% ../../nbs/serve/07_schemas.ipynb #b133bedd
 def error(
     status: int, # of HTTP
-    message: str,
+    message: str, # one sentence
     code: str | None = None, # a name instead of the number
 ) -> dict: # message, type, param and code
-    "An error in OpenAI's shape."
+    "Return an error in OpenAI's shape."
     types = {401: 'authentication_error', 403: 'permission_error', 429: 'rate_limit_error'}
     kind = types.get(status, 'invalid_request_error' if status < 500 else 'server_error')
     return dict(message=message, type=kind, param='model' if code == UnknownModel.code else None, code=code or status)
 
 # %% ../../nbs/serve/07_schemas.ipynb #87c210c8
 def problem(status: int, message: str, code: str | None = None, **headers) -> Response:
-    "The answer to a request that failed; `code` as for `error`."
+    "Answer a request that failed; `code` as for `error`."
     return reply(dict(error=error(status, message, code)), status, **headers)
 
 # %% ../../nbs/serve/07_schemas.ipynb #15ff89f5
 def response_status(items: list[Item]) -> int:
-    "The HTTP status of a list of items: 200 when any of them succeeded, else what most of all went wrong."
+    "Return the HTTP status for items: 200 when any of them succeeded, else the status of their gravest failure."
     states = {i.status for i in items}
     for state, code in (('ok', 200), ('expired', 504), ('unavailable', 503), ('failed', 500)):
         if state in states: return code
     return 422
 
 # %% ../../nbs/serve/07_schemas.ipynb #45208fe7
-def artifact_of(items: list[Item], service: Service) -> str: # the short hash
-    "The artifact that embedded `items`: during a reload not the one now in force."
+def artifact_of(
+    items: list[Item], # to embed, mixed
+    service: Service, # what the endpoints answer with
+) -> str: # the short hash
+    "Return the hash of the artifact that embedded `items`; during a reload it may differ from the current one."
     return next((i.job.hash for i in items if hasattr(i.job, 'hash')), service.card['short_hash'])
 
 # %% ../../nbs/serve/07_schemas.ipynb #34c0a555
 def describe_error(
-    e: Exception,
-) -> tuple[int, str, float | None]:  # HTTP status, one sentence, seconds after which to ask again
-    "What a client is told of `e`."
+    e: Exception, # raised while a request was answered
+) -> tuple[int, str, float | None]: # HTTP status, one sentence, seconds after which to ask again
+    "Describe an exception to a client."
     if isinstance(e, ValidationError): e = validation_failure(e)
     if isinstance(e, HTTPException): return e.status_code, str(e.detail), 2. if e.status_code == 503 else None
     if isinstance(e, Busy): return 429, str(e), e.retry

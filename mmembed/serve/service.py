@@ -22,6 +22,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import NamedTuple
 
+from fastcore.basics import patch
 import numpy as np
 import torch
 
@@ -37,7 +38,7 @@ from .telemetry import Metrics, Tracer, open_log
 
 # %% ../../nbs/serve/05_service.ipynb #32a6dddc
 class Config(NamedTuple):
-    "All that a server can be told"
+    "All options of a server"
     artifact: str | Path             # an exported file
     host: str = '127.0.0.1'
     port: int = 8000                 # of HTTP and WebSocket
@@ -46,13 +47,13 @@ class Config(NamedTuple):
     device: str = 'cpu'
     threads: int | None = None       # for one torch operation
     replicas: int = 1                # processes that share the ports
-    deterministic: bool = False      # one shape for the towers: the same bits in any company
+    deterministic: bool = False      # batches of one shape: an item's vector has the same bits in any batch
     engine: Options = Options()
     max_body: int = 64 << 20         # bytes of a request
     max_items: int = 2048            # items of a request, as many as OpenAI takes; they go through the queue in parts
     body_timeout: float = 30.        # seconds a client may take to send a request
     max_connections: int = 20_000    # more are answered 503
-    api_keys: tuple = ()             # any of these opens; none: open to all
+    api_keys: tuple = ()             # a request needs one of these; none: open to all
     tls_cert: str | None = None      # PEM files
     tls_key: str | None = None
     cors: tuple = ()                 # origins that browsers may call from; '*' for any
@@ -91,14 +92,14 @@ def require_keys(
 def check_keys(
     keys: tuple, # of a `Config`
 ) -> tuple[str, ...]: # the same
-    "Raises `ValueError` for a blank key, and for keys that are not a tuple or list of str."
+    "Return `keys`; raises `ValueError` for a blank key, and for keys that are not a tuple or list of str."
     if not isinstance(keys, (tuple, list)) or not all(isinstance(k, str) and k.strip() for k in keys):
         raise ValueError('api_keys must be a tuple of keys that are not blank: a blank one opens the server to all')
     return tuple(keys)
 
 # %% ../../nbs/serve/05_service.ipynb #ac85a79a
 def canary_png() -> bytes:
-    "A small PNG, made here so that nothing needs to be read."
+    "Make a small PNG, so that no file needs to be read."
     rows = b''.join(b'\0' + bytes((x * 7 ^ y * 5) & 255 for x in range(3 * 32)) for y in range(32))
 
     def chunk(name, data):
@@ -112,29 +113,23 @@ CANARY = 5.
 
 # %% ../../nbs/serve/05_service.ipynb #715ab21c
 class Canary:
-    "Two items whose vectors are known"
-    def __init__(self, emb: Embedder):
-        picture = (
-            canary_png() if emb.card.get('decode', True) else torch.arange(3 * 32 * 32).view(3, 32, 32).to(torch.uint8)
-        )
+    "Items whose vectors are known, sent through the queue to see whether the engine answers rightly"
+    def __init__(self,
+        emb: Embedder, # the loaded artifact, whose vectors are kept
+    ):
+        image = canary_png()
+        if not emb.card.get('decode', True): image = torch.arange(3 * 32 * 32).view(3, 32, 32).to(torch.uint8)
         text, self.scores = 'a photograph of a canary', emb.pairs
-        self.items = (('pair', (text, picture)),) if emb.pairs else (('text', text), ('image', picture))
-        self.want = (
-            (
-                emb.score_pairs([text], [picture])
-                if emb.pairs
-                else torch.cat([emb.encode_text([text]), emb.encode_image([picture])])
-            )
-            .float()
-            .cpu()
-            .numpy()
-        )
+        self.items = (('pair', (text, image)),) if emb.pairs else (('text', text), ('image', image))
+        if emb.pairs: want = emb.score_pairs([text], [image])
+        else: want = torch.cat([emb.encode_text([text]), emb.encode_image([image])])
+        self.want = want.float().cpu().numpy()
 
-    def sing(self,
+    def check(self,
         engine: Engine,
         timeout: float = 60., # seconds
     ) -> str: # '' or what is wrong
-        "Sends both through the queue, before all others, and waits for them."
+        "Send the items through the queue, before all others, and compare their vectors with the known ones."
         if why := engine.health(): return why
         items, done = [Item(*i) for i in self.items], Future()
         try: job = engine.submit(items, done.set_result, timeout, force=True)
@@ -152,19 +147,22 @@ class Canary:
 
 # %% ../../nbs/serve/05_service.ipynb #91c31b90
 class Pin:
-    "The engine of one request"
-    def __init__(self, service): self.service, self._engine = service, None
+    "The engine that answers one request"
+    def __init__(self,
+        service, # whose engine is pinned
+    ):
+        self.service, self._engine = service, None
 
     @property
     def engine(self) -> Engine:
-        "The engine in force when it was first asked for."
+        "Return the engine that was current when it was first asked for."
         while self._engine is None:
             engine = self.service.engine
             if engine.enter(): self._engine = engine  # else it was replaced between the two lines
         return self._engine
 
     def end(self):
-        "Lets the engine go."
+        "Release the engine."
         engine, self._engine = self._engine, None
         if engine: engine.leave()
 
@@ -172,7 +170,7 @@ class Pin:
 _PIN: ContextVar[Pin | None] = ContextVar('mmembed_pin', default=None) # of the request in this context
 
 # %% ../../nbs/serve/05_service.ipynb #c902c862
-def _buried(engines: list[Engine], grace: float): # the last reference to each is in the list
+def _retire(engines: list[Engine], grace: float): # the last reference to each is in the list
     while engines:
         engine = engines.pop()
         engine.retire(grace)
@@ -185,11 +183,11 @@ MANY = 32 # items of a request; those with more are read and answered in turns
 
 # %% ../../nbs/serve/05_service.ipynb #dc986829
 class Service:
-    "An engine in force, with its canary, and everything that watches it"
+    "The current engine with its canary, metrics, log and index"
     def __init__(self,
-        config: Config,
+        config: Config, # all options
         on_unfit=None, # called with the reason when this process can no longer answer
-        tracer: Tracer | None = None,
+        tracer: Tracer | None = None, # another one, for tests
     ):
         check_keys(config.api_keys)
         self.config, self.on_unfit = check_config(config), on_unfit
@@ -209,26 +207,13 @@ class Service:
 
     @property
     def emb(self) -> Embedder:
-        "That of the request in this context, if it has pinned one; else the one in force."
+        "Return the embedder of the engine that this request has pinned, or of the current one."
         pin = _PIN.get()
         return (pin.engine if pin and pin.service is self else self.engine).emb
     @property
-    def card(self) -> dict: return self.emb.card
-
-    async def pinned(self,
-        work, # a coroutine
-    ): # what it returns
-        "Await `work`; whatever it asks of the model is answered by one engine, also during a reload."
-        pin = Pin(self)
-        before = _PIN.set(pin)
-        try: return await work
-        finally:
-            _PIN.reset(before)
-            pin.end()
-
-    def unpin(self):
-        "Let go of the engine that the request in this context has pinned: its answer is ready."
-        if pin := _PIN.get(): pin.end()
+    def card(self) -> dict:
+        "Return the identity card of the artifact that answers."
+        return self.emb.card
 
     def _started(self, path) -> tuple[Engine, Canary]:
         c = self.config
@@ -245,142 +230,181 @@ class Service:
         self.log.error('unfit', extra=dict(fields=dict(reason=why)))
         if self.engine and self.engine.unfit and self.on_unfit: self.on_unfit(why)
 
-    async def run(self,
-        items: list[Item],
-        timeout: float | None = None, # seconds, at most the configured ones
-        span=None,                    # of the request
-    ) -> PendingRequest: # every item settled
-        """Embeds `items`; raises `Busy` or `Unfit`.
-
-        The engine that was in force at the start answers, also during a reload."""
-        timeout = min(timeout or 1e9, self.config.engine.timeout)
-        pin = _PIN.get()
-        if not pin or pin.service is not self:
-            return await self.pinned(self.run(items, timeout, span))
-        engine = pin.engine
-        try:
-            with self.metrics.admitted(items): job = await engine.run(items, timeout)
-        except (Busy, Unfit) as e:
-            self.metrics.rejected.labels('queue full' if isinstance(e, Busy) else 'unfit').inc()
-            raise
-        await self.turn(len(items))
-        job.hash = engine.emb.card['short_hash']
-        self.metrics.job(job)
-        self.tracer.job(span, job)
-        return job
-
-    async def turn(self,
-        n: int, # items that are about to be read or answered
-    ):
-        "Wait, if they are many, until the event loop has looked at its sockets since the last who had many."
-        if n <= MANY: return
-        async with self._gate: await asyncio.sleep(0)
-
-    async def ready(self) -> str: # '' or why not
-        """Whether the last canary came back right and every worker is alive.
-
-        Answers at once, whatever waits in the queue."""
-        return self._unready()
-
-    def _unready(self) -> str: return 'shutting down' if self.draining else self.engine.health() or self._verdict
-
-    def _ask(self):
-        engine, canary = self.engine, self.canary
-        try: why = canary.check(engine, self.config.engine.stall)
-        except Exception as e: why = f'the canary could not be asked: {reason(e)}'
-        if engine is self.engine: self._verdict = why
-        self.metrics.ready.set(not self._unready())
-
-    def _watch(self): # until the service is closed
-        pause = CANARY
-        while not self._closed.wait(pause):
-            began = time.monotonic()
-            self._ask()
-            pause = max(CANARY, 20 * (time.monotonic() - began)) if not self._verdict else 1.
-
-    async def reload(self,
-        path: str | Path | None = None, # another artifact; by default the same path again
-    ) -> dict: # the hashes before and after
-        """Loads an artifact beside the old one, tries it, and swaps them.
-
-        Requests that run are answered by the old one, which ends with the last of them, at the latest after `grace`
-        seconds.
-        Raises as `Embedder` does, or `ValueError` when the canary fails or the index is another artifact's; the old
-        one stays then."""
-        async with self._loading:
-            before, path = self.engine.emb.card['short_hash'], path or self.config.artifact
-            try:
-                if self.index: self.index.check(read_card(path))
-                engine, canary = await asyncio.to_thread(self._started, path)
-                if why := await asyncio.to_thread(canary.sing, engine, 30):
-                    await asyncio.to_thread(engine.close, 0)
-                    raise ValueError(f'the new artifact does not answer: {why}')
-            except Exception:
-                self.metrics.reloads.labels('failed').inc()
-                raise
-            self.config, old = self.config._replace(artifact=path), [self.engine]
-            self._swap(engine, canary)
-            threading.Thread(target=_buried, args=(old, self.config.grace), name='retire', daemon=True).start()
-            self.metrics.reloads.labels('ok').inc()
-            out = dict(before=before, after=engine.emb.card['short_hash'])
-            self.log.info('reload', extra=dict(fields=out))
-            return out
-
-    def scores(self,
-        query,      # float32 (D,)
-        candidates, # C of them
-    ) -> tuple[np.ndarray, np.ndarray]: # float32 (C,), logit_scale * cosine + logit_bias, and their softmax
-        "The model's own scores of one item with many."
-        score = self.emb.score(torch.from_numpy(query[None]), torch.from_numpy(np.stack(candidates)))
-        return score[0].cpu().numpy(), score.softmax(-1)[0].cpu().numpy()
-
-    def labelled(
-        self,
-        values: list,  # float32 (C,), scores of pairs, or (D,), embeddings
-        top_k: int = 0,  # 0: as many as the artifact says
-    ) -> list[
-        list[tuple[str, float]]
-    ]:  # for each the labels that reach their thresholds, and their probabilities, best first
-        "The artifact's own labels; raises `TypeError` where it has none."
-        return self.emb._picked(
-            'classify_scores' if self.emb.pairs else 'classify_embedding', torch.from_numpy(np.stack(values)), top_k
-        )
-
-    def find(self,
-        vector,                   # float32 (D,)
-        k: int = 10,
-        where: str | None = None, # an SQL condition on the columns of the index
-    ) -> list[dict]: # `id`, `score` and the columns, best first
-        "The nearest rows of the index; raises `ValueError` for a condition that the index does not understand."
-        return self.index.find(vector, k, where)
-
-    def allows(self, key: str | None) -> bool:
-        "Whether an API key, or none, opens this service."
-        if not self.config.api_keys: return True
-        return any([hmac.compare_digest((key or '').encode(), k.encode()) for k in self.config.api_keys])
-
-    def crowded(self) -> Busy:
-        "Return the error of a request whose bytes do not fit beside those that are held."
-        self.metrics.rejected.labels('bytes').inc()
-        return Busy(self.engine.retry(), 'the requests in hand hold as many bytes as they may')
-
     @contextmanager
-    def holding(self, size: int):
-        "Hold so many bytes of a request; raises `Busy` where they do not fit."
+    def holding(self,
+        size: int, # bytes
+    ):
+        "Hold `size` bytes during a `with` block; raises `Busy` where they do not fit."
         if not self.bodies.take(size): raise self.crowded()
         try: yield
         finally: self.bodies.give(size)
 
-    def _open_index(self, path):
-        from mmembed.retrieval.index import Index
-        index = Index.load(path)
-        index.check(self.card)
-        return index
+# %% ../../nbs/serve/05_service.ipynb #718a4c5c
+@patch
+async def pinned(self: Service,
+    work, # a coroutine
+): # what it returns
+    "Await `work`; whatever it asks of the model is answered by one engine, also during a reload."
+    pin = Pin(self)
+    before = _PIN.set(pin)
+    try: return await work
+    finally:
+        _PIN.reset(before)
+        pin.end()
 
-    def close(self):
-        "Answers what is running, at most `grace` seconds long, and flushes log and traces."
-        self.draining = True
-        self._closed.set()
-        self.engine.close(self.config.grace)
-        self.tracer.close()
-        self.log.close()
+@patch
+def unpin(self: Service):
+    "Let go of the engine that the request in this context has pinned: its answer is ready."
+    if pin := _PIN.get(): pin.end()
+
+@patch
+async def run(self: Service,
+    items: list[Item], # of one request
+    timeout: float | None = None, # seconds, at most the configured ones
+    span=None, # of the request
+) -> PendingRequest: # every item settled
+    """Embed `items`; raises `Busy` or `Unfit`.
+
+    The engine that was current at the start answers, also during a reload."""
+    timeout = min(timeout or 1e9, self.config.engine.timeout)
+    pin = _PIN.get()
+    if not pin or pin.service is not self:
+        return await self.pinned(self.run(items, timeout, span))
+    engine = pin.engine
+    try:
+        with self.metrics.admitted(items): job = await engine.run(items, timeout)
+    except (Busy, Unfit) as e:
+        self.metrics.rejected.labels('queue full' if isinstance(e, Busy) else 'unfit').inc()
+        raise
+    await self.turn(len(items))
+    job.hash = engine.emb.card['short_hash']
+    self.metrics.job(job)
+    self.tracer.stages(span, job)
+    return job
+
+@patch
+async def turn(self: Service,
+    n: int, # items that are about to be read or answered
+):
+    "Wait, if they are many, until the event loop has looked at its sockets since the last who had many."
+    if n <= MANY: return
+    async with self._gate: await asyncio.sleep(0)
+
+# %% ../../nbs/serve/05_service.ipynb #b422ba3d
+@patch
+async def ready(self: Service) -> str: # '' or why not
+    """Return why this service is not ready: its last canary failed or a worker is dead.
+
+    Returns at once, whatever waits in the queue."""
+    return self._unready()
+
+@patch
+def _unready(self: Service) -> str: return 'shutting down' if self.draining else self.engine.health() or self._verdict
+
+@patch
+def _ask(self: Service):
+    engine, canary = self.engine, self.canary
+    try: why = canary.check(engine, self.config.engine.stall)
+    except Exception as e: why = f'the canary could not be asked: {reason(e)}'
+    if engine is self.engine: self._verdict = why
+    self.metrics.ready.set(not self._unready())
+
+@patch
+def _watch(self: Service): # until the service is closed
+    pause = CANARY
+    while not self._closed.wait(pause):
+        began = time.monotonic()
+        self._ask()
+        pause = max(CANARY, 20 * (time.monotonic() - began)) if not self._verdict else 1.
+
+# %% ../../nbs/serve/05_service.ipynb #bca4aaf3
+@patch
+async def reload(self: Service,
+    path: str | Path | None = None, # another artifact; by default the same path again
+) -> dict: # the hashes before and after
+    """Load an artifact beside the old one, try it, and swap them.
+
+    Requests that run are answered by the old one, which ends with the last of them, at the latest after `grace`
+    seconds.
+    Raises as `Embedder` does, or `ValueError` when the canary fails or the index is another artifact's; the old
+    one stays then."""
+    async with self._loading:
+        before, path = self.engine.emb.card['short_hash'], path or self.config.artifact
+        try:
+            if self.index: self.index.check(read_card(path))
+            engine, canary = await asyncio.to_thread(self._started, path)
+            if why := await asyncio.to_thread(canary.sing, engine, 30):
+                await asyncio.to_thread(engine.close, 0)
+                raise ValueError(f'the new artifact does not answer: {why}')
+        except Exception:
+            self.metrics.reloads.labels('failed').inc()
+            raise
+        self.config, old = self.config._replace(artifact=path), [self.engine]
+        self._swap(engine, canary)
+        threading.Thread(target=_retire, args=(old, self.config.grace), name='retire', daemon=True).start()
+        self.metrics.reloads.labels('ok').inc()
+        out = dict(before=before, after=engine.emb.card['short_hash'])
+        self.log.info('reload', extra=dict(fields=out))
+        return out
+
+@patch
+def _open_index(self: Service, path):
+    from mmembed.retrieval.index import Index
+    index = Index.load(path)
+    index.check(self.card)
+    return index
+
+@patch
+def close(self: Service):
+    "Answer running requests for at most `grace` seconds, then flush log and traces."
+    self.draining = True
+    self._closed.set()
+    self.engine.close(self.config.grace)
+    self.tracer.close()
+    self.log.close()
+
+# %% ../../nbs/serve/05_service.ipynb #5e08c513
+@patch
+def scores(self: Service,
+    query,      # float32 (D,)
+    candidates, # C of them
+) -> tuple[np.ndarray, np.ndarray]: # float32 (C,), logit_scale * cosine + logit_bias, and their softmax
+    "Score one item against many by the model's own scale."
+    score = self.emb.score(torch.from_numpy(query[None]), torch.from_numpy(np.stack(candidates)))
+    return score[0].cpu().numpy(), score.softmax(-1)[0].cpu().numpy()
+
+@patch
+def labelled(
+    self: Service,
+    values: list,  # float32 (C,), scores of pairs, or (D,), embeddings
+    top_k: int = 0,  # 0: as many as the artifact says
+) -> list[
+    list[tuple[str, float]]
+]:  # for each the labels that reach their thresholds, and their probabilities, best first
+    "Label items by the artifact's own labels; raises `TypeError` where it has none."
+    return self.emb._picked(
+        'classify_scores' if self.emb.pairs else 'classify_embedding', torch.from_numpy(np.stack(values)), top_k
+    )
+
+@patch
+def find(self: Service,
+    vector, # float32 (D,)
+    k: int = 10, # rows at most
+    where: str | None = None, # an SQL condition on the columns of the index
+) -> list[dict]: # `id`, `score` and the columns, best first
+    "Find the nearest rows of the index; raises `ValueError` for a condition that it does not understand."
+    return self.index.find(vector, k, where)
+
+@patch
+def allows(self: Service,
+    key: str | None, # that a client has sent
+) -> bool:
+    "Return whether a request with this API key may be answered."
+    if not self.config.api_keys: return True
+    return any([hmac.compare_digest((key or '').encode(), k.encode()) for k in self.config.api_keys])
+
+@patch
+def crowded(self: Service) -> Busy:
+    "Count and return the error of a request whose bytes do not fit beside those that are held."
+    self.metrics.rejected.labels('bytes').inc()
+    return Busy(self.engine.retry(), 'the requests in hand hold as many bytes as they may')

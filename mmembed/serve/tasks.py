@@ -1,4 +1,4 @@
-"""What is asked of the model beside vectors, the same for every protocol
+"""Tasks beside embedding, the same for every protocol
 
 Docs: https://mmembed.github.io/mmembed/serve/tasks.html.md"""
 
@@ -20,27 +20,26 @@ from .schemas import response_status
 
 # %% ../../nbs/serve/09_tasks.ipynb #9246311a
 def require_ok(
-    item: Item,
+    item: Item, # settled
     name: str, # in the request
 ):
-    "Raises `HTTPException` when `item`, without which there is no answer, did not succeed."
+    "Raise `HTTPException` when `item`, without which there is no answer, has failed."
     if item.status != 'ok': raise HTTPException(response_status([item]), f'{name}: {item.error or item.status}')
 
 # %% ../../nbs/serve/09_tasks.ipynb #0f82b423
 async def rank(
-    service: Service,
+    service: Service, # whose model scores
     embed: Callable, # coroutine function: items to settled items
-    query: Item,
-    candidates: list[Item],
+    query: Item, # one item
+    candidates: list[Item], # items of the other modality
     top_k: int | None = None, # so many rows; 0 or None: all
 ) -> tuple[list[dict], list[Item]]: # rows (index, status, score, probability), best first; and all items
-    """Candidates by the model's own score for `query`.
+    """Rank candidates by the model's own score for `query`.
 
-    Raises as `embed`, and `HTTPException` for items of one kind and a query that fails."""
+    Raises as `embed`, and `HTTPException` where query and candidates have one modality, or the query fails."""
     if any(c.kind == query.kind for c in candidates):
-        raise HTTPException(
-            422, f'candidates of {"an image" if query.kind == "image" else "a text"} are of the other kind'
-        )
+        other = 'texts' if query.kind == 'image' else 'images'
+        raise HTTPException(422, f'the query is of kind {query.kind}: its candidates must be {other}')
     items = await embed([query, *candidates])
     require_ok(query, 'query')
     rows, good = [], [k for k, c in enumerate(candidates) if c.status == 'ok']
@@ -55,16 +54,16 @@ async def rank(
 
 # %% ../../nbs/serve/09_tasks.ipynb #dd1a5ac6
 async def classify(
-    service: Service,
-    embed: Callable,  # as for `rank`
-    items: list[Item],
-    labels: list[str] | None = None,  # none: the artifact's own
-    template: str = '{}',  # what a label is put into: 'a photo of a {}'
-    top_k: int | None = None,  # labels a row
+    service: Service, # whose model scores
+    embed: Callable, # as for `rank`
+    items: list[Item], # to label
+    labels: list[str] | None = None, # none: the artifact's own
+    template: str = '{}', # what a label is put into: 'a photo of a {}'
+    top_k: int | None = None, # labels a row
 ) -> tuple[
     list[dict], list[Item]
-]:  # rows (index, status, labels: label, probability and, for given ones, score); and the items
-    """What `items` are, each with its labels, best first.
+]: # rows (index, status, labels: label, probability and, for given ones, score); and the items
+    """Label items, the best label first.
 
     Raises as `embed`, and `HTTPException` without labels or for one that fails."""
     if not labels and not service.emb.labels:
@@ -92,13 +91,13 @@ def _by_score(service, value, labels, given, top_k):
 
 # %% ../../nbs/serve/09_tasks.ipynb #68e93266
 async def search(
-    service: Service,
+    service: Service, # whose model scores
     embed: Callable, # as for `rank`
-    query: Item,
-    top_k: int = 10,
+    query: Item, # one item
+    top_k: int = 10, # rows at most
     where: str | None = None, # an SQL condition on the columns of the index
 ) -> tuple[list[dict], list[Item]]: # rows (`id`, `score` and the columns), best first; and the item
-    """The nearest rows of the index.
+    """Find the nearest rows of the index.
 
     Raises as `embed`, and `HTTPException` where there is none, or for a condition that it does not understand."""
     if service.index is None: raise HTTPException(404, 'no index is loaded; start the server with --index')

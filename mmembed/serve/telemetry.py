@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from contextvars import ContextVar
 
+from fastcore.basics import patch
 import prometheus_client
 from prometheus_client.multiprocess import MultiProcessCollector
 
@@ -34,9 +35,9 @@ STAGES = ('queue', 'decode', 'transform', 'tokenize', 'forward', 'total')
 
 # %% ../../nbs/serve/03_telemetry.ipynb #89878da1
 def stage_times(
-    item: Item,
+    item: Item, # settled
 ) -> dict[str, float]: # of `STAGES`, those that the item went through
-    "How long each stage of a settled item took."
+    "Return the seconds that a settled item spent in each stage."
     out, last = {'queue': 0.}, item.job.arrival
     for stage, (begin, end) in item.times.items():
         out['queue'] += max(begin - last, 0)
@@ -86,20 +87,10 @@ class Metrics:
         )
         self._served = None
 
-    def job(self, job: PendingRequest):
-        "Counts a finished job."
-        self.last.set_to_current_time()
-        for i in job.items:
-            self.items.labels(i.kind, i.status).inc()
-            if i.status == 'ok':
-                for stage, s in stage_times(i).items(): self.stage_seconds.labels(i.kind, stage).observe(s)
-
-    def batch(self, kind: str, stage: str, items: list, took: float):
-        "Counts a batch of the engine."
-        if stage == 'forward': self.batch_items.labels(kind).observe(len(items))
-
     @contextlib.contextmanager
-    def admitted(self, items: list[Item]):
+    def admitted(self,
+        items: list[Item], # of one request
+    ):
         "Count `items` in `queue_items` while the block runs."
         count = Counter(i.kind for i in items)
         for kind, n in count.items(): self.queue_items.labels(kind).inc(n)
@@ -107,30 +98,60 @@ class Metrics:
         finally:
             for kind, n in count.items(): self.queue_items.labels(kind).dec(n)
 
-    def serves(self, card: dict):
-        "Name the artifact that answers from now on, in place of the one before."
-        if self._served: self._served.set(0)
-        self._served = self.artifact.labels(card['short_hash'], card['kind'], card['dim'])
-        self._served.set(1)
+# %% ../../nbs/serve/03_telemetry.ipynb #edf895a3
+@patch
+def job(self: Metrics,
+    job: PendingRequest, # every item settled
+):
+    "Count a finished request and its items."
+    self.last.set_to_current_time()
+    for i in job.items:
+        self.items.labels(i.kind, i.status).inc()
+        if i.status == 'ok':
+            for stage, s in stage_times(i).items(): self.stage_seconds.labels(i.kind, stage).observe(s)
 
-    def collect(self):
-        "Yield the metrics of all processes, without the artifacts that none of them serves any more."
-        many = os.environ.get('PROMETHEUS_MULTIPROC_DIR')
-        for m in (MultiProcessCollector(None) if many else self.registry).collect():
-            if m.name == 'mmembed_artifact_info': m.samples = [s for s in m.samples if s.value]
-            yield m
+@patch
+def batch(self: Metrics,
+    kind: str, # of the items: 'text', 'image' or 'pair'
+    stage: str, # of `STAGES`
+    items: list, # of the batch
+    took: float, # seconds
+):
+    "Count a batch that a stage of the engine has finished."
+    if stage == 'forward': self.batch_items.labels(kind).observe(len(items))
 
-    def page(self) -> bytes:
-        "Return what Prometheus scrapes."
-        return prometheus_client.generate_latest(self)
+@patch
+def serves(self: Metrics,
+    card: dict, # of the artifact
+):
+    "Name the artifact that answers from now on, in place of the one before."
+    if self._served: self._served.set(0)
+    self._served = self.artifact.labels(card['short_hash'], card['kind'], card['dim'])
+    self._served.set(1)
+
+@patch
+def collect(self: Metrics):
+    "Yield the metrics of all processes, without the artifacts that none of them serves any more."
+    many = os.environ.get('PROMETHEUS_MULTIPROC_DIR')
+    for m in (MultiProcessCollector(None) if many else self.registry).collect():
+        if m.name == 'mmembed_artifact_info': m.samples = [s for s in m.samples if s.value]
+        yield m
+
+@patch
+def page(self: Metrics) -> bytes:
+    "Return what Prometheus scrapes."
+    return prometheus_client.generate_latest(self)
 
 # %% ../../nbs/serve/03_telemetry.ipynb #f2837db8
 # `trace_id` of the request in this context
 TRACE: ContextVar[dict | None] = ContextVar('mmembed_trace', default=None)
 
 class JsonLines(logging.Formatter):
-    "A log record as one line of JSON"
-    def format(self, record):
+    "Formats a log record as one line of JSON"
+    def format(self,
+        record, # of `logging`
+    ):
+        "Return a log record as a line of JSON."
         row = dict(time=round(record.created, 3), level=record.levelname.lower(), event=record.getMessage())
         if record.name != 'mmembed.serve': row['logger'] = record.name
         row |= getattr(record, 'fields', {}) | getattr(record, 'trace', {})
@@ -174,9 +195,9 @@ class _Writer(logging.handlers.QueueListener):
 # %% ../../nbs/serve/03_telemetry.ipynb #ea1b4fe2
 def open_log(
     path: str | None = None, # a file; standard error by default
-    level: str = 'INFO',
+    level: str = 'INFO', # of `logging`
 ) -> logging.Logger: # 'mmembed.serve'; `logger.close()` writes what is left
-    "The service's logger, writing JSON lines from a thread of its own."
+    "Open the service's logger, which writes JSON lines from a thread of its own."
     logger = logging.getLogger('mmembed.serve')
     if old := getattr(logger, 'close', None): old()
     out = _File(path, encoding='utf-8', errors='backslashreplace') if path else _Stream(sys.stderr)
@@ -216,7 +237,7 @@ def redirect_logs():
 
 # %% ../../nbs/serve/03_telemetry.ipynb #ba2cce5e
 def request_id(given: str | None) -> str:
-    "The client's id, or a new one."
+    "Return the client's id if it is short and harmless, or make a new one."
     return given if given and re.fullmatch(r'[\w.:-]{1,64}', given, re.ASCII) else f'{random.getrandbits(128):032x}'
 
 # %% ../../nbs/serve/03_telemetry.ipynb #51ab00f2
@@ -224,9 +245,9 @@ def request_id(given: str | None) -> str:
 FAULTS = 'UNKNOWN', 'DEADLINE_EXCEEDED', 'UNIMPLEMENTED', 'INTERNAL', 'UNAVAILABLE', 'DATA_LOSS'
 
 def http_span(
-    scope: dict,   # of ASGI
-    headers: dict,
-    route: str,    # '' where it is not known
+    scope: dict, # of ASGI
+    headers: dict, # names in lower case
+    route: str, # '' where it is not known
 ) -> tuple[str, dict]: # the name of the request's span, and its attributes
     "Describe a request by OpenTelemetry's conventions."
     method, known = scope.get('method', 'GET'), 'GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH'.split()
@@ -248,12 +269,12 @@ def http_span(
 
 # %% ../../nbs/serve/03_telemetry.ipynb #2dccf882
 class Tracer:
-    "Writes finished jobs as OpenTelemetry spans; does nothing without an endpoint"
+    "Writes finished requests as OpenTelemetry spans; does nothing without an endpoint"
     def __init__(self,
         endpoint: str | None = None, # OTLP: 'http://host:4318' or 'grpc://host:4317'
-        ratio: float = 1.,           # share of requests that are traced, where the client has not decided
-        exporter=None,               # another exporter, for tests
-        name: str = 'mmembed',
+        ratio: float = 1., # share of requests that are traced, where the client has not decided
+        exporter=None, # another exporter, for tests
+        name: str = 'mmembed', # of the service, where OTEL_SERVICE_NAME does not say one
     ):
         self.on = bool(endpoint or exporter)
         if not self.on: return
@@ -275,9 +296,9 @@ class Tracer:
     def begin(self,
         name: str,     # of the request: its route or method
         headers: dict, # with the client's `traceparent`, if any
-        **attributes,
+        **attributes,  # of the span
     ):
-        """A span for a request, or None; end it with `end`.
+        """Begin the span of a request, or return None where there is no endpoint; end it with `end`.
 
         Log lines of this context have its trace id from here on, or else the client's."""
         if not self.on:
@@ -289,57 +310,69 @@ class Tracer:
         TRACE.set(dict(trace_id=f'{span.get_span_context().trace_id:032x}'))
         return span
 
-    def end(self, span, status: int | str, **attributes):
-        "Ends the span of a request."
-        if span is None: return
-        http = isinstance(status, int)
-        span.set_attribute('http.response.status_code' if http else 'rpc.response.status_code', status)
-        if status >= 500 if http else status in FAULTS:  # the server's fault, not the client's
-            from opentelemetry.trace import StatusCode
-            span.set_status(StatusCode.ERROR)
-            span.set_attribute('error.type', str(status))
-        for k, v in attributes.items(): span.set_attribute(k, v)
-        span.end()
-
-    def job(self, span, job: PendingRequest):
-        "The stages of a finished job, as children of its request's span."
-        if span is None or not span.is_recording(): return
-        from opentelemetry.trace import Link, set_span_in_context
-        at = lambda t: job.wall + int((t - job.arrival) * 1e9)
-        parent = set_span_in_context(span)
-        for kind in ('text', 'image', 'pair'):
-            mine = [i for i in job.items if i.kind == kind]
-            for stage in ('decode', 'transform', 'tokenize', 'forward'):
-                done = [i for i in mine if stage in i.times]
-                if not done: continue
-                links = self._links(done, at, span) if stage == 'forward' else ()
-                begin, end = min(i.times[stage][0] for i in done), max(i.times[stage][1] for i in done)
-                child = self._tracer.start_span(stage, parent, attributes={'kind': kind, 'items': len(done)},
-                                                links=[Link(c) for c in links], start_time=at(begin))
-                child.end(at(end))
-            if ahead := [i for i in mine if i.times]:
-                last = max(i.times['forward'][0] if 'forward' in i.times else job.arrival for i in ahead)
-                wait = self._tracer.start_span('queue', parent, attributes={'kind': kind}, start_time=job.wall)
-                wait.end(max(at(last), job.wall))
-
-    def _links(self, items, at, span):
-        "The span of every batch that these items were in, made by the first request that asks for it."
-        from opentelemetry.trace import Link
-        out = []
-        for key in sorted({(i.kind, i.times['forward']) for i in items}):
-            if key not in self._batches:
-                batch = next(i for i in items if (i.kind, i.times['forward']) == key).batch
-                s = self._tracer.start_span('batch', context=_nothing(), attributes={'kind': key[0], 'items': batch},
-                                            links=[Link(span.get_span_context())], start_time=at(key[1][0]))
-                s.end(at(key[1][1]))
-                self._batches[key] = s.get_span_context()
-                while len(self._batches) > 256: self._batches.pop(next(iter(self._batches)))
-            out.append(self._batches[key])
-        return out
-
     def close(self):
-        "Sends what is left."
+        "Send the spans that are left."
         if self.on: self._provider.shutdown()
+
+# %% ../../nbs/serve/03_telemetry.ipynb #bed7893c
+@patch
+def end(self: Tracer,
+    span,              # of `begin`
+    status: int | str, # HTTP's number or gRPC's name
+    **attributes,      # of the span
+):
+    "End the span of a request."
+    if span is None: return
+    http = isinstance(status, int)
+    span.set_attribute('http.response.status_code' if http else 'rpc.response.status_code', status)
+    if status >= 500 if http else status in FAULTS:  # the server's fault, not the client's
+        from opentelemetry.trace import StatusCode
+        span.set_status(StatusCode.ERROR)
+        span.set_attribute('error.type', str(status))
+    for k, v in attributes.items(): span.set_attribute(k, v)
+    span.end()
+
+# %% ../../nbs/serve/03_telemetry.ipynb #1647ef28
+@patch
+def stages(self: Tracer,
+    span, # of `begin`
+    job: PendingRequest, # every item settled
+):
+    "Write the stages of a finished request as children of its span."
+    if span is None or not span.is_recording(): return
+    from opentelemetry.trace import Link, set_span_in_context
+    def at(t): return job.wall + int((t - job.arrival) * 1e9)  # nanoseconds since 1970
+    parent = set_span_in_context(span)
+    for kind in ('text', 'image', 'pair'):
+        mine = [i for i in job.items if i.kind == kind]
+        for stage in ('decode', 'transform', 'tokenize', 'forward'):
+            done = [i for i in mine if stage in i.times]
+            if not done: continue
+            links = self._links(done, at, span) if stage == 'forward' else ()
+            begin, end = min(i.times[stage][0] for i in done), max(i.times[stage][1] for i in done)
+            child = self._tracer.start_span(stage, parent, attributes={'kind': kind, 'items': len(done)},
+                                            links=[Link(c) for c in links], start_time=at(begin))
+            child.end(at(end))
+        if ahead := [i for i in mine if i.times]:
+            last = max(i.times['forward'][0] if 'forward' in i.times else job.arrival for i in ahead)
+            wait = self._tracer.start_span('queue', parent, attributes={'kind': kind}, start_time=job.wall)
+            wait.end(max(at(last), job.wall))
+
+@patch
+def _links(self: Tracer, items, at, span):
+    "Return the spans of the batches that these items were in; the first request that asks makes a span."
+    from opentelemetry.trace import Link
+    out = []
+    for key in sorted({(i.kind, i.times['forward']) for i in items}):
+        if key not in self._batches:
+            batch = next(i for i in items if (i.kind, i.times['forward']) == key).batch
+            s = self._tracer.start_span('batch', context=_nothing(), attributes={'kind': key[0], 'items': batch},
+                                        links=[Link(span.get_span_context())], start_time=at(key[1][0]))
+            s.end(at(key[1][1]))
+            self._batches[key] = s.get_span_context()
+            while len(self._batches) > 256: self._batches.pop(next(iter(self._batches)))
+        out.append(self._batches[key])
+    return out
 
 # %% ../../nbs/serve/03_telemetry.ipynb #4ce4a5d9
 def _nothing():

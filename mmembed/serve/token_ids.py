@@ -48,7 +48,7 @@ def token_table(
 
 # %% ../../nbs/serve/06_token_ids.ipynb #f6138a4c
 def text_of(
-    ids: list[int],
+    ids: list[int], # of one text
     table: dict[int, bytes], # as `token_table` gives it
 ) -> bytes: # UTF-8; broken where the ids are cut inside a character
     "Join the tokens to their text; raises `ValueError` for an id that the table does not have."

@@ -17,7 +17,7 @@ import mmembed as mm
 pytest.importorskip('gradio', reason='gradio is not installed: pip install "mmembed[demo]"')
 from gradio_client import Client, handle_file
 
-from mmembed.demo import gallery as pictures
+from mmembed.demo import gallery
 from mmembed.demo.app import serve_page
 from mmembed.demo.handlers import Panels
 from mmembed.demo.gallery import IndexImages, embed_files, embed_folder, embed_scenes
@@ -121,7 +121,7 @@ def test_inside(client, folder, page):
     rows, status, shown = client.predict(handle_file(str(folder/'photos'/'clear.png')), api_name='/inside_image')
     said = ' '.join(rows['warnings'])
     assert (
-        'transparent parts are drawn on white' in said and '33% of the picture is cut away' in said and len(shown) == 3
+        'transparent parts are drawn on white' in said and '33% of the image is cut away' in said and len(shown) == 3
     )
     seen = np.asarray(Image.open(shown[1]['image']).convert('RGB'))
     assert (torch.from_numpy(seen.copy()).permute(2, 0, 1) == page[0].emb.preprocess(folder/'photos'/'clear.png')).all()
@@ -161,7 +161,7 @@ def test_own_pictures(client, folder, page):
     files = [handle_file(str(folder/'photos'/n)) for n in ('blue.png', 'broken.jpg', 'white.png')]
     update, said = client.predict(files, api_name='/index')
     key = update['value'] if isinstance(update, dict) else update
-    assert '2 pictures can be searched' in said and 'broken.jpg: not an image' in said
+    assert '2 images can be searched' in said and 'broken.jpg: not an image' in said
     rows = client.predict('', handle_file(str(folder/'photos'/'white.png')), '', 2, key, api_name='/search')[1]
     assert rows[0]['name'] == 'white.png' and rows[0]['cosine'] == pytest.approx(1, abs=1e-5)
 
@@ -181,7 +181,7 @@ def test_the_artifact_alone_answers(folder):
 
 @pytest.fixture(scope='module')
 def indexed(folder):
-    "The page of an index with captions and years; its pictures are larger than what is shown of them."
+    "The page of an index with captions and years; its images are larger than what is shown of them."
     pytest.importorskip('lancedb', reason='an index needs LanceDB: pip install "mmembed[search]"')
     from mmembed.retrieval.index import Index
     with (folder/'large.csv').open('w') as table:
@@ -249,7 +249,7 @@ for line in sys.stdin:
 
 @pytest.fixture
 def changing(folder, tmp_path):
-    "Panels over an index of three pictures, and a call that another process makes of it."
+    "Panels over an index of three images, and a call that another process makes of it."
     pytest.importorskip('lancedb', reason='an index needs LanceDB: pip install "mmembed[search]"')
     from mmembed.retrieval.index import Index
     for name, colours in (('old', ['red', 'green', 'blue']), ('new', ['white', 'black', 'pink'])):
@@ -309,12 +309,12 @@ def test_the_page_follows_an_index_that_another_process_changes(changing):
     with pytest.raises(ValueError, match='old-0.png has been deleted from index my.idx meanwhile'):
         panels.large(gone, key)
     assert found(panels, key, gone['row']) == {'error': 'old-0.png has been deleted from index my.idx meanwhile'}
-    assert 'rows go from 0 to 5' in found(panels, key, 6)['error'] and 'no picture' in found(panels, key, -1)['error']
+    assert 'rows go from 0 to 5' in found(panels, key, 6)['error'] and 'no image' in found(panels, key, -1)['error']
     answer, svg = panels.overview(key)
     assert (
         sorted(answer.rows['names']) == ['new-1.png', 'new-2.png', 'old-1.png', 'old-2.png']
         and svg.count('<image') == 4
-        and '4 of 4 pictures' in answer.status
+        and '4 of 4 images' in answer.status
     )
     saved = np.load(panels.download(key))
     assert sorted(saved['names'].tolist()) == sorted(answer.rows['names']) and saved['vectors'].shape == (4, 16)
@@ -323,7 +323,7 @@ def test_the_page_follows_an_index_that_another_process_changes(changing):
     begin('delete', None, 'true')()
     assert (
         found(panels, key) == {}
-        and 'no pictures to map' in panels.overview(key)[0].rows['error']
+        and 'no images to map' in panels.overview(key)[0].rows['error']
         and len(np.load(panels.download(key))['names']) == 0
     )
 
@@ -380,7 +380,7 @@ def test_a_picture_that_was_removed_is_left_out(folder, tmp_path):
     answer = panels.search(['a wall'], [None], [''], [9], [key])[0]
     assert [r['name'] for r in answer.rows] == [
         'blue.png'
-    ] and '1 of 2 pictures, 1 cannot be shown any more (' in answer.status
+    ] and '1 of 2 images, 1 cannot be shown any more (' in answer.status
     answer, svg = panels.overview(key)
     assert answer.rows['names'] == ['blue.png'] and svg.count('<image') == 1
 
@@ -413,13 +413,13 @@ def test_a_folder_embeds_only_what_is_new(folder, tmp_path, monkeypatch):
     (tmp_path/'p'/'broken.jpg').write_bytes((folder/'photos'/'blue.png').read_bytes())
     assert not start(1).failed
     for i in range(5): Image.new('RGB', (30 + i, 30), 'teal').save(tmp_path/'p'/f'new-{i}.png')
-    monkeypatch.setattr(pictures, 'CHUNK', 2)
-    written, keep = [], pictures._keep
+    monkeypatch.setattr(gallery, 'CHUNK', 2)
+    written, keep = [], gallery._keep
     def kept(*args):
         keep(*args)
         written.append(1)
         if len(written) == 2: raise KeyboardInterrupt
-    monkeypatch.setattr(pictures, '_keep', kept)
+    monkeypatch.setattr(gallery, '_keep', kept)
     with pytest.raises(KeyboardInterrupt): embed_folder(emb, tmp_path/'p')
     start(1)
     for path in (tmp_path/'artifacts').rglob('*.npz'): path.write_bytes(b'not what was written')
@@ -499,7 +499,7 @@ def opened(browser, address, width, height=850, theme='light'):
 
 @pytest.mark.parametrize(['width', 'theme'], [(1200, 'dark'), (390, 'light')])
 def test_an_index_in_a_browser(browser, indexed, width, theme):
-    "Captions, filter and words; a picture opens large, and Escape closes it."
+    "Captions, filter and words; an image opens large, and Escape closes it."
     tab, quiet, shown = opened(browser, indexed[1], width, theme=theme)
     shown('textarea').first.fill('a red circle')
     shown('textarea').first.press('Enter')
@@ -528,7 +528,7 @@ def test_an_index_in_a_browser(browser, indexed, width, theme):
     tab.get_by_label('Filter').fill('year >')
     tab.get_by_label('Filter').press('Enter')
     shown('.mm-bad').wait_for()
-    tab.get_by_label('Pictures').click()
+    tab.get_by_label('Images').click()
     tab.get_by_role('option', name='generated scenes').click()
     tab.get_by_label('Filter').wait_for(state='hidden')
     shown('textarea').first.fill('a red circle')

@@ -68,10 +68,10 @@ def test_what_is_broken_fails_alone(client, emb, tmp_path):
     seen = []
     got = client.encode(
         [*files, tmp_path / 'none.jpg', 7, 'text'],
-        errors='flag',
-        on_done=lambda r: seen.append(r.index),
-        on_error=lambda r: seen.append(-r.index - 1),
-        on_always=lambda r: seen.append(r),
+        on_error='flag',
+        done_callback=lambda r: seen.append(r.index),
+        error_callback=lambda r: seen.append(-r.index - 1),
+        always_callback=lambda r: seen.append(r),
     )
     assert got.errors[:len(files)] == want.errors and np.allclose(got.embedding[:len(files)], want.embedding, atol=1e-5)
     assert (
@@ -84,15 +84,50 @@ def test_what_is_broken_fails_alone(client, emb, tmp_path):
         == [s.index for s in seen if not isinstance(s, int)]
         == list(range(len(files) + 3))
     )
-    assert client.encode([files[0], b'bad'], errors='skip').embedding.shape == (1, 24)
+    assert client.encode([files[0], b'bad'], on_error='skip').embedding.shape == (1, 24)
     with pytest.raises(ValueError, match=r'items\[1\]: not an image'): client.encode(['a', b'bad', b'bad'])
-    assert client.encode([]).shape == (0, 0) and client.encode([b'bad'], errors='skip').embedding.shape[0] == 0
+    assert client.encode([]).shape == (0, 0) and client.encode([b'bad'], on_error='skip').embedding.shape[0] == 0
+
+
+def test_on_error_means_what_it_does_in_an_embedder(client, emb):
+    items = ['a', FILES['RGB.png'][:60], 'b']
+    for policy in ('flag', 'skip'):
+        got, want = client.encode(items, on_error=policy), emb.encode_text(['a', 'b'])
+        rows = got.embedding if policy == 'skip' else got.embedding[[0, 2]]
+        assert np.allclose(rows, want, atol=1e-5) and got.ok.tolist() == [True, False, True]
+        assert len(asyncio.run(client.aencode(items, policy)).embedding) == len(got.embedding)
+    with pytest.raises(ValueError, match=r'items\[1\]'): client.encode(items, on_error='raise')
+
+
+def test_older_names_of_arguments_still_work(client):
+    """What users of CLIP-as-service's client write: functions as on_done, on_error, on_always.
+
+    And the older `errors`."""
+    items, seen = ['a', b'bad', 'b'], []
+    def noted(name): return lambda r: seen.append((name, r.index))
+    with pytest.warns(DeprecationWarning, match='on_done is now done_callback'):
+        client.encode(['a', 'b'], on_done=noted('done'), on_always=noted('always'))
+    assert seen == [('done', 0), ('always', 0), ('done', 1), ('always', 1)]
+    with pytest.warns(DeprecationWarning, match='errors is now on_error'):
+        assert client.encode(items, errors='flag').ok.tolist() == [True, False, True]
+    with pytest.warns(DeprecationWarning, match='a function as on_error is now error_callback'):
+        got = client.encode(items, on_error=noted('error'), errors='skip')
+    assert len(got.embedding) == 2 and seen[4:] == [('error', 1)]
+    with pytest.warns(DeprecationWarning), pytest.raises(ValueError, match='items'):  # 'raise' is the default
+        client.encode(items, on_error=noted('late'))
+    assert seen[5:] == [('late', 1)]
+    for wrong in (
+        dict(error_callback=print, on_error=print),
+        dict(done_callback=print, on_done=print),
+        dict(on_dnoe=print),
+    ):
+        with pytest.raises(TypeError, match='pass only|no argument'): client.encode(items, **wrong)
 
 
 def test_what_is_too_large_fails_alone(server, client, emb):
     "An item that no request may hold, amid others; and more items than the server takes at once."
     client.batch_bytes = 16 << 20
-    got = client.encode(['a', bytes(3 << 20), FILES['RGB.png']], errors='flag')
+    got = client.encode(['a', bytes(3 << 20), FILES['RGB.png']], on_error='flag')
     assert (
         got.ok.tolist() == [True, False, True]
         and 'larger' in got.errors[1]
@@ -125,7 +160,7 @@ def test_a_str_that_names_an_image_is_not_embedded_as_words(client, emb, server,
     path = str(tmp_path/'x.png')
     got = client.encode(
         ['a', path, mm.Text(path), mm.Image(path), 'https://example.org/x.png', mm.Image(FILES['RGB.png'])],
-        errors='flag',
+        on_error='flag',
     )
     assert got.ok.tolist() == [True, False, True, True, False, True] and all(
         'names an image' in e for e in np.array(got.errors)[~got.ok]
@@ -193,7 +228,7 @@ def test_wrong_use():
         with pytest.raises(ValueError, match='profile needs items and n of at least 1'):
             Client('http://x').profile(items, n=n)
     with pytest.raises(ValueError, match='grpcs:// cannot leave TLS unverified'): Client('grpcs://x', verify=False)
-    with pytest.raises(ValueError, match="'raise', 'flag' or 'skip'"): Client('http://x').encode(['a'], errors='no')
+    with pytest.raises(ValueError, match="'raise', 'flag' or 'skip'"): Client('http://x').encode(['a'], on_error='no')
     for url in ('http://127.0.0.1:9', 'grpc://127.0.0.1:9'):
         with pytest.raises(ServiceError): Client(url, retries=1).encode(['a'])
 

@@ -278,7 +278,7 @@ def test_pairs_have_spans():
     engine, tracer, done = Engine(Embedder(tiny.pair_artifact())), Tracer(exporter=spans), Future()
     engine.submit([Item('pair', ('a', FILES['RGB.png']))], done.set_result)
     span = tracer.begin('/v1/scores', {})
-    tracer.job(span, done.result(HANG))
+    tracer.stages(span, done.result(HANG))
     tracer.end(span, 200)
     assert {s.name for s in spans.get_finished_spans() if s.parent} >= {
         'decode',

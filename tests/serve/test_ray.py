@@ -62,7 +62,7 @@ def test_two_nodes_answer_survive_a_kill_and_change_the_artifact(url, tmp_path):
     with Client(url, batch_size=4, retries=20) as client:
         assert abs(client.encode(texts) - want).max() < 1e-5
         good = emb.encode_image(files, on_error='flag').ok.tolist()
-        assert client.encode(files, errors='flag').ok.tolist() == good and not all(good)
+        assert client.encode(files, on_error='flag').ok.tolist() == good and not all(good)
         assert (
             httpx2.get(f'{url}/readyz', timeout=HANG).json()['ready']
             and httpx2.post(f'{url}/v1/embeddings', content=b'{', timeout=HANG).status_code == 400

@@ -53,7 +53,7 @@ class Load:
                 try:
                     self.answers.append(
                         c.encode(
-                            ['a red circle', FILES['RGB.png'], FILES['quality 75.jpg'][:300]], errors='flag'
+                            ['a red circle', FILES['RGB.png'], FILES['quality 75.jpg'][:300]], on_error='flag'
                         ).ok.tolist()
                     )
                 except ServiceError as e:
@@ -133,7 +133,7 @@ def test_deterministic_with_key_and_tls_reloaded_under_load_and_drained(tmp_path
             )
             want = np.concatenate([same.encode_text(texts), same.encode_image(files, on_error='flag').embedding])
             for url, size in ((s.url, 3), (s.grpc, 16)):
-                got = Client(url, batch_size=size, **ways).encode([*texts, *files], errors='flag')
+                got = Client(url, batch_size=size, **ways).encode([*texts, *files], on_error='flag')
                 assert np.array_equal(got.embedding, want)
 
             load = Load(s.url, **ways)
