@@ -595,15 +595,15 @@ TABLE = [
         (
             'serve/order of equal candidates',
             'mmembed/serve/tasks.py',
-            "for k in np.argsort(-score, kind='stable')]\n    rows +=",
-            'for k in np.argsort(-score)]\n    rows +=',
+            "for k in np.argsort(-score, kind='stable')\n        ]",
+            'for k in np.argsort(-score)\n        ]',
             'tests/serve/test_http.py::test_equal_scores_keep_the_order_of_the_request',
         ),
         (
             'serve/order of equal labels',
             'mmembed/serve/tasks.py',
-            "np.argsort(-score, kind='stable')[:top_k or None]",
-            'np.argsort(-score)[:top_k or None]',
+            "np.argsort(-score, kind='stable')[: top_k or None]",
+            'np.argsort(-score)[: top_k or None]',
             'tests/serve/test_http.py::test_equal_scores_keep_the_order_of_the_request',
         ),
         (
@@ -616,7 +616,7 @@ TABLE = [
         (
             'serve/shares of requests',
             'mmembed/serve/queue.py',
-            'job.had.get(self.lane, 0), len(self.queues[job])',
+            'job.had.get(self.owner, 0), len(self.queues[job])',
             '0, len(self.queues[job])',
             'tests/serve/test_queue.py::test_places_are_shared_between_requests '
             'tests/serve/test_queue.py::test_a_large_request_keeps_half_of_the_places',
@@ -675,8 +675,8 @@ TABLE = [
         (
             'demo/filter',
             'mmembed/demo/handlers.py',
-            'filters[i], words[i])',
-            "'', words[i])",
+            'q.where, q.words)',
+            "'', q.words)",
             'tests/demo/test_demo.py::test_filter_and_words_of_an_index',
         ),
         (

@@ -233,7 +233,7 @@ def test_filter_and_words_of_an_index(indexed):
 
 
 WRITER = """import json, sys
-from mmembed.index import Index
+from mmembed.retrieval.index import Index
 index = Index(sys.argv[1])
 def churn(table, rounds):
     for i in range(rounds):
