@@ -333,7 +333,7 @@ async def reload(self: Service,
         try:
             if self.index: self.index.check(read_card(path))
             engine, canary = await asyncio.to_thread(self._started, path)
-            if why := await asyncio.to_thread(canary.sing, engine, 30):
+            if why := await asyncio.to_thread(canary.check, engine, 30):
                 await asyncio.to_thread(engine.close, 0)
                 raise ValueError(f'the new artifact does not answer: {why}')
         except Exception:
