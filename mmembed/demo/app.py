@@ -149,7 +149,7 @@ def theme() -> gr.themes.Base:
 
 # %% ../../nbs/demo/05_app.ipynb #5eedef95
 def image_input(
-    label: str,
+    label: str, # shown above the field
     name: str, # of the model, as the client spells it
     **kwargs,
 ) -> gr.Image:
@@ -175,8 +175,8 @@ def examples_of(
     return [n for n in names[:36:12] if len(n.split()) > 3]
 
 # %% ../../nbs/demo/05_app.ipynb #ecb4bf45
-def _search_fields(panels: Panels, pictures: gr.Dropdown) -> SimpleNamespace: # the fields of a query
-    first = panels.columns_of(pictures.value)
+def _search_fields(panels: Panels, image_set: gr.Dropdown) -> SimpleNamespace: # the fields of a query
+    first = panels.columns_of(image_set.value)
     with gr.Row(elem_classes='mm-ask'):
         text = gr.Textbox(
             '',
@@ -246,7 +246,7 @@ def _search_results() -> SimpleNamespace: # the gallery, and an image opened lar
                            close=close, shown=shown, told=told)
 
 # %% ../../nbs/demo/05_app.ipynb #835de783
-def _open_large(panels, pictures, f, r, asked): # what a click on a result does
+def _open_large(panels, image_set, f, r, asked): # what a click on a result does
     def enlarged(rows, key, event: gr.SelectData):
         try: file, said = panels.large(rows[event.index], key)
         except (ValueError, OSError) as e: raise gr.Error(str(e)) from None
@@ -256,8 +256,8 @@ def _open_large(panels, pictures, f, r, asked): # what a click on a result does
         except (ValueError, OSError) as e: raise gr.Error(str(e)) from None
 
     opened = [r.large, r.shown, r.told, r.place]
-    r.found.select(enlarged, [r.rows, pictures], opened, api_visibility='private', show_progress='minimal')
-    r.alike.click(chosen, [r.place, pictures], [f.text, f.image, r.picked, r.large], api_visibility='private').then(
+    r.found.select(enlarged, [r.rows, image_set], opened, api_visibility='private', show_progress='minimal')
+    r.alike.click(chosen, [r.place, image_set], [f.text, f.image, r.picked, r.large], api_visibility='private').then(
         **asked, api_visibility='private'
     )
     r.close.click(lambda: gr.Column(visible=False), None, r.large, api_visibility='private', show_progress='hidden')
@@ -265,14 +265,14 @@ def _open_large(panels, pictures, f, r, asked): # what a click on a result does
 # %% ../../nbs/demo/05_app.ipynb #e9b8a959
 def search_tab(
     panels: Panels,          # of the page
-    pictures: gr.Dropdown,   # which set of images is searched
+    image_set: gr.Dropdown,   # which set of images is searched
 ) -> gr.Accordion: # the fold of the query, which is closed where the screen is narrow
     "Add a query, a button and results; a result that is clicked opens large, and can become the query."
-    f, r = _search_fields(panels, pictures), _search_results()
+    f, r = _search_fields(panels, image_set), _search_results()
     def search(texts, images, rows, tops, keys, filters, words):
         answers = panels.search(texts, images, rows, tops, keys, filters, words)
         return [a.show or [] for a in answers], [a.rows for a in answers], [a.status for a in answers]
-    inputs, outputs = [f.text, f.image, r.picked, f.top, pictures, f.where, f.words], [r.found, r.rows, r.status]
+    inputs, outputs = [f.text, f.image, r.picked, f.top, image_set, f.where, f.words], [r.found, r.rows, r.status]
     asked = dict(fn=search, inputs=inputs, outputs=outputs, batch=True, max_batch_size=16, show_progress='minimal')
     gr.on(
         [f.go.click, f.text.submit, f.where.submit, f.words.submit],
@@ -281,7 +281,7 @@ def search_tab(
         api_description='Images nearest to a text, an image, both, or a row of the images; with a filter and words '
                         'where they are an index.',
     )
-    _open_large(panels, pictures, f, r, asked)
+    _open_large(panels, image_set, f, r, asked)
     for changed in (f.image.upload, f.image.clear, f.text.input):
         changed(lambda: '', None, r.picked, api_visibility='private', show_progress='hidden')
     f.image.upload(lambda: '', None, r.picked, api_visibility='private').then(**asked, api_visibility='private')
@@ -295,8 +295,8 @@ def search_tab(
         names = panels.columns_of(key)
         return gr.Row(visible=names is not None), gr.Textbox(value='', placeholder=_named(names)), ''
 
-    pictures.change(
-        other, pictures, [f.asked_of_an_index, f.where, f.words], api_visibility='private', show_progress='hidden'
+    image_set.change(
+        other, image_set, [f.asked_of_an_index, f.where, f.words], api_visibility='private', show_progress='hidden'
     )
     return f.more
 
@@ -419,7 +419,10 @@ def inside_tab(panels: Panels):
     )
 
 # %% ../../nbs/demo/05_app.ipynb #0e39512d
-def embeddings_tab(panels: Panels, pictures: gr.Dropdown) -> dict:
+def embeddings_tab(
+    panels: Panels, # of the page
+    image_set: gr.Dropdown, # which set of images is mapped
+) -> dict:
     "Show an embedding, and a map of the images."
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
@@ -457,16 +460,19 @@ def embeddings_tab(panels: Panels, pictures: gr.Dropdown) -> dict:
         except (ValueError, OSError) as e: raise gr.Error(str(e)) from None
 
     save.click(
-        download, [pictures], [all_file], api_name='download', api_description='All vectors of the images as .npz.'
+        download, [image_set], [all_file], api_name='download', api_description='All vectors of the images as .npz.'
     ).success(lambda: gr.File(visible=True), None, [all_file], api_visibility='private', show_progress='hidden')
-    asked = dict(fn=overview, inputs=[pictures], outputs=[numbers, told, heat, plane], show_progress='minimal')
+    asked = dict(fn=overview, inputs=[image_set], outputs=[numbers, told, heat, plane], show_progress='minimal')
     draw.click(**asked, api_name='overview', api_description='Similarities of some images, and a map of many.')
     return asked
 
 # %% ../../nbs/demo/05_app.ipynb #d5d4a5a2
 PROGRESS = gr.Progress() # as the default of an argument, by which Gradio knows where to draw it
 
-def upload_section(panels: Panels, pictures: gr.Dropdown):
+def upload_section(
+    panels: Panels, # of the page
+    image_set: gr.Dropdown, # which set of images is searched
+):
     "Add an upload that becomes a set of images to search."
     with gr.Accordion('Search in your own images', open=False):
         files = gr.File(label=f'Image files, at most {MAX_UPLOAD}', file_count='multiple', height=160, elem_id='mm-own')
@@ -489,7 +495,7 @@ def upload_section(panels: Panels, pictures: gr.Dropdown):
     files.upload(
         index,
         [files],
-        [pictures, said],
+        [image_set, said],
         api_name='index',
         api_description='Embed image files, to be searched under the name that comes back.',
     )
@@ -514,7 +520,7 @@ def build_page(
             with gr.Tab('Match'): match_tab(panels)
             with gr.Tab('Look inside'): inside_tab(panels)
             return page
-        pictures = gr.Dropdown(
+        image_set = gr.Dropdown(
             [*panels.sets],
             value=next(iter(panels.sets), None),
             label='Images',
@@ -524,11 +530,11 @@ def build_page(
         )
         wide = gr.Checkbox(visible=False, label='wide')
         with gr.Tab('Search'):
-            more = search_tab(panels, pictures)
-            upload_section(panels, pictures)
+            more = search_tab(panels, image_set)
+            upload_section(panels, image_set)
         with gr.Tab('Match'): match_tab(panels)
         with gr.Tab('Look inside'): inside_tab(panels)
-        with gr.Tab('Embeddings') as tab: drawn = embeddings_tab(panels, pictures)
+        with gr.Tab('Embeddings') as tab: drawn = embeddings_tab(panels, image_set)
         tab.select(**drawn, api_visibility='private')
         page.load(
             lambda wide: gr.Accordion(open=wide),

@@ -72,7 +72,7 @@ class ImageSet:
         "Return the numbers of the images that are there now."
         return list(range(len(self)))           # that are there now
     def some(self,
-        rows: list[int],
+        rows: list[int], # of the collection
     ) -> Tensor:
         "Return the vectors of some rows, float32 (len(rows), D)."
         return self.vectors[rows]  # float32 (len(rows), D)

@@ -98,11 +98,11 @@ class Panels:
     "The functions of the page's tabs"
     def __init__(self,
         emb: Embedder, # the loaded artifact
-        pictures: list[ImageSet], # the first is shown at the start
+        image_sets: list[ImageSet], # the first is shown at the start
         uploads: int = 8, # sets of uploaded images that are held; the oldest goes
     ):
         self.emb, self.uploads = emb, uploads
-        self.sets: dict[str, ImageSet] = {repr(p): p for p in pictures}
+        self.sets: dict[str, ImageSet] = {repr(s): s for s in image_sets}
         self.own: list[str] = []
         self.out = tempfile.TemporaryDirectory(prefix='mmembed-demo-')
         self.pairs = hasattr(emb.module, 'score_pairs')  # scores of pairs instead of embeddings
@@ -121,14 +121,14 @@ class Panels:
         return self.sets[key].columns if key in self.sets else None
 
     def add(self,
-        pictures: ImageSet, # that a visitor has uploaded
+        image_set: ImageSet, # that a visitor has uploaded
     ) -> str:
         "Hold a visitor's images under a title that others cannot guess, and return it."
-        pictures.title = f'upload {secrets.token_hex(3)}'
-        self.own.append(repr(pictures))
-        self.sets[repr(pictures)] = pictures
+        image_set.title = f'upload {secrets.token_hex(3)}'
+        self.own.append(repr(image_set))
+        self.sets[repr(image_set)] = image_set
         if len(self.own) > self.uploads: self.sets.pop(self.own.pop(0))
-        return repr(pictures)
+        return repr(image_set)
 
 # %% ../../nbs/demo/04_handlers.ipynb #9c2336ac
 @patch
@@ -198,11 +198,11 @@ def _answer(self: Panels, q: Query, clock: Clock) -> Answer:
     return Answer([h._asdict() for h in hits], status, gallery)
 
 @patch
-def _shown(self: Panels, pictures: ImageSet, rows: list[int], side: int = 320) -> tuple[dict[int, Path], str]:
+def _shown(self: Panels, image_set: ImageSet, rows: list[int], side: int = 320) -> tuple[dict[int, Path], str]:
     "Small images by their rows, without those that went away since they were found; what is said of these."
     shown, why = {}, {}
     for row in rows:
-        try: shown[row] = pictures.thumb(self.emb, row, side)
+        try: shown[row] = image_set.thumb(self.emb, row, side)
         except (ValueError, OSError) as e: why[row] = _plain(e, None)
     return shown, f', {len(why)} cannot be shown any more ({next(iter(why.values()))})' if why else ''
 
@@ -395,29 +395,29 @@ def overview(self: Panels,
     "Show the cosines of some images, and a map of many."
     clock = Clock()
     try:
-        pictures = self.of(key)
-        there = pictures.rows()
-        shown, gone = self._shown(pictures, sorted({*_spread(there, most), *_spread(there, count)}), 64)
+        image_set = self.of(key)
+        there = image_set.rows()
+        shown, gone = self._shown(image_set, sorted({*_spread(there, most), *_spread(there, count)}), 64)
         rows, some = ([i for i in _spread(there, k) if i in shown] for k in (most, count))
         if not some: raise ValueError('There are no images to map.')
         thumbs = {i: data_url(path) for i, path in shown.items()}
         clock.lap('thumbnails')
-        at, shares = pictures.map(rows)
-        names, x = [pictures.names[i] for i in some], pictures.some(some)
+        at, shares = image_set.map(rows)
+        names, x = [image_set.names[i] for i in some], image_set.some(some)
     except (ValueError, OSError) as e: return error_answer(e), ''
     heat = heat_table(x @ x.T, names, [thumbs[i] for i in some])
     clock.lap('projection')
     what = f'{len(rows)} of {len(there):,} images mapped{gone}' + (
-        f', {len(pictures.failed)} could not be read' if pictures.failed else ''
+        f', {len(image_set.failed)} could not be read' if image_set.failed else ''
     )
     found = dict(
-        names=[pictures.names[i] for i in rows],
+        names=[image_set.names[i] for i in rows],
         at=at.tolist(),
         variance=shares,
         heat=dict(names=names, cosines=(x @ x.T).tolist()),
     )
     return Answer(found, clock.status(what), heat), thumb_map(
-        at, [pictures.names[i] for i in rows], [thumbs[i] for i in rows], shares
+        at, [image_set.names[i] for i in rows], [thumbs[i] for i in rows], shares
     )
 
 # %% ../../nbs/demo/04_handlers.ipynb #5d06f949
@@ -460,7 +460,7 @@ def _facts(inside) -> str:
 def _spread(rows: list[int], k: int) -> list[int]:
     return [rows[i * len(rows) // min(len(rows), k)] for i in range(min(len(rows), k))]
 
-def _row(pictures: ImageSet, given: str) -> int:
+def _row(image_set: ImageSet, given: str) -> int:
     "A row by its number; raises `ValueError` for one that was never there."
-    if given.isdecimal() and int(given) < len(pictures.names): return int(given)
-    raise ValueError(f'There is no image {given!r}: rows go from 0 to {len(pictures.names) - 1:,}.')
+    if given.isdecimal() and int(given) < len(image_set.names): return int(given)
+    raise ValueError(f'There is no image {given!r}: rows go from 0 to {len(image_set.names) - 1:,}.')

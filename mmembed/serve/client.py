@@ -95,7 +95,9 @@ class Client:
 
 # %% ../../nbs/serve/19_client.ipynb #30a77426
 @patch
-def stream(self: Client, items: Iterable):
+def stream(self: Client,
+    items: Iterable, # as for `encode`
+):
     "Yield a `Result` for every item, in order, while later requests are under way; raises `ServiceError`."
     yield from self._flow(self._chunks(items), self._request)
 
@@ -189,7 +191,9 @@ def profile(self: Client,
 
 # %% ../../nbs/serve/19_client.ipynb #1508095f
 @patch
-async def astream(self: Client, items):
+async def astream(self: Client,
+    items, # as for `encode`, or an async iterable of them
+):
     "Yield results as `stream` does, in an event loop; `items` may be an async iterable."
     waiting = deque()
     try:
@@ -203,13 +207,12 @@ async def astream(self: Client, items):
         for f in waiting: f.cancel()
 
 @patch
-async def aencode(
-    self: Client,
-    items,                     # as for `encode`, or an async iterable of them
-    on_error: str = 'raise',   # as for `encode`, and so are the callbacks
-    done_callback: Callable | None = None,
-    error_callback: Callable | None = None,
-    always_callback: Callable | None = None,
+async def aencode(self: Client,
+    items, # as for `encode`, or an async iterable of them
+    on_error: str = 'raise', # as for `encode`, and so are the callbacks
+    done_callback: Callable | None = None, # called with the `Result` of every item that succeeded
+    error_callback: Callable | None = None, # of every item that failed
+    always_callback: Callable | None = None, # of every item
     **older,
 ) -> np.ndarray | EncodedItems:
     "Embed items as `encode` does, in an event loop."

@@ -276,7 +276,7 @@ class ClientGone(Exception):
 # %% ../../nbs/serve/10_middleware.ipynb #2fd341ee
 async def cancel_on_disconnect(
     request: Request, # of the client
-    work,
+    work, # a coroutine
 ):
     "Await `work`, or cancel it and raise `ClientGone` when the client goes away."
     me, left = asyncio.current_task(), False

@@ -195,7 +195,7 @@ def check_model(
 
 # %% ../../nbs/serve/07_schemas.ipynb #deb2055f
 def check_count(
-    n: int,
+    n: int, # items
     config, # all options
 ):
     "Raise `HTTPException` 413 for a request with more items than the server accepts."

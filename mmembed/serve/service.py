@@ -126,7 +126,7 @@ class Canary:
         self.want = want.float().cpu().numpy()
 
     def check(self,
-        engine: Engine,
+        engine: Engine, # to ask
         timeout: float = 60., # seconds
     ) -> str: # '' or what is wrong
         "Send the items through the queue, before all others, and compare their vectors with the known ones."
