@@ -226,7 +226,9 @@ class Untokenized(nn.Module):
         self.pipeline = tp
         self.pad_id, self.pad_to, self.max_length = tp.pad_id, tp.pad_to, tp.max_length
     def forward(self, data: Tensor, offsets: Tensor) -> Tokens: return self.tokenize(data, offsets)
-    def tokenize(self, data: Tensor, offsets: Tensor) -> Tokens: return Tokens(data, offsets)
+    def tokenize(self, data: Tensor, offsets: Tensor) -> Tokens:
+        "Hand back packed texts, checked, in the place of ids and mask."
+        return Tokens(data, offsets)
 
 class Elsewhere(nn.Module):
     "Stand for towers that are compiled elsewhere"
@@ -238,10 +240,12 @@ class Elsewhere(nn.Module):
     def forward(self, tokens: Tokens, pixels: Tensor) -> Tensor: return self.encode_text(tokens)
     @torch.jit.export
     def encode_text(self, tokens: Tokens) -> Tensor:
+        "Raise `RuntimeError`: there is nothing to run here."
         raise RuntimeError('the towers are compiled: ask the programs of the package')
         return tokens.ids  # TorchScript wants a result
     @torch.jit.export
     def encode_image(self, pixels: Tensor) -> Tensor:
+        "Raise `RuntimeError`: there is nothing to run here."
         raise RuntimeError('the towers are compiled: ask the programs of the package')
         return pixels
 

@@ -36,7 +36,11 @@ def span_of(
     step = max(high - low, 1e-12) / 255
     return Span(step, round(-low / step))
 
-def stepped(x: Tensor, step: float, zero: int) -> Tensor:
+def stepped(
+    x: Tensor,   # float32, of any shape
+    step: float, # of the bytes' `Span`
+    zero: int,   # likewise
+) -> Tensor: # float32, as `x`
     "Round float32 to the nearest number that a byte stands for."
     return x.div(step).add_(zero + .5).clamp_(0., 255.).floor_().sub_(zero).mul_(step)
 

@@ -116,7 +116,9 @@ class ImageForm(nn.Module):
     ):
         super().__init__()
         self.encoder, self.pipeline, self.fold = encoder, vision_pipeline, fold
-    def pixels(self, levels): return levels.float() if self.fold else self.pipeline.normalize(levels)
+    def pixels(self, levels):
+        "Convert uint8 pixels to what the image tower takes."
+        return levels.float() if self.fold else self.pipeline.normalize(levels)
     def forward(self, levels: Tensor) -> Tensor: return self.encoder.encode_image(self.pixels(levels))
 
 class PairForm(ImageForm):

@@ -173,7 +173,9 @@ class Int8Embedding(nn.Module):
 # %% ../../nbs/exporters/03_int8.ipynb #6eaee628
 class SelfAttention(nn.Module):
     "Attend from one sequence to itself as `nn.MultiheadAttention` does, with linear layers that share its weights"
-    def __init__(self, attention: nn.MultiheadAttention):
+    def __init__(self,
+        attention: nn.MultiheadAttention, # without keys or values of other widths, and without added ones
+    ):
         super().__init__()
         width, self.heads, self.batch_first = attention.embed_dim, attention.num_heads, attention.batch_first
         self.fused = True  # in one kernel; False: `attention='math'`

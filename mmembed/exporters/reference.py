@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.packing import pack_str
-from ..core.quantize import dequantize
+from ..core.quantize import unstored
 from ..core.types import Tokens
 from .encoder import Encoder, Scorer
 from .steps import Classes, Same, SameTexts, Steps
@@ -46,7 +46,7 @@ ANSWERS = {
 # %% ../../nbs/exporters/09_reference.ipynb #88a96190
 def widen_as_loaded(
     net: nn.Module,   # of `prepared`, changed in place
-    variant: Variant,
+    variant: Variant, # of the file
 ):
     "Have the towers compute in float32 where a loaded file does: on a processor without instructions for `variant`."
     towers = net.text, net.image
@@ -58,8 +58,8 @@ def widen_as_loaded(
         for layer in (m for tower in towers for m in tower.modules() if hasattr(m, 'widen')): layer.widen()
 
 # %% ../../nbs/exporters/09_reference.ipynb #33401e82
-class Eager:
-    "A model and its pipelines in plain Python, behind the methods of an artifact"
+class _EagerBase:
+    "Prepare a model and its pipelines, and run what comes before the towers"
     def __init__(
         self,
         model: nn.Module,              # a DualEncoder or PairClassifier; left as it is, but its weights are shared
@@ -78,40 +78,68 @@ class Eager:
         self.tower = kind(net, steps.after or Same(), variant, self.tp.max_length, self.tp.pad_id)
         if pairs: self.score_pairs = self._score_pairs  # a host knows a scorer of pairs by this method
         else: self.empty = self.tower.encode_text(self.tp(['x']))[:0].detach()  # (0, D), of the stored type
-        if self.names and not pairs: self.rows = self._class_rows(classes)
+        if self.names and not pairs: self.rows = self._class_rows(classes.prompts)
 
-    def tokenize(self, data, offsets):
+    def tokenize(self, data: Tensor, offsets: Tensor) -> Tokens:
+        "Tokenize packed texts to ids and mask int64 (B, L)."
         if len(offsets) == 1: return Tokens(*torch.zeros(2, 0, 0, dtype=torch.int64))
         return Tokens(*self.tp.tokenize(*self.before_text(data, offsets)))
-    def preprocess_image(self, image):  # a file uint8 (N,) or decoded RGB (3, H, W) -> uint8 (3, S, S)
+
+    def preprocess_image(self, image: Tensor) -> Tensor:
+        "Decode and resize an image, a file uint8 (N,) or RGB (3, H, W), to uint8 (3, S, S)."
         rgb = self.vp.decode(image) if image.ndim == 1 else image
         return self.vp.preprocess(self.before_image(rgb))
-    def pixels(self, levels): return levels.float() if self.variant.fold else self.vp.normalize(levels)
-    def labels(self): return self.names
 
-    def encode_text(self, texts): return self.encode_text_bytes(*pack_str(texts))
-    def encode_text_bytes(self, data, offsets):
-        return self.tower.encode_text(self.tokenize(data, offsets)) if len(offsets) > 1 else self.empty
-    def encode_image(self, images): return self.encode_pixels(self._stacked(images))
-    def encode_pixels(self, levels): return self.tower.encode_image(self.pixels(levels)) if len(levels) else self.empty
-    def _stacked(self, images): return torch.stack([self.preprocess_image(x) for x in images]) if images else []
+    def pixels(self, levels: Tensor) -> Tensor:
+        "Convert uint8 pixels (B, 3, S, S) to what the image tower takes."
+        return levels.float() if self.variant.fold else self.vp.normalize(levels)
 
-    def score(self, text, image): return self._logits(text, dequantize(image, self.variant.output))
-    def class_probability(self, x):  # (B, D) -> (B, C)
-        scores = self._logits(x, self.rows)
-        return scores.softmax(-1) if self._bias() is None else scores.sigmoid()
-    def _logits(self, x, rows):  # (B, D), float32 (C, D) -> (B, C)
-        bias = self._bias()
-        scores = self.tower.net.logit_scale.exp() * (dequantize(x, self.variant.output) @ rows.T)
-        return scores if bias is None else scores + bias
-    def _bias(self): return getattr(self.tower.net, 'logit_bias', None)
-    def _class_rows(self, classes: Classes) -> Tensor: # float32 (C, D), unit length
-        self.tower.output = 'float32'
-        with torch.no_grad(): means = [self.encode_text(p).mean(0) for p in classes.prompts]
-        self.tower.output = self.variant.output
-        return F.normalize(torch.stack(means), dim=-1)
+    def labels(self) -> list[str]:
+        "Return the class names."
+        return self.names
 
-    def _score_pairs(self, data, offsets, levels):
+    def _score_pairs(self, data, offsets, levels): # -> (B, C)
         if not len(levels): return torch.zeros(0, len(self.names))
         return self.tower(self.tokenize(data, offsets), self.pixels(levels))
+    def _stacked(self, images): return torch.stack([self.preprocess_image(x) for x in images]) if images else []
     def __call__(self, texts, images): return self._score_pairs(*pack_str(texts), self._stacked(images))
+
+# %% ../../nbs/exporters/09_reference.ipynb #de2ad528
+class Eager(_EagerBase):
+    "Run a model and its pipelines in plain Python, by the methods of an artifact"
+    def encode_text(self, texts: list[str]) -> Tensor:
+        "Encode strings to (B, D)."
+        return self.encode_text_bytes(*pack_str(texts))
+
+    def encode_text_bytes(self, data: Tensor, offsets: Tensor) -> Tensor:
+        "Encode packed texts to (B, D)."
+        return self.tower.encode_text(self.tokenize(data, offsets)) if len(offsets) > 1 else self.empty
+
+    def encode_image(self, images: list[Tensor]) -> Tensor:
+        "Encode images, files or RGB, to (B, D)."
+        return self.encode_pixels(self._stacked(images))
+
+    def encode_pixels(self, levels: Tensor) -> Tensor:
+        "Encode uint8 pixels (B, 3, S, S) to (B, D)."
+        return self.tower.encode_image(self.pixels(levels)) if len(levels) else self.empty
+
+    def score(self, text: Tensor, image: Tensor) -> Tensor:
+        "Score embeddings (T, D) of texts with (I, D) of images: (T, I)."
+        return self._logits(text, unstored(image, self.variant.output))
+
+    def class_probability(self, x: Tensor) -> Tensor:
+        "Return the probability (B, C) of every class for embeddings (B, D)."
+        scores = self._logits(x, self.rows)
+        return scores.softmax(-1) if self._bias() is None else scores.sigmoid()
+
+    def _bias(self): return getattr(self.tower.net, 'logit_bias', None)
+    def _logits(self, x, rows):  # (B, D), float32 (C, D) -> (B, C)
+        bias = self._bias()
+        scores = self.tower.net.logit_scale.exp() * (unstored(x, self.variant.output) @ rows.T)
+        return scores if bias is None else scores + bias
+
+    def _class_rows(self, prompts: list[list[str]]) -> Tensor: # float32 (C, D), unit length
+        self.tower.output = 'float32'
+        with torch.no_grad(): means = [self.encode_text(p).mean(0) for p in prompts]
+        self.tower.output = self.variant.output
+        return F.normalize(torch.stack(means), dim=-1)

@@ -31,59 +31,45 @@ from ..core.errors import reason
 from ..core.torchcodec import register_image_ops
 
 # %% ../../nbs/exporters/12_triton.ipynb #74e42d7b
-class TritonText(nn.Module):
-    "Encode ragged texts, their bytes and where each begins, to embeddings"
-    def __init__(self, artifact: torch.jit.ScriptModule):
+class _Wrapped(nn.Module):
+    def __init__(self,
+        artifact: torch.jit.ScriptModule, # whose methods `forward` calls
+    ):
         super().__init__()
         self.artifact = artifact
+
+class TritonText(_Wrapped):
+    "Encode ragged texts, their bytes and where each begins, to embeddings"
     def forward(self, text: Tensor, offsets: Tensor) -> Tensor:
         return self.artifact.encode_text_bytes(text.reshape(-1), offsets.reshape(-1).to(torch.int64))
 
-class TritonPreprocess(nn.Module):
+class TritonPreprocess(_Wrapped):
     "Decode and resize one image file (1, N), or RGB (1, 3, H, W), to pixels uint8 (1, 3, S, S)"
-    def __init__(self, artifact: torch.jit.ScriptModule):
-        super().__init__()
-        self.artifact = artifact
     def forward(self, image: Tensor) -> Tensor:
         if image.shape[0] != 1: raise ValueError('image: one a request')
         return self.artifact.preprocess_image(image[0])[None]
 
-class TritonPixels(nn.Module):
+class TritonPixels(_Wrapped):
     "Encode pixels uint8 (B, 3, S, S) to embeddings"
-    def __init__(self, artifact: torch.jit.ScriptModule):
-        super().__init__()
-        self.artifact = artifact
     def forward(self, pixels: Tensor) -> Tensor: return self.artifact.encode_pixels(pixels)
 
-class TritonPairs(nn.Module):
+class TritonPairs(_Wrapped):
     "Score ragged texts with pixels uint8 (B, 3, S, S)"
-    def __init__(self, artifact: torch.jit.ScriptModule):
-        super().__init__()
-        self.artifact = artifact
     def forward(self, text: Tensor, offsets: Tensor, pixels: Tensor) -> Tensor:
         return self.artifact.score_pairs(text.reshape(-1), offsets.reshape(-1).to(torch.int64), pixels)
 
-class TritonLabels(nn.Module):
+class TritonLabels(_Wrapped):
     "Encode pixels uint8 (B, 3, S, S) to embeddings, and to the probability float32 (B, C) of each label"
-    def __init__(self, artifact: torch.jit.ScriptModule):
-        super().__init__()
-        self.artifact = artifact
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         embedding = self.artifact.encode_pixels(pixels)
         return embedding, self.artifact.class_probability(embedding)
 
-class TritonStrings(nn.Module):
+class TritonStrings(_Wrapped):
     "Encode texts, which the server takes as BYTES, to embeddings"
-    def __init__(self, artifact: torch.jit.ScriptModule):
-        super().__init__()
-        self.artifact = artifact
     def forward(self, text: list[str]) -> Tensor: return self.artifact.encode_text(text)
 
-class TritonStringPairs(nn.Module):
+class TritonStringPairs(_Wrapped):
     "Score texts, which the server takes as BYTES, with pixels uint8 (B, 3, S, S)"
-    def __init__(self, artifact: torch.jit.ScriptModule):
-        super().__init__()
-        self.artifact = artifact
     def forward(self, text: list[str], pixels: Tensor) -> Tensor:
         data, offsets = pack_str(text)
         return self.artifact.score_pairs(data, offsets, pixels)

@@ -96,7 +96,7 @@ def test_training_record_holds_no_examples_and_no_paths(tmp_path):
     assert str(tmp_path) not in canonical_json(card)
     with pytest.raises(ValueError, match="'captions'.*never examples"):
         make_card(tiny.model(), 24, training={'captions': ['a']})
-    with pytest.raises(TypeError, match='training.config.f is function'):
+    with pytest.raises(TypeError, match='training.config.f is of type function'):
         make_card(tiny.model(), 24, training={'config': {'f': lambda: 0}})
 
 

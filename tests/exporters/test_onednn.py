@@ -136,3 +136,23 @@ def test_a_portable_file_calls_no_onednn(monkeypatch):
         raise RuntimeError("Unknown builtin op: mkldnn::_linear_pointwise.\nCould not find any similar ops")
     monkeypatch.setattr(torch.jit, 'load', elsewhere)
     with pytest.raises(ValueError, match='export it with portable=True'): load(tiny.artifact())
+
+
+def test_query_key_and_value_are_one_product_that_is_forgotten():
+    "What the query's product gave waits for the key and the value of the same rows, once, and for no others."
+    from transformers import BertConfig
+
+    from mmembed.models.towers import Bert
+    tp, _ = tiny.pipelines()
+    config = BertConfig(vocab_size=tp.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                        intermediate_size=48, max_position_embeddings=tp.max_length + 2)
+    tower = quick(Bert(tp, config.to_dict()).eval())
+    first, second = (layer.attention.self for layer in tower.net.encoder.layer)
+    x, y = torch.randn(2, 3, 32), torch.randn(2, 3, 32)
+    with torch.no_grad():
+        first.query(x), second.query(y)
+        key, value, other = first.key(x), first.value(x), second.key(y)
+        assert key.shape == value.shape == x.shape and not torch.equal(key, value) and not torch.equal(key, other)
+        for ask in (lambda: first.key(x), lambda: second.value(x)):
+            with pytest.raises(RuntimeError, match='keys or values of other rows than its queries'): ask()
+    assert first.query.rows is None and first.query.kept == {}
