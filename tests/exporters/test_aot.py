@@ -93,7 +93,7 @@ def test_int8_in_the_exported_graph():
         with pytest.raises(ValueError, match='torch._int_mm, which has no kernel on this processor'):
             compiled.programs(artifact)
         return
-    with patch.object(compiled, 'export_program', lambda tp: None), patch.object(compiled, '_unsized', lambda p: p):
+    with patch.object(compiled, 'export_program', lambda tp: None), patch.object(compiled, 'unsized', lambda p: p):
         made = compiled.programs(artifact)
     count = [str(n.target) for n in made['pair'].graph.nodes].count('aten._int_mm.default')
     assert (
@@ -150,7 +150,7 @@ def test_a_package_that_would_be_emulated_is_refused():
     card = read_card(package())
     other = card | {'compiled': card['compiled'] | {'multiplies': 'bf16'}, 'variant': {'precision': 'bf16'}}
     assert card['compiled']['multiplies'] == 'fp32' and load(package()).computes == 'fp32'
-    with patch('mmembed.runtime.artifact.multiplies', lambda kind: kind == 'fp32'):
+    with patch('mmembed.runtime.aot.multiplies', lambda kind: kind == 'fp32'):
         with pytest.raises(
             ValueError,
             match=r'was compiled to multiply in bf16, which this processor \(\w+\) would emulate: export it here, or '
@@ -207,7 +207,7 @@ def test_what_is_altered_fails_and_is_named(tmp_path):
 
 def test_export_leaves_no_package_that_fails(tmp_path):
     def save(artifact, path, card, cpu): shutil.copy(package(), path)
-    with patch('mmembed.exporters.aot.save_package', save):
+    with patch('mmembed.exporters.export.save_package', save):
         assert export(tiny.model(), tmp_path / 'm.pt2', fresh=False, cpp=False).ok and [
             p.name for p in tmp_path.iterdir()
         ] == ['m.pt2']
