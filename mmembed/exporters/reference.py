@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.packing import pack_str
-from ..core.quantize import unstored
+from ..core.quantize import dequantize
 from ..core.types import Tokens
 from .encoder import Encoder, Scorer
 from .steps import Classes, Same, SameTexts, Steps
@@ -125,7 +125,7 @@ class Eager(_EagerBase):
 
     def score(self, text: Tensor, image: Tensor) -> Tensor:
         "Score embeddings (T, D) of texts with (I, D) of images: (T, I)."
-        return self._logits(text, unstored(image, self.variant.output))
+        return self._logits(text, dequantize(image, self.variant.output))
 
     def class_probability(self, x: Tensor) -> Tensor:
         "Return the probability (B, C) of every class for embeddings (B, D)."
@@ -135,7 +135,7 @@ class Eager(_EagerBase):
     def _bias(self): return getattr(self.tower.net, 'logit_bias', None)
     def _logits(self, x, rows):  # (B, D), float32 (C, D) -> (B, C)
         bias = self._bias()
-        scores = self.tower.net.logit_scale.exp() * (unstored(x, self.variant.output) @ rows.T)
+        scores = self.tower.net.logit_scale.exp() * (dequantize(x, self.variant.output) @ rows.T)
         return scores if bias is None else scores + bias
 
     def _class_rows(self, prompts: list[list[str]]) -> Tensor: # float32 (C, D), unit length
