@@ -31,7 +31,7 @@ import torch
 
 from benchmarks import begun
 from mmembed.data.scenes import Scenes
-from mmembed.data.source import Part
+from mmembed.data.source import Subset
 from mmembed.data.tables import PairsFile
 from mmembed.retrieval.embed import embed
 from mmembed.runtime.embedder import Embedder
@@ -74,7 +74,7 @@ def photos(rows):
         / 'pairs.jsonl'
     )
     source = PairsFile(path, text_key='alt') if path.exists() else Scenes(train=rows, valid=0)
-    return Part(source, [i % len(source) for i in range(rows)])
+    return Subset(source, [i % len(source) for i in range(rows)])
 
 
 def share(args, tmp):

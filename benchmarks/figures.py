@@ -38,7 +38,7 @@ from torch import nn  # noqa: E402
 
 from mmembed.core.packing import pack  # noqa: E402
 from mmembed.data.tables import PairsFile
-from mmembed.data.source import Part  # noqa: E402
+from mmembed.data.source import Subset  # noqa: E402
 from mmembed.models.dual import projection  # noqa: E402
 from mmembed.models.losses import info_nce  # noqa: E402
 from mmembed.models.metrics import correct_images, ranks  # noqa: E402
@@ -89,7 +89,7 @@ def parts(pairs):
     for i in range(len(pairs)):
         if pairs.name(i) not in out: rows[pairs.name(i) in held].append(i)
     if QUICK: rows = (rows[0][:64], rows[1][:32])
-    train, valid = Part(pairs, rows[0]), Part(pairs, rows[1])
+    train, valid = Subset(pairs, rows[0]), Subset(pairs, rows[1])
     assert not {train.group(i) for i in range(len(train))} & {valid.group(i) for i in range(len(valid))}
     return train, valid
 
@@ -578,7 +578,7 @@ def errors(*names):
     stands first comes from."""
     pairs = PairsFile(DATA/'figures'/'pairs.jsonl', text_key='alt', group_key='section', near_key='book')
     train, valid = parts(pairs)
-    some = Part(pairs, train.rows[:len(valid)])
+    some = Subset(pairs, train.rows[:len(valid)])
     sets = {'training': (some, lower(train, 'train')[0][:len(valid)]), 'held out': (valid, lower(valid, 'valid')[0])}
     print(
         '\n| model | pairs | @1 | @5 | @10 | first is wrong, of the same section % | of the same book % '

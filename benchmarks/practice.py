@@ -27,7 +27,7 @@ from mmembed.core.packing import pack
 from mmembed.data.folders import ClassFolder
 from mmembed.train.pair_data import Matches
 from mmembed.data.tables import PairsFile
-from mmembed.data.source import Part
+from mmembed.data.source import Subset
 from mmembed.models.metrics import TEMPLATES, class_embeddings, classification
 from mmembed.models.pair import PairClassifier
 from mmembed.train.finetune import interpolate, lock, parameter_groups, still
@@ -232,7 +232,7 @@ def on_towers(model, train, tests, label, held, plain, epochs, lr, start, batch=
 def clothing():
     folder = ClassFolder(f.DATA/'clothing')
     train, test = folder.split()
-    if f.QUICK: train, test = (Part(part, list(range(0, len(part), max(1, len(part)//40)))) for part in (train, test))
+    if f.QUICK: train, test = (Subset(part, list(range(0, len(part), max(1, len(part)//40)))) for part in (train, test))
     return folder.classes, train, test
 
 
@@ -394,7 +394,7 @@ def emoji(epochs='25', lr='1e-3', batch='256'):
     from mmembed.text.pipeline import TextPipeline
     pairs = PairsFile(f.DATA/'emoji'/'pairs.jsonl', text_key=f"name.{','.join(LANGUAGES)}", group_key='emoji')
     train, valid = pairs.split(0.2)
-    if f.QUICK: train, valid, epochs, batch = Part(pairs, train.rows[:256]), Part(pairs, valid.rows[:128]), 1, 64
+    if f.QUICK: train, valid, epochs, batch = Subset(pairs, train.rows[:256]), Subset(pairs, valid.rows[:128]), 1, 64
     once, start = {}, time.process_time()
     for part in (train, valid):
         for i in range(len(part)): once.setdefault(part.picture(i), part.rows[i])

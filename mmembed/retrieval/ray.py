@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 from ..data.source import Source
-from ..data.open import excerpt
 from .embed import Done, embed_parts, open_job, plan, service_batch
 from ..runtime.embedder import Embedder
 from .parts import ERRORS, Job, check_part, write_failures
@@ -117,7 +116,7 @@ def _results(ray, model, source, job, folder, todo, threads, device, workers, gp
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars, context.print_on_execution_start = False, False
     logging.getLogger('ray.data').setLevel(logging.ERROR)
-    items = [dict(part=k, source=pickle.dumps(excerpt(source, job.shard(k)))) for k in todo]
+    items = [dict(part=k, source=pickle.dumps(source.excerpt(job.shard(k)))) for k in todo]
     data = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         PartWorker,
         batch_size=1,

@@ -22,7 +22,8 @@ from ..core.types import PairBatch, Tokens
 from ..core.packing import pack
 from ..core.images import stack_levels
 from .loader import Loader
-from ..data.source import NO_CAPTION, NO_LABEL, Source, row_error
+from ..data.captions import NO_CAPTION, NO_LABEL
+from ..data.source import Source, row_error
 from ..text.pipeline import TextPipeline
 from ..vision.pipeline import VisionPipeline
 

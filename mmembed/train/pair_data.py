@@ -17,7 +17,8 @@ from torch import Tensor
 from ..core.types import Tokens
 from .batches import Collate, Row
 from .datamodule import PairData
-from ..data.source import NO_LABEL, Part, Source
+from ..data.captions import NO_LABEL
+from ..data.source import Subset, Source
 from ..data.splits import PARTS
 
 # %% ../../nbs/train/06_pair_data.ipynb #c1fbe985
@@ -37,7 +38,7 @@ class LabelCollate(Collate):
         return LabelBatch(*batch, torch.tensor([labels[i] for i in batch.index.tolist()], dtype=torch.int64)), failed
 
 # %% ../../nbs/train/06_pair_data.ipynb #a356b28a
-class Matches(Part):
+class Matches(Subset):
     "Each row of a source once as it is, and some times to be paired with the caption of another"
     def __init__(self,
         source: Source,        # whose rows match
@@ -101,7 +102,7 @@ class MatchData(PairData):
     def collate(self) -> LabelCollate: return LabelCollate(*self.pipelines())
 
 # %% ../../nbs/train/06_pair_data.ipynb #2a0b3ea1
-class LabelledRows(Part):
+class LabelledRows(Subset):
     "The rows of a source with the numbers of their classes"
     def __init__(self,
         source: Source,               # rows with labels

@@ -17,7 +17,7 @@ from mmembed.train.batches import Ledger
 from mmembed.train.datamodule import PairData
 from mmembed.data.webdataset import Shards
 from mmembed.data.tables import PairsFile
-from mmembed.data.source import captions_of
+from mmembed.data.captions import captions_of
 from mmembed.data.hub import HubRows
 from mmembed.data.webdataset import ShardRows
 from mmembed.data.tables import Table
@@ -263,7 +263,6 @@ def test_rows_of_jsonl_without_the_key(tmp_path):
     }
     for more in (dict(text_key='alt'), dict(image_key='file'), dict(text_key='name.fr')):
         with pytest.raises(ValueError, match='no column'): PairsFile(tmp_path/'a.jsonl', on_error='skip', **more)
-    with pytest.raises(ValueError, match="line 2: no column 'text'"): PairsFile(tmp_path/'a.jsonl')
 
 
 @pytest.mark.parametrize('form', ['.csv', '.jsonl', '.parquet'])

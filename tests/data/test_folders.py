@@ -9,7 +9,7 @@ import pytest
 from mmembed.core.files import read_bytes
 from mmembed.data.folders import ClassFolder, Files, image_files
 from mmembed.data.tables import PairsFile
-from mmembed.data.source import from_template
+from mmembed.data.captions import from_template
 from tests.helpers import data_path
 
 

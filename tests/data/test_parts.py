@@ -2,7 +2,6 @@
 
 What is not known is refused by name."""
 import json
-import tarfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +12,8 @@ from mmembed.data.hub import HubData
 from mmembed.train.pair_data import LabelData
 from mmembed.train.datamodule import PairData
 from mmembed.data.webdataset import Shards
-from mmembed.data.source import PART_NAMES, Part, part_in, part_named
+from mmembed.data.split_names import PART_NAMES, part_in, part_named
+from mmembed.data.source import Subset
 from mmembed.data.tables import PairsFile
 from mmembed.data.splits import read_split
 from tests.data.test_folders import make
@@ -130,7 +130,7 @@ def test_parts_without_training_are_refused(tmp_path):
 
 def test_a_part_of_a_source_keeps_its_split(tmp_path):
     source = PairsFile(table(tmp_path, ['train', 'val', 'train', 'dev']), split_key='split')
-    assert [p.rows for p in Part(source, [3, 2, 1, 0]).split()] == [[1, 3], [0, 2]]
+    assert [p.rows for p in Subset(source, [3, 2, 1, 0]).split()] == [[1, 3], [0, 2]]
 
 
 @pytest.mark.parametrize(

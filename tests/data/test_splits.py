@@ -4,7 +4,7 @@ import pytest
 from mmembed.train.datamodule import PairData
 from mmembed.data.scenes import Scenes
 from mmembed.data.tables import PairsFile
-from mmembed.data.source import Part
+from mmembed.data.source import Subset
 from mmembed.data.splits import read_split, split_once, survey, write_split
 from tests.helpers import data_path
 
@@ -30,7 +30,7 @@ def test_the_file_decides(tmp_path):
 def test_a_third_part(tmp_path):
     book, path = Book(train=40, valid=0), tmp_path/'split.csv'
     train, valid = book.split(0.4)
-    write_split({'train': Part(book, train.rows[5:]), 'valid': valid, 'test': Part(book, train.rows[:5])}, path)
+    write_split({'train': Subset(book, train.rows[5:]), 'valid': valid, 'test': Subset(book, train.rows[:5])}, path)
     data = PairData(source=book, split_file=str(path))
     assert (len(data.train), len(data.valid), len(data.test)) == (len(train) - 5, len(valid), 5)
     assert PairData(source=book, valid_share=0.4).test is None
@@ -70,7 +70,7 @@ def test_survey(threads):
     assert found.broken[name[11]] == 'gone' and '.cpp' not in str(found)
     assert found.same_file[0] == [name[0], name[36]] and len(found.same_file) == 3  # row 39 is whole, row 3 is cut
     assert found.empty == [name[4], name[8]] and [name[0], name[30]] in found.same_text and not found.leaks
-    parts = {'train': Part(worn, range(20)), 'valid': Part(worn, range(20, 38)), 'test': Part(worn, [38, 39])}
+    parts = {'train': Subset(worn, range(20)), 'valid': Subset(worn, range(20, 38)), 'test': Subset(worn, [38, 39])}
     leaks = survey(parts, threads=threads).leaks
     assert leaks == [(name[0], name[36]), (name[1], name[37]), (name[2], name[38])]
     assert '<li>2 have no caption: scene train 4, scene train 8</li>' in found._repr_html_()

@@ -9,7 +9,7 @@ import pytest
 
 from mmembed.core.files import read_bytes
 from mmembed.data.tables import PairsFile
-from mmembed.data.source import Part, Source
+from mmembed.data.source import Subset, Source
 from tests.helpers import data_path
 
 ROWS = [dict(image=f'{i}.jpg', alt=t, section=f's{i // 3}') for i, t in enumerate(
@@ -71,7 +71,7 @@ def test_split_keeps_groups_together_and_rows_in_place(tmp_path):
 def test_sources_pickle(tmp_path):
     source = PairsFile(write(tmp_path, '.jsonl'), text_key='alt').split(0.3)[0]
     again = pickle.loads(pickle.dumps(source))
-    assert isinstance(again, Part) and [again.text(i) for i in range(len(again))] == [
+    assert isinstance(again, Subset) and [again.text(i) for i in range(len(again))] == [
         source.text(i) for i in range(len(source))
     ]
 
@@ -104,8 +104,9 @@ def test_several_captions_for_an_image(tmp_path, ending):
         and one.kind(0) == ''
         and one.name(0) == '0.jpg'
     )
-    with pytest.raises(ValueError, match="no column 'name.fr'; there are: image, name"):
-        PairsFile(path, text_key='name.fr')
+    assert PairsFile(path, text_key='name.fr').missing('text') == {1: 'there is no caption'}
+    with pytest.raises(ValueError, match="no column 'name.it'; there are: image, name"):
+        PairsFile(path, text_key='name.it')
     with pytest.raises(ValueError, match="name is dict, not text"): PairsFile(path, text_key='name')
     assert [every.picture(i) for i in range(4)] == ['0.jpg']*3 + ['1.jpg']
     train, valid = every.split(0.5)
@@ -122,19 +123,19 @@ def test_emoji_in_several_languages():
 BAD = [
     ('a.jsonl', b'{"image": "0.jpg", "text": "x"}\n\n{"image"\n', 'a.jsonl, line 3: not JSON'),
     ('a.jsonl', b'[1]\n', 'line 1: want an object'),
-    ('a.jsonl', b'{"image": "0.jpg"}\n', "line 1: no column 'text'; there are: image"),
+    ('a.jsonl', b'{"image": "0.jpg"}\n', "a.jsonl: no column 'text'; there are: image"),
     ('a.jsonl', b'{"image": "0.jpg", "text": 3}\n', 'line 1: text is int, not text: 3'),
     ('a.jsonl', b'{"image": "0.jpg", "text": "\xff"}\n', 'not UTF-8'),
-    ('a.jsonl', b'\n\n', 'holds no pairs'),
-    ('a.csv', b'', 'holds no pairs'),
-    ('a.csv', b'image,text\n', 'holds no pairs'),
-    ('a.csv', b'image,caption\n0.jpg,x\n', "line 2: no column 'text'; there are: image, caption"),
+    ('a.jsonl', b'\n\n', 'holds no rows'),
+    ('a.csv', b'', 'holds no rows'),
+    ('a.csv', b'image,text\n', 'holds no rows'),
+    ('a.csv', b'image,caption\n0.jpg,x\n', "a.csv: no column 'text'; there are: image, caption"),
     ('a.csv', b'image,text\n0.jpg\n', 'line 2: 1 columns where the header has 2'),
     ('a.csv', b'image,text\n0.jpg,x,y\n', 'line 2: 3 columns where the header has 2'),
     ('a.csv', b'image,text\n0.jpg,"x\n', 'line 2: unexpected end of data'),
     ('a.csv', b'image,text\nno.jpg,x\n0.jpg,x\nnor.jpg,y\n', 'no.jpg (and 1 more of 3)'),
     ('a.parquet', b'PAR1', 'not a readable Parquet file'),
-    ('a.txt', b'', "want a .jsonl, .csv, .tsv or .parquet file, got '.txt'"),
+    ('a.txt', b'', "want a .jsonl, .json, .csv, .tsv or .parquet file, got '.txt'"),
 ]
 
 

@@ -1,7 +1,6 @@
 "WebDataset shards: the rows are those that `webdataset` itself reads, from a disk, from memory and over HTTP."
 import http.server
 import io
-import json
 import pickle
 import tarfile
 import threading

@@ -849,7 +849,7 @@ MISTAKES = [
     ([*SMALL, '--data.source.lang', 'fr'], r"data.source \(Scenes\): .*Got value: fr"),
     ([*SMALL, '--data.path', 'x.csv'], 'wants either path, the name of the data, or source'),
     ([*SMALL, '--data.source', 'null', '--data.path', 'none.csv'], 'no such file: none.csv'),
-    ([*SMALL, '--data.source', 'null', '--data.path', 'empty.csv'], 'empty.csv holds no pairs'),
+    ([*SMALL, '--data.source', 'null', '--data.path', 'empty.csv'], 'empty.csv holds no rows'),
     ([*SMALL, '--data.source', 'null', '--data.path', 'gone.csv'], 'gone.csv, line 2: no image file'),
     ([*SMALL, '--model.model.text.tokenizer', 'none.json'], 'no tokenizer file none.json'),
     ([*SMALL, '--resume', 'none.ckpt'], 'no checkpoint none.ckpt'),
