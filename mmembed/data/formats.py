@@ -347,7 +347,7 @@ def _json(file: Path | bytes, where: str, texts: list[str], values: list[str]) -
     import pyarrow as pa
     wanted = [*texts, *values]
     with io.BytesIO(file) if isinstance(file, bytes) else file.open('rb') as f: start = f.read(64)
-    lines = not start.removeprefix(b'\xef\xbb\xbf').lstrip().startswith(b'[')
+    lines = Path(where).suffix.lower() != '.json' or not start.removeprefix(b'\xef\xbb\xbf').lstrip().startswith(b'[')
     if lines and not any('.' in k for k in wanted):
         table = _arrow_json(file, texts, bool(values))
         if table is not None and all(k in table.column_names and table[k].null_count < len(table) for k in wanted):
