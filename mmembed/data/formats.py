@@ -344,7 +344,6 @@ def _check_csv(path: Path, delimiter: str, width: int):
 # %% ../../nbs/data/05_formats.ipynb #76c69308
 def _json(file: Path | bytes, where: str, texts: list[str], values: list[str]) -> Cells:
     "Read lines of JSON, or one array of objects; by Arrow where it can."
-    import pyarrow as pa
     wanted = [*texts, *values]
     with io.BytesIO(file) if isinstance(file, bytes) else file.open('rb') as f: start = f.read(64)
     lines = Path(where).suffix.lower() != '.json' or not start.removeprefix(b'\xef\xbb\xbf').lstrip().startswith(b'[')

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ..core.settings import settings
 from .source import Source
-from .formats import TABLES
 from .tables import PairsFile, Table
 from .folders import ENDINGS, ClassFolder, Files
 from .hub import HubData, HubRows

@@ -14,7 +14,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .split_names import PART_NAMES
 from .source import Subset, Source, row_error
