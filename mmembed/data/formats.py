@@ -69,6 +69,9 @@ def typed_column(
     import pyarrow.json
     values = [None if isinstance(v, float) and not math.isfinite(v) else v for v in values]
     kinds = {_json_kind(v) for v in values if v is not None}
+    if kinds in ({'number'}, {'bool'}): # what Arrow's JSON would say, without writing it
+        real = any(isinstance(v, float) for v in values)
+        return pa.array(values, pa.bool_() if kinds == {'bool'} else pa.float64() if real else pa.int64())
     if len(kinds) > 1 or 'long' in kinds:
         values = [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
     lines = [re.sub('[\ud800-\udfff]', '\ufffd', json.dumps({'x': v}, ensure_ascii=False)).encode() for v in values]
