@@ -56,7 +56,8 @@ def _written_list(text: str) -> list | str:
 def as_text(
     value: Any, # of a cell
 ) -> str:
-    "Write a value as text; '' for what is missing: null, or NaN."
+    "Write a value as text, truth values and lists as JSON does; '' for what is missing: null, or NaN."
+    if isinstance(value, (bool, list, dict)): return json.dumps(value, ensure_ascii=False, default=str)
     return '' if value is None or value != value else str(value)
 
 # %% ../../nbs/data/02_captions.ipynb #7f6e6341
