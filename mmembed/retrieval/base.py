@@ -17,9 +17,9 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..data.source import Source
+from ..data.source import Source, Subset
 from .embed import readable_id
-from .ingest import About, Rest, card_of, open_rows
+from .ingest import About, card_of, open_rows
 from .query import Found, Query, merged, one_line
 from ..runtime.artifact import read_card
 from ..runtime.embedder import Embedder
@@ -294,7 +294,7 @@ def retry(self: VectorIndex,
     rows = [i for i in range(len(source)) if prefix + readable_id(source.name(i)) in listed]
     if not rows:
         raise ValueError(f'none of the {len(listed):,} rows that failed is in this source; is a prefix missing?')
-    return self.add(Rest(source, rows), keep, 'skip', thumbnails, prefix, work, threads, progress)
+    return self.add(Subset(source, rows), keep, 'skip', thumbnails, prefix, work, threads, progress)
 
 @patch
 def __repr__(self: VectorIndex):

@@ -1,4 +1,4 @@
-"""Vectors with ids and columns, from wherever they are, checked row by row: what is bad is listed and not indexed
+"""Read or make vectors with ids and columns, and check them row by row: bad rows are listed and not indexed
 
 Docs: https://mmembed.github.io/mmembed/retrieval/ingest.html.md"""
 
@@ -6,9 +6,10 @@ Docs: https://mmembed.github.io/mmembed/retrieval/ingest.html.md"""
 
 # %% auto #0
 __all__ = ['FORMAT', 'RESERVED', 'About', 'card_of', 'checked_rows', 'holds_vectors', 'ready_vectors', 'open_rows', 'embedded',
-           'make_thumbnail', 'with_thumbnails', 'stream']
+           'make_thumbnail', 'with_thumbnails', 'about_index', 'work_name', 'only_new', 'new_vectors', 'stream']
 
 # %% ../../nbs/retrieval/06_ingest.ipynb #3f0a5c5a
+import hashlib
 import io
 import json
 import os
@@ -21,15 +22,15 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..core.threads import thread_pool
-from ..data.source import Subset, Source
-from ..core.threads import cores
-from ..data.open import column_types, open_source
-from .embed import embed, readable_id
+from ..core.threads import cores, thread_pool
+from ..data.source import Source, Subset
+from ..data.open import column_types, open_source, survey_names
+from .embed import embed, readable_id, service_batch, vector_dim
 from ..runtime.embedder import Embedder
 from ..runtime.artifact import read_card
 from .parts import MANIFEST, Job, read_job
-from ..core.quantize import from_precision
+
+
 
 # %% ../../nbs/retrieval/06_ingest.ipynb #b9de9484
 FORMAT = 1 # of an index
@@ -39,29 +40,31 @@ class About(NamedTuple):
     "What the vectors of an index are"
     artifact: str    # content hash of the artifact that made them
     dim: int         # numbers in a vector
-    side: str        # 'image' or 'text': what the rows are
+    side: str        # modality of the rows: 'image' or 'text'
     model: str = ''  # where the artifact lay
-    format: int = FORMAT
+    format: int = FORMAT # of the index
 
-    def to_bytes(self) -> bytes: return json.dumps(self._asdict()).encode()
+    def to_bytes(self) -> bytes:
+        "Return the description as JSON."
+        return json.dumps(self._asdict()).encode()
 
     @classmethod
     def from_bytes(cls,
         data: bytes | None, # as `to_bytes` gave it
         where='',           # named in errors
     ) -> 'About':
-        "Raises `ValueError` for what is no description, or of a newer format."
+        "Read a description; raises `ValueError` for anything else, and for a newer format."
         try: d = json.loads(data or b'')
-        except ValueError: raise ValueError(f'{where} is no index of mmembed') from None
+        except ValueError: raise ValueError(f'{where} is not an index of mmembed') from None
         if d.get('format', 0) > FORMAT:
             raise ValueError(f'{where} has format {d["format"]}; this mmembed reads up to {FORMAT}: upgrade mmembed')
         return cls(**{k: d[k] for k in cls._fields if k in d})
 
 # %% ../../nbs/retrieval/06_ingest.ipynb #84818a38
 def card_of(
-    model: Embedder | str | Path, # loaded or not
+    model: Embedder | str | Path, # an artifact, loaded or not
 ) -> dict:
-    "The identity card, without loading what is not loaded; raises as `read_card`."
+    "Return the identity card, without loading what is not loaded; raises as `read_card`."
     return model.card if isinstance(model, Embedder) else read_card(model)
 
 # %% ../../nbs/retrieval/06_ingest.ipynb #2c3b619e
@@ -84,15 +87,17 @@ def _matrix(column: pa.Array, dim: int) -> tuple[np.ndarray, list[str]]: # float
 
 # %% ../../nbs/retrieval/06_ingest.ipynb #b370a069
 def checked_rows(
-    batches: Iterable[pa.RecordBatch], # with `id` and `vector`; 'error' marks rows that have none
+    batches: Iterable[pa.RecordBatch], # with `id` and `vector`; `error` marks rows that have none
     dim: int,                          # that the vectors must have
-    bad: list,                         # takes (id, reason) of every row left out
+    bad: list,                         # filled with (id, reason) of every row left out
     taken: set | None = None,          # ids that are there already
     on_duplicate: str = 'raise',       # 'raise', or 'skip': the first one stays
     prefix: str = '',                  # put before every id
 ) -> Iterator[pa.RecordBatch]: # without the bad rows; vectors float32, of unit length
-    """Raises `ValueError` for vectors of another width, for an id that comes twice and for a column that an index
-    makes itself."""
+    """Yield the good rows, their vectors scaled to unit length.
+
+    Raises `ValueError` for vectors of another width, for an id that comes twice and for a column that an index makes
+    itself."""
     taken = set() if taken is None else taken
     for b in batches:
         b = pa.RecordBatch.from_pydict(dict(zip(b.schema.names, b.columns)))
@@ -130,7 +135,7 @@ def checked_rows(
 def holds_vectors(
     source, # anything that `Index.build` takes
 ) -> bool:
-    "Whether `source` needs no model any more."
+    "Return whether a source holds vectors, so that no model is needed."
     if isinstance(source, (pa.Table, pa.RecordBatch, pa.RecordBatchReader, dict)): return True
     if not isinstance(source, (str, Path)) or str(source) == '-': return False
     path = Path(source)
@@ -144,11 +149,13 @@ def holds_vectors(
 # %% ../../nbs/retrieval/06_ingest.ipynb #47ada86a
 def ready_vectors(
     source,         # for which `holds_vectors`
-    card: dict,     # of the artifact that made them
-    side: str,      # 'image' or 'text'
+    about: About,   # of the index: which artifact must have made them
+    side: str,      # modality: 'image' or 'text'
 ) -> Iterator[pa.RecordBatch]: # with `id`, `vector` and everything else the source has
-    """Raises `ValueError` for what another artifact made, for a job that is not finished and for one that lacks this
-    side."""
+    """Read vectors that exist.
+
+    Raises `ValueError` for vectors of another artifact, for a job that is not finished and for one that lacks this
+    modality."""
     import pyarrow.parquet as pq
     if isinstance(source, dict): source = pa.table(source)
     if isinstance(source, pa.RecordBatch): return iter([source])
@@ -160,7 +167,7 @@ def ready_vectors(
         return (
             b
             for k in range(job.shards())
-            for b in _of_job(pq.ParquetFile(path / job.file(k)).iter_batches(8192), job, card, side, path)
+            for b in _of_job(pq.ParquetFile(path / job.file(k)).iter_batches(8192), job, about, side, path)
         )
     if path.suffix == '.lance':
         import lancedb
@@ -170,17 +177,16 @@ def ready_vectors(
         file = pq.ParquetFile(path)
         schema, batches = file.schema_arrow, file.iter_batches(8192)
     if 'vector' in schema.names: return iter(batches)
-    about = json.loads((schema.metadata or {}).get(b'mmembed', b'{}'))
-    if set(Job._fields) - set(about):
-        raise ValueError(f'{path} has no column vector and does not say which artifact made it')
-    return _of_job(batches, Job(**{k: about[k] for k in Job._fields}), card, side, path)
+    manifest = json.loads((schema.metadata or {}).get(b'mmembed', b'{}'))
+    if not manifest: raise ValueError(f'{path} has no column vector and does not say which artifact made it')
+    return _of_job(batches, Job.from_dict(manifest, path), about, side, path)
 
 def _of_job(
-    batches: Iterable[pa.RecordBatch], job: Job, card: dict, side: str, where: Path
+    batches: Iterable[pa.RecordBatch], job: Job, about: About, side: str, where: Path
 ) -> Iterator[pa.RecordBatch]:
-    if job.artifact != card['content_hash']:
+    if job.artifact != about.artifact:
         raise ValueError(
-            f'{where} was embedded by artifact {job.artifact[:12]}, not by {card["content_hash"][:12]}: vectors of two '
+            f'{where} was embedded by artifact {job.artifact[:12]}, not by {about.artifact[:12]}: vectors of two '
             f'models cannot be mixed'
         )
     if side not in job.sides(): raise ValueError(f'{where} has vectors of {job.what}, not of {side}')
@@ -190,18 +196,18 @@ def _of_job(
         valid = np.asarray(given.is_valid())
         stored = given.drop_null().flatten().to_numpy(zero_copy_only=False).reshape(-1, given.type.list_size)
         x = np.zeros((len(b), job.dim), 'f')
-        if valid.any(): x[valid] = from_precision(torch.from_numpy(stored.copy()), job.precision, job.dim).numpy()
+        if valid.any(): x[valid] = job.dequantize(torch.from_numpy(stored.copy())).numpy()
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), job.dim, mask=pa.array(~valid))
         yield pa.RecordBatch.from_pydict(columns | dict(vector=vectors))
 
 # %% ../../nbs/retrieval/06_ingest.ipynb #9a7a642e
 def open_rows(
     source,                       # as `Index.build` takes it
-    side: str,                    # 'image' or 'text'
-    columns: list | tuple = (),   # to keep
+    side: str,                    # modality: 'image' or 'text'
+    columns: list | tuple = (),   # to keep, besides captions and classes
     options: dict | None = None,  # of `open_source`
 ) -> tuple[Any, list[str]]: # a `Source` or vectors as they are; the columns that are kept
-    "Raises what the source raises, and `ValueError` for a column that it has not."
+    "Open what is to be indexed; raises what the source raises, and `ValueError` for a column that it lacks."
     if holds_vectors(source): return source, []
     if isinstance(source, Source): found = source
     else:
@@ -226,17 +232,17 @@ def _has(source: Source, column: str) -> bool:
 # %% ../../nbs/retrieval/06_ingest.ipynb #f12865c9
 def embedded(
     model: Embedder,    # that embeds
-    source: Source,     # rows
-    keep: list[str],    # columns
-    folder: Path,       # to work in
-    side: str,          # 'image' or 'text': what is embedded
-    threads: int = 0,   # that decode; 0: one a core
+    source: Source,     # of the rows
+    keep: list[str],    # columns of the source to keep
+    folder: Path,       # to embed in
+    side: str,          # modality that is embedded: 'image' or 'text'
+    threads: int = 0,   # to decode with; 0: one a core
     progress=None,      # as in `embed`
 ) -> Iterator[pa.RecordBatch]: # with `row`, `id`, `vector`, `error`, the kept columns, and `file` where rows are files
-    "Embeds what is missing in `folder` and reads it; raises as `embed`."
+    "Embed what is missing in `folder` and read it; raises as `embed`."
     embed(model, source, folder, what=side, keep=keep, threads=threads, progress=progress)
     place = _files(source)
-    for b in ready_vectors(folder, model.card, side):
+    for b in ready_vectors(folder, about_index(model, side), side):
         yield b.append_column('file', pa.array([place(i) for i in b['row'].to_pylist()], pa.string())) if place else b
 
 def _files(source: Source) -> Callable[[int], str | None] | None: # the file of a row, where rows are files
@@ -252,13 +258,13 @@ def make_thumbnail(
     image,           # one image, as in `Embedder.encode_image`
     size: int = 112, # pixels of the longer side, at most
 ) -> bytes | None: # a JPEG file; None for what cannot be decoded
-    "A small picture of an image."
+    "Return a thumbnail of an image, made by the artifact's own decoder."
     from PIL import Image
     try: rgb = model.decode(image)
     except (ValueError, TypeError, OSError): return None
-    picture, out = Image.fromarray(rgb.permute(1, 2, 0).contiguous().numpy()), io.BytesIO()
-    picture.thumbnail((size, size), Image.Resampling.BICUBIC, reducing_gap=2.)
-    picture.save(out, 'JPEG', quality=80)
+    small, out = Image.fromarray(rgb.permute(1, 2, 0).contiguous().numpy()), io.BytesIO()  # (H, W, 3)
+    small.thumbnail((size, size), Image.Resampling.BICUBIC, reducing_gap=2.)
+    small.save(out, 'JPEG', quality=80)
     return out.getvalue()
 
 def with_thumbnails(
@@ -266,8 +272,9 @@ def with_thumbnails(
     source: Source,                    # that they come from
     model: Embedder,                   # that decodes
     size: int,                         # pixels of the longer side
-    threads: int = 0,                  # that decode; 0: one a core
-) -> Iterator[pa.RecordBatch]: # with `make_thumbnail`
+    threads: int = 0,                  # to decode with; 0: one a core
+) -> Iterator[pa.RecordBatch]: # with a column `thumbnail`
+    "Add the thumbnail of each row's image; null where it cannot be read."
     def small(i, error):
         if error: return None
         try: return make_thumbnail(model, source.image(i), size)
@@ -280,15 +287,79 @@ def with_thumbnails(
             )
     finally: pool.shutdown(cancel_futures=True)
 
+# %% ../../nbs/retrieval/06_ingest.ipynb #7cf1eee9
+def about_index(
+    model: Embedder | str | Path, # an artifact, loaded or not
+    side: str,                    # modality of the rows: 'image' or 'text'
+) -> About:
+    "Describe the vectors that an artifact makes; raises as `read_card`."
+    card, path = card_of(model), model.path if isinstance(model, Embedder) else Path(model)
+    return About(card['content_hash'], vector_dim(card), side, str(path.resolve()))
+
+def work_name(
+    about: About,  # of the index
+    source,        # of `open_rows`
+) -> str:
+    "Return the name of a working folder: another source or artifact works in another one."
+    rows = survey_names(source, about.side).hash if isinstance(source, Source) else ''
+    return hashlib.blake2b(f'{about.artifact} {about.side} {rows}'.encode(), digest_size=6).hexdigest()
+
+def only_new(
+    source,            # of `open_rows`
+    there: set,        # ids in the index
+    prefix: str,       # put before every id
+    on_duplicate: str, # 'raise', 'skip' or 'replace'
+): # `source`, or those of its rows whose ids are new
+    "Leave out rows whose ids are there; raises `ValueError` for the first of them where that is asked."
+    if not isinstance(source, Source) or on_duplicate == 'replace': return source
+    taken, keep = set(there), []
+    for i in range(len(source)):
+        name = prefix + readable_id(source.name(i))
+        if name in taken:
+            if on_duplicate == 'skip': continue
+            raise ValueError(
+                f'the id {name!r} {"is in the index already" if name in there else "comes twice"}; '
+                'on_duplicate="skip" keeps the first, "replace" (in add) embeds such rows anew'
+            )
+        taken.add(name)
+        keep.append(i)
+    return source if len(keep) == len(source) else Subset(source, keep)
+
+# %% ../../nbs/retrieval/06_ingest.ipynb #31294685
+def new_vectors(
+    model,                       # an artifact, loaded or not
+    source,                      # of `open_rows`
+    keep: list[str],             # columns of the source
+    about: About,                # of the index
+    work: Path,                  # folder to embed in
+    there: set = frozenset(),    # ids in the index
+    on_duplicate: str = 'raise', # 'raise', 'skip' or 'replace'
+    thumbnails: int = 0,         # pixels of the longer side; 0: none
+    prefix: str = '',            # put before every id
+    threads: int = 0,            # to decode with; 0: one a core
+    progress=None,               # as in `embed`
+) -> tuple[Iterator[pa.RecordBatch], list]: # of `checked_rows`; (id, reason) of rows left out, filled as these are read
+    "Embed what is new in a source, and check it; raises as `embed` and `checked_rows`."
+    if isinstance(source, Source) and not isinstance(model, Embedder):
+        model = Embedder(model, batch_size=service_batch('cpu'), deterministic=True)
+    source = only_new(source, there, prefix, on_duplicate)
+    bad: list = []
+    if not isinstance(source, Source): rows = ready_vectors(source, about, about.side)
+    elif not len(source): rows = iter(())
+    else:
+        rows = embedded(model, source, keep, work, about.side, threads, progress)
+        if thumbnails and about.side == 'image': rows = with_thumbnails(rows, source, model, thumbnails, threads)
+    taken, on_duplicate = (set(), 'raise') if on_duplicate == 'replace' else (set(there), on_duplicate)
+    return checked_rows(rows, about.dim, bad, taken, on_duplicate, prefix), bad
+
 # %% ../../nbs/retrieval/06_ingest.ipynb #998fca87
 def stream(
     batches: Iterable[pa.RecordBatch], # of `checked_rows`
-    about: About,                      # goes into the schema's metadata
-    schema: pa.Schema | None = None,   # that of the table to add to; by default that of the first batch
-    # takes the error that ended the stream: libraries that read it pass on its text alone
-    failed: list | None = None,
+    about: About,                      # of the index; goes into the schema's metadata
+    schema: pa.Schema | None = None,   # of the table to add to; default: of the first batch
+    failed: list | None = None,        # filled with the error that ended the stream: its readers pass on the text alone
 ) -> pa.RecordBatchReader:
-    """Columns that the table has and the batches lack become null.
+    """Make one stream of one schema; columns that the table has and the batches lack become null.
 
     Raises `ValueError` for columns that the table lacks or holds in another type, when they are read."""
     batches = (b.drop_columns(['row']) if 'row' in b.schema.names else b for b in batches)

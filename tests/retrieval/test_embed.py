@@ -24,7 +24,7 @@ from mmembed.data.scenes import Scenes
 from mmembed.data.source import Source
 from mmembed.exporters.export import export
 from mmembed.data.webdataset import ShardRows
-from mmembed.data.open import excerpt, open_source, read_lines
+from mmembed.data.open import open_source, read_lines
 from mmembed.retrieval.embed import embed
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
@@ -805,7 +805,7 @@ def test_excerpts_are_the_rows(tmp_path, source):
         open_source(str(tmp_path / 's.tar'), 'both', keep=['text']),
         Worn(train=6, valid=0),
     ]:
-        part = pickle.loads(pickle.dumps(excerpt(whole, range(2, 5))))
+        part = pickle.loads(pickle.dumps(whole.excerpt(range(2, 5))))
         assert len(part) == 3
         for i in range(3):
             assert (
@@ -1018,15 +1018,15 @@ def test_odd_values_in_lines_of_json(model, tmp_path, monkeypatch):
             for i in range(9):
                 try: said.append(source.text(i)[:9])
                 except ValueError as e: said.append(str(e))
-            half = 'text holds half a character: no UTF-8 has it'
+            half = 'text is not UTF-8: it holds a byte or half a character that no UTF-8 has'
             assert said == [
                 'a boat',
-                'text is 3, not a text',
+                'text is int, not text: 3',
                 half,
                 'text is empty',
                 'a cat',
                 'a dog',
-                'text is {"en": "x"}, not a text',
+                "text is dict, not text: {'en': 'x'}",
                 half,
                 'xxxxxxxxx',
             ]
