@@ -412,6 +412,13 @@ TABLE = [
             'return x',
             'tests/exporters/test_card.py::test_training_record_holds_no_examples_and_no_paths',
         ),
+        (
+            'export/files of an older commit',
+            'mmembed/runtime/artifact.py',
+            'version > FORMAT_VERSION',
+            'version >= FORMAT_VERSION',
+            'tests/exporters/test_old_artifact.py::test_an_old_file_answers_equally',
+        ),
         # ---- running a file
         (
             'runtime/order of equal scores',

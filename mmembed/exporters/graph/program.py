@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.packing import pack
-from . import text_unigram as looped_lattice  # registers its forms
+from . import text_unigram as _registers_its_forms  # noqa: F401
 from .text import exported_form
 from ...text.pipeline import TextPipeline
 

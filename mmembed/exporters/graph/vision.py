@@ -1,4 +1,4 @@
-"""The same resize and crop as a `torch.export` program and as a file of standard ONNX operators, for pictures of any size
+"""The resize and crop as a `torch.export` program and as standard ONNX operators, for images of any size
 
 Docs: https://mmembed.github.io/mmembed/exporters/graph/vision.html.md"""
 
@@ -18,19 +18,28 @@ from .program import unsized, exported, translated_once
 
 # %% ../../../nbs/exporters/graph/04_vision.ipynb #7b409f47
 def half_even(
-    n, d, # whole numbers, d at least 1
+    n, # whole number, or a symbolic one of a traced program
+    d, # whole number, at least 1; may be symbolic
 ):
-    "`round(n / d)`, in whole numbers."
+    "Return `round(n / d)`, computed in whole numbers; a half is rounded to even."
     q = n // d
     return q + torch.sym_max((2 * (n - q*d) + q % 2 + d - 1) // d - 1, 0)
 
-def middle_start(n, wanted, floor: bool):
-    "As `mmembed.vision.resize.middle`."
+def middle_start(
+    n,           # pixels along an axis
+    wanted,      # how many of them are kept
+    floor: bool, # round an odd rest down, else half to even
+):
+    "Return where the middle `wanted` pixels begin, as `mmembed.vision.resize.middle` does, without a branch."
     half = (n - wanted) // 2
     return half if floor else half + ((n - wanted) % 2) * (half % 2)
 
-def trimmed_sizes(n, new, most):
-    "As `mmembed.vision.resize.trimmed`."
+def trimmed_sizes(
+    n,    # pixels along an axis of the image
+    new,  # pixels along it after the resize
+    most, # pixels along it that are worth computing
+):
+    "Return how many pixels of the image are read, and how many they become, as `mmembed.vision.resize.trimmed` does."
     kept = new - 4 * (torch.sym_max(new - most, 0) // 4)
     return 2 * ((n * kept - n % 2 * new + new) // (2 * new)) + n % 2, kept
 
@@ -39,8 +48,10 @@ def _part(x: Tensor, axis: int, first, count) -> Tensor: # a slice would have a 
     return x.index_select(axis, first + torch.arange(count))
 
 class VisionForm(nn.Module):
-    "A VisionPipeline's resize and crop for `torch.export`: uint8 (B, H, W, 3) -> uint8 (B, 3, *size)"
-    def __init__(self, vp: nn.Module):
+    "The resize and crop of a VisionPipeline, in a form that `torch.export` can trace"
+    def __init__(self,
+        vp: nn.Module, # a VisionPipeline
+    ):
         "Raises `ValueError` for a rule that has no exported form."
         super().__init__()
         for name, value, known in (
@@ -54,6 +65,7 @@ class VisionForm(nn.Module):
         self.interpolation, self.fill = vp.interpolation, [float(v) for v in vp.fill]
 
     def resized(self, h, w):
+        "Return height and width after the resize, before the crop."
         a, b = self.size
         if self.mode == 'squash': return a, b
         if self.mode == 'shortest' and (self.shortest or a == b):
@@ -64,7 +76,8 @@ class VisionForm(nn.Module):
         return torch.sym_max(torch.sym_min(down, a), 1), torch.sym_max(torch.sym_min(across, b), 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = images.permute(0, 3, 1, 2)
+        "uint8 (B, H, W, 3) -> uint8 (B, 3, *size)."
+        x = images.permute(0, 3, 1, 2)  # (B, 3, H, W)
         h, w = x.shape[2], x.shape[3]
         (a, b), (height, width) = self.size, self.resized(h, w)
         if self.mode == 'shortest':
@@ -74,9 +87,9 @@ class VisionForm(nn.Module):
             h, w = rows, columns
         rows, columns = torch.sym_min(height, a), torch.sym_min(width, b)
         x = F.interpolate(x, size=[h, width], mode=self.interpolation, align_corners=False, antialias=True)
-        x = _part(x, 3, middle_start(width, columns, self.floor), columns)
+        x = _part(x, 3, middle_start(width, columns, self.floor), columns)  # (B, 3, h, columns)
         x = F.interpolate(x, size=[height, columns], mode=self.interpolation, align_corners=False, antialias=True)
-        x = _part(x, 2, middle_start(height, rows, self.floor), rows)
+        x = _part(x, 2, middle_start(height, rows, self.floor), rows)  # (B, 3, rows, columns)
         if self.mode == 'longest' or self.shortest:
             top, left = (a - rows) // 2, (b - columns) // 2
             margin = [left, b - columns - left, top, a - rows - top]
@@ -85,8 +98,8 @@ class VisionForm(nn.Module):
 
 # %% ../../../nbs/exporters/graph/04_vision.ipynb #e985ffa9
 def _sliced(graph): # an onnx_ir.Graph, changed in place
-    """`_part` as a `Slice`, which copies rows where a `Gather` fetches numbers one by one: that took two thirds of a
-    photograph's time."""
+    """Turn each `_part` into a `Slice`, which copies rows; a `Gather` fetches numbers one by one, which took two
+    thirds of the time of a photograph."""
     import onnx_ir as ir
     from onnx_ir import convenience
     def made_by(v, kind):
@@ -98,16 +111,11 @@ def _sliced(graph): # an onnx_ir.Graph, changed in place
         counted = made_by(total.inputs[0], 'Range') if total else None
         if not counted: continue
         begin, count, step = counted.inputs
-        if any(v.const_value is None for v in (begin, step)) or (
-            int(begin.const_value.numpy()),
-            int(step.const_value.numpy()),
-        ) != (0, 1):
-            continue
+        if begin.const_value is None or step.const_value is None: continue
+        if int(begin.const_value.numpy()) != 0 or int(step.const_value.numpy()) != 1: continue
         tape = ir.tape.Tape()
-        one, axis = (
-            tape.op('Constant', [], {'value_ints': [1]}),
-            tape.op('Constant', [], {'value_ints': [n.attributes['axis'].as_int()]}),
-        )
+        one = tape.op('Constant', [], {'value_ints': [1]})
+        axis = tape.op('Constant', [], {'value_ints': [n.attributes['axis'].as_int()]})
         first, many = tape.op('Reshape', [total.inputs[1], one]), tape.op('Reshape', [count, one])
         out = tape.op('Slice', [n.inputs[0], first, tape.op('Add', [first, many]), axis])
         out.shape, out.dtype = n.outputs[0].shape, n.outputs[0].dtype
@@ -119,9 +127,9 @@ def _sliced(graph): # an onnx_ir.Graph, changed in place
 def vision_program(
     vp: nn.Module, # a VisionPipeline
 ) -> torch.export.ExportedProgram: # uint8 (B, H, W, 3) -> uint8 (B, 3, *size)
-    """`vp.transform` of B pictures of one size as a program; B, H and W are dynamic, B may be 0.
+    """Export `vp.transform`, of B images of one size, as a program; B, H and W are dynamic, B may be 0.
 
-    Raises `ValueError` for a rule without exported form."""
+    Raises `ValueError` for a rule that has no exported form."""
     D = torch.export.Dim
     return exported(
         VisionForm(vp),
@@ -138,7 +146,7 @@ def vision_to_onnx(
     vp: nn.Module,    # a VisionPipeline
     path: str | Path, # the file to write
 ) -> Path:
-    """Writes `vp.transform` as an ONNX model of standard operators (opset 20): `images` uint8 (B, H, W, 3) ->
+    """Write `vp.transform` as an ONNX model of standard operators (opset 20): `images` uint8 (B, H, W, 3) ->
     `levels` uint8 (B, 3, *size).
 
     Needs `pip install mmembed[onnx]`. Raises `ValueError` for a rule that has no exported form."""

@@ -1,4 +1,4 @@
-"""`OnnxModel`, of numpy and onnxruntime alone, and what `verify` asks it
+"""`OnnxModel`: embeddings from the files of `export_onnx`, with numpy and onnxruntime alone
 
 Docs: https://mmembed.github.io/mmembed/exporters/onnx/model.html.md"""
 
@@ -16,28 +16,30 @@ import numpy as np
 
 
 # %% ../../../nbs/exporters/onnx/02_model.ipynb #cb158d30
-def provider_of(device): # 'cpu', 'cuda' or 'tensorrt' -> what onnxruntime tries, in this order
-    "What onnxruntime tries, in this order; raises ValueError for a device that it has no provider for."
+def provider_of(
+    device, # 'cpu', 'cuda' or 'tensorrt'
+):
+    "Return onnxruntime's providers for a device, in the order it tries them; raises ValueError where it has none."
     import onnxruntime
     names = {'cpu': 'CPUExecutionProvider', 'cuda': 'CUDAExecutionProvider', 'tensorrt': 'TensorrtExecutionProvider'}
     if device not in names: raise ValueError(f'device must be cpu, cuda or tensorrt, got {device!r}')
     if names[device] not in onnxruntime.get_available_providers():
-        raise ValueError(
-            f'device={device!r}: this onnxruntime has no {names[device]}: pip install '
-            f'onnxruntime-gpu{" tensorrt" * (device == "tensorrt")}'
-        )
-    return [names[k] for k in ('tensorrt', 'cuda', 'cpu') if list(names).index(k) <= list(names).index(device)]
+        packages = 'onnxruntime-gpu tensorrt' if device == 'tensorrt' else 'onnxruntime-gpu'
+        raise ValueError(f'device={device!r}: this onnxruntime has no {names[device]}: pip install {packages}')
+    order = list(names)
+    return [names[k] for k in reversed(order[:order.index(device) + 1])]  # slower ones take what it cannot
 
 class OnnxModel:
-    "The files in `folder`, which `export_onnx` wrote, run by onnxruntime alone"
+    "Runs the files that `export_onnx` wrote, with numpy and onnxruntime alone"
     def __init__(self,
         folder, # with text.onnx and image.onnx, or pairs.onnx
-        threads=1,
+        threads=1,    # of each call
         device='cpu', # 'cuda' and 'tensorrt' want onnxruntime-gpu
     ):
         import onnxruntime
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 4  # what it would log is raised, too
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 4  # what it would log is raised, too
         paths = {p.stem: p for p in sorted(Path(folder).glob('*.onnx'))}
         self.decoding = paths.pop('files', None)  # opened when it is asked: only it needs another package
         def opened(path, library=None):
@@ -52,7 +54,8 @@ class OnnxModel:
                 name = path.read_bytes()
             return onnxruntime.InferenceSession(name, options, providers=provider_of(device))
         self.given = str(Path(folder).absolute()), threads, device
-        self.opened, self.sessions = opened, {k: opened(p) for k, p in paths.items()}
+        self.opened = opened
+        self.sessions = {k: opened(p) for k, p in paths.items()}
         if not self.sessions: raise FileNotFoundError(f'no ONNX file in {folder}')
         first = next(iter(self.sessions.values()))
         self.card = json.loads(first.get_modelmeta().custom_metadata_map['mmembed.card'])
@@ -61,22 +64,25 @@ class OnnxModel:
     def __reduce__(self): return type(self), self.given  # the files are opened again
 
     def batch(self, items, name):
+        "Return `items` as a list; raises TypeError for a single one."
         if isinstance(items, (str, bytes, bytearray, memoryview, Path)):
             raise TypeError(f'{name} is a single {type(items).__name__}; pass a list: [{name[:-1]}]')
         return list(items)
 
-    def text_inputs(self, texts): # str or UTF-8 bytes; half of a pair of surrogates is read as any broken UTF-8
+    def text_inputs(self, texts): # str, or UTF-8 as bytes
+        "Return data uint8 (N,) and offsets int64 (B+1,); a lone surrogate is read as broken UTF-8 is."
         texts = self.batch(texts, 'texts')
         for i, t in enumerate(texts):
             if not isinstance(t, (str, bytes, bytearray, memoryview)):
-                raise TypeError(f'texts[{i}] is no text: pass str or bytes, got {type(t).__name__}')
+                raise TypeError(f'texts[{i}] is not a text: pass str or bytes, got {type(t).__name__}')
         raw = [t.encode('utf-8', 'surrogatepass') if isinstance(t, str) else bytes(t) for t in texts]
         return {
             'data': np.frombuffer(b''.join(raw), np.uint8),
             'offsets': np.cumsum([0, *map(len, raw)], dtype=np.int64),
         }
 
-    def image_inputs(self, images): # uint8 (H, W, 3), decoded RGB, of any sizes
+    def image_inputs(self, images): # decoded RGB, uint8 (H, W, 3), of any sizes
+        "Return images uint8 (N,) and sizes int64 (B, 2)."
         images = self.batch(images, 'images')
         for i, x in enumerate(images):
             if not isinstance(x, np.ndarray):
@@ -86,13 +92,16 @@ class OnnxModel:
         flat = np.concatenate([np.zeros(0, np.uint8), *(x.reshape(-1) for x in images)])
         return {'images': flat, 'sizes': np.array([x.shape[:2] for x in images], np.int64).reshape(-1, 2)}
 
-    def encode_text(self, texts, outputs=('embedding',)):
+    def encode_text(self, texts, outputs=('embedding',)): # str, or UTF-8 as bytes
+        "Return the embeddings of texts, (B, D); with several `outputs` a list of arrays."
         return self.run('text', outputs, self.text_inputs(texts))
 
-    def encode_image(self, images, outputs=('embedding',)):
+    def encode_image(self, images, outputs=('embedding',)): # decoded RGB, uint8 (H, W, 3)
+        "Return the embeddings of images, (B, D); with several `outputs` a list of arrays."
         return self.run('image', outputs, self.image_inputs(images))
 
-    def encode_files(self, files, outputs=('embedding',)): # each the content of a JPEG or PNG file, one that you trust
+    def encode_files(self, files, outputs=('embedding',)): # contents of JPEG or PNG files that you trust
+        "Return the embeddings of image files, (B, D); with several `outputs` a list of arrays."
         if not self.decoding: raise ValueError('no files.onnx here: mmembed export --onnx-files writes it')
         if 'files' not in self.sessions:
             try:
@@ -107,26 +116,29 @@ class OnnxModel:
             if not isinstance(x, (bytes, bytearray, memoryview)):
                 raise TypeError(f'files[{i}] must be the content of a file as bytes, got {type(x).__name__}')
             found = self.sessions['files'].run(list(outputs), {'file': np.frombuffer(x, np.uint8)})
-            if not len(found[0]): raise ValueError(f'files[{i}] is no whole JPEG or PNG file')
+            if not len(found[0]): raise ValueError(f'files[{i}] is not a whole JPEG or PNG file')
             done.append(found)
         if not done: return self.run('image', outputs, self.image_inputs([]))
         return np.concatenate([x for x, in done]) if len(outputs) == 1 else [np.concatenate(x) for x in zip(*done)]
 
     def score_pairs(self, texts, images, outputs=('scores',)):
-        if len(texts) != len(images): raise ValueError(f'{len(texts)} texts and {len(images)} images are no pairs')
+        "Return the scores of text i with image i, (B, C); with several `outputs` a list of arrays."
+        if len(texts) != len(images): raise ValueError(f'{len(texts)} texts and {len(images)} images are not pairs')
         return self.run('pairs', outputs, self.text_inputs(texts) | self.image_inputs(images))
 
-    def run(self, name, outputs, inputs): # an array, or a list of several
+    def run(self, name, outputs, inputs):
+        "Return the `outputs` of the file `name`: an array, or a list of several."
         if name not in self.sessions: raise ValueError(f'no {name}.onnx here, only {", ".join(self.sessions)}')
         out = self.sessions[name].run(list(outputs), inputs)
         return out[0] if len(outputs) == 1 else out
 
-    def score(self, text, image): # embeddings (T, D) and (I, D) -> (T, I)
+    def score(self, text, image): # embeddings (T, D) and (I, D)
+        "Return the score of every text with every image, (T, I)."
         return self.card['logit_scale'] * text @ image.T + self.card['logit_bias']
 
 # %% ../../../nbs/exporters/onnx/02_model.ipynb #c1d739eb
 def host_source() -> str:
-    "A Python file that needs neither torch nor mmembed."
+    "Return the text of embed.py: `OnnxModel` as a Python file that needs numpy and onnxruntime alone."
     return f'''"""Runs the ONNX files beside it: OnnxModel('.').encode_text(['a cat']). Needs numpy and onnxruntime."""
 import json
 from pathlib import Path

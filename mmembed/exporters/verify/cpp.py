@@ -32,7 +32,7 @@ def _root() -> Path | None: # the checkout that holds cpp/, if the package lies 
 
 # %% ../../../nbs/exporters/verify/02_cpp.ipynb #5ead27bd
 def why_no_host() -> str:
-    "Why the host cannot be built here; empty when it can."
+    "Return why the host cannot be built here; '' when it can."
     if not _root(): return 'the sources in cpp/ are not beside this package: use a checkout of mmembed'
     if not _cmake(): return 'no cmake: pip install cmake'
     if not (os.environ.get('CXX') or shutil.which('c++') or shutil.which('g++') or shutil.which('clang++')):
@@ -54,7 +54,7 @@ def build_host(
     target: str = 'mmembed_cli',      # or 'example_server', 'mmembed_test'
     folder: str | Path | None = None, # where to build; build/cpp of the checkout by default
 ) -> Path: # the program
-    "The compiled host, built anew when its sources or torch have changed; raises `RuntimeError` when that fails."
+    "Compile the host unless it is up to date with its sources and torch; raises `RuntimeError` when that fails."
     if why := why_no_host(): raise RuntimeError(f'the C++ host cannot be built: {why}')
     root, cmake = _root(), _cmake()
     folder = Path(folder or root/'build'/'cpp')
@@ -75,7 +75,7 @@ def build_host(
 
 # %% ../../../nbs/exporters/verify/02_cpp.ipynb #9a17e7b8
 def built() -> Path | None:
-    "The compiled host if there is one that is up to date; never compiles."
+    "Return the compiled host if there is one that is up to date; never compiles."
     root = _root()
     if not root: return None
     exe, stamp = root/'build'/'cpp'/'mmembed_cli', root/'build'/'cpp'/'mmembed_cli.stamp'
@@ -84,15 +84,13 @@ def built() -> Path | None:
 
 # %% ../../../nbs/exporters/verify/02_cpp.ipynb #85a08944
 def ask_host(
-    exe: str | Path,  # the compiled mmembed_cli
-    path: str | Path,  # an artifact
-    texts: list[bytes] = (),
-    images: list[Tensor] = (),  # uint8 (N,), files, or uint8 (3, H, W), decoded RGB
-    batch: int = 64,  # rows that the towers see at once
-) -> (
-    dict
-):  # text: one dict each (ids, mask, embedding); image: (pixels, embedding) or (error); pair: (scores) or (error)
-    "The host's answers as tensors; raises `RuntimeError` with its message when it does not run."
+    exe: str | Path,           # the compiled mmembed_cli
+    path: str | Path,          # an artifact
+    texts: list[bytes] = (),   # UTF-8
+    images: list[Tensor] = (), # files uint8 (N,), or decoded RGB uint8 (3, H, W)
+    batch: int = 64,           # batch size of the towers
+) -> dict: # 'text' -> dicts of ids, mask, embedding; 'image' -> pixels, embedding or error; 'pair' -> scores or error
+    "Return the host's answers as tensors; raises `RuntimeError` with its message when it does not run."
     with tempfile.TemporaryDirectory() as d:
         d, args = Path(d), []
         for i, t in enumerate(texts):
@@ -105,21 +103,18 @@ def ask_host(
         done = subprocess.run([exe, path, *options, *args], capture_output=True, text=True, errors='replace')
         if done.returncode not in (0, 1): raise RuntimeError(last_line(done))  # image libraries may warn on stderr
         answers, stored = {'text': [], 'image': [], 'pair': []}, {'int8': torch.int8, 'binary': torch.uint8}
-        kind = stored.get(read_card(path).get('variant', {}).get('output'), torch.float32)
+        embedding = stored.get(read_card(path).get('variant', {}).get('output'), torch.float32)
+        dtypes = {'ids': torch.int64, 'mask': torch.int64, 'embedding': embedding, 'scores': torch.float32}
         for row in map(json.loads, done.stdout.splitlines()):
-            for k, dtype in (
-                ('ids', torch.int64),
-                ('mask', torch.int64),
-                ('embedding', kind),
-                ('scores', torch.float32),
-            ):
-                if k in row: row[k] = torch.tensor(row[k], dtype=dtype)
+            for k in row.keys() & dtypes.keys(): row[k] = torch.tensor(row[k], dtype=dtypes[k])
             if 'crc32' in row: row['pixels'] = read_bytes(d/f"{row['index']}.bin")
             answers[row.pop('kind')].append(row)
     return answers
 
 # %% ../../../nbs/exporters/verify/02_cpp.ipynb #c9b01347
-def last_line(done: subprocess.CompletedProcess) -> str:
+def last_line(
+    done: subprocess.CompletedProcess, # its output as text
+) -> str:
     "Return the last line that a program printed, of its errors if there are any; else its exit status."
     lines = (done.stderr or done.stdout).strip().splitlines()
     return lines[-1] if lines else f'exit status {done.returncode}'

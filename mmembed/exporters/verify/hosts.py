@@ -1,4 +1,4 @@
-"""What a model in the notebook, a file in this process, one in a process without mmembed and the C++ host say to the same texts and images
+"""Answers of the model, of its file here and in a fresh process, and of C++, to the same texts and images
 
 Docs: https://mmembed.github.io/mmembed/exporters/verify/hosts.html.md"""
 
@@ -16,7 +16,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.torchscript import quietly
@@ -30,15 +29,15 @@ from ...runtime.aot import Packaged, opened
 # %% ../../../nbs/exporters/verify/03_hosts.ipynb #ef797f09
 def answers(
     module,               # a loaded artifact, or `Eager`
-    texts: list[Tensor],  # uint8 (N,) each
-    images: list[Tensor], # uint8 (N,) or (3, H, W) each
+    texts: list[Tensor],  # UTF-8, uint8 (N,) each
+    images: list[Tensor], # files uint8 (N,), or decoded RGB uint8 (3, H, W)
     sizes: list[int],     # batch sizes
-) -> dict: # (what, batch size) -> list of tensors, or of strings
-    "What `module` says to every text and image, in batches of every size."
+) -> dict: # (kind, batch size) -> list of tensors, or of strings
+    "Return the answers of `module` to every text and image, in batches of every size; its source runs elsewhere too."
     def batches(items, size): return [items[i:i+size] for i in range(0, len(items), size)] if size else [items[:0]]
     def valid(t): return bytes(t.tolist()).decode(errors='replace').encode() == bytes(t.tolist())
     out, levels, status, good = {}, [], [], []
-    labels = module.labels() if hasattr(module, 'labels') else []  # older files know none
+    labels = module.labels() if hasattr(module, 'labels') else []  # older files have none
     with torch.no_grad():
         for x in images:
             try: levels.append(module.preprocess_image(x))
@@ -75,7 +74,7 @@ def answers(
 
 # %% ../../../nbs/exporters/verify/03_hosts.ipynb #bca58534
 def program() -> str:
-    "What the fresh process runs."
+    "Return the source of what the fresh process runs."
     head = (
         "import sys\nsys.modules['mmembed'] = None  # any import of it fails\nimport importlib.util, io, json, re, "
         "tempfile, warnings, zipfile\n"
@@ -105,9 +104,9 @@ def fresh(
     path: Path,   # an artifact
     asked: dict,  # the arguments of `answers`
     decode: bool, # whether it decodes files
-    device: str = 'cpu',
-) -> dict:
-    "The answers of a new process; raises `RuntimeError` with its last line when it fails."
+    device: str = 'cpu', # where it is loaded
+) -> dict: # as `answers` returns
+    "Return the answers of a new process without mmembed; raises `RuntimeError` with its last line when it fails."
     with tempfile.TemporaryDirectory() as d:
         torch.save(asked, f'{d}/asked.pt')
         card = json.dumps({k: v for k, v in read_card(path).items() if k in ('compiled', 'image_size', 'variant')})
@@ -123,42 +122,43 @@ CPP_SKIPS = 'score', 'raw batch', 'labels', 'class probability'  # kinds that th
 def cpp(
     exe: Path,   # the compiled host
     path: Path,  # an artifact
-    asked: dict, # the arguments of `answers`
-) -> dict:
-    "The answers of the C++ host."
-    out, texts, images = {}, [t.numpy().tobytes() for t in asked['texts']], asked['images']
-    pairs = 'labels' in read_card(path)
-    if pairs: # pixels of every image, then text i with good image i, from the start again
+    asked: dict, # the arguments of `answers`, without a batch size of 0
+) -> dict: # as `answers` returns, without the kinds in `CPP_SKIPS`
+    "Return the answers of the C++ host."
+    texts, images = [t.numpy().tobytes() for t in asked['texts']], asked['images']
+    pairs, out = 'labels' in read_card(path), {}
+    if pairs:  # pixels of every image, then text i with good image i, from the first again
         once = host.ask_host(exe, path, (), images)['image']
-        out['pixels', 1], out['image status', 1] = (
-            [r['pixels'] for r in once if 'pixels' in r],
-            [r.get('error', '') for r in once],
-        )
-        good = [x for x, r in zip(images, once) if 'pixels' in r]
+        out |= _decoded(once)
+        good = [x for x, row in zip(images, once) if 'pixels' in row]
         images = [good[i % len(good)] for i in range(len(texts))] if good else []
     for size in asked['sizes']:
-        a = host.ask_host(exe, path, texts, images, batch=size)
-        batches = [a['text'][i:i+size] for i in range(0, len(a['text']), size)]
-        good = [r for r in a['image'] if 'pixels' in r]
-        out['token ids', size] = [torch.stack([r[k] for r in b]) for b in batches for k in ('ids', 'mask')]
+        rows = host.ask_host(exe, path, texts, images, batch=size)
+        ids, mask = (_batches(rows['text'], key, size) for key in ('ids', 'mask'))  # int64 (B, L) each
+        out['token ids', size] = [x for both in zip(ids, mask) for x in both]
         if pairs:
-            out['pair scores', size] = [
-                torch.stack([r['scores'] for r in a['pair'][i : i + size]]) for i in range(0, len(a['pair']), size)
-            ]
+            out['pair scores', size] = _batches(rows['pair'], 'scores', size)
             continue
-        out['text embedding', size] = [torch.stack([r['embedding'] for r in b]) for b in batches]
-        batches = [good[i:i+size] for i in range(0, len(good), size)]
-        out['image embedding', size] = [torch.stack([r['embedding'] for r in b]) for b in batches]
-        out['pixels', 1], out['image status', 1] = [r['pixels'] for r in good], [r.get('error', '') for r in a['image']]
+        out['text embedding', size] = _batches(rows['text'], 'embedding', size)
+        out['image embedding', size] = _batches([r for r in rows['image'] if 'pixels' in r], 'embedding', size)
+        out |= _decoded(rows['image'])
     return out
+
+def _batches(rows: list[dict], key: str, size: int) -> list[Tensor]:
+    "Stack one entry of the host's rows into batches."
+    return [torch.stack([r[key] for r in rows[i:i+size]]) for i in range(0, len(rows), size)]
+
+def _decoded(rows: list[dict]) -> dict: # (kind, 1) -> pixels, uint8 (3, S, S); errors, '' for none
+    pixels = [r['pixels'] for r in rows if 'pixels' in r]
+    return {('pixels', 1): pixels, ('image status', 1): [r.get('error', '') for r in rows]}
 
 # %% ../../../nbs/exporters/verify/03_hosts.ipynb #ee93bc5b
 def loaded_rows(
     model: nn.Module,     # with its two pipelines
-    texts: list[Tensor],  # uint8 (N,) each
+    texts: list[Tensor],  # UTF-8, uint8 (N,) each
     images: list[Tensor], # files, uint8 (N,) each
 ) -> list[tuple]: # of batches: rows, ids, mask, pixels
-    "What `PairData` makes of text i with image i, in validation."
+    "Return the validation batches that `PairData` makes of text i with image i."
     from mmembed.train.batches import Collate, Ledger, PairLoader, Rows
     from mmembed.data.source import Source
     class Samples(Source):

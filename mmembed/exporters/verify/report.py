@@ -10,6 +10,7 @@ __all__ = ['BOUNDS', 'Comparison', 'comparison', 'bound_of', 'compare', 'VerifyE
 # %% ../../../nbs/exporters/verify/04_report.ipynb #1f0db888
 import json
 import math
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -21,20 +22,32 @@ from ..variants import Variant, bounds
 
 # %% ../../../nbs/exporters/verify/04_report.ipynb #285496c7
 class Comparison(NamedTuple):
-    "One comparison"
-    stage: str         # 'artifact', 'fresh process', 'c++'
-    what: str          # 'token ids', 'pixels', ...
+    "A row of a report: what a host answered beside what it should have"
+    stage: str         # the host: 'artifact', 'fresh process', 'c++', ...
+    what: str          # kind of answer: 'token ids', 'pixels', ...
     n: int             # values compared
-    difference: float  # the largest
-    bound: float
+    difference: float  # the largest; infinite where answers cannot be compared
+    bound: float       # the largest difference that is allowed
     note: str = ''     # what was found, when it failed
+
     @property
-    def ok(self) -> bool: return self.difference <= self.bound
+    def ok(self) -> bool:
+        "Whether the difference is within the bound."
+        return self.difference <= self.bound
+
     @property
-    def verdict(self) -> str: return 'ok' if self.ok else f'FAILED: {self.note}'
+    def verdict(self) -> str:
+        "'ok', or what failed."
+        return 'ok' if self.ok else f'FAILED: {self.note}'
 
 # %% ../../../nbs/exporters/verify/04_report.ipynb #f18b9a41
-def comparison(stage: str, what: str, want: list, got: list, bound: float) -> Comparison:
+def comparison(
+    stage: str,   # the host
+    what: str,    # kind of answer
+    want: list,   # tensors, or strings
+    got: list,    # of the host, in the same order
+    bound: float, # the largest difference that is allowed
+) -> Comparison:
     "Compare answers one by one; another number, shape or type of them, or another string, is an infinite difference."
     def off(i, note): return Comparison(stage, what, i, float('inf'), bound, note)
     if len(want) != len(got): return off(0, f'{len(got)} answers, not {len(want)}')
@@ -59,30 +72,37 @@ BOUNDS = {
     'pixels': 0.0,
     'image status': 0.0,
     'labels': 0.0,
+    # the rest: times what an embedding may differ; a score is up to 100 times a cosine
     'text embedding': 1.0,
     'image embedding': 1.0,
     'raw batch': 1.0,
-    # times what an embedding may differ; a score is up to 100 times a cosine
     'class probability': 10.0,
     'score': 100.0,
     'pair scores': 10.0,
 }
 
 def bound_of(
-    kind: str,         # of answer
-    variant: Variant,
-    pairs: bool,       # the answers are scores of pairs
+    kind: str,         # of answer: a key of `BOUNDS`
+    variant: Variant,  # options of the export
+    pairs: bool,       # whether the answers are scores of pairs
 ) -> float:
-    """The largest difference between two hosts of one file.
+    """Return the largest difference that is allowed between two hosts of one file.
 
-    A stored number may be off by one step, a stored byte of signs by any."""
+    A stored int8 may be off by one step, a stored byte of signs by anything."""
     if kind in ('text embedding', 'image embedding', 'raw batch') and variant.output != 'float32':
         return {'int8': 1.0, 'binary': 255.0}[variant.output]
     return BOUNDS[kind] * bounds(variant)[0] * (10 if pairs and kind == 'raw batch' else 1)
 
 # %% ../../../nbs/exporters/verify/04_report.ipynb #440afe8a
-def compare(stage: str, want: dict, answer, variant: Variant, skips=(), sizes=None) -> list[Comparison]:
-    "A row for every kind that the reference answers, but for `skips` and batches of other `sizes`."
+def compare(
+    stage: str,        # the host
+    want: dict,        # (kind, batch size) -> answers of the reference
+    answer: Callable[[], dict], # asks the host
+    variant: Variant,  # whose bounds hold
+    skips: Sequence[str] = (),  # kinds that the host does not answer
+    sizes: Sequence[int] | None = None, # batch sizes that it answers; None: all
+) -> list[Comparison]:
+    "Ask a host, and compare every kind that the reference answers; a host that fails is one row."
     try: got = answer()
     except (RuntimeError, OSError, AttributeError, torch.jit.Error) as e:
         return [Comparison(stage, 'runs', 0, float('inf'), 0., reason(e))]
@@ -93,30 +113,24 @@ def compare(stage: str, want: dict, answer, variant: Variant, skips=(), sizes=No
         if silent:
             rows.append(Comparison(stage, kind, 0, float('inf'), 0.0, f'no answer for batches of {silent}'))
         else:
-            rows.append(
-                comparison(
-                    stage,
-                    kind,
-                    *([v for s in asked for v in x[kind, s]] for x in (want, got)),
-                    bound_of(kind, variant, pairs),
-                )
-            )
+            expected, found = ([v for s in asked for v in x[kind, s]] for x in (want, got))
+            rows.append(comparison(stage, kind, expected, found, bound_of(kind, variant, pairs)))
     return rows
 
 _ONCE = 'image status', 'pixels', 'labels', 'raw batch'  # asked once, not in batches of every size
 
 # %% ../../../nbs/exporters/verify/04_report.ipynb #eb012648
 class VerifyError(RuntimeError):
-    "An artifact does not answer like its model; the message names the stage"
+    "Raised for an artifact that does not answer like its model; the message names the stage"
 
 # %% ../../../nbs/exporters/verify/04_report.ipynb #b9b2b111
 class Report:
-    "What `verify` found: a table of stages, as text, HTML or JSON"
+    "The result of `verify`: a table of comparisons, as text, HTML or JSON"
     def __init__(
         self,
         path: Path,       # the artifact
-        card: dict,
-        rows: list[Comparison],
+        card: dict,       # its identity card
+        rows: list[Comparison], # in the order they are shown
         seconds: float,   # that the verification took
         notes: list[str] = (), # what was left out, and why
     ):
@@ -124,13 +138,17 @@ class Report:
         self.bytes = self.path.stat().st_size
 
     @property
-    def ok(self) -> bool: return all(r.ok for r in self.rows)
+    def ok(self) -> bool:
+        "Whether every comparison is within its bound."
+        return all(r.ok for r in self.rows)
 
     @property
-    def failures(self) -> list[Comparison]: return [r for r in self.rows if not r.ok]
+    def failures(self) -> list[Comparison]:
+        "The comparisons that are not within their bounds."
+        return [r for r in self.rows if not r.ok]
 
     def check(self):
-        "This report; raises `VerifyError` that names the first failing stage."
+        "Return this report; raises `VerifyError`, which names the first stage that fails."
         for r in self.failures: raise VerifyError(f'{self.path.name} fails verification: {r.stage}, {r.what}: {r.note}')
         return self
 
@@ -139,7 +157,7 @@ class Report:
                 f'{self.bytes/1e6:.2f} MB, {self.seconds:.1f} s')
 
     def shown(self) -> list:
-        "The rows that compared something, or failed."
+        "Return the comparisons of at least one value, and those that failed."
         return [r for r in self.rows if r.n or not r.ok]
 
     def __str__(self):
@@ -160,7 +178,7 @@ class Report:
         return f'<b>{escape(self._title())}</b><table>{body}</table>{notes}'
 
     def to_json(self) -> str:
-        "The report as JSON; an infinite difference is null."
+        "Return the report as JSON; an infinite difference is null."
         rows = [r._asdict() | {'ok': r.ok, 'difference': r.difference if math.isfinite(r.difference) else None}
                 for r in self.rows]
         return json.dumps({'artifact': self.path.name, 'short_hash': self.card['short_hash'], 'ok': self.ok,

@@ -5,7 +5,6 @@ import json
 import logging
 
 import pytest
-import torch
 
 pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')

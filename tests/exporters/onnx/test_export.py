@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from torch import nn
 import mmembed as mm
 from mmembed.core.packing import pack
 from mmembed.exporters.verify import samples as cases
-from mmembed.exporters.onnx import export as graphs
 from mmembed.exporters.graph import vision as pixels
 from mmembed.exporters.onnx.builder import write_graph
 from mmembed.exporters.onnx.model import OnnxModel
@@ -451,7 +449,7 @@ def test_files_in_front(made, tmp_path):
     upright, *turned = run.encode_files([files[f'exif {o}.jpg'] for o in range(1, 9)], ('levels',))
     assert all(not np.array_equal(upright, x) for x in turned)
     assert run.encode_files([]).shape == (0, 24)
-    with pytest.raises(ValueError, match=r'files\[1\] is no whole JPEG or PNG file'):
+    with pytest.raises(ValueError, match=r'files\[1\] is not a whole JPEG or PNG file'):
         run.encode_files([files['L.png'], files['still.gif']])
     with pytest.raises(ValueError, match='no files.onnx here: mmembed export --onnx-files writes it'):
         OnnxModel(made[1]).encode_files([b''])
@@ -540,7 +538,7 @@ def test_embed_py_takes_lists_of_texts(made):
     for single in ('a cat', b'a cat', bytearray(b'a')):
         with pytest.raises(TypeError, match='texts is a single (str|bytes|bytearray); pass a list'):
             run.encode_text(single)
-    with pytest.raises(TypeError, match=r'texts\[1\] is no text: pass str or bytes, got int'): run.encode_text(['a', 5])
+    with pytest.raises(TypeError, match=r'texts\[1\] is not a text: pass str or bytes, got int'): run.encode_text(['a', 5])
     for call, item, name in ((run.encode_files, b'x', 'files'), (run.encode_image, 'x.jpg', 'images')):
         with pytest.raises((TypeError, ValueError), match=f'{name} is a single|no files.onnx'): call(item)
     with pytest.raises(TypeError, match=r'images\[0\] must be an array'): run.encode_image(['x.jpg'])

@@ -129,7 +129,7 @@ def test_changed_code_is_found(tmp_path):
     "A sentence of an error, a number of the code, a record more: all answers are as they were, or nearly."
     for old, new in ((b'must not be negative', b'should not be minus '), (b'def classify', b'def  classify')):
         report = quick(
-            rewritten(tiny.artifact(), tmp_path / 'code.pt', [('/code/__torch__/mmembed/export/artifact', old, new)])
+            rewritten(tiny.artifact(), tmp_path / 'code.pt', [('/code/__torch__/mmembed/exporters/artifact', old, new)])
         )
         assert failing(report) == {('card', 'records')}
     with pytest.raises(
@@ -211,7 +211,7 @@ def test_a_host_that_does_not_answer_fails(monkeypatch):
     want = answers(tiny.model_as_eager(), [], [], [0])
     assert ('text embedding', 0) in want
     monkeypatch.setattr(
-        'mmembed.exporters.verify.hosts.fresh_answers', lambda path, asked, decode: dumb(tiny.loaded(), **asked)
+        'mmembed.exporters.verify.verify.fresh_answers', lambda path, asked, decode: dumb(tiny.loaded(), **asked)
     )
     report = verify(tiny.artifact(), cpp=False)
     assert failing(report) == {('fresh process', 'pixels'), ('fresh process', 'score')}
@@ -240,7 +240,7 @@ def test_the_difference_is_the_largest_and_not_the_mean(monkeypatch):
         got = answers(tiny.loaded(), **asked)
         got['text embedding', 64][0][3, 5] += 0.01
         return got
-    monkeypatch.setattr('mmembed.exporters.verify.hosts.fresh_answers', nearly)
+    monkeypatch.setattr('mmembed.exporters.verify.verify.fresh_answers', nearly)
     report = verify(tiny.artifact(), cpp=False)
     row, = report.failures
     assert (row.stage, row.what, row.n) == (
@@ -256,7 +256,7 @@ def test_a_value_that_is_not_a_number_is_a_difference(monkeypatch):
         got = answers(tiny.loaded(), **asked)
         got['image embedding', 3][1][0, 7] = float('nan')
         return got
-    monkeypatch.setattr('mmembed.exporters.verify.hosts.fresh_answers', broken)
+    monkeypatch.setattr('mmembed.exporters.verify.verify.fresh_answers', broken)
     row, = verify(tiny.artifact(), cpp=False).failures
     assert (row.stage, row.what, row.difference) == ('fresh process', 'image embedding', float('inf'))
 
@@ -316,12 +316,9 @@ def test_report_in_three_forms():
     assert json.loads(bad.to_json())['rows'][-1]['difference'] is None
 
 
-def test_the_package_is_the_function(tmp_path):
-    assert (
-        callable(mmembed.export)
-        and inspect.ismodule(mmembed.export)
-        and mmembed.export is sys.modules['mmembed.export']
-    )
+def test_export_is_a_function_that_shows_its_options(tmp_path):
+    assert inspect.isfunction(mmembed.export)
+    assert {'precision', 'labels', 'onnx', 'graphs'} <= set(inspect.signature(mmembed.export).parameters)
     report = mmembed.export(tiny.model(), tmp_path/'model.pt', fresh=False, cpp=False)
     assert report.path == tmp_path/'model.pt' and report.ok
 
@@ -343,7 +340,7 @@ def test_an_older_file_is_checked_as_far_as_it_goes(tmp_path):
         tiny.artifact(),
         tmp_path / 'old.pt',
         [
-            ('/code/__torch__/mmembed/export/artifact', b'def labels(', b'def labelz('),
+            ('/code/__torch__/mmembed/exporters/artifact', b'def labels(', b'def labelz('),
             *((name, b'"records_sha256"', b'"records_sha25_"') for name in ('data.pkl', 'card.json')),
         ],
     )
