@@ -1,4 +1,4 @@
-"""The same tokenizer as a `torch.export` program and as a file of standard ONNX operators
+"""A tokenizer as a `torch.export` program and as a file of standard ONNX operators
 
 Docs: https://mmembed.github.io/mmembed/exporters/graph/program.html.md"""
 
@@ -24,28 +24,28 @@ from ...text.pipeline import TextPipeline
 
 # %% ../../../nbs/exporters/graph/03_program.ipynb #a12260a5
 def exported(
-    module: nn.Module,
+    module: nn.Module,           # in a form that can be traced
     example: tuple[Tensor, ...], # inputs
     shapes: tuple,               # of each input the axes that may have another size, as `torch.export` takes them
 ) -> torch.export.ExportedProgram:
-    "`module` as a program, in which sizes of 0 and 1 are sizes like any other."
+    "Export `module` as a program, in which sizes of 0 and 1 are sizes like any other."
     from torch.fx.experimental import _config
 
     with torch.no_grad(), _config.patch(backed_size_oblivious=True):
         return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
 
 def export_program(
-    tp: TextPipeline,
+    tp: TextPipeline, # of a family that has an exported form
 ) -> torch.export.ExportedProgram: # (data uint8 (N,), offsets int64 (B+1,)) -> (ids, mask), int64 (B, L)
-    """`tp.tokenize` as a program; N and B are dynamic, 0 included.
+    """Export `tp.tokenize` as a program; N and B are dynamic, 0 included.
 
     Raises `ValueError` for a family that has no exported form."""
     shapes = {0: torch.export.Dim('N', min=0)}, {0: torch.export.Dim('rows', min=1)}
     return exported(exported_form(tp), pack(['a [SEP] word', 'Ünïcode', '']), shapes)
 
 # %% ../../../nbs/exporters/graph/03_program.ipynb #3fcaea99
-def translations() -> dict:
-    "Operators that `torch.onnx` does not translate, or not well, as standard ONNX ones."
+def translations() -> dict: # operator -> function that adds ONNX nodes
+    "Return translations of the operators that `torch.onnx` does not translate, or not well."
     from onnxscript import opset20 as op
     def one(i: int): return op.Constant(value_ints=[i])
     def interleaved(repeats, output_size=None):
@@ -69,8 +69,10 @@ def translations() -> dict:
         aten.isin.Tensor_Tensor: among, aten.__rshift__.Tensor: shifted, operator.le: at_most}
 
 # %% ../../../nbs/exporters/graph/03_program.ipynb #652a8e13
-def unsized(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    "Without the tracer's assertions about sizes, which ONNX cannot hold."
+def unsized(
+    program: torch.export.ExportedProgram, # changed in place
+) -> torch.export.ExportedProgram:
+    "Remove the tracer's assertions about sizes, which ONNX cannot hold."
     graph, aten = program.graph_module.graph, torch.ops.aten
     claims = (aten._assert_scalar.default, aten.sym_constrain_range_for_size.default, aten.sym_constrain_range.default)
     for n in reversed(list(graph.nodes)):
@@ -83,14 +85,11 @@ def unsized(program: torch.export.ExportedProgram) -> torch.export.ExportedProgr
 _files: dict[str, bytes] = {}  # content of a pipeline -> the ONNX file
 
 def _content(tp: TextPipeline) -> str:
-    "A hash of the modules of `tp`, their plain attributes and their tensors."
+    "Return a hash of the modules of `tp`, their plain attributes and their tensors."
     plain, h = (bool, int, float, str, list, tuple, type(None)), hashlib.sha256()
     for name, m in tp.named_modules():
-        h.update(
-            repr(
-                (name, type(m).__qualname__, sorted((k, v) for k, v in vars(m).items() if isinstance(v, plain)))
-            ).encode()
-        )
+        own = sorted((k, v) for k, v in vars(m).items() if isinstance(v, plain))
+        h.update(repr((name, type(m).__qualname__, own)).encode())
     for name, t in tp.state_dict().items():
         h.update(repr((name, t.shape, t.dtype)).encode() + t.cpu().numpy().tobytes())
     return h.hexdigest()
@@ -98,11 +97,11 @@ def _content(tp: TextPipeline) -> str:
 # %% ../../../nbs/exporters/graph/03_program.ipynb #5f3967fe
 def translated_once(
     files: dict[str, bytes], # the last four, changed in place
-    key: str,                # what the file follows from
+    key: str,                # names all that decides what is in the file
     write: Callable,         # writes it to `path`
-    path: str | Path,
+    path: str | Path,        # of the file
 ) -> Path: # `path`
-    "Write a file of which `files` may have the bytes already: translating takes seconds."
+    "Write a file by `write`, or from `files` when it was made before: a translation takes seconds."
     if key not in files:
         write()
         files[key] = Path(path).read_bytes()
@@ -114,7 +113,7 @@ def text_to_onnx(
     tp: TextPipeline | torch.export.ExportedProgram, # or what `export_program` made of it, which is used up
     path: str | Path, # the file to write
 ) -> Path:
-    """Writes `tp.tokenize` as an ONNX model of standard operators (opset 20): `data` uint8 (N,), `offsets` int64 (B+1,)
+    """Write `tp.tokenize` as an ONNX model of standard operators (opset 20): `data` uint8 (N,), `offsets` int64 (B+1,)
     -> `ids`, `mask`, int64 (B, L). At most 2**26 characters a batch; an empty one is as wide as one of empty texts.
 
     Needs `pip install mmembed[onnx]`. Raises `ValueError` for a family that has no exported form."""
@@ -147,7 +146,7 @@ def _translated(program: torch.export.ExportedProgram, path: str | Path) -> Path
 def operators(
     path: str | Path, # an ONNX file
 ) -> dict[str, set[str]]: # domain -> names; '' is ONNX's own
-    "The operators in a file, those inside of loops and functions too."
+    "Return the operators in a file, those inside loops and functions too."
     import onnx
     model, out = onnx.load(str(path)), {}
     def visit(nodes):

@@ -1,4 +1,4 @@
-"""The same steps for an exporter: no branch that depends on the data, and loops whose shapes stay
+"""Tokenizers in a form that `torch.export` can trace: no branch on the data, and loops whose shapes stay
 
 Docs: https://mmembed.github.io/mmembed/exporters/graph/text.html.md"""
 
@@ -25,7 +25,7 @@ from ...text.wordlevel import WholeWords
 
 # %% ../../../nbs/exporters/graph/01_text.ipynb #301f7db1
 class LoopedWordPiece(WordPiece):
-    "`WordPiece` whose rounds are a `torch.while_loop`."
+    "WordPiece whose rounds are a `torch.while_loop`"
 
     def _rounds(self, codes: Tensor, prefix: Tensor, inverses: Tensor, word: Tensor, start: Tensor, end: Tensor,
                 confirm: bool):
@@ -51,12 +51,12 @@ class LoopedWordPiece(WordPiece):
 
 # %% ../../../nbs/exporters/graph/01_text.ipynb #a18c106f
 class Listed(nn.Module):
-    """A short list of strings, looked for at given places.
+    """Finds which of a few strings stands at given places
 
-    Each of their characters is compared with all of them at once."""
+    A character of the text is compared with those of all strings at once."""
 
     def __init__(self,
-        strings: list[list[int]], # as values, none negative
+        strings: list[list[int]], # of code points or bytes, not negative; a later one wins
     ):
         super().__init__()
         longest = max(map(len, strings))
@@ -66,18 +66,20 @@ class Listed(nn.Module):
         )
 
     def forward(self, v: Tensor, at: Tensor, end: Tensor) -> Tensor:
-        """The last of the strings that stands at each of `at` and does not reach beyond `end`, all int64 (K,).
-
-        -1 for none."""
-        v, same = nn.functional.pad(v, (0, self.columns.shape[0])), at[:, None] + self.size <= end[:, None]
+        """Return the number of the last string that stands at each of `at` and ends by `end`, -1 for none; all three
+        are int64 (K,), the text `v` is int64 (N,)."""
+        v = nn.functional.pad(v, (0, self.columns.shape[0]))
+        same = at[:, None] + self.size <= end[:, None]  # bool (K, strings)
         for j, column in enumerate(self.columns):
             same = same & ((v.index_select(0, at + j)[:, None] == column) | (column < 0))
         return (same * torch.arange(1, self.size.numel() + 1, device=v.device)).amax(1) - 1
 
 # %% ../../../nbs/exporters/graph/01_text.ipynb #23c03e83
 class LoopedPatternStrings(PatternStrings):
-    "`PatternStrings` that looks for all of them at once."
-    def prepare(self): self.listed = Listed(self.strings)
+    "`PatternStrings` that looks for all of them at once"
+    def prepare(self):
+        "Make the list of strings."
+        self.listed = Listed(self.strings)
 
     def _matches(self, v: Tensor, at: Tensor, row_end: Tensor) -> tuple[Tensor, Tensor]:
         which = self.listed(v, at, row_end)
@@ -85,8 +87,9 @@ class LoopedPatternStrings(PatternStrings):
 
 # %% ../../../nbs/exporters/graph/01_text.ipynb #644ad814
 class LoopedAddedTokens(AddedTokens):
-    "`AddedTokens` whose leaps are a `torch.while_loop`, and that looks for all tokens at once."
+    "`AddedTokens` whose leaps are a `torch.while_loop`, and that looks for all tokens at once"
     def prepare(self):
+        "Make the list of tokens, and a table of their numbers."
         if self.codes: self.listed = Listed(self.codes)
         self.register_buffer('numbers', torch.tensor(self.number))
 
@@ -102,7 +105,7 @@ class LoopedAddedTokens(AddedTokens):
 
 # %% ../../../nbs/exporters/graph/01_text.ipynb #a6fc7361
 class LoopedNfc(Nfc):
-    "`Nfc` whose rounds are a `torch.while_loop`."
+    "`Nfc` whose rounds are a `torch.while_loop`"
 
     def _compose(self, code: Tensor, rank: Tensor, row: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ranks, rows = rank, row
@@ -132,7 +135,7 @@ class LoopedNfc(Nfc):
 
 # %% ../../../nbs/exporters/graph/01_text.ipynb #3c69851c
 class LoopedBytePairs(BytePairs):
-    "`BytePairs` whose rounds are a `torch.while_loop`."
+    "`BytePairs` whose rounds are a `torch.while_loop`"
 
     def _merged(self, id: Tensor, at: Tensor, word: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
         # never without one
@@ -157,7 +160,7 @@ class LoopedBytePairs(BytePairs):
         return self._merged(id, at, word, size)
 
     def _taken(self, rank: Tensor, owner: Tensor, nothing: Tensor, long: Tensor) -> Tensor:
-        "Which pairs merge in this round: bool, a pair each."
+        "Return which pairs merge in this round, bool, one for each pair."
         known, place = rank < self.none, torch.ones_like(rank).cumsum(0) - 1
         if not self.orderly:  # the first of the best pairs of every word
             key = torch.where(known, rank << 32 | place, 1 << 62)
@@ -170,10 +173,11 @@ class LoopedBytePairs(BytePairs):
 
 # %% ../../../nbs/exporters/graph/01_text.ipynb #a4c475f5
 class AnyLengthHash(SubstringHash):
-    "`SubstringHash` of sequences of any length up to 2**26, without a decision on that length."
+    "`SubstringHash` of sequences of any length up to 2**26, without a branch on that length"
     BITS = 12
 
     def prepare(self):
+        "Make the tables of powers of which every other power is a product."
         for name, ratio in [('high', self.base), ('high_inverses', self.inverse)]:
             step = self._series((1 << self.BITS) + 1, ratio, 1, torch.device('cpu'))[-1]
             self.register_buffer(name, self._series(1 << 14, int(step), 1, torch.device('cpu')))
@@ -183,18 +187,20 @@ class AnyLengthHash(SubstringHash):
         return low.index_select(0, at & ((1 << self.BITS) - 1)) * high.index_select(0, at >> self.BITS)
 
     def prefix(self, codes: Tensor, beyond: int = 0) -> Tensor:
+        "Return the sums of `codes` times powers, as `SubstringHash.prefix`."
         powers = self._power(codes.numel(), self.powers, self.high)
         return nn.functional.pad(((codes + 1) * powers).cumsum(0), (1, beyond))
 
     def inverses(self, n: int, device: torch.device) -> Tensor:
+        "Return inverse powers, as `SubstringHash.inverses`."
         return self._power(n + 1, self.scaled_inverses, self.high_inverses)
 
 # %% ../../../nbs/exporters/graph/01_text.ipynb #74a99628
 class ExportedPipeline(TextPipeline):
-    "`TextPipeline` for an exporter: packed bytes -> (ids, mask)."
+    "`TextPipeline` in a form that `torch.export` can trace"
 
     def forward(self, data: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        "uint8 (N,), int64 (B+1,) -> ids and mask, int64 (B, L)."
+        "Return ids and mask, int64 (B, L), of packed bytes uint8 (N,) and their offsets int64 (B+1,)."
         return tuple(self.tokenize(data, offsets))
 
     def _most(self, count: Tensor) -> int: return nn.functional.pad(count, (0, 1)).max().item()
@@ -219,9 +225,9 @@ FAMILIES_EXPORTED: list[tuple[type, type]] = [(BertFront, WordPiece), (BertFront
 
 # %% ../../../nbs/exporters/graph/01_text.ipynb #b93a555d
 def exported_form(
-    tp: TextPipeline,
+    tp: TextPipeline, # left as it is
 ) -> ExportedPipeline: # a copy
-    "The same tables and steps without shortcuts. Raises `ValueError` for a family that has no exported form."
+    "Copy a pipeline without its shortcuts. Raises `ValueError` for a family that has no exported form."
     if not any(isinstance(tp.front, f) and isinstance(tp.model, m) for f, m in FAMILIES_EXPORTED):
         known = ', '.join(m.__name__ for _, m in FAMILIES_EXPORTED)
         raise ValueError(f'{type(tp.model).__name__} has no exported form; these have: {known}')

@@ -23,7 +23,7 @@ from ...text.viterbi import Automaton, leap
 
 # %% ../../../nbs/exporters/graph/02_text_unigram.ipynb #958e8f8d
 class UnrolledAutomaton(Automaton):
-    "`Automaton` in as many steps as its longest entry has."
+    "`Automaton` in as many steps as its longest entry has characters"
 
     def forward(self, codes: Tensor, room: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         node, places, sizes, entries = torch.ones_like(at), [at[:0]], [at[:0]], [at[:0]]
@@ -40,12 +40,12 @@ class UnrolledAutomaton(Automaton):
 
 # %% ../../../nbs/exporters/graph/02_text_unigram.ipynb #8911725f
 def looped_walk(
-    # float (n, L): of the piece that ends at each place and has each length, L down to 1; -inf where there is none
+    # float (n, L): score of the piece that ends at each place and has each length, L down to 1; -inf for none
     score: Tensor,
     start: Tensor, # int64 (S,): stretches, in order; those that are not empty cover all places
-    size: Tensor,  # int64 (S,)
+    size: Tensor,  # int64 (S,): its characters
 ) -> Tensor:
-    "The length of the best last piece up to each place, int64 (n,): `walk`, without margins."
+    "Return the length of the best last piece up to each place, int64 (n,); as `walk`, without margins."
     n, widest = score.shape[0], score.shape[1]
     never = torch.full((1, widest), float('-inf'), dtype=score.dtype, device=score.device)
     rows, nowhere = torch.cat([score, never]), torch.full((), n, dtype=torch.int64, device=score.device)
@@ -74,10 +74,10 @@ def looped_walk(
 # %% ../../../nbs/exporters/graph/02_text_unigram.ipynb #433e2541
 def looped_trace(
     best: Tensor,  # int64 (n,): the length of the best last piece up to each place
-    start: Tensor, # int64 (S,)
-    size: Tensor,  # int64 (S,)
+    start: Tensor, # int64 (S,): where each stretch begins
+    size: Tensor,  # int64 (S,): its characters
 ) -> Tensor:
-    "int64 (n,): at the last place of each piece on the best paths its length, elsewhere 0: `trace`, in leaps."
+    "Return the length of each piece on the best paths at its last place, else 0, int64 (n,); as `trace`, in leaps."
     n = best.shape[0]
     place, nowhere = torch.arange(n, device=best.device), torch.full((), n, dtype=torch.int64, device=best.device)
     before = place - best
@@ -88,14 +88,14 @@ def looped_trace(
 
 # %% ../../../nbs/exporters/graph/02_text_unigram.ipynb #add4df56
 class LoopedCharsmap(Charsmap):
-    "`Charsmap` whose leaps are a `torch.while_loop`."
+    "`Charsmap` whose leaps are a `torch.while_loop`"
     def _followed(self, kept: Tensor, next: Tensor) -> Tensor:
         return torch.while_loop(lambda kept, next: (next < next[-1]).sum() > 0, leap, (kept, next))[0]
 
 # %% ../../../nbs/exporters/graph/02_text_unigram.ipynb #93c1ffdf
 class LoopedPaths(nn.Module):
-    """The reference's walk alone: sums along each whole stretch, in its order and precision, so that ties and
-    near-ties fall as they do there."""
+    """Best paths by the reference's walk alone: sums along each whole stretch, in its order and precision, so that
+    ties and near-ties fall as they do there"""
 
     def _best(self, x: Codes, start: Tensor) -> tuple[Tensor, Tensor]:
         size = x.offsets[1:] - x.offsets[:-1]
@@ -112,8 +112,11 @@ class LoopedPaths(nn.Module):
     def _widest(self, size: Tensor) -> int: return max(self.trie.depth, 1)
 
 # %% ../../../nbs/exporters/graph/02_text_unigram.ipynb #0fb1a56c
-class LoopedUnigram(LoopedPaths, Unigram): "`Unigram` by 32-bit sums along each row, as `sentencepiece` 0.2.3 adds."
-class LoopedWordUnigram(LoopedPaths, WordUnigram): "`WordUnigram` by 64-bit sums along each word, as `tokenizers` adds."
+class LoopedUnigram(LoopedPaths, Unigram):
+    "`Unigram` by 32-bit sums along each row, as `sentencepiece` 0.2.3 adds"
+
+class LoopedWordUnigram(LoopedPaths, WordUnigram):
+    "`WordUnigram` by 64-bit sums along each word, as `tokenizers` adds"
 
 # %% ../../../nbs/exporters/graph/02_text_unigram.ipynb #cfcfc952
 EXPORTED.update(
@@ -123,7 +126,7 @@ FAMILIES_EXPORTED.extend([(SentenceFront, Unigram), (StepFront, WordUnigram)])
 
 # %% ../../../nbs/exporters/graph/02_text_unigram.ipynb #95933e15
 class LoopedStates(WordStates):
-    """`WordStates` whose walk forth and back is a pair of `torch.while_loop`s.
+    """`WordStates` whose walk forth and back is a pair of `torch.while_loop`s
 
     The sums are jieba's, one after another in 64 bits."""
 
@@ -161,7 +164,7 @@ class LoopedStates(WordStates):
 
 # %% ../../../nbs/exporters/graph/02_text_unigram.ipynb #9f2c0292
 class LoopedSegmenter(Segmenter):
-    "`Segmenter` by jieba's walk alone: 64-bit sums from the right end of each whole block."
+    "`Segmenter` by jieba's walk alone: 64-bit sums from the right end of each whole block"
     def _widest(self, size: Tensor) -> int: return max(self.trie.depth, 1)
 
     def _paths(self, score: Tensor, place: Tensor, size: Tensor, block: Tensor, width: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 # %% ../../../nbs/exporters/verify/01_samples.ipynb #71a9a281
 def texts() -> list[bytes]:
-    "About seventy texts: many scripts, odd spaces and marks, special tokens, long words, and bytes that are not UTF-8."
+    "Return some seventy texts as bytes: many scripts, odd spaces, special tokens, long words, and invalid UTF-8."
     valid = [
         '',
         ' ',
@@ -115,7 +115,7 @@ def _bytes(image, format: str, **kwargs) -> bytes:
 
 # %% ../../../nbs/exporters/verify/01_samples.ipynb #7d693e22
 def images() -> dict[str, bytes]: # name -> content of a file
-    "About forty image files: formats, colour modes, orientations and sizes, and files that are broken."
+    "Return some fifty image files: formats, colour modes, orientations and sizes, and files that are broken."
     from PIL import Image, features
     s, files = _scene(150, 110), {}
     for q, sub in ((95, 0), (75, 2), (20, 1)): files[f'quality {q}.jpg'] = _bytes(s, 'JPEG', quality=q, subsampling=sub)
@@ -156,7 +156,7 @@ def images() -> dict[str, bytes]: # name -> content of a file
 
 # %% ../../../nbs/exporters/verify/01_samples.ipynb #0d3ffcdc
 def _png(width: int, height: int, bits: int, colour: int, pixels: bytes) -> bytes:
-    "A PNG as it says, whatever the pixels: Pillow writes neither 16-bit RGB nor broken headers."
+    "Write a PNG with any header, as Pillow writes neither 16-bit RGB nor broken headers."
     def chunk(name, data):
         return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
     row = len(pixels) // max(height, 1) if pixels else 0
@@ -166,7 +166,7 @@ def _png(width: int, height: int, bits: int, colour: int, pixels: bytes) -> byte
 
 # %% ../../../nbs/exporters/verify/01_samples.ipynb #cd8559bb
 def arrays() -> list[Tensor]: # uint8 (3, H, W) each
-    "Decoded RGB of several sizes, noise and gradients."
+    "Return decoded RGB of several sizes, noise and gradients."
     g = torch.Generator().manual_seed(0)
     sizes = (1, 1), (64, 64), (37, 91), (300, 7), (2, 500), (224, 224)
     good = [torch.randint(0, 256, (3, h, w), generator=g, dtype=torch.uint8) for h, w in sizes]
