@@ -137,6 +137,7 @@ def vision_program(
         ({0: D('B', min=0), 1: D('H', min=1), 2: D('W', min=1)},),
     )
 
+# %% ../../../nbs/exporters/graph/04_vision.ipynb #fe6d151f
 _files: dict[str, bytes] = {}  # rules of a pipeline -> the ONNX file
 
 def _content(vp: nn.Module) -> str:

@@ -20,8 +20,8 @@ from ..card import sha256
 # %% ../../../nbs/exporters/onnx/01_builder.ipynb #a55d8325
 EXTENSIONS_DOMAIN = 'com.microsoft.extensions'  # the domain of ONNX Runtime Extensions' operators
 
-class Graph:
-    "An ONNX graph under construction, of opset 20"
+class _Nodes:
+    "A graph of opset 20, to which nodes are added one by one"
     def __init__(self,
         *inputs,            # onnx_ir.Value, as `value` makes
         name: str = 'main', # precedes the names of its values
@@ -55,6 +55,22 @@ class Graph:
         "Return the length of the first axis of `x`."
         return self.op('Shape', x, start=0, end=1)
 
+    def model(self): # onnx_ir.Model
+        "Return the finished model."
+        import onnx_ir as ir
+        from onnx_ir.passes import common
+        made = ir.Model(self.graph, ir_version=10, producer_name='mmembed')
+        for p in (
+            common.LiftSubgraphInitializersToMainGraphPass,
+            common.NameFixPass,
+            common.ClearMetadataAndDocStringPass,
+        ):
+            p()(made)
+        return made
+
+# %% ../../../nbs/exporters/onnx/01_builder.ipynb #2321e87a
+class Graph(_Nodes):
+    "An ONNX graph under construction, of opset 20"
     def branch(self, condition, yes: 'Graph', no: 'Graph') -> list: # of onnx_ir.Value
         "Return the outputs of `yes` where `condition`, bool (), is true, else those of `no`."
         outs = self.ops('If', len(yes.graph.outputs), condition, then_branch=yes.graph, else_branch=no.graph)
@@ -99,19 +115,6 @@ class Graph:
         missing = self.op('Max', self.op('Sub', self.ints(1), self.rows(x)), self.ints(0))
         zeros = self.op('ConstantOfShape', self.op('Concat', missing, width, axis=0), value=tensor(zero))
         return self.op('Concat', x, zeros, axis=0)
-
-    def model(self): # onnx_ir.Model
-        "Return the finished model."
-        import onnx_ir as ir
-        from onnx_ir.passes import common
-        made = ir.Model(self.graph, ir_version=10, producer_name='mmembed')
-        for p in (
-            common.LiftSubgraphInitializersToMainGraphPass,
-            common.NameFixPass,
-            common.ClearMetadataAndDocStringPass,
-        ):
-            p()(made)
-        return made
 
 # %% ../../../nbs/exporters/onnx/01_builder.ipynb #aef7371a
 def tensor(

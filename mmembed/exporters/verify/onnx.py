@@ -140,7 +140,7 @@ _LEVELS = 2.0       # largest difference of uint8 pixels
 _DIRECTION = 1e-4   # largest 1 - cosine of an image's embedding, where pixels differ
 _PROBABILITY = 1e-2 # largest difference of a pair's probability, where pixels differ
 
-class _OnnxComparison:
+class _Answers:
     "The answers of an ONNX folder beside those of the artifact"
     def __init__(self, loaded, asked: dict, known: dict, found: dict, card: dict): # as in `onnx_rows`; found: of ONNX
         self.loaded, self.asked, self.known, self.found, self.card = loaded, asked, known, found, card
@@ -157,6 +157,18 @@ class _OnnxComparison:
 
     def bound(self, kind: str) -> float: return bound_of(kind, self.variant, self.pairs)
 
+    def own_pixels(self) -> list[Tensor]:
+        "The artifact's pixels of the images in each batch that the graph was given, uint8 (B, 3, S, S)."
+        own, done = self.known['pixels', 1], []
+        for size, batches in self.pixels.items():
+            for i, x in enumerate(batches):
+                at = [k % len(own) if self.pairs else k for k in range(i*size, i*size + len(x))]
+                done.append(torch.stack([own[k] for k in at]) if at else x)
+        return done
+
+# %% ../../../nbs/exporters/verify/05_onnx.ipynb #29cadabe
+class _OnnxComparison(_Answers):
+    "Compares the answers kind by kind"
     def rows(self) -> list[Comparison]:
         "Compare ids, pixels, and then scores or embeddings."
         with torch.no_grad():
@@ -166,15 +178,6 @@ class _OnnxComparison:
                 self.row('pixels', self.own_pixels(), self.every(self.found, 'pixels'), _LEVELS),
                 *(self.pair_rows() if self.pairs else self.embedding_rows()),
             ]
-
-    def own_pixels(self) -> list[Tensor]:
-        "The artifact's pixels of the images in each batch that the graph was given, uint8 (B, 3, S, S)."
-        own, done = self.known['pixels', 1], []
-        for size, batches in self.pixels.items():
-            for i, x in enumerate(batches):
-                at = [k % len(own) if self.pairs else k for k in range(i*size, i*size + len(x))]
-                done.append(torch.stack([own[k] for k in at]) if at else x)
-        return done
 
     def pair_rows(self) -> list[Comparison]:
         "Compare scores of pairs: of the graph's pixels closely, of the artifact's own as probabilities."

@@ -161,10 +161,9 @@ class Report:
         return [r for r in self.rows if r.n or not r.ok]
 
     def __str__(self):
-        lines = [self._title(), f"{'stage':14} {'compared':16} {'values':>9} {'max diff':>9} {'bound':>6}"]
-        for r in self.shown():
-            lines.append(f'{r.stage:14} {r.what:16} {r.n:9,} {r.difference:9.2g} {r.bound:6.0e} {r.verdict}')
-        return '\n'.join(lines + [f'not run: {n}' for n in self.notes])
+        head = f"{'stage':14} {'compared':16} {'values':>9} {'max diff':>9} {'bound':>6}"
+        def line(r): return f'{r.stage:14} {r.what:16} {r.n:9,} {r.difference:9.2g} {r.bound:6.0e} {r.verdict}'
+        return '\n'.join([self._title(), head, *map(line, self.shown()), *(f'not run: {n}' for n in self.notes)])
     __repr__ = __str__
 
     def _repr_html_(self):
