@@ -126,7 +126,7 @@ def tensor(
 
 def placed(
     v,                  # onnx_ir.Value, changed in place
-    dtype: torch.dtype,
+    dtype: torch.dtype, # of its elements
     *shape,             # a length, a name of a length, or -1 where nothing is known
 ): # onnx_ir.Value
     "Set type and shape of `v`, and return it."
@@ -135,8 +135,8 @@ def placed(
     return v
 
 def value(
-    name: str,
-    dtype: torch.dtype,
+    name: str,          # of the input, as hosts see it
+    dtype: torch.dtype, # of its elements
     *shape,             # as in `placed`
 ): # onnx_ir.Value
     "Make an input of a graph."
