@@ -10,6 +10,7 @@ which imports the modules of that commit, not today's. `old_artifact.json` holds
 """
 import base64
 import hashlib
+import importlib
 import io
 import json
 import lzma
@@ -87,7 +88,7 @@ def answers_of(model, files: list[bytes]) -> dict:
 
 
 def main(folder: Path):
-    from mmembed.export.verify import export  # the address it had at that commit
+    export = importlib.import_module('mmembed.export.verify').export  # the address it had at that commit
 
     folder.mkdir(parents=True, exist_ok=True)
     model = tiny_model()

@@ -132,8 +132,9 @@ def _told(kind: str, notes: list[str]) -> Comparison: # notes: what is wrong, ''
     return Comparison('onnx', kind, 1, float('inf') if any(notes) else 0.0, 0.0, next(filter(None, notes), ''))
 
 def _file_checks(files: list[Path], card: dict) -> list[Comparison]:
+    cards = [_wrong_card(f, card) for f in files]  # first: it has the better error for a missing file
     changed = ['' if intact(f) else f'{f.name} is not as it was written' for f in files]
-    return [_told('identity card', [_wrong_card(f, card) for f in files]), _told('tensors', changed)]
+    return [_told('identity card', cards), _told('tensors', changed)]
 
 # %% ../../../nbs/exporters/verify/05_onnx.ipynb #3aee803e
 _LEVELS = 2.0       # largest difference of uint8 pixels
