@@ -538,7 +538,8 @@ def test_embed_py_takes_lists_of_texts(made):
     for single in ('a cat', b'a cat', bytearray(b'a')):
         with pytest.raises(TypeError, match='texts is a single (str|bytes|bytearray); pass a list'):
             run.encode_text(single)
-    with pytest.raises(TypeError, match=r'texts\[1\] is not a text: pass str or bytes, got int'): run.encode_text(['a', 5])
+    wrong = r'texts\[1\] is not a text: pass str or bytes, got int'
+    with pytest.raises(TypeError, match=wrong): run.encode_text(['a', 5])
     for call, item, name in ((run.encode_files, b'x', 'files'), (run.encode_image, 'x.jpg', 'images')):
         with pytest.raises((TypeError, ValueError), match=f'{name} is a single|no files.onnx'): call(item)
     with pytest.raises(TypeError, match=r'images\[0\] must be an array'): run.encode_image(['x.jpg'])
