@@ -24,7 +24,7 @@ from ...core.types import Tokens
 from ..reference import Eager
 from ..card import make_card
 from ..encoder import Encoder, ImageForm, PairForm, Scorer, TextForm
-from ...core.quantize import unstored
+from ...core.quantize import dequantize
 from .builder import LIMIT, Graph, placed, value, write_graph
 from .model import host_source
 from ..graph.vision import vision_to_onnx
@@ -54,7 +54,7 @@ class ClassForm(nn.Module):
         "float32 (B, D) or (B, C); probabilities (B, C); of the K best index (B, K), -1 for none, and probability."
         x = self.form(*given)
         if self.rows is None: scores = x  # (B, C)
-        else: scores = self.scale * (unstored(x, self.encoder.output) @ self.rows.T) + (self.bias or 0.0)  # (B, C)
+        else: scores = self.scale * (dequantize(x, self.encoder.output) @ self.rows.T) + (self.bias or 0.0)  # (B, C)
         p = scores.softmax(-1) if self.bias is None else scores.sigmoid()
         best, index = p.topk(self.k, dim=1)  # (B, K) each
         counts = best >= self.thresholds[index]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ...core.errors import reason
 from ...core.packing import as_bytes, pack
-from ...core.quantize import unstored
+from ...core.quantize import dequantize
 from ..card import content_hash
 from ..onnx.builder import intact, read_onnx_card
 from ..onnx.model import host_source
@@ -211,7 +211,9 @@ class _OnnxComparison(_Answers):
         "Compare the directions of image embeddings, of the artifact's own pixels, in the largest batches."
         size = max(self.sizes, default=-1)
         if self.variant.output == 'binary' or size not in self.pixels or not self.known['pixels', 1]: return []
-        a, b = (unstored(torch.cat(x['image embedding', size]), self.variant.output) for x in (self.known, self.found))
+        a, b = (
+            dequantize(torch.cat(x['image embedding', size]), self.variant.output) for x in (self.known, self.found)
+        )
         off = (1 - nn.functional.cosine_similarity(a.double(), b.double(), dim=1)).clamp(min=0)  # (N,)
         # stored numbers round, and so do quantized layers, otherwise where pixels differ
         rounded = (self.variant.output != 'float32', bool(self.variant.quantize))

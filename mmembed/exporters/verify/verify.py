@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.packing import as_bytes, pack
-from ...core.quantize import unstored
+from ...core.quantize import dequantize
 from ...core.threads import give_back
 from ...core.torchcodec import register_image_ops
 from ..aot import program_hashes
@@ -153,7 +153,7 @@ def _against_full(full: dict, got: dict, variant: Variant) -> list[Comparison]: 
     for kind in ('text', 'image'):
         if (f'{kind} embedding', size) not in full: continue
         a, b = both(f'{kind} embedding')  # (N, D)
-        off = 1 - nn.functional.cosine_similarity(a.double(), unstored(b, variant.output).double(), dim=1)
+        off = 1 - nn.functional.cosine_similarity(a.double(), dequantize(b, variant.output).double(), dim=1)
         row(f'{kind} cosine', len(a), max([0.0, *off.tolist()]), direction, '1 - cosine is')
     if ('pair scores', size) in full:
         a, b = (x.softmax(-1) for x in both('pair scores'))  # (N, C)
