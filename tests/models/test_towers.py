@@ -169,7 +169,7 @@ def test_mistakes(tmp_path):
         (
             lambda: from_spec({'class_path': 'subprocess.Popen', 'init_args': {'args': 'x'}}),
             ValueError,
-            'is no nn.Module',
+            'is not an nn.Module',
         ),
     ]:
         with pytest.raises(error, match=message): f()
