@@ -281,7 +281,7 @@ def lower(part, name, crops=0, batch=32):
     if path.is_file(): return torch.load(path)
     tower, start, result = mobilenet(), time.process_time(), []
     below, rule = tower.net.features[:IMAGE_CUT].to(memory_format=torch.channels_last), tower.pipeline
-    cropped = type(rule).from_spec(rule.spec() | {'scale': (0.4, 1.0), 'flip': 0.5})
+    cropped = type(rule).from_spec(rule.spec() | {'augmentation': {'scale': (0.4, 1.0), 'flip': 0.5}})
 
     def levels(i, k):
         return (

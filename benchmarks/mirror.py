@@ -43,7 +43,7 @@ def main(seed, flip, epochs='10'):
             epochs,
             '--trainer.enable_progress_bar',
             'false',
-            '--model.model.image.pipeline.init_args.flip',
+            '--model.model.image.pipeline.init_args.augmentation.flip',
             flip,
         ]
     )

@@ -4,10 +4,10 @@ __version__ = "0.1.0"
 _WHERE = {
     'pack': 'core.packing', 'as_bytes': 'core.packing', 'read_bytes': 'core.files', 'settings': 'core.settings', 'Tokens': 'core.types', 'Embeddings': 'core.types',
     'Text': 'core.markers', 'Image': 'core.markers',
-    'TextPipeline': 'text.pipeline', 'VisionPipeline': 'vision.pipeline',
+    'TextPipeline': 'text.pipeline', 'VisionPipeline': 'vision.pipeline', 'Augmentation': 'vision.augment',
     'PairData': 'train.datamodule', 'PairsFile': 'data.tables', 'Scenes': 'data.scenes',
     'TextTransformer': 'models.towers', 'ConvNet': 'models.towers', 'bert': 'models.towers', 'image_tower': 'models.towers',
-    'timm_tower': 'models.open_clip', 'DualEncoder': 'models.dual', 'PairClassifier': 'models.pair',
+    'timm_tower': 'models.towers', 'DualEncoder': 'models.dual', 'PairClassifier': 'models.pair',
     'LitDualEncoder': 'train.modules', 'LitPairClassifier': 'train.modules', 'load_checkpoint': 'train.checkpoint',
     'Client': 'serve.client',
     'export': 'exporters.export', 'verify': 'exporters.verify.verify', 'read_card': 'runtime.artifact', 'Embedder': 'runtime.embedder', 'load': 'runtime.embedder',

@@ -81,6 +81,8 @@ OLD = {
     'models.tower': 'models.base',
     'models.weights': 'models.base',
     'models.pretrained': 'models.open_clip',
+    'models.pretrained.TimmTower': 'models.towers.TimmTower',
+    'models.pretrained.timm_tower': 'models.towers.timm_tower',
     'models.huggingface': 'models.transformers',
     'models.practice': 'train.finetune',
     'shells': 'train.modules',

@@ -199,6 +199,7 @@ def own_tokenizer(
 
 # %% ../../nbs/train/09_config.ipynb #52524fa6
 FREE = {
+    'augmentation',
     'scale',
     'ratio',
     'flip',

@@ -9,6 +9,7 @@ __all__ = ['VisionPipeline']
 
 # %% ../../nbs/vision/06_pipeline.ipynb #f742848f
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Final, List, Optional, Tuple
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ..core.types import ImageInfo
 from ..core.images import stack_levels
 from ..core.images import as_image
+from .augment import Augmentation, numbers, with_old_options
 from .augment import color_jitter, random_erasing, random_flip, random_gray, random_resized_crop
 from .decode import decode_heic, decode_scanned
 from ..core.torchcodec import load_heic
@@ -28,10 +30,11 @@ from .resize import fit, resized
 
 # %% ../../nbs/vision/06_pipeline.ipynb #b103f835
 class VisionPipeline(nn.Module):
-    """Image files or decoded RGB to `float32 (B, 3, H, W)`.
+    """A module that turns image files or decoded RGB into pixels, float32 (B, 3, H, W).
 
     The defaults are CLIP's: shortest side to 224, bicubic, centre crop, and its mean and deviation.
-    Raises `ValueError` naming a wrong option, `ImportError` where `heic` is wanted and libheif is missing."""
+    Raises `ValueError` naming a wrong option, `ImportError` if `heic` is wanted and libheif is missing."""
+    __jit_ignored_attributes__ = ['augmentation']  # training only: an artifact does not augment
     file_decode: Final[bool]
     heic: Final[bool]
 
@@ -43,28 +46,20 @@ class VisionPipeline(nn.Module):
         resize: str = 'torch',                # 'torch'; 'pillow', bit-equal to Pillow; 'float', which a GPU can do too
         shortest: int = 0,                    # for 'shortest': the shortest side before the crop; 0: just covers `size`
         crop: str = 'round',                  # an odd remainder: 'round' as torchvision, 'floor' as transformers
-        fill: int | Sequence[int] = 0,        # level or colour of the margin that 'longest' leaves
-        mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073),  # of levels / 255; open_clip's OPENAI_DATASET_MEAN
+        fill: int | Sequence[int] = 0,        # colour of the margin that 'longest' leaves, 0 to 255: one value or RGB
+        mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073),  # of pixels / 255; open_clip's OPENAI_DATASET_MEAN
         std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711),  # open_clip's OPENAI_DATASET_STD
         alpha: str = 'white',                 # behind transparency: 'white', 'black'; 'drop' shows hidden colours
-        max_pixels: int = 89478485,           # refuse larger pictures unread; Pillow's `Image.MAX_IMAGE_PIXELS`
+        max_pixels: int = 89478485,           # refuse larger images unread; Pillow's `Image.MAX_IMAGE_PIXELS`
         file_decode: bool = True,             # False: no file decoders in the scripted code
         heic: bool = False,                   # True: HEIC too, which needs libheif
-        dtype: str = 'float32',               # of the pixels: also 'float16', 'bfloat16', or 'uint8' for plain levels
-        scale: Sequence[float] = (0.9, 1.0),  # training crop: share of the area (open_clip's default)
-        ratio: Sequence[float] = (3/4, 4/3),  # training crop: width / height
-        # training: how often mirrored; None: images of classes 0.5, of captions never
-        flip: Optional[float] = None,
-        color_jitter: Sequence[float] = (0., 0., 0., 0.),  # training: brightness, contrast, saturation, hue
-        color_jitter_prob: float = 0.,        # training: how often
-        gray_scale_prob: float = 0.,          # training: how often without colour
-        re_prob: float = 0.,                  # training: how often a rectangle is erased
+        # of the pixels: also 'float16', 'bfloat16', or 'uint8' without normalising
+        dtype: str = 'float32',
+        augmentation: Optional[Augmentation] = None,  # what training does to an image; None: `Augmentation()`
+        **old,                                # the options of `Augmentation`, as earlier versions took them
     ):
         super().__init__()
-        def numbers(name, value, n, kind):
-            v = [value]*n if isinstance(value, (int, float)) else list(value)
-            if len(v) != n: raise ValueError(f'{name} wants {n} numbers, got {value!r}')
-            return tuple(kind(o) for o in v)
+        self.augmentation = with_old_options(augmentation, **old)
         for name, value, known in [('resize_mode', resize_mode, ('shortest', 'longest', 'squash')),
                                    ('interpolation', interpolation, ('bicubic', 'bilinear', 'nearest')),
                                    ('alpha', alpha, ('white', 'black', 'drop')),
@@ -79,32 +74,26 @@ class VisionPipeline(nn.Module):
         self.resize_mode, self.interpolation, self.antialias = resize_mode, interpolation, bool(antialias)
         self.resize, self.crop = resize, crop
         self.fill: List[int] = list(numbers('fill', fill, 3, int))
-        if min(self.fill) < 0 or max(self.fill) > 255: raise ValueError(f'fill must be levels 0 to 255, got {fill!r}')
+        if min(self.fill) < 0 or max(self.fill) > 255: raise ValueError(f'fill must be 0 to 255, got {fill!r}')
         self.alpha, self.max_pixels, self.file_decode = alpha, int(max_pixels), bool(file_decode)
         self.heic, self.dtype = bool(heic), dtype
         if self.heic: load_heic()
-        mean, std = numbers('mean', mean, 3, float), numbers('std', std, 3, float)
+        mean, std = numbers('mean', mean, 3), numbers('std', std, 3)
         if min(std) <= 0: raise ValueError(f'std must be positive, got {std!r}')
         self.register_buffer('mean', torch.tensor(mean)[:, None, None])
         self.register_buffer('std', torch.tensor(std)[:, None, None])
         self.register_buffer('mean_row', torch.tensor(mean).repeat(width))  # of a row of pixels, which lie together
         self.register_buffer('std_row', torch.tensor(std).repeat(width))
-        self.scale: Tuple[float, float] = numbers('scale', scale, 2, float)
-        self.ratio: Tuple[float, float] = numbers('ratio', ratio, 2, float)
-        self.color_jitter = numbers('color_jitter', color_jitter, 4, float)
-        self.flip = None if flip is None else float(flip)
-        self.color_jitter_prob, self.gray_scale_prob = float(color_jitter_prob), float(gray_scale_prob)
-        self.re_prob, self.shortest = float(re_prob), int(shortest)
-        self._mean_std = mean, std
+        self.shortest, self._mean_std = int(shortest), (mean, std)
 
     @torch.jit.export
     def probe(self, data: Tensor) -> ImageInfo:
-        "What the header of a file says; never raises, `error` says why the file will not be decoded."
+        "Read the header of a file; never raises: `error` says why the file will not be decoded."
         return probe(data, self.max_pixels, self.heic)
 
     @torch.jit.export
     def decode(self, data: Tensor) -> Tensor:
-        "A file as upright RGB, uint8 (3, H, W); raises for a file that `probe` refuses and for corrupt pixels."
+        "Decode a file to upright RGB, uint8 (3, H, W); raises if `probe` refuses it or its pixels are corrupt."
         if self.file_decode:
             h = scan(data, self.max_pixels, self.heic)
             if self.heic:
@@ -114,7 +103,7 @@ class VisionPipeline(nn.Module):
 
     @torch.jit.export
     def transform(self, rgb: Tensor) -> Tensor:
-        "uint8 (3, H, W) of any size to uint8 (3, *size): the resize and the crop or margin."
+        "Resize RGB, uint8 (3, H, W) of any size, to uint8 (3, *size), with a crop or a margin."
         if rgb.dtype != torch.uint8: raise ValueError('decoded RGB must be uint8 (3, H, W), got another dtype')
         if rgb.dim() != 3 or rgb.size(0) != 3 or rgb.numel() == 0:
             raise ValueError(f'decoded RGB must be uint8 (3, H, W), got the shape {list(rgb.shape)}')
@@ -123,15 +112,15 @@ class VisionPipeline(nn.Module):
 
     @torch.jit.export
     def preprocess(self, image: Tensor) -> Tensor:
-        "A file (1-D) or decoded RGB (3-D) to uint8 (3, *size); with `resize='float'` on the pipeline's device."
+        "Decode and resize a file (1-D) or RGB (3-D) to uint8 (3, *size); on the pipeline's device if `resize='float'`."
         rgb = self.decode(image) if image.dim() == 1 else image
         return self.transform(rgb.to(self.mean.device) if self.resize == 'float' else rgb)
 
     @torch.jit.export
     def normalize(self, levels: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) to `dtype`: / 255, - mean, / std in float32, as torchvision does it; 'uint8' stays.
+        """Normalise uint8 (B, 3, H, W) to `dtype`: / 255, - mean, / std in float32, as torchvision does; 'uint8' stays.
 
-        The three values of a pixel lie together in memory, torch's `channels_last`, whatever the layout of `levels`."""
+        The result is `channels_last`: the three values of a pixel lie together in memory."""
         if self.dtype == 'uint8': return levels
         b, h, w = levels.size(0), levels.size(2), levels.size(3)
         x = levels.permute(0, 2, 3, 1).to(torch.float32, memory_format=torch.contiguous_format).view(b, h, 3 * w)
@@ -143,12 +132,12 @@ class VisionPipeline(nn.Module):
 
     @torch.jit.export
     def preprocess_all(self, images: List[Tensor], parallel: bool) -> Tensor:
-        """B files or decoded pictures to uint8 (B, 3, *size).
+        """Decode and resize B files or RGB images to uint8 (B, 3, *size).
 
-        Scripted, `parallel` spreads the batch over torch's inter-op threads, for C++ hosts. Not in a forked process,
-        such as a DataLoader worker: those threads did not survive the fork, and the call would wait for ever. In
-        Python, threads that call `preprocess` serve better: a program that ends right after a parallel call may abort,
-        since a thread of torch's that lets go of a tensor then wants the interpreter that has just ended."""
+        With `parallel` the scripted form spreads the batch over torch's inter-op threads, for C++ hosts. Do not use it
+        in a forked process such as a DataLoader worker, which has no such threads: the call would never return. In
+        Python call `preprocess` from your own threads: a program that ends right after a parallel call may abort,
+        because torch's threads release tensors when the interpreter is already gone."""
         levels: List[Tensor] = []
         if not torch.jit.is_scripting(): levels = self._levels(images)
         elif parallel and len(images) > 1:
@@ -160,7 +149,7 @@ class VisionPipeline(nn.Module):
         return stack_levels(levels)
 
     def forward(self, images: List[Tensor]) -> Tensor:
-        "B files or decoded pictures to (B, 3, *size) of `dtype`; in Python also whatever `as_image` takes."
+        "Turn B files or RGB images into pixels (B, 3, *size) of `dtype`; in Python also whatever `as_image` takes."
         return self.normalize(self.preprocess_all(images, False).to(self.mean.device))
 
     @torch.jit.unused
@@ -179,23 +168,23 @@ class VisionPipeline(nn.Module):
     def augment(self,
         image: Any,                                   # as `forward` takes them
         generator: Optional[torch.Generator] = None,  # None: torch's global one
-        flip: float = 0.,                             # how often mirrored, where the pipeline itself does not say
+        flip: float = 0.,                             # probability of mirroring where `augmentation.flip` is None
     ): # uint8 (3, *size)
-        "A random crop of `image`, perhaps mirrored and recoloured: what training sees instead of `preprocess`."
+        "Draw a variant of `image` by `augmentation`: what training sees instead of `preprocess`."
+        a = self.augmentation
         x = as_image(image, self.alpha)
         rgb = self.decode(x) if x.ndim == 1 else x
-        x = random_resized_crop(rgb, self.size, self.scale, self.ratio, self.interpolation, self.antialias,
-                                self.resize, generator)
-        x = random_flip(x, flip if self.flip is None else self.flip, generator)
-        if self.color_jitter_prob > 0: x = color_jitter(x, self.color_jitter, self.color_jitter_prob, generator)
-        if self.gray_scale_prob > 0: x = random_gray(x, self.gray_scale_prob, generator)
-        if self.re_prob > 0:
-            x = random_erasing(x, self.re_prob, self._mean_colour(), generator)
+        x = random_resized_crop(rgb, self.size, a.scale, a.ratio, self.interpolation, self.antialias, self.resize,
+                                generator)
+        x = random_flip(x, flip if a.flip is None else a.flip, generator)
+        if a.color_jitter_prob > 0: x = color_jitter(x, a.color_jitter, a.color_jitter_prob, generator)
+        if a.gray_scale_prob > 0: x = random_gray(x, a.gray_scale_prob, generator)
+        if a.re_prob > 0: x = random_erasing(x, a.re_prob, self._mean_colour(), generator)
         return x
 
     @torch.jit.unused
     def blank(self): # uint8 (3, *size)
-        "The mean colour everywhere: what stands in for a picture that cannot be read, near 0 after normalisation."
+        "Return an image of the mean colour, which stands in for one that cannot be read; about 0 when normalised."
         colour = torch.tensor(self._mean_colour(), dtype=torch.uint8)
         return colour[:, None, None].expand(3, *self.size)
 
@@ -209,40 +198,41 @@ class VisionPipeline(nn.Module):
 
     @torch.jit.unused
     def spec(self):
-        "Everything that decides the pixels, as plain JSON values; `from_spec` takes it back."
+        "Return all options as plain JSON values; `from_spec` makes the pipeline again."
         mean, std = self._mean_std
         return dict(size=list(self.size), resize_mode=self.resize_mode, interpolation=self.interpolation,
                     antialias=self.antialias, resize=self.resize, shortest=self.shortest, crop=self.crop,
                     fill=list(self.fill), mean=list(mean), std=list(std), alpha=self.alpha,
                     max_pixels=self.max_pixels, file_decode=self.file_decode, heic=self.heic, dtype=self.dtype,
-                    scale=list(self.scale),
-                    ratio=list(self.ratio), flip=self.flip, color_jitter=list(self.color_jitter),
-                    color_jitter_prob=self.color_jitter_prob, gray_scale_prob=self.gray_scale_prob,
-                    re_prob=self.re_prob)
+                    augmentation={k: list(v) if isinstance(v, tuple) else v
+                                  for k, v in asdict(self.augmentation).items()})
 
     @classmethod
-    def from_spec(cls, spec): # what `spec()` gave
-        "The pipeline that `spec` describes."
-        return cls(**spec)
+    def from_spec(cls, spec): # what `spec()` returned, of this or of an older version
+        "Make the pipeline that `spec` describes."
+        spec = dict(spec)
+        flat = {f.name: spec.pop(f.name) for f in fields(Augmentation) if f.name in spec}  # as older versions had it
+        augmentation = Augmentation(**dict(spec.pop('augmentation', None) or {}) | flat)
+        return cls(**spec, augmentation=augmentation)
 
     @classmethod
     def from_open_clip(cls, name, pretrained=None, **overrides):
-        "The evaluation rule of an open_clip model, offline; see `open_clip_preset`."
+        "Make the pipeline that an open_clip model was evaluated with, offline; see `open_clip_preset`."
         return cls(**(open_clip_preset(name, pretrained) | overrides))
 
     @classmethod
     def from_transformers(cls, config, **overrides):
-        "The rule of a transformers preprocessor_config.json; see `transformers_preset`."
+        "Make the pipeline of a transformers preprocessor_config.json; see `transformers_preset`."
         return cls(**(transformers_preset(config) | overrides))
 
     @classmethod
     def from_torchvision(cls, weights, **overrides):
-        "The rule of torchvision's classification weights; see `torchvision_preset`."
+        "Make the pipeline of torchvision's classification weights; see `torchvision_preset`."
         return cls(**(torchvision_preset(weights) | overrides))
 
     @torch.jit.unused
     def describe(self):
-        "The pixel rule in words."
+        "Say in words how pixels are made."
         h, w = self.size
         cover = f'to a shortest side of {self.shortest}, then {h} x {w} from the centre' if self.shortest else \
                 f'the shortest side to cover {h} x {w}, centre crop'
@@ -263,7 +253,7 @@ class VisionPipeline(nn.Module):
 # %% ../../nbs/vision/06_pipeline.ipynb #35788b99
 @patch
 def _repr_html_(self: VisionPipeline):
-    "The rule as a table, for notebooks."
+    "Show the steps as a table, in notebooks."
     from html import escape
     rows = ''.join(f'<tr><th style="text-align:left">{escape(k)}</th><td style="text-align:left">{escape(v)}</td></tr>'
                    for k, v in self.spec_in_words().items())
@@ -271,11 +261,10 @@ def _repr_html_(self: VisionPipeline):
 
 @patch
 def spec_in_words(self: VisionPipeline) -> dict:
-    "The steps of the rule, by name."
-    picture, resize, levels, limit = self.describe().split('; ')
-    mirrored = 'mirrored 50% if captions are classes' if self.flip is None else f'mirrored {self.flip:.0%}'
-    train = f'area {self.scale[0]:g} to {self.scale[1]:g}, {mirrored}'
-    return dict(picture=picture, resize=resize.removeprefix('resize '), pixels=levels, limit=limit, training=train)
+    "Say in words what each step does, by the name of the step."
+    image, resize, values, limit = self.describe().split('; ')
+    return dict(image=image, resize=resize.removeprefix('resize '), pixels=values, limit=limit,
+                training=self.augmentation.describe())
 
 @patch
 def show(self: VisionPipeline,

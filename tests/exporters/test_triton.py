@@ -170,7 +170,7 @@ def test_open_clip_weights_without_training(tmp_path, capsys, monkeypatch):
     for args, message in (
         (['--open-clip', 'ViT-B-32'], 'wants --weights'),
         (['--open-clip', 'ViT-B-99', '--weights', 'x'], "open_clip knows no model 'ViT-B-99'"),
-        (['--open-clip', 'ViT-B-32', '--weights', 'no.bin'], "'no.bin' is no weights file"),
+        (['--open-clip', 'ViT-B-32', '--weights', 'no.bin'], "'no.bin' is not a weights file"),
         (['a.ckpt', '--weights', 'x'], '--weights goes with --open-clip'),
     ):
         assert main(['export', *args]) == 1

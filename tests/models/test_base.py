@@ -1,7 +1,6 @@
 """Checkpoints, specs and configs that name modules of older versions still load."""
 import importlib
 import json
-import warnings
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from torch import nn
 
 from mmembed.models.base import OLD, from_spec, renewed
 from mmembed.models.dual import DualEncoder
-from mmembed.models.open_clip import open_clip_towers
 from mmembed.train.checkpoint import load_checkpoint
 from mmembed.vision.pipeline import VisionPipeline
 

@@ -6,12 +6,14 @@ import pickle
 import pytest
 import torch
 import torchvision
+from lightning.pytorch.cli import LightningArgumentParser
 
 from mmembed.core.types import Tokens
 from mmembed.exporters.export import export
 from mmembed.models.dual import DualEncoder
-from mmembed.models.open_clip import timm_tower
-from mmembed.models.towers import Bert, ConvNet, TextTransformer, bert, image_tower
+from mmembed.models.towers import (
+    Bert, ConvNet, TextTransformer, TimmTower, TorchvisionTower, bert, image_tower, timm_tower,
+)
 from mmembed.models.base import from_spec
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
@@ -204,7 +206,7 @@ def test_the_bert_family_is_the_reference_and_traces(kind):
 def test_a_hub_name_that_cannot_be_downloaded(monkeypatch):
     def offline(*_, **__): raise OSError('no network')
     monkeypatch.setattr('huggingface_hub.snapshot_download', offline)
-    with pytest.raises(OSError, match='bert-base-uncased is no folder here, and cannot be downloaded'):
+    with pytest.raises(OSError, match='bert-base-uncased is not a folder here, and cannot be downloaded'):
         bert('bert-base-uncased')
 
 
@@ -288,3 +290,27 @@ def test_exported_and_verified(name, tmp_path):
     "Each in a process where nothing was scripted before."
     model = DualEncoder(text_tower(), IMAGE_TOWERS[name](), dim=16).eval()
     assert export(model, tmp_path/'m.pt', decode=False, fresh=False, cpp=False).ok
+
+
+def test_towers_are_made_by_classmethods_as_pipelines_are(tmp_path):
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18()
+    torch.save(net.state_dict(), tmp_path/'r18.pth')
+    tower = TorchvisionTower.from_torchvision('resnet18', str(tmp_path/'r18.pth'))
+    assert tower.net.layer1[0].conv1.weight.equal(net.layer1[0].conv1.weight) and tower.pipeline.size == (224, 224)
+    assert isinstance(TimmTower.from_timm('test_resnet', pooling='max'), TimmTower)
+    with pytest.raises(FileNotFoundError, match='no folder no such/folder'): Bert.from_pretrained('no such/folder')
+    # the names of earlier versions are the same functions
+    for old, new in ((image_tower, TorchvisionTower.from_torchvision), (timm_tower, TimmTower.from_timm),
+                     (bert, Bert.from_pretrained)):
+        assert old == new
+
+
+@pytest.mark.parametrize('path', ['mmembed.models.towers.image_tower',
+                                  'mmembed.models.towers.TorchvisionTower.from_torchvision'])
+def test_configs_name_towers_by_function_or_classmethod(path):
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_argument('--image', type=torch.nn.Module)
+    config = parser.parse_args(['--image', f'{{class_path: {path}, init_args: {{name: resnet18, pooling: max}}}}'])
+    tower = parser.instantiate_classes(config).image
+    assert isinstance(tower, TorchvisionTower) and tower.made_with == dict(name='resnet18', pooling='max')

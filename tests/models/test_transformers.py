@@ -269,7 +269,7 @@ def test_what_cannot_be_built_is_named(tmp_path):
     said('text', 'sentence_bert_config.json', do_lower_case=True)
     fails(ValueError, 'do_lower_case', 'text', 'dual')
     (tmp_path/'dual'/'preprocessor_config.json').rename(tmp_path/'kept')
-    fails(FileNotFoundError, 'does not say how pictures are prepared', 'dual')
+    fails(FileNotFoundError, 'does not say how images are prepared', 'dual')
     (tmp_path / 'dual' / 'preprocessor_config.json').write_text(
         json.dumps(json.loads((tmp_path / 'kept').read_text()) | {'size': {'shortest_edge': 64}, 'crop_size': 64})
     )

@@ -18,8 +18,8 @@ from torch import nn
 from mmembed.core.torchscript import quietly
 from mmembed.models.dual import DualEncoder
 from mmembed.models.transformers import transformers_towers
-from mmembed.models.open_clip import open_clip_towers, timm_tower
-from mmembed.models.towers import bert, image_tower
+from mmembed.models.open_clip import open_clip_towers
+from mmembed.models.towers import bert, image_tower, timm_tower
 from mmembed.text.pipeline import TextPipeline
 from mmembed.train.checkpoint import load_checkpoint
 from mmembed.vision.pipeline import VisionPipeline

@@ -16,6 +16,7 @@ from mmembed.train.loader import Shuffle
 from mmembed.data.scenes import Scenes
 from mmembed.data.source import Source
 from mmembed.text.pipeline import TextPipeline
+from mmembed.vision.augment import Augmentation
 from mmembed.vision.pipeline import VisionPipeline
 
 
@@ -37,7 +38,7 @@ def scenes(): return Scenes(train=60, valid=20)
 @pytest.fixture(scope='module')
 def pipelines(scenes):
     tp = TextPipeline.learn([scenes.text(i) for i in range(60)], vocab_size=300, max_length=48)
-    return dict(text_pipeline=tp, vision_pipeline=VisionPipeline(size=48, scale=(0.5, 1.0)))
+    return dict(text_pipeline=tp, vision_pipeline=VisionPipeline(size=48, augmentation=Augmentation(scale=(0.5, 1.0))))
 
 
 def same(a, b):
@@ -104,7 +105,7 @@ def test_captions_are_not_mirrored_but_classes_are(tmp_path, scenes, pipelines, 
     )
     options = dict(
         text_pipeline=pipelines['text_pipeline'],
-        vision_pipeline=VisionPipeline(size=32, scale=(1, 1), ratio=(1, 1), flip=flip),
+        vision_pipeline=VisionPipeline(size=32, augmentation=Augmentation((1, 1), (1, 1), flip)),
         valid_share=0.5,
     )
     table = dict(path=str(tmp_path/'t.csv'), label_key='side', **options)

@@ -24,7 +24,7 @@ def data():
     scenes = Scenes(train=40, valid=12)  # Chinese captions too
     tp = TextPipeline.learn([scenes.text(i) for i in range(40)], vocab_size=300, max_length=20)
     return PairData(
-        source=scenes, batch_size=5, text_pipeline=tp, vision_pipeline=VisionPipeline(size=32, scale=(0.5, 1.0))
+        source=scenes, batch_size=5, text_pipeline=tp, vision_pipeline=VisionPipeline(size=32)
     )
 
 

@@ -1,12 +1,15 @@
 """Training crops: distributed as torchvision's, and reproducible."""
+import json
+
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.cli import LightningArgumentParser
 from torchvision.transforms import ColorJitter, RandomResizedCrop, v2
 
 from mmembed.core.torchscript import quietly
 from mmembed.vision.augment import (
-    color_jitter, random_crop, random_erasing, random_flip, random_gray, random_resized_crop,
+    Augmentation, color_jitter, random_crop, random_erasing, random_flip, random_gray, random_resized_crop,
 )
 from mmembed.vision.pipeline import VisionPipeline
 
@@ -52,7 +55,7 @@ def test_flip_is_as_often_as_asked():
 
 
 def test_augment_is_reproducible_and_independent_of_the_global_state(file):
-    vp = VisionPipeline(size=(24, 32), scale=(0.3, 1.0))
+    vp = VisionPipeline(size=(24, 32), augmentation=Augmentation(scale=(0.3, 1.0)))
     def draw(seed): return vp.augment(file, torch.Generator().manual_seed(seed))
     a = draw(3)
     torch.rand(100)
@@ -62,7 +65,7 @@ def test_augment_is_reproducible_and_independent_of_the_global_state(file):
 
 
 def test_the_generator_moves_on_by_the_same_amount_for_every_picture():
-    vp = VisionPipeline(size=16, scale=(0.3, 1.0))
+    vp = VisionPipeline(size=16, augmentation=Augmentation(scale=(0.3, 1.0)))
     states = set()
     for data in FILES.values():
         g = torch.Generator().manual_seed(0)
@@ -130,4 +133,82 @@ def test_options_are_named_as_open_clips():
     from dataclasses import fields
     from open_clip.transform import AugmentationCfg
     theirs = {f.name for f in fields(AugmentationCfg)} - {'use_timm', 're_count'}
-    assert theirs <= set(VisionPipeline().spec())
+    assert theirs <= {f.name for f in fields(Augmentation)}
+
+
+OLD = [dict(scale=(0.3, 1.0)), dict(flip=0.5, ratio=(0.5, 2.0)),
+       dict(color_jitter=(.4, .4, .4, .1), color_jitter_prob=.8, gray_scale_prob=.2, re_prob=.5)]
+
+
+@pytest.mark.parametrize('options', OLD)
+def test_options_of_earlier_versions_work_and_warn_with_the_new_spelling(options):
+    with pytest.warns(FutureWarning, match=r'VisionPipeline\(augmentation=Augmentation\(') as caught:
+        old = VisionPipeline(size=24, **options)
+    assert caught[0].filename == __file__ and all(f'{k}=' in str(caught[0].message) for k in options)
+    new = VisionPipeline(size=24, augmentation=Augmentation(**options))
+    assert old.spec() == new.spec() and old.augmentation == new.augmentation
+    for seed in range(10):
+        a, b = (vp.augment(FILES['jpeg'], torch.Generator().manual_seed(seed), 0.5) for vp in (old, new))
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('options', OLD)
+def test_specs_of_earlier_versions_load_without_a_warning(options, recwarn):
+    new = VisionPipeline(size=24, resize='pillow', augmentation=Augmentation(**options))
+    flat = new.spec() | new.spec()['augmentation']  # as commit 04f7bea wrote it
+    del flat['augmentation']
+    again = VisionPipeline.from_spec(json.loads(json.dumps(flat)))
+    assert again.spec() == new.spec() and again.augmentation == new.augmentation
+    assert VisionPipeline.from_spec(json.loads(json.dumps(new.spec()))).augmentation == new.augmentation
+    assert VisionPipeline.from_spec(new.spec() | {'flip': 1.}).augmentation.flip == 1
+    assert not [w for w in recwarn if w.category is FutureWarning]
+
+
+def test_augmentation_reads_like_a_sentence():
+    assert repr(Augmentation()) == ('Augmentation(crop 90 % to 100 % of the area, 0.75 to 1.33 times as wide as high; '
+                                    'mirror images of classes half of the time, images with captions never)')
+    said = repr(Augmentation((1, 1), flip=0, color_jitter=(.4, 0, 0, .1), color_jitter_prob=.8, gray_scale_prob=.2))
+    assert 'crop 100 % of the area' in said and 'never mirror' in said
+    assert 'change brightness by up to 0.4, hue by up to 0.1 80 % of the time' in said
+    assert 'take out the colour 20 % of the time' in said and 'erase' not in said
+    assert VisionPipeline().augmentation.describe() in VisionPipeline()._repr_html_()
+
+
+@pytest.mark.parametrize('wrong, message', [
+    (dict(flip=50), 'flip is a probability, 0 to 1, got 50'), (dict(re_prob=-1), 're_prob is a probability'),
+    (dict(scale=(0.5,)), 'scale wants 2 numbers'), (dict(ratio=(2, 1)), 'ratio must be two rising numbers above 0'),
+    (dict(color_jitter=(1, 1)), 'color_jitter wants 4 numbers'),
+])
+def test_a_wrong_option_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message): Augmentation(**wrong)
+    with pytest.raises(ValueError, match=message): VisionPipeline(augmentation=wrong)
+    with pytest.raises(ValueError, match="augmentation has no option 'mirror'"):
+        VisionPipeline(augmentation={'mirror': 1})
+
+
+@pytest.mark.parametrize(
+    'given, warns',
+    [
+        (['--image.pipeline', '{size: 32, augmentation: {scale: [0.5, 1.0], flip: 0}}'], 0),
+        (['--image.pipeline', '{size: 32, scale: [0.5, 1.0], flip: 0}'], 1),
+        (
+            [
+                '--image.pipeline',
+                '{size: 32, augmentation: {scale: [0.5, 1.0]}}',
+                '--image.pipeline.augmentation.flip',
+                '0',
+            ],
+            0,
+        ),
+        (['--image.pipeline', '{size: 32, scale: [0.5, 1.0]}', '--image.pipeline.init_args.flip', '0'], 1),
+    ],
+)
+def test_configs_of_either_spelling(given, warns, recwarn):
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_argument('--image', type=torch.nn.Module)
+    path = 'mmembed.vision.pipeline.VisionPipeline'
+    if given[1].startswith('{'): given[1] = f'{{class_path: {path}, init_args: {given[1]}}}'
+    config = parser.parse_args(['--image', 'mmembed.models.towers.ConvNet', *given])
+    tower = parser.instantiate_classes(config).image
+    assert tower.pipeline.augmentation == Augmentation((0.5, 1.0), flip=0)
+    assert len([w for w in recwarn if 'VisionPipeline(' in str(w.message)]) == warns

@@ -19,7 +19,7 @@ from mmembed.vision.probe import probe, scan
 
 from tests.helpers import data_path
 from tests.vision.coded import ARITHMETIC, ARITHMETIC_PROGRESSIVE
-from tests.vision.conftest import FILES, opened, picture, saved, upright
+from tests.vision.conftest import opened, picture, saved, upright
 
 scripted = quietly(torch.jit.script, decode_image)
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmembed.core.packing import as_bytes
 from mmembed.core.torchscript import quietly
 from mmembed.core.files import read_bytes
+from mmembed.vision.augment import Augmentation
 from mmembed.vision.pipeline import VisionPipeline
 from mmembed.core.images import as_image
 
@@ -109,7 +110,7 @@ class Files(Dataset):
 
 @pytest.mark.parametrize('context', ['fork', 'spawn'])
 def test_workers_give_the_same_bits(context):
-    vp = VisionPipeline(size=32, scale=(0.3, 1.0))
+    vp = VisionPipeline(size=32, augmentation=Augmentation(scale=(0.3, 1.0)))
     data = Files(vp, list(FILES.values()))
     scripted = quietly(torch.jit.script, vp)
     scripted.preprocess_all(data.files, True)  # the parent has used its threads before it forks
@@ -245,7 +246,8 @@ def test_presets_refuse_what_they_cannot_express():
 
 
 def test_augmentations_of_training():
-    vp = VisionPipeline(size=32, color_jitter=(.4, .4, .4, .1), color_jitter_prob=.8, gray_scale_prob=.2, re_prob=.5)
+    vp = VisionPipeline(size=32, augmentation=Augmentation(color_jitter=(.4, .4, .4, .1), color_jitter_prob=.8,
+                                                           gray_scale_prob=.2, re_prob=.5))
     data = FILES['jpeg']
     a, b = ([vp.augment(data, torch.Generator().manual_seed(s)) for s in range(30)] for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(a, b))
@@ -253,7 +255,7 @@ def test_augmentations_of_training():
     mean = torch.tensor([round(255 * m) for m in vp.spec()['mean']])[:, None, None]
     erased = sum(int((x == mean).all(0).sum() > 15) for x in a)
     assert 1 <= gray <= 15 and 8 <= erased <= 25
-    assert vp.spec()['re_prob'] == .5
+    assert vp.spec()['augmentation']['re_prob'] == .5
 
 
 def test_show_and_html():

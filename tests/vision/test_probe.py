@@ -1,5 +1,4 @@
 """The header reader against Pillow, and against files that lie."""
-import io
 import json
 import random
 import struct

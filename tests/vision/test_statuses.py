@@ -10,6 +10,7 @@ from mmembed.data.source import Source
 from mmembed.exporters.verify import samples as cases
 from mmembed.runtime.embedder import load
 from mmembed.text.pipeline import TextPipeline
+from mmembed.vision.augment import Augmentation
 from mmembed.vision.pipeline import VisionPipeline
 
 from tests.exporters import tiny
@@ -46,7 +47,7 @@ def data(on_error, source=None, **options):
     scenes = Broken(train=20, valid=10) if source is None else source
     tp = TextPipeline.learn([scenes.text(i) for i in range(20)], vocab_size=300, max_length=48)
     return PairData(source=scenes, batch_size=5, on_error=on_error, text_pipeline=tp,
-                    vision_pipeline=VisionPipeline(size=48, scale=(0.5, 1.0)), **options)
+                    vision_pipeline=VisionPipeline(size=48, augmentation=Augmentation(scale=(0.5, 1.0))), **options)
 
 
 def batches(d, epoch):
