@@ -244,7 +244,7 @@ class ByteFront(nn.Module):
         value = lambda c: ord(c) | int(classes[ord(c)]) << CLASS_SHIFT
         self.listed, self.replaces = bool(strings or joined or marked), bool(marked)
         self.strings = (
-            PatternStrings([[value(c) for c in s] for s in strings + joined + marked]) if self.listed else Nothing()
+            PatternStrings([[value(c) for c in s] for s in [*strings, *joined, *marked]]) if self.listed else Nothing()
         )
         self.joined_from, self.marked_from, self.marked_base = (
             len(strings),
