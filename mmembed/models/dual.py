@@ -25,16 +25,16 @@ def projection(
     width: int,         # of a tower
     dim: int | None,    # of the common space; None: no projection
     hidden: int | None, # of a second layer; None: one matrix
-    dropout: float = 0.,
+    dropout: float = 0., # of the second layer
 ) -> nn.Module:
-    "From a tower to the common space."
+    "Make the projection from a tower to the common space."
     if dim is None: return nn.Identity()
     if hidden is None: return nn.Linear(width, dim, bias=False)
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim, bias=False))
 
 # %% ../../nbs/models/05_dual.ipynb #f90425cc
 class DualEncoder(nn.Module):
-    "Texts and images as unit vectors in one space"
+    "A model that embeds texts and images as unit vectors in one space"
     __jit_unused_properties__ = ['text_pipeline', 'vision_pipeline']
     __jit_ignored_attributes__ = ['heads']
 
@@ -85,9 +85,10 @@ class DualEncoder(nn.Module):
 
     @torch.jit.unused
     def spec(self) -> dict:
-        """How to make this model again, pipelines included, weights not: JSON-able.
+        """Return what `from_spec` needs to make this model again, pipelines included, weights not, as plain JSON
+        values.
 
-        Raises `TypeError` for a tower that cannot tell."""
+        Raises `TypeError` for a tower that has no `spec`."""
         for tower in (self.text, self.image):
             if not isinstance(tower, Tower):
                 raise TypeError(f'{type(tower).__name__} has no spec(): make it a Tower to rebuild it')
@@ -107,7 +108,7 @@ class DualEncoder(nn.Module):
         vision_pipeline: VisionPipeline | None = None, # the model's own by default
         state: str | None = None,                      # which of several states of a weights file, see `read_weights`
     ) -> 'DualEncoder':
-        """An open_clip model (ViT, ResNet, CoCa, SigLIP, MobileCLIP) with its pipelines, logit scale and bias.
+        """Make an open_clip model (ViT, ResNet, CoCa, SigLIP, MobileCLIP) with its pipelines, logit scale and bias.
 
         Raises `ValueError` and `OSError` as `open_clip_towers` does."""
         from mmembed.models.open_clip import open_clip_towers
@@ -120,8 +121,7 @@ class DualEncoder(nn.Module):
         # for a text encoder alone: the folder of the model whose image tower it was trained to meet
         image: str | Path | None = None,
     ) -> 'DualEncoder':
-        """A CLIP, a SigLIP or a BERT with an image tower as Hugging Face's libraries save it, with its pipelines,
-        logit scale and bias.
+        """Make a model of a CLIP, a SigLIP or a BERT with an image tower, as Hugging Face's libraries save it.
 
         Raises `ValueError`, `FileNotFoundError` and `OSError` as `transformers_towers` does."""
         from mmembed.models.transformers import transformers_towers

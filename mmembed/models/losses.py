@@ -26,7 +26,7 @@ def info_nce(
     columns: Tensor | None = None, # float32 (B, N): the other direction, images in rows; by default `logits.T`
     hard: float = 0.,              # weight of hard negatives: 0 treats all alike
 ) -> Tensor: # float32 ()
-    """Mean cross-entropy of texts over images and images over texts; further matches share the target equally.
+    """Return the mean cross-entropy of texts over images and images over texts; matches share the target equally.
 
     With `hard` a wrong pair counts `exp(hard * cosine-like standing)` times in the denominator, mean 1 over a row
     (arXiv:2301.02280, eq. 3)."""
@@ -45,7 +45,7 @@ def same_text(
     tokens: Tokens,               # ids and mask, int64 (B, L)
     other: Tokens | None = None,  # ids and mask, int64 (N, M): those of all processes; by default `tokens`
 ) -> Tensor: # bool (B, N)
-    "Which rows hold the same tokens."
+    "Find pairs of rows with the same tokens."
     ids = _plain(tokens)
     if other is None: rows = ids
     else:
@@ -64,7 +64,7 @@ def same_rows(
     pictures: Tensor | None = None,  # int64 (B,): equal for rows of one picture
     sizes: list[int] | None = None,  # rows of each process: compare with those of all; None: with those of this one
 ) -> Tensor | None: # bool (B, N); None if nothing is known of the rows
-    "Which rows hold the same tokens or the same picture."
+    "Find pairs of rows with the same tokens or the same image."
     text = None if tokens is None else same_text(tokens, gather_tokens(tokens, sizes) if sizes else None)
     if pictures is None: return text
     image = pictures[:, None] == (gather(pictures, sizes) if sizes else pictures)[None]
@@ -76,7 +76,7 @@ def harden(
     match: Tensor,  # bool (B, N): right pairs
     weight: float,  # how much the better-scoring wrong pairs count more; 0: no change
 ) -> Tensor: # float32 (B, N)
-    """`logits` with `log(w)` added to wrong pairs, `w` proportional to `exp(weight * logit)` and 1 on average over
+    """Add `log(w)` to wrong pairs of `logits`, with `w` proportional to `exp(weight * logit)` and 1 on average over
     the row's wrong pairs."""
     wrong = logits.detach().masked_fill(match, -torch.inf) * weight
     many = (~match).sum(1, keepdim=True).clamp(min=1).log()
@@ -88,7 +88,7 @@ def sigmoid_loss(
     same: Tensor | None = None,  # bool (B, N): further matches
     first: int = 0,              # the pair of row i stands in column `first + i`
 ) -> Tensor: # float32 ()
-    "Sum over all pairs of `-log sigmoid(±logit)`, divided by B."
+    "Return the sum over all pairs of `-log sigmoid(±logit)`, divided by B."
     target = torch.arange(first, first + len(logits), device=logits.device)
     match = F.one_hot(target, logits.shape[1]).bool()
     if same is not None: match = match | same
@@ -114,14 +114,14 @@ class _Gather(torch.autograd.Function):
         return grad[ctx.mine], None
 
 def processes() -> int:
-    "How many processes share a batch."
+    "Return how many processes share a batch."
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 def batch_sizes(
     rows: int,            # of this process's batch; may be 0
     device: torch.device, # over which the processes talk
 ) -> list[int]:
-    "How many rows each process has of this step's batch; all must ask."
+    "Return how many rows of this step's batch each process has; all processes must call it."
     if processes() == 1: return [rows]
     mine = torch.tensor([rows], device=device)
     sizes = [torch.empty_like(mine) for _ in range(processes())]
@@ -133,14 +133,15 @@ def weighted(
     rows: int,        # of this process
     sizes: list[int], # of all
 ) -> Tensor: # float32 ()
-    "This process's part of a mean over the rows of all, for gradients that are averaged over the processes."
+    """Weight a mean over this process's rows, so that gradients averaged over the processes are those of the whole
+    batch."""
     return loss * (rows * len(sizes) / max(1, sum(sizes)))
 
 def gather(
     x: Tensor,                      # (B, ...); B may differ between the processes
     sizes: list[int] | None = None, # as `batch_sizes` has it; asked for by default
 ) -> Tensor: # (sum of all B, ...)
-    "The rows of all processes, in order, with gradient; `x` itself where there is one process."
+    "Gather the rows of all processes, in order, with gradient; with one process `x` itself is returned."
     if processes() == 1: return x
     sizes = batch_sizes(len(x), x.device) if sizes is None else sizes
     return _Gather.apply(x, sizes) if any(sizes) else x
@@ -149,7 +150,7 @@ def gather_tokens(
     tokens: Tokens,                 # ids and mask, int64 (B, L); B and L may differ
     sizes: list[int] | None = None, # as `batch_sizes` has it; asked for by default
 ) -> Tokens:
-    "The tokens of all processes, padded to the longest."
+    "Gather the tokens of all processes, padded to the longest."
     if processes() == 1: return tokens
     longest = torch.tensor(tokens.ids.shape[1], device=tokens.ids.device)
     dist.all_reduce(longest, dist.ReduceOp.MAX)
@@ -214,7 +215,7 @@ def distill(
     logits: Tensor,  # float32 (B, B): the student's scores
     teacher: Tensor, # float32 (B, B): the teacher's
 ) -> Tensor: # float32 ()
-    "Mean Kullback-Leibler divergence of the student's rows and columns from the teacher's; 0 when they agree."
+    "Return the mean Kullback-Leibler divergence of the student's rows and columns from the teacher's; 0: they agree."
     if not len(logits): return logits.sum()
     def one(s, t): return F.kl_div(s.log_softmax(1), t.detach().log_softmax(1), reduction='batchmean', log_target=True)
     return (one(logits, teacher) + one(logits.T, teacher.T)) / 2

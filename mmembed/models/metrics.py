@@ -20,7 +20,7 @@ def ranks(
     scores: Tensor,                  # float32 (Q, N): queries in rows, the gallery in columns
     relevant: Tensor | None = None,  # bool (Q, N): right answers; by default item q for query q
 ) -> Tensor: # int64 (Q,), from 1
-    "Where the first right answer stands, ties counted against it; raises `ValueError` for a query without one."
+    "Return the rank of the first right answer, ties counted against it; raises `ValueError` for a query without one."
     if relevant is None:
         q, n = scores.shape
         if q > n: raise ValueError(f'{q} queries need as many items, got {n}')
@@ -34,7 +34,7 @@ def ranks(
 
 # %% ../../nbs/models/08_metrics.ipynb #7d582a14
 class Recall(NamedTuple):
-    "Retrieval in one direction"
+    "Figures of retrieval in one direction"
     at: dict[int, float]      # k: share of queries with a right answer among the first k
     chance: dict[int, float]  # k: the same for a random order
     median_rank: float        # of the first right answer
@@ -48,7 +48,7 @@ def recall_at_k(
     ks: tuple[int, ...] = (1, 5, 10),    # how many to look at
     rows: Tensor | None = None,          # bool (Q,): judge these queries only, against the whole gallery
 ) -> Recall:
-    "Recall@k, its chance level and the median rank; raises `ValueError` if there is no query to judge."
+    "Return recall@k, its chance level and the median rank; raises `ValueError` if there is no query to judge."
     if relevant is None: relevant = torch.eye(*scores.shape, dtype=torch.bool, device=scores.device)
     if rows is not None: scores, relevant = scores[rows], relevant[rows]
     if not len(scores): raise ValueError('recall of no queries')
@@ -69,7 +69,7 @@ def both_ways(
     rows: Tensor | None = None,        # bool (T,): judge these texts only, against the whole gallery
     columns: Tensor | None = None,     # bool (I,): judge these images only; by default `rows`
 ) -> dict[str, Recall]: # 'text_to_image' and 'image_to_text'
-    "Retrieval of images by text and of texts by image."
+    "Measure retrieval of images by text and of texts by image."
     scores = text @ image.T
     return {
         'text_to_image': recall_at_k(scores, relevant, ks, rows),
@@ -83,7 +83,7 @@ def mean_average_precision(
     scores: Tensor,                 # float32 (Q, N): queries in rows
     relevant: Tensor | None = None, # bool (Q, N): right answers; by default item q for query q
 ) -> float:
-    "Mean over the queries of average precision; raises `ValueError` for a query without a right answer."
+    "Return the mean average precision of the queries; raises `ValueError` for a query without a right answer."
     ranks(scores, relevant)  # the same checks
     if relevant is None: relevant = torch.eye(*scores.shape, dtype=torch.bool, device=scores.device)
     worth = scores.nan_to_num(nan=-torch.inf).masked_fill(scores.isnan() & ~relevant, torch.inf)
@@ -104,7 +104,7 @@ class Answers(NamedTuple):
     first_image: Tensor # int64 (I,): the first row of each image
 
 def _numbers(keys: list) -> tuple[Tensor, Tensor]:
-    "Which of the different keys each one is, and where each of these stands first."
+    "Number the different keys; returns the number of each and the first place of each number."
     seen: dict = {}
     of = torch.tensor([seen.setdefault(k, len(seen)) for k in keys], dtype=torch.int64)
     return of, torch.full((len(seen),), len(keys)).scatter_reduce(0, of, torch.arange(len(keys)), 'amin')
@@ -113,7 +113,7 @@ def correct_images(
     captions: list, # N keys: equal for captions that say the same
     pictures: list, # N keys: equal for rows of one image
 ) -> Answers:
-    "Right for a caption is every image that some row gives it to; raises `ValueError` for lists of two lengths."
+    "Find the images that some row pairs with each caption; raises `ValueError` for lists of different lengths."
     if len(captions) != len(pictures): raise ValueError(f'{len(captions)} captions and {len(pictures)} pictures')
     (text, first_text), (image, first_image) = _numbers(captions), _numbers(pictures)
     relevant = torch.zeros(len(first_text), len(first_image), dtype=torch.bool)
@@ -128,7 +128,7 @@ def class_embeddings(
     classes: list[str],                    # C names
     templates: tuple[str, ...] = TEMPLATES, # each with one {}
 ) -> Tensor: # float32 (C, D), unit length
-    "The mean of each class's prompts; raises `ValueError` for a template without {}."
+    "Embed classes as the mean of their prompts; raises `ValueError` for a template without {}."
     for t in templates:
         if t.count('{}') != 1: raise ValueError(f'a template wants one {{}}, got {t!r}')
     e = encode([t.format(c) for c in classes for t in templates]).view(len(classes), len(templates), -1)
@@ -139,7 +139,7 @@ def classification(
     scores: Tensor, # float32 (N, C)
     target: Tensor, # int64 (N,)
 ) -> dict[str, float]: # accuracy, top-5 accuracy, macro F1, AUC
-    "How well the best-scoring class is the right one; a score that is not a number counts as wrong."
+    "Measure how often the best-scoring class is right; a score that is NaN counts as wrong."
     from torchmetrics.functional import classification as m
     C = scores.shape[1]
     scores = scores.masked_fill(scores.isnan(), torch.finfo(scores.dtype).min)

@@ -8,6 +8,8 @@ Docs: https://mmembed.github.io/mmembed/models/pair.html.md"""
 __all__ = ['beside', 'Late', 'Cosine', 'TextSequence', 'ImageGrid', 'Look', 'Cross', 'PairClassifier']
 
 # %% ../../nbs/models/06_pair.ipynb #af07f03d
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,12 +27,12 @@ def beside(
     t: Tensor, # float32 (B, D), unit length
     v: Tensor, # float32 (B, D), unit length
 ) -> Tensor: # float32 (B, 4D)
-    "Both vectors, their product and their distance."
+    "Concatenate both vectors, their product and their distance."
     return torch.cat([t, v, t*v, (t - v).abs()], -1) * t.shape[1] ** 0.5  # unit vectors have tiny entries
 
 # %% ../../nbs/models/06_pair.ipynb #ba723a2c
 class Late(nn.Module):
-    "Two vectors, their product and their distance, through two layers"
+    "An MLP on two embeddings, their product and their distance"
     def __init__(self,
         text: nn.Module,   # forward(Tokens) -> (B, text.width)
         image: nn.Module,  # forward(pixels) -> (B, image.width)
@@ -52,7 +54,7 @@ class Late(nn.Module):
 
 # %% ../../nbs/models/06_pair.ipynb #0dece167
 class Cosine(nn.Module):
-    "A line through the cosine of two vectors, and what two layers on both add to it"
+    "A linear function of the cosine, plus an MLP on both embeddings"
     def __init__(self,
         text: nn.Module,    # forward(Tokens) -> (B, text.width)
         image: nn.Module,   # forward(pixels) -> (B, image.width)
@@ -78,7 +80,7 @@ class Cosine(nn.Module):
 
 # %% ../../nbs/models/06_pair.ipynb #df72e7fd
 class TextSequence(nn.Module):
-    "A text tower that gives one vector a token"
+    "A text tower that returns one vector a token"
     def __init__(self, tower: nn.Module):
         super().__init__()
         if not isinstance(tower, (TextTransformer, Bert)):
@@ -90,7 +92,7 @@ class TextSequence(nn.Module):
 
 # %% ../../nbs/models/06_pair.ipynb #be6c75dc
 class ImageGrid(nn.Module):
-    "A convolutional tower that gives one vector a place of its last grid"
+    "A convolutional tower that returns one vector for each place of its last grid"
     def __init__(self, tower: nn.Module):
         super().__init__()
         object.__setattr__(self, 'tower', tower)  # not registered: its layers are in `net`
@@ -113,7 +115,7 @@ class ImageGrid(nn.Module):
 
 # %% ../../nbs/models/06_pair.ipynb #62da83c6
 class Look(nn.Module):
-    "Tokens look at places: attention from one to the other, and a small network; each added to its input"
+    "Cross-attention from tokens to places of an image, and an MLP; each added to its input"
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads, self.fused = heads, True  # as in `Block`
@@ -133,7 +135,7 @@ class Look(nn.Module):
 
 # %% ../../nbs/models/06_pair.ipynb #d45e35e3
 class Cross(nn.Module):
-    "Every token looks at every place of the picture; the mean over tokens decides"
+    "Cross-attention from every token to every place of the image; the mean over tokens decides"
     def __init__(self,
         text: TextSequence,
         image: ImageGrid,
@@ -161,7 +163,7 @@ class Cross(nn.Module):
 
 # %% ../../nbs/models/06_pair.ipynb #161402b9
 class PairClassifier(nn.Module):
-    "Scores of pairs of a text and an image, one for each label"
+    "A model that scores pairs of a text and an image, one score for each label"
     __jit_unused_properties__ = ['text_pipeline', 'vision_pipeline']
     __jit_ignored_attributes__ = ['towers', 'made_with']
 
@@ -212,9 +214,10 @@ class PairClassifier(nn.Module):
 
     @torch.jit.unused
     def spec(self) -> dict:
-        """How to make this model again, pipelines included, weights not: JSON-able.
+        """Return what `from_spec` needs to make this model again, pipelines included, weights not, as plain JSON
+        values.
 
-        Raises `TypeError` for a tower that cannot tell."""
+        Raises `TypeError` for a tower that has no `spec`."""
         for tower in self.towers:
             if not isinstance(tower, Tower):
                 raise TypeError(f'{type(tower).__name__} has no spec(): make it a Tower to rebuild it')
@@ -228,15 +231,16 @@ class PairClassifier(nn.Module):
     @classmethod
     def from_dual(cls,
         encoder: nn.Module,               # a trained DualEncoder, whose towers it takes and whose projections it copies
-        labels: list[str] = ['mismatch', 'match'],
+        labels: Sequence[str] = ('mismatch', 'match'),
         match: str | None = None,         # the label that a high cosine speaks for; the last by default
         # cosine at which its score is that of the others; by default as the encoder's bias has it, else 0
         threshold: float | None = None,
         dropout: float = 0.1,
     ) -> 'PairClassifier':
-        """A classifier whose scores are, before any training, the encoder's cosine.
+        """Make a classifier whose scores are, before any training, the encoder's cosine.
 
-        Raises `ValueError` for a `match` that is no label."""
+        Raises `ValueError` for a `match` that is not a label."""
+        labels = list(labels)
         if match is not None and match not in labels: raise ValueError(f'match must be one of {labels}, got {match!r}')
         self = cls(
             encoder.text, encoder.image, labels, 'cosine', encoder.heads['dim'], dropout, encoder.heads['hidden']

@@ -23,7 +23,7 @@ def turn(
     image: Tensor,    # (C, H, W)
     orientation: int, # as EXIF counts, 1 to 8
 ) -> Tensor: # (C, H, W), or (C, W, H) from orientation 5 on
-    "`image` turned as its EXIF `orientation` asks; Pillow's `ImageOps.exif_transpose`."
+    "Turn `image` upright by its EXIF `orientation`; Pillow's `ImageOps.exif_transpose`."
     if orientation >= 5: image = image.transpose(1, 2)
     if orientation == 2 or orientation == 6: return image.flip(2)
     if orientation == 3 or orientation == 7: return image.flip(1, 2)
@@ -35,9 +35,9 @@ def first_gif_frame(
     data: Tensor,   # uint8 (N,): a GIF file
     cut: List[int], # lengths and positions found by `scan_gif`
     width: int,     # the canvas
-    height: int,
+    height: int,    # of the canvas
 ) -> Tensor: # uint8 (M,): a GIF file of one frame
-    "`data` with nothing but its first frame, and full colour tables."
+    "Cut out the first frame of a GIF file, with full colour tables."
     table, control, at, local, end = cut[0], cut[1], cut[2], cut[3], cut[4]
     head = data[:13].clone()
     head[6], head[7], head[8], head[9] = width & 255, width >> 8, height & 255, height >> 8
@@ -59,7 +59,7 @@ def first_webp_frame(
     data: Tensor, # uint8 (N,): an animated WebP file
     end: int,     # where its first frame ends
 ) -> Tensor: # uint8 (end,)
-    "`data` up to the end of its first frame."
+    "Cut an animated WebP file off behind its first frame."
     cut = data[:end].clone()
     for i in range(4): cut[4 + i] = ((end - 8) >> (8 * i)) & 255
     return cut
@@ -70,7 +70,7 @@ def decode_scanned(
     h: Header,     # what `scan` found in it
     alpha: str,    # 'white', 'black' or 'drop'
 ) -> Tensor: # uint8 (3, H, W)
-    "The file as upright RGB; raises `ValueError` with the scan's reason, or what the operator raises."
+    "Decode a scanned file to upright RGB; raises `ValueError` with the scan's reason, or what the operator raises."
     if h.info.error != '': raise ValueError(h.info.error)
     format = h.info.format
     if format == 'jpeg': x = torch.ops.torchcodec_ns.decode_jpeg(data, 3)
@@ -92,7 +92,7 @@ def decode_heic(
     h: Header,     # what `scan` found in it
     alpha: str,    # 'white', 'black' or 'drop'
 ) -> Tensor: # uint8 (3, H, W)
-    "The file as upright RGB; needs `load_heic`. Raises as `decode_scanned` does."
+    "Decode a HEIC file to upright RGB; needs `load_heic`. Raises as `decode_scanned` does."
     if h.info.error != '': raise ValueError(h.info.error)
     x = torch.ops.torchcodec_ns.decode_heic(data, 0, 0)
     if x.dim() == 4: x = x[0]
@@ -104,7 +104,7 @@ def decode_image(
     alpha: str = 'white',       # behind transparent pixels: 'white', 'black', or 'drop' for the hidden colours
     max_pixels: int = 89478485, # refuse more than this before decoding; Pillow's `Image.MAX_IMAGE_PIXELS`
 ) -> Tensor: # uint8 (3, H, W)
-    """An image file as upright RGB.
+    """Decode an image file to upright RGB.
 
     Raises `ValueError` when the header is refused (see `probe`), `RuntimeError` when the pixels are corrupt."""
     return decode_scanned(data, scan(data, max_pixels, False), alpha)

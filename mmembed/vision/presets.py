@@ -19,7 +19,7 @@ def open_clip_preset(
     name,             # an open_clip model name, or a model of open_clip's
     pretrained=None,  # a tag of its published weights; None: the rule that most of them share
 ) -> dict:
-    """The arguments of `VisionPipeline` that an open_clip model was evaluated with.
+    """Return the arguments of `VisionPipeline` that an open_clip model was evaluated with.
 
     Raises `ValueError` for a name or tag that open_clip does not know."""
     import open_clip
@@ -47,45 +47,66 @@ def open_clip_preset(
 def transformers_preset(
     config: str | Path | Mapping, # a preprocessor_config.json, its folder, or its content
 ) -> dict:
-    """The arguments of `VisionPipeline` that a transformers image processor asks for.
+    """Return the arguments of `VisionPipeline` that a transformers image processor asks for.
 
     Raises `ValueError` naming a setting that `VisionPipeline` cannot express, and `OSError` for a missing file."""
     if not isinstance(config, Mapping):
         path = Path(config)
         config = json.loads((path/'preprocessor_config.json' if path.is_dir() else path).read_text())
-    c = dict(config)
-    def refuse(name, why): raise ValueError(f'preprocessor_config: {name}={c.get(name)!r} {why}')
+    config = dict(config)
+    _check_settings(config)
+    resample = {0: 'nearest', 2: 'bilinear', 3: 'bicubic'}.get(config.get('resample', 3))
+    if resample is None: _refuse(config, 'resample', 'is none of 0 (nearest), 2 (bilinear), 3 (bicubic)')
+    preset = dict(interpolation=resample, crop='floor', mean=list(config['image_mean']), std=list(config['image_std']))
+    return preset | _size_and_crop(config)
+
+def _refuse(config: dict, name: str, why: str):
+    "Raise the error for a setting that `VisionPipeline` does not have."
+    raise ValueError(f'preprocessor_config: {name}={config.get(name)!r} {why}')
+
+def _check_settings(config: dict):
+    "Refuse steps that `VisionPipeline` does not have, and settings that are missing."
     for name in ('do_pad', 'do_thumbnail', 'do_flip_channel_order', 'crop_pct'):
-        if c.get(name): refuse(name, 'is not supported')
+        if config.get(name): _refuse(config, name, 'is not supported')
     for name in ('do_resize', 'do_rescale', 'do_normalize'):
-        if not c.get(name, True): refuse(name, 'is not supported: mmembed always resizes and normalises')
-    if abs(c.get('rescale_factor', 1/255) - 1/255) > 1e-9: refuse('rescale_factor', 'is not 1/255')
+        if not config.get(name, True):
+            _refuse(config, name, 'is not supported: mmembed always resizes and normalises')
+    if abs(config.get('rescale_factor', 1/255) - 1/255) > 1e-9: _refuse(config, 'rescale_factor', 'is not 1/255')
     for name in ('image_mean', 'image_std', 'size'):
-        if name not in c: refuse(name, 'is missing: take it from the model card')
-    resample = {0: 'nearest', 2: 'bilinear', 3: 'bicubic'}.get(c.get('resample', 3))
-    if resample is None: refuse('resample', 'is none of 0 (nearest), 2 (bilinear), 3 (bicubic)')
-    def pair(v): return [v, v] if isinstance(v, int) else [v['height'], v['width']] if 'height' in v else None
-    if c.get('use_square_size'):  # of KOSMOS-2: transformers resizes to a square of the default, whatever `size` says
-        if c['size'] not in (224, {'shortest_edge': 224}, {'height': 224, 'width': 224}):
-            refuse('size', 'with use_square_size: versions of transformers differ for any but 224')
-        c['size'] = {'height': 224, 'width': 224}
-    size, crop = c['size'], pair(c['crop_size']) if c.get('do_center_crop') and 'crop_size' in c else None
-    preset = dict(interpolation=resample, crop='floor', mean=list(c['image_mean']), std=list(c['image_std']))
-    if isinstance(size, Mapping) and size.get('longest_edge'): refuse('size', 'has an unsupported longest_edge')
-    shortest = size.get('shortest_edge') if isinstance(size, Mapping) else size if c.get('do_center_crop') else None
+        if name not in config: _refuse(config, name, 'is missing: take it from the model card')
+
+def _pair(value) -> list[int] | None:
+    "Read (H, W) of a size; None if it says neither a number nor height and width."
+    if isinstance(value, int): return [value, value]
+    return [value['height'], value['width']] if 'height' in value else None
+
+def _size_and_crop(config: dict) -> dict:
+    "Read the arguments `size`, `resize_mode` and `shortest`."
+    if config.get('use_square_size'):  # KOSMOS-2: transformers resizes to a square of the default, whatever `size` says
+        if config['size'] not in (224, {'shortest_edge': 224}, {'height': 224, 'width': 224}):
+            _refuse(config, 'size', 'with use_square_size: versions of transformers differ for any but 224')
+        config['size'] = {'height': 224, 'width': 224}
+    size, cropped = config['size'], bool(config.get('do_center_crop'))
+    crop = _pair(config['crop_size']) if cropped and 'crop_size' in config else None
+    if isinstance(size, Mapping):
+        if size.get('longest_edge'): _refuse(config, 'size', 'has an unsupported longest_edge')
+        shortest = size.get('shortest_edge')
+    else: shortest = size if cropped else None
     if shortest is not None:
-        if crop is None: refuse('do_center_crop', 'leaves pictures of every shape; a model of fixed size is wanted')
-        same = crop == [shortest, shortest]
-        return preset | dict(size=crop, resize_mode='shortest') | ({} if same else dict(shortest=shortest))
-    if pair(size) is None: refuse('size', 'is neither shortest_edge nor height and width')
-    if crop is not None and crop != pair(size): refuse('crop_size', 'differs from size, which is not supported')
-    return preset | dict(size=pair(size), resize_mode='squash')
+        if crop is None:
+            _refuse(config, 'do_center_crop', 'leaves images of every shape; a model of fixed size is wanted')
+        found = dict(size=crop, resize_mode='shortest')
+        return found if crop == [shortest, shortest] else found | dict(shortest=shortest)
+    if _pair(size) is None: _refuse(config, 'size', 'is neither shortest_edge nor height and width')
+    if crop is not None and crop != _pair(size):
+        _refuse(config, 'crop_size', 'differs from size, which is not supported')
+    return dict(size=_pair(size), resize_mode='squash')
 
 # %% ../../nbs/vision/07_presets.ipynb #62677c99
 def torchvision_preset(
     weights, # a weights entry, its name ('ResNet50_Weights.DEFAULT'), or its `transforms()`
 ) -> dict:
-    """The arguments of `VisionPipeline` that torchvision's classification weights were evaluated with.
+    """Return the arguments of `VisionPipeline` that torchvision's classification weights were evaluated with.
 
     Raises `ValueError` for a transform that is not an image classification's."""
     if isinstance(weights, str):

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from ..core.types import ImageInfo
-from .header import Header, be16, be32, exif_orientation, fourcc, le16, le32, read, refused, xmp_orientation
+from mmembed.vision.header import (
+    Header, be16, be32, exif_orientation, fourcc, le16, le32, read, refused, xmp_orientation,
+)
 from .probe_bmff import scan_boxes
 
 # %% ../../nbs/vision/03_probe.ipynb #3e540208

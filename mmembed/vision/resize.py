@@ -23,7 +23,7 @@ def resized(
     mode: str,               # 'shortest', 'longest' or 'squash'
     shortest: int = 0,       # for 'shortest': the shortest side before the crop, where it is not the target's
 ) -> List[int]: # [height, width]
-    "The size that `height` x `width` is resized to before it is cropped or padded to `size`."
+    "Return the size that an image is resized to before it is cropped or padded to `size`."
     if mode == 'shortest' and shortest > 0: size = (shortest, shortest)
     if mode == 'squash': return [size[0], size[1]]
     if mode == 'shortest' and size[0] == size[1]:
@@ -50,7 +50,7 @@ def middle(
     n: int, wanted: int, # lengths of the whole and of the part, not longer
     floor: bool,         # True: round down, as transformers does; False: half to even, as torchvision does
 ) -> int:
-    "Where the middle part of length `wanted` begins."
+    "Return where the middle part of length `wanted` begins."
     return (n - wanted) // 2 if floor else int(round((n - wanted) / 2.0))
 
 def crop_or_pad(
@@ -59,7 +59,7 @@ def crop_or_pad(
     fill: List[int],         # three levels, the colour of the margin
     floor: bool = False,     # how an odd remainder is cropped, see `middle`
 ) -> Tensor: # (3, size[0], size[1])
-    "The middle of `image`, with a margin of colour `fill` where it is too small."
+    "Cut out the middle of `image`, or put a margin of colour `fill` around it where it is too small."
     height, width = image.size(1), image.size(2)
     if height < size[0] or width < size[1]:
         top, left = max((size[0] - height) // 2, 0), max((size[1] - width) // 2, 0)
@@ -75,7 +75,7 @@ def crop_or_pad(
 def nearest(
     n: int, new: int, # length before and after
 ) -> Tensor: # int64 (new,)
-    "Which position each new position copies; Pillow's `ImagingScaleAffine`."
+    "Return which position each new position copies; Pillow's `ImagingScaleAffine`."
     step = torch.full([new], n / new, dtype=torch.float64)
     step[:1].mul_(0.5)  # not step[0] = x: scripted, that rounds x to float32
     return step.cumsum(0).to(torch.int64).clamp(max=n - 1)
@@ -85,13 +85,13 @@ def nearest_resize(
     height: int, width: int, # the new size
     window: List[int],       # the part of it that is wanted: [top, left, rows, columns]
 ) -> Tensor: # uint8 (3, rows, columns)
-    "A window of `image` at a new size, every pixel copied from one pixel."
+    "Resize `image` by copying each pixel from one pixel, and return a window of the result."
     down = nearest(image.size(1), height)[window[0]:window[0] + window[2]].to(image.device)
     across = nearest(image.size(2), width)[window[1]:window[1] + window[3]].to(image.device)
     return image.index_select(1, down).index_select(2, across)
 
 def reads(n: int, new: int, first: int, count: int, interpolation: str) -> Tuple[int, int]:
-    """Beginning and end of what `count` of the `new` positions read, from `first` on.
+    """Return the beginning and end of what `count` of the `new` positions read, from `first` on.
 
     At most the filter's width too much."""
     if n == new: return first, first + count
@@ -105,7 +105,7 @@ def along_rows(
     end: int,           # how many of its columns are wanted, from the left
     interpolation: str, # 'bicubic' or 'bilinear'
 ) -> Tensor: # uint8 (1, 3, H, at least `end`)
-    "The first pass of the antialiased kernel."
+    "Resize the rows by the antialiased kernel, as its first pass does."
     want, inverse, scale = x.size(3) / width, width / x.size(3), 0.0
     for step in [0.0, 2.220446049250313e-16, -1.1102230246251565e-16]:  # the neighbours of `inverse`
         if 1.0 / (inverse + inverse * step) == want: scale = inverse + inverse * step
@@ -122,7 +122,7 @@ def torch_resize(
     interpolation: str,      # 'bicubic' or 'bilinear'
     antialias: bool,         # widen the filter when reducing; without it small details alias
 ) -> Tensor: # uint8 (3, rows, columns)
-    "A window of `image` at a new size by torch's `interpolate`."
+    "Resize `image` by torch's `interpolate`, and return a window of the result."
     h, w = image.size(1), image.size(2)
     top, left, rows, columns = window[0], window[1], window[2], window[3]
     x = image.unsqueeze(0)
@@ -147,7 +147,7 @@ def float_resize(
     interpolation: str,      # 'bicubic' or 'bilinear'
     antialias: bool,         # widen the filter when reducing
 ) -> Tensor: # uint8 (3, rows, columns)
-    "A window of `image` at a new size by torch's `interpolate` in `float32`, rounded to levels after each pass."
+    "Resize by torch's `interpolate` in `float32`, rounded to 0..255 after each pass; returns a window of the result."
     x, h, w = image.unsqueeze(0).to(torch.float32), image.size(1), image.size(2)
     top, left, rows, columns = window[0], window[1], window[2], window[3]
     if w != width:
@@ -166,7 +166,7 @@ def pillow_weights(
     first: int, count: int,  # which of the new positions are wanted
     interpolation: str,      # 'bicubic' or 'bilinear'
 ) -> Tuple[Tensor, Tensor]: # starts int64 (count,); weights float64 (count, K), integers
-    "Where each new position begins to read, and its fixed-point weights; Pillow's `precompute_coeffs`."
+    "Return where each new position begins to read, and its fixed-point weights; Pillow's `precompute_coeffs`."
     scale = n / new
     stretch = max(scale, 1.0)
     support = (2.0 if interpolation == 'bicubic' else 1.0) * stretch
@@ -192,7 +192,7 @@ def pillow_pass(
     first: int, count: int,  # which of the new positions are wanted
     interpolation: str,      # 'bicubic' or 'bilinear'
 ) -> Tensor: # uint8 (count, M)
-    "`x` resized along its first dimension."
+    "Resize `x` along its first dimension."
     if n == new: return x
     start, weights = pillow_weights(n, new, first, count, interpolation)
     starts: List[int] = start.tolist()
@@ -213,7 +213,7 @@ def pillow_resize(
     window: List[int],       # the part of it that is wanted: [top, left, rows, columns]
     interpolation: str,      # 'bicubic' or 'bilinear'
 ) -> Tensor: # uint8 (3, rows, columns)
-    "A window of `image` at a new size, bit-equal to the same part of Pillow's `resize`."
+    "Resize `image` bit-equal to Pillow's `resize`, and return a window of the result."
     h, w = image.size(1), image.size(2)
     top, left, rows, columns = window[0], window[1], window[2], window[3]
     low, high = reads(h, height, top, rows, interpolation)
@@ -237,13 +237,13 @@ def resize(
     antialias: bool,         # widen the filter when reducing; Pillow always does
     how: str,                # 'torch', 'pillow' or 'float'
 ) -> Tensor: # uint8 (3, rows, columns)
-    "A window of `image` at a new size; raises `ValueError` for a picture on a GPU unless `how` is 'float'."
+    "Resize `image` and return a window; raises `ValueError` for an image on a GPU unless `how` is 'float'."
     h, w = image.size(1), image.size(2)
     if h == height and w == width: return image[:, window[0]:window[0] + window[2], window[1]:window[1] + window[3]]
     if interpolation == 'nearest': return nearest_resize(image, height, width, window)
     if how == 'float': return float_resize(image, height, width, window, interpolation, antialias)
     if image.device.type != 'cpu':
-        raise ValueError(f"resize='{how}' runs on the CPU, the picture is on {image.device}: ask for resize='float'")
+        raise ValueError(f"resize='{how}' runs on the CPU, the image is on {image.device}: ask for resize='float'")
     if how == 'pillow' or height * width == 1:  # torch's kernel fails on a single pixel
         return pillow_resize(image, height, width, window, interpolation)
     return torch_resize(image, height, width, window, interpolation, antialias)
@@ -260,7 +260,7 @@ def fit(
     shortest: int = 0,     # for 'shortest': the shortest side before the crop; 0: just covers `size`
     floor: bool = False,   # how an odd remainder is cropped, see `middle`
 ) -> Tensor: # uint8 (3, size[0], size[1])
-    "`image` at exactly `size`."
+    "Resize, crop and pad `image` to exactly `size`."
     height, width = resized(image.size(1), image.size(2), size, mode, shortest)
     if mode == 'shortest' and (how != 'pillow' or interpolation == 'nearest'):  # Pillow's rule makes the window alone
         most = max(200 * min(height, width), max(size[0], size[1]))

@@ -122,3 +122,22 @@ def test_a_class_of_the_reader_is_found_where_it_is(monkeypatch):
     monkeypatch.setitem(sys.modules, 'own_layers', module)
     assert type(from_spec({'class_path': 'own_layers.Layer', 'init_args': dict(in_features=1, out_features=2)})) \
         is module.Layer
+
+
+def test_a_config_of_old_addresses_is_read(tmp_path):
+    from lightning.pytorch.cli import LightningArgumentParser
+    from mmembed.models.towers import TimmTower
+    from mmembed.train.config import renewed_args
+    (tmp_path/'old.yaml').write_text('image:\n  class_path: mmembed.models.pretrained.TimmTower.from_timm\n'
+                                     '  init_args: {name: test_resnet, pooling: max}\n')
+    (tmp_path/'new.yaml').write_text('image: null\n')
+    for args in (['--config', str(tmp_path/'old.yaml')], [f'--config={tmp_path}/old.yaml'],
+                 ['--image', 'mmembed.models.pretrained.TimmTower.from_timm', '--image.name', 'test_resnet',
+                  '--image.pooling', 'max']):
+        parser = LightningArgumentParser(exit_on_error=False)
+        parser.add_argument('--image', type=nn.Module)
+        config = parser.parse_args(renewed_args(args))
+        tower = parser.instantiate_classes(config).image
+        assert type(tower) is TimmTower and tower.made_with == dict(name='test_resnet', pooling='max')
+    now = ['--config', str(tmp_path/'new.yaml'), '--image.init_args.name', 'x']
+    assert renewed_args(now) == now
