@@ -125,6 +125,7 @@ def test_a_class_of_the_reader_is_found_where_it_is(monkeypatch):
 
 
 def test_a_config_of_old_addresses_is_read(tmp_path):
+    from jsonargparse import ActionConfigFile
     from lightning.pytorch.cli import LightningArgumentParser
     from mmembed.models.towers import TimmTower
     from mmembed.train.config import renewed_args
@@ -135,6 +136,7 @@ def test_a_config_of_old_addresses_is_read(tmp_path):
                  ['--image', 'mmembed.models.pretrained.TimmTower.from_timm', '--image.name', 'test_resnet',
                   '--image.pooling', 'max']):
         parser = LightningArgumentParser(exit_on_error=False)
+        parser.add_argument('--config', action=ActionConfigFile)
         parser.add_argument('--image', type=nn.Module)
         config = parser.parse_args(renewed_args(args))
         tower = parser.instantiate_classes(config).image
