@@ -202,8 +202,8 @@ TABLE = [
         (
             'data/groups stay together',
             'mmembed/data/source.py',
-            '_unit(self.group(i)) < share',
-            '_unit(self.name(i)) < share',
+            'unit_hash(self.group(i)) < share',
+            'unit_hash(self.name(i)) < share',
             'tests/data/test_tables.py::test_split_keeps_groups_together_and_rows_in_place',
         ),
         (
