@@ -345,7 +345,7 @@ def serve_with(patch, tmp_path):
 def test_no_memory_or_a_stuck_worker_ends_the_process(what, tmp_path):
     p, url = serve_with(f'''
         import time
-        import mmembed.runtime as r
+        import mmembed.runtime.embedder as r
         good = r.Embedder.encode_tokens
         def bad(self, tokens):
             if len(tokens.ids) == 4: {what}
@@ -601,7 +601,7 @@ def test_options_that_do_not_go_together_are_refused(tmp_path, capsys):
         ('--wait-ms -1', 'wait'),
         ('--port 99999', 'port'),
         ('--max-body 4096', 'max_body'),
-        ('--batch -1', 'batch'),
+        ('--batch-size -1', 'batch'),
         ('--drain -1', 'drain'),
         ('--traces nowhere', 'traces'),
         ('--timeout nan', 'timeout'),
