@@ -117,6 +117,7 @@ def embed(
     print(typed(str(done)))
     if done.failed: raise SystemExit(1)
 
+# %% ../../nbs/cli/06_embed.ipynb #46207f7f
 def _is_image(name: str) -> bool:
     "Whether a word of the command line means an image file: whatever is no source of another kind."
     if name == '-' or name.startswith('hf:') or '.tar' in name: return False

@@ -43,6 +43,7 @@ def triton_options(
     )
     return {k: v for k, v in given.items() if v is not None}
 
+# %% ../../nbs/cli/04_export.ipynb #aa015865
 @delegates(triton_options)
 def variant_options(
     no_decode: store_true = False, # leave the file decoders out, for hosts with libtorch alone

@@ -273,6 +273,7 @@ def drop_output():
     "Lead what is still to be printed to the null device, or Python complains of it at its end."
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+# %% ../../nbs/cli/01_main.ipynb #62ec0b41
 def dispatch(
     argv: list[str], # the words
 ) -> int: # the exit status

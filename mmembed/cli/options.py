@@ -187,6 +187,7 @@ def add_data_options(
         for o in describe_parameters(data, 'data.'):
             if f'--{o.name}' not in p._option_string_actions: _add(group, o)
 
+# %% ../../nbs/cli/02_options.ipynb #3efc15b2
 def _add(group, o: Option):
     import argparse
 

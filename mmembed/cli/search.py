@@ -163,6 +163,7 @@ def failures(
         print(formats.dumps(row, ensure_ascii=False) if json else sentence)
     if not bad and not json: print('no failures')
 
+# %% ../../nbs/cli/07_search.ipynb #0b2b2cc2
 def compact(
     index: path, # folder of an index
 ):
@@ -229,6 +230,7 @@ def clusters(
     from mmembed.retrieval.index import Index
     _show_groups(clusters(Index(index), n), json, open)
 
+# %% ../../nbs/cli/07_search.ipynb #ee3cc1b9
 def export(
     index: path,       # folder of an index
     Out: Annotated[path, {'required': True}] = None,  # the FAISS file

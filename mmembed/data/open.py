@@ -122,6 +122,7 @@ def _check(path, what: str, options: dict, *known: str):
     if more := [k for k in options if k not in known]:
         raise ValueError(f'{path} is {what}, which has no {more[0]}: leave out {more[0]}={options[more[0]]!r}')
 
+# %% ../../nbs/data/10_open.ipynb #2a9029f8
 def _of_parquet(folder: str | Path) -> bool:
     "Whether a folder holds Parquet files, as a copy of a data set on the hub does."
     places = [Path(folder).expanduser(), Path(settings().data_path)/folder]

@@ -294,6 +294,7 @@ def _write_package(path: Path, files: dict[str, list[Path]], rest: Path, card: s
         out.write_string('extra/card.json', card)
         out.write_bytes('mmembed/rest.pt', rest.read_bytes())
 
+# %% ../../nbs/exporters/10_aot.ipynb #43676a55
 def save_package(
     artifact: nn.Module, # of `assemble(..., script=False)`, used up
     path: str | Path,    # the file to write

@@ -131,6 +131,7 @@ def safe_step(
 # activation -> its name in oneDNN; for relu6 the range of the bytes ends at 6
 ACTS = {'none': 'none', 'relu': 'relu', 'relu6': 'relu', 'hardswish': 'hardswish', 'silu': 'swish'}
 
+# %% ../../nbs/exporters/05_convolutions.ipynb #4abd3b71
 class Int8Conv(nn.Module):
     "Convolve bytes, add another tensor of bytes if there is one, and apply an activation"
     def __init__(self,
@@ -564,6 +565,7 @@ def _inputs_of(part: nn.Module, tower: nn.Module, pixels: list[Tensor]) -> list[
     hook.remove()
     return inputs
 
+# %% ../../nbs/exporters/05_convolutions.ipynb #3451c799
 def _parts(tower: nn.Module, pixels: list[Tensor]) -> list[tuple]: # owner, name, module, what it gets
     "Find the largest parts of `tower` that can be traced and hold two convolutions or more."
     found = []

@@ -146,6 +146,7 @@ def gather(
     sizes = batch_sizes(len(x), x.device) if sizes is None else sizes
     return _Gather.apply(x, sizes) if any(sizes) else x
 
+# %% ../../nbs/models/07_losses.ipynb #a5bcec52
 def gather_tokens(
     tokens: Tokens,                 # ids and mask, int64 (B, L); B and L may differ
     sizes: list[int] | None = None, # as `batch_sizes` has it; asked for by default

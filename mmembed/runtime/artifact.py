@@ -251,6 +251,7 @@ def widened(
                     use.user.replaceInput(use.offset, graph.insertConstant(float32))
     return module
 
+# %% ../../nbs/runtime/02_artifact.ipynb #c98b62d1
 def computes(
     card: dict, # of an artifact
     module=None, # the artifact, loaded and packed on the CPU

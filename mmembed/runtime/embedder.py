@@ -529,6 +529,7 @@ class Embedder:
 
     def __reduce__(self): return _again, (type(self), str(self.path.absolute()), self.card['content_hash'], self.given)
 
+# %% ../../nbs/runtime/08_embedder.ipynb #201953eb
 def _again(kind: type, path: str, content_hash: str, given: dict) -> Embedder: # unpickled, where the file is there too
     if (found := read_card(path)['content_hash']) != content_hash:
         raise ValueError(

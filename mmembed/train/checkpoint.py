@@ -120,6 +120,7 @@ def _ends(trainer: Trainer) -> bool:
     last = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
     return trainer.should_stop or last or 0 <= trainer.max_steps <= trainer.global_step
 
+# %% ../../nbs/train/08_checkpoint.ipynb #ac24008e
 def _score(note: dict, monitor: str) -> float:
     "The figure that decides which checkpoint is best, as a checkpoint's note has it."
     return (

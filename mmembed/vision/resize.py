@@ -115,6 +115,7 @@ def along_rows(
     if interpolation == 'bicubic': return torch._C._nn._upsample_bicubic2d_aa(x, size, False, None, given)
     return torch._C._nn._upsample_bilinear2d_aa(x, size, False, None, given)
 
+# %% ../../nbs/vision/05_resize.ipynb #e2f3317d
 def torch_resize(
     image: Tensor,           # uint8 (3, H, W)
     height: int, width: int, # the new size

@@ -139,7 +139,11 @@ def test_mistakes(tmp_path):
     torch.save({'x': torch.zeros(1)}, tmp_path/'other.pth')
     for f, error, message in [
         (lambda: open_clip_towers('ViT-B-33'), ValueError, "knows no model 'ViT-B-33'"),
-        (lambda: open_clip_towers('tiny-vit', 'nothing'), ValueError, "'nothing' is not a weights file, .* it knows none"),
+        (
+            lambda: open_clip_towers('tiny-vit', 'nothing'),
+            ValueError,
+            "'nothing' is not a weights file, .* it knows none",
+        ),
         (lambda: open_clip_towers('tiny-vit', str(tmp_path / 'other.pth')), ValueError, 'does not fit tiny-vit'),
         (lambda: open_clip_towers('ViT-B-16-SigLIP'), ValueError, 'SigLIP'),
         (lambda: open_clip_towers(f'local-dir:{tmp_path}'), ValueError, 'config file missing'),
