@@ -30,7 +30,7 @@ from ..retrieval.embed import embed, readable_id
 from ..retrieval.parts import load_vectors
 from ..retrieval.query import one_line
 from ..runtime.embedder import Embedder
-from ..core.files import alone, draft
+from ..core.files import writing, draft
 from ..retrieval.lance import among
 
 # %% ../../nbs/demo/01_gallery.ipynb #8df10afb
@@ -207,7 +207,7 @@ def embed_folder(
     ).hexdigest()
     kept = Path(settings().artifacts_path)/'demo'/name
     kept.mkdir(parents=True, exist_ok=True)
-    with alone(kept):
+    with writing(kept):
         known = _known(kept/'vectors.npz')
         stamps = [_stamp(source.path/f) for f in source.files]
         new = [f for f, s in zip(source.files, stamps) if known.get(f, ('',))[0] != s or not s]
