@@ -39,7 +39,7 @@ def demo(
     from mmembed.demo.app import default_artifact, serve_page
     from mmembed.demo.handlers import Panels
     from mmembed.demo.gallery import IndexImages, embed_folder, embed_scenes
-    from mmembed.retrieval.embed import progress_bar
+    from mmembed.core.progress import progress_bar
     from mmembed.runtime.embedder import load
 
     if images and not Path(images).is_dir():

@@ -84,7 +84,8 @@ def embed(
         if engine != 'local' or spark:
             raise ValueError(f'{"--spark is of" if spark else "--engine ray writes"} files: name them with -o')
         return _print(artifact, found, modality or 'image', options['keep'], batch_size, threads, device)
-    from mmembed.retrieval.embed import embed as run, progress_bar
+    from mmembed.core.progress import progress_bar
+    from mmembed.retrieval.embed import embed as run
     from mmembed.retrieval.writers import embed_to
     more: dict = dict(threads=threads)
     if engine == 'ray':

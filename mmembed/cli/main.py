@@ -29,6 +29,8 @@ from typing import Callable
 # before torch: threads that spin while they wait slow a busy machine down
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
+from ..core.errors import reason
+
 # %% ../../nbs/cli/01_main.ipynb #fcd9fa5e
 COMMANDS = {
     'quickstart': 'train:quickstart',
@@ -313,13 +315,9 @@ EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryErr
 
 def sentence(e: BaseException) -> str:
     "An exception in one line."
-    if isinstance(e, OSError) and e.strerror: return f'{e.filename}: {e.strerror}' if e.filename else e.strerror
     if not isinstance(e, EXPECTED):
-        text = ' '.join(str(e).split())[:300]
-        return f'{type(e).__name__}: {text}; this may be a fault of mmembed: MMEMBED_DEBUG=1 shows its trace'
-    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    if not lines: return type(e).__name__
-    return ' '.join(lines) if len(' '.join(lines)) < 400 else lines[-1]
+        return f'{type(e).__name__}: {reason(e, joined=300)}; this may be a fault of mmembed: MMEMBED_DEBUG=1 shows its trace'
+    return reason(e, joined=400)
 
 # %% ../../nbs/cli/01_main.ipynb #ff49a37f
 def quiet():

@@ -69,7 +69,7 @@ def build(
     mmembed index build model.pt photos -o photos.idx
     mmembed index build model.pt pairs.csv -o pairs.idx --keep year,price
     mmembed index build model.pt vectors.parquet -o big.idx"""
-    from mmembed.retrieval.embed import progress_bar
+    from mmembed.core.progress import progress_bar
     from mmembed.retrieval.index import Index
     with resumable('what is embedded is kept'), progress_bar() as progress:
         index = Index.build(
@@ -98,7 +98,7 @@ def add(
 
     mmembed index add photos.idx new-photos
     mmembed index add photos.idx photos --on-duplicate skip"""
-    from mmembed.retrieval.embed import progress_bar
+    from mmembed.core.progress import progress_bar
     from mmembed.retrieval.index import Index
     table = Index(index, artifact)
     known = len(table.bad())
@@ -148,7 +148,7 @@ def failures(
 
     mmembed index failures photos.idx
     mmembed index failures photos.idx --retry photos"""
-    from mmembed.retrieval.embed import progress_bar
+    from mmembed.core.progress import progress_bar
     from mmembed.retrieval.index import Index
     from mmembed.retrieval.query import one_line
     table = Index(index, artifact)

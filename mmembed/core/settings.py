@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import mmembed
 
+from .errors import reason
+
 # %% ../../nbs/core/13_settings.ipynb #a422acd0
 class Settings(NamedTuple):
     "mmembed's run-time defaults"
@@ -50,7 +52,7 @@ def _read_settings(path: Path) -> dict | None: # None: it is not there, or anoth
     try: parser.read_string(content.decode('utf-8-sig'))
     except (configparser.Error, UnicodeDecodeError) as e:
         if not ours: return None
-        raise ValueError(f"{path} cannot be read: {' '.join(str(e).split())}") from None
+        raise ValueError(f"{path} cannot be read: {reason(e, joined=400)}") from None
     if parser.has_section('mmembed'): values = dict(parser['mmembed'])
     # as mmembed wrote it before
     elif parser.has_section('DEFAULT') and parser['DEFAULT'] and set(parser['DEFAULT']) <= set(Settings._fields):

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..core.errors import reason
 from ..core.packing import as_bytes
 from ..core.files import read_bytes
 from ..core.settings import settings
@@ -59,9 +60,8 @@ def load_hub(
     try: found = datasets.load_dataset(str(name), config, revision=revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
         offline = ' (HF_HUB_OFFLINE is set)' if os.environ.get('HF_HUB_OFFLINE', '0') not in ('', '0') else ''
-        why = next(iter(str(e).strip().splitlines()), type(e).__name__)
         raise FileNotFoundError(f'no data set {name}: it is no folder here, not in the cache of datasets, and the hub '
-                                f'did not give it{offline}: {why}') from None
+                                f'did not give it{offline}: {reason(e)}') from None
     return found
 
 # %% ../../nbs/data/08_hub.ipynb #f3c23c8d

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..core.files import write_whole
 from ..core.packing import as_bytes
 from .folders import ENDINGS, of_system
 from .split_names import check_groups, column_parts, part_in, part_meaning
@@ -218,9 +219,7 @@ def _indexed(url: str, options: dict | None, index: str | Path | None) -> list[S
     found = list(read_samples(url, options))
     lines = [{'url': url, 'bytes': size, 'samples': len(found)}, *found]
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f'.{os.getpid()}')
-    part.write_text(''.join(json.dumps(x) + '\n' for x in lines), encoding='utf-8')
-    part.replace(file)  # whole or not at all: several processes may write it
+    write_whole(file, ''.join(json.dumps(x) + '\n' for x in lines).encode())  # several processes may write it
     return found
 
 # %% ../../nbs/data/09_webdataset.ipynb #1db7ffa2

@@ -22,6 +22,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import reason
 from ..core.types import Tokens
 from ..core.packing import pack
 from ..core.torchscript import quietly
@@ -115,7 +116,7 @@ def programs(
     for name, form, inputs, sizes in _tower_forms(artifact, tp(samples)):
         try: out[name] = exported(form.eval(), inputs, sizes)
         except Exception as e:
-            raise ValueError(f'the {name} tower has no exported form: {str(e).strip().splitlines()[0]}') from None
+            raise ValueError(f'the {name} tower has no exported form: {reason(e)}') from None
     return out
 
 def _tower_forms(artifact: nn.Module, tokens: Tokens) -> list[tuple]: # name, module, sample inputs, which sizes vary

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.types import ImageInfo, Tokens
-from ..core.errors import naming
+from ..core.errors import naming, reason
 from ..core.packing import pack_str
 from ..core.torchscript import quietly
 from ..core.images import stack_levels
@@ -319,7 +319,7 @@ def trace_text(
         for t in tokens:
             want = flat(*t)
             try: off = float((traced(*t) - want).abs().max())
-            except RuntimeError as e: off = str(e).strip().splitlines()[-1]
+            except RuntimeError as e: off = reason(e)
             if isinstance(off, str) or not off <= bound:
                 raise ValueError(f'the text tower {type(tower).__name__}, traced with ids of shape '
                                  f'{tuple(tokens[0].ids.shape)}, is wrong for {tuple(t.ids.shape)}: {off}')
@@ -338,7 +338,7 @@ def trace_image(
         for b in (1, 3):
             x = torch.linspace(-2, 2, b*3*size[0]*size[1]).reshape(b, 3, *size)
             try: off = float((traced(x) - tower(x)).abs().max())
-            except RuntimeError as e: off = str(e).strip().splitlines()[-1]
+            except RuntimeError as e: off = reason(e)
             if isinstance(off, str) or not off <= bound:
                 raise ValueError(
                     f'the image tower {type(tower).__name__}, traced with two images, is wrong for {b}: {off}'
@@ -413,7 +413,7 @@ def _width(encoder: Encoder, tp: nn.Module, steps: Steps) -> int:
         with torch.no_grad(): x = encoder.encode_text(tp(['x', 'y']))
     except RuntimeError as e:
         raise ValueError(
-            f'after: {type(steps.after).__name__} fails on embeddings: {str(e).strip().splitlines()[0]}'
+            f'after: {type(steps.after).__name__} fails on embeddings: {reason(e)}'
         ) from None
     finally: encoder.output = output
     if x.dim() != 2 or len(x) != 2:

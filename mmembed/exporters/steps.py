@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import reason
 from ..core.packing import pack
 from ..core.torchscript import quietly
 from .card import canonical_json, sha256
@@ -59,12 +60,12 @@ def _run(
     kind, step = type(step).__name__, copy.deepcopy(step).cpu().eval().requires_grad_(False)
     try: scripted = quietly(torch.jit.script, step)
     except (RuntimeError, TypeError, OSError, torch.jit.frontend.NotSupportedError) as e:
-        raise TypeError(f'{name}: {kind} cannot be scripted: {str(e).strip().splitlines()[0]}') from None
+        raise TypeError(f'{name}: {kind} cannot be scripted: {reason(e)}') from None
     if not inputs: return step, None
     try:
         with torch.no_grad(): return step, scripted(*inputs)
     except (RuntimeError, torch.jit.Error) as e:
-        raise ValueError(f'{name}: {kind} fails on a sample: {str(e).strip().splitlines()[-1]}') from None
+        raise ValueError(f'{name}: {kind} fails on a sample: {reason(e)}') from None
 
 def _are_texts(x, count: int) -> bool: # data and offsets of as many texts
     if not isinstance(x, tuple) or [getattr(t, 'dtype', None) for t in x] != [torch.uint8, torch.int64]: return False

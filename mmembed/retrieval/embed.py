@@ -9,7 +9,6 @@ __all__ = ['FAILURES', 'PreparedBatch', 'why', 'prepare_batch', 'readable_id', '
            'open_job', 'embed_parts', 'embed', 'service_batch', 'progress_bar', 'duration']
 
 # %% ../../nbs/retrieval/02_embed.ipynb #3733563a
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator

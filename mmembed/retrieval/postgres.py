@@ -54,21 +54,21 @@ def _changing(db):
     psycopg, _ = _psycopg()
     try:
         with db.transaction(): yield
-    except psycopg.Error as e: raise OSError(f'nothing was changed: {_said(e)}') from None
+    except psycopg.Error as e: raise OSError(f'nothing was changed: {reason(e)}') from None
 
-def _said(e: Exception) -> str: return next(iter(str(e).strip().splitlines()), type(e).__name__)
+
 
 def _connect(url: str):
     psycopg, register_vector = _psycopg()
     try:
         db = psycopg.connect(url, autocommit=True)
     except psycopg.OperationalError as e:
-        raise ConnectionError(f'no PostgreSQL there: {str(e).strip().splitlines()[0]}') from None
+        raise ConnectionError(f'no PostgreSQL there: {reason(e)}') from None
     db.execute('SET standard_conforming_strings = on')  # a backslash ends no text of a condition
     try:
         db.execute('CREATE EXTENSION IF NOT EXISTS vector')
     except psycopg.Error as e:
-        raise ConnectionError(f'this PostgreSQL has no pgvector: {str(e).splitlines()[0]}') from None
+        raise ConnectionError(f'this PostgreSQL has no pgvector: {reason(e)}') from None
     register_vector(db)
     return db, psycopg.sql
 
@@ -295,7 +295,7 @@ def _asked(
             done = self._db.execute(query, values, binary=True)
             return [dict(zip([c.name for c in done.description], row)) for row in done]
     except psycopg.Error as e:
-        if where: raise ValueError(f'where={where!r}: {_said(e)}') from None
+        if where: raise ValueError(f'where={where!r}: {reason(e)}') from None
         raise
 
 # %% ../../nbs/retrieval/11_postgres.ipynb #3e1f14c4

@@ -14,6 +14,7 @@ import pickle
 import time
 from pathlib import Path
 
+from ..core.errors import reason
 from ..data.source import Source
 from .embed import Done, embed_parts, open_job, plan, service_batch
 from ..runtime.embedder import Embedder
@@ -142,4 +143,4 @@ def _cause(e: BaseException) -> BaseException:
         if type(seen) in (ValueError, OSError, FileNotFoundError, PermissionError, RuntimeError, ImportError):
             return seen
         seen = getattr(seen, 'cause', None) or seen.__cause__
-    return RuntimeError(next((line for line in reversed(str(e).splitlines()) if line.strip()), type(e).__name__))
+    return RuntimeError(reason(e))

@@ -24,11 +24,12 @@ from ..core.packing import pack
 from ..core.images import stack_levels
 from .artifact import checked_artifact, chooses, computes, device_of, prepack, read_card, widened
 from ..core.threads import give_back, steady
-from ..core.errors import reason
+from ..core.errors import items_of, reason
 from ..core.torchcodec import register_image_ops, silence_decoders
 from ..core.images import DOT, as_image
-from ..core.threads import ahead, decoders as threads_for, watched
-from .inputs import enough, items_of, name_of, pixels_of, rows_of, text_error, tokens_of
+from ..core.progress import watched
+from ..core.threads import ahead, decoders as threads_for
+from .inputs import enough, name_of, pixels_of, rows_of, text_error, tokens_of
 from ..core.errors import whole_number
 from mmembed.runtime.results import (
     Encoded, Profile, Ranking, Scored, Similarity, check, failed, as_numpy, policy, ranking, settle, stages,

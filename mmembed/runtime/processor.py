@@ -11,7 +11,6 @@ __all__ = ['KERNELS', 'LIMITS', 'MARGIN', 'timed', 'processor_name', 'choices_fo
 import json
 import os
 import re
-import tempfile
 import time
 import zlib
 from collections.abc import Callable
@@ -20,6 +19,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
+from ..core.files import write_once, write_whole
 
 # %% ../../nbs/runtime/01_processor.ipynb #71cbce60
 KERNELS = 'auto', 'onednn', 'torch' # what `choose_kernel` can be told
@@ -76,14 +77,11 @@ def _kept(file: Path) -> str: # '' for none, or a damaged one
 def _keep(file: Path, choice: str, times: dict) -> str: # the choice that is in the file now
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile('w', dir=file.parent, suffix='.draft') as draft:
-            draft.write(json.dumps(dict(linear=choice, ms={k: round(1e3 * t, 3) for k, t in times.items()})) + '\n')
-            draft.flush()
-            try: os.link(draft.name, file)  # the first one stays
-            except FileExistsError:
-                if _kept(file): return _kept(file)
-                os.replace(draft.name, file)  # it was damaged
-                open(draft.name, 'w').close()  # for the context to remove
+        content = dict(linear=choice, ms={k: round(1e3 * t, 3) for k, t in times.items()})
+        data = f'{json.dumps(content)}\n'.encode()
+        if write_once(file, data) == data: return choice
+        if first := _kept(file): return first  # of another process
+        write_whole(file, data)  # what was there is damaged
     except OSError: pass
     return choice
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from ..core.errors import items_of
 from .sentencepiece import framed, read_sentencepiece
 
 # %% ../../nbs/text/15_trainers.ipynb #6d986f6a
@@ -22,9 +23,7 @@ def as_texts(captions: Iterable[str]) -> list[str]:
     """`captions` as a list.
 
     Raises `TypeError` for a bare string and for an item that is no `str`, `ValueError` if there is no text in them."""
-    if isinstance(captions, (str, bytes)):
-        raise TypeError(f'captions is a single {type(captions).__name__}; pass a list of texts')
-    texts = list(captions)
+    texts = list(items_of(captions, 'captions'))
     for i, t in enumerate(texts):
         if not isinstance(t, str): raise TypeError(f'captions[{i}] is {type(t).__name__}, not str: {str(t)[:60]!r}')
     texts = [t.encode('utf-8', 'surrogatepass').decode(errors='replace') for t in texts]

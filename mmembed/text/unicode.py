@@ -12,7 +12,6 @@ __all__ = ['N_CODES', 'CLASS_SHIFT', 'ADDED', 'MAX_ADDED', 'SENTINEL', 'WORD', '
 # %% ../../nbs/text/02_unicode.ipynb #7604a9d3
 import copy
 import functools
-import os
 import zipfile
 from collections.abc import Callable
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from fastcore.xdg import xdg_cache_home
 from tokenizers import normalizers, pre_tokenizers
 from torch import Tensor, nn
 
+from ..core.files import draft
 from .hash_table import ExpandTable, PageTable
 
 # %% ../../nbs/text/02_unicode.ipynb #d2a31819
@@ -123,12 +123,11 @@ def probed(
     try:
         with np.load(path) as f: return {k: f[k].astype(np.int64) for k in f.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError): answer = probe()
-    own = path.with_suffix(f'.{os.getpid()}.tmp')  # renamed when complete: others never see half a file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with own.open('wb') as f: np.savez_compressed(f, **{k: v.astype(np.int32) for k, v in answer.items()})
-        own.replace(path)
-    except OSError: own.unlink(missing_ok=True)
+        with draft(path) as own, own.open('wb') as f:
+            np.savez_compressed(f, **{k: v.astype(np.int32) for k, v in answer.items()})
+    except OSError: pass  # the answer is kept for this process alone
     return answer
 
 # %% ../../nbs/text/02_unicode.ipynb #57e5f970

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..core.errors import reason
 from ..core.types import PairBatch, Tokens
 from ..core.packing import pack
 from ..core.images import stack_levels
 from .loader import Loader
-from ..data.captions import NO_CAPTION, NO_LABEL
-from ..data.source import Source, row_error
+from ..data.source import NO_CAPTION, NO_LABEL, Source
 from ..text.pipeline import TextPipeline
 from ..vision.pipeline import VisionPipeline
 
@@ -61,7 +61,7 @@ class Rows(Dataset):
             known = True
             return Row(i, text, self._levels(self.source.image(i), epoch, i), '', label)
         except (RuntimeError, ValueError, OSError) as e:
-            return Row(i, text, self.vision.blank() if self.blank and known else None, row_error(e), label)
+            return Row(i, text, self.vision.blank() if self.blank and known else None, reason(e), label)
         except Exception as e: raise RuntimeError(f'{self.source.name(i)}: {type(e).__name__}: {e}') from e
 
     def _levels(self, file: Tensor, epoch: int, i: int) -> Tensor:

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from ..core.errors import naming
+from ..core.errors import naming, reason
 from ..models.base import finite, from_spec, read_saved
 
 from .finetune import add_lora, merge_lora
@@ -45,7 +45,7 @@ def load_checkpoint(
     model = model or from_spec(note['model'])
     if note.get('lora'): add_lora(model, **note['lora'])
     try: model.load_state_dict(finite(weights, path))
-    except RuntimeError as e: raise ValueError(f'{path} does not fit the model: {_first(e, 1)}') from None
+    except RuntimeError as e: raise ValueError(f'{path} does not fit the model: {reason(e)}') from None
     return merge_lora(model).eval()
 
 # %% ../../nbs/train/08_checkpoint.ipynb #6f817c6d

@@ -30,6 +30,7 @@ from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
+from ..core.files import write_once
 from ..core.settings import settings
 from ..models.base import renewed
 from ..text.pipeline import TextPipeline
@@ -145,12 +146,7 @@ def claim_folder(
         return folder
     wanted.parent.mkdir(parents=True, exist_ok=True)
     note = note_path(wanted.parent, run)
-    draft = note.with_name(f'{note.name}-{uuid.uuid4().hex}')
-    draft.write_text(new_folder(wanted).name)
-    try: os.link(draft, note)
-    except FileExistsError: pass
-    finally: draft.unlink()
-    return wanted.with_name(note.read_text())
+    return wanted.with_name(write_once(note, new_folder(wanted).name.encode()).decode())
 
 def note_path(runs: Path, run: str) -> Path: return runs/f".{run}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 

@@ -20,6 +20,7 @@ from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from ..core.errors import reason
 from .datamodule import PairData
 from .checkpoint import load_checkpoint, read_checkpoint, write_weights
 from .config import TrainCLI, WrongCall, note_path, argument_error
@@ -91,8 +92,7 @@ def go_on(
 
 def _told(e: Exception) -> str:
     "What Lightning says of options that do not go together, in one line."
-    text = ' '.join(str(e).split())
-    return f'the Trainer cannot do that: {text}' if len(text) < 300 else f'the Trainer cannot do that: {text[:300]}...'
+    return f'the Trainer cannot do that: {reason(e, joined=300)}'
 
 def find_lr(
     cli: TrainCLI, # its model gets the rate

@@ -1149,14 +1149,6 @@ def test_the_command_prints_what_it_would_write(model, tmp_path, capsys, monkeyp
     assert main(['embed', str(model), '-', '--what', 'both', '-o', str(tmp_path/'both.safetensors')]) == 0
 
 
-def test_lines_of_progress(capsys):
-    with jobs.progress_bar(every=0) as show:
-        show(0, 100)
-        time.sleep(.02)
-        show(50, 100)
-    assert '50 of 100 rows, ' in capsys.readouterr().err
-
-
 def test_mistakes(model, source, tmp_path):
     for kw, message in [
         (dict(what='sound'), "what must be 'image', 'text' or 'both', got 'sound'"),

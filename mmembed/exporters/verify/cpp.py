@@ -8,7 +8,6 @@ Docs: https://mmembed.github.io/mmembed/exporters/verify/cpp.html.md"""
 __all__ = ['why_no_host', 'build_host', 'built', 'ask_host', 'last_line']
 
 # %% ../../../nbs/exporters/verify/02_cpp.ipynb #1349df23
-import fcntl
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...core.files import read_bytes
+from ...core.files import read_bytes, writing
 from ..card import sha256
 from ...runtime.artifact import read_card
 
@@ -60,8 +59,7 @@ def build_host(
     folder = Path(folder or root/'build'/'cpp')
     folder.mkdir(parents=True, exist_ok=True)
     stamp, current = folder/f'{target}.stamp', _stamp(root, target)
-    with open(folder/'.lock', 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with writing(folder, wait=True):
         if (folder/target).is_file() and stamp.is_file() and stamp.read_text() == current: return folder/target
         tests = 'ON' if (root/'tests'/'cpp'/'mmembed_test.cpp').is_file() else 'OFF'
         defines = [f'-DPython_EXECUTABLE={sys.executable}', f'-DMMEMBED_TESTS={tests}']
