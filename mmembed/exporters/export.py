@@ -9,7 +9,6 @@ __all__ = ['export']
 
 # %% ../../nbs/exporters/13_export.ipynb #1234f0ac
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..core.files import draft
 from ..core.threads import give_back
 from ..core.torchscript import quietly
 from .aot import check_name, save_package
@@ -96,31 +96,29 @@ def _assembled(content: _Content, files: _Files) -> tuple[Served, dict]: # the a
 # %% ../../nbs/exporters/13_export.ipynb #61233d1d
 @contextmanager
 def _drafts(path: Path) -> Iterator[tuple[Path, Path]]: # the artifact; a folder for ONNX files
-    "Names beside `path` to write to; what is left there afterwards is deleted."
+    "Yield names beside `path` to write to; the file takes the name `path` when the block ends, the folder is deleted."
     path.parent.mkdir(parents=True, exist_ok=True)
     end = '.pt2' if path.suffix == '.pt2' else ''  # torch writes a package only to a name that ends so
-    draft = path.with_name(f'.{path.name}.{os.getpid()}.tmp{end}')
-    folder = draft.with_suffix('.onnx')
-    try: yield draft, folder
-    finally:
-        draft.unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+    with draft(path, end) as file:
+        folder = file.with_suffix('.onnx')
+        try: yield file, folder
+        finally: shutil.rmtree(folder, ignore_errors=True)
 
 def _exported(content: _Content, files: _Files, checks: dict) -> Report:
     artifact, card = _assembled(content, files)
     variant, steps, calibrate = content.variant, content.steps, content.calibrate
-    with _drafts(files.path) as (draft, folder):
+    with _drafts(files.path) as (file, folder):
         if files.onnx:
             export_onnx(
                 content.model, folder, variant, steps, card, classes=content.classes(), calibrate=calibrate
             )
         if files.onnx_files: add_files(folder)
-        if files.package: save_package(artifact, draft, card, files.cpu)
-        else: save(quietly(torch.jit.script, artifact), draft, artifact.identity)
+        if files.package: save_package(artifact, file, card, files.cpu)
+        else: save(quietly(torch.jit.script, artifact), file, artifact.identity)
         del artifact  # `verify` loads the file: it is not to lie in memory twice
         give_back()
         report = verify(
-            draft,
+            file,
             content.model,
             steps=steps,
             labels=None if hasattr(content.model, 'labels') else content.labels,
@@ -131,7 +129,6 @@ def _exported(content: _Content, files: _Files, checks: dict) -> Report:
         )
         report.path = files.path
         report.check()
-        os.replace(draft, files.path)
         if files.onnx: move_files(folder, files.onnx)
     return report
 
