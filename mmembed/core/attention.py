@@ -18,11 +18,13 @@ def attend(
     q: Tensor, # (B, H, L, D)
     k: Tensor, # (B, H, N, D)
     v: Tensor, # (B, H, N, D)
-    # of 2 axes or more, broadcast to (B, H, L, N): bool, what may be attended to, or added to the scores
+    # broadcast to (B, H, L, N), 2 axes or more: bool, True where q may attend to k; or numbers added to the scores
     mask: Optional[Tensor] = None,
-    fused: bool = True,            # in one kernel, if torch has one for these inputs
+    fused: bool = True, # use torch's fused kernel, if it has one for these inputs
 ) -> Tensor: # (B, H, L, D)
-    "Softmax of the scaled products of `q` and `k`, times `v`; zeros for a row that may attend to nothing. It scripts."
+    """Compute attention: softmax of the scaled products of `q` and `k`, times `v`. Scripts.
+
+    A row that may attend to nothing gets zeros."""
     if torch.jit.is_scripting():
         if fused and q.dtype == torch.bfloat16 and q.device.type == 'cpu': return _attend_bf16(q, k, v, mask)
     if fused: return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -16,31 +16,33 @@ from .types import Tokens
 # %% ../../nbs/core/05_batching.ipynb #67eaaf0f
 def filled(
     x: Tensor, # (B, ...), B at least 1
-    rows: int,
+    rows: int, # number of rows wanted
 ) -> Tensor: # (rows, ...), or `x` if it has as many
-    "`x` and copies of its first row."
+    "Pad `x` to `rows` rows by repeating its first row; return `x` if it has as many."
     missing = rows - x.shape[0]
     if missing <= 0: return x
     return torch.cat([x, x[:1].repeat([missing] + [1] * (x.dim() - 1))])
 
 def lengthened(
     x: Tensor, # int64 (B, L)
-    length: int,
-    value: int,
+    length: int, # number of columns wanted
+    value: int, # the id of padding, or 0 for a mask
 ) -> Tensor: # int64 (B, length), or `x` if it is as long
-    "`x` with `value` to its right."
+    "Pad `x` on the right with `value` to `length` columns; return `x` if it has as many."
     return torch.nn.functional.pad(x, [0, max(0, length - x.shape[1])], value=float(value))
 
 # %% ../../nbs/core/05_batching.ipynb #3fd01cdb
 def text_lengths(
-    step: int,         # the pipeline's `pad_to`; 0: texts have one length
-    most: int,         # its `max_length`
-    fine: bool = True, # more of them, each nearer to what a text needs
+    step: int,         # the pipeline's `pad_to`, in tokens; 0: all texts have one length
+    most: int,         # the pipeline's `max_length`, in tokens
+    fine: bool = True, # steps of half of `step` up to `4 * step`; False: double from `step` on
 ) -> list[int]: # rising, the last one is `most`
-    "The lengths to which texts are filled."
+    "Return the lengths to which batches of texts are padded, rising: steps up to `4 * step`, then doublings."
     sizes = [min(step or most, most)]
     while sizes[-1] < most:
-        sizes.append(min(most, sizes[-1] + max(1, step // 2) if fine and sizes[-1] < 4 * step else 2 * sizes[-1]))
+        last = sizes[-1]
+        longer = last + max(1, step // 2) if fine and last < 4 * step else 2 * last
+        sizes.append(min(longer, most))
     return sizes
 
 # %% ../../nbs/core/05_batching.ipynb #f8343a74
@@ -49,7 +51,7 @@ def join_tokens(
     pad_id: int,           # of the tokenizer
     length: int = 0,       # tokens that a row has at least
 ) -> Tokens: # ids and mask int64 (sum of rows, longest)
-    "Tokenised batches as one."
+    "Join tokenized batches of different lengths into one, padded to the longest."
     length = max(length, *(b.ids.shape[1] for b in batches))
     return Tokens(
         *(

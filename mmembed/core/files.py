@@ -53,7 +53,7 @@ def draft(
 # %% ../../nbs/core/08_files.ipynb #5b55434d
 def write_whole(
     path: Path,  # where the file is to be; an older one is replaced
-    data: bytes,
+    data: bytes, # the content of the file
 ):
     "Write `data` to `path` atomically."
     with draft(path) as temporary: temporary.write_bytes(data)

@@ -23,7 +23,9 @@ from .packing import as_bytes
 def stack_levels(
     levels: List[Tensor], # uint8 (3, H, W) each, at least one
 ) -> Tensor: # uint8 (B, 3, H, W)
-    "One batch of preprocessed pictures, in `channels_last` layout; a copy, but for a single one that has it already."
+    """Stack preprocessed images to one batch in `channels_last` layout.
+
+    The result is a copy, except for a single image that has this layout already."""
     if len(levels) == 1: return levels[0].permute(1, 2, 0).contiguous().unsqueeze(0).permute(0, 3, 1, 2)
     rows: List[Tensor] = []
     for x in levels: rows.append(x.permute(1, 2, 0))
@@ -32,9 +34,9 @@ def stack_levels(
 # %% ../../nbs/core/10_images.ipynb #089710ff
 def opaque(
     rgba: Tensor, # uint8 (4, H, W)
-    alpha: str,   # 'white', 'black' or 'drop'
+    alpha: str, # what shows through transparent pixels: 'white', 'black', or 'drop' for their hidden colours
 ) -> Tensor: # uint8 (3, H, W)
-    "`rgba` composited on white or black, or with its alpha dropped."
+    "Composite `rgba` on white or black, or drop its alpha."
     if alpha == 'drop': return rgba[:3]
     height, width = rgba.size(1), rgba.size(2)
     out = torch.empty([height, width, 3], dtype=torch.uint8, device=rgba.device).permute(2, 0, 1)
@@ -54,7 +56,7 @@ def as_image(
     item,
     alpha: str = 'white', # what shows through transparent pixels: 'white', 'black', or 'drop' for their hidden colours
 ) -> Tensor: # uint8 (N,), a file, or uint8 (3, H, W), decoded RGB
-    "`item` as an artifact takes it; raises `TypeError`, `ValueError`, or `OSError` as `open` does."
+    "Convert `item` to what an artifact takes; raises `TypeError`, `ValueError`, or `OSError` as `open` does."
     if isinstance(item, markers.Image): item = item.item
     if isinstance(item, (bytes, bytearray, memoryview)): return as_bytes(item)
     if isinstance(item, (str, os.PathLike)): return read_bytes(item)

@@ -19,14 +19,14 @@ def _short(text: str) -> str: return repr(text if len(text) <= 80 else text[:77]
 
 # %% ../../nbs/core/09_markers.ipynb #c3606f07
 class Text(str):
-    "A text, also where its words name an image: `Text('cat.jpg')`"
+    "Mark a `str` as a text, even if it names an image: `Text('cat.jpg')`"
     __slots__ = ()
 
     def __repr__(self): return f'Text({str.__repr__(self)})'
 
 # %% ../../nbs/core/09_markers.ipynb #edfcbb38
 class Image:
-    "An image, also where it is named by a `str`: `Image('cat.jpg')`"
+    "Mark an item as an image, even if it is a `str`: `Image('cat.jpg')`"
     def __init__(self,
         item, # a path as str or Path, a file's bytes, a PIL image, an array; raises `ValueError` for a URL
     ):
@@ -44,7 +44,7 @@ class Image:
 IMAGE_ENDINGS = ('.jpg', '.jpeg', '.jpe', '.png', '.gif', '.webp', '.avif', '.heic', '.heif', '.bmp', '.tif', '.tiff')
 
 def names_image(
-    text: str,
+    text: str, # a caption, a path or a URL
     local: bool = True, # whether the names of files on this machine may be looked up
 ) -> bool:
     "Return whether `text` as a whole is the path or the URL of an image."
@@ -58,10 +58,10 @@ def names_image(
 
 # %% ../../nbs/core/09_markers.ipynb #dabd64b9
 def doubt(
-    text: str,
+    text: str, # what the caller passed as a text
     local: bool = True, # as for `names_image`
     image: str = "Image(...) or a Path for the image", # what to pass instead
-    words: str = 'Text(...) for the words',
+    words: str = 'Text(...) for the words', # what to pass instead, if it is a text
 ) -> str: # empty for a text
     "Explain why a `str` may not be meant as a text: it names an image and is not marked as `Text`."
     if isinstance(text, Text) or not names_image(text, local): return ''

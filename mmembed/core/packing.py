@@ -30,7 +30,7 @@ def _utf8(
 def as_bytes(
     data: bytes | bytearray | memoryview | Tensor, # the content of a file, or a text's UTF-8
 ) -> Tensor: # uint8 (N,)
-    "`data` as a one-dimensional uint8 tensor; raises `TypeError` for anything else."
+    "Convert `data` to a one-dimensional uint8 tensor; raises `TypeError` for other types."
     if isinstance(data, Tensor):
         if data.dtype == torch.uint8 and data.ndim == 1: return data
         raise TypeError(f'as_bytes wants a 1-D uint8 tensor, got {data.dtype} of shape {tuple(data.shape)}')
@@ -59,7 +59,7 @@ def pack(
 def pack_str(
     texts: list[str], # B texts
 ) -> tuple[Tensor, Tensor]: # data uint8 (N,), offsets int64 (B+1,)
-    "`pack` as TorchScript can write it; in eager Python it calls `pack`."
+    "Pack texts as `pack` does, in code that scripts; in eager Python call `pack`."
     if torch.jit.is_scripting():
         values: list[int] = []
         offsets: list[int] = [0]

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 # %% ../../nbs/core/14_progress.ipynb #beb9aa4e
 def duration(
-    seconds: float,
+    seconds: float, # a length of time
 ) -> str: # such as '3 min' or '1 h 6 min'
     "Write a number of seconds in the unit a person would use."
     s = round(seconds)
@@ -57,7 +57,7 @@ def _line(label: str, ready: int, rows: int | None, rate: float) -> str: # rate:
 
 # %% ../../nbs/core/14_progress.ipynb #868af6ed
 def watched(
-    items: Iterable,
+    items: Iterable, # read one after another
     progress: bool | str, # whether to show a bar; a string is its label
 ) -> Iterator:
     "Yield the items, and show on standard error how many have been read."

@@ -21,7 +21,7 @@ from .errors import reason
 
 # %% ../../nbs/core/13_settings.ipynb #a422acd0
 class Settings(NamedTuple):
-    "mmembed's run-time defaults"
+    "Default paths, seed and accelerator of mmembed"
     data_path: str = 'data'            # where sources look for relative paths
     runs_path: str = 'runs'            # training runs: configuration, logs, checkpoints
     artifacts_path: str = 'artifacts'  # exported files
@@ -78,7 +78,7 @@ def config_places() -> list[Path]:
 
 # %% ../../nbs/core/13_settings.ipynb #9f1e0f60
 def config_names() -> list[str]:
-    "The names of the configurations that come with mmembed."
+    "List the names of the configurations that come with mmembed."
     return sorted({p.stem for place in config_places() for p in place.glob('*.yaml')})
 
 # %% ../../nbs/core/13_settings.ipynb #be2c6872

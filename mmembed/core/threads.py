@@ -23,14 +23,14 @@ from .torchscript import inlining
 
 # %% ../../nbs/core/12_threads.ipynb #4b4367ce
 def give_back():
-    """Have the system get what was freed: glibc keeps it, a hundred megabytes after a load.
+    """Return freed memory to the system; glibc keeps some 100 MB after a load.
 
-    Nothing where there is another `malloc`."""
+    Does nothing where another `malloc` is in use."""
     import ctypes
     if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'malloc_trim'): libc.malloc_trim(0)
 
 class steady:
-    "No gradients, no autocast of the caller's, and functions of TorchScript left apart, as long as the block runs"
+    "Switch off gradients, the caller's autocast and TorchScript's inlining inside the block"
     def __enter__(self):
         self.inlining = inlining(False)  # what is called first is kept as it is prepared then
         self.inlining.__enter__()
@@ -45,12 +45,12 @@ class steady:
 
 # %% ../../nbs/core/12_threads.ipynb #337ff257
 def ahead(
-    f: Callable,        # of one item; runs in a thread, raises nothing
-    items: Iterable,
-    threads: int,       # 0: no threads, each item when it is asked for
-    depth: int = 64,    # results that may wait
+    f: Callable, # a function of one item that raises nothing
+    items: Iterable, # read in the thread of the caller
+    threads: int, # number of threads; 0: compute each result when it is asked for
+    depth: int = 64, # number of results that may wait
 ) -> Iterator:
-    "`f` of every item, in order, worked out ahead of its use."
+    "Yield `f(item)` for every item, in order, computed in threads before it is asked for."
     if threads < 1:
         yield from map(f, items)
         return
@@ -65,7 +65,7 @@ def ahead(
 
 # %% ../../nbs/core/12_threads.ipynb #c9e6538c
 def cores() -> int:
-    "How many processors this process may use, which a container or `taskset` may make fewer than there are."
+    "Return how many processors this process may use: a container or `taskset` may allow fewer than there are."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 def memory() -> int:
@@ -90,18 +90,18 @@ def _lines(path: str) -> list[str]: # none where the file is not there
     except OSError: return []
 
 def decoders(
-    items,                  # the batch
-    asked: int | None,      # by the caller; None: as many as there are cores, and none for a single item
+    items, # the batch of images
+    asked: int | None, # number the caller wants; None: as many as there are cores, up to 8, and 0 for a single item
 ) -> int:
-    "How many threads decode; raises `ValueError` for a number below 0."
+    "Return the number of threads that decode; raises `ValueError` for a number below 0."
     if asked is not None: return whole_number('decoders', asked, 0)
     return 0 if cores() == 1 or hasattr(items, '__len__') and len(items) < 2 else min(cores(), 8)
 
 # %% ../../nbs/core/12_threads.ipynb #f8bbe865
 def thread_pool(
-    n: int, # threads
+    n: int, # number of threads
 ) -> ThreadPoolExecutor:
-    "A pool of `n` threads, each of which runs torch's operations on one core; the caller's setting stays."
+    "Make a pool of `n` threads that run torch's operations on one core each; the caller's own setting stays."
     cores, pool, ready = torch.get_num_threads(), ThreadPoolExecutor(n, 'mmembed-loader'), threading.Barrier(n + 1)
     def alone():
         torch.get_num_threads()  # a thread's first question sets its figure, so it must come before our own

@@ -20,9 +20,9 @@ import torch
 
 # %% ../../nbs/core/11_torchcodec.ipynb #f5373b32
 def register_image_ops(
-    heic: bool = False, # the operator for HEIC too, which needs libheif
+    heic: bool = False, # register the operator for HEIC too, which needs libheif
 ):
-    "Registers torchcodec's image operators in this process; raises `ImportError` when they cannot be found."
+    "Register torchcodec's image operators in this process; raises `ImportError` if torchcodec is not installed."
     if heic:
         register_image_ops()
         return load_heic()
@@ -40,9 +40,9 @@ def register_image_ops(
 # %% ../../nbs/core/11_torchcodec.ipynb #3202edcc
 @cache
 def silence_decoders():
-    """Have libjpeg and libpng of torchcodec's wheel print nowhere, once they are loaded.
+    """Discard what libjpeg and libpng of torchcodec's wheel print on standard error.
 
-    On Linux with 64 bits alone, elsewhere they go on printing."""
+    Call it after they are loaded. On systems other than 64-bit Linux it does nothing."""
     import ctypes
     if sys.platform != 'linux' or ctypes.sizeof(ctypes.c_void_p) != 8: return
     libc, page = ctypes.CDLL(None), os.sysconf('SC_PAGE_SIZE')
@@ -88,7 +88,7 @@ def _stderr_of(
 
 # %% ../../nbs/core/11_torchcodec.ipynb #1e5aa258
 def load_heic():
-    "Registers torchcodec's HEIC operator; raises `ImportError` where libheif is missing."
+    "Register torchcodec's HEIC operator; raises `ImportError` if libheif or torchcodec is not installed."
     spec = importlib.util.find_spec('torchcodec')
     if not spec: raise ImportError('heic=True needs torchcodec: pip install torchcodec')
     try: torch.ops.load_library(str(Path(spec.origin).parent/'libtorchcodec_heic.so'))

@@ -17,7 +17,7 @@ def quietly(
     f,      # a torch.jit function: script, freeze, load, ...
     *args, **kwargs,
 ):
-    "`f(*args, **kwargs)` without TorchScript's deprecation warnings."
+    "Call `f(*args, **kwargs)` without TorchScript's deprecation warnings."
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', category=FutureWarning)
         warnings.filterwarnings('ignore', category=DeprecationWarning)

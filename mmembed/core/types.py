@@ -14,13 +14,13 @@ from torch import Tensor
 
 # %% ../../nbs/core/01_types.ipynb #cc6fa346
 class Tokens(NamedTuple):
-    "A tokenised batch, right-padded: what a text tower takes"
+    "A tokenized batch, padded on the right: the input of a text tower"
     ids: Tensor   # int64 (B, L) vocabulary indices
     mask: Tensor  # int64 (B, L): 1 for a token, 0 for padding
 
 # %% ../../nbs/core/01_types.ipynb #ab3f2e96
 class Encoding(NamedTuple):
-    "A tokenised batch with all that is known of each token"
+    "A tokenized batch with segment and source bytes of each token"
     ids: Tensor          # int64 (B, L) vocabulary indices
     mask: Tensor         # int64 (B, L): 1 for a token, 0 for padding
     # int64 (B, L): 0 for the first text of a pair, 1 for the second, as the tokenizer's template says
@@ -30,7 +30,7 @@ class Encoding(NamedTuple):
 
 # %% ../../nbs/core/01_types.ipynb #b6552ded
 class ImageInfo(NamedTuple):
-    "What the header of an image file says, before anything is decoded"
+    "What the header of an image file states, read before anything is decoded"
     format: str       # 'jpeg', 'png', 'webp', 'gif', 'avif' or '' when not recognised
     width: int        # pixels as stored, before EXIF orientation
     height: int       # pixels as stored, before EXIF orientation
@@ -49,7 +49,7 @@ class PairBatch(NamedTuple):
 
 # %% ../../nbs/core/01_types.ipynb #3f53f2d4
 class Embeddings(NamedTuple):
-    "Both sides of a dual encoder, of unit length"
+    "Embeddings of both towers of a dual encoder, of unit length"
     text: Tensor         # float32 (B, D)
     image: Tensor        # float32 (B, D)
     logit_scale: Tensor  # float32 (): what the cosine is multiplied by, already exponentiated

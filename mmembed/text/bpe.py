@@ -26,7 +26,7 @@ from .wordpiece import Pieces, kind_of, refuse
 
 # %% ../../nbs/text/08_bpe.ipynb #7b3b7325
 class ShortWords(nn.Module):
-    "A set of byte strings of at most 15 bytes, each with an id; exact, for a key holds the whole string."
+    "Map byte strings of at most 15 bytes to ids, exactly: a key holds the whole string"
 
     def __init__(self,
         words: list[bytes], # distinct; longer ones are left out
@@ -60,14 +60,14 @@ class ShortWords(nn.Module):
     def _mixed(self, a: Tensor, b: Tensor) -> Tensor: return (a ^ (b * self.mix)) * self.mix
 
     def eights(self, bytes: Tensor) -> Tensor:
-        "The eight bytes from each position as one integer: int64 (M,) -> (M+16,)."
+        "Return the eight bytes from each position on as one integer: int64 (M,) -> (M+16,)."
         x = nn.functional.pad(bytes, (0, 24))
         x = x[:-1] | x[1:] << 8
         x = x[:-2] | x[2:] << 16
         return x[:-4] | x[4:] << 32
 
     def forward(self, eights: Tensor, start: Tensor, size: Tensor) -> Tensor:
-        "int64 (W,), (W,) -> ids, -1 for a string that is not in the set."
+        "Look strings up by their first eight bytes and their size, int64 (W,); return ids, -1 for absent strings."
         size = size.clamp(max=16)
         a = eights.index_select(0, start) & self.first.index_select(0, size)
         b = eights.index_select(0, start + 8) & self.last.index_select(0, size) | self.length.index_select(0, size)
@@ -79,7 +79,7 @@ class ShortWords(nn.Module):
 
 # %% ../../nbs/text/08_bpe.ipynb #824619ea
 class PairRanks(nn.Module):
-    "Pairs of ids and when each was learnt; exact, for a key holds both ids."
+    "Map pairs of ids to the rank of their merge, exactly: a key holds both ids"
     NONE = 1 << 40              # the rank of a pair that was not
     SCALE = 0x2545F4914F6CDD1D  # spreads the keys; odd
 
@@ -101,7 +101,7 @@ class PairRanks(nn.Module):
         self.register_buffer('ranks', torch.where(slots.ids < 0, self.none, slots.ids))
 
     def forward(self, id: Tensor) -> Tensor:
-        "The rank of each id with the next: int64 (M,) -> (M-1,)."
+        "Return the merge rank of each id with its right neighbour: int64 (M,) -> (M-1,)."
         key = torch.add(id[1:], id[:-1], alpha=1 << 32) * self.scale
         by = self.multiplier.index_select(0, (key >> self.bucket_shift) & self.bucket_mask)
         slot = ((key * by) >> self.slot_shift) & self.slot_mask
@@ -109,9 +109,9 @@ class PairRanks(nn.Module):
 
 # %% ../../nbs/text/08_bpe.ipynb #78710790
 class BytePairs(nn.Module):
-    """Byte-level BPE, as Hugging Face's `models.BPE` and open_clip's `SimpleTokenizer` do it.
+    """Tokenize words by byte-level BPE, as Hugging Face's `models.BPE` and open_clip's `SimpleTokenizer` do.
 
-    Raises `ValueError` if the vocabulary lacks a byte or what a merge makes."""
+    Raises `ValueError` if the vocabulary lacks a byte or the result of a merge."""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
     orderly: torch.jit.Final[bool]
     drops: torch.jit.Final[bool]
@@ -128,49 +128,48 @@ class BytePairs(nn.Module):
     ):
         super().__init__()
         self.none, self.drops = PairRanks.NONE, drops
+        _check_vocabulary(vocab, merges, suffix)
         letters = byte_letters()
-        single = {c: b for b, c in letters.items()}
-        missing = [b for b, c in letters.items() if c not in vocab or c + suffix not in vocab]
-        if missing:
-            raise ValueError(
-                f'the vocabulary has no token for the byte {missing[0]}, nor for {len(missing) - 1} others'
-            )
-        lost = [a + b for a, b in merges if any(t not in vocab for t in (a, b, a + b))]
-        if lost: raise ValueError(f'the merge that makes {lost[0]!r} is of tokens that the vocabulary does not have')
         self.register_buffer('inner', torch.tensor([vocab[letters[b]] for b in range(256)]))
         self.register_buffer('last', torch.tensor([vocab[letters[b] + suffix] for b in range(256)]))
-        ranks = {(vocab[a], vocab[b]): r for r, (a, b) in enumerate(merges)}
+        self._learn_merges(vocab, merges)
+        spelt = _spellings(vocab, suffix)
+        self.reach = max(len(word) for word, _ in spelt.values())  # bytes of the longest token
+        if whole and self.reach > 15: raise ValueError('ignore_merges with tokens of more than 15 bytes')
+        self.register_buffer('margin', torch.full((self.reach,), self.none))
+        self.steps = _doublings(2 * self.reach)
+        size = torch.full((max([*vocab.values(), *added]) + 1,), 4)  # an added token stands in the text as four bytes
+        for id, (word, _) in spelt.items(): size[id] = len(word)
+        self.register_buffer('size', size)
+        self.repeated = any(id in spelt for id in added)  # an added token that merges can make as well
+        self._learn_words(spelt, whole, added)
+
+    @torch.jit.unused
+    def _learn_merges(self, vocab: dict[str, int], merges: list[tuple[str, str]]):
+        "Keep the rank of each pair of ids, and the id that its merge makes."
+        ranks = {(vocab[left], vocab[right]): rank for rank, (left, right) in enumerate(merges)}
         pairs = torch.tensor(list(ranks), dtype=torch.int64).reshape(-1, 2)
         self.ranks = PairRanks(pairs, torch.tensor(list(ranks.values()), dtype=torch.int64))
-        made = np.array([vocab[a + b] for a, b in merges], np.int64)
+        made = np.array([vocab[left + right] for left, right in merges], np.int64)
         self.register_buffer('made', torch.from_numpy(made if len(made) else np.zeros(1, np.int64)))
-        used = np.full(max(vocab.values(), default=0) + 1, self.none)
-        for (a, b), r in ranks.items(): used[a], used[b] = min(used[a], r), min(used[b], r)
-        self.wall = len(used)  # an id that no pair has: it stands between two words
-        self.orderly = bool((used[made] > np.arange(len(made))).all())
-        spelt = {}
-        for t, i in vocab.items():
-            ends = bool(suffix) and t.endswith(suffix)
-            word = t[:len(t) - len(suffix)] if ends else t
-            if word and all(c in single for c in word): spelt[i] = bytes(single[c] for c in word), ends or not suffix
-        self.reach, self.steps = max(len(w) for w, _ in spelt.values()), [1]
-        self.register_buffer('margin', torch.full((self.reach,), self.none))
-        while sum(self.steps) < 2 * self.reach:
-            self.steps.append(min(1 + sum(self.steps), 2 * self.reach - sum(self.steps)))
-        size = torch.full((max([*vocab.values(), *added]) + 1,), 4)  # an added token stands in the text as four bytes
-        for i, (w, _) in spelt.items(): size[i] = len(w)
-        self.register_buffer('size', size)
-        self.repeated = any(i in spelt for i in added)  # an added token that merges can make as well
-        self.words = ShortWords([], [])
-        entries = [(w, i) for i, (w, ends) in spelt.items() if ends]
-        if not whole: entries = [(w, i) for (w, i), ok in zip(entries, self._end_alone(entries)) if ok]
-        marks = [(bytes([255, k & 127, k >> 7 & 127, k >> 14]), i) for k, i in enumerate(added)]
-        known = {w: i for w, i in entries} | dict(marks)
+        first_use = np.full(max(vocab.values(), default=0) + 1, self.none)  # the best rank that each id takes part in
+        for pair, rank in ranks.items():
+            for id in pair: first_use[id] = min(first_use[id], rank)
+        self.wall = len(first_use)  # an id that no pair has: it stands between two words
+        self.orderly = bool((first_use[made] > np.arange(len(made))).all())  # no merge makes an earlier one possible
+
+    @torch.jit.unused
+    def _learn_words(self, spelt: dict[int, tuple[bytes, bool]], whole: bool, added: Sequence[int]):
+        "Keep the words that are one token, and the marks of added tokens."
+        self.words = ShortWords([], [])  # `_end_alone` tokenizes without known words
+        entries = [(word, id) for id, (word, ends) in spelt.items() if ends]
+        if not whole: entries = [entry for entry, alone in zip(entries, self._end_alone(entries)) if alone]
+        marks = {bytes([255, k & 127, k >> 7 & 127, k >> 14]): id for k, id in enumerate(added)}
+        known = dict(entries) | marks
         self.words = ShortWords(list(known), list(known.values()))
-        if whole and self.reach > 15: raise ValueError('ignore_merges with tokens of more than 15 bytes')
 
     def forward(self, x: Codes) -> Pieces:
-        "Flagged bytes (`ByteFront`) -> pieces."
+        "Split flagged bytes (of `ByteFront`) into pieces."
         n = x.codes.numel()
         bound = (x.codes >= 256).nonzero().flatten() if not self.drops else (x.codes & 256).nonzero().flatten()
         edges = ended(bound, n)
@@ -194,7 +193,7 @@ class BytePairs(nn.Module):
         return Pieces(ids, begin, begin + length, nn.functional.pad(has.cumsum(0), (1, 0)).index_select(0, x.offsets))
 
     def spelt(self, byte: Tensor, start: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-        "The tokens of the words at [start, start+size), by merges: where each begins, and its id."
+        "Split the words at bytes [start, start + size) by merges; return where each piece begins, and its id."
         word = torch.repeat_interleave(size + 1)  # each word and a wall
         total = (size + 1).cumsum(0)
         at = torch.arange(word.numel(), device=byte.device) + (start - total + size + 1).index_select(0, word)
@@ -280,9 +279,34 @@ class BytePairs(nn.Module):
         found = torch.full((len(flat),), -1).index_copy_(0, at, id)
         return (found[start] == torch.tensor([i for _, i in entries])).tolist()
 
+# %% ../../nbs/text/08_bpe.ipynb #c1f191ad
+def _check_vocabulary(vocab: dict[str, int], merges: list[tuple[str, str]], suffix: str):
+    "Raise `ValueError` if a byte or the result of a merge has no token."
+    missing = [b for b, c in byte_letters().items() if c not in vocab or c + suffix not in vocab]
+    if missing:
+        raise ValueError(f'the vocabulary has no token for the byte {missing[0]}, nor for {len(missing) - 1} others')
+    lost = [a + b for a, b in merges if any(token not in vocab for token in (a, b, a + b))]
+    if lost: raise ValueError(f'the merge that makes {lost[0]!r} is of tokens that the vocabulary does not have')
+
+def _spellings(vocab: dict[str, int], suffix: str) -> dict[int, tuple[bytes, bool]]:
+    "Return the bytes of each token that is spelled in bytes, and whether it may end a word."
+    single = {c: b for b, c in byte_letters().items()}
+    found = {}
+    for token, id in vocab.items():
+        ends = bool(suffix) and token.endswith(suffix)
+        word = token[:len(token) - len(suffix)] if ends else token
+        if word and all(c in single for c in word): found[id] = bytes(single[c] for c in word), ends or not suffix
+    return found
+
+def _doublings(total: int) -> list[int]:
+    "Return steps that add up to `total`, each one more than all before it, or what is left."
+    steps = [1]
+    while (done := sum(steps)) < total: steps.append(min(1 + done, total - done))
+    return steps
+
 # %% ../../nbs/text/08_bpe.ipynb #3d0cf85c
 def byte_letters() -> dict[int, str]:
-    "The letter that stands for each byte (GPT-2's `bytes_to_unicode`)."
+    "Return the letter that stands for each byte in a vocabulary (GPT-2's `bytes_to_unicode`)."
     plain = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
     others = [b for b in range(256) if b not in plain]
     return {b: chr(b) for b in plain} | {b: chr(256 + k) for k, b in enumerate(others)}
@@ -301,9 +325,9 @@ def _steps(part: dict | None, inner: str) -> list[dict]:
 def bpe_family(
     tok: dict, # a parsed tokenizer.json with a BPE model
 ) -> tuple[nn.Module, nn.Module]: # front: bytes -> flagged bytes; model: those -> pieces
-    """CLIP's or GPT-2's rules, or those of open_clip (`open_clip_tokenizer`).
+    """Build front and model of a BPE tokenizer: CLIP's, GPT-2's or open_clip's rules.
 
-    Raises `ValueError` with the first rule of `tok` that is not implemented."""
+    Raises `ValueError` that names the first rule of `tok` that is not implemented."""
     m, added = tok['model'], tok.get('added_tokens', [])
     for rule, fine in [
         ('dropout', (None, 0, 0.0)),
@@ -364,7 +388,7 @@ def _front(tok: dict, added: list[dict]) -> ByteFront:
 def open_clip_text_config(
     name: str, # an open_clip model name, such as 'ViT-B-32'
 ) -> dict:
-    """What open_clip's configuration says of the text tower.
+    """Return the text part of an open_clip model's configuration.
 
     Raises `ValueError` for a name that open_clip does not know."""
     import open_clip
@@ -379,7 +403,7 @@ def open_clip_tokenizer(
     # ftfy's rules for single characters and NFC are applied; False: texts come through `open_clip_clean`
     fix: bool = True,
 ) -> tuple[dict, int]: # the tokenizer in the form of a tokenizer.json, and the model's context length
-    """open_clip's `SimpleTokenizer`, with the vocabulary file that open_clip carries.
+    """Write open_clip's `SimpleTokenizer`, with the vocabulary it carries, as a tokenizer.json.
 
     Raises `ValueError` for a name that open_clip does not know, and for a model with another tokenizer."""
     text = open_clip_text_config(name)

@@ -48,20 +48,21 @@ def _classes(
 # %% ../../nbs/text/07_byte_level.ipynb #8795ede5
 @functools.cache
 def pattern_classes() -> np.ndarray: # int64 (0x110000,)
-    "SPACE, LETTER, NUMBER or OTHER, as the regular expressions of Hugging Face `tokenizers` have it."
+    "Return SPACE, LETTER, NUMBER or OTHER for each code point, as the patterns of Hugging Face `tokenizers` see it."
     ask = lambda pattern, other, text: normalizers.Replace(Regex(pattern), other).normalize_str(text)
     return probed('pattern-classes', lambda: dict(classes=_classes(ask)))['classes']
 
 # %% ../../nbs/text/07_byte_level.ipynb #5f8327e8
 def open_clip_clean(text: str) -> str:
-    "`ftfy.fix_text` and HTML unescaping as `open_clip.tokenizer.basic_clean` does it."
+    "Clean a text as `open_clip.tokenizer.basic_clean` does: `ftfy.fix_text` and HTML unescaping."
     from open_clip.tokenizer import basic_clean
     return basic_clean(text)
 
 # %% ../../nbs/text/07_byte_level.ipynb #888753c1
 def needs_cleaning(text: str) -> bool:
-    """Whether open_clip's cleaning does more to `text` than the graph does: HTML entities, wrongly decoded text,
-    terminal escapes."""
+    """Return whether open_clip's cleaning would change `text` in a way the graph does not.
+
+    That is so for HTML entities, wrongly decoded text and terminal escapes."""
     import ftfy
 
     return (
@@ -72,7 +73,7 @@ def needs_cleaning(text: str) -> bool:
 # %% ../../nbs/text/07_byte_level.ipynb #7590906d
 @functools.cache
 def open_clip_rules() -> dict[str, np.ndarray]:
-    "What open_clip's ftfy, `str.lower`, `str.split` and `regex` do to single characters, asked about every code point."
+    "Return what open_clip's ftfy, `str.lower`, `str.split` and `regex` do to each single character."
     import ftfy
     import regex
     def probe():
@@ -109,7 +110,7 @@ def open_clip_rules() -> dict[str, np.ndarray]:
 
 # %% ../../nbs/text/07_byte_level.ipynb #dea68a3c
 class FinalSigma(nn.Module):
-    "Replaces each final Σ by ς, as Python's `str.lower` finds them."
+    "Replace each final Σ by ς, where Python's `str.lower` does"
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
     def __init__(self,
@@ -133,11 +134,13 @@ class FinalSigma(nn.Module):
 
 # %% ../../nbs/text/07_byte_level.ipynb #a17b1389
 class Nothing(nn.Module):
-    "A step that this tokenizer does not have."
+    "Stand in for a step that this tokenizer does not have"
 
 # %% ../../nbs/text/07_byte_level.ipynb #17a2806d
 class PatternStrings(nn.Module):
-    "Finds strings that a pattern lists first and that begin with a punctuation mark found in no other place of them."
+    """Find the strings that a pattern lists first.
+
+    Each begins with a punctuation mark that stands nowhere else in it."""
 
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
     strings: list[list[int]]
@@ -150,8 +153,9 @@ class PatternStrings(nn.Module):
         self.first = strings[0][0]
 
     def forward(self, v: Tensor, start: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, whether each begins a match without these strings, rows -> start, end and number of each string
-        that matches."""
+        """Return start, end and number of each listed string that matches.
+
+        Takes values, whether each value begins a match without these strings, and the offsets of rows."""
         at = (v == self.first).nonzero().flatten()
         if self.shortcuts and at.numel() == 0: return at, at, at
         which, end = self._matches(
@@ -176,9 +180,10 @@ class PatternStrings(nn.Module):
 
 # %% ../../nbs/text/07_byte_level.ipynb #8d08106b
 class ByteFront(nn.Module):
-    """Packed UTF-8 -> normalised bytes, each with flags: 256 begins a word or a stretch of white space, 512 is white
-    space that
-    no word keeps. An added token is the byte 0xFF, which no text has, and three bytes of its number."""
+    """Normalize packed UTF-8 to bytes with flags: 256 begins a word or a stretch of white space, 512 is white space
+    that belongs to no word.
+
+    An added token becomes the byte 0xFF, which no text has, and three bytes of its number."""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
     clip: torch.jit.Final[bool]
     prefix: torch.jit.Final[bool]
@@ -210,7 +215,7 @@ class ByteFront(nn.Module):
         self.utf8 = Utf8()
         raw, normed = [t for t in added if not t.get('normalized')], [t for t in added if t.get('normalized')]
         # Python only: which token has which number
-        self.numbers, self.marked = [added.index(t) for t in raw + normed], marked
+        self.numbers, self.marked = [added.index(t) for t in raw + normed], list(marked)
         self.early, self.late = len(raw) > 0, len(normed) > 0
         self.raw, self.normed = [AddedTokens(t) if t else Nothing() for t in (raw, normed)]
         if normed: self.normed.base += len(raw)
@@ -257,9 +262,9 @@ class ByteFront(nn.Module):
         self.register_buffer('quick', self._quick_table())
 
     def forward(self, data: Tensor, offsets: Tensor, spans: bool) -> Located:
-        """uint8 (N,), int64 (B+1,) -> flagged bytes.
+        """Convert uint8 (N,) and int64 (B+1,) to flagged bytes.
 
-        With `spans` also the source bytes of the character that each is of."""
+        With `spans` also return the source bytes of the character that each comes from."""
         nowhere = torch.empty(0, dtype=torch.int64, device=data.device)
         values = self.quick.index_select(0, data.int())
         if self.shortcuts and (data.numel() == 0 or int(values.min()) >= 0):

@@ -27,7 +27,7 @@ LETTER, NUMBER, OTHER, ALONE, SPACED, ODD, END = 1, 2, 4, 8, 48, 64, 128
 FRESH = 255 - 32  # what begins a word where it stands first, or after a space
 
 class Letters(NamedTuple):
-    "What each byte is to a pipeline"
+    "How a pipeline treats each of the 256 byte values"
     codes: list[int]  # 256: equal for bytes that it makes equal, such as a capital and its letter; 0 for white space
     kinds: list[int]  # 256
     after: list[int]  # 256: the kinds that begin a word behind this byte
@@ -44,8 +44,7 @@ class Known(NamedTuple):
     code: Tensor   # uint8 (1+N+16,): of each byte, between white space
 
 class KnownWords(nn.Module):
-    """Words and marks that have one token each wherever they stand: all those of a batch are found at once, by their
-    bytes"""
+    "Find all words and marks of a batch that are one token wherever they stand, by their bytes"
     greedy: torch.jit.Final[bool]  # words that are not known are cut into pieces here
     spaced: torch.jit.Final[bool]  # words have their space before them
 
@@ -92,7 +91,7 @@ class KnownWords(nn.Module):
         self.register_buffer('cuts', self.masks[1:16] | self.masks[16] & ~self.masks[15])  # the last byte stays
 
     def forward(self, data: Tensor, offsets: Tensor) -> Known:
-        "Packed UTF-8 of at least a byte, uint8 (N,) and int64 (B+1,), on the CPU."
+        "Look up the words of packed UTF-8, uint8 (N,) with N > 0 and int64 (B+1,), on the CPU."
         n = data.numel()
         x = torch.cat([self.before, data.int(), self.behind])
         code, after = self.codes.index_select(0, x), self.after.index_select(0, x)
@@ -121,7 +120,7 @@ class KnownWords(nn.Module):
         return ((mixed * by) >> self.slot_shift) & self.slot_mask
 
     def sizes(self, start: Tensor, n: int) -> Tensor:
-        "The bytes of each word, with the white space behind it."
+        "Return the number of bytes of each word, with the white space behind it."
         edges = nn.functional.pad(start, [0, 1], value=float(n))
         return edges[1:] - edges[:-1]
 
@@ -147,9 +146,9 @@ class KnownWords(nn.Module):
         )
 
     def plain(self, x: Known, miss: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Where the words `miss`, int64 (M,), begin, how many bytes each has, int64 (M,), and the longest.
+        """Return start and size, int64 (M,), of the unknown words `miss`, and the longest size.
 
-        0 unless all are short and of letters that one table of pieces knows."""
+        The longest is 0 unless all are short and made of letters that one table of pieces knows."""
         start = x.start.index_select(0, miss)
         if x.odd.numel() > 0: return start, start, 0
         size = x.size.index_select(0, miss)
@@ -161,8 +160,7 @@ class KnownWords(nn.Module):
         return start, ((letters != 0) & (torch.arange(16) < size.unsqueeze(1))).sum(1), longest
 
     def pieces(self, x: Known, start: Tensor, size: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-        """The pieces of such words, the longest first from the left: the byte at which each begins, and its token,
-        int64 (P,)."""
+        "Split unknown words into pieces, longest first from the left; return start byte and token of each, int64 (P,)."
         word = torch.repeat_interleave(size + 1)  # each word and a wall
         wall = (size + 1).cumsum(0) - 1
         begin = wall - size
@@ -195,9 +193,9 @@ class KnownWords(nn.Module):
         return at.index_select(0, found), id.index_select(0, found)
 
     def placed(self, x: Known, offsets: Tensor, at: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """All tokens, once those of the words that are not known are there: `ids` begin at the bytes `at`, int64 (T,).
+        """Merge the tokens `ids`, which begin at the bytes `at`, int64 (T,), with those of the known words.
 
-        Ids, and where each text's begin, int64 (B+1,)."""
+        Returns all ids, and where those of each text begin, int64 (B+1,)."""
         found = torch.full((x.code.numel() - 17,), -1, dtype=torch.int64)
         # what was no token gives way to the first of the word
         found.index_copy_(0, x.start, x.ids).index_copy_(0, at, ids)
@@ -205,15 +203,17 @@ class KnownWords(nn.Module):
         return found.index_select(0, begin), torch.searchsorted(begin, offsets)
 
     def rest(self, x: Known, data: Tensor, miss: Tensor) -> tuple[Tensor, Tensor]:
-        "The words `miss` packed as if each were a text: uint8 (K,), int64 (M+1,)."
+        "Pack the unknown words `miss` as if each were a text: uint8 (K,), int64 (M+1,)."
         size, first = self.sizes(x.start, data.numel()).index_select(0, miss), x.start.index_select(0, miss)
         offsets = nn.functional.pad(size.cumsum(0), [1, 0])
         place = torch.repeat_interleave(first - offsets[:-1], size)
         return data.index_select(0, place + torch.arange(place.numel())), offsets
 
     def merged(self, x: Known, offsets: Tensor, miss: Tensor, ids: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens of all words, once those of the rest are there, `ids` int64 (T,) and `begins` int64 (M+1,):
-        ids, and where each text's begin, int64 (B+1,)."""
+        """Merge the tokens of the unknown words, `ids` int64 (T,) with `begins` int64 (M+1,), with those of the known
+        words.
+
+        Returns all ids, and where those of each text begin, int64 (B+1,)."""
         more = begins[1:] - begins[:-1]
         count = torch.ones_like(x.start).index_copy_(0, miss, more)
         till = nn.functional.pad(count.cumsum(0), [1, 0])
@@ -232,9 +232,9 @@ def known_words(
     vocab: dict[str, int], # token -> id
     added: list[str], # those that are found in the text itself
 ) -> KnownWords:
-    """The words that have one token each by `pieces`.
+    """Build the table of the words that `pieces` gives one token.
 
-    None where what stands between two spaces may depend on what stands beyond them."""
+    The table is empty if the tokens between two spaces may depend on what stands beyond them."""
     if not (isinstance(front, BertFront) or isinstance(front, ByteFront) and not front.prefix): return KnownWords()
     if any(c.isspace() for t in added for c in t + unicodedata.normalize('NFKC', t)): return KnownWords()
     letters = _letters(front)
@@ -274,13 +274,15 @@ def _letters(front: nn.Module) -> Letters:
     if isinstance(front, BertFront): of = {0: LETTER, 1: 0, 2: ALONE, 3: OTHER}  # class of a value -> kind
     elif front.clip: of = {0: 0, 1: LETTER, 2: ALONE, 4: OTHER}
     else: of = {0: SPACED, 1: LETTER, 2: NUMBER, 4: OTHER}
-    codes, kinds, after, found, quote = [255] * 256, [ODD] * 256, [FRESH] * 256, {}, -1
+    codes, kinds, after = [255] * 256, [ODD] * 256, [FRESH] * 256
+    found, quote = {}, -1
     for b, v in enumerate(front.quick.tolist()):  # character | class << 21; -1: by itself it says nothing
         kind = of.get(v >> CLASS_SHIFT) if v >= 0 else None
         if kind is None or kind == SPACED and b != ord(' '): continue
         codes[b], kinds[b] = found.setdefault(v, len(found) + 1) if kind else 0, kind
         after[b] = ODD | END | 32 if kind == SPACED else FRESH & ~(kind & (LETTER | NUMBER | OTHER))
-    # 's
-    if isinstance(front, ByteFront) and kinds[b := ord("'")] == OTHER:
-        after[b], quote = FRESH & ~(LETTER | OTHER), codes[b]
+    apostrophe = ord("'")
+    if isinstance(front, ByteFront) and kinds[apostrophe] == OTHER:  # letters may join it, as in 's
+        after[apostrophe] = FRESH & ~(LETTER | OTHER)
+        quote = codes[apostrophe]
     return Letters(codes, kinds, after, quote)

@@ -24,10 +24,10 @@ from .viterbi import Automaton
 
 # %% ../../nbs/text/12_graphemes.ipynb #9cd06891
 def darts(
-    rules: dict[str, str],
+    rules: dict[str, str], # what each string becomes
 ) -> bytes: # as a SentencePiece model's precompiled_charsmap
-    """A charsmap of these rules: a double array (darts-clone's units) with a page of 256 units for each node, and
-    the pool of images."""
+    """Encode rules as a charsmap: a double array (darts-clone's units) with a page of 256 units a node, and a pool of
+    images."""
     keys = {k.encode(): v.encode() for k, v in rules.items()}
     nodes = sorted({k[:i] for k in keys for i in range(len(k) + 1)} | {b''}, key=len)
     page, pool = {k: 256 * (i + 1) for i, k in enumerate(nodes)}, b''
@@ -125,14 +125,14 @@ def _probe_graphemes() -> np.ndarray: # int64 (0x110000,)
 # %% ../../nbs/text/12_graphemes.ipynb #5e6b6b03
 @functools.cache
 def grapheme_properties() -> np.ndarray: # int64 (0x110000,): the flags above
-    "What each code point is to the grapheme rules of Hugging Face `tokenizers`."
+    "Return the grapheme property of each code point, as the rules of Hugging Face `tokenizers` have it."
     return probed('graphemes', lambda: dict(flags=_probe_graphemes()))['flags']
 
 # %% ../../nbs/text/12_graphemes.ipynb #ae29dfe4
 class Graphemes(nn.Module):
-    """Where extended grapheme clusters begin (UAX #29, rules GB3 to GB13), with the properties that the reference has.
+    """Find where extended grapheme clusters begin (UAX #29, rules GB3 to GB13), with the reference's properties.
 
-    An added token is a cluster."""
+    An added token is a cluster of its own."""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
     def __init__(self):
@@ -153,7 +153,7 @@ class Graphemes(nn.Module):
         self.odd = self.follows | LF | PREPEND | HANGUL_V | HANGUL_T | HANGUL_L | INDICATOR
 
     def forward(self, x: Codes) -> Tensor:
-        "Code points -> whether a cluster begins at each: bool (M,)."
+        "Return whether a cluster begins at each code point: bool (M,)."
         n = x.codes.numel()
         row = torch.zeros(n + 1, dtype=torch.bool, device=x.codes.device).index_fill_(0, x.offsets, True)[:n]
         now = self.flags(x.codes)
@@ -204,8 +204,10 @@ class Graphemes(nn.Module):
 
 # %% ../../nbs/text/12_graphemes.ipynb #fd89aa60
 class ClusterCharsmap(nn.Module):
-    """Hugging Face's `Precompiled` normaliser: a charsmap applied to whole grapheme clusters of fewer than six bytes
-    by the shortest rule, else to single characters."""
+    """Apply a charsmap as Hugging Face's `Precompiled` normalizer does.
+
+    Whole grapheme clusters of fewer than six bytes are replaced by the shortest rule that matches, other text character
+    by character."""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
     def __init__(self,
@@ -227,9 +229,9 @@ class ClusterCharsmap(nn.Module):
         self.images = ExpandTable(np.concatenate([counts, [len(i) for i in images]]), np.concatenate([codes, *images]))
 
     def forward(self, x: Located) -> Located:
-        """Code points, with added tokens among them -> the same normalised.
+        """Normalize code points, with added tokens among them.
 
-        Each value has the bytes of what it came from."""
+        Each value keeps the bytes of what it came from."""
         begins = self.graphemes(Codes(x.codes, x.offsets))
         if not self.shortcuts or not bool(begins.all()): x = self._replaced(x, begins)
         values, source, _ = self.images(x.codes)

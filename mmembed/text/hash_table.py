@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/text/01_hash_table.ipynb #f992d738
 class PageTable(nn.Module):
-    "Maps integers below `len(values)` to values, as two gathers; equal pages of 256 are stored once."
+    "Map integers below `len(values)` to values by two gathers; equal pages of 256 values are stored once"
 
     def __init__(self,
         values: np.ndarray, # integers (N,): the value of each key
@@ -30,13 +30,14 @@ class PageTable(nn.Module):
         self.register_buffer('values', torch.frombuffer(bytearray(b''.join(pages)), dtype=torch.int64))
 
     def forward(self, keys: Tensor) -> Tensor:
-        "int64 (M,) -> int64 (M,)"
+        "Look up int64 (M,) -> int64 (M,)."
         return self.values.index_select(0, self.page.index_select(0, keys >> 8) + (keys & 255))
 
 # %% ../../nbs/text/01_hash_table.ipynb #4b64e021
 class ExpandTable(nn.Module):
-    """Maps every integer to a sequence of values. A sequence may carry a flag, which tells the caller that this key
-    needs a closer look."""
+    """Map each integer to a sequence of values.
+
+    A key may carry a flag, which says that it needs a closer look."""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
     def __init__(self,
@@ -95,14 +96,14 @@ def _wrap(x: int) -> int:
 
 # %% ../../nbs/text/01_hash_table.ipynb #9b98c0a7
 def ended(x: Tensor, n: int) -> Tensor:
-    "int64 (M,) with `n` behind: (M+1,)."  # F.pad would want a float, which a size in torch.export cannot become
+    "Append `n` to `x`: int64 (M,) -> (M+1,)."
     return torch.cat([x, torch.full((1,), n, dtype=torch.int64, device=x.device)])
 
 # %% ../../nbs/text/01_hash_table.ipynb #4fa8fe03
 class SubstringHash(nn.Module):
-    """Keys of substrings of one flat sequence of integers. Equal content has equal keys.
+    """Hash substrings of one flat sequence of integers; equal content has equal keys.
 
-    The converse is for the caller to confirm."""
+    Unequal content may have equal keys too: the caller compares the content."""
     BASE = 0x9E3779B97F4A7C15 | 1  # odd, so invertible mod 2**64; the golden ratio's digits
     SCALE = 0xD1342543DE82EF95     # an odd multiplier that spreads the entropy of short keys to the top bits (L'Ecuyer)
 
@@ -124,33 +125,33 @@ class SubstringHash(nn.Module):
         return x.cumprod(0)
 
     def prefix(self, codes: Tensor, beyond: int = 0) -> Tensor:
-        """Running sums H of `codes` int64 (M,): int64 (M+1+beyond,), H[0] = 0.
+        """Return the running sums H of `codes`, int64 (M,): int64 (M+1+beyond,), with H[0] = 0.
 
-        What lies beyond the end may be read, and is 0."""
+        Places beyond the end may be read; they count as 0."""
         n = codes.numel()
         powers = self.powers[:n] if n <= self.powers.numel() else self._series(n, self.base, 1, codes.device)
         # each code counts as one more than it is, so that a code of 0 (a NUL) is seen
         return torch.nn.functional.pad(torch.addcmul(powers, codes, powers).cumsum(0), (1, beyond))
 
     def inverses(self, n: int, device: torch.device) -> Tensor:
-        "P⁻ˢ for s up to `n`, scaled: int64 (at least n+1,)."
+        "Return P⁻ˢ for s from 0 to `n`, scaled: int64, at least n+1 values."
         if n < self.scaled_inverses.numel(): return self.scaled_inverses
         return self._series(n + 1, self.inverse, self.scale, device)
 
     def forward(self, prefix: Tensor, inverses: Tensor, start: Tensor, end: Tensor) -> Tensor:
-        "Keys of the substrings [start, end), all int64 (W,)."
+        "Return the keys of the substrings [start, end), all int64 (W,)."
         return (prefix.index_select(0, end) - prefix.index_select(0, start)) * inverses.index_select(0, start)
 
     @torch.jit.unused
     def keys_of(self, strings: list[list[int]]) -> Tensor:
-        "Keys of whole sequences, for building a table: int64 (V,)."
+        "Return the keys of whole sequences, to build a table from: int64 (V,)."
         lengths = torch.tensor([0] + [len(s) for s in strings]).cumsum(0)
         codes = torch.tensor([c for s in strings for c in s], dtype=torch.int64)
         return self(self.prefix(codes), self.inverses(codes.numel(), codes.device), lengths[:-1], lengths[1:])
 
 # %% ../../nbs/text/01_hash_table.ipynb #148769e2
 class VocabTable(nn.Module):
-    """A set of distinct int64 keys, each with an id; look-ups of any number of keys at once.
+    """Map distinct int64 keys to ids, for any number of keys at once.
 
     Raises `ValueError` if two keys are equal."""
 
@@ -172,12 +173,12 @@ class VocabTable(nn.Module):
         self.register_buffer('ids', torch.from_numpy(values))
 
     def forward(self, keys: Tensor) -> Tensor:
-        "int64 (W,) -> the ids, int64 (W,); -1 where a key is absent."
+        "Look up keys, int64 (W,); return ids, int64 (W,), with -1 for an absent key."
         slot, hit = self.slots(keys)
         return torch.where(hit, self.ids.index_select(0, slot), -1)
 
     def slots(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        "int64 (W,) -> the slot that each key could only be in, int64 (W,), and whether it is there, bool (W,)."
+        "Return the one slot that could hold each key, int64 (W,), and whether it does, bool (W,)."
         by = self.multiplier.index_select(0, (keys >> self.bucket_shift) & self.bucket_mask)
         slot = ((keys * by) >> self.slot_shift) & self.slot_mask
         return slot, self.keys.index_select(0, slot) == keys

@@ -49,9 +49,10 @@ def read_jieba(
     dictionary: str | None = None, # lines `word count ...`, as in a jieba dictionary; jieba's own by default
     hmm: bool = True,              # whether unknown words are guessed at, as `jieba.cut(text, HMM=True)` does
 ) -> dict: # JSON-able
-    """What a segmenter needs to know. The package `jieba` is needed unless a dictionary is given and `hmm` is false.
+    """Read what a segmenter needs: a dictionary, and jieba's hidden Markov model.
 
-    Raises `ValueError` for a line without a count."""
+    The package `jieba` is needed unless a dictionary is given and `hmm` is false. Raises `ValueError` for a line
+    without a count."""
     if dictionary is None:
         import jieba
         dictionary = jieba.get_module_res('dict.txt').read().decode()
@@ -69,7 +70,7 @@ HAN, LETTER, DIGIT, DOT, PERCENT, SIGN, OTHER = 1, 2, 3, 4, 5, 6, 0  # a block i
 
 # %% ../../nbs/text/14_jieba.ipynb #b5e1b33f
 def kinds() -> np.ndarray: # int64 (0x110000,)
-    "What each character is to jieba's regular expressions (`re_han_default`, `finalseg.re_han`, `finalseg.re_skip`)."
+    "Return the class of each code point in jieba's patterns (`re_han_default`, `finalseg.re_han`, `finalseg.re_skip`)."
     out = np.full(N_CODES, OTHER)
     out[0x4E00:0x9FD6] = HAN
     for a, b in ('az', 'AZ'): out[ord(a):ord(b) + 1] = LETTER
@@ -79,7 +80,7 @@ def kinds() -> np.ndarray: # int64 (0x110000,)
 
 # %% ../../nbs/text/14_jieba.ipynb #7af3c3b9
 class WordStates(nn.Module):
-    "Which characters of runs of unknown Chinese end a word (`jieba.finalseg.viterbi`)."
+    "Find which characters end a word in runs of Chinese that the dictionary lacks (`jieba.finalseg.viterbi`)"
     NEVER = -3.14e100
 
     def __init__(self,
@@ -104,8 +105,9 @@ class WordStates(nn.Module):
             for b, p in zip('BMES', ['ES', 'BM', 'BM', 'ES'])], dtype=torch.float64))
 
     def forward(self, codes: Tensor, start: Tensor, size: Tensor) -> Tensor:
-        """Runs [start, start + size) of codes int64 (M,), none empty -> whether a word ends at each place: bool
-        (M,), false outside."""
+        """Return whether a word ends at each code, bool (M,), within the runs [start, start + size); false outside.
+
+        Codes are int64 (M,), and no run is empty."""
         ends = torch.zeros(codes.numel(), dtype=torch.bool, device=codes.device)
         if start.numel() == 0: return ends
         size, order = size.sort(descending=True, stable=True)
@@ -136,7 +138,7 @@ class WordStates(nn.Module):
 
 # %% ../../nbs/text/14_jieba.ipynb #f80b71c7
 class Segmenter(nn.Module):
-    """Cuts each row into words, exactly as `jieba.cut` does (0.42.1).
+    """Cut each row into words, exactly as `jieba.cut` (0.42.1) does.
 
     Nothing is dropped: the words of a row, joined, are the row."""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
@@ -162,7 +164,7 @@ class Segmenter(nn.Module):
         self.states = WordStates(json.loads(_unpack(spec['hmm'])) if spec['hmm'] else empty)
 
     def forward(self, x: Codes) -> Words:
-        "Code points -> words."
+        "Cut code points into words."
         n = x.codes.numel()
         kind = self.kind(x.codes)
         block = kind > 0
@@ -300,12 +302,14 @@ class Segmenter(nn.Module):
 
 # %% ../../nbs/text/14_jieba.ipynb #1912840d
 class SegmentedWords(nn.Module):
-    "An id for each of jieba's words but white space. Raises `ValueError` if the vocabulary lacks `unk_token`."
+    """Give each of jieba's words, except white space, its id.
+
+    Raises `ValueError` if the vocabulary lacks `unk_token`."""
 
     def __init__(self,
         spec: dict,            # from `read_jieba`
         vocab: dict[str, int], # word -> id
-        unk_token: str = '[UNK]',
+        unk_token: str = '[UNK]', # the token of words that the vocabulary lacks
     ):
         super().__init__()
         if unk_token not in vocab:
@@ -319,7 +323,7 @@ class SegmentedWords(nn.Module):
         self.space = PageTable(space)
 
     def forward(self, x: Codes) -> Pieces:
-        "Code points -> a piece for each word."
+        "Convert code points to one piece for each word."
         words = self.segmenter(x)
         solid = self.space(x.codes.index_select(0, words.start)) == 0
         keep = solid.nonzero().flatten()
@@ -330,13 +334,13 @@ class SegmentedWords(nn.Module):
 
 # %% ../../nbs/text/14_jieba.ipynb #c40ef7d8
 class Utf8Front(nn.Module):
-    "Packed UTF-8 -> code points as they are."
+    "Decode packed UTF-8 to code points and leave them as they are"
     def __init__(self):
         super().__init__()
         self.utf8 = Utf8()
 
     def forward(self, data: Tensor, offsets: Tensor, spans: bool) -> Located:
-        "uint8 (N,), int64 (B+1,) -> values; with `spans` also the bytes of each."
+        "Convert uint8 (N,) and int64 (B+1,) to code points; with `spans` also return the bytes of each."
         x, begin = self.utf8(data, offsets)
         if not spans: return Located(x.codes, x.offsets, begin[:0], begin[:0])
         return Located(x.codes, x.offsets, begin, ended(begin[1:], data.numel())[:begin.numel()])
@@ -345,5 +349,5 @@ class Utf8Front(nn.Module):
 def segmented_family(
     tok: dict, # model: type Segmented, vocab, unk_token; segmenter: from `read_jieba`
 ) -> tuple[nn.Module, nn.Module]: # front: bytes -> values; model: values -> pieces
-    "jieba's words, then a vocabulary of whole words."
+    "Build front and model that cut jieba's words and look them up in a vocabulary of whole words."
     return Utf8Front(), SegmentedWords(tok['segmenter'], tok['model']['vocab'], tok['model']['unk_token'])

@@ -25,7 +25,7 @@ from mmembed.text.unicode import (
 
 # %% ../../nbs/text/03_nfc.ipynb #602a32f5
 class NfcRules(NamedTuple):
-    "What a reference's NFC does, as `Nfc` wants it"
+    "The rules of a reference's NFC, as `Nfc` takes them"
     ranks: np.ndarray       # (0x110000,) combining classes as ranks
     counts: np.ndarray      # (0x110000,) how many code points each decomposes into
     images: np.ndarray      # those, joined
@@ -59,7 +59,7 @@ def _probe_nfc(nfc: Callable[[str], str], nfd: Callable[[str], str], ranks: np.n
 
 # %% ../../nbs/text/03_nfc.ipynb #9e79118d
 class NormalizedLike:
-    "A function of strings, with the one method of a Hugging Face normaliser that `probe_normalizer` calls."
+    "Give a function of strings the one method that `probe_normalizer` calls on a Hugging Face normalizer"
     def __init__(self, f: Callable[[str], str]): self.normalize_str = f
 
 # %% ../../nbs/text/03_nfc.ipynb #0e32b277
@@ -67,7 +67,9 @@ class NormalizedLike:
 def nfc_rules(
     python: bool = False, # Python's own Unicode tables instead of those of `tokenizers`
 ) -> NfcRules:
-    "Every code point's part in NFC. Raises `ValueError` should the reference do more than these rules express."
+    """Return what NFC does to every code point.
+
+    Raises `ValueError` if the reference does more than these rules can express."""
     if python:
         name = f'nfc-python-{unicodedata.unidata_version}'
         probe = lambda: _probe_nfc(
@@ -89,7 +91,7 @@ def nfc_rules(
 
 # %% ../../nbs/text/03_nfc.ipynb #85797ddb
 class Nfc(nn.Module):
-    "Canonical composition of a batch of code points; rows and added tokens keep apart."
+    "Compose a batch of code points canonically; nothing is composed across rows or added tokens"
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
     SCALE = 0x2545F4914F6CDD1D
 
@@ -106,7 +108,7 @@ class Nfc(nn.Module):
         self.table = VocabTable((pairs[:, 0] << 32 | pairs[:, 1]) * self.scale, pairs[:, 2])
 
     def forward(self, x: Codes) -> tuple[Codes, Tensor]:
-        "Code points -> composed, and which code point each began with, int64 (K,)."
+        "Return composed code points, and the index of the first code point that each came from, int64 (K,)."
         code, source, _ = self.parts(x.codes)
         if self.shortcuts and source.numel() == 0: source = torch.arange(x.codes.numel(), device=code.device)
         row = torch.repeat_interleave(x.offsets[1:] - x.offsets[:-1]).index_select(0, source)

@@ -50,9 +50,9 @@ FAMILIES: dict[str, Callable] = dict(
 def family(
     tok: dict, # a parsed tokenizer.json
 ) -> tuple[nn.Module, nn.Module]: # front: bytes -> values; model: values -> pieces
-    """The modules that implement `tok`.
+    """Build the two modules that implement the tokenizer `tok`.
 
-    Raises `TypeError` if it is no dictionary, `ValueError` with the first of its rules that is not implemented."""
+    Raises `TypeError` if `tok` is not a dictionary, `ValueError` that names the first rule that is not implemented."""
     if not isinstance(tok, dict):
         raise TypeError(
             f'tokenizer is {type(tok).__name__}, not a parsed tokenizer.json; TextPipeline.from_pretrained reads files'
@@ -76,7 +76,7 @@ def family(
 
 # %% ../../nbs/text/18_pipeline.ipynb #706cf0cc
 class Frame(NamedTuple):
-    "Special tokens round one text or two"
+    "Special tokens around one text or a pair"
     ids: list[list[int]]       # before A, between A and B, after B (for one text: before, none, after)
     segments: list[list[int]]  # the segment id of each of those
     first: int                 # the segment id of A's tokens
@@ -85,9 +85,11 @@ class Frame(NamedTuple):
 # %% ../../nbs/text/18_pipeline.ipynb #3d53f218
 def frame(
     tok: dict,  # a parsed tokenizer.json
-    pair: bool,
+    pair: bool, # for a pair of texts
 ) -> Frame:
-    "How the post-processor of `tok` frames one text or a pair. Raises `ValueError` for a template of another form."
+    """Return the special tokens that the post-processor of `tok` puts around one text or a pair.
+
+    Raises `ValueError` for a template of another form."""
     post, kind = tok.get('post_processor') or {}, kind_of(tok, 'post_processor')
     if kind in ('BertProcessing', 'RobertaProcessing'):
         cls, sep, bert = post['cls'][1], post['sep'][1], kind == 'BertProcessing'
@@ -113,7 +115,7 @@ def frame(
 
 # %% ../../nbs/text/18_pipeline.ipynb #615fd5b5
 class Explanation(NamedTuple):
-    "One text and its tokens"
+    "One text and its tokens, as a table"
     text: str
     tokens: list[str]
     ids: list[int]
@@ -139,10 +141,11 @@ class Explanation(NamedTuple):
 
 # %% ../../nbs/text/18_pipeline.ipynb #31da07cb
 class TextPipeline(nn.Module):
-    """Texts -> `Tokens(ids, mask)`, exactly as the tokenizer it was made from: truncated to `max_length`, padded
-    to the longest row, rounded up to a multiple of `pad_to` (0: always to `max_length`).
+    """Tokenize texts to `Tokens(ids, mask)`, exactly as the tokenizer it was made from.
 
-    Make one with `from_pretrained`, `from_open_clip`, `from_vocab`, `from_sentencepiece`, `from_jieba` or `learn`."""
+    Rows are truncated to `max_length` tokens and padded to the longest row, rounded up to a multiple of `pad_to` (0:
+    always to `max_length`). Make one with `from_pretrained`, `from_open_clip`, `from_vocab`, `from_sentencepiece`,
+    `from_jieba` or `learn`."""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
     merges: torch.jit.Final[bool]  # of bytes
     single: Frame
@@ -171,15 +174,17 @@ class TextPipeline(nn.Module):
         self._tokenizer = saying(tokenizer, said, lengths=False)
 
     def forward(self, texts: list[str]) -> Tokens:
-        "B texts -> ids and mask, int64 (B, L). Raises `TypeError` for a bare string and for an item that is no text."
+        """Tokenize B texts to ids and mask, int64 (B, L).
+
+        Raises `TypeError` for a bare string and for an item that is not a text."""
         data, offsets = pack_str(texts)
         return self.tokenize(data, offsets)
 
     @torch.jit.export
     def tokenize(self, data: Tensor, offsets: Tensor) -> Tokens:
-        """Packed UTF-8 (`pack`), uint8 (N,) and int64 (B+1,) -> ids and mask, int64 (B, L).
+        """Tokenize packed UTF-8 (`pack`), uint8 (N,) and int64 (B+1,), to ids and mask, int64 (B, L).
 
-        Raises `RuntimeError` for tensors that are not like that."""
+        Raises `RuntimeError` for tensors of another form."""
         if self.shortcuts:
             self._check(data, offsets)
             n = data.numel()
@@ -219,14 +224,16 @@ class TextPipeline(nn.Module):
 
     @torch.jit.export
     def ids_and_mask(self, data: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """`tokenize` as a plain tuple: for each NamedTuple that a scripted method returns to Python, torch makes a
-        class anew, in some 50 µs."""
+        """Tokenize as `tokenize` does, to a plain tuple.
+
+        For each NamedTuple that a scripted method returns to Python, torch makes a class anew, which takes some 50 µs.
+        """
         t = self.tokenize(data, offsets)
         return t.ids, t.mask
 
     @torch.jit.export
     def pieces(self, data: Tensor, offsets: Tensor) -> Pieces:
-        "Packed UTF-8 -> the pieces of each text, without special tokens, truncation or padding."
+        "Split packed UTF-8 into the pieces of each text, without special tokens, truncation or padding."
         if self.shortcuts: self._check(data, offsets)
         return self._pieces(data, offsets)
 
@@ -256,7 +263,7 @@ class TextPipeline(nn.Module):
             )
 
     def assemble(self, pieces: Tensor, offsets: Tensor) -> Tokens:
-        "Ragged ids, int64 (N,) and (B+1,) -> special tokens, truncation and padding; int64 (B, L)."
+        "Add special tokens, truncate and pad: ragged ids, int64 (N,) and (B+1,), to ids and mask, int64 (B, L)."
         batch, first = offsets.numel() - 1, offsets[:-1]
         before, after = self.single.ids[0], self.single.ids[2]
         edge = len(before) + len(after)
@@ -307,9 +314,9 @@ class TextPipeline(nn.Module):
 
     @torch.jit.export
     def encode(self, texts: list[str], pairs: Optional[list[str]] = None) -> Encoding:
-        """B texts, or B pairs of texts -> ids, mask, segment ids and spans, int64 (B, L) and (B, L, 2).
+        """Tokenize B texts, or B pairs, to ids, mask and segment ids, int64 (B, L), and spans, int64 (B, L, 2).
 
-        A pair that is too long loses tokens from the longer text first, as Hugging Face's `longest_first` does."""
+        A pair that is too long loses tokens from the longer text first, as with Hugging Face's `longest_first`."""
         data, offsets = pack_str(texts)
         if pairs is None: return self.encode_bytes(data, offsets, None, None)
         pair_data, pair_offsets = pack_str(pairs)
@@ -318,7 +325,7 @@ class TextPipeline(nn.Module):
     @torch.jit.export
     def encode_bytes(self, data: Tensor, offsets: Tensor, pair_data: Optional[Tensor] = None,
                      pair_offsets: Optional[Tensor] = None) -> Encoding:
-        "`encode` of packed UTF-8. Raises `RuntimeError` if there are not as many pairs as texts."
+        "Encode packed UTF-8 as `encode` does; raises `RuntimeError` if there are not as many pairs as texts."
         a, a_spans = self._spanned(data, offsets)
         f, b, b_spans = self.single, a, a_spans
         n_a = a.offsets[1:] - a.offsets[:-1]
@@ -396,10 +403,10 @@ class TextPipeline(nn.Module):
         # bucket for the padded length, in tokens, 0 for always `max_length`; as the files state, or 8
         pad_to: int | None = None,
     ) -> 'TextPipeline':
-        """The pipeline of a tokenizer in a folder (`tokenizer.json`, or what `transformers` or SentencePiece had
-        before it) or on the hub.
+        """Make the pipeline of a tokenizer in a folder or on the hub.
 
-        Raises `FileNotFoundError`, and `ValueError` if a file is broken or states a rule that is not implemented."""
+        A folder holds a `tokenizer.json`, or what older `transformers` or SentencePiece wrote. Raises
+        `FileNotFoundError`, and `ValueError` if a file is broken or states a rule that is not implemented."""
         return cls(read_any(source), max_length, pad_to)
 
     @classmethod
@@ -409,9 +416,9 @@ class TextPipeline(nn.Module):
         # bucket for the padded length, in tokens, 0 for always `max_length`; as the file states, or 8
         pad_to: int | None = None,
     ) -> 'TextPipeline':
-        """The pipeline with the rules of a `tokenizer.json`, and of nothing beside it.
+        """Make the pipeline of a `tokenizer.json`, without any other file beside it.
 
-        Raises `FileNotFoundError`, and `ValueError` if the file is no such JSON or states a rule that is not
+        Raises `FileNotFoundError`, and `ValueError` if the file is not a tokenizer.json or states a rule that is not
         implemented."""
         path = Path(path)
         return cls(read_json(path/'tokenizer.json' if path.is_dir() else path), max_length, pad_to)
@@ -425,7 +432,7 @@ class TextPipeline(nn.Module):
         strip_accents: bool | None = None, # as `lowercase` says, by default
         handle_chinese_chars: bool = True, # each CJK character is a word
     ) -> 'TextPipeline':
-        """BERT's rules over a bare vocabulary.
+        """Make a pipeline with BERT's rules from a bare vocabulary.
 
         Raises `FileNotFoundError`, and `ValueError` if [UNK], [CLS] or [SEP] is missing or a line stands twice."""
         return cls(read_vocab(path, lowercase, strip_accents, handle_chinese_chars), max_length, pad_to)
@@ -435,13 +442,13 @@ class TextPipeline(nn.Module):
         path: str | Path,              # a SentencePiece unigram .model file
         max_length: int | None = None, # tokens, with the special ones; 128 by default
         pad_to: int | None = None,     # bucket for the padded length, in tokens; 8 by default; SigLIP wants 0
-        add_bos: bool = False,
+        add_bos: bool = False, # put the piece for the beginning before each text
         add_eos: bool = False,         # T5 and SigLIP want it
         pad_id: int | None = None,     # the model's own, or 0, by default
     ) -> 'TextPipeline':
-        """The pipeline of a SentencePiece model; `sentencepiece` is needed to read it.
+        """Make the pipeline of a SentencePiece model; the package `sentencepiece` is needed to read it.
 
-        Raises `FileNotFoundError`, and `ValueError` for a file that is no unigram model or lacks a special piece
+        Raises `FileNotFoundError`, and `ValueError` for a file that is not a unigram model or lacks a special piece
         that is asked for."""
         return cls(framed(read_sentencepiece(path), add_bos, add_eos, pad_id), max_length, pad_to)
 
@@ -454,11 +461,11 @@ class TextPipeline(nn.Module):
         # texts have been through open_clip's cleaning; otherwise what of it the graph can do is done there
         cleaned: bool = False,
     ) -> 'TextPipeline':
-        """The tokenizer of an open_clip model: CLIP's own from the vocabulary that open_clip carries, others from
-        the hub.
+        """Make the pipeline of an open_clip model: CLIP's own vocabulary, which open_clip carries, or files from the
+        hub.
 
         Raises `ValueError` for a name that open_clip does not know and for rules that are not implemented,
-        `FileNotFoundError` without the hub's files."""
+        `FileNotFoundError` if the files of the hub are not at hand."""
         return cls(read_open_clip(name, cleaned), max_length, pad_to)
 
     @classmethod
@@ -467,10 +474,11 @@ class TextPipeline(nn.Module):
         max_length: int | None = None, # tokens, with the special ones; 128 by default
         hmm: bool = True,              # guess at words that the dictionary lacks, as `jieba.cut(text, HMM=True)` does
         dictionary: str | None = None, # lines `word count`; jieba's own by default
-        unk_token: str = '[UNK]',
+        unk_token: str = '[UNK]', # the token of words that the vocabulary lacks
         pad_to: int | None = None,     # bucket for the padded length, in tokens; 8 by default
     ) -> 'TextPipeline':
-        """Chinese words as `jieba.cut` finds them, white space dropped, each with its id.
+        """Make a pipeline that cuts Chinese into words as `jieba.cut` does, and gives each word its id; white space is
+        dropped.
 
         Raises `ValueError` if `vocab` lacks `unk_token`."""
         framed = (
@@ -483,31 +491,34 @@ class TextPipeline(nn.Module):
 
     @classmethod
     def learn(cls,
-        captions: Iterable[str],
+        captions: Iterable[str], # texts to learn from
         vocab_size: int = 4000,   # entries at most, with the special ones
         max_length: int = 64,     # tokens, with the special ones
         lowercase: bool = True,   # and, for WordPiece and words, strip accents
         pad_to: int = 8,          # bucket for the padded length, in tokens
         model: str = 'wordpiece', # or 'words', 'bpe', 'unigram'
     ) -> 'TextPipeline':
-        """A pipeline with a vocabulary learnt from `captions`, which is a function of them.
+        """Make a pipeline with a vocabulary learned from `captions`; the same captions give the same vocabulary.
 
-        Raises `ValueError` if there are none or `vocab_size` is too small for the model, `TypeError` for an item
-        that is no `str`."""
+        Raises `ValueError` if there are none or `vocab_size` is too small for the model, `TypeError` for an item that
+        is not a `str`."""
         if model not in LEARNERS: raise ValueError(f'model={model!r} is none of {", ".join(LEARNERS)}')
         return cls(LEARNERS[model](captions, vocab_size, lowercase), max_length, pad_to)
 
     @torch.jit.unused
-    def to_tokenizer_file(self, path: str | Path):
-        """Writes the tokenizer, its truncation and its padding as a `tokenizer.json` that `from_tokenizer_file`
-        loads; so does Hugging Face
-        `tokenizers`, unless the rules are those of open_clip, SentencePiece or jieba."""
+    def to_tokenizer_file(self,
+        path: str | Path, # the file to write
+    ):
+        """Write the tokenizer, its truncation and its padding as a `tokenizer.json`.
+
+        `from_tokenizer_file` loads it, and so does Hugging Face `tokenizers`, unless the rules are those of open_clip,
+        SentencePiece or jieba."""
         said = Stated(self.max_length, self.pad_to, self.pad_id, self.pad_type, self.strategy)
         Path(path).write_text(json.dumps(saying(self._tokenizer, said), ensure_ascii=False, indent=1), encoding='utf-8')
 
     @torch.jit.unused
     def spec(self) -> dict:
-        "All that makes this pipeline, as JSON has it: `from_spec(tp.spec())` is equal to `tp`."
+        "Return all that makes this pipeline, as JSON; `from_spec(tp.spec())` is equal to `tp`."
         return dict(tokenizer=self._tokenizer, max_length=self.max_length, pad_to=self.pad_to)
 
     @classmethod
@@ -515,9 +526,9 @@ class TextPipeline(nn.Module):
 
     @torch.jit.unused
     def decode(self, ids) -> str:
-        """One row of ids as text, special tokens left out.
+        """Convert one row of ids to text; special tokens are left out.
 
-        As Hugging Face's `Tokenizer.decode` does it, or `sentencepiece`, or the words joined for jieba."""
+        The text is that of Hugging Face's `Tokenizer.decode`, of `sentencepiece`, or the words joined for jieba."""
         kind, ids = kind_of(self._tokenizer, 'model'), [int(i) for i in ids]
         if kind == 'Segmented': return ''.join(t for t in map(self.token, ids) if t not in ('[CLS]', '[SEP]', '[PAD]'))
         if kind == 'SentencePiece': return decode_sentencepiece(self._tokenizer, ids)
@@ -534,14 +545,14 @@ class TextPipeline(nn.Module):
 
     @torch.jit.unused
     def token(self, id: int) -> str:
-        "The string of one id. Raises `KeyError` for an id that the vocabulary does not have."
+        "Return the string of one id; raises `KeyError` for an id that the vocabulary does not have."
         if not hasattr(self, '_tokens'):
             self._tokens = {i: t for t, i in vocabulary(self._tokenizer).items()}
         return self._tokens[int(id)]
 
     @torch.jit.unused
     def explain(self, text: str) -> 'Explanation':
-        "What becomes of one text: tokens, ids and spans, as a table that a notebook shows in colour."
+        "Show what becomes of one text: tokens, ids and spans, as a table that a notebook shows in color."
         enc = self.encode([text])
         n = int(enc.mask[0].sum())
         tokens = [self.token(i) for i in enc.ids[0, :n].tolist()]
@@ -556,7 +567,7 @@ class TextPipeline(nn.Module):
 # %% ../../nbs/text/18_pipeline.ipynb #68b704c3
 @patch
 def rule(self: TextPipeline) -> dict[str, str]:
-    "The steps of the rule, by name."
+    "Describe the steps of the pipeline, by name."
     frame = [self.token(i) for i in self.single.ids[0]] + ['text'] + [self.token(i) for i in self.single.ids[2]]
     kind = lambda part: kind_of(self._tokenizer, part) or 'none'
     pad = (

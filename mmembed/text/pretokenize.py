@@ -30,7 +30,7 @@ def split_words(
     shift: int = CLASS_SHIFT, # where a value keeps its class (a default, since TorchScript sees no module constants)
     space: int = SPACE,
 ) -> Words:
-    "The words of each row, white space dropped (`BertPreTokenizer`'s rule, once classes are given)."
+    "Split each row into words and drop white space (`BertPreTokenizer`'s rule, once classes are given)."
     n = x.codes.numel()
     kind = x.codes >> shift
     before = torch.nn.functional.pad(kind, (1, 0)).index_fill_(0, x.offsets, space)
@@ -45,7 +45,7 @@ def split_words(
 def last_before(
     marked: Tensor, # bool (M,)
 ) -> Tensor: # int64 (M+1,)
-    "One past the last marked place before each place, and before the end; 0 where there is none."
+    "Return, for each place and for the end, one past the last marked place before it; 0 where there is none."
     place = nn.functional.pad(marked.nonzero().flatten() + 1, (1, 0))
     return place.index_select(0, nn.functional.pad(marked.cumsum(0), (1, 0)))
 
@@ -53,15 +53,16 @@ def last_before(
 def first_from(
     marked: Tensor, # bool (M,)
 ) -> Tensor: # int64 (M+1,)
-    "The first marked place at or after each place, and the end; M where there is none."
+    "Return, for each place and for the end, the first marked place at or after it; M where there is none."
     place = ended(marked.nonzero().flatten(), marked.numel())
     return place.index_select(0, nn.functional.pad(marked.cumsum(0), (1, 0)))
 
 # %% ../../nbs/text/04_pretokenize.ipynb #6f7eac45
 class AddedTokens(nn.Module):
-    """Replaces each occurrence of token `k` by the code point ADDED + k: Hugging Face's leftmost-longest matching
-    (`added_vocabulary.rs`). Raises `ValueError` for a token that is empty, or that has white space at an edge where
-    it would swallow more."""
+    """Replace each occurrence of the added token `k` by the code point ADDED + k.
+
+    Matching is Hugging Face's leftmost-longest (`added_vocabulary.rs`). Raises `ValueError` for a token that is empty,
+    or has white space at an edge where it would swallow more."""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
     codes: list[list[int]]
     number: list[int]
@@ -94,9 +95,10 @@ class AddedTokens(nn.Module):
         )
 
     def forward(self, x: Codes) -> tuple[Codes, Tensor]:
-        """Code points -> the same with matches replaced, and where each now begins, int64 (K+1,) with the total at
-        the end;
-        empty if nothing changed."""
+        """Return the code points with matches replaced, and where each now begins, int64 (K+1,) with the total at the
+        end.
+
+        The second is empty if nothing changed."""
         nowhere = torch.empty(0, dtype=torch.int64, device=x.codes.device)
         likely = torch.zeros_like(x.codes, dtype=torch.bool)
         for c in self.first: likely = likely | (x.codes == c)

@@ -43,10 +43,11 @@ STOPS = '，。、！？：；'  # what ends a part of a Chinese sentence
 
 # %% ../../nbs/text/19_seams.ipynb #e9090828
 def seams(
-    tp: TextPipeline,
+    tp: TextPipeline, # the pipeline
 ) -> str: # a regular expression over bytes, in ASCII: what it matches is followed by a seam; '' if there are none
-    """Return where nothing to the right changes a token to the left: the tokens of a text up to there are the first
-    tokens of the whole text."""
+    """Return a pattern for the places where a text may be cut: nothing after a seam changes a token before it.
+
+    The tokens of a text up to a seam are the first tokens of the whole text."""
     tok = tp.spec()['tokenizer']
     kind, crossed = tok['model']['type'], _crossed(tok)
     marks = [t['content'] for t in tok.get('added_tokens', [])] + (tok.get('pre_tokenizer') or {}).get('strings', [])

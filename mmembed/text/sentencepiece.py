@@ -31,9 +31,9 @@ METASPACE = 0x2581                                               # ▁, which st
 def read_sentencepiece(
     path: str | Path | bytes, # a SentencePiece .model file, or its content
 ) -> dict: # as a tokenizer.json would say it: model, normalizer
-    """What a `.model` file says, as JSON. Needs the package `sentencepiece`.
+    """Read a SentencePiece `.model` file as a tokenizer.json; the package `sentencepiece` is needed.
 
-    Raises `FileNotFoundError`, `ValueError` if it is no such file, or if it states a rule that is not implemented."""
+    Raises `FileNotFoundError`, and `ValueError` if it is not a model or states a rule that is not implemented."""
     try:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as e:
@@ -71,8 +71,9 @@ def read_charsmap(
 ) -> tuple[
     list[tuple[int, int, int]], dict[int, str]
 ]:  # edges: node, code point, node (the root is 1); what arriving at a node yields
-    """The rules of a precompiled charsmap (`Normalizer::DecodePrecompiledCharsMap` and darts-clone) as a graph over
-    code points."""
+    """Read the rules of a precompiled charsmap as a graph over code points.
+
+    The format is that of `Normalizer::DecodePrecompiledCharsMap` and darts-clone."""
     if not blob: return [], {}
     size = int.from_bytes(blob[:4], 'little')
     if size % 4 or 4 + size > len(blob): raise ValueError('the charsmap of this model is broken')
@@ -108,9 +109,9 @@ def read_charsmap(
 
 # %% ../../nbs/text/10_sentencepiece.ipynb #3f20df7b
 class Charsmap(nn.Module):
-    """Replaces the longest rule at each place, from left to right.
+    """Replace the longest rule that matches at each place, from left to right.
 
-    `symbols` go before rules and stay as they are (`Normalizer::NormalizePrefix`)."""
+    `symbols` come before rules and stay as they are (`Normalizer::NormalizePrefix`)."""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
     def __init__(self,
@@ -144,9 +145,10 @@ class Charsmap(nn.Module):
         self.images = ExpandTable(np.concatenate([counts, [len(i) for i in images]]), np.concatenate([codes, *images]))
 
     def forward(self, x: Codes) -> tuple[Tensor, Tensor, Codes, Tensor]:
-        """Code points -> values, and which element each came from (empty: one each); those elements (code points and
-        matches), and
-        where each begins in `x`, int64 (E+1,), empty if none matched."""
+        """Return the values, the element that each came from, the elements, and where each begins in `x`.
+
+        Elements are code points and matches. The second is empty if each has one value; the fourth, int64 (E+1,), if
+        nothing matched."""
         kept = torch.empty(0, dtype=torch.int64, device=x.codes.device)
         if not self.shortcuts or x.codes.numel() > 0:
             pair = self.pair(x.codes)
@@ -216,17 +218,17 @@ class Charsmap(nn.Module):
 
 # %% ../../nbs/text/10_sentencepiece.ipynb #a8ead0ed
 class SentenceFront(nn.Module):
-    """Packed UTF-8 -> code points as SentencePiece's `Normalizer::Normalize` yields them.
+    """Convert packed UTF-8 to code points as SentencePiece's `Normalizer::Normalize` does.
 
-    Bytes that are not UTF-8 become U+FFFD first, as Python does it."""
+    Bytes that are not UTF-8 become U+FFFD first, as in Python."""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
     def __init__(self,
         charsmap: bytes,         # a model's precompiled_charsmap
         symbols: Sequence[str] = (), # user-defined symbols
-        add_dummy_prefix: bool = True,
-        remove_extra_whitespaces: bool = True,
-        escape_whitespaces: bool = True,
+        add_dummy_prefix: bool = True, # put a space before each text
+        remove_extra_whitespaces: bool = True, # drop spaces at the ends and after a space
+        escape_whitespaces: bool = True, # write spaces as ▁
     ):
         super().__init__()
         self.utf8, self.charsmap = Utf8(), Charsmap(charsmap, symbols)
@@ -234,7 +236,7 @@ class SentenceFront(nn.Module):
         self.mark = METASPACE if escape_whitespaces else 32
 
     def forward(self, data: Tensor, offsets: Tensor, spans: bool) -> Located:
-        "uint8 (N,), int64 (B+1,) -> values; with `spans` also the bytes of each."
+        "Convert uint8 (N,) and int64 (B+1,) to values; with `spans` also return the bytes of each."
         nowhere = torch.empty(0, dtype=torch.int64, device=data.device)
         begin = nowhere
         if self.shortcuts and (data.numel() == 0 or int(data.max()) < 128):
@@ -294,13 +296,13 @@ class SentenceFront(nn.Module):
 # %% ../../nbs/text/10_sentencepiece.ipynb #1fdbd34d
 def framed(
     tok: dict,            # from `read_sentencepiece`
-    add_bos: bool = False,
-    add_eos: bool = False,
+    add_bos: bool = False, # put the piece for the beginning before each text
+    add_eos: bool = False, # put the piece for the end behind each text
     pad_id: int | None = None, # the model's own, or 0, by default
 ) -> dict:
-    """`tok` with a post-processor that adds these (`SentencePieceProcessor`'s options) and a padding id.
+    """Add a post-processor with these special pieces, and a padding id, to `tok` (`SentencePieceProcessor`'s options).
 
-    Raises `ValueError` if the model lacks one."""
+    Raises `ValueError` if the model lacks one of the pieces."""
     special = tok['model']['special']
     for k, wanted in [('bos', add_bos), ('eos', add_eos)]:
         if wanted and k not in special: raise ValueError(f'add_{k}=True, but this model has no piece for it')

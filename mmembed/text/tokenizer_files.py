@@ -19,7 +19,7 @@ from .wordpiece import refuse
 
 # %% ../../nbs/text/17_tokenizer_files.ipynb #038357a2
 class Stated(NamedTuple):
-    "What a tokenizer.json says of lengths and padding, or what holds where it says nothing"
+    "Lengths and padding that a tokenizer.json states, or the defaults where it states none"
     max_length: int = 128  # tokens, with the special ones
     pad_to: int = 8        # bucket for the padded length, in tokens; 0: always to max_length
     pad_id: int = 0
@@ -32,7 +32,10 @@ def stated(
     max_length: int | None = None, # wins over the file
     pad_to: int | None = None,     # wins over the file
 ) -> Stated:
-    "Raises `ValueError` for truncation or padding on the left, and for a fixed length that is not that of truncation."
+    """Read lengths and padding of a tokenizer.json.
+
+    Raises `ValueError` for truncation or padding on the left, and for a fixed length that differs from that of
+    truncation."""
     cut, pad = tok.get('truncation') or {}, tok.get('padding') or {}
     for name, part in [('truncation', cut), ('padding', pad)]:
         if part.get('direction', 'Right') != 'Right': refuse(f'{name} direction', part['direction'], 'Right')
@@ -61,10 +64,10 @@ def stated(
 # %% ../../nbs/text/17_tokenizer_files.ipynb #2f756130
 def saying(
     tok: dict,          # a parsed tokenizer.json
-    said: Stated,
+    said: Stated, # lengths and padding
     lengths: bool = True, # False: lengths are left out, and whatever else `stated` knows by itself
 ) -> dict: # a copy
-    "`tok` with truncation and padding as `said`."
+    "Return a copy of `tok` with truncation and padding as `said`."
     bare = {**tok, 'truncation': None, 'padding': None}
     token = next((t for t, i in vocabulary(tok).items() if i == said.pad_id), '')
     cut = dict(direction='Right', max_length=said.max_length, strategy=said.strategy, stride=0)
@@ -85,7 +88,9 @@ def saying(
 def vocabulary(
     tok: dict, # a parsed tokenizer.json
 ) -> dict[str, int]: # piece -> id, added tokens too
-    "All strings that have an id. A Unigram model lists its pieces with their scores, in the order of their ids."
+    """Return all strings that have an id.
+
+    A Unigram model lists its pieces with their scores, in the order of their ids."""
     vocab = tok['model'].get('vocab', {})
     if isinstance(vocab, list): vocab = {p: i for i, (p, _) in enumerate(vocab)}
     return vocab | {t['content']: t['id'] for t in tok.get('added_tokens', [])}
@@ -94,7 +99,7 @@ def vocabulary(
 def read_json(
     path: str | Path, # a Hugging Face tokenizer.json
 ) -> dict:
-    "Raises `FileNotFoundError`, and `ValueError` if the file is no such JSON."
+    "Read a tokenizer.json; raises `FileNotFoundError`, and `ValueError` if the file is not one."
     try: tok = json.loads(Path(path).read_text(encoding='utf-8'))
     except (UnicodeDecodeError, json.JSONDecodeError) as e: raise ValueError(f'{path} is not JSON: {e}') from None
     if not isinstance(tok, dict) or not isinstance(tok.get('model'), dict):
@@ -108,9 +113,9 @@ def read_vocab(
     strip_accents: bool | None = None,  # as `lowercase` says, by default
     handle_chinese_chars: bool = True,  # each CJK character is a word
 ) -> dict: # as a tokenizer.json has it
-    """BERT's rules over this vocabulary.
+    """Read a bare vocabulary and add BERT's rules.
 
-    Raises `ValueError` for a line that stands there twice, and if [UNK], [CLS] or [SEP] is missing."""
+    Raises `ValueError` for a line that stands twice, and if [UNK], [CLS] or [SEP] is missing."""
     lines = Path(path).read_text(encoding='utf-8').split('\n')  # not splitlines: a piece may be a form feed or U+2028
     if lines[-1] == '': lines.pop()
     lines = [line.removesuffix('\r') for line in lines]
@@ -119,7 +124,7 @@ def read_vocab(
         twice = next(t for i, t in enumerate(lines) if vocab[t] != i)
         raise ValueError(f'{path} has {twice!r} in lines {lines.index(twice) + 1} and {vocab[twice] + 1}')
     for t in ('[UNK]', '[CLS]', '[SEP]'):
-        if t not in vocab: raise ValueError(f'{path} is no BERT vocabulary: it has no {t}')
+        if t not in vocab: raise ValueError(f'{path} is not a BERT vocabulary: it has no {t}')
     marks = [dict(id=vocab[t], content=t, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
         for t in ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]') if t in vocab]
     return dict(
@@ -164,9 +169,11 @@ FILES = [
 
 # %% ../../nbs/text/17_tokenizer_files.ipynb #33279d10
 def read_folder(
-    folder: str | Path,
+    folder: str | Path, # with a tokenizer.json, or with the files of older tokenizers
 ) -> dict: # as a tokenizer.json has it
-    "Raises `FileNotFoundError` if there is no tokenizer in it, `ValueError` for one whose rules are not implemented."
+    """Read the tokenizer in a folder.
+
+    Raises `FileNotFoundError` if there is none, `ValueError` for one whose rules are not implemented."""
     folder = Path(folder)
     config = (
         json.loads((folder / 'tokenizer_config.json').read_text(encoding='utf-8'))
@@ -187,7 +194,7 @@ def configured(
     tok: dict,    # a parsed tokenizer.json
     config: dict, # the tokenizer_config.json beside it
 ) -> dict:
-    "`tok` with what only the configuration states."
+    "Add to `tok` what only the configuration beside it states."
     side = dict(left='Left', right='Right')
     longest = config.get('model_max_length')
     # transformers writes 1e30 for "any"
@@ -249,7 +256,7 @@ def _sentencepiece(path: Path, config: dict) -> dict:
 def fairseq(
     tok: dict, # from `read_sentencepiece`
 ) -> dict:
-    "XLM-R's arrangement: `<s>`, `<pad>`, `</s>`, `<unk>`, the pieces of the model from its fourth on, `<mask>`."
+    "Arrange pieces as XLM-R does: `<s>`, `<pad>`, `</s>`, `<unk>`, the model's pieces from the fourth on, `<mask>`."
     m = tok['model']
     if [p for p, _ in m['vocab'][:3]] != ['<unk>', '<s>', '</s>']:
         raise ValueError("not XLM-R's model: its first pieces are not <unk>, <s>, </s>")
@@ -266,9 +273,9 @@ def fairseq(
 def hub_folder(
     name: str, # e.g. 'bert-base-uncased'
 ) -> Path:
-    """The folder with the tokenizer files of a hub repository.
+    """Return the folder with the tokenizer files of a hub repository, from the cache or downloaded.
 
-    Raises `FileNotFoundError` if they are neither here nor to be had."""
+    Raises `FileNotFoundError` if they are in neither place."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
     try:
@@ -290,8 +297,10 @@ def hub_folder(
 def read_any(
     source: str | Path, # a folder, a tokenizer.json, or a name on the hub
 ) -> dict: # as a tokenizer.json has it
-    """Raises `FileNotFoundError` if there is none, `ValueError` for one whose rules are not implemented or that does
-    not say its rules."""
+    """Read a tokenizer from a folder, a file or the hub.
+
+    Raises `FileNotFoundError` if there is none, `ValueError` for one that does not state its rules or has rules that
+    are not implemented."""
     path = Path(source)
     if path.is_dir(): return read_folder(path)
     if path.suffix == '.json' and path.is_file(): return configured(read_json(path), {})
@@ -309,9 +318,10 @@ def read_open_clip(
     name: str,            # an open_clip model name, such as 'ViT-B-32'
     cleaned: bool = False, # the texts have been through open_clip's cleaning
 ) -> dict: # as a tokenizer.json has it
-    """Raises `ValueError` for a name that open_clip does not know and for a tokenizer whose rules are not
-    implemented; `FileNotFoundError` where its files are
-    on the hub and not at hand."""
+    """Read the tokenizer of an open_clip model.
+
+    Raises `ValueError` for a name that open_clip does not know and for rules that are not implemented,
+    `FileNotFoundError` if its files are on the hub and not at hand."""
     text = open_clip_text_config(name)
     hub, options, length = (
         text.get('hf_tokenizer_name'),

@@ -20,9 +20,10 @@ from .sentencepiece import framed, read_sentencepiece
 
 # %% ../../nbs/text/15_trainers.ipynb #6d986f6a
 def as_texts(captions: Iterable[str]) -> list[str]:
-    """`captions` as a list.
+    """Return `captions` as a list of texts.
 
-    Raises `TypeError` for a bare string and for an item that is no `str`, `ValueError` if there is no text in them."""
+    Raises `TypeError` for a bare string and for an item that is not a `str`, `ValueError` if there is no text in them.
+    """
     texts = list(items_of(captions, 'captions'))
     for i, t in enumerate(texts):
         if not isinstance(t, str): raise TypeError(f'captions[{i}] is {type(t).__name__}, not str: {str(t)[:60]!r}')
@@ -49,11 +50,11 @@ def _words(tok: Tokenizer, texts: list[str]) -> Counter:
 
 # %% ../../nbs/text/15_trainers.ipynb #faf53b58
 def learn_words(
-    captions: Iterable[str],
+    captions: Iterable[str], # texts to learn from
     vocab_size: int = 4000,  # words at most, with the special ones
     lowercase: bool = True,  # and strip accents
 ) -> dict: # as a tokenizer.json has it
-    "Whole words, the most frequent first; all others share one id. Words are what BERT's rules cut."
+    "Learn whole words, the most frequent first; all other words share one id. Words are split by BERT's rules."
     texts, tok = as_texts(captions), _bert_like(models.WordLevel({}, unk_token='[UNK]'), lowercase)
     count = _words(tok, texts)
     for s in SPECIAL: count.pop(s, None)
@@ -66,11 +67,11 @@ def learn_words(
 
 # %% ../../nbs/text/15_trainers.ipynb #3c9e4cdd
 def learn_wordpiece(
-    captions: Iterable[str],
+    captions: Iterable[str], # texts to learn from
     vocab_size: int = 4000,  # pieces at most, with the special ones
     lowercase: bool = True,  # and strip accents
 ) -> dict: # as a tokenizer.json has it
-    "WordPiece with BERT's rules, by `tokenizers`."
+    "Learn WordPiece with BERT's rules, using `tokenizers`."
     texts, tok = as_texts(captions), _bert_like(models.WordPiece(unk_token='[UNK]'), lowercase)
     tok.decoder = decoders.WordPiece()
     inside = [f'##{c}' for c in sorted({c for w in _words(tok, texts) for c in w[1:]})]
@@ -83,11 +84,12 @@ def learn_wordpiece(
 
 # %% ../../nbs/text/15_trainers.ipynb #a975b870
 def learn_bpe(
-    captions: Iterable[str],
+    captions: Iterable[str], # texts to learn from
     vocab_size: int = 4000,  # tokens at most: 256 bytes, 3 special ones, the merges
-    lowercase: bool = True,
+    lowercase: bool = True, # lower-case texts first
 ) -> dict: # as a tokenizer.json has it
-    "Byte-level BPE in GPT-2's manner, by `tokenizers`; texts between `<|startoftext|>` and `<|endoftext|>`."
+    """Learn byte-level BPE in GPT-2's manner, using `tokenizers`; texts stand between `<|startoftext|>` and
+    `<|endoftext|>`."""
     texts, special = as_texts(captions), ['<pad>', '<|startoftext|>', '<|endoftext|>']
     if vocab_size < 256 + len(special):
         raise ValueError(f'vocab_size={vocab_size} is less than 256 bytes and {len(special)} special tokens')
@@ -110,11 +112,11 @@ def learn_bpe(
 
 # %% ../../nbs/text/15_trainers.ipynb #91de1cf4
 def learn_unigram(
-    captions: Iterable[str],
+    captions: Iterable[str], # texts to learn from
     vocab_size: int = 4000,  # pieces at most: 256 bytes, 3 special ones, and at least the letters of the captions
     lowercase: bool = True,  # fold case as well as NFKC does
 ) -> dict: # from `read_sentencepiece`
-    """A unigram model, by `sentencepiece`, which must be installed.
+    """Learn a unigram model, using `sentencepiece`, which must be installed.
 
     Raises `ValueError` if `vocab_size` is too small for the letters."""
     import sentencepiece

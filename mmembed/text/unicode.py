@@ -28,13 +28,13 @@ from .hash_table import ExpandTable, PageTable
 
 # %% ../../nbs/text/02_unicode.ipynb #d2a31819
 class Codes(NamedTuple):
-    "A batch as code points, flat"
+    "A batch of code points, flat, with the offsets of rows"
     codes: Tensor    # int64 (M,): code points, or what a table made of them
     offsets: Tensor  # int64 (B+1,): row i is codes[offsets[i]:offsets[i+1]]
 
 # %% ../../nbs/text/02_unicode.ipynb #ed4cf8fb
 class Located(NamedTuple):
-    "A batch as values, and the bytes that each came from"
+    "A batch of values, and the bytes that each came from"
     codes: Tensor    # int64 (M,): values
     offsets: Tensor  # int64 (B+1,): row i is codes[offsets[i]:offsets[i+1]]
     begin: Tensor    # int64 (M,): the first byte of each in the packed data; empty where spans were not asked for
@@ -42,7 +42,7 @@ class Located(NamedTuple):
 
 # %% ../../nbs/text/02_unicode.ipynb #e0144324
 class Utf8(nn.Module):
-    "Decodes packed UTF-8 exactly as `bytes.decode(errors='replace')` does."
+    "Decode packed UTF-8 exactly as `bytes.decode(errors='replace')` does"
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ class Utf8(nn.Module):
         for name, x in [('need', need), ('low', low), ('high', high)]: self.register_buffer(name, torch.from_numpy(x))
 
     def forward(self, data: Tensor, offsets: Tensor) -> tuple[Codes, Tensor]:
-        "uint8 (N,), int64 (B+1,) -> code points, and the byte at which each begins, int64 (M,)."
+        "Decode uint8 (N,) and int64 (B+1,); return code points, and the byte at which each begins, int64 (M,)."
         n = data.numel()
         x = nn.functional.pad(data, (0, 3))
         follows = (x & 0xC0) == 0x80
@@ -88,17 +88,17 @@ SENTINEL = '\u2502'  # a box-drawing line: no letter, no mark, changed by none o
 # %% ../../nbs/text/02_unicode.ipynb #541abae1
 @functools.cache
 def code_points() -> np.ndarray:
-    "All code points that a text can hold: every one but the surrogates."
+    "List all code points that a text can hold: every one except the surrogates."
     return np.concatenate([np.arange(0xD800), np.arange(0xE000, N_CODES)])
 
 # %% ../../nbs/text/02_unicode.ipynb #ee7f5a7e
 def probe_normalizer(
-    normalizer: normalizers.Normalizer,
+    normalizer: normalizers.Normalizer, # of Hugging Face `tokenizers`
     codes: np.ndarray | None = None,  # which code points to ask about; all by default
 ) -> tuple[
     np.ndarray, np.ndarray
 ]:  # counts (0x110000,) and all images joined; code points not asked about map to nothing
-    "What `normalizer` makes of each code point that stands alone."
+    "Ask `normalizer` what it makes of each code point that stands alone."
     codes = code_points() if codes is None else codes
     asked = SENTINEL + SENTINEL.join(map(chr, codes)) + SENTINEL
     out = np.frombuffer(normalizer.normalize_str(asked).encode('utf-32-le'), np.uint32).astype(np.int64)
@@ -116,9 +116,9 @@ def probe_normalizer(
 # %% ../../nbs/text/02_unicode.ipynb #c0b569a9
 def probed(
     name: str,                                  # tells this probe from all others of this version
-    probe: Callable[[], dict[str, np.ndarray]],
+    probe: Callable[[], dict[str, np.ndarray]], # asks the reference; takes seconds
 ) -> dict[str, np.ndarray]:
-    "What `probe()` returns, from the cache folder if it was asked before."
+    "Return `probe()`, from the cache folder if it was asked before."
     path = xdg_cache_home()/'mmembed'/f'probed-1-tokenizers-{tokenizers.__version__}-{name}.npz'
     try:
         with np.load(path) as f: return {k: f[k].astype(np.int64) for k in f.files}
@@ -135,12 +135,12 @@ WORD, SPACE, ALONE = 0, 1, 2  # what a character is to the splitter: part of a w
 
 # %% ../../nbs/text/02_unicode.ipynb #fbbd8ee2
 def probe_splitter(
-    splitter: pre_tokenizers.PreTokenizer,
+    splitter: pre_tokenizers.PreTokenizer, # of Hugging Face `tokenizers`
     codes: np.ndarray, # which code points to ask about
 ) -> np.ndarray: # int64 (0x110000,): WORD, SPACE or ALONE; WORD for those not asked about
-    """How `splitter` treats each code point that stands between two letters.
+    """Ask `splitter` how it treats each code point that stands between two letters.
 
-    Raises `ValueError` for any fourth behaviour."""
+    Raises `ValueError` for a behavior other than the three."""
     pieces = splitter.pre_tokenize_str('a' + ''.join(chr(c) + 'a' for c in codes))
     kinds = np.full(len(codes), SPACE)
     for _, (start, end) in pieces:
@@ -160,7 +160,7 @@ WHITE_SPACE = [*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x
 # %% ../../nbs/text/02_unicode.ipynb #59638600
 @functools.cache
 def word_characters() -> np.ndarray: # bool (0x110000,)
-    "The characters that Hugging Face's `single_word` counts as part of a word (`\\w` of Rust's regex)."
+    "Return which characters Hugging Face's `single_word` counts as part of a word (`\\w` of Rust's regex)."
     return probed('word', lambda: dict(word=_probe_word()))['word'] > 0
 
 # %% ../../nbs/text/02_unicode.ipynb #a534da49
@@ -180,7 +180,7 @@ def _probe_word() -> np.ndarray:
 # %% ../../nbs/text/02_unicode.ipynb #fbae64a1
 @functools.cache
 def combining_ranks() -> np.ndarray: # int64 (0x110000,): 0 for a starter, else the rank of its combining class
-    "Canonical combining classes as the ranks that Hugging Face's NFD sorts by."
+    "Return the canonical combining classes, as the ranks by which Hugging Face's NFD sorts."
     return probed('ranks', lambda: dict(ranks=_probe_ranks()))['ranks']
 
 # %% ../../nbs/text/02_unicode.ipynb #45abd2fe
@@ -208,14 +208,14 @@ def _probe_ranks() -> np.ndarray:
 
 # %% ../../nbs/text/02_unicode.ipynb #4325fd48
 class CanonicalOrder(nn.Module):
-    "Sorts each run of combining marks by class, stably, within its row (Unicode standard, D109)."
+    "Sort each run of combining marks by class, stably, within its row (Unicode standard, D109)"
 
     def __init__(self):
         super().__init__()
         self.rank = PageTable(np.concatenate([combining_ranks(), np.zeros(MAX_ADDED, np.int64)]))
 
     def forward(self, x: Codes) -> Tensor:
-        "The positions of the code points in their new order: int64 (M,)."
+        "Return the positions of the code points in their new order: int64 (M,)."
         rank = self.rank(x.codes)
         starts = rank == 0
         inside = x.offsets[x.offsets < x.codes.numel()]
@@ -225,7 +225,7 @@ class CanonicalOrder(nn.Module):
 
 # %% ../../nbs/text/02_unicode.ipynb #f5336558
 class CharRules(NamedTuple):
-    "What a reference does to single characters, as `CharTables` wants it"
+    "What a reference does to single characters, as `CharTables` takes it"
     counts: np.ndarray      # (0x110000,) how many code points each becomes
     images: np.ndarray      # those code points, joined
     classes: np.ndarray     # (0x110000,) WORD, SPACE or ALONE, by the code point that comes out
@@ -239,9 +239,9 @@ class CharRules(NamedTuple):
 # %% ../../nbs/text/02_unicode.ipynb #a9333d05
 @functools.cache
 def bert_rules(clean_text: bool, handle_chinese_chars: bool, strip_accents: bool | None, lowercase: bool) -> CharRules:
-    """Hugging Face's `BertNormalizer` and `BertPreTokenizer`, asked about every code point.
+    """Ask Hugging Face's `BertNormalizer` and `BertPreTokenizer` about every code point.
 
-    Raises `ValueError` should they do something that single characters and their order cannot express."""
+    Raises `ValueError` if they do something that single characters and their order cannot express."""
     strips = lowercase if strip_accents is None else strip_accents
     flags = (clean_text, handle_chinese_chars, strips, lowercase)
     answer = probed('bert-' + ''.join(str(int(f)) for f in flags), lambda: _probe_bert(*flags))
@@ -276,7 +276,7 @@ def _probe_bert(clean_text: bool, handle_chinese_chars: bool, strips: bool, lowe
 
 # %% ../../nbs/text/02_unicode.ipynb #e62aeafe
 class CharTables(nn.Module):
-    "Code points to values (code point | class << 21), as one table look-up; the order of marks where it matters."
+    "Convert code points to values (code point | class << 21) by one table look-up, and sort marks where it matters"
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
     def __init__(self, rules: CharRules):
@@ -291,7 +291,7 @@ class CharTables(nn.Module):
         self.finish = self._with_added(*(rules.finished or none), rules.classes)
 
     def forward(self, x: Codes) -> tuple[Codes, Tensor]:
-        "Code points -> values, and which code point each came from, int64 (K,); that is empty where nothing moved."
+        "Return values, and the code point that each came from, int64 (K,), which is empty where nothing moved."
         values, source, sort = self.table(x.codes)
         nowhere = (
             torch.empty(0, dtype=torch.int64, device=source.device)
@@ -347,7 +347,7 @@ class CharTables(nn.Module):
 def _tables_of(rules: CharRules) -> CharTables: return CharTables(rules)
 
 def char_tables(
-    rules: CharRules,
+    rules: CharRules, # of single characters
 ) -> CharTables: # a copy that the caller may move and change
-    "Builds the tables of `rules`, or copies those that were built for the same object before."
+    "Build the tables of `rules`, or copy those that were built for the same object before."
     return copy.deepcopy(_tables_of(rules))

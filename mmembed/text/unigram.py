@@ -23,17 +23,17 @@ from .wordlevel import WordTable
 
 # %% ../../nbs/text/11_unigram.ipynb #a325de70
 class Unigram(nn.Module):
-    """The likeliest pieces of each row, as SentencePiece's `unigram::Model::EncodeOptimized` (0.2.3) finds them,
-    with unknown characters merged,
-    or as bytes."""
+    """Find the likeliest pieces of each row, as SentencePiece's `unigram::Model::EncodeOptimized` (0.2.3) does.
+
+    Unknown characters become one unknown piece, or their bytes."""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
     def __init__(self,
         pieces: list[str],      # those that may stand in a text
-        ids: list[int],
-        scores: list[float],
-        unk_id: int,
-        unk_score: float,
+        ids: list[int], # the id of each piece
+        scores: list[float], # log-probability of each piece
+        unk_id: int, # the id of an unknown character
+        unk_score: float, # its score
         byte_ids: list[int] | None = None, # the ids of bytes 0 to 255; None: an unknown character is `unk_id`
         mark: int = METASPACE,  # begins a word
         single: bool = True,    # the reference adds 32-bit numbers, not 64-bit ones
@@ -77,7 +77,7 @@ class Unigram(nn.Module):
     def _widest(self, size: Tensor) -> int: return max(int(size.max()), 1) if size.numel() > 0 else 1
 
     def forward(self, x: Codes) -> Pieces:
-        "Code points -> pieces."
+        "Split code points into pieces."
         n = x.codes.numel()
         bound = torch.zeros(n + 1, dtype=torch.bool, device=x.codes.device).index_fill_(0, x.offsets, True)[:n]
         if self.by_word: bound = bound | (x.codes == self.mark)
@@ -220,9 +220,9 @@ class Unigram(nn.Module):
 def sentencepiece_family(
     tok: dict, # from `read_sentencepiece`
 ) -> tuple[nn.Module, nn.Module]: # front: bytes -> values; model: values -> pieces
-    """SentencePiece's unigram model, in the arithmetic of `sentencepiece` 0.2.3.
+    """Build front and model of SentencePiece's unigram model, in the arithmetic of `sentencepiece` 0.2.3.
 
-    User-defined symbols get the score that this version was observed to give them (releases before it had another)."""
+    User-defined symbols get the score that this version gives them; releases before it had another."""
     m, n = tok['model'], tok['normalizer']
     pieces, kinds = m['vocab'], m['kinds']
     symbols = [p for (p, _), k in zip(pieces, kinds) if k == USER]
@@ -246,10 +246,10 @@ def sentencepiece_family(
 # %% ../../nbs/text/11_unigram.ipynb #5d45632a
 def decode_sentencepiece(
     tok: dict,       # from `read_sentencepiece`
-    ids: list[int],
+    ids: list[int], # of one text
 ) -> str:
-    """The text of these ids, as `SentencePieceProcessor.decode` returns it: control pieces left out, unknown ones as
-    ` ⁇ `."""
+    """Convert ids to text, as `SentencePieceProcessor.decode` does: control pieces are left out, unknown ones become `
+    ⁇ `."""
     m, n = tok['model'], tok['normalizer']
     out, start = b'', n['add_dummy_prefix'] or n['remove_extra_whitespaces']
     parts: list[bytes] = []

@@ -34,7 +34,7 @@ def sections(
     x: Codes,         # with added tokens among them
     added: int = ADDED,
 ) -> Tensor:
-    "Whether a section begins at each place: a row, an added token, what follows one: bool (M,)."
+    "Return whether a section begins at each place: a row, an added token, or what follows one: bool (M,)."
     n = x.codes.numel()
     mark = x.codes >= added
     row = torch.zeros(n + 1, dtype=torch.bool, device=x.codes.device).index_fill_(0, x.offsets, True)[:n]
@@ -45,7 +45,7 @@ def kept_values(
     x: Located,
     keep: Tensor, # bool (M,)
 ) -> Located:
-    "The values that are kept."
+    "Return the values that are marked to be kept."
     count, at = nn.functional.pad(keep.long().cumsum(0), (1, 0)), keep.nonzero().flatten()
     return Located(
         x.codes.index_select(0, at),
@@ -56,7 +56,7 @@ def kept_values(
 
 # %% ../../nbs/text/13_unigram_json.ipynb #a0e76ef0
 class CharStep(nn.Module):
-    "Single characters to any number of them, by a table; added tokens stay."
+    "Convert single characters to any number of them by a table; added tokens stay"
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
     def __init__(self,
@@ -85,7 +85,7 @@ class CharStep(nn.Module):
 
 # %% ../../nbs/text/13_unigram_json.ipynb #d76170bc
 class StripStep(nn.Module):
-    "Drops white space at the ends of each section (`normalizers.Strip`)."
+    "Drop white space at the ends of each section (`normalizers.Strip`)"
 
     def __init__(self, left: bool, right: bool):
         super().__init__()
@@ -108,8 +108,9 @@ class StripStep(nn.Module):
 
 # %% ../../nbs/text/13_unigram_json.ipynb #b77ad2cc
 class RunStep(nn.Module):
-    """Puts one character, or none, in the place of each run of at least so many of a class (`normalizers.Replace` of
-    ` {2,}`, `\\\\s+`, ...)."""
+    """Replace each run of at least so many characters of a class by one character, or none.
+
+    Such as `normalizers.Replace` of ` {2,}` or `\\s+`."""
 
     def __init__(self,
         which: list[int], # the code points of the class
@@ -147,7 +148,7 @@ def _table(codes: list[int]) -> np.ndarray: # int64 (N_CODES + MAX_ADDED,): 1 fo
 def normalizer_steps(
     spec: dict | None, # a tokenizer.json's normalizer
 ) -> list[nn.Module]: # Located -> Located
-    "The steps of a normaliser. Raises `ValueError` for one that is not implemented."
+    "Build the steps of a normalizer; raises `ValueError` for one that is not implemented."
     kind = (spec or {}).get('type')
     if spec is None: return []
     if kind == 'Sequence': return [step for s in spec['normalizers'] for step in normalizer_steps(s)]
@@ -187,8 +188,7 @@ def _char_step(spec: dict) -> CharStep:
 
 # %% ../../nbs/text/13_unigram_json.ipynb #4dd9e858
 class WordStep(nn.Module):
-    """Values -> values in which the first of each word is flagged: `WhitespaceSplit`, `Metaspace`, both in this
-    order, or none."""
+    "Flag the first value of each word: `WhitespaceSplit`, `Metaspace`, both in this order, or none"
 
     def __init__(self,
         spec: dict | None, # a tokenizer.json's pre_tokenizer
@@ -250,16 +250,16 @@ class WordStep(nn.Module):
 
 # %% ../../nbs/text/13_unigram_json.ipynb #44cc4ef8
 class WordUnigram(Unigram):
-    """The likeliest pieces of each word, as `tokenizers`' `models.Unigram` finds them (`encode_optimized`).
+    """Find the likeliest pieces of each word, as `tokenizers`' `models.Unigram` does (`encode_optimized`).
 
     Words begin where a value is flagged."""
 
     def __init__(self,
-        pieces: list[str],
-        ids: list[int],
-        scores: list[float],
-        unk_id: int,
-        unk_score: float,
+        pieces: list[str], # the strings of the vocabulary
+        ids: list[int], # the id of each piece
+        scores: list[float], # log-probability of each piece
+        unk_id: int, # the id of an unknown run
+        unk_score: float, # its score
         byte_ids: list[int] | None = None, # the ids of bytes 0 to 255; None: an unknown run is `unk_id`
         added: dict[int, int] | None = None, # value of an added token -> its id
     ):
@@ -272,7 +272,7 @@ class WordUnigram(Unigram):
         )
 
     def forward(self, x: Codes) -> Pieces:
-        "Flagged values -> pieces."
+        "Split flagged values into pieces."
         n = x.codes.numel()
         codes, start = x.codes & (self.flag - 1), (x.codes >= self.flag).nonzero().flatten()
         length, entry = self._best(Codes(codes, ended(start, n)), start)
@@ -323,8 +323,9 @@ class WordUnigram(Unigram):
 
 # %% ../../nbs/text/13_unigram_json.ipynb #a0501041
 class StepFront(nn.Module):
-    """Packed UTF-8 -> values, the first of each word flagged, added tokens marked, by the normalisers and the
-    pre-tokenizer of a `tokenizer.json`."""
+    """Convert packed UTF-8 to values by the normalizers and the pre-tokenizer of a `tokenizer.json`.
+
+    The first value of each word is flagged, added tokens are marked."""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
     def __init__(self,
@@ -338,9 +339,10 @@ class StepFront(nn.Module):
         self.steps = nn.ModuleList([*normalizer_steps(normalizer), WordStep(pre_tokenizer)])
 
     def forward(self, data: Tensor, offsets: Tensor, spans: bool) -> Located:
-        """uint8 (N,), int64 (B+1,) -> values, with the bytes of each: of a whole cluster or run of spaces that
-        became one value (Hugging Face's offsets
-        then name one character of it)."""
+        """Convert uint8 (N,) and int64 (B+1,) to values, with the bytes of each.
+
+        A cluster or a run of spaces that became one value has the bytes of the whole; Hugging Face's offsets name one
+        character of it."""
         codes, begin = self.utf8(data, offsets)
         edges = ended(begin, data.numel())
         codes, kept = self.added(codes)
@@ -353,10 +355,10 @@ class StepFront(nn.Module):
 def unigram_family(
     tok: dict, # a parsed tokenizer.json with a Unigram model
 ) -> tuple[nn.Module, nn.Module]: # front: bytes -> values; model: values -> pieces
-    """T5's and XLM-R's rules as `tokenizers` has them. Scores are the numbers that it reads from the JSON (its
-    parser may be off by one in the last place).
+    """Build front and model of T5's and XLM-R's tokenizers, as `tokenizers` runs them.
 
-    Raises `ValueError` with the first rule of `tok` that is not implemented."""
+    Scores are the numbers that it reads from the JSON (its parser may be off by one in the last place). Raises
+    `ValueError` that names the first rule of `tok` that is not implemented."""
     m, added = tok['model'], tok.get('added_tokens', [])
     for t in added:
         if t.get('normalized'):

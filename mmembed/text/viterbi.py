@@ -16,9 +16,9 @@ from .hash_table import VocabTable
 
 # %% ../../nbs/text/09_viterbi.ipynb #8a51fb97
 class Automaton(nn.Module):
-    """A graph whose paths spell entries: finds all that begin at given places.
+    """Find all entries that begin at given places, in a graph whose paths spell them.
 
-    Values and nodes are below 2**21 and 2**42; the root is node 1."""
+    Values are below 2**21 and nodes below 2**42; the root is node 1."""
     MIX = 0x9E3779B97F4A7C15  # odd, so a product with it keeps keys distinct; the golden ratio's digits
 
     def __init__(self,
@@ -36,8 +36,10 @@ class Automaton(nn.Module):
         self.register_buffer('entry', torch.from_numpy(np.asarray(entry, np.int64)))
 
     def forward(self, codes: Tensor, room: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Entries that begin at places `at` of codes int64 (M,), at most room[i] long: place, length and entry,
-        int64 (H,), shorter ones first."""
+        """Return place, length and entry, int64 (H,), of the entries that begin at the places `at` of `codes`, int64
+        (M,).
+
+        They are at most room[i] long, shorter ones first."""
         node, size = torch.ones_like(at), 0
         places, sizes, entries = [at[:0]], [at[:0]], [at[:0]]
         while at.numel() > 0:
@@ -65,7 +67,7 @@ class Automaton(nn.Module):
 def trie(
     strings: list[list[int]] | list[str], # distinct, none empty; numbered in this order
 ) -> Automaton:
-    "The automaton that spells these strings. Raises `ValueError` if two are equal."
+    "Build the automaton that spells these strings; raises `ValueError` if two are equal."
     sizes = np.array([len(s) for s in strings], np.int64)
     longest = max(sizes.tolist(), default=0)
     codes = np.zeros((len(strings), longest), np.int64)
@@ -97,7 +99,7 @@ def lattice(
     none: int,      # stands where there is no piece
     widest: int,    # L, at least the longest
 ) -> Tensor:
-    "int64 (n, L): the entry of the piece that ends at each place (inclusive), and has each length, L down to 1."
+    "Return the entry of the piece of each length that ends at each place: int64 (n, L), lengths from L down to 1."
     grid = torch.full((n * widest,), none, dtype=torch.int64, device=place.device)
     return grid.index_copy(0, (place + size) * widest - size, entry).view(n, widest)
 
@@ -107,7 +109,7 @@ def uncrossed(
     size: Tensor,  # int64 (H,), ascending
     n: int,        # places
 ) -> Tensor:
-    "The places, int64 (S,), before which every path stops: the starts of segments that can be cut independently."
+    "Return the places, int64 (S,), that no piece crosses: the starts of segments that can be cut independently."
     here = torch.arange(n, device=place.device)
     long = (size > 1).nonzero().flatten()
     far = (here + 1).scatter_reduce(0, place.index_select(0, long), (place + size).index_select(0, long), 'amax')
@@ -125,8 +127,10 @@ def walk(
     size: Tensor,  # int64 (S,), none 0
     margins: bool, # whether the second result is wanted
 ) -> tuple[Tensor, Tensor]:
-    """The length of the best last piece up to each place, int64 (n,), and by how much its path beats the next best,
-    (n,); meaningless outside of segments."""
+    """Return the length of the best last piece up to each place, int64 (n,), and by how much its path beats the next
+    best.
+
+    The numbers outside of segments mean nothing."""
     n, widest = score.shape[0], score.shape[1]
     value, offset = (
         torch.zeros(n, dtype=score.dtype, device=score.device),
@@ -169,7 +173,7 @@ def trace(
     start: Tensor, # int64 (S,)
     size: Tensor,  # int64 (S,), none 0
 ) -> Tensor:
-    "int64 (n,): at the last place of each piece on the best paths its length, elsewhere 0."
+    "Return the length of each piece on the best paths at its last place, 0 elsewhere: int64 (n,)."
     last, out = start + size - 1, torch.zeros_like(best)
     while last.numel() > 0:
         length = best.index_select(0, last)
@@ -184,5 +188,5 @@ def leap(
     kept: Tensor, # int64 (K+1,): 1 where a node is reached
     next: Tensor, # int64 (K+1,): where each leads; the last leads to itself
 ) -> tuple[Tensor, Tensor]:
-    "One round: what is reached now, and where two steps lead. Done once all lead to the last."
+    "Do one round of pointer doubling; stop when every pointer is at the end."
     return torch.maximum(kept, torch.zeros_like(kept).index_add(0, next, kept).clamp(max=1)), next.index_select(0, next)

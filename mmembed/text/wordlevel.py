@@ -30,7 +30,7 @@ def split_runs(
     space: int = SPACE,
     alone: int = ALONE,
 ) -> Words:
-    "The words of each row, white space dropped; runs of letters and runs of signs are words."
+    "Split each row into words and drop white space; runs of letters and runs of signs are words."
     n = x.codes.numel()
     kind = x.codes >> shift
     before = torch.nn.functional.pad(kind, (1, 0)).index_fill_(0, x.offsets, -1)
@@ -46,7 +46,7 @@ def word_rules(
     normalizer: dict | None, # of a tokenizer.json: none, Lowercase or BertNormalizer
     splitter: str,           # its pre_tokenizer: Whitespace, WhitespaceSplit or BertPreTokenizer
 ) -> CharRules:
-    "What these two do to single characters. Raises `ValueError` for any other."
+    "Return what a normalizer and a splitter do to single characters; raises `ValueError` for others."
     kinds = dict(Whitespace=pre_tokenizers.Whitespace, WhitespaceSplit=pre_tokenizers.WhitespaceSplit,
         BertPreTokenizer=pre_tokenizers.BertPreTokenizer)
     if splitter not in kinds: refuse('pre_tokenizer', splitter, ', '.join(kinds))
@@ -83,7 +83,7 @@ def _probe_runs(splitter: pre_tokenizers.PreTokenizer) -> np.ndarray: # int64 (0
 
 # %% ../../nbs/text/06_wordlevel.ipynb #a7c14248
 class WordTable(nn.Module):
-    "Which of these strings a stretch of a sequence is. Raises `ValueError` if two are equal."
+    "Look up which of a list of strings each stretch of a sequence is; raises `ValueError` if two are equal"
     # no key may be 0, which every multiplier leaves where it is (an odd 64-bit constant of Marsaglia's)
     SEED = 0x2545F4914F6CDD1D
 
@@ -95,7 +95,7 @@ class WordTable(nn.Module):
         self.register_buffer('size', torch.tensor([*map(len, strings), 0], dtype=torch.int64))
 
     def forward(self, codes: Tensor, start: Tensor, end: Tensor) -> Tensor:
-        "Stretches [start, end) of codes int64 (M,) -> the number of each, -1 for none: int64 (W,)."
+        "Return the number of each stretch [start, end) of codes, int64 (M,): int64 (W,), -1 for none."
         h = self.lexicon.hash
         codes, length = codes + 1, end - start
         entry = self.lexicon.table(h(h.prefix(codes), h.inverses(codes.numel(), codes.device), start, end) + self.seed)
@@ -104,14 +104,14 @@ class WordTable(nn.Module):
 
 # %% ../../nbs/text/06_wordlevel.ipynb #f71696ed
 class WholeWords(nn.Module):
-    """An id for each word, as Hugging Face's `models.WordLevel` gives it.
+    """Give each word its id, as Hugging Face's `models.WordLevel` does.
 
     Raises `ValueError` if the vocabulary lacks `unk_token`."""
 
     def __init__(self,
         vocab: dict[str, int],       # word -> id
         classes: np.ndarray,         # (0x110000,): the class of each character
-        unk_token: str = '[UNK]',
+        unk_token: str = '[UNK]', # the token of unknown words
         added: dict[int, int] | None = None, # value of an added token -> its id
     ):
         super().__init__()
@@ -123,7 +123,7 @@ class WholeWords(nn.Module):
         self.register_buffer('ids', torch.tensor([i for _, i in entries] or [0], dtype=torch.int64))
 
     def forward(self, x: Codes) -> Pieces:
-        "Values -> a piece for each word."
+        "Convert values to one piece for each word."
         words = split_runs(x)
         entry = self.table(x.codes, words.start, words.end)
         ids = torch.where(entry < 0, self.unk_id, self.ids.index_select(0, entry.clamp(min=0)))
@@ -133,7 +133,9 @@ class WholeWords(nn.Module):
 def wordlevel_family(
     tok: dict, # a parsed tokenizer.json with a WordLevel model
 ) -> tuple[nn.Module, nn.Module]: # front: bytes -> values; model: values -> pieces
-    "A vocabulary of whole words. Raises `ValueError` with the first rule of `tok` that is not implemented."
+    """Build front and model for a vocabulary of whole words.
+
+    Raises `ValueError` that names the first rule of `tok` that is not implemented."""
     rules = word_rules(tok.get('normalizer'), kind_of(tok, 'pre_tokenizer'))
     front = BertFront(tok.get('added_tokens', []), rules)
     return front, WholeWords(tok['model']['vocab'], rules.classes, tok['model']['unk_token'], front.numbers)

@@ -23,9 +23,10 @@ from mmembed.text.unicode import (
 
 # %% ../../nbs/text/05_wordpiece.ipynb #452e84eb
 class Lexicon(nn.Module):
-    """Strings, found by their hash and confirmed by their characters. Entries are numbered in the order given;
-    `seeds` keeps
-    apart entries that are equal strings but mean different things (`ing` as a word, and as a continuation)."""
+    """Find strings by their hash and confirm them by their characters.
+
+    Entries are numbered in the order given. `seeds` keep apart entries that are equal strings with different meanings
+    (`ing` as a word, and as a continuation)."""
 
     def __init__(self,
         strings: list[list[int]], # the entries, as values
@@ -41,22 +42,22 @@ class Lexicon(nn.Module):
         self.register_buffer('codes', torch.tensor([c for s in strings for c in s], dtype=torch.int64))
 
     def agrees(self, codes: Tensor, entry: Tensor, start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether codes[start+j] is the j-th value of `entry`, for each j < length: bool (sum of lengths,), and
-        whose j it is."""
+        """Return whether codes[start+j] is the j-th value of `entry`, for each j < length, and whose j it is: (sum of
+        lengths,)."""
         owner = torch.repeat_interleave(length)
         nth = torch.arange(owner.numel(), device=owner.device) - (length.cumsum(0) - length).index_select(0, owner)
         theirs = self.codes.index_select(0, self.first.index_select(0, entry).index_select(0, owner) + nth)
         return codes.index_select(0, start.index_select(0, owner) + nth) == theirs, owner
 
     def confirmed(self, codes: Tensor, entry: Tensor, start: Tensor, length: Tensor) -> Tensor:
-        "`entry`, with -1 where the characters are not those of the entry after all."
+        "Return `entry`, with -1 where the characters are not those of the entry."
         hit = (entry >= 0).nonzero().flatten()
         same, owner = self.agrees(codes, entry[hit], start[hit], length[hit])
         return entry.index_fill(0, hit.index_select(0, owner[~same]), -1)
 
 # %% ../../nbs/text/05_wordpiece.ipynb #18a5deca
 class Pieces(NamedTuple):
-    "A tokenised batch, ragged"
+    "A batch of pieces, flat, with the offsets of rows"
     ids: Tensor      # int64 (T,)
     start: Tensor    # int64 (T,): the characters of each piece
     end: Tensor      # int64 (T,)
@@ -64,7 +65,7 @@ class Pieces(NamedTuple):
 
 # %% ../../nbs/text/05_wordpiece.ipynb #4e637228
 class WordPiece(nn.Module):
-    """Greedy longest-match-first pieces, as Hugging Face's `models.WordPiece` takes them.
+    """Split words into pieces, longest match first from the left, as Hugging Face's `models.WordPiece` does.
 
     Raises `ValueError` if the vocabulary lacks `unk_token`."""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
@@ -75,7 +76,7 @@ class WordPiece(nn.Module):
     def __init__(self,
         vocab: dict[str, int],        # piece -> id
         values: Callable[[str], list[int]], # a piece's characters as the values that normalised text has
-        unk_token: str = '[UNK]',
+        unk_token: str = '[UNK]', # the token of words that cannot be split
         prefix: str = '##',           # marks a piece that continues a word
         max_chars: int = 100,         # a longer word is unknown
         added: dict[int, int] | None = None, # value of an added token -> its id
@@ -101,7 +102,7 @@ class WordPiece(nn.Module):
         self.register_buffer('ids', torch.tensor([i for _, i in entries] + [self.unk_id], dtype=torch.int64))
 
     def forward(self, x: Codes) -> Pieces:
-        "Values -> pieces."
+        "Split values into pieces."
         words = split_words(x)
         if not self.shortcuts: return self._tokenize(x.codes, words, True)[0]
         pieces, sure = self._tokenize(x.codes, words, False)
@@ -265,7 +266,7 @@ class WordPiece(nn.Module):
 
 # %% ../../nbs/text/05_wordpiece.ipynb #732469ad
 class NoTokens(nn.Module):
-    "Stands for `AddedTokens` where nothing was added."
+    "Stand in for `AddedTokens` where nothing was added"
     def __init__(self):
         super().__init__()
         self.first: list[int] = []  # Python only
@@ -275,7 +276,8 @@ class NoTokens(nn.Module):
 
 # %% ../../nbs/text/05_wordpiece.ipynb #4e0be3d9
 class BertFront(nn.Module):
-    "Packed UTF-8 -> normalised values with their classes, added tokens marked, by any rules for single characters."
+    """Convert packed UTF-8 to normalized values with their classes, by rules for single characters; added tokens are
+    marked"""
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
     def __init__(self,
@@ -297,7 +299,7 @@ class BertFront(nn.Module):
         self.register_buffer('quick', self._quick_table())
 
     def forward(self, data: Tensor, offsets: Tensor, spans: bool) -> Located:
-        "uint8 (N,), int64 (B+1,) -> values; with `spans` also the bytes of each."
+        "Convert uint8 (N,) and int64 (B+1,) to values; with `spans` also return the bytes of each."
         nowhere = torch.empty(0, dtype=torch.int64, device=data.device)
         values = self.quick.index_select(0, data.long())
         if self.shortcuts and (data.numel() == 0 or int(values.min()) >= 0):
@@ -370,7 +372,7 @@ class BertFront(nn.Module):
 
 # %% ../../nbs/text/05_wordpiece.ipynb #12f25816
 def refuse(what: str, value, known: str):
-    "Raises the `ValueError` of a tokenizer whose rule is not implemented."
+    "Raise the `ValueError` for a rule that is not implemented."
     raise ValueError(f'this tokenizer is not supported: its {what} is {value!r}; supported: {known}')
 
 # %% ../../nbs/text/05_wordpiece.ipynb #f728bfed
@@ -378,14 +380,16 @@ def kind_of(
     tok: dict, # a parsed tokenizer.json
     part: str, # 'normalizer', 'pre_tokenizer', 'post_processor', ...
 ) -> str | None:
-    "The type of one part; None if it has none."
+    "Return the type of one part of a tokenizer.json; None if it has none."
     return (tok.get(part) or {}).get('type')
 
 # %% ../../nbs/text/05_wordpiece.ipynb #c68eb5e4
 def wordpiece_family(
     tok: dict, # a parsed tokenizer.json with a WordPiece model
 ) -> tuple[nn.Module, nn.Module]: # front: bytes -> values; model: values -> pieces
-    "BERT's rules. Raises `ValueError` with the first rule of `tok` that is not implemented."
+    """Build front and model with BERT's rules.
+
+    Raises `ValueError` that names the first rule of `tok` that is not implemented."""
     for part, known in [('normalizer', 'BertNormalizer'), ('pre_tokenizer', 'BertPreTokenizer')]:
         if kind_of(tok, part) != known: refuse(part, kind_of(tok, part), known)
     n, m = tok['normalizer'], tok['model']
