@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../../nbs/core/06_quantize.ipynb #255ec443
+# %% ../../nbs/core/07_quantize.ipynb #255ec443
 PRECISIONS = ('float32', 'float16', 'int8', 'binary')
 
 def quantize(
@@ -30,7 +30,7 @@ def quantize(
         return (positive.view(x.shape[0], -1, 8) * places).sum(2).to(torch.uint8)
     raise ValueError("precision must be 'float32', 'float16', 'int8' or 'binary', got '" + precision + "'")
 
-# %% ../../nbs/core/06_quantize.ipynb #186841b0
+# %% ../../nbs/core/07_quantize.ipynb #186841b0
 def dequantize(
     x: Tensor,       # as `quantize` returned it
     precision: str,  # the precision it was written with
@@ -46,7 +46,7 @@ def dequantize(
     if precision == 'float16': return x.float()
     return x
 
-# %% ../../nbs/core/06_quantize.ipynb #83300104
+# %% ../../nbs/core/07_quantize.ipynb #83300104
 def quantize_fixed(
     x: Tensor,  # float32 (B, D), unit length
 ) -> Tensor: # int8 (B, D)

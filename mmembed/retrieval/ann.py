@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ..core.files import draft
+from ..core.files import draft, writing
 from .base import VectorIndex
 from .index import Index
-from .lance import write_table, writing
+from .lance import write_table
 
 # %% ../../nbs/retrieval/13_ann.ipynb #8eaccc86
 KINDS = dict(

@@ -18,9 +18,10 @@ import numpy as np
 import pyarrow as pa
 from fastcore.basics import patch
 
+from ..core.files import writing
 from .base import VectorIndex, check_add, check_build, complete
 from .ingest import About, about_index, new_vectors, open_rows, stream, work_name
-from .lance import among, asked, connect, has_table, whole_condition, write_table, writing
+from .lance import among, asked, connect, has_table, whole_condition, write_table
 from ..runtime.embedder import Embedder
 
 # %% ../../nbs/retrieval/10_index.ipynb #ee8cdb34

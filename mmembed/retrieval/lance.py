@@ -9,13 +9,14 @@ __all__ = ['CHARACTERS', 'VALUES', 'TERMS', 'FUNCTIONS', 'lancedb', 'connect', '
            'asked', 'whole_condition', 'among']
 
 # %% ../../nbs/retrieval/09_lance.ipynb #1c8a81a8
-import fcntl
 import os
 import re
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from ..core.errors import reason
 
 # %% ../../nbs/retrieval/09_lance.ipynb #d6011d9f
 def lancedb() -> Any: # the module
@@ -39,17 +40,6 @@ def has_table(
     "Return whether a table is there, which it is from its first version on."
     versions = folder/f'{name}.lance'/'_versions'
     return versions.is_dir() and any(versions.iterdir())
-
-# %% ../../nbs/retrieval/09_lance.ipynb #a40c9a8d
-@contextmanager
-def writing(
-    folder: Path, # of an index
-) -> Iterator[None]:
-    "Hold the lock of one writer, in all processes; readers go on. Raises `ValueError` for a second writer."
-    with (folder/'.lock').open('w') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise ValueError(f'another process is writing to {folder}') from None
-        yield
 
 # %% ../../nbs/retrieval/09_lance.ipynb #b89e8d54
 CHARACTERS, VALUES, TERMS = 1 << 18, 10_000, 256 # of a condition, at most
@@ -111,13 +101,6 @@ def _dates(error: str) -> str: # how dates are written, where an error is about 
 def _shortened(text: str) -> str: return text if len(text) <= 100 else f'{text[:100]}…'
 
 # %% ../../nbs/retrieval/09_lance.ipynb #d5ecc40c
-def said(
-    e: Exception, # of LanceDB
-) -> str: # one line
-    "Return the message of an error without the places in the library's sources."
-    line = re.sub(r',? ?/\S+\.rs:\d+(:\d+)?', '', str(e)).strip()
-    return line.splitlines()[0][:300] if line else type(e).__name__
-
 def write_table(
     action: Callable[[], Any], # writes
     failed: list,              # where the stream of rows puts its own error

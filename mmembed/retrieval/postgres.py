@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 from fastcore.basics import patch
 
+from ..core.errors import reason
 from .base import VectorIndex, check_add, check_build, complete
 from .ingest import About, about_index, new_vectors, open_rows, stream
 from .lance import checked_condition
@@ -445,7 +446,7 @@ def compact(self: PostgresIndex) -> int: # bytes that became free
     psycopg, _ = _psycopg()
     before = self._bytes()
     try: self._db.execute(self._sql.SQL('VACUUM (FULL, ANALYZE) {}').format(self._id()))
-    except psycopg.Error as e: raise OSError(f'nothing was changed: {_said(e)}') from None
+    except psycopg.Error as e: raise OSError(f'nothing was changed: {reason(e)}') from None
     return before - self._bytes()
 
 @patch

@@ -22,7 +22,7 @@ from ..data.source import Source
 from .embed import Done, embed, plan, service_batch
 from ..runtime.embedder import Embedder
 from .parts import Job, each_shard, part_schema, read_job, same_job, write_failures
-from ..core.files import alone, draft, write_whole
+from ..core.files import draft, write_whole, writing
 
 # %% ../../nbs/retrieval/03_writers.ipynb #28ac5284
 def save_npy(
@@ -186,7 +186,7 @@ def embed_to(
         seconds = time.perf_counter() - start
         return Done(out, job.rows, 0, failed, found.repeated, found.example, place['errors'], seconds)
     place['parts'].mkdir(parents=True, exist_ok=True)
-    with alone(place['parts'], '.out.lock'):
+    with writing(place['parts'], '.out.lock'):
         done = run(model, source, place['parts'], progress=progress, device=device, **options)
         _put_together(place, files, form)
     return done._replace(folder=out, ledger=place['errors'], seconds=time.perf_counter() - start)

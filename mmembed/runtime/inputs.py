@@ -8,7 +8,6 @@ Docs: https://mmembed.github.io/mmembed/runtime/inputs.html.md"""
 __all__ = ['text_error', 'enough', 'name_of', 'chunks', 'tokens_of', 'pixels_of', 'rows_of']
 
 # %% ../../nbs/runtime/04_inputs.ipynb #e217d0ab
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -63,21 +62,6 @@ def name_of(
         if isinstance(item, str)
         else str(i)
     )
-
-# %% ../../nbs/runtime/04_inputs.ipynb #43f0c952
-def items_of(
-    x,         # what the caller passed
-    name: str, # of the argument, in the plural
-) -> Iterable:
-    "`x` if it is a batch; raises `TypeError` for a single item, easily passed by mistake, and for what has no order."
-    kind = type(x).__name__
-    if isinstance(x, (set, frozenset)): raise TypeError(f'{name} is a {kind}, which has no order; pass a list')
-    if hasattr(x, '_fields'): raise TypeError(f'{name} is an answer, {kind}; pass its rows: {name}.{x._fields[0]}')
-    strings = getattr(getattr(x, 'dtype', None), 'kind', '') in tuple('OSTU') and getattr(x, 'ndim', 0) == 1
-    if isinstance(x, (str, bytes, bytearray, memoryview, os.PathLike, Tensor, dict)) or not isinstance(x, Iterable) \
-        or type(x).__module__.split('.')[0] in ('PIL', 'numpy') and not strings:
-        raise TypeError(f'{name} is a single {kind}; pass a list: [{name[:-1]}]')
-    return x
 
 # %% ../../nbs/runtime/04_inputs.ipynb #9055ed17
 def chunks(

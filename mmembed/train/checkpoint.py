@@ -25,12 +25,6 @@ from ..models.base import finite, from_spec, read_saved
 
 from .finetune import add_lora, merge_lora
 
-# %% ../../nbs/train/08_checkpoint.ipynb #d3054e6a
-def _first(e: BaseException, line: int = 0) -> str:
-    "One line of an exception's text."
-    lines = [s.strip() for s in str(e).splitlines() if s.strip()] or [type(e).__name__]
-    return lines[min(line, len(lines) - 1)]
-
 # %% ../../nbs/train/08_checkpoint.ipynb #978fbcc7
 def load_checkpoint(
     path: str | Path,                # what a run saved: a .ckpt, or the .safetensors beside it
