@@ -245,7 +245,7 @@ def test_another_job_in_the_folder(model, source, whole, tmp_path):
 
 
 def test_one_job_at_a_time(model, source, tmp_path):
-    with written.alone(tmp_path):
+    with written.writing(tmp_path):
         with pytest.raises(ValueError, match='another process is writing to'): embed(model, source, tmp_path, **KW)
     assert embed(model, source, tmp_path, **KW).written == N
 
