@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from fastcore.basics import patch
 
+from ..core.errors import reason
 from .captions import as_text, captions_of
 
 # %% ../../nbs/data/05_formats.ipynb #932ab880
@@ -427,7 +428,7 @@ def _parquet(path: Path, wanted: list[str]) -> Cells:
                 raise ValueError(f'{path}: the column {column!r} is there {names.count(column)} times')
         table = pq.read_table(path, columns=columns)
     except (pa.ArrowException, OSError) as e:
-        raise ValueError(f'{path} is not a readable Parquet file: {str(e).splitlines()[0]}') from None
+        raise ValueError(f'{path} is not a readable Parquet file: {reason(e)}') from None
     return Cells(str(path), names, table, lambda: [f'row {n}' for n in range(1, len(table) + 1)])
 
 # %% ../../nbs/data/05_formats.ipynb #486af7f4
@@ -457,7 +458,7 @@ def read_table(
                 f'{where}: want a .jsonl, .json, .csv, .tsv or .parquet file, got {ending or "no ending"!r}'
             )
     except UnicodeDecodeError as e: raise ValueError(f'{where} is not UTF-8: {e}') from None
-    except pa.ArrowException as e: raise ValueError(f'{where}: {str(e).strip().splitlines()[0]}') from None
+    except pa.ArrowException as e: raise ValueError(f'{where}: {reason(e)}') from None
     if not len(found): raise ValueError(f'{where} holds no rows')
     for key in [*texts, *values]:
         if not found.has(key): raise no_column(where, key, found.names)

@@ -6,7 +6,7 @@ Docs: https://mmembed.github.io/mmembed/retrieval/embed.html.md"""
 
 # %% auto #0
 __all__ = ['FAILURES', 'PreparedBatch', 'why', 'prepare_batch', 'readable_id', 'vector_dim', 'decoded', 'batches', 'Done', 'plan',
-           'open_job', 'embed_parts', 'embed', 'service_batch', 'progress_bar', 'duration']
+           'open_job', 'embed_parts', 'embed', 'service_batch']
 
 # %% ../../nbs/retrieval/02_embed.ipynb #3733563a
 import time
@@ -19,12 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.files import alone, write_whole
+from ..core.errors import reason
+from ..core.files import write_whole, writing
 from ..core.images import stack_levels
 from ..core.quantize import dequantize, quantize
 from ..core.threads import cores, thread_pool
 from ..core.types import Tokens
-from ..data.source import Source, row_error
+from ..data.source import Source
 from ..data.open import NameSurvey, column_types, survey_names
 from ..runtime.embedder import TEXTS, Embedder
 from mmembed.retrieval.parts import (
@@ -48,7 +49,7 @@ def why(
     e: Exception, # one of `FAILURES`
 ) -> str:
     "Return one line for the list of failures, without the path that the row's id names anyway."
-    return e.strerror if isinstance(e, OSError) and e.strerror else row_error(e) or type(e).__name__
+    return e.strerror if isinstance(e, OSError) and e.strerror else reason(e)
 
 def prepare_batch(
     embedder: Embedder,       # that decodes and tokenizes
@@ -202,7 +203,7 @@ def open_job(
 ) -> Iterator[tuple[Job, list[int]]]: # the job by the int8 rule with which it was begun; shards still to be made
     "Hold a folder for one job; raises `ValueError` for a folder of another job or in use."
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder):
+    with writing(folder):
         if (folder/MANIFEST).exists(): job = same_job(folder/MANIFEST, job)
         elif left := sorted(p.name for p in folder.glob('part-*.parquet')):
             raise ValueError(f'{folder} holds {left[0]} and no manifest: choose an empty folder')
@@ -308,40 +309,3 @@ def service_batch(
 ) -> int:
     "Return the default batch size of `mmembed serve`: vectors of equal batch shapes are equal bit for bit."
     return 64 if str(device).startswith('cuda') else 16
-
-# %% ../../nbs/retrieval/02_embed.ipynb #239aa810
-@contextmanager
-def progress_bar(
-    every: float = 10., # seconds between lines where standard error is not a terminal
-):
-    "Yield a function for `embed`'s `progress`: a bar on a terminal, else a line every few seconds."
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    columns = BarColumn(), MofNCompleteColumn(), TextColumn('{task.fields[rate]}'), TimeRemainingColumn()
-    console = Console(stderr=True)
-    start, begun, said = time.monotonic(), None, 0.
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task('', total=None, rate='')
-        def show(ready: int, rows: int):
-            nonlocal begun, said
-            begun, past = ready if begun is None else begun, time.monotonic() - start
-            rate = (ready - begun) / max(1e-3, past)
-            bar.update(task, completed=ready, total=rows, rate=f'{rate:,.0f} a second')
-            if not console.is_terminal and rate and past - said >= every:
-                said = past
-                print(
-                    f'{ready:,} of {rows:,} rows, {rate:,.1f} a second, {duration((rows - ready) / rate)} left',
-                    file=sys.stderr,
-                    flush=True,
-                )
-        yield show
-
-def duration(
-    seconds: float, # of any length
-) -> str:
-    "Write seconds in the largest fitting unit."
-    s = round(seconds)
-    if s < 60: return f'{s} s'
-    if s < 3600: return f'{s // 60} min'
-    if s < 86400: return f'{s // 3600} h {s % 3600 // 60} min'
-    return f'{s / 86400:.1f} days'

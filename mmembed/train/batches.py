@@ -23,7 +23,8 @@ from ..core.types import PairBatch, Tokens
 from ..core.packing import pack
 from ..core.images import stack_levels
 from .loader import Loader
-from ..data.source import NO_CAPTION, NO_LABEL, Source
+from ..data.captions import NO_CAPTION, NO_LABEL
+from ..data.source import Source
 from ..text.pipeline import TextPipeline
 from ..vision.pipeline import VisionPipeline
 

@@ -21,35 +21,65 @@ from ..card import sha256
 # %% ../../../nbs/exporters/onnx/01_builder.ipynb #a55d8325
 EXTENSIONS_DOMAIN = 'com.microsoft.extensions'  # the domain of ONNX Runtime Extensions' operators
 
-class Graph:
-    "An ONNX graph in the making, of opset 20"
-    def __init__(self, *inputs, name: str = 'main'): # onnx_ir.Value
+class _Nodes:
+    "A graph of opset 20, to which nodes are added one by one"
+    def __init__(self,
+        *inputs,            # onnx_ir.Value, as `value` makes
+        name: str = 'main', # precedes the names of its values
+    ):
         import onnx_ir as ir
         self.graph = ir.Graph(list(inputs), [], nodes=[], opset_imports={'': 20}, name=name)
         self.tape = ir.tape.Tape(self.graph)
 
-    def op(self, kind: str, *inputs, domain: str = '', **attributes): # -> its output
+    def op(self, kind: str, *inputs, domain: str = '', **attributes): # onnx_ir.Value
+        "Add a node that has one output, and return the output."
         return self.ops(kind, 1, *inputs, domain=domain, **attributes)[0]
 
-    def ops(self, kind: str, count: int, *inputs, domain: str = '', **attributes): # -> its outputs
+    def ops(self, kind: str, count: int, *inputs, domain: str = '', **attributes): # of onnx_ir.Value
+        "Add a node that has `count` outputs, and return the outputs."
         import onnx_ir as ir
         if domain: self.graph.opset_imports[domain] = 1
         node = ir.node(kind, list(inputs), attributes or None, domain=domain, num_outputs=count, graph=self.graph)
-        for i, out in enumerate(node.outputs): out.name = f'{self.graph.name}.{len(self.graph)}' + f'.{i}' * (i > 0)
+        place = f'{self.graph.name}.{len(self.graph)}'
+        for i, out in enumerate(node.outputs): out.name = f'{place}.{i}' if i else place
         return node.outputs
 
-    def ints(self, *values: int): return self.op('Constant', value_ints=list(values))
+    def ints(self, *values: int): # int64 (K,)
+        "Add a constant vector."
+        return self.op('Constant', value_ints=list(values))
 
-    def number(self, value: int): return self.op('Constant', value_int=value)
+    def number(self, value: int): # int64 ()
+        "Add a constant number."
+        return self.op('Constant', value_int=value)
 
-    def rows(self, x): return self.op('Shape', x, start=0, end=1)
+    def rows(self, x): # int64 (1,)
+        "Return the length of the first axis of `x`."
+        return self.op('Shape', x, start=0, end=1)
 
-    def branch(self, condition, yes: 'Graph', no: 'Graph') -> list: # the outputs of one of two graphs
+    def model(self): # onnx_ir.Model
+        "Return the finished model."
+        import onnx_ir as ir
+        from onnx_ir.passes import common
+        made = ir.Model(self.graph, ir_version=10, producer_name='mmembed')
+        for p in (
+            common.LiftSubgraphInitializersToMainGraphPass,
+            common.NameFixPass,
+            common.ClearMetadataAndDocStringPass,
+        ):
+            p()(made)
+        return made
+
+# %% ../../../nbs/exporters/onnx/01_builder.ipynb #2321e87a
+class Graph(_Nodes):
+    "An ONNX graph under construction, of opset 20"
+    def branch(self, condition, yes: 'Graph', no: 'Graph') -> list: # of onnx_ir.Value
+        "Return the outputs of `yes` where `condition`, bool (), is true, else those of `no`."
         outs = self.ops('If', len(yes.graph.outputs), condition, then_branch=yes.graph, else_branch=no.graph)
         for a, b in zip(outs, yes.graph.outputs): a.dtype = b.dtype
         return list(outs)
 
-    def loop(self, times, body: 'Graph') -> list: # what each turn gives, along a new first axis
+    def loop(self, times, body: 'Graph') -> list: # of onnx_ir.Value
+        "Run `body` so many times, and return what each turn gives, stacked along a new first axis."
         import onnx_ir as ir
         go, outs = body.op('Identity', body.graph.inputs[1]), list(body.graph.outputs)
         go.shape, go.dtype = ir.Shape([]), ir.DataType.BOOL
@@ -58,15 +88,16 @@ class Graph:
         for a, b in zip(done, outs): a.dtype, a.shape = b.dtype, ir.Shape([None, *b.shape])
         return list(done)
 
-    def require(
-        self, good, sentence: str, x
-    ):  # int64 `x` as it is; running fails with `sentence` where not all of `good` is true
+    def require(self, good, sentence: str, x): # int64, `x` as it is
+        "Fail with `sentence` in the error when the model runs and not all of `good`, bool (K,), is true."
         missing = self.op('ReduceSum', self.op('Cast', self.op('Not', good), to=7), keepdims=0)
         none = self.op('Gather', self.ints(0), self.op('Min', missing, self.number(1)), axis=0)
         none.producer().name = sentence  # onnxruntime's message has the name of the node that fails
         return self.op('Add', x, none)
 
-    def absorb(self, part, prefix: str, **given) -> list: # the values that were the outputs of the onnx_ir.Model `part`
+    def absorb(self, part, prefix: str, **given) -> list: # of onnx_ir.Value
+        """Move the nodes of the onnx_ir.Model `part` into this graph, with `given` as its inputs, and return its
+        outputs. Its names get the `prefix`."""
         from onnx_ir import convenience
         inner = part.graph
         outputs, values, nodes = list(inner.outputs), list(inner.initializers.values()), list(inner)
@@ -80,52 +111,47 @@ class Graph:
         for v in values: self.graph.register_initializer(v)
         return outputs
 
-    def one_more(self, x, width, zero: Tensor): # zeros behind `x` (B, *width) if B is 0
+    def one_more(self, x, width, zero: Tensor): # (max(B, 1), *width)
+        "Add a row of zeros to `x` (B, *width) where B is 0; `zero` gives their type."
         missing = self.op('Max', self.op('Sub', self.ints(1), self.rows(x)), self.ints(0))
-        return self.op(
-            'Concat',
-            x,
-            self.op('ConstantOfShape', self.op('Concat', missing, width, axis=0), value=tensor(zero)),
-            axis=0,
-        )
-
-    def model(self): # -> onnx_ir.Model
-        import onnx_ir as ir
-        from onnx_ir.passes import common
-        made = ir.Model(self.graph, ir_version=10, producer_name='mmembed')
-        for p in (
-            common.LiftSubgraphInitializersToMainGraphPass,
-            common.NameFixPass,
-            common.ClearMetadataAndDocStringPass,
-        ):
-            p()(made)
-        return made
+        zeros = self.op('ConstantOfShape', self.op('Concat', missing, width, axis=0), value=tensor(zero))
+        return self.op('Concat', x, zeros, axis=0)
 
 # %% ../../../nbs/exporters/onnx/01_builder.ipynb #aef7371a
-def tensor(x: Tensor): # -> onnx_ir.Tensor
-    "`x` as a constant of a graph."
+def tensor(
+    x: Tensor, # of any shape and type that numpy has
+): # onnx_ir.Tensor
+    "Return `x` as a constant of a graph."
     import onnx_ir as ir
     return ir.tensor(x.numpy())
 
-def placed(v, dtype: torch.dtype, *shape): # an onnx_ir.Value
-    "`v`, which now has that type and shape; -1 stands for nothing known."
+def placed(
+    v,                  # onnx_ir.Value, changed in place
+    dtype: torch.dtype, # of its elements
+    *shape,             # a length, a name of a length, or -1 where nothing is known
+): # onnx_ir.Value
+    "Set type and shape of `v`, and return it."
     import onnx_ir as ir
     v.dtype, v.shape = tensor(torch.zeros(1, dtype=dtype)).dtype, ir.Shape([None if s == -1 else s for s in shape])
     return v
 
-def value(name: str, dtype: torch.dtype, *shape): # -> onnx_ir.Value
-    "An input."
+def value(
+    name: str,          # of the input, as hosts see it
+    dtype: torch.dtype, # of its elements
+    *shape,             # as in `placed`
+): # onnx_ir.Value
+    "Make an input of a graph."
     import onnx_ir as ir
     return placed(ir.val(name), dtype, *shape)
 
 # %% ../../../nbs/exporters/onnx/01_builder.ipynb #76fe5b20
-LIMIT = (1 << 31) - (1 << 24)  # bytes of a protocol buffer, and some room for the graph
+LIMIT = (1 << 31) - (1 << 24)  # bytes of weights that fit in a protocol buffer, with some room for the graph
 
 def graph_hash(
     path: str | Path, # an ONNX file
 ) -> str:
-    """SHA-256 of all that decides what the file answers: the graph and its numbers, those beside it too, but not its
-    metadata."""
+    """Return a SHA-256 of all that decides what the file computes: the graph and its weights, those beside it too, but
+    not its metadata."""
     import onnx
     model = onnx.load(str(path), load_external_data=False)
     model.ClearField('metadata_props')
@@ -137,8 +163,8 @@ def write_graph(
     path: str | Path,     # the file
     card: str,            # identity card, JSON
     limit: int = LIMIT,   # bytes of weights in the file; more lie beside it
-) -> str:
-    "Writes the file; its fingerprint."
+) -> str: # its hash, as `graph_hash`
+    "Write the file, with the card and a hash of the rest in its metadata."
     import onnx
     import onnx_ir as ir
     path = Path(path)
@@ -153,18 +179,18 @@ def write_graph(
 def read_onnx_card(
     path: str | Path, # an ONNX file of `export_onnx`
 ) -> dict:
-    "Its identity card; raises `FileNotFoundError`, or `ValueError` for a file without one."
+    "Return the identity card in the file; raises `FileNotFoundError`, or `ValueError` for a file without a card."
     import onnx
     if not Path(path).is_file(): raise FileNotFoundError(f'{path} not found: no such ONNX file')
     try: found = {p.key: p.value for p in onnx.load(str(path), load_external_data=False).metadata_props}
-    except Exception as e: raise ValueError(f'{path} is no ONNX file: {reason(e)}') from None
+    except Exception as e: raise ValueError(f'{path} is not an ONNX file: {reason(e)}') from None
     if 'mmembed.card' not in found: raise ValueError(f'{path} has no identity card: it is not one of export_onnx')
     return json.loads(found['mmembed.card'])
 
 def intact(
     path: str | Path, # an ONNX file of `export_onnx`
 ) -> bool:
-    "Whether the file is as it was written."
+    "Return whether the file is as it was written: its content has the hash in its metadata."
     import onnx
     found = {p.key: p.value for p in onnx.load(str(path), load_external_data=False).metadata_props}
     return found.get('mmembed.sha256') == graph_hash(path)
