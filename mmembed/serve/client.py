@@ -131,9 +131,9 @@ def encode(self: Client,
     made = _Collector(**_current_names(dict(on_error=on_error) | callbacks, older))
     total = len(items) if hasattr(items, '__len__') else None
     with progress_bar() if progress else nullcontext() as show:
-        for r in self.stream(items):
+        for ready, r in enumerate(self.stream(items), 1):
             made.add(r)
-            advance()
+            if show: show(ready, total)
     return made.result()
 
 # %% ../../nbs/serve/19_client.ipynb #d360e6fc
