@@ -22,7 +22,8 @@ def target(words: list[str]) -> str:
 def main(pid: str = '1') -> int:
     url = target(Path(f'/proc/{pid}/cmdline').read_text().split('\0'))
     trust = ssl.create_default_context()
-    trust.check_hostname, trust.verify_mode = False, ssl.CERT_NONE  # it asks its own container, where the certificate's name is another
+    # it asks its own container, where the certificate's name is another
+    trust.check_hostname, trust.verify_mode = False, ssl.CERT_NONE
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trust))
     try: opener.open(url, timeout=5)
     except OSError as e:

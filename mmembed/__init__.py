@@ -2,15 +2,34 @@ __version__ = "0.1.0"
 
 # Public names are imported when first used, so that `import mmembed` is fast and needs no optional dependency.
 _WHERE = {
-    'pack': 'core.packing', 'as_bytes': 'core.packing', 'read_bytes': 'core.files', 'settings': 'core.settings', 'Tokens': 'core.types', 'Embeddings': 'core.types',
-    'Text': 'core.markers', 'Image': 'core.markers',
-    'TextPipeline': 'text.pipeline', 'VisionPipeline': 'vision.pipeline', 'Augmentation': 'vision.augment',
-    'PairData': 'train.datamodule', 'PairsFile': 'data.tables', 'Scenes': 'data.scenes',
-    'TextTransformer': 'models.towers', 'ConvNet': 'models.towers', 'bert': 'models.towers', 'image_tower': 'models.towers',
-    'timm_tower': 'models.towers', 'DualEncoder': 'models.dual', 'PairClassifier': 'models.pair',
-    'LitDualEncoder': 'train.modules', 'LitPairClassifier': 'train.modules', 'load_checkpoint': 'train.checkpoint',
-    'Client': 'serve.client',
-    'export': 'exporters.export', 'verify': 'exporters.verify.verify', 'read_card': 'runtime.artifact', 'Embedder': 'runtime.embedder', 'load': 'runtime.embedder',
+    name: module
+    for module, names in {
+        'core.packing': 'pack',
+        'core.files': 'read_bytes',
+        'core.settings': 'settings',
+        'core.types': 'Tokens Embeddings',
+        'core.markers': 'Text Image',
+        'text.pipeline': 'TextPipeline',
+        'vision.augment': 'Augmentation',
+        'vision.pipeline': 'VisionPipeline',
+        'data.scenes': 'Scenes',
+        'data.tables': 'PairsFile',
+        'data.open': 'open_source',
+        'models.towers': 'TextTransformer ConvNet bert image_tower timm_tower',
+        'models.dual': 'DualEncoder',
+        'models.pair': 'PairClassifier',
+        'runtime.artifact': 'read_card',
+        'runtime.embedder': 'Embedder load',
+        'train.datamodule': 'PairData',
+        'train.pair_data': 'MatchData LabelData',
+        'train.modules': 'LitDualEncoder LitPairClassifier',
+        'train.checkpoint': 'load_checkpoint',
+        'exporters.export': 'export',
+        'exporters.verify.verify': 'verify',
+        'retrieval.index': 'Index',
+        'serve.client': 'Client',
+    }.items()
+    for name in names.split()
 }
 __all__ = [*_WHERE]
 

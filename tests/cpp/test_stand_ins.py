@@ -19,7 +19,8 @@ torch, codec, folder, *names = sys.argv[1:]
 for name in names: ctypes.CDLL(f'{folder}/{name}', ctypes.RTLD_GLOBAL)
 for name in ('libc10.so', 'libtorch_cpu.so', 'libtorch.so'): ctypes.CDLL(f'{torch}/lib/{name}', ctypes.RTLD_GLOBAL)
 ctypes.CDLL(codec, ctypes.RTLD_GLOBAL)
-print(*sorted({'/' + line.split('/', 1)[1].strip() for line in open('/proc/self/maps') if line.strip().endswith(('_cuda.so', 'nvrtc.so.13'))}))
+mapped = [line.strip() for line in open('/proc/self/maps')]
+print(*sorted({'/' + line.split('/', 1)[1] for line in mapped if line.endswith(('_cuda.so', 'nvrtc.so.13'))}))
 """
 
 

@@ -47,7 +47,8 @@ def learnt(**kwargs):
 
 
 def segmented():
-    words = sorted({w for t in CAPTIONS for w in t.split()} | set('一个红色的小圆在蓝色方块左边') | {'红色', '方块', '蓝色'})
+    chinese = set('一个红色的小圆在蓝色方块左边') | {'红色', '方块', '蓝色'}
+    words = sorted({w for t in CAPTIONS for w in t.split()} | chinese)
     return TextPipeline.from_jieba(
         {w: i for i, w in enumerate(['[PAD]', '[UNK]', '[CLS]', '[SEP]', *words])}, max_length=64
     )

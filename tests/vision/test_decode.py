@@ -159,7 +159,7 @@ def gif(width, height, left, top, w, h, pixels, colours=2, background=0):
     table = bytes(range(30, 30 + 3 * colours))
     bits = max(colours.bit_length() - 1, 1)
     head = b'GIF89a' + struct.pack('<HHBBB', width, height, 0x80 | bits - 1, background, 0) + table
-    code, stream, size = 1 << 8, [], 9
+    code, stream = 1 << 8, []
     for p in pixels: stream += [code, p]  # a clear code before every pixel keeps the code size at nine bits
     bits_out = sum(c << (9 * i) for i, c in enumerate(stream + [code + 1]))
     body = bits_out.to_bytes((9 * (len(stream) + 1) + 7) // 8, 'little')
@@ -170,7 +170,6 @@ def gif(width, height, left, top, w, h, pixels, colours=2, background=0):
 def test_gif_canvas_grows_to_its_first_frame():
     data = gif(2, 2, 1, 1, 3, 2, [0, 1, 0, 1, 0, 1])
     assert opened(data).size == (4, 3) == tuple(probe(data)[1:3])
-    seen = np.asarray(opened(data).convert('RGBA'))[..., 3] == 255
     ours = hwc(decode_image(data))
     assert ours.shape == (3, 4, 3)
     assert (
@@ -275,7 +274,8 @@ def test_transparency_of_a_large_picture_takes_little_memory():
 import re, torch
 from pathlib import Path
 from mmembed.vision.decode import opaque
-def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])  # ru_maxrss has that of the process which started this one
+# ru_maxrss has that of the process which started this one
+def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])
 x = torch.zeros(3000, 3000, 4, dtype=torch.uint8).permute(2, 0, 1)
 before = peak()
 assert opaque(x, 'white').min() == 255

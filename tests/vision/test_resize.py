@@ -104,13 +104,16 @@ def resized_bits():
     seen = hashlib.sha256()
     for h, w, height, width in sizes(25, 9, 300):
         x, window = chw(picture(w, h, w)), [0, width // 5, height, max(width // 2, 1)]
-        for x in [x, x.permute(1, 2, 0).contiguous().permute(2, 0, 1)]:
-            seen.update(resize(x, height, width, window, 'bicubic', True, 'torch').contiguous().numpy().tobytes())
+        for laid in [x, x.permute(1, 2, 0).contiguous().permute(2, 0, 1)]:
+            seen.update(resize(laid, height, width, window, 'bicubic', True, 'torch').contiguous().numpy().tobytes())
     return seen.hexdigest()
 
 
 def test_another_cpu_capability_gives_the_same_bits():
-    code = 'import torch; from tests.vision.test_resize import resized_bits; print(torch.backends.cpu.get_cpu_capability(), resized_bits())'
+    code = (
+        'import torch; from tests.vision.test_resize import resized_bits; '
+        'print(torch.backends.cpu.get_cpu_capability(), resized_bits())'
+    )
     run = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=ROOT,
                          env=os.environ | {'ATEN_CPU_CAPABILITY': 'default'})
     assert run.stdout.split() == ['DEFAULT', resized_bits()], run.stderr[-2000:]
