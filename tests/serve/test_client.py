@@ -222,7 +222,7 @@ def test_wrong_use():
     for url in ('localhost:8000', 'ws://x', ''):
         with pytest.raises(ValueError, match='url must begin with'): Client(url)
     for single in ('a', b'a', np.zeros((2, 2), np.uint8), Image.new('L', (2, 2)), None, {}):
-        with pytest.raises(TypeError, match='items is a single'): Client('http://x').encode(single)
+        with pytest.raises(TypeError, match='items is (a single|None)'): Client('http://x').encode(single)
     with pytest.raises(TypeError, match='items is a single str'): Client('http://x').profile('a')
     for items, n in (([], 3), (['a'], 0)):
         with pytest.raises(ValueError, match='profile needs items and n of at least 1'):
