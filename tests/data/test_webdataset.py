@@ -95,7 +95,7 @@ def test_order_splits_and_pickling(folder, scenes):
 def test_the_index_is_kept_and_checked(folder, tmp_path, scenes, monkeypatch):
     import mmembed.data.webdataset as module
     calls, real = [], module.read_samples
-    monkeypatch.setattr(module, 'samples', lambda *a: calls.append(a[0]) or real(*a))
+    monkeypatch.setattr(module, 'read_samples', lambda *a: calls.append(a[0]) or real(*a))
     url = f'{folder}/s-{{00..03}}.tar'
     first = Shards(url, index=tmp_path)
     assert len(calls) == 4 and len(list(tmp_path.iterdir())) == 4
