@@ -316,7 +316,8 @@ EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryErr
 def sentence(e: BaseException) -> str:
     "An exception in one line."
     if not isinstance(e, EXPECTED):
-        return f'{type(e).__name__}: {reason(e, joined=300)}; this may be a fault of mmembed: MMEMBED_DEBUG=1 shows its trace'
+        text = reason(e, joined=300)
+        return f'{type(e).__name__}: {text}; this may be a fault of mmembed: MMEMBED_DEBUG=1 shows its trace'
     return reason(e, joined=400)
 
 # %% ../../nbs/cli/01_main.ipynb #ff49a37f
