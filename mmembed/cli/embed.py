@@ -49,6 +49,7 @@ def job_options(
     "Return how vectors are written."
     return dict(precision=precision, shard_rows=shard_rows, unique=unique, content_hash=content_hash, spark=spark)
 
+# %% ../../nbs/cli/06_embed.ipynb #a19a0334
 @delegates(job_options)
 def embed(
     artifact: path,              # artifact that embeds

@@ -74,9 +74,11 @@ def config_of(
         device=kwargs.get('device', 'cpu'),
     )
 
+# %% ../../nbs/cli/08_serve.ipynb #68419042
 # options that `Config` has under the same name
 CONFIG = (
-    'artifact host port grpc_port name threads replicas deterministic max_items tls_cert tls_key cors fetch_hosts index '
+    'artifact host port grpc_port name threads replicas deterministic max_items tls_cert tls_key cors fetch_hosts '
+    'index '
     'token_ids any_model log traces trace_ratio drain grace'
 ).split()
 

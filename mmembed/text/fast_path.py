@@ -43,6 +43,7 @@ class Known(NamedTuple):
     size: Tensor   # int64 (W,): its bytes, with the white space behind it; 16 may be more
     code: Tensor   # uint8 (1+N+16,): of each byte, between white space
 
+# %% ../../nbs/text/16_fast_path.ipynb #599d7fa3
 class KnownWords(nn.Module):
     "Find all words and marks of a batch that are one token wherever they stand, by their bytes"
     greedy: torch.jit.Final[bool]  # words that are not known are cut into pieces here
@@ -269,6 +270,7 @@ def _is_word(raw: bytes, letters: Letters) -> bool:
     if not 0 < len(raw) <= 15 or letters.kinds[raw[0]] == 0 or any(letters.kinds[b] == ODD for b in raw): return False
     return not any(letters.kinds[b] & letters.after[a] for a, b in zip(raw, raw[1:]))
 
+# %% ../../nbs/text/16_fast_path.ipynb #2d46654a
 def _letters(front: nn.Module) -> Letters:
     "What each byte is, by the table that the pipeline itself has for plain texts."
     if isinstance(front, BertFront): of = {0: LETTER, 1: 0, 2: ALONE, 3: OTHER}  # class of a value -> kind
