@@ -131,7 +131,8 @@ def asked(
         except Exception as e:
             if not _GONE.search(str(e)):
                 if where:
-                    raise ValueError(f'where={_shortened(where)!r}: {reason(e)[:300]}{_dates(_own(str(e), where))}') from None
+                    hint = _dates(_own(str(e), where))
+                    raise ValueError(f'where={_shortened(where)!r}: {reason(e)[:300]}{hint}') from None
                 raise
             missing = reason(e)[:300]
     raise OSError(f'a file of the index is missing: {missing}')
