@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...core.torchscript import inlining
 from ...core.packing import as_bytes, pack
 from ...core.quantize import dequantize
 from ...core.threads import give_back
@@ -179,13 +180,12 @@ def _as_hosts_run():
     """One thread, as the answers are many small operations; without TorchScript's executor that recompiles in the
     first calls, and functions left apart, which is smaller. The process has its own settings again afterwards."""
     threads, profiling = torch.get_num_threads(), torch._C._jit_set_profiling_mode(False)
-    inlined = torch._C._get_graph_executor_optimize(False)
     torch.set_num_threads(1)
-    try: yield
+    try:
+        with inlining(False): yield
     finally:
         torch.set_num_threads(threads)
         torch._C._jit_set_profiling_mode(profiling)
-        torch._C._get_graph_executor_optimize(inlined)
 
 def _questions(decode: bool, texts, images, samples, sizes) -> dict: # the arguments of `answers`
     own = [*texts, *(t for t, _ in samples)], [*images, *(x for _, x in samples)]

@@ -16,7 +16,8 @@ from mmembed.core.torchscript import quietly
 from mmembed.exporters.verify import samples as cases
 from mmembed.exporters.artifact import save
 from mmembed.exporters.verify.hosts import program
-from mmembed.exporters.verify.report import BOUNDS, Report, Comparison, VerifyError
+from mmembed.exporters.reference import ANSWERS
+from mmembed.exporters.verify.report import Comparison, Report, VerifyError
 from mmembed.exporters.export import export
 from mmembed.exporters.verify.verify import verify
 from mmembed.models.towers import ConvNet
@@ -36,7 +37,7 @@ def test_every_stage_agrees():
     assert report.ok and not report.failures
     for stage in ('artifact', 'fresh process'):
         rows = {r.what: r for r in report.rows if r.stage == stage}
-        assert set(rows) == set(BOUNDS) - {'pair scores', 'class probability'}
+        assert set(rows) == set(ANSWERS) - {'pair scores', 'class probability'}
         assert rows['token ids'].difference == rows['pixels'].difference == 0
         assert rows['image status'].n == len(cases.images()) + 1
         assert rows['text embedding'].n == 24 * (len(cases.texts()) + 2) * 3
