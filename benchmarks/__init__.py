@@ -27,17 +27,8 @@ def instruction_sets() -> str:
     known = [
         f
         for f in (
-            'avx2',
-            'avx_vnni',
-            'avx512f',
-            'avx512_vnni',
-            'avx512_bf16',
-            'avx512_fp16',
-            'amx_bf16',
-            'amx_int8',
-            'asimd',
-            'bf16',
-            'i8mm',
+            'avx2', 'avx_vnni', 'avx512f', 'avx512_vnni', 'avx512_bf16', 'avx512_fp16', 'amx_bf16', 'amx_int8',
+            'asimd', 'bf16', 'i8mm',
         )
         if f in flags
     ]

@@ -222,13 +222,8 @@ def prepare(stack, folder, parts):
             axes = {f'x{i}': {0: 'batch', **({1: 'length'} if kind == 'text' else {})} for i in range(len(args))}
             with torch.no_grad():
                 torch.onnx.export(
-                    Tower(net, kind).eval(),
-                    args,
-                    str(folder / f'tower_{kind}.onnx'),
-                    input_names=list(axes),
-                    output_names=['y'],
-                    dynamic_axes=axes | {'y': {0: 'batch'}},
-                    dynamo=False,
+                    Tower(net, kind).eval(), args, str(folder / f'tower_{kind}.onnx'), input_names=list(axes),
+                    output_names=['y'], dynamic_axes=axes | {'y': {0: 'batch'}}, dynamo=False,
                     opset_version=17,
                 )
 

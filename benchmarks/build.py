@@ -41,13 +41,8 @@ def prepare(folder, quick=False):
     gpt2_tokenizer(lines, size).save(str(folder/'bpe.json'))
     (folder/'words.json').write_text(json.dumps(learn_words(lines, size)))
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_prefix=str(folder / 'unigram'),
-        vocab_size=size,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        character_coverage=0.9995,
-        minloglevel=2,
+        sentence_iterator=iter(lines), model_prefix=str(folder / 'unigram'), vocab_size=size,
+        hard_vocab_limit=False, byte_fallback=True, character_coverage=0.9995, minloglevel=2,
         max_sentence_length=1 << 16,
     )
     vocab = json.loads((folder/'wordpiece.json').read_text())['model']['vocab'] if minilm() else {}

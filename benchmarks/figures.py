@@ -181,11 +181,8 @@ def line(name, text, image, captions):
 
 
 ASKED = (
-    'protesters hold up signs',
-    'a butterfly on flowers',
-    'sunlight breaks through the clouds',
-    'ruins of a stone building',
-    'a glass with a cold drink',
+    'protesters hold up signs', 'a butterfly on flowers', 'sunlight breaks through the clouds',
+    'ruins of a stone building', 'a glass with a cold drink',
 )
 
 

@@ -226,12 +226,8 @@ def whole(families):
                 rows = [
                     r
                     for r in export(
-                        small_model(make().eval(), pairs),
-                        Path(d) / 'm.pt',
-                        onnx=Path(d) / 'g',
-                        fresh=False,
-                        cpp=False,
-                        **options,
+                        small_model(make().eval(), pairs), Path(d) / 'm.pt', onnx=Path(d) / 'g', fresh=False,
+                        cpp=False, **options,
                     ).rows
                     if r.stage == 'onnx'
                 ]

@@ -217,12 +217,7 @@ def main():
     memory = lambda pid: int(next(x for x in open(f'/proc/{pid}/status') if x.startswith('VmRSS')).split()[1]) / 1024
     with running(
         Config(
-            args.artifact,
-            port=0,
-            grpc_port=0,
-            log=os.devnull,
-            max_items=64,
-            max_body=2 << 20,
+            args.artifact, port=0, grpc_port=0, log=os.devnull, max_items=64, max_body=2 << 20,
             engine=Options(batch=16, timeout=60),
         )
     ) as s:

@@ -25,16 +25,9 @@ from mmembed.core.torchscript import quietly
 from mmembed.text.pipeline import TextPipeline
 
 LINES = [
-    'A small red circle left of a large blue square.',
-    'Crème brûlée; naïve café!',
-    '一个红色的小圆在蓝色方块左边',
-    'ไทย ที่นี่',
-    '각 한국어 가각힣',
-    'unaffable, affable: internationalization',
-    "don't I'll 10000 200",
-    'Ωμέγα straße',
-    '👩‍👩‍👧🏽🇩🇪❤️',
-    'اَبُّتِ ١٢٣',
+    'A small red circle left of a large blue square.', 'Crème brûlée; naïve café!', '一个红色的小圆在蓝色方块左边',
+    'ไทย ที่นี่', '각 한국어 가각힣', 'unaffable, affable: internationalization', "don't I'll 10000 200",
+    'Ωμέγα straße', '👩‍👩‍👧🏽🇩🇪❤️', 'اَبُّتِ ١٢٣',
 ] * 20
 
 
@@ -161,38 +154,10 @@ def marked(n, seed=0):
     "`n` strings with added tokens, signs that look like them, clusters and spaces of all kinds."
     rng = random.Random(seed)
     parts = [
-        '<s>',
-        '</s>',
-        '<mask>',
-        '<unk>',
-        '＜unk＞',
-        '＜s＞',
-        '<0x41>',
-        '▁',
-        ' ',
-        '  ',
-        '\u3000',
-        '\u200b',
-        '\r\n',
-        'a',
-        '☃',
-        '\u2603\u200d\u00a9\u0301',
-        'ﬁ\u0308',
-        'e\u0301',
-        'e\u0301\u0301\u0301',
-        '가\u11a8',
-        '\u1100\u1161',
-        'क\u094dष',
-        '½\u0301',
-        '🇩🇪🇫',
-        '\u0600a',
-        '\u0300',
-        '\ufe0f',
-        'Å\u0327',
-        '\u0e33',
-        'か\u3099',
-        '\0',
-        '\x01',
+        '<s>', '</s>', '<mask>', '<unk>', '＜unk＞', '＜s＞', '<0x41>', '▁', ' ', '  ', '\u3000', '\u200b', '\r\n',
+        'a', '☃', '\u2603\u200d\u00a9\u0301', 'ﬁ\u0308', 'e\u0301', 'e\u0301\u0301\u0301', '가\u11a8',
+        '\u1100\u1161', 'क\u094dष', '½\u0301', '🇩🇪🇫', '\u0600a', '\u0300', '\ufe0f', 'Å\u0327', '\u0e33',
+        'か\u3099', '\0', '\x01',
     ]
     return [''.join(rng.choices(parts, k=rng.randrange(1, 10))) for _ in range(n)]
 

@@ -125,15 +125,8 @@ def prepare(args, folder):
         quietly(torch.jit.save, made[name], str(folder/f'{name}.pt'))
     (folder/'said.txt').write_text(said)
     quietly(
-        torch.onnx.export,
-        tower,
-        (test[:2],),
-        str(folder / 'fp32.onnx'),
-        input_names=['x'],
-        output_names=['y'],
-        dynamo=False,
-        opset_version=17,
-        dynamic_axes={'x': {0: 'B'}, 'y': {0: 'B'}},
+        torch.onnx.export, tower, (test[:2],), str(folder / 'fp32.onnx'), input_names=['x'],
+        output_names=['y'], dynamo=False, opset_version=17, dynamic_axes={'x': {0: 'B'}, 'y': {0: 'B'}},
     )
     print(subprocess.run([args.peers, __file__, 'peers', str(folder)], capture_output=True, text=True).stdout, end='')
 
@@ -155,13 +148,8 @@ def make_peers(folder):
         quant_pre_process(str(folder/'fp32.onnx'), str(folder/'before.onnx'), skip_symbolic_shape=True)
         vnni = 'vnni' in Path('/proc/cpuinfo').read_text()
         quantize_static(
-            str(folder / 'before.onnx'),
-            str(folder / 'static.onnx'),
-            Reader(),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            reduce_range=not vnni,
-            activation_type=QuantType.QUInt8,
+            str(folder / 'before.onnx'), str(folder / 'static.onnx'), Reader(), quant_format=QuantFormat.QDQ,
+            per_channel=True, reduce_range=not vnni, activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
         )
     def openvino():

@@ -72,13 +72,8 @@ def main():
         )
     ran('test program', folder/'mmembed_test', tiny.artifact(), tiny.pair_artifact(), picture)
     ran(
-        f'{args.calls} rounds of nine calls',
-        folder / 'mmembed_test',
-        '--leak',
-        tiny.artifact(),
-        tiny.pair_artifact(),
-        picture,
-        args.calls,
+        f'{args.calls} rounds of nine calls', folder / 'mmembed_test', '--leak', tiny.artifact(),
+        tiny.pair_artifact(), picture, args.calls,
     )
     for name, path, model in (
         ('embeds', tiny.artifact(), tiny.model()),

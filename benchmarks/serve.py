@@ -54,9 +54,7 @@ import psutil
 from benchmarks import begun
 
 CAPTIONS = [
-    'a small red circle above a large blue square',
-    'two dogs on a beach',
-    'the letter A',
+    'a small red circle above a large blue square', 'two dogs on a beach', 'the letter A',
     'a photograph of a city at night, seen from a hill',
 ]
 
@@ -307,14 +305,8 @@ def row(record, name, what, concurrency, out, elapsed, used, ran=None):
     p50, p99 = (np.percentile(good, [50, 99]) * 1e3) if good else (0, 0)
     record.append(
         dict(
-            server=name,
-            items=what,
-            concurrency=concurrency,
-            rate=len(good) / elapsed,
-            cpu_ms=used / max(len(good), 1) * 1e3,
-            p50_ms=p50,
-            p99_ms=p99,
-            failed=len(out) - len(good),
+            server=name, items=what, concurrency=concurrency, rate=len(good) / elapsed,
+            cpu_ms=used / max(len(good), 1) * 1e3, p50_ms=p50, p99_ms=p99, failed=len(out) - len(good),
         )
     )
     size = f'{ran[1] / max(ran[0], 1):6.1f}' if ran is not None else ''
@@ -602,13 +594,8 @@ def loaded(what, port, todo, best, share, seconds):
     good = [s for s, c in out if c == 200]
     p50, p99 = np.percentile(good, [50, 99]) * 1e3
     r = dict(
-        server='mmembed',
-        items=what,
-        offered=best * share,
-        answered=len(good) / elapsed,
-        p50_ms=p50,
-        p99_ms=p99,
-        failed=len(out) - len(good),
+        server='mmembed', items=what, offered=best * share, answered=len(good) / elapsed, p50_ms=p50,
+        p99_ms=p99, failed=len(out) - len(good),
     )
     print(
         f'offered {r["offered"]:8.1f}/s: answered {r["answered"]:8.1f}/s  p50 {p50:8.1f} ms  p99 {p99:8.1f} ms  turned '

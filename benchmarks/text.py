@@ -125,12 +125,8 @@ class Program:
     "A contestant in a process of its own: takes a batch, gives its CPU seconds."
     def __init__(self, *command):
         self.process = subprocess.Popen(
-            list(map(str, command)),
-            cwd=tempfile.mkdtemp(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding='utf-8',
+            list(map(str, command)), cwd=tempfile.mkdtemp(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, encoding='utf-8',
         )
         while (line := self.process.stdout.readline()).strip() != 'ready':
             if not line: raise SystemExit(f'{command[0]} did not start')

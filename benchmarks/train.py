@@ -124,12 +124,8 @@ def hugging_face(state, folder):
             projection_dim=CONFIG['embed_dim'],
             text_config=size
             | dict(
-                hidden_size=t['width'],
-                intermediate_size=4 * t['width'],
-                num_hidden_layers=t['layers'],
-                num_attention_heads=t['heads'],
-                eos_token_id=49407,
-                bos_token_id=49406,
+                hidden_size=t['width'], intermediate_size=4 * t['width'], num_hidden_layers=t['layers'],
+                num_attention_heads=t['heads'], eos_token_id=49407, bos_token_id=49406,
             ),
             vision_config=size
             | dict(
@@ -203,13 +199,8 @@ def ours(folder, args):
     data.train = data.source
     lit = LitDualEncoder(model, lr=args.lr, weight_decay=args.decay, warmup=0.1)
     trainer = Trainer(
-        max_epochs=args.epochs,
-        accelerator='cpu',
-        limit_val_batches=0,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
+        max_epochs=args.epochs, accelerator='cpu', limit_val_batches=0, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
         num_sanity_val_steps=0,
     )
     start = time.process_time()
@@ -241,21 +232,10 @@ def sentence_transformers(folder, args):
         model, scale=1 / 0.07, directions=('query_to_doc', 'doc_to_query'), partition_mode='per_direction'
     )
     options = SentenceTransformerTrainingArguments(
-        output_dir=str(folder / 'st'),
-        num_train_epochs=args.epochs,
-        per_device_train_batch_size=args.batch,
-        learning_rate=args.lr,
-        weight_decay=args.decay,
-        warmup_ratio=0.1,
-        lr_scheduler_type='cosine',
-        adam_beta2=0.98,
-        max_grad_norm=0.0,
-        dataloader_drop_last=True,
-        save_strategy='no',
-        report_to='none',
-        disable_tqdm=True,
-        seed=args.seed,
-        use_cpu=True,
+        output_dir=str(folder / 'st'), num_train_epochs=args.epochs, per_device_train_batch_size=args.batch,
+        learning_rate=args.lr, weight_decay=args.decay, warmup_ratio=0.1, lr_scheduler_type='cosine',
+        adam_beta2=0.98, max_grad_norm=0.0, dataloader_drop_last=True, save_strategy='no', report_to='none',
+        disable_tqdm=True, seed=args.seed, use_cpu=True,
     )
     trainer = SentenceTransformerTrainer(model=model, args=options, train_dataset=data, loss=loss)
     start = time.process_time()
@@ -400,15 +380,8 @@ def main():
 
 
 COLUMNS = [
-    'data',
-    'loop',
-    'pairs seen',
-    'CPU ms a pair',
-    'pairs a CPU second',
-    'text to image @1',
-    '@10',
-    'image to text @1',
-    '@10',
+    'data', 'loop', 'pairs seen', 'CPU ms a pair', 'pairs a CPU second', 'text to image @1', '@10',
+    'image to text @1', '@10',
 ]
 
 

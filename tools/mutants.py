@@ -64,11 +64,8 @@ TABLE = [
             'tests/text/test_pipeline.py::test_padding_rule',
         ),
         (
-            'text/truncation leaves room',
-            'mmembed/text/pipeline.py',
-            '.clamp(max=self.max_length - edge)\n',
-            '.clamp(max=self.max_length)\n',
-            'tests/text/test_pipeline.py::test_truncation',
+            'text/truncation leaves room', 'mmembed/text/pipeline.py', '.clamp(max=self.max_length - edge)\n',
+            '.clamp(max=self.max_length)\n', 'tests/text/test_pipeline.py::test_truncation',
         ),
         (
             'text/pairs are cut evenly',
@@ -320,11 +317,8 @@ TABLE = [
             'tests/train/test_finetune.py::test_groups_hold_every_parameter_once_at_its_rate',
         ),
         (
-            'models/locked layers',
-            'mmembed/train/finetune.py',
-            'height[k] > blocks - n or',
-            'height[k] >= blocks - n or',
-            'tests/train/test_finetune.py::test_locks',
+            'models/locked layers', 'mmembed/train/finetune.py', 'height[k] > blocks - n or',
+            'height[k] >= blocks - n or', 'tests/train/test_finetune.py::test_locks',
         ),
         (
             'models/mixture of weights',
@@ -370,11 +364,8 @@ TABLE = [
             'tests/train/test_run.py::test_layers_learn_at_the_rates_of_the_configuration',
         ),
         (
-            'train/warm-up',
-            'mmembed/train/modules.py',
-            'if step < up: return (step + 1) / up',
-            'if step < up: return step / up',
-            'tests/train/test_run.py::test_schedule',
+            'train/warm-up', 'mmembed/train/modules.py', 'if step < up: return (step + 1) / up',
+            'if step < up: return step / up', 'tests/train/test_run.py::test_schedule',
         ),
         (
             'train/logit scale',
@@ -687,11 +678,8 @@ TABLE = [
             'tests/demo/test_demo.py::test_filter_and_words_of_an_index',
         ),
         (
-            'demo/templates',
-            'mmembed/demo/handlers.py',
-            't.view(len(names), len(forms), -1).mean(1)',
-            't.view(len(names), len(forms), -1)[:, 0]',
-            'tests/demo/test_demo.py::test_match',
+            'demo/templates', 'mmembed/demo/handlers.py', 't.view(len(names), len(forms), -1).mean(1)',
+            't.view(len(names), len(forms), -1)[:, 0]', 'tests/demo/test_demo.py::test_match',
         ),
         # ---- commands
         (
@@ -709,11 +697,8 @@ TABLE = [
             'tests/cli/test_main.py::test_wrong_calls_name_the_next_step',
         ),
         (
-            'commands/what was not indexed',
-            'mmembed/cli/search.py',
-            'if len(bad) > known: raise SystemExit(1)',
-            'pass',
-            'tests/retrieval/test_index.py::test_commands',
+            'commands/what was not indexed', 'mmembed/cli/search.py',
+            'if len(bad) > known: raise SystemExit(1)', 'pass', 'tests/retrieval/test_index.py::test_commands',
         ),
     )
 ]

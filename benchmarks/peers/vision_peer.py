@@ -39,11 +39,7 @@ def dali(threads):
     queue = []
 
     @pipeline_def(
-        batch_size=64,
-        num_threads=threads,
-        device_id=None,
-        prefetch_queue_depth=1,
-        exec_pipelined=False,
+        batch_size=64, num_threads=threads, device_id=None, prefetch_queue_depth=1, exec_pipelined=False,
         exec_async=False,
     )
     def pipeline():

@@ -119,18 +119,8 @@ def _write(artifact, source, out, modality, columns, device, batch_size, threads
     kept = f'the parts that are whole stay in {out}' + ('' if Path(out).suffix == '' else '.parts')
     with resumable(kept), progress_bar() as progress:
         done = embed_to(
-            artifact,
-            source,
-            out,
-            run,
-            device,
-            batch_size,
-            progress,
-            what=modality,
-            keep=columns,
-            threads=threads,
-            **job,
-            **more,
+            artifact, source, out, run, device, batch_size, progress, what=modality, keep=columns,
+            threads=threads, **job, **more,
         )
     print(typed(str(done)))
     if done.failed: raise SystemExit(1)

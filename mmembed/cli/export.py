@@ -32,13 +32,8 @@ def triton_options(
 ) -> dict: # as `export_triton` takes them
     "Return the options of a Triton repository that were given."
     given = dict(
-        name=triton_name,
-        device=triton_device,
-        instances=triton_instances,
-        preprocess=triton_preprocess,
-        max_batch=triton_max_batch,
-        delay_us=triton_delay,
-        warm_up=triton_warm_up or None,
+        name=triton_name, device=triton_device, instances=triton_instances, preprocess=triton_preprocess,
+        max_batch=triton_max_batch, delay_us=triton_delay, warm_up=triton_warm_up or None,
         strings=triton_strings or None,
     )
     return {k: v for k, v in given.items() if v is not None}

@@ -73,14 +73,8 @@ def build(
     from mmembed.retrieval.index import Index
     with resumable('what is embedded is kept'), progress_bar() as progress:
         index = Index.build(
-            artifact,
-            _single(source),
-            Out,
-            modality,
-            overwrite=overwrite,
-            on_duplicate=on_duplicate,
-            progress=progress,
-            **source_options(**kwargs),
+            artifact, _single(source), Out, modality, overwrite=overwrite, on_duplicate=on_duplicate,
+            progress=progress, **source_options(**kwargs),
         )
     n = len(index)
     _report(index, f"{n:,} {modality}{'' if n == 1 else 's'} in {near(Out)}")

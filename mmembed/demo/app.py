@@ -117,22 +117,15 @@ def theme() -> gr.themes.Base:
         font_mono=['ui-monospace', 'Consolas', 'monospace'],
     )
     text = dict(
-        body_text_color_subdued='*neutral_600',
-        block_info_text_color='*neutral_600',
-        input_placeholder_color='*neutral_500',
-        block_title_text_color='*neutral_700',
-        block_label_text_color='*primary_800',
-        color_accent='*primary_700',
-        link_text_color='*secondary_700',
+        body_text_color_subdued='*neutral_600', block_info_text_color='*neutral_600',
+        input_placeholder_color='*neutral_500', block_title_text_color='*neutral_700',
+        block_label_text_color='*primary_800', color_accent='*primary_700', link_text_color='*secondary_700',
         link_text_color_hover='*secondary_800',
     )
     dark = dict(
-        body_text_color_subdued='*neutral_300',
-        block_info_text_color='*neutral_300',
-        input_placeholder_color='*neutral_300',
-        block_title_text_color='*neutral_100',
-        block_title_background_fill='*primary_800',
-        block_label_text_color='*neutral_100',
+        body_text_color_subdued='*neutral_300', block_info_text_color='*neutral_300',
+        input_placeholder_color='*neutral_300', block_title_text_color='*neutral_100',
+        block_title_background_fill='*primary_800', block_label_text_color='*neutral_100',
         block_label_background_fill='*primary_800',
     )
     button = {
@@ -155,14 +148,8 @@ def image_input(
 ) -> gr.Image:
     "Make an upload field that returns the path of the file as it came."
     image = gr.Image(
-        label=label,
-        elem_id=f'mm-{name}',
-        type='filepath',
-        image_mode=None,
-        sources=['upload', 'clipboard'],
-        buttons=['fullscreen'],
-        height=kwargs.pop('height', 240),
-        **kwargs,
+        label=label, elem_id=f'mm-{name}', type='filepath', image_mode=None, sources=['upload', 'clipboard'],
+        buttons=['fullscreen'], height=kwargs.pop('height', 240), **kwargs,
     )
     image.preprocess = lambda payload: payload.path if payload is not None else None
     return image
@@ -179,15 +166,8 @@ def _search_fields(panels: Panels, image_set: gr.Dropdown) -> SimpleNamespace: #
     first = panels.columns_of(image_set.value)
     with gr.Row(elem_classes='mm-ask'):
         text = gr.Textbox(
-            '',
-            label='Text',
-            placeholder='what to look for',
-            lines=1,
-            max_lines=6,
-            max_length=100_000,
-            scale=1,
-            min_width=160,
-            submit_btn=False,
+            '', label='Text', placeholder='what to look for', lines=1, max_lines=6, max_length=100_000,
+            scale=1, min_width=160, submit_btn=False,
         )
         go = gr.Button('Search', variant='primary', min_width=84, scale=0)
         clear = gr.Button('Clear', min_width=64, scale=0)
@@ -206,12 +186,7 @@ def _search_fields(panels: Panels, image_set: gr.Dropdown) -> SimpleNamespace: #
                     min_width=200,
                 )
                 where = gr.Textbox(
-                    '',
-                    label='Filter',
-                    placeholder=_named(first),
-                    lines=1,
-                    max_lines=3,
-                    max_length=10_000,
+                    '', label='Filter', placeholder=_named(first), lines=1, max_lines=3, max_length=10_000,
                     min_width=200,
                 )
             top = gr.Slider(1, 60, value=12, step=1, label='Results')
@@ -226,14 +201,8 @@ def _search_results() -> SimpleNamespace: # the gallery, and an image opened lar
     picked, place = (gr.Textbox(visible=False, label=name) for name in ('row', 'place'))
     status = gr.HTML()
     found = gr.Gallery(
-        show_label=False,
-        columns=4,
-        elem_classes='mm-found',
-        object_fit='contain',
-        height='auto',
-        allow_preview=False,
-        interactive=False,
-        buttons=[],
+        show_label=False, columns=4, elem_classes='mm-found', object_fit='contain', height='auto',
+        allow_preview=False, interactive=False, buttons=[],
     )
     with gr.Accordion('Numbers', open=False): rows = gr.JSON(show_label=False)
     with gr.Column(visible=False, elem_id='mm-large') as large:
@@ -309,12 +278,7 @@ def _wired(button, f, inputs, name, about, *more):
         return a.rows, a.status, a.show or ''
 
     gr.on(
-        [button.click, *more],
-        run,
-        inputs,
-        [rows, status, show],
-        api_name=name,
-        api_description=about,
+        [button.click, *more], run, inputs, [rows, status, show], api_name=name, api_description=about,
         show_progress='minimal',
     )
 
@@ -342,12 +306,8 @@ def match_tab(panels: Panels):
                     label=f'Images, at most {MAX_IMAGES}', file_count='multiple', height=200, elem_id='mm-files'
                 )
             _wired(
-                gr.Button('Compare', variant='primary'),
-                panels.match_images,
-                [text, files],
-                'match_images',
-                'How well a text fits each image.',
-                text.submit,
+                gr.Button('Compare', variant='primary'), panels.match_images, [text, files], 'match_images',
+                'How well a text fits each image.', text.submit,
             )
         if panels.pairs: return
         with gr.Tab('Classes'):
@@ -377,14 +337,8 @@ def inside_tab(panels: Panels):
             see = gr.Button('Look at the image', variant='primary')
             status = gr.HTML()
             shown = gr.Gallery(
-                show_label=False,
-                columns=3,
-                elem_classes='mm-found',
-                object_fit='contain',
-                height='auto',
-                interactive=False,
-                buttons=['fullscreen'],
-                format='png',
+                show_label=False, columns=3, elem_classes='mm-found', object_fit='contain', height='auto',
+                interactive=False, buttons=['fullscreen'], format='png',
             )
             with gr.Accordion('Numbers', open=False): rows = gr.JSON(show_label=False)
         with gr.Column(min_width=300):
@@ -521,12 +475,8 @@ def build_page(
             with gr.Tab('Look inside'): inside_tab(panels)
             return page
         image_set = gr.Dropdown(
-            [*panels.sets],
-            value=next(iter(panels.sets), None),
-            label='Images',
-            allow_custom_value=True,
-            interactive=True,
-            elem_id='mm-images',
+            [*panels.sets], value=next(iter(panels.sets), None), label='Images', allow_custom_value=True,
+            interactive=True, elem_id='mm-images',
         )
         wide = gr.Checkbox(visible=False, label='wide')
         with gr.Tab('Search'):
@@ -537,11 +487,7 @@ def build_page(
         with gr.Tab('Embeddings') as tab: drawn = embeddings_tab(panels, image_set)
         tab.select(**drawn, api_visibility='private')
         page.load(
-            lambda wide: gr.Accordion(open=wide),
-            wide,
-            more,
-            js=ON_LOAD,
-            api_visibility='private',
+            lambda wide: gr.Accordion(open=wide), wide, more, js=ON_LOAD, api_visibility='private',
             show_progress='hidden',
         )
     return page
@@ -563,20 +509,9 @@ def serve_page(
     user, colon, password = (auth or '').partition(':')
     if auth and not (user and password): raise ValueError('auth wants user:password')
     _, address, _ = page.launch(
-        server_name=host,
-        server_port=port,
-        max_file_size=max_file_size,
-        auth=(user, password) if auth else None,
-        inbrowser=browser,
-        prevent_thread_lock=True,
-        quiet=True,
-        show_error=True,
-        share=False,
-        ssr_mode=False,
-        pwa=False,
-        theme=theme(),
-        css=CSS,
-        footer_links=[],
+        server_name=host, server_port=port, max_file_size=max_file_size,
+        auth=(user, password) if auth else None, inbrowser=browser, prevent_thread_lock=True, quiet=True,
+        show_error=True, share=False, ssr_mode=False, pwa=False, theme=theme(), css=CSS, footer_links=[],
         enable_monitoring=False,
     )
     if block:

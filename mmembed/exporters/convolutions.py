@@ -173,48 +173,15 @@ class Int8Conv(nn.Module):
         kind = torch.uint8 if self.coded else torch.float32
         if other is None:
             return torch.ops.onednn.qconv2d_pointwise(
-                x,
-                self.x_step,
-                self.x_zero,
-                packed,
-                self.step,
-                self.zeros,
-                self.bias,
-                self.stride,
-                self.padding,
-                self.dilation,
-                self.groups,
-                self.out_step,
-                self.out_zero,
-                kind,
-                self.post,
-                [],
+                x, self.x_step, self.x_zero, packed, self.step, self.zeros, self.bias, self.stride,
+                self.padding, self.dilation, self.groups, self.out_step, self.out_zero, kind, self.post, [],
                 '',
             )
         if self.keep: other = other.clone()
         return torch.ops.onednn.qconv2d_pointwise(
-            x,
-            self.x_step,
-            self.x_zero,
-            packed,
-            self.step,
-            self.zeros,
-            other,
-            self.bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.out_step,
-            self.out_zero,
-            kind,
-            self.sum_step,
-            self.sum_zero,
-            'sum',
-            1.0,
-            self.post,
-            [],
-            '',
+            x, self.x_step, self.x_zero, packed, self.step, self.zeros, other, self.bias, self.stride,
+            self.padding, self.dilation, self.groups, self.out_step, self.out_zero, kind, self.sum_step,
+            self.sum_zero, 'sum', 1.0, self.post, [], '',
         )
 
     def plain(self, x: Tensor, other: Optional[Tensor]) -> Tensor:
@@ -240,15 +207,8 @@ class Int8Conv(nn.Module):
         size: Optional[list[int]] = None
         if len(self.size) == 4: size = self.size
         return torch.ops.onednn.qconv_prepack(
-            self.weight,
-            self.step,
-            self.x_step,
-            self.x_zero,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            size,
+            self.weight, self.step, self.x_step, self.x_zero, self.stride, self.padding, self.dilation,
+            self.groups, size,
         )
 
     @torch.jit.export

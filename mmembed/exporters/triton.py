@@ -301,11 +301,7 @@ def export_triton(
     says, and for a file that is not an artifact."""
     card, folder, name = read_card(path), Path(folder), name or Path(path).stem
     _check_options(
-        name,
-        device,
-        max_batch=(max_batch, 1),
-        instances=(instances, 1),
-        preprocess=(preprocess, 1),
+        name, device, max_batch=(max_batch, 1), instances=(instances, 1), preprocess=(preprocess, 1),
         delay_us=(delay_us, 0),
     )
     if card.get('decode', True): register_image_ops(card.get('pixels', {}).get('heic', False))

@@ -71,12 +71,8 @@ def prepare_batch(
         if what != 'image' and not error: texts.append(text)
         errors.append(_readable(error))
     return PreparedBatch(
-        rows,
-        [readable_id(source.name(i)) for i in rows],
-        kept,
-        errors,
-        stack_levels(pixels) if pixels else None,
-        embedder.tokenize(texts) if texts else None,
+        rows, [readable_id(source.name(i)) for i in rows], kept, errors,
+        stack_levels(pixels) if pixels else None, embedder.tokenize(texts) if texts else None,
     )
 
 def _kept_values(source: Source, i: int, keep: list | tuple) -> tuple[dict, str]: # column: value; '' or an error
@@ -182,17 +178,8 @@ def plan(
     if unique and found.repeated:
         raise ValueError(f'{found.repeated:,} rows have the id of an earlier row, such as {found.example!r}')
     return Job(
-        model.card['content_hash'],
-        found.hash,
-        len(source),
-        what,
-        types,
-        precision,
-        vector_dim(model.card),
-        shard_rows,
-        model.batch_size,
-        model.deterministic,
-        ROWWISE if precision == 'int8' else FIXED,
+        model.card['content_hash'], found.hash, len(source), what, types, precision, vector_dim(model.card),
+        shard_rows, model.batch_size, model.deterministic, ROWWISE if precision == 'int8' else FIXED,
     ), found
 
 # %% ../../nbs/retrieval/02_embed.ipynb #85263684
@@ -294,13 +281,7 @@ def embed(
         embed_parts(model, source, job, folder, todo, threads or cores(), tick)
         failed = write_failures(folder, job)
     return Done(
-        folder,
-        job.rows,
-        job.rows - there,
-        failed,
-        found.repeated,
-        found.example,
-        folder / ERRORS,
+        folder, job.rows, job.rows - there, failed, found.repeated, found.example, folder / ERRORS,
         time.perf_counter() - start,
     )
 

@@ -89,13 +89,7 @@ def embed_ray(
             if mine: ray.shutdown()
         failed = write_failures(folder, job)
     return Done(
-        folder,
-        job.rows,
-        job.rows - there,
-        failed,
-        found.repeated,
-        found.example,
-        folder / ERRORS,
+        folder, job.rows, job.rows - there, failed, found.repeated, found.example, folder / ERRORS,
         time.perf_counter() - start,
     )
 
@@ -125,12 +119,8 @@ def _results(ray, model, source, job, folder, todo, threads, device, workers, gp
         num_gpus=gpus or None,
         compute=ray.data.ActorPoolStrategy(min_size=workers[0], max_size=workers[1], max_tasks_in_flight_per_actor=2),
         fn_constructor_kwargs=dict(
-            artifact=str(model.path.resolve()),
-            job=job._asdict(),
-            folder=str(folder),
-            device=device,
-            threads=threads,
-            cores=max(1, int(cpus)),
+            artifact=str(model.path.resolve()), job=job._asdict(), folder=str(folder), device=device,
+            threads=threads, cores=max(1, int(cpus)),
         ),
     )
     try: yield from data.iter_rows()

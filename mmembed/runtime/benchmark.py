@@ -158,13 +158,8 @@ def measure(
                     (wall, cpu), (tower_wall, tower_cpu) = times[kind], times[f'{kind} tower']
                     rows.append(
                         dict(
-                            kind=kind,
-                            threads=t,
-                            batch=b,
-                            per_second=b / wall,
-                            ms=1e3 * wall,
-                            cpu_ms_an_item=1e3 * cpu / b,
-                            added=wall / tower_wall - 1,
+                            kind=kind, threads=t, batch=b, per_second=b / wall, ms=1e3 * wall,
+                            cpu_ms_an_item=1e3 * cpu / b, added=wall / tower_wall - 1,
                             added_cpu=cpu / tower_cpu - 1,
                         )
                     )

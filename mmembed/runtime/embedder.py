@@ -82,14 +82,8 @@ class Embedder:
         mmap: bool = False,
     ):
         self.given = dict(
-            device=str(device),
-            threads=threads,
-            batch_size=batch_size,
-            deterministic=deterministic,
-            graphs=graphs,
-            kernels=kernels,
-            check=check,
-            mmap=mmap,
+            device=str(device), threads=threads, batch_size=batch_size, deterministic=deterministic,
+            graphs=graphs, kernels=kernels, check=check, mmap=mmap,
         )
         self.card = read_card(path)
         own = self.card.get('variant', {}).get('deterministic', 0)  # rows to which the file fills its batches

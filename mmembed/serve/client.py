@@ -73,11 +73,7 @@ class Client:
         if batch_size < 1 or prefetch < 1: raise ValueError('batch_size and prefetch must be at least 1')
         self.url, self.api_key, self.batch_size, self.prefetch = url.rstrip('/'), api_key, batch_size, prefetch
         self.retries, self.timeout, self.dimensions, self.verify, self.batch_bytes = (
-            retries,
-            timeout,
-            dimensions,
-            verify,
-            batch_bytes,
+            retries, timeout, dimensions, verify, batch_bytes,
         )
         self._lock, self._pid, self._loop, self._transport = threading.Lock(), 0, None, None
 

@@ -81,15 +81,8 @@ class Methods:
     ):
         self.service = service
         names = (
-            'EncodeResponse',
-            'Result',
-            'RankResponse',
-            'Ranked',
-            'ClassifyResponse',
-            'Classified',
-            'SearchResponse',
-            'Hit',
-            'InfoResponse',
+            'EncodeResponse', 'Result', 'RankResponse', 'Ranked', 'ClassifyResponse', 'Classified',
+            'SearchResponse', 'Hit', 'InfoResponse',
         )
         self.m = {n: message(f'mmembed.v1.{n}') for n in names}
         self.v2 = lambda n: message(f'inference.{n}')

@@ -98,13 +98,8 @@ def _rows(items: list[Item], asked: EmbeddingRequest, service: Service, headers:
 # %% ../../nbs/serve/13_http.ipynb #a5ea98a7
 def _model(service) -> dict:
     return dict(
-        id=service.name,
-        object='model',
-        created=0,
-        owned_by='mmembed',
-        artifact=service.card['short_hash'],
-        dimensions=service.emb.dim,
-        computes=service.emb.computes,
+        id=service.name, object='model', created=0, owned_by='mmembed', artifact=service.card['short_hash'],
+        dimensions=service.emb.dim, computes=service.emb.computes,
     )
 
 # %% ../../nbs/serve/13_http.ipynb #a33d9e98

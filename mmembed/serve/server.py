@@ -154,18 +154,9 @@ def _handle_signals(service: Service, loop, stop: asyncio.Event): # TERM and INT
 def _uvicorn_config(config: Config, service: Service) -> uvicorn.Config:
     tls = dict(ssl_certfile=config.tls_cert, ssl_keyfile=config.tls_key) if config.tls_cert else {}
     return uvicorn.Config(
-        app(service),
-        http=Protocol,
-        ws='websockets-sansio',
-        ws_max_size=config.max_body,
-        lifespan='off',
-        log_config=None,
-        access_log=False,
-        timeout_keep_alive=65,
-        timeout_graceful_shutdown=int(config.grace),
-        limit_concurrency=config.max_connections,
-        server_header=False,
-        **tls,
+        app(service), http=Protocol, ws='websockets-sansio', ws_max_size=config.max_body, lifespan='off',
+        log_config=None, access_log=False, timeout_keep_alive=65, timeout_graceful_shutdown=int(config.grace),
+        limit_concurrency=config.max_connections, server_header=False, **tls,
     )
 
 def _announce(event: str, **fields): print(json.dumps(dict(event=event, **fields)), flush=True)

@@ -46,10 +46,7 @@ class ShortWords(nn.Module):
         slots = VocabTable(self._mixed(a, b), torch.arange(len(short)))
         taken = slots.ids >= 0
         self.bucket_shift, self.bucket_mask, self.slot_shift, self.slot_mask = (
-            slots.bucket_shift,
-            slots.bucket_mask,
-            slots.slot_shift,
-            slots.slot_mask,
+            slots.bucket_shift, slots.bucket_mask, slots.slot_shift, slots.slot_mask,
         )
         self.register_buffer('multiplier', slots.multiplier)
         for name, x in [('a', a), ('b', b), ('ids', torch.tensor([i for _, i in short], dtype=torch.int64))]:
@@ -91,10 +88,7 @@ class PairRanks(nn.Module):
         self.none, self.scale = self.NONE, self.SCALE
         slots = VocabTable((pairs[:, 0] << 32 | pairs[:, 1]) * self.scale, ranks)
         self.bucket_shift, self.bucket_mask, self.slot_shift, self.slot_mask = (
-            slots.bucket_shift,
-            slots.bucket_mask,
-            slots.slot_shift,
-            slots.slot_mask,
+            slots.bucket_shift, slots.bucket_mask, slots.slot_shift, slots.slot_mask,
         )
         self.register_buffer('multiplier', slots.multiplier)
         self.register_buffer('keys', torch.where(slots.ids < 0, 1, slots.keys))
@@ -415,11 +409,7 @@ def open_clip_tokenizer(
     sot, eot = (t.decoder[i] for i in t.all_special_ids)
     sep, cls = [eot, t.eot_token_id], [sot, t.sot_token_id]
     pad = dict(
-        strategy='BatchLongest',
-        direction='Right',
-        pad_to_multiple_of=None,
-        pad_id=0,
-        pad_type_id=0,
+        strategy='BatchLongest', direction='Right', pad_to_multiple_of=None, pad_id=0, pad_type_id=0,
         pad_token=t.decoder[0],
     )
     space = dict(type='Replace', pattern=dict(String='</w>'), content=' ')

@@ -98,12 +98,8 @@ def open_clip_rules() -> dict[str, np.ndarray]:
         sigma = np.zeros(N_CODES, np.int64)
         sigma[codes] = np.where(after, 2, np.where(through, 1, 0))
         return dict(
-            fixed_counts=counts,
-            fixed_images=fixed_images,
-            lower_counts=lower[0],
-            lower_images=lower[1],
-            classes=classes,
-            sigma=sigma,
+            fixed_counts=counts, fixed_images=fixed_images, lower_counts=lower[0], lower_images=lower[1],
+            classes=classes, sigma=sigma,
         )
     python = '.'.join(map(str, sys.version_info[:2]))
     return probed(f'open-clip-python-{python}-ftfy-{ftfy.__version__}-regex-{regex.__version__}', probe)

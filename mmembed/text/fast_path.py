@@ -69,10 +69,7 @@ class KnownWords(nn.Module):
         self.register_buffer('mix', torch.tensor([-0x2E5BDDA5A8C7D31B, 0x2545F4914F6CDD1D]))  # odd; any will do
         slots = VocabTable(key.mv(self.mix), torch.arange(len(key)))
         self.bucket_shift, self.bucket_mask, self.slot_shift, self.slot_mask = (
-            slots.bucket_shift,
-            slots.bucket_mask,
-            slots.slot_shift,
-            slots.slot_mask,
+            slots.bucket_shift, slots.bucket_mask, slots.slot_shift, slots.slot_mask,
         )
         rows, taken = torch.zeros(len(slots.ids), 3, dtype=torch.int64), slots.ids >= 0  # a key of zeros is nobody's
         rows[taken] = torch.cat([key, torch.tensor([*words.values(), *inner.values()], dtype=torch.int64)[:, None]], 1)[
@@ -137,13 +134,8 @@ class KnownWords(nn.Module):
         odd = torch.zeros_like(fresh).index_fill_(0, stretch.index_select(0, within), True).index_select(0, stretch)
         keep = (fresh | ~odd).nonzero().squeeze(1)
         return Known(
-            x.ids.index_select(0, keep),
-            x.start.index_select(0, keep),
-            (x.hit & ~odd).index_select(0, keep),
-            False,
-            x.odd,
-            x.size.index_select(0, keep),
-            x.code,
+            x.ids.index_select(0, keep), x.start.index_select(0, keep), (x.hit & ~odd).index_select(0, keep),
+            False, x.odd, x.size.index_select(0, keep), x.code,
         )
 
     def plain(self, x: Known, miss: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -45,23 +45,8 @@ def darts(
 
 # %% ../../nbs/text/12_graphemes.ipynb #77e76181
 (
-    CR,
-    LF,
-    CONTROL,
-    EXTEND,
-    ZWJ,
-    SPACING,
-    PREPEND,
-    HANGUL_L,
-    HANGUL_V,
-    HANGUL_T,
-    HANGUL_LV,
-    HANGUL_LVT,
-    INDICATOR,
-    PICTURE,
-    CONSONANT,
-    LINKER,
-    JOINED,
+    CR, LF, CONTROL, EXTEND, ZWJ, SPACING, PREPEND, HANGUL_L, HANGUL_V, HANGUL_T, HANGUL_LV, HANGUL_LVT,
+    INDICATOR, PICTURE, CONSONANT, LINKER, JOINED,
 ) = (1 << k for k in range(17))  # JOINED: Indic_Conjunct_Break=Extend
 
 # %% ../../nbs/text/12_graphemes.ipynb #3c8851eb
@@ -142,11 +127,7 @@ class Graphemes(nn.Module):
         self.cr, self.lf, self.control, self.extend, self.zwj, self.prepend = CR, LF, CONTROL, EXTEND, ZWJ, PREPEND
         self.l, self.v, self.t, self.lv, self.lvt = HANGUL_L, HANGUL_V, HANGUL_T, HANGUL_LV, HANGUL_LVT
         self.indicator, self.picture, self.consonant, self.linker, self.joined = (
-            INDICATOR,
-            PICTURE,
-            CONSONANT,
-            LINKER,
-            JOINED,
+            INDICATOR, PICTURE, CONSONANT, LINKER, JOINED,
         )
         self.follows = EXTEND | ZWJ | SPACING
         # without these each character is a cluster

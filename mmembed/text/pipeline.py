@@ -38,12 +38,8 @@ from .wordlevel import wordlevel_family
 # %% ../../nbs/text/18_pipeline.ipynb #21fda469
 # a tokenizer.json's model type -> its (front, model)
 FAMILIES: dict[str, Callable] = dict(
-    WordPiece=wordpiece_family,
-    WordLevel=wordlevel_family,
-    SentencePiece=sentencepiece_family,
-    Segmented=segmented_family,
-    Unigram=unigram_family,
-    BPE=bpe_family,
+    WordPiece=wordpiece_family, WordLevel=wordlevel_family, SentencePiece=sentencepiece_family,
+    Segmented=segmented_family, Unigram=unigram_family, BPE=bpe_family,
 )
 
 # %% ../../nbs/text/18_pipeline.ipynb #1045e9c3
@@ -60,11 +56,7 @@ def family(
     kind = kind_of(tok, 'model')
     if kind not in FAMILIES: refuse('model', kind, ', '.join(FAMILIES))
     if kind_of(tok, 'post_processor') not in (
-        None,
-        'TemplateProcessing',
-        'BertProcessing',
-        'RobertaProcessing',
-        'ByteLevel',
+        None, 'TemplateProcessing', 'BertProcessing', 'RobertaProcessing', 'ByteLevel',
     ):
         refuse(
             'post_processor',

@@ -92,17 +92,8 @@ def _loggers_there(loggers: Any):
 
 # %% ../../nbs/train/09_config.ipynb #7c2e91ab
 PATHS = (
-    'path',
-    'urls',
-    'valid_path',
-    'test_path',
-    'image_root',
-    'split_file',
-    'tokenizer',
-    'folder',
-    'weights',
-    'pretrained',
-    'resume',
+    'path', 'urls', 'valid_path', 'test_path', 'image_root', 'split_file', 'tokenizer', 'folder', 'weights',
+    'pretrained', 'resume',
 )
 
 def absolute_paths(
@@ -211,23 +202,9 @@ def own_tokenizer(
 
 # %% ../../nbs/train/09_config.ipynb #52524fa6
 FREE = {
-    'augmentation',
-    'scale',
-    'ratio',
-    'flip',
-    'color_jitter',
-    'color_jitter_prob',
-    'gray_scale_prob',
-    're_prob',
-    'dropout',
-    'hidden_dropout_prob',
-    'attention_dropout',
-    'attention_probs_dropout_prob',
-    'max_pixels',
-    'file_decode',
-    'heic',
-    '_name_or_path',
-    'transformers_version',
+    'augmentation', 'scale', 'ratio', 'flip', 'color_jitter', 'color_jitter_prob', 'gray_scale_prob',
+    're_prob', 'dropout', 'hidden_dropout_prob', 'attention_dropout', 'attention_probs_dropout_prob',
+    'max_pixels', 'file_decode', 'heic', '_name_or_path', 'transformers_version',
 }
 
 def same_model(
@@ -334,11 +311,7 @@ class TrainCLI(LightningCLI):
         if _get(self.config, 'trainer.logger') is None:
             kwargs['logger'] = [make(self.folder, name='logs', version='') for make in (CSVLogger, TensorBoardLogger)]
         self.best = Checkpoint(
-            self.folder,
-            'best',
-            monitor=self.monitor,
-            mode='max',
-            enable_version_counter=False,
+            self.folder, 'best', monitor=self.monitor, mode='max', enable_version_counter=False,
             save_on_train_epoch_end=False,
         )
         more = [Checkpoint(self.folder, 'last', enable_version_counter=False, save_on_train_epoch_end=True)]

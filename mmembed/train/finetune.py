@@ -266,11 +266,7 @@ class ZeroShot:
         batch_size: int = 64,
     ):
         self.images, self.target, self.classes, self.templates, self.batch_size = (
-            images,
-            target,
-            classes,
-            templates,
-            batch_size,
+            images, target, classes, templates, batch_size,
         )
 
     @torch.no_grad()

@@ -525,22 +525,8 @@ def markup(
             return 'HTML' if root.startswith('html') else 'SVG' if root.startswith('svg') else 'XML'
         if head.startswith('<svg'): return 'SVG'
         for name in [
-            'html',
-            'head',
-            'body',
-            'title',
-            'meta',
-            'script',
-            'style',
-            'link',
-            'div',
-            'span',
-            'table',
-            'center',
-            'p>',
-            'h1',
-            'a ',
-            'img',
+            'html', 'head', 'body', 'title', 'meta', 'script', 'style', 'link', 'div', 'span', 'table',
+            'center', 'p>', 'h1', 'a ', 'img',
         ]:
             if head.startswith('<' + name): return 'HTML'
         named = head[:1] == '<' and head[1:2] >= 'a' and head[1:2] <= 'z'

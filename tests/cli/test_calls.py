@@ -172,11 +172,7 @@ def test_the_whole_help_explains_our_options(here, task, module, capsys):
     for o in options:
         assert f'--{o.name} ' in plain and o.help and o.help in plain, o
     for own in (
-        '--model.lr',
-        '--trainer.max_epochs',
-        '--model.model.text.width',
-        '--name',
-        '--resume',
+        '--model.lr', '--trainer.max_epochs', '--model.model.text.width', '--name', '--resume',
         '--print_config',
     ):
         assert f'  {own} ' in text, own

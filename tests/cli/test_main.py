@@ -15,26 +15,14 @@ from mmembed.data.scenes import Scenes
 from tests.helpers import built_once
 
 SMALL = [
-    '--data.workers',
-    '0',
-    '--trainer.max_epochs',
-    '1',
-    '--trainer.check_val_every_n_epoch',
-    '1',
-    '--trainer.enable_progress_bar',
-    'false',
-    '--trainer.accelerator',
-    'cpu',
+    '--data.workers', '0', '--trainer.max_epochs', '1', '--trainer.check_val_every_n_epoch', '1',
+    '--trainer.enable_progress_bar', 'false', '--trainer.accelerator', 'cpu',
 ]
 
 # of configs/pairs.yaml
 NARROW = [
-    '--model.model.image.channels',
-    '[8, 16]',
-    '--model.model.image.pipeline.size',
-    '32',
-    '--model.model.text.depth',
-    '1',
+    '--model.model.image.channels', '[8, 16]', '--model.model.image.pipeline.size', '32',
+    '--model.model.text.depth', '1',
 ]
 
 
@@ -151,22 +139,9 @@ def mistakes(folder):
 
 
 NAMES = [
-    'no command',
-    'missing config',
-    'malformed config',
-    'unknown option',
-    'missing table',
-    'empty data set',
-    'malformed line',
-    'caption without image',
-    'no such column',
-    'strict',
-    'missing artifact',
-    'no artifact',
-    'truncated artifact',
-    'no checkpoint',
-    'nothing to embed',
-    'resume from nowhere',
+    'no command', 'missing config', 'malformed config', 'unknown option', 'missing table', 'empty data set',
+    'malformed line', 'caption without image', 'no such column', 'strict', 'missing artifact', 'no artifact',
+    'truncated artifact', 'no checkpoint', 'nothing to embed', 'resume from nowhere',
 ]
 
 

@@ -12,24 +12,12 @@ from mmembed.runtime.embedder import load
 from tests.exporters import tiny
 
 NAMES = [
-    'cat.jpg',
-    'photos/CAT.JPEG',
-    '/my photos/a cat.webp',
-    'https://example.org/a/cat.png?size=1',
-    'file:///cat.gif',
-    'data:image/png;base64,AAAA',
-    r'C:\a cat.tif',
+    'cat.jpg', 'photos/CAT.JPEG', '/my photos/a cat.webp', 'https://example.org/a/cat.png?size=1',
+    'file:///cat.gif', 'data:image/png;base64,AAAA', r'C:\a cat.tif',
 ]
 WORDS = [
-    '',
-    'a cat',
-    'a photo called cat.jpg',
-    'see https://example.org/cat.png',
-    'https://example.org/cats',
-    'cat.jpg\ndog.jpg',
-    'http://[x',
-    'jpg',
-    '.',
+    '', 'a cat', 'a photo called cat.jpg', 'see https://example.org/cat.png', 'https://example.org/cats',
+    'cat.jpg\ndog.jpg', 'http://[x', 'jpg', '.',
 ]
 
 

@@ -212,18 +212,9 @@ def test_server_on_standard_input(server, picture):
     emb = load(tiny.artifact())
     file = base64.b64encode(cases.images()['RGB.png']).decode()
     got = lines(
-        server,
-        tiny.artifact(),
-        {'id': 1, 'text': 'Café "x"\n😀'},
-        '',
-        {'id': 'two', 'image': str(picture)},
-        {'image_base64': file},
-        'no JSON',
-        {'id': 3, 'image': '/no/such'},
-        {'id': 4},
-        {'id': 5, 'tekst': 'a'},
-        {'id': 6, 'image_base64': '!'},
-        {'id': 7, 'text': ''},
+        server, tiny.artifact(), {'id': 1, 'text': 'Café "x"\n😀'}, '', {'id': 'two', 'image': str(picture)},
+        {'image_base64': file}, 'no JSON', {'id': 3, 'image': '/no/such'}, {'id': 4}, {'id': 5, 'tekst': 'a'},
+        {'id': 6, 'image_base64': '!'}, {'id': 7, 'text': ''},
     )
     assert [r['id'] for r in got] == [1, 'two', None, None, 3, 4, None, None, 7]
     for row, want in (
@@ -300,12 +291,7 @@ def test_other_projects_find_the_package(tmp_path):
         return done.stdout
 
     run(
-        cmake,
-        '-S',
-        root / 'cpp',
-        '-B',
-        tmp_path / 'b',
-        '-DMMEMBED_HEADERS_ONLY=ON',
+        cmake, '-S', root / 'cpp', '-B', tmp_path / 'b', '-DMMEMBED_HEADERS_ONLY=ON',
         f'-DPython_EXECUTABLE={sys.executable}',
     )
     run(cmake, '--install', tmp_path/'b', '--prefix', tmp_path/'first')

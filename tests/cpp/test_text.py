@@ -15,12 +15,8 @@ from mmembed.text.pipeline import TextPipeline
 
 pytestmark = pytest.mark.skipif(bool(host.why_no_host()), reason=host.why_no_host())
 CAPTIONS = [
-    'a small red circle left of a large blue square',
-    '一个红色的小圆在蓝色方块左边',
-    'Crème brûlée, naïve café!',
-    'ไทย ที่นี่',
-    '각 한국어',
-    "don't I'll",
+    'a small red circle left of a large blue square', '一个红色的小圆在蓝色方块左边', 'Crème brûlée, naïve café!',
+    'ไทย ที่นี่', '각 한국어', "don't I'll",
 ] * 9
 
 

@@ -145,19 +145,8 @@ def test_lists_that_were_written_as_text(written, captions): assert captions_of(
 @pytest.mark.parametrize(
     'text',
     [
-        '[photo] of a cat',
-        '[Figure 3]',
-        "['a' cat]",
-        '(a cat)',
-        "('a cat')",
-        "['open",
-        '[1, 2]',
-        "[b'x']",
-        "it's ['a', 'b']",
-        '[',
-        '()',
-        'nan bread',
-        '{"a": "b"}',
+        '[photo] of a cat', '[Figure 3]', "['a' cat]", '(a cat)', "('a cat')", "['open", '[1, 2]', "[b'x']",
+        "it's ['a', 'b']", '[', '()', 'nan bread', '{"a": "b"}',
     ],
 )
 def test_texts_that_only_look_like_lists(text): assert captions_of(text) == [text]
@@ -372,10 +361,7 @@ def test_plain_texts_of_a_table_stay(tmp_path):
     )
     found = Table(tmp_path/'a.jsonl', 'text')
     assert [found.columns['text'][i].as_py() for i in range(4)] == [
-        '2020-01-01',
-        '[photo]',
-        None,
-        '7',
+        '2020-01-01', '[photo]', None, '7',
     ] and found.numbers is None
     (tmp_path/'b.csv').write_text('text,n\n7,1\n8,2\n')
     assert Table(tmp_path/'b.csv', 'text').text(0) == '7'

@@ -24,13 +24,8 @@ def test_labels_captions_names_and_bytes(tmp_path):
     make(
         tmp_path,
         [
-            'hat/b.JPG',
-            'hat/a.png',
-            'fur_coat/deep/er/1.webp',
-            'hat/.hidden.jpg',
-            '.git/x.jpg',
-            'hat/notes.txt',
-            'loose.jpg',
+            'hat/b.JPG', 'hat/a.png', 'fur_coat/deep/er/1.webp', 'hat/.hidden.jpg', '.git/x.jpg',
+            'hat/notes.txt', 'loose.jpg',
         ],
     )
     source = ClassFolder(tmp_path, templates=['a {}', 'one {} on a table'])

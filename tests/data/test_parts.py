@@ -39,12 +39,7 @@ def test_names_of_parts_are_those_of_datasets():
     theirs = {str(k).replace('validation', 'valid'): set(v) for k, v in files.SPLIT_KEYWORDS.items()}
     assert {k: set(v) for k, v in PART_NAMES.items()} == theirs
     assert [part_named(x) for x in ('TRAIN', ' Val ', 'dev', 'Evaluation', 'section', '')] == [
-        'train',
-        'valid',
-        'valid',
-        'test',
-        '',
-        '',
+        'train', 'valid', 'valid', 'test', '', '',
     ]
     assert [
         part_in(x) for x in ('a/val/0.tar', 'coco_val2017.tar', 'train/dev-0.tar', 'train-test.tar', 'latest.tar')

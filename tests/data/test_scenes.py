@@ -8,17 +8,7 @@ import pytest
 from PIL import Image
 
 from mmembed.data.scenes import (
-    COLOURS,
-    HELD_OUT,
-    RELATIONS,
-    SHAPES,
-    SIZES,
-    Scene,
-    Scenes,
-    Thing,
-    canonical_scene,
-    caption,
-    draw,
+    COLOURS, HELD_OUT, RELATIONS, SHAPES, SIZES, Scene, Scenes, Thing, canonical_scene, caption, draw,
     is_held_out,
 )
 

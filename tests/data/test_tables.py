@@ -87,14 +87,7 @@ def test_several_captions_for_an_image(tmp_path, ending):
     assert [(every.text(i), every.kind(i), every.name(i), every.group(i)) for i in range(2)] == [
         ('Apfel 0', 'de', '0.jpg (de)', '0.jpg'), ('apple 0', 'en', '0.jpg (en)', '0.jpg')]
     assert len(every) == 8 and [every.kind(i) for i in range(len(every))] == [
-        'de',
-        'en',
-        'fr',
-        'de',
-        'en',
-        'de',
-        'en',
-        'fr',
+        'de', 'en', 'fr', 'de', 'en', 'de', 'en', 'fr',
     ]
     some = PairsFile(path, text_key='name.fr,de')
     assert [some.text(i) for i in range(5)] == ['pomme 0', 'Apfel 0', 'Apfel 1', 'pomme 2', 'Apfel 2']

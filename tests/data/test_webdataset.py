@@ -153,12 +153,8 @@ def test_over_http_in_forked_workers_and_threads(server, scenes):
     source = Shards(f'{url}/s-{{00..03}}.tar')
     tp = TextPipeline.learn([scenes.text(i) for i in range(N)], vocab_size=200, max_length=32)
     data = PairData(
-        source=source,
-        batch_size=4,
-        valid_share=0.5,
-        text_pipeline=tp,
-        vision_pipeline=VisionPipeline(size=32),
-        on_error='raise',
+        source=source, batch_size=4, valid_share=0.5, text_pipeline=tp,
+        vision_pipeline=VisionPipeline(size=32), on_error='raise',
     )
     want = list(data.train_dataloader())
     for data.worker_type in ('processes', 'threads'):

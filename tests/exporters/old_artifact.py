@@ -21,10 +21,7 @@ import torch
 from PIL import Image
 
 CAPTIONS = [
-    'a small red circle',
-    'a large blue square',
-    'a green triangle above a red circle',
-    '一个红色的圆',
+    'a small red circle', 'a large blue square', 'a green triangle above a red circle', '一个红色的圆',
     'Café au lait',
 ]
 TEXTS = [

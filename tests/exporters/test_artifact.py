@@ -25,14 +25,8 @@ GOOD = [as_bytes(b) for b in cases.images().values()]
 
 
 CALLED = [
-    'tokenize',
-    'encode_text',
-    'encode_text_bytes',
-    'probe',
-    'preprocess_image',
-    'encode_image',
-    'encode_pixels',
-    'score',
+    'tokenize', 'encode_text', 'encode_text_bytes', 'probe', 'preprocess_image', 'encode_image',
+    'encode_pixels', 'score',
 ]
 
 
@@ -197,12 +191,8 @@ def test_bert_is_traced():
     tp, _ = tiny.pipelines()
     torch.manual_seed(0)
     config = dict(
-        model_type='bert',
-        vocab_size=tp.vocab_size,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
+        model_type='bert', vocab_size=tp.vocab_size, hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=2, intermediate_size=64,
     )
     model = tiny.model()
     model.text = Bert(tp, config).eval()

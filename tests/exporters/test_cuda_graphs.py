@@ -42,12 +42,8 @@ def bert():
     from transformers import BertConfig
     tp, _ = tiny.pipelines()
     config = BertConfig(
-        vocab_size=tp.vocab_size,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=tp.max_length + 2,
+        vocab_size=tp.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=48, max_position_embeddings=tp.max_length + 2,
     )
     return Bert(tp, config.to_dict())
 

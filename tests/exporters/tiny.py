@@ -17,10 +17,7 @@ from mmembed.vision.pipeline import VisionPipeline
 from tests.helpers import built_once
 
 CAPTIONS = [
-    'a small red circle',
-    'a large blue square',
-    'a green triangle above a red circle',
-    '一个红色的圆',
+    'a small red circle', 'a large blue square', 'a green triangle above a red circle', '一个红色的圆',
     'Café au lait',
 ]
 

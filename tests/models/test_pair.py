@@ -36,12 +36,8 @@ def bert():
     return Bert(
         TP,
         dict(
-            model_type='bert',
-            vocab_size=TP.vocab_size,
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=48,
+            model_type='bert', vocab_size=TP.vocab_size, hidden_size=32, num_hidden_layers=1,
+            num_attention_heads=2, intermediate_size=48,
         ),
     )
 

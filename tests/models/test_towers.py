@@ -235,12 +235,8 @@ def test_a_download_that_fails_says_what_to_do(monkeypatch):
 
 def _config():
     return dict(
-        model_type='bert',
-        vocab_size=TP.vocab_size,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=48,
+        model_type='bert', vocab_size=TP.vocab_size, hidden_size=32, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=48,
     )
 
 

@@ -12,20 +12,9 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 from transformers import (
-    BertConfig,
-    BertModel,
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    PreTrainedTokenizerFast,
-    SiglipConfig,
-    SiglipImageProcessor,
-    SiglipModel,
-    VisionTextDualEncoderModel,
+    BertConfig, BertModel, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer,
+    CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast, SiglipConfig, SiglipImageProcessor,
+    SiglipModel, VisionTextDualEncoderModel,
 )
 
 from mmembed.exporters.verify import samples as cases

@@ -101,11 +101,7 @@ def test_wrappers_in_any_nesting(make, load, begin, key, tmp_path):
     first = next(k for k in good if k.startswith(begin)).removeprefix(begin).partition('.')[0]
     inside = {k.replace(f'{begin}{first}.', f'{begin}{first}._orig_mod.module.', 1): v for k, v in good.items()}
     for wrapper in (
-        'module.',
-        '_orig_mod.',
-        'model.',
-        'module._orig_mod.',
-        '_orig_mod.module.',
+        'module.', '_orig_mod.', 'model.', 'module._orig_mod.', '_orig_mod.module.',
         'model.module._orig_mod.model.',
     ):
         for state in (good, inside):

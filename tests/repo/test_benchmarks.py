@@ -69,13 +69,8 @@ FIRST = {  # what a command goes on from
     'serve --record': 'python -m benchmarks.serve --clip --pin --what mix --load --record serve.json',
     **dict.fromkeys(
         [
-            'figures soup',
-            'figures compare',
-            'figures errors',
-            'practice match',
-            'practice classes',
-            'practice transfer',
-            'variants prepare --figures',
+            'figures soup', 'figures compare', 'figures errors', 'practice match', 'practice classes',
+            'practice transfer', 'variants prepare --figures',
         ],
         'python -m benchmarks.figures finetune 6 256 2e-4 SEED',
     ),

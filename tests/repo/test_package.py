@@ -89,29 +89,9 @@ def test_command_is_declared(wheel):
 
 
 LATE = (
-    'lightning',
-    'transformers',
-    'tokenizers',
-    'gradio',
-    'ray',
-    'open_clip',
-    'torchvision',
-    'pandas',
-    'PIL',
-    'pyarrow',
-    'fastapi',
-    'grpc',
-    'lancedb',
-    'faiss',
-    'psycopg',
-    'onnx',
-    'onnxruntime',
-    'matplotlib',
-    'timm',
-    'peft',
-    'tensorboard',
-    'jsonargparse',
-    'torch',
+    'lightning', 'transformers', 'tokenizers', 'gradio', 'ray', 'open_clip', 'torchvision', 'pandas', 'PIL',
+    'pyarrow', 'fastapi', 'grpc', 'lancedb', 'faiss', 'psycopg', 'onnx', 'onnxruntime', 'matplotlib', 'timm',
+    'peft', 'tensorboard', 'jsonargparse', 'torch',
 )
 
 
@@ -138,17 +118,8 @@ def test_running_a_file_needs_no_training_code(tmp_path):
     done = python('-c', program)
     assert done.returncode == 0, done.stderr[-1000:]
     assert not set(done.stdout.split()) & {
-        'lightning',
-        'transformers',
-        'tokenizers',
-        'open_clip',
-        'torchvision',
-        'gradio',
-        'ray',
-        'fastapi',
-        'matplotlib',
-        'pandas',
-        'pyarrow',
+        'lightning', 'transformers', 'tokenizers', 'open_clip', 'torchvision', 'gradio', 'ray', 'fastapi',
+        'matplotlib', 'pandas', 'pyarrow',
     }
 
 
@@ -169,39 +140,10 @@ print(rows, 'lightning' in sys.modules)
 
 
 EXTRAS = (
-    'gradio',
-    'gradio_client',
-    'lancedb',
-    'psycopg',
-    'pgvector',
-    'faiss',
-    'ray',
-    'datasets',
-    'braceexpand',
-    'fsspec',
-    'onnx',
-    'onnxruntime',
-    'onnxscript',
-    'onnx_ir',
-    'httpx2',
-    'httpx',
-    'orjson',
-    'grpc',
-    'google.protobuf',
-    'peft',
-    'fastapi',
-    'uvicorn',
-    'prometheus_client',
-    'opentelemetry',
-    'matplotlib',
-    'sentencepiece',
-    'jieba',
-    'webdataset',
-    'IPython',
-    'nbdev',
-    'execnb',
-    'pytest',
-    'hypothesis',
+    'gradio', 'gradio_client', 'lancedb', 'psycopg', 'pgvector', 'faiss', 'ray', 'datasets', 'braceexpand',
+    'fsspec', 'onnx', 'onnxruntime', 'onnxscript', 'onnx_ir', 'httpx2', 'httpx', 'orjson', 'grpc',
+    'google.protobuf', 'peft', 'fastapi', 'uvicorn', 'prometheus_client', 'opentelemetry', 'matplotlib',
+    'sentencepiece', 'jieba', 'webdataset', 'IPython', 'nbdev', 'execnb', 'pytest', 'hypothesis',
 )
 NEED = {'mmembed.serve', 'mmembed.demo'}  # rooms that exist for an extra
 
@@ -244,35 +186,10 @@ def test_extras_are_declared():
     names = {re.match(r'[\w.-]+', d)[0].lower().replace('-', '_') for d in wanted}
     # other names for what is declared, and what that brings along
     known = names | {
-        'docstring_parser',
-        'ftfy',
-        'httptools',
-        'regex',
-        'torchmetrics',
-        'uvloop',
-        'grpc_tools',
-        'open_clip',
-        'PIL',
-        'yaml',
-        'google',
-        'grpc',
-        'httpx2',
-        'faiss',
-        'psycopg',
-        'opentelemetry',
-        'prometheus_client',
-        'safetensors',
-        'huggingface_hub',
-        'starlette',
-        'pydantic',
-        'timm',
-        'IPython',
-        'grpc_health',
-        'grpc_reflection',
-        'onnx_ir',
-        'gradio_client',
-        'mmembed',
-        'ray',
+        'docstring_parser', 'ftfy', 'httptools', 'regex', 'torchmetrics', 'uvloop', 'grpc_tools', 'open_clip',
+        'PIL', 'yaml', 'google', 'grpc', 'httpx2', 'faiss', 'psycopg', 'opentelemetry', 'prometheus_client',
+        'safetensors', 'huggingface_hub', 'starlette', 'pydantic', 'timm', 'IPython', 'grpc_health',
+        'grpc_reflection', 'onnx_ir', 'gradio_client', 'mmembed', 'ray',
     }
     own = {m.split('.')[0] for m in sys.stdlib_module_names}
     strange = set()

@@ -16,12 +16,8 @@ BIN = Path(sys.executable).parent
 
 def run(*args, cwd=ROOT, **env):
     done = subprocess.run(
-        [str(a) for a in args],
-        cwd=cwd,
-        env={**os.environ, **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        [str(a) for a in args], cwd=cwd, env={**os.environ, **env}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
     )
     assert done.returncode == 0, f'{args} exited {done.returncode}:\n{done.stdout[-4000:]}'
     return done.stdout

@@ -170,10 +170,7 @@ def test_a_half_written_file_is_no_file(model, source, whole, tmp_path, monkeypa
     ):
         embed(model, source, tmp_path, **KW)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        '.lock',
-        '_manifest.json',
-        'part-000000.parquet',
-        'part-000001.parquet',
+        '.lock', '_manifest.json', 'part-000000.parquet', 'part-000001.parquet',
     ]
     with pytest.raises(ValueError, match='is not finished: 3 of 5 files are missing; run it again'): read_job(tmp_path)
     (tmp_path/'.part-000002.parquet.1a2b.draft').write_bytes(b'half')
@@ -475,17 +472,10 @@ def test_spark_reads_what_is_written_for_it(model, source, tmp_path):
     for i in range(3): (tmp_path/f'{i}.jpg').write_bytes(bytes(source.image(i).tolist()))
     at = pa.array(np.array(['2024-01-01T01:02:03.123456789'] * 3, 'datetime64[ns]'))
     columns = dict(
-        image=[f'{i}.jpg' for i in range(3)],
-        small=pa.array([1, 2, 3], pa.uint8()),
-        half=pa.array(np.ones(3, 'e')),
-        at=at,
-        zoned=at.cast(pa.timestamp('ns', 'UTC')),
-        day=at.cast(pa.date32()),
-        clock=at.cast(pa.time64('ns')),
-        tags=[['a'], [], None],
-        raw=[b'x'] * 3,
-        yes=[True] * 3,
-        large=pa.array([1, 2, 3], pa.uint64()),
+        image=[f'{i}.jpg' for i in range(3)], small=pa.array([1, 2, 3], pa.uint8()),
+        half=pa.array(np.ones(3, 'e')), at=at, zoned=at.cast(pa.timestamp('ns', 'UTC')),
+        day=at.cast(pa.date32()), clock=at.cast(pa.time64('ns')), tags=[['a'], [], None], raw=[b'x'] * 3,
+        yes=[True] * 3, large=pa.array([1, 2, 3], pa.uint64()),
     )
     pq.write_table(pa.table(columns), tmp_path/'t.parquet')
 
@@ -896,10 +886,7 @@ def test_no_space_left(model, tmp_path):
         and 'Traceback' not in run.stderr
     ), run.stderr[-2000:]
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == [
-        '.lock',
-        '_manifest.json',
-        'part-000000.parquet',
-        'part-000001.parquet',
+        '.lock', '_manifest.json', 'part-000000.parquet', 'part-000001.parquet',
     ]
     assert main(argv) == 0
     assert files(tmp_path/'out') == files(tmp_path/'again')
@@ -1003,15 +990,7 @@ def test_odd_values_in_lines_of_json(model, tmp_path, monkeypatch):
     ):
         if source.path.name == 't.jsonl':
             assert [source.name(i) for i in range(len(source))] == [
-                '7',
-                'b',
-                '1.5',
-                'row 3',
-                '\\udcff (1)',
-                '\\udcff (2)',
-                'true',
-                'caf\\udce9',
-                'last',
+                '7', 'b', '1.5', 'row 3', '\\udcff (1)', '\\udcff (2)', 'true', 'caf\\udce9', 'last',
             ]
             said = []
             for i in range(9):
@@ -1019,26 +998,11 @@ def test_odd_values_in_lines_of_json(model, tmp_path, monkeypatch):
                 except ValueError as e: said.append(str(e))
             half = 'text is not UTF-8: it holds a byte or half a character that no UTF-8 has'
             assert said == [
-                'a boat',
-                'text is int, not text: 3',
-                half,
-                'text is empty',
-                'a cat',
-                'a dog',
-                "text is dict, not text: {'en': 'x'}",
-                half,
-                'xxxxxxxxx',
+                'a boat', 'text is int, not text: 3', half, 'text is empty', 'a cat', 'a dog',
+                "text is dict, not text: {'en': 'x'}", half, 'xxxxxxxxx',
             ]
         assert [source.value(i, 'n') for i in range(9)] == [
-            '1',
-            '2.5',
-            'x',
-            '[1]',
-            '\ufffd',
-            '\ufffd',
-            '36893488147419103232',
-            None,
-            None,
+            '1', '2.5', 'x', '[1]', '\ufffd', '\ufffd', '36893488147419103232', None, None,
         ]
         assert str(source.value(0, 'when'))[:10] == '2020-01-02' and source.value(1, 'when') is None
     done = embed(

@@ -565,16 +565,8 @@ def test_commands(model, scenes, tmp_path, monkeypatch, capsys):
     assert len(found) == 3 and found[0]['id'] == '5.jpg' and found[0]['score'] > .999
     assert json.loads(
         run(
-            'search',
-            'my.idx',
-            'a red circle',
-            'photos/5.jpg',
-            '--minus',
-            'blue',
-            '--filter',
-            "id LIKE '1_.jpg'",
-            '--exact',
-            '--json',
+            'search', 'my.idx', 'a red circle', 'photos/5.jpg', '--minus', 'blue', '--filter',
+            "id LIKE '1_.jpg'", '--exact', '--json',
         )
     )
     assert '14.jpg' in run('search', 'my.idx', 'more/14.jpg')
@@ -691,14 +683,8 @@ def test_an_error_tells_how_dates_are_written(tmp_path, model):
         model, table(['a', 'b', 'c'], np.eye(3, D), day=day, at=day.cast(pa.timestamp('us'))), tmp_path / 'my.idx'
     )
     for where in (
-        "day > '2024-06-01'",
-        'day > 2024',
-        'at > 2024',
-        "at < '2024'",
-        'year(day) = 2024',
-        "day LIKE '2024%'",
-        'extract(year from day) = 2024',
-        "at > now() - interval '1 day'",
+        "day > '2024-06-01'", 'day > 2024', 'at > 2024', "at < '2024'", 'year(day) = 2024', "day LIKE '2024%'",
+        'extract(year from day) = 2024', "at > now() - interval '1 day'",
     ):
         with pytest.raises(ValueError, match="a date is written date '2024-12-31', a time timestamp") as e:
             index.ids(where)

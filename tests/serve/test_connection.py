@@ -194,9 +194,7 @@ def test_a_transfer_coding_that_is_not_known(server, emb):
 
 
 HANDSHAKE = (
-    'connection: Upgrade',
-    'upgrade: websocket',
-    'sec-websocket-version: 13',
+    'connection: Upgrade', 'upgrade: websocket', 'sec-websocket-version: 13',
     'sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==',
 )
 

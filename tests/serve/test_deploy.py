@@ -172,11 +172,7 @@ def test_kubernetes_manifests_fit_the_schemas():
         for d in yaml.safe_load_all(f.read_text())
     ]
     assert {d['kind'] for d in docs} >= {
-        'Deployment',
-        'Service',
-        'HorizontalPodAutoscaler',
-        'PodDisruptionBudget',
-        'PersistentVolumeClaim',
+        'Deployment', 'Service', 'HorizontalPodAutoscaler', 'PodDisruptionBudget', 'PersistentVolumeClaim',
         'Pod',
     }
     for d in docs: validate(d, '1.33', strict=True)

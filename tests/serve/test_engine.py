@@ -281,8 +281,5 @@ def test_pairs_have_spans():
     tracer.stages(span, done.result(HANG))
     tracer.end(span, 200)
     assert {s.name for s in spans.get_finished_spans() if s.parent} >= {
-        'decode',
-        'transform',
-        'forward',
-        'queue',
+        'decode', 'transform', 'forward', 'queue',
     } and engine.close()

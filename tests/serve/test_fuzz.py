@@ -32,10 +32,7 @@ def test_http_is_as_its_description_says(server, http):
     pytest.importorskip('schemathesis')
     seen = fuzz.http(server.url, 12, name=http.get('/v1/models').json()['data'][0]['id'])
     assert {label for label, status in seen if status == 200} >= {
-        'POST /v1/embeddings',
-        'GET /info',
-        'GET /v2/models/{name}',
-        'GET /metrics',
+        'POST /v1/embeddings', 'GET /info', 'GET /v2/models/{name}', 'GET /metrics',
     }
     assert {status for label, status in seen if label == 'POST /v2/models/{name}/infer'} >= {400, 404} and sum(
         seen.values()
@@ -45,11 +42,7 @@ def test_http_is_as_its_description_says(server, http):
 def test_every_grpc_method_answers_every_message(server):
     seen = fuzz.rpc(server.grpc, 600)
     assert {n for n, status in seen if status == 'OK'} >= {
-        'Encode',
-        'EncodeStream',
-        'EncodeStream, messages',
-        'Info',
-        'ServerLive',
+        'Encode', 'EncodeStream', 'EncodeStream, messages', 'Info', 'ServerLive',
     }
     assert {status for _, status in seen} >= {'OK', 'INVALID_ARGUMENT', 'NOT_FOUND', 'FAILED_PRECONDITION'}
 

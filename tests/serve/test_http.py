@@ -221,12 +221,7 @@ def test_request_ids_and_timing_and_log(http, log):
         and len(http.get('/info', headers={'x-request-id': 'a b'}).headers['x-request-id']) == 32
     )
     assert set(re.findall(r'(\w+);dur=', r.headers['server-timing'])) == {
-        'queue',
-        'decode',
-        'transform',
-        'tokenize',
-        'forward',
-        'total',
+        'queue', 'decode', 'transform', 'tokenize', 'forward', 'total',
     }
     until(lambda: 'order-17' in log.read_text())
     row = next(json.loads(line) for line in log.read_text().splitlines() if 'order-17' in line)
@@ -308,10 +303,8 @@ def test_websocket(server, emb):
         ws.send('{"input": [')
         ws.send('{"input": "x", "dimensions": 1000, "id": 7}')
         for bad in (
-            '{"input": 3, "id": "named"}',
-            '{"input": "x", "id": 99999999999999999999}',
-            '{"input": "x", "id": [1]}',
-            '[]',
+            '{"input": 3, "id": "named"}', '{"input": "x", "id": 99999999999999999999}',
+            '{"input": "x", "id": [1]}', '[]',
         ):
             ws.send(bad)
         got = {a['id']: a for a in (json.loads(ws.recv(20)) for _ in range(27))}
@@ -404,20 +397,8 @@ leaf = (
 )
 keys = st.sampled_from(
     [
-        'input',
-        'type',
-        'text',
-        'image',
-        'image_url',
-        'url',
-        'dimensions',
-        'encoding_format',
-        'query',
-        'candidates',
-        'labels',
-        'template',
-        'top_k',
-        'artifact',
+        'input', 'type', 'text', 'image', 'image_url', 'url', 'dimensions', 'encoding_format', 'query',
+        'candidates', 'labels', 'template', 'top_k', 'artifact',
     ]
 )
 tree = st.recursive(leaf, lambda x: st.lists(x, max_size=4) | st.dictionaries(keys, x, max_size=5), max_leaves=12)
@@ -450,20 +431,10 @@ def test_the_description_is_complete(http):
     text = json.dumps(api)
     for ref in set(re.findall(r'"#/components/schemas/(\w+)"', text)): assert ref in api['components']['schemas'], ref
     assert {
-        '/v1/embeddings',
-        '/rank',
-        '/classify',
-        '/search',
-        '/info',
-        '/livez',
-        '/readyz',
-        '/metrics',
+        '/v1/embeddings', '/rank', '/classify', '/search', '/info', '/livez', '/readyz', '/metrics',
         '/admin/reload',
     } <= set(api['paths'])
     assert set(api['paths']['/v1/embeddings']['post']['requestBody']['content']) == {
-        'application/json',
-        'application/octet-stream',
-        'text/plain',
-        'multipart/form-data',
+        'application/json', 'application/octet-stream', 'text/plain', 'multipart/form-data',
     }
     assert http.get('/docs').status_code == 200

@@ -39,14 +39,8 @@ def browsers(tmp_path_factory):
     "A server with a key, for pages of one other origin, that takes any model's name and few connections."
     with running(
         config(
-            tmp_path_factory.mktemp('browsers') / 'log',
-            api_keys=(KEY,),
-            cors=(APP,),
-            any_model=True,
-            max_connections=16,
-            max_body=1 << 20,
-            drain=30.0,
-            name='mine',
+            tmp_path_factory.mktemp('browsers') / 'log', api_keys=(KEY,), cors=(APP,), any_model=True,
+            max_connections=16, max_body=1 << 20, drain=30.0, name='mine',
         )
     ) as s:
         yield s

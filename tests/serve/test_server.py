@@ -97,13 +97,8 @@ def test_deterministic_with_key_and_tls_reloaded_under_load_and_drained(tmp_path
     path = tmp_path/'model.pt'
     path.write_bytes(tiny.artifact().read_bytes())
     c = config(
-        '/dev/full',
-        api_keys=('k1', 's3cret'),
-        deterministic=True,
-        batch=4,
-        tls_cert=str(tmp_path / 'cert.pem'),
-        tls_key=str(tmp_path / 'key.pem'),
-        drain=0.3,
+        '/dev/full', api_keys=('k1', 's3cret'), deterministic=True, batch=4,
+        tls_cert=str(tmp_path / 'cert.pem'), tls_key=str(tmp_path / 'key.pem'), drain=0.3,
         cors=('https://app.example',),
     )
     with running(c._replace(artifact=path)) as s:
@@ -386,12 +381,7 @@ def test_traces_reach_a_collector(small, collector):
     mine = [x for x in spans if x.trace_id.hex() == trace]
     root = next(x for x in mine if x.name == 'POST /v1/embeddings')
     assert {x.name for x in mine} == {
-        'POST /v1/embeddings',
-        'queue',
-        'decode',
-        'transform',
-        'tokenize',
-        'forward',
+        'POST /v1/embeddings', 'queue', 'decode', 'transform', 'tokenize', 'forward',
     } and root.parent_span_id.hex() == 'cd' * 8
     assert all(x.parent_span_id == root.span_id for x in mine if x is not root) and 'mmembed.v1.Embedding/Encode' in {
         x.name for x in spans

@@ -18,13 +18,8 @@ from mmembed.text.unicode import Codes
 from tests.helpers import FORMS, data_path, in_form
 
 CAPTIONS = [
-    'a small red circle left of a large blue square',
-    "it isn't the dog's",
-    '一个红色的小圆在蓝色方块左边',
-    'Crème brûlée, naïve café!',
-    'ไทย ที่นี่',
-    '각 한국어',
-    '  two  spaces\n',
+    'a small red circle left of a large blue square', "it isn't the dog's", '一个红色的小圆在蓝色方块左边',
+    'Crème brûlée, naïve café!', 'ไทย ที่นี่', '각 한국어', '  two  spaces\n',
 ] * 3
 
 

@@ -12,9 +12,7 @@ from mmembed.text.pipeline import TextPipeline
 from tests.helpers import in_form
 
 CAPTIONS = [
-    'a small red circle left of a large blue square',
-    '一个红色的小圆在蓝色方块左边',
-    'Crème brûlée, naïve café!',
+    'a small red circle left of a large blue square', '一个红色的小圆在蓝色方块左边', 'Crème brûlée, naïve café!',
     "don't I'll be UNAFFABLE",
 ] * 5
 VOCAB = {

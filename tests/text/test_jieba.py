@@ -14,11 +14,8 @@ jieba = pytest.importorskip('jieba')
 from benchmarks import fuzz_segment, fuzz_text  # noqa: E402
 
 TEXTS = [
-    '小明硕士毕业于中国科学院计算所，后在日本京都大学深造',
-    '他来到了网易杭研大厦',
-    '一只猫坐在红色的垫子上。',
-    '今天 iPhone5.5 降价 3.5%',
-    '',
+    '小明硕士毕业于中国科学院计算所，后在日本京都大学深造', '他来到了网易杭研大厦', '一只猫坐在红色的垫子上。',
+    '今天 iPhone5.5 降价 3.5%', '',
 ]
 DICTIONARY = '一只 20 m\n猫 30 n\n一 50 m\n只 10 m\n红色 40 n\n红 5\n的 100 uj\n哈哈 7\n哈 3\n一只猫 2\n零 0'
 

@@ -13,12 +13,8 @@ from mmembed.text.pipeline import TextPipeline
 from tests.helpers import FORMS, data_path, in_form
 
 CAPTIONS = [
-    'a small red circle left of a large blue square',
-    '一个红色的小圆在蓝色方块左边',
-    'Crème brûlée, naïve café!',
-    'ไทย ที่นี่',
-    '각 한국어',
-    'unaffable internationalization',
+    'a small red circle left of a large blue square', '一个红色的小圆在蓝色方块左边', 'Crème brûlée, naïve café!',
+    'ไทย ที่นี่', '각 한국어', 'unaffable internationalization',
 ] * 3
 
 
@@ -178,31 +174,9 @@ def test_tokens_added_without_being_special(rules):
     added = ['Naïve', 'unaff', 'e\u0301x', '猫', '一猫', 'a  b', '[SEP', 'ß', '각', '\U0001d15e', 'foo bar', 'fo']
     tok.add_tokens(added)
     atoms = [
-        'naïve',
-        'NAI\u0308VE',
-        'unaff',
-        'UNAFFable',
-        'E\u0301X',
-        'éx',
-        '一',
-        '猫',
-        'a  b',
-        'a b',
-        '[SEP]',
-        '[sep',
-        'SS',
-        'ß',
-        '각',
-        '\U0001d15e',
-        '\U0001d157\U0001d165',
-        '\u0301',
-        ' ',
-        '\u200b',
-        '\t',
-        'foo\u3000bar',
-        'FO',
-        'o',
-        '\0',
+        'naïve', 'NAI\u0308VE', 'unaff', 'UNAFFable', 'E\u0301X', 'éx', '一', '猫', 'a  b', 'a b', '[SEP]',
+        '[sep', 'SS', 'ß', '각', '\U0001d15e', '\U0001d157\U0001d165', '\u0301', ' ', '\u200b', '\t',
+        'foo\u3000bar', 'FO', 'o', '\0',
     ]
     rng = random.Random(0)
     agree(

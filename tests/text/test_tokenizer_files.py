@@ -16,12 +16,8 @@ from mmembed.text.pipeline import TextPipeline
 from tests.helpers import in_form
 
 CAPTIONS = [
-    'a small red circle left of a large blue square',
-    '一个红色的小圆在蓝色方块左边',
-    'Crème brûlée, naïve café!',
-    'ไทย ที่นี่',
-    '각 한국어',
-    "don't I'll be UNAFFABLE",
+    'a small red circle left of a large blue square', '一个红色的小圆在蓝色方块左边', 'Crème brûlée, naïve café!',
+    'ไทย ที่นี่', '각 한국어', "don't I'll be UNAFFABLE",
 ] * 5
 TEXTS = CAPTIONS[:6] + fuzz_text.random_texts(300, seed=21)
 
@@ -112,13 +108,8 @@ def test_sentencepiece_folders(kind, frame, tmp_path):
     import sentencepiece
     bos = dict(bos_id=1, eos_id=2, unk_id=0) if kind.startswith('XLM') else dict(pad_id=0, eos_id=3, unk_id=2, bos_id=1)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CAPTIONS),
-        model_prefix=str(tmp_path / 'm'),
-        vocab_size=150,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        num_threads=1,
-        **bos,
+        sentence_iterator=iter(CAPTIONS), model_prefix=str(tmp_path / 'm'), vocab_size=150,
+        hard_vocab_limit=False, minloglevel=2, num_threads=1, **bos,
     )
     write(tmp_path/'t', tokenizer_config__json=dict(tokenizer_class=kind, model_max_length=512, pad_token='<pad>'))
     (tmp_path/'m.model').rename(tmp_path/'t'/('sentencepiece.bpe.model' if kind.startswith('XLM') else 'spiece.model'))

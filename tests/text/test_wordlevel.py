@@ -17,12 +17,8 @@ RULES = {
     'CJK not spaced': (normalizers.BertNormalizer(handle_chinese_chars=False), pre_tokenizers.WhitespaceSplit()),
 }
 CAPTIONS = [
-    'A small red circle, left of a large BLUE square!',
-    '一个红色的小圆 在蓝色方块左边',
-    'Crème brûlée, naïve café!?',
-    'ไทย ที่นี่',
-    '각 한국어 가각',
-    "don't I'll",
+    'A small red circle, left of a large BLUE square!', '一个红色的小圆 在蓝色方块左边', 'Crème brûlée, naïve café!?',
+    'ไทย ที่นี่', '각 한국어 가각', "don't I'll",
 ]
 
 

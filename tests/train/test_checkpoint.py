@@ -15,25 +15,9 @@ from tests.helpers import HANG, interruptible, until
 
 N = 24
 TRAIN = [
-    'train',
-    '--config',
-    'pairs',
-    '--data.path',
-    'pairs.jsonl',
-    '--data.workers',
-    '0',
-    '--data.batch_size',
-    '8',
-    '--data.valid_share',
-    '.3',
-    '--trainer.enable_progress_bar',
-    'false',
-    '--trainer.enable_model_summary',
-    'false',
-    '--trainer.accelerator',
-    'cpu',
-    '--trainer.max_epochs',
-    '1',
+    'train', '--config', 'pairs', '--data.path', 'pairs.jsonl', '--data.workers', '0', '--data.batch_size',
+    '8', '--data.valid_share', '.3', '--trainer.enable_progress_bar', 'false',
+    '--trainer.enable_model_summary', 'false', '--trainer.accelerator', 'cpu', '--trainer.max_epochs', '1',
 ]
 MMEMBED = [sys.executable, '-m', 'mmembed']
 

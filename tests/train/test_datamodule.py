@@ -162,11 +162,7 @@ def test_broken_images_are_skipped_and_named(pipelines, workers, kind):
 @pytest.mark.parametrize('workers, kind', [(0, 'processes'), (1, 'processes'), (2, 'threads')])
 def test_strict_runs_stop_at_a_broken_image(pipelines, workers, kind):
     data = PairData(
-        source=Broken(train=20, valid=10),
-        batch_size=5,
-        workers=workers,
-        worker_type=kind,
-        on_error='raise',
+        source=Broken(train=20, valid=10), batch_size=5, workers=workers, worker_type=kind, on_error='raise',
         **pipelines,
     )
     with pytest.raises(ValueError, match=r'^scene train (2|7|12|17): [^\n]+$'): list(data.train_dataloader())
@@ -275,14 +271,8 @@ def test_overfitting_goes_on_without_shuffling(scenes, pipelines, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         Trainer(
-            max_epochs=2,
-            overfit_batches=2,
-            accelerator='cpu',
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
+            max_epochs=2, overfit_batches=2, accelerator='cpu', logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
         ).fit(Steps(), data)
     assert seen == [[0, 1, 3], [4, 5, 6]]*2 and set(data.ledger) == {'scene train 2', 'scene train 7'}
 
@@ -298,13 +288,8 @@ def test_a_table_by_path(tmp_path, scenes, pipelines):
         'file,alt,album\n' + ''.join(f'{i}.jpg,"{scenes.text(i)}",{i // 4}\n' for i in range(40))
     )
     data = PairData(
-        path=str(tmp_path / 'pairs.csv'),
-        image_key='file',
-        text_key='alt',
-        group_key='album',
-        valid_share=0.3,
-        batch_size=4,
-        **pipelines,
+        path=str(tmp_path / 'pairs.csv'), image_key='file', text_key='alt', group_key='album', valid_share=0.3,
+        batch_size=4, **pipelines,
     )
     assert len(data.train) + len(data.valid) == 40 and len(data.train) % 4 == 0
     assert sorted(data.captions()) == sorted(data.train.text(i) for i in range(len(data.train)))

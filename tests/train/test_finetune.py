@@ -19,11 +19,7 @@ from mmembed.vision.pipeline import VisionPipeline
 TP = TextPipeline.learn(['a red circle', 'a blue square'] * 9, vocab_size=60, max_length=12)
 VP = VisionPipeline(size=32)
 BERT = dict(
-    model_type='bert',
-    vocab_size=TP.vocab_size,
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=2,
+    model_type='bert', vocab_size=TP.vocab_size, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
     intermediate_size=48,
 )
 

@@ -596,12 +596,8 @@ def test_batches_of_one_pair_are_refused(work):
         ['--data.batch_size', '1'],
         ['--data.source.train', '1'],
         [
-            '--data.batch_size',
-            '1',
-            '--model.loss',
-            'mmembed.models.losses.SigmoidLoss',
-            '--model.model.logit_bias',
-            '-10',
+            '--data.batch_size', '1', '--model.loss', 'mmembed.models.losses.SigmoidLoss',
+            '--model.model.logit_bias', '-10',
         ],
     ):
         with pytest.raises(ValueError, match='a contrastive loss compares the pairs of a batch and wants 2 at least'):
@@ -721,11 +717,7 @@ def test_a_teacher_is_followed(fixed):
     teacher = prepare([*fixed, '--seed_everything', '9']).model.model
     lit = LitDualEncoder(cli.model.model, lr=3e-3, teacher=teacher, distill_weight=10.)
     trainer = Trainer(
-        max_epochs=6,
-        accelerator='cpu',
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
+        max_epochs=6, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )
     first = []
@@ -924,11 +916,7 @@ def networks(work):
 
 CLIP = ['--model.model.name', 'tiny-vit', '--model.model.pretrained', 'clip.pt']
 BERT = [
-    '--model.model.text.folder',
-    'bert',
-    '--model.model.image.name',
-    'resnet18',
-    '--model.model.image.weights',
+    '--model.model.text.folder', 'bert', '--model.model.image.name', 'resnet18', '--model.model.image.weights',
     'resnet.pth',
 ]
 STAND_INS = {'clip_vitb32': CLIP, 'clip_lora': CLIP, 'bert_resnet': BERT, 'bert_resnet_scores': BERT}
@@ -1090,14 +1078,8 @@ def test_two_processes_keep_half_of_the_weights_each(work):
     import os
     (work/'sharded.yaml').write_text(SHARDED)
     options = [
-        '--trainer.max_steps',
-        '2',
-        '--model.freeze_norms',
-        'true',
-        '--model.warmup',
-        '0',
-        '--trainer.limit_val_batches',
-        '0',
+        '--trainer.max_steps', '2', '--model.freeze_norms', 'true', '--model.warmup', '0',
+        '--trainer.limit_val_batches', '0',
     ]
     done = subprocess.run(
         [
@@ -1160,14 +1142,8 @@ def trained(kind, gone, **options):
     lit = LitDualEncoder(DualEncoder(*towers, dim=8), freeze_norms=True, warmup=0) if kind == 'retrieval' else \
         LitPairClassifier(PairClassifier(*towers, MatchData.classes, dim=8, dropout=0.), freeze_norms=True, warmup=0)
     trainer = Trainer(
-        max_steps=3,
-        accelerator='cpu',
-        precision='64-true',
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
+        max_steps=3, accelerator='cpu', precision='64-true', logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, **options,
     )
     trainer.fit(lit, data)
     return lit.model.state_dict(), trainer.global_step

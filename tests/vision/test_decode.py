@@ -187,10 +187,8 @@ def test_gif_colours_beyond_the_table_are_black_and_not_memory():
 # Pillow takes an orientation from XMP where there is no EXIF, and refuses a bad animation or a missing end where all
 # pixels of the first frame are there.
 EXCEPTIONS = {
-    'pillow/xmp_tags_orientation_exiftool.png',
-    'pillow/xmp_tags_orientation.png',
-    'pillow/apng__chunk_no_fctl.png',
-    'pillow/truncated_end_chunk.png',
+    'pillow/xmp_tags_orientation_exiftool.png', 'pillow/xmp_tags_orientation.png',
+    'pillow/apng__chunk_no_fctl.png', 'pillow/truncated_end_chunk.png',
 }
 # Broken files that Pillow opens with what it could read.
 STRICTER = {'pillow/broken_data_stream.png',

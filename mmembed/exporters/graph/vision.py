@@ -161,14 +161,7 @@ def _translated(program: torch.export.ExportedProgram, path: str | Path) -> Path
             new = [one(n) if isinstance(n, int) else op.Reshape(n, one(-1)) for n in output_size]
             sizes = op.Concat(op.Slice(op.Shape(self), one(0), one(2), one(0)), *new, axis=0)
             return op.Resize(
-                self,
-                None,
-                None,
-                sizes,
-                mode=mode,
-                antialias=1,
-                cubic_coeff_a=-0.5,
-                exclude_outside=1,
+                self, None, None, sizes, mode=mode, antialias=1, cubic_coeff_a=-0.5, exclude_outside=1,
                 coordinate_transformation_mode='half_pixel',
             )
         return translated
@@ -178,13 +171,8 @@ def _translated(program: torch.export.ExportedProgram, path: str | Path) -> Path
         aten._upsample_bilinear2d_aa.default: resize('linear'),
     }
     made = torch.onnx.export(
-        unsized(program),
-        dynamo=True,
-        opset_version=20,
-        input_names=['images'],
-        output_names=['levels'],
-        custom_translation_table=table,
-        verbose=False,
+        unsized(program), dynamo=True, opset_version=20, input_names=['images'], output_names=['levels'],
+        custom_translation_table=table, verbose=False,
     )
     _sliced(made.model.graph)
     for n in made.model.graph.all_nodes(): n.metadata_props.clear()  # where in our source each came from, paths and all

@@ -77,14 +77,8 @@ def _part(
     try:
         program = exported(form, tuple(example.values()), dims)
         made = torch.onnx.export(
-            unsized(program),
-            dynamo=True,
-            opset_version=20,
-            input_names=list(example),
-            output_names=outputs,
-            custom_translation_table=table,
-            verbose=False,
-            optimize=False,
+            unsized(program), dynamo=True, opset_version=20, input_names=list(example), output_names=outputs,
+            custom_translation_table=table, verbose=False, optimize=False,
         ).model
     except (RuntimeError, torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.UserError) as e:
         raise ValueError(f'{owner} has no ONNX form: {reason(e.__cause__ or e)}') from None

@@ -79,24 +79,8 @@ def test_words_of_5000_characters(exported):
 def test_quick_fuzz(exported):
     tp, _, program, onnx = exported
     marks = [
-        '[[',
-        '[',
-        ']]',
-        'S',
-        '<l>',
-        '<r>',
-        '<w>',
-        'a',
-        'b',
-        ' ',
-        '\u3000',
-        '[SEP]',
-        '-',
-        '猫',
-        '<mask>',
-        '<|endoftext|>',
-        "'s",
-        '\u0301',
+        '[[', '[', ']]', 'S', '<l>', '<r>', '<w>', 'a', 'b', ' ', '\u3000', '[SEP]', '-', '猫', '<mask>',
+        '<|endoftext|>', "'s", '\u0301',
     ]
     rng = random.Random(3)
     texts = (

@@ -68,13 +68,7 @@ def test_every_case_in_every_batch(made):
     _, folder, report = made
     rows, dim = stage(report), 24
     assert report.ok and set(rows) == {
-        'identity card',
-        'tensors',
-        'token ids',
-        'pixels',
-        'text embedding',
-        'image embedding',
-        'image cosine',
+        'identity card', 'tensors', 'token ids', 'pixels', 'text embedding', 'image embedding', 'image cosine',
     }
     assert rows['token ids'].difference == 0 and rows['token ids'].n > 6 * 8 * len(cases.texts())
     assert rows['text embedding'].n == 3 * dim * len(cases.texts()) and rows['text embedding'].difference < 1e-5
@@ -99,13 +93,7 @@ def test_pairs(pairs):
     _, folder, report = pairs
     rows = stage(report)
     assert report.ok and set(rows) == {
-        'identity card',
-        'tensors',
-        'token ids',
-        'pixels',
-        'pair scores',
-        'class probability',
-        'labels',
+        'identity card', 'tensors', 'token ids', 'pixels', 'pair scores', 'class probability', 'labels',
         'pair probability',
     }
     assert rows['pair scores'].n == 3 * 2 * len(cases.texts()) and rows['pair scores'].difference < 1e-4
@@ -284,25 +272,13 @@ def of_words():
 def test_half_precision_a_users_steps_labels_and_stored_numbers(tmp_path):
     "Everything before and after the towers in one graph, held to the artifact in batches of every size."
     options = dict(
-        precision='fp16',
-        before_text=NoDigits(),
-        before_image=Inverted(),
-        after=Last(),
-        trim=4,
-        output='int8',
-        labels=['cat', 'dog', 'cow'],
-        top_k=2,
-        threshold={'cat': 0.5, 'dog': 0.1},
+        precision='fp16', before_text=NoDigits(), before_image=Inverted(), after=Last(), trim=4, output='int8',
+        labels=['cat', 'dog', 'cow'], top_k=2, threshold={'cat': 0.5, 'dog': 0.1},
     )
     report = export(of_words(), tmp_path/'m.pt', onnx=tmp_path/'g', fresh=False, cpp=False, **options)
     rows, run = stage(report), OnnxModel(tmp_path/'g')
     assert {
-        'token ids',
-        'pixels',
-        'text embedding',
-        'image embedding',
-        'class probability',
-        'labels',
+        'token ids', 'pixels', 'text embedding', 'image embedding', 'class probability', 'labels',
         'image cosine',
     } <= set(rows) and report.ok
     text, labels, index = run.encode_text(['a red circle 77', 'a red circle '], ('embedding', 'labels', 'index'))
@@ -330,16 +306,8 @@ def test_int8_folded_bits_in_fixed_batches(tmp_path):
     tp, vp = tiny.pipelines()
     model = DualEncoder(TextTransformer(tp, width=32, depth=2, heads=2), Patches(vp), dim=24).eval()
     assert export(
-        model,
-        tmp_path / 'm.pt',
-        onnx=tmp_path / 'b',
-        fresh=False,
-        cpp=False,
-        quantize='int8',
-        fold=True,
-        dim=16,
-        output='binary',
-        deterministic=4,
+        model, tmp_path / 'm.pt', onnx=tmp_path / 'b', fresh=False, cpp=False, quantize='int8', fold=True,
+        dim=16, output='binary', deterministic=4,
     ).ok
     assert OnnxModel(tmp_path/'b').encode_text(['x']).shape == (1, 2)
     export_onnx(model, tmp_path/'g', Variant(deterministic=4))
@@ -357,15 +325,8 @@ def test_int8_folded_bits_in_fixed_batches(tmp_path):
 
 def test_pairs_in_half_precision_fixed_batches(tmp_path):
     report = export(
-        tiny.pair_model(),
-        tmp_path / 'm.pt',
-        onnx=tmp_path / 'g',
-        fresh=False,
-        cpp=False,
-        precision='fp16',
-        deterministic=3,
-        top_k=1,
-        threshold=0.6,
+        tiny.pair_model(), tmp_path / 'm.pt', onnx=tmp_path / 'g', fresh=False, cpp=False, precision='fp16',
+        deterministic=3, top_k=1, threshold=0.6,
     )
     run, picture = OnnxModel(tmp_path/'g'), np.full((9, 5, 3), 77, np.uint8)
     assert report.ok and 'labels' in stage(report)
