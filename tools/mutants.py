@@ -345,8 +345,8 @@ TABLE = [
         (
             'train/best is the least',
             'mmembed/train/config.py',
-            "            mode='max',",
-            "            mode='min',",
+            "mode='max', enable",
+            "mode='min', enable",
             'tests/train/test_run.py::test_the_best_checkpoint_has_the_highest_figure',
         ),
         (
