@@ -70,6 +70,8 @@ def padded(model, tokens):
 @pytest.mark.parametrize('name', FAMILIES)
 def test_open_clip_numbers_in_every_form(name, tmp_path):
     reference = open_clip.create_model(name).eval()
+    if name == 'tiny-coca':  # open_clip leaves this one as memory was, NaN now and then
+        with torch.no_grad(): reference.text_decoder.text_projection.normal_()
     torch.save(reference.state_dict(), tmp_path/'weights.pt')
     model = DualEncoder.from_open_clip(
         name, str(tmp_path / 'weights.pt'), siglip_pipeline() if name == 'tiny-siglip' else None
@@ -160,7 +162,7 @@ def test_mistakes(tmp_path):
         (
             lambda: OpenClipText(siglip_pipeline(), 16, {'hf_model_name': 'roberta-base'}),
             ValueError,
-            'make it with bert',
+            r'make it with Bert.from_pretrained\(\)',
         ),
         (lambda: timm_tower('resnet19'), ValueError, "timm knows no model 'resnet19'"),
         (lambda: timm_tower('resnet10t', 'no.pth'), FileNotFoundError, 'no weights file no.pth'),

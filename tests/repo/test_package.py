@@ -63,7 +63,7 @@ def test_wheel_runs_without_the_repository(installed, tmp_path):
 import sys; sys.path[:0] = [{str(installed)!r}]
 import mmembed as mm
 from pathlib import Path
-from mmembed.cli import main
+from mmembed.cli.main import main
 assert Path(mm.__file__).is_relative_to({str(installed)!r}), mm.__file__
 assert main(['--version']) == 0
 text = mm.TextPipeline.learn(['a red circle', 'a blue square'], vocab_size=60, max_length=8)
@@ -127,7 +127,7 @@ def test_verifying_needs_no_trainer():
     "The loader's rows, which `verify` and `export` compare, are made without Lightning, which takes seconds to import."
     program = '''
 import sys
-from mmembed.core import as_bytes
+from mmembed.core.packing import as_bytes
 from mmembed.export import cases, verify
 from mmembed.export.answers import loaded_rows
 from mmembed.export.tiny import tiny_model

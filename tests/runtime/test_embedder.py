@@ -182,7 +182,7 @@ def test_a_single_item_is_not_a_batch(emb):
     image = Image.new('RGB', (4, 4))
     for call, name in ((emb.encode_text, 'texts'), (emb.tokenize, 'texts'), (emb.encode_image, 'images')):
         for single in ('a cat', b'a cat', Path('x.jpg'), torch.zeros(3), image, np.zeros((4, 4, 3), np.uint8), None, 7):
-            with pytest.raises(TypeError, match=f'{name} is a single'): call(single)
+            with pytest.raises(TypeError, match=f'{name} is (a single|None)'): call(single)
 
 
 def test_batches_of_any_size_agree():

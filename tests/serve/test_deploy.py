@@ -260,7 +260,7 @@ def test_a_server_loads_only_what_its_image_has():
                 if name.partition('.')[0] in sys.argv[2:]:
                     raise ModuleNotFoundError(f'No module named {name!r}', name=name)
         sys.meta_path.insert(0, Missing())
-        from mmembed.cli import main
+        from mmembed.cli.main import main
         from mmembed.serve import grpc_server, server
         from mmembed.serve.service import Config, Service
         service = Service(Config(sys.argv[1], grpc_port=0, traces='http://127.0.0.1:1'))

@@ -13,7 +13,7 @@ from websockets.sync.client import connect
 
 from mmembed.cli.main import main
 from mmembed.serve.middleware import OPEN
-from mmembed.serve.http import app
+from mmembed.serve.http import ROUTERS, app
 from mmembed.serve.protobuf import methods
 from mmembed.serve.ray import deployment_options
 from mmembed.serve.grpc_server import SERVICES
@@ -25,8 +25,10 @@ from tests.serve.conftest import config
 from tests.helpers import HANG
 
 API = app(SimpleNamespace(config=Config('m.pt'), name='m')).inner.api
+# FastAPI keeps the routes of a router apart
+ALL = [r for router in (API, *ROUTERS) for r in router.routes if hasattr(r, 'path')]
 ROUTES = sorted({(method, re.sub(r'{name(:path)?}', 'm', route.path))
-                 for route in API.routes for method in getattr(route, 'methods', None) or {'WEBSOCKET'}} |
+                 for route in ALL for method in getattr(route, 'methods', None) or {'WEBSOCKET'}} |
                 {('GET', '/nothing'), ('POST', '/livez/'), ('GET', '//v1/models')})
 CALLS = [(service, name) for service in SERVICES for name in methods(service)]
 WRONG = {}, {'x-api-key': 'wrong'}, {'x-api-key': ''}, {'authorization': 'Bearer'}, {'authorization': 'Basic s3cret'}

@@ -268,7 +268,7 @@ def test_another_file_is_judged_whole_and_beside_its_own_name(work, capsys):
         and figures['data']['part'] == 'valid'
     )
     assert (
-        f'judged: {len(result.data.valid)} rows of pairs.csv, part valid' in said
+        f'judged: {len(result.data.valid)} rows of pairs.csv, split valid' in said
         and figures['step'] == saved(ckpt)['global_step']
     )
     for name, rows in (('other', 40), ('few', 3)):  # of three rows a share would leave none
@@ -313,7 +313,7 @@ def test_the_third_part_is_judged(work, capsys):
     )
     assert main(['eval', str(result.checkpoint), '--part', 'test']) == 0
     assert (
-        'judged: 12 rows of pairs.csv, part test' in capsys.readouterr().out
+        'judged: 12 rows of pairs.csv, split test' in capsys.readouterr().out
         and (result.folder / 'best.test.json').is_file()
     )
     assert len(evaluate(result.checkpoint)['recall']) and evaluate(result.checkpoint)['data']['rows'] == 18
