@@ -277,7 +277,7 @@ def test_another_file_is_judged_whole_and_beside_its_own_name(work, capsys):
             out == f'best.{name}.csv.json'
             and found['recall']['all']['text_to_image']['queries'] <= rows == found['data']['rows']
         )
-        assert found['data']['part'] == 'all' and f'judged: {rows} rows of {name}.csv, part all' in said
+        assert found['data']['part'] == 'all' and f'judged: {rows} rows of {name}.csv, split all' in said
     assert json.loads((result.folder/'best.json').read_text()) == figures  # as it was
     (work/'deep').mkdir()
     (work/'other').rename(work/'deep'/'other')
