@@ -180,7 +180,8 @@ def test_tables_of_the_api():
     for name in set(mmembed.__all__) - {'export'}:
         offered = getattr(mmembed, name)
         page = show_doc(offered, renderer=None)._repr_markdown_()
-        assert getattr(offered, '__name__', name) in page  # `bert` is an older name of `Bert.from_pretrained` and '```python' in page
+        # `bert` is an older name of `Bert.from_pretrained`
+        assert getattr(offered, '__name__', name) in page and '```python' in page
         tables += '| **' in page or '\n    ' in page
     assert tables > 15
 

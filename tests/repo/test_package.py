@@ -128,10 +128,10 @@ def test_verifying_needs_no_trainer():
     program = '''
 import sys
 from mmembed.core.packing import as_bytes
-from mmembed.export import cases, verify
-from mmembed.export.answers import loaded_rows
-from mmembed.export.tiny import tiny_model
-files = cases.images()
+from mmembed.exporters.tiny import tiny_model
+from mmembed.exporters.verify import samples, verify
+from mmembed.exporters.verify.hosts import loaded_rows
+files = samples.images()
 (rows, *_), = loaded_rows(tiny_model(), [as_bytes(b'a')], [as_bytes(files[k]) for k in ('truncated.jpg', 'RGB.png')])
 print(rows, 'lightning' in sys.modules)
 '''
@@ -209,9 +209,9 @@ def test_extras_are_declared():
 # beside torch, what a cold start could wait for
 HEAVY = (
     *(m for m in LATE if m != 'torch'),
-    'mmembed.train.run',
+    'mmembed.train',
     'mmembed.models',
-    'mmembed.export',
+    'mmembed.exporters',
     'mmembed.text',
     'mmembed.demo',
 )
