@@ -8,7 +8,6 @@ Docs: https://mmembed.github.io/mmembed/cli/embed.html.md"""
 __all__ = ['cluster_options', 'job_options', 'embed']
 
 # %% ../../nbs/cli/06_embed.ipynb #12ac34e7
-import inspect
 import json
 import os
 import sys
@@ -18,7 +17,7 @@ from typing import Annotated
 from fastcore.meta import delegates
 from fastcore.script import store_true
 
-from .main import path, resumable, typed
+from .main import path, resumable, taken, typed
 
 # %% ../../nbs/cli/06_embed.ipynb #b8242055
 def cluster_options(
@@ -88,9 +87,7 @@ def embed(
         return _print_items(artifact, source, text, stdin, device)
     named = dict(id_key=id_key, image_key=image_key, text_key=text_key, image_root=image_root)
     found, modality = _source(artifact, source, modality or 'image', null, keep=columns, **named), modality or 'image'
-    names = inspect.signature(cluster_options).parameters
-    cluster = {k: v for k, v in kwargs.items() if k in names}
-    job = job_options(**{k: v for k, v in kwargs.items() if k not in names})
+    job, cluster = job_options(**kwargs), taken(cluster_options, kwargs)
     if Out: return _write(artifact, found, Out, modality, columns, device, batch_size, threads, job, cluster)
     if cluster.get('engine', 'local') != 'local' or job['spark']:
         raise ValueError(f'{"--spark is of" if job["spark"] else "--engine ray writes"} files: name them with -o')

@@ -9,7 +9,6 @@ __all__ = ['triton_options', 'variant_options', 'calibration', 'export', 'check_
            'saved_model', 'exportable']
 
 # %% ../../nbs/cli/04_export.ipynb #c5b34822
-import inspect
 import re
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +16,7 @@ from typing import Annotated
 from fastcore.meta import delegates
 from fastcore.script import store_true
 
-from .main import near, path, path_or_name, working
+from .main import near, path, path_or_name, taken, working
 
 # %% ../../nbs/cli/04_export.ipynb #6bf296c1
 def triton_options(
@@ -126,14 +125,12 @@ def export(
     mmembed export runs/quickstart/best.ckpt --out model.pt --compiled model.pt2
     mmembed export model.pt --onnx onnx --triton models
     mmembed export model.pt --triton models --triton-preprocess 8 --triton-warm-up --triton-strings"""
-    names = inspect.signature(triton_options).parameters
-    served = triton_options(**{k: v for k, v in kwargs.items() if k in names})
+    served = triton_options(**taken(triton_options, kwargs))
     made = is_artifact(checkpoint) if (triton or onnx) and checkpoint else False
     check_targets(checkpoint, made, triton, served, onnx, onnx_files, compiled)
     if not made:
         model, name, training = exportable(checkpoint, open_clip, weights, image)
-        options = variant_options(**{k: v for k, v in kwargs.items() if k not in names})
-        options |= dict(training=training, cpp=cpp)
+        options = variant_options(**kwargs) | dict(training=training, cpp=cpp)
         checkpoint = write_files(model, name, Out, compiled, json, options, onnx, onnx_files, device, cuda_graphs)
     if triton:
         from mmembed.exporters.triton import export_triton

@@ -6,8 +6,8 @@ Docs: https://mmembed.github.io/mmembed/cli/main.html.md"""
 
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'RENAMED', 'DISK_FULL', 'EXPECTED', 'command', 'usage', 'summary', 'Formatter', 'Parser',
-           'nearest_option', 'parser', 'takes_argv', 'passes_on', 'split_doc', 'with_new_names', 'call', 'main',
-           'open_streams', 'output_fails', 'drop_output', 'dispatch', 'unknown', 'sentence', 'quiet', 'path',
+           'nearest_option', 'parser', 'taken', 'takes_argv', 'passes_on', 'split_doc', 'with_new_names', 'call',
+           'main', 'open_streams', 'output_fails', 'drop_output', 'dispatch', 'unknown', 'sentence', 'quiet', 'path',
            'path_or_name', 'near', 'typed', 'resumable', 'working']
 
 # %% ../../nbs/cli/01_main.ipynb #8962acfa
@@ -155,6 +155,13 @@ def parser(
         p.epilog = f'Options that begin with {passed} change the data, as in `mmembed train`.\n\n{p.epilog}'
         if whole: f.more_options(p)
     return p
+
+def taken(
+    f: Callable, # a function of options
+    given: dict, # options, of other functions too
+) -> dict:
+    "Return those of `given` that are parameters of `f`."
+    return {k: v for k, v in given.items() if k in inspect.signature(f).parameters}
 
 def takes_argv(f: Callable) -> bool: return list(inspect.signature(f).parameters) == ['argv']
 
