@@ -32,16 +32,16 @@ from .queue import MAX_PATIENCE, Budget, Item, PendingRequest, BatchQueue, item_
 # %% ../../nbs/serve/02_engine.ipynb #168c8ebf
 class Options(NamedTuple):
     "How an engine batches, and what it accepts"
-    batch: int = 16             # items that a tower sees at once, at most
-    wait: float = .002          # seconds after its arrival when an item goes into a batch that is not full
-    queue: int = 1024           # items of a kind that wait, all stages together; more are turned away
-    queue_bytes: int = 256 << 20 # the same in bytes of texts and files
+    batch: int = 16             # most items that a tower sees at once
+    wait: float = .002          # seconds after its arrival at which an item goes into a batch that is not full
+    queue: int = 1024           # most items of a kind that wait, all stages together; more are turned away
+    queue_bytes: int = 256 << 20 # most bytes of texts and files that wait
     decoders: int = 0           # threads that decode images; 0: one a core
     timeout: float = 30.        # seconds a request may take
     stall: float = 60.          # seconds after which a worker that has not come back counts as dead
-    max_pixels: int = 1 << 25   # of an image, from its header; the artifact's own limit where that is less
-    pixels: int = 0             # of all images that are being decoded; 0: what a quarter of the memory holds
-    max_text: int = 1 << 20     # bytes of a text, as UTF-8
+    max_pixels: int = 1 << 25   # most pixels of an image, by its header; the artifact's own limit where that is less
+    pixels: int = 0             # most pixels that are being decoded at once; 0: what a quarter of the memory holds
+    max_text: int = 1 << 20     # most bytes of a text, as UTF-8
 
 # %% ../../nbs/serve/02_engine.ipynb #016b0c94
 class Busy(Exception):

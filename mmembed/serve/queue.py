@@ -51,12 +51,12 @@ class Item:
 
 # %% ../../nbs/serve/01_queue.ipynb #a12aabdc
 class PendingRequest:
-    "The items of one request, until each of them has a status"
+    "The items of one request; `done` is called when each of them has a status"
     def __init__(self,
         items: list[Item], # of the request, in order
-        done: Callable, # called once with this job, from the thread that settles the last item
-        deadline: float = math.inf, # of `time.perf_counter`
-        urgent: bool = False, # goes before every other request where a queue shares its places
+        done: Callable, # called once with this request, from the thread that settles the last item
+        deadline: float = math.inf, # seconds of `time.perf_counter`
+        urgent: bool = False, # whether it goes before every other request
     ):
         self.items, self.done, self.deadline, self.cancelled, self.urgent = items, done, deadline, False, urgent
         self.had: dict[BatchQueue, int] = {}  # places that it has been given so far
@@ -124,13 +124,13 @@ class _Fewest: # the request of least rank in a bucket, again and again
 
 # %% ../../nbs/serve/01_queue.ipynb #27a14670
 class BatchQueue:
-    "Items that wait for a worker, in buckets that never share a batch; each request gets its share of the places"
+    "A queue of items for a worker: buckets never share a batch, and each request gets its share of the places"
     def __init__(self,
         largest: int,      # items in a batch, at most
-        wait: float = 0.,  # seconds after its arrival when an item is due
-        room: int = 0,     # items below which `wait_for_room` returns
+        wait: float = 0.,  # seconds after its arrival at which an item is due
+        room: int = 0,     # `wait_for_room` returns while fewer items than this wait here
         then: 'BatchQueue | None' = None, # the queue that its items go to next
-        bytes: int = 0,    # of a batch of more than one item, at most; 0: any
+        bytes: int = 0,    # at most, in a batch of more than one item; 0: no limit
     ):
         self.bytes = bytes
         self.largest, self.wait, self.room, self.then = largest, wait, room, then
@@ -184,9 +184,9 @@ def due(self: BatchQueue) -> bool: # False when the queue is closed and nothing 
 def take(self: BatchQueue,
     wait: bool = True, # until a batch is due
 ) -> list[Item]:
-    """The next batch.
+    """Return the next batch.
 
-    Empty when the queue is closed and nothing is left, or when it should not wait and none is due."""
+    It is empty when the queue is closed and nothing is left, or when `wait` is false and no batch is due."""
     with self._ready:
         while not wait or self._due():
             key = self._leader()
@@ -201,7 +201,7 @@ def wait_for_room(self: BatchQueue):
 
 @patch
 def close(self: BatchQueue):
-    "Accept no more items: `take` gives out those that are here, then returns empty batches."
+    "Accept no more items; `take` returns those that are still here, then empty batches."
     with self._ready:
         self.closed = True
         self._ready.notify_all()
