@@ -10,6 +10,7 @@ from mmembed.runtime.artifact import read_card
 from mmembed.exporters.export import export
 from mmembed.models.towers import ConvNet
 from mmembed.text.pipeline import TextPipeline
+from mmembed.vision.augment import Augmentation
 from mmembed.vision.pipeline import VisionPipeline
 
 from tests.exporters import tiny
@@ -54,6 +55,35 @@ def test_what_decides_the_numbers_decides_the_hash():
         seen.add(h['content_hash'])
     assert hashes(model, decode=False)['content_hash'] != base['content_hash']
     assert hashes(model, training={'metrics': {'recall@1': .5}}) == base
+
+
+def with_pixels(**options):
+    "The model of `tiny` behind another pixel rule, with the same weights."
+    model, other = tiny.model(), copy.deepcopy(tiny.model())
+    image = ConvNet(VisionPipeline(size=48, **options), channels=(8, 16), width=32)
+    image.load_state_dict(model.image.state_dict())
+    other.image = image
+    return make_card(other, 24)
+
+
+def test_what_only_training_does_is_not_hashed():
+    "Augmentation stands in the card, to be read; an artifact does not augment."
+    plain = with_pixels()
+    for option in (dict(flip=0.5), dict(scale=(0.2, 1)), dict(color_jitter_prob=0.8), dict(re_prob=0.1)):
+        card = with_pixels(augmentation=Augmentation(**option))
+        assert card['pixels']['augmentation'] != plain['pixels']['augmentation']
+        for key in ('preprocessing_sha256', 'content_hash', 'short_hash'): assert card[key] == plain[key], option
+    served = (dict(alpha='black'), dict(crop='floor'), dict(max_pixels=1000), dict(mean=(0, 0, 0)), dict(fill=9))
+    hashes = {with_pixels(**option)['content_hash'] for option in served}
+    assert len(hashes | {plain['content_hash']}) == len(served) + 1
+
+
+def test_tables_that_only_make_the_tokenizer_fast_are_not_hashed():
+    model = copy.deepcopy(tiny.model())
+    tables = [t for k, t in model.text_pipeline.state_dict().items() if k.startswith('words.')]
+    assert tables
+    for t in tables: t.zero_()
+    assert make_card(model, 24)['content_hash'] == make_card(tiny.model(), 24)['content_hash']
 
 
 def test_the_card_says_what_it_must():
