@@ -114,7 +114,7 @@ class Batcher {
         return "{\"id\": " + batch[i].request.id + ", \"" + what + "\": " + mmembed::numbers(x);
       };
       if (!at_pair.empty()) {
-        const auto done = emb_.scores(texts, images);
+        const auto done = emb_.score_pairs(texts, images);
         std::string labels;
         for (const auto& label : emb_.labels()) labels += (labels.empty() ? "" : ", ") + mmembed::quote(label);
         for (size_t k = 0; k < at_pair.size(); ++k)

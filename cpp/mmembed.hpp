@@ -10,7 +10,7 @@
 //   mmembed::Embedder fast("model.pt2");                                       // compiled: the same calls, the same answers
 //
 //   mmembed::Embedder judge("pairs.pt");                                       // of a PairClassifier
-//   mmembed::Scored match = judge.scores({"a red circle"}, {mmembed::Image::file("cat.jpg")});  // (1, C), C labels
+//   mmembed::Scored match = judge.score_pairs({"a red circle"}, {mmembed::Image::file("cat.jpg")});  // (1, C), C labels
 //
 // An artifact is code: load only files that you trust.
 #pragma once
@@ -86,6 +86,7 @@ inline std::string reason(const std::exception& e) {
   return std::regex_replace(std::regex_replace(found, type, ""), place, "");
 }
 
+// Returns the content of a file; throws Error with the path where it cannot be read.
 inline std::string read_file(const std::string& path) {
   if (std::filesystem::is_directory(path)) throw Error(path + ": " + std::strerror(EISDIR));
   std::ifstream in(path, std::ios::binary);
@@ -102,10 +103,12 @@ inline torch::Tensor as_bytes(const std::string& data) {  // uint8 (N,)
   return t;
 }
 
+// Token ids, and 1 where an id is not padding.
 struct Tokens {
   torch::Tensor ids, mask;  // int64 (B, L)
 };
 
+// The header of an image file, read without decoding it.
 struct ImageInfo {
   std::string format;  // "jpeg", "png", "webp", "gif", "avif", "rgb" or "" when not recognised
   int64_t width, height, bits, channels, orientation, frames;
@@ -128,27 +131,28 @@ struct Image {
   }
 };
 
-// What a batch of images became. A row whose error is not empty holds zeros.
+// Embeddings of a batch of images. The row of an image that failed is zeros.
 struct Encoded {
   torch::Tensor embedding;          // (B, D), float32 unless the artifact stores int8 or bits
-  std::vector<std::string> errors;  // "" for every item that went well
+  std::vector<std::string> errors;  // of each image; "" for success
   bool ok(size_t i) const { return errors.at(i).empty(); }
 };
 
-// What a batch of pairs became. A row whose error is not empty holds NaN.
+// Scores of a batch of pairs. The row of a pair whose image failed is NaN.
 struct Scored {
   torch::Tensor scores;             // float32 (B, C), before softmax
-  std::vector<std::string> errors;  // "" for every pair that went well
+  std::vector<std::string> errors;  // of each pair; "" for success
   bool ok(size_t i) const { return errors.at(i).empty(); }
 };
 
-// The best labels of every item, best first.
+// The most probable labels of every item, best first.
 struct Labelled {
-  std::vector<std::vector<std::string>> labels;  // of each item: those that reach their thresholds, at most k
-  torch::Tensor index;                           // int64 (B, K); -1 where none counts
-  torch::Tensor probability;                     // float32 (B, K); 0 where none counts
+  std::vector<std::vector<std::string>> labels;  // of each item: those that reach their thresholds, at most K
+  torch::Tensor index;                           // int64 (B, K): which label; -1 where none reaches its threshold
+  torch::Tensor probability;                     // float32 (B, K); 0 where none reaches its threshold
 };
 
+// One image as its tower sees it, before normalisation.
 struct Pixels {
   torch::Tensor levels;  // uint8 (3, S, S); undefined when error is not empty
   std::string error;
@@ -324,7 +328,7 @@ class Archive {
     return f(made.path);
   }
 
-  // The identity card, JSON.
+  // Returns the identity card, JSON.
   std::string card() const {
     std::string found;
     try {
@@ -756,11 +760,11 @@ class Embedder {
 
   const std::string& card() const { return card_; }
   std::string short_hash() const { return card_field(card_, "short_hash"); }
-  int64_t dim() const { return dim_; }                                // width of an answer
-  bool pairs() const { return pairs_; }                               // scores pairs instead of embedding
-  const std::vector<std::string>& labels() const { return labels_; }  // what scores are of; empty without
+  int64_t dim() const { return dim_; }                                // width of an embedding, or number of labels
+  bool pairs() const { return pairs_; }                               // whether the artifact scores pairs instead of embedding
+  const std::vector<std::string>& labels() const { return labels_; }  // class names; empty for an artifact without labels
   const Options& options() const { return options_; }
-  const std::string& computes() const { return computes_; }           // in what the towers multiply here, in a line
+  const std::string& computes() const { return computes_; }           // the arithmetic of the towers on this processor, in a line
 
   Tokens tokenize(const std::vector<std::string>& texts) const {
     torch::NoGradGuard no_grad;
@@ -769,20 +773,20 @@ class Embedder {
     return {fields->elements()[0].toTensor().to(torch::kCPU), fields->elements()[1].toTensor().to(torch::kCPU)};
   }
 
-  // Answers made-up items in batches of each size, so that what is slow only once is over.
+  // Runs made-up items in batches of each size, so that the first real calls are not slow.
   void warmup(const std::vector<int64_t>& sizes = {1}) const {
     for (int64_t n : sizes) {
       if (n < 1) throw Error("sizes must be at least 1, got " + std::to_string(n));
       const std::vector<std::string> texts(static_cast<size_t>(n), "a photo of a small red circle");
       const std::vector<Image> images(static_cast<size_t>(n), Image::rgb(torch::zeros({3, 8, 8}, torch::kUInt8)));
       for (int i = 0; i < 2; ++i) {
-        if (pairs_) scores(texts, images);
+        if (pairs_) score_pairs(texts, images);
         else encode_text(texts), encode_image(images);
       }
     }
   }
 
-  // (B, D). Any bytes are a text: what is not valid UTF-8 becomes U+FFFD.
+  // Embeds texts, UTF-8, to (B, D). Bytes that are not valid UTF-8 become U+FFFD.
   torch::Tensor encode_text(const std::vector<std::string>& texts) const {
     embeds("encode_text");
     torch::NoGradGuard no_grad;
@@ -802,7 +806,7 @@ class Embedder {
             f[5].toInt(), f[6].toInt(), f[7].toStringRef()};
   }
 
-  // One image to uint8 (3, S, S), or the reason why not. Never throws for a bad image.
+  // Decodes and resizes one image to uint8 (3, S, S). Never throws for a bad image: it gets an error.
   Pixels preprocess(const Image& image) const {
     torch::NoGradGuard no_grad;
     if (const std::string error = unusable(image); !error.empty()) return {torch::Tensor(), error};
@@ -814,14 +818,14 @@ class Embedder {
     }
   }
 
-  // The same for many, decoded by options().decoders threads.
+  // Decodes and resizes images in options().decoders threads.
   std::vector<Pixels> preprocess(const std::vector<Image>& images) const {
     std::vector<Pixels> out(images.size());
     in_threads(images.size(), options_.decoders, [&](size_t i) { out[i] = preprocess(images[i]); });
     return out;
   }
 
-  // Never throws for a bad image: its row is zeros and its error says why.
+  // Embeds images to (B, D). Never throws for a bad image: its row is zeros, and its error gives the reason.
   Encoded encode_image(const std::vector<Image>& images) const {
     embeds("encode_image");
     torch::NoGradGuard no_grad;
@@ -833,11 +837,11 @@ class Embedder {
     return out;
   }
 
-  // Scores of text i with image i, one for each of labels(). Never throws for a bad image: its pair is NaN.
-  Scored scores(const std::vector<std::string>& texts, const std::vector<Image>& images) const {
-    if (!pairs_) throw Error("this artifact embeds: call score(text, image) with embeddings, scores() is for a PairClassifier's");
+  // Scores text i with image i, for each of labels(). Never throws for a bad image: its pair is NaN.
+  Scored score_pairs(const std::vector<std::string>& texts, const std::vector<Image>& images) const {
+    if (!pairs_) throw Error("this artifact embeds: call score(text, image) with embeddings; score_pairs is for a PairClassifier's");
     if (texts.size() != images.size())
-      throw Error(std::to_string(texts.size()) + " texts and " + std::to_string(images.size()) + " images are no pairs");
+      throw Error(std::to_string(texts.size()) + " texts and " + std::to_string(images.size()) + " images are not pairs");
     torch::NoGradGuard no_grad;
     Scored out{torch::full({static_cast<int64_t>(texts.size()), dim_}, std::nan("")), std::vector<std::string>(texts.size())};
     each_batch(images, out.errors, [&](const std::vector<int64_t>& rows, const torch::Tensor& levels) {
@@ -849,8 +853,12 @@ class Embedder {
     return out;
   }
 
-  // The labels of scores (B, C) of pairs, or of embeddings (B, D) for an artifact that was exported with labels;
-  // top_k at most, 0 for as many as the artifact says. An item that failed, a row of zeros or NaN, has none.
+  // An older name of score_pairs.
+  [[deprecated("Embedder::scores is now called score_pairs")]]
+  Scored scores(const std::vector<std::string>& texts, const std::vector<Image>& images) const { return score_pairs(texts, images); }
+
+  // Names the best labels for scores (B, C) of pairs, or for embeddings (B, D) where the artifact was exported with labels: at most
+  // top_k, 0 for the artifact's own number. A row of zeros or NaN, of an item that failed, has none.
   Labelled classify(const torch::Tensor& rows, int64_t top_k = 0) const {
     if (labels_.empty()) throw Error("this artifact has no labels: export it with labels=");
     torch::NoGradGuard no_grad;
@@ -867,8 +875,8 @@ class Embedder {
     return out;
   }
 
-  // Scores float32 (T, I) of embeddings (T, D) and (I, D). An item that failed, a row of zeros, scores NaN; an embedding of bits may be
-  // all zeros, so pass what encode_image gave there.
+  // Scores every text embedding (T, D) with every image embedding (I, D): float32 (T, I). A row of zeros, of an item that failed, scores
+  // NaN; a binary embedding may be all zeros, so pass the Encoded of encode_image there.
   torch::Tensor score(const torch::Tensor& text, const torch::Tensor& image) const {
     embeds("score");
     torch::NoGradGuard no_grad;
@@ -876,7 +884,7 @@ class Embedder {
     return out.masked_fill(failed(text).unsqueeze(1).logical_or(failed(image)), std::nan(""));
   }
 
-  // The same of what encode_image gave: an image that failed scores NaN.
+  // Scores text embeddings (T, D) with the result of encode_image; an image that failed scores NaN.
   torch::Tensor score(const torch::Tensor& text, const Encoded& image) const {
     return score(text, image.embedding).masked_fill(failed(image), std::nan(""));
   }
@@ -939,7 +947,7 @@ class Embedder {
   }
 
   void embeds(const char* method) const {
-    if (pairs_) throw Error(std::string(method) + ": this artifact scores pairs and has no embeddings: call scores(texts, images)");
+    if (pairs_) throw Error(std::string(method) + ": this artifact scores pairs and has no embeddings: call score_pairs(texts, images)");
   }
 
   // f(rows, levels) for every batch of good images; the reasons of the others go to `errors`.

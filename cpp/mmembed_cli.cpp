@@ -93,7 +93,7 @@ void clock_one(const mmembed::Embedder& emb, const char* kind, size_t items, int
 
 void clock_it(const mmembed::Embedder& emb, const std::vector<std::string>& texts, const std::vector<mmembed::Image>& images, int64_t n) {
   emb.warmup();
-  if (emb.pairs()) return clock_one(emb, "pair", texts.size(), n, [&] { emb.scores(texts, images); });
+  if (emb.pairs()) return clock_one(emb, "pair", texts.size(), n, [&] { emb.score_pairs(texts, images); });
   clock_one(emb, "text", texts.size(), n, [&] { emb.encode_text(texts); });
   clock_one(emb, "image", images.size(), n, [&] { emb.encode_image(images); });
 }
@@ -173,7 +173,7 @@ int run(int argc, char** argv) {
                 emb.pairs() ? "" : (", \"embedding\": " + numbers(encoded.embedding[static_cast<int64_t>(i)])).c_str());
   }
   if (emb.pairs() && !texts.empty() && !images.empty()) {
-    const mmembed::Scored done = emb.scores(texts, images);
+    const mmembed::Scored done = emb.score_pairs(texts, images);
     for (size_t i = 0; i < texts.size(); ++i) {
       if (done.ok(i)) std::printf("{\"kind\": \"pair\", \"index\": %zu, \"scores\": %s}\n", i, numbers(done.scores[static_cast<int64_t>(i)]).c_str());
       else std::printf("{\"kind\": \"pair\", \"index\": %zu, \"error\": %s}\n", i, quote(done.errors[i]).c_str());

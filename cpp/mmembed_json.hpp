@@ -93,7 +93,7 @@ class Reader {
     while (i_ < s_.size() && (std::isalnum(static_cast<unsigned char>(s_[i_])) || std::strchr("+-.", s_[i_]))) ++i_;
     const std::string word = s_.substr(start, i_ - start);
     static const std::regex form("true|false|null|-?(0|[1-9][0-9]*)(\\.[0-9]+)?([eE][+-]?[0-9]+)?");
-    if (word.size() > 40 || !std::regex_match(word, form)) fail("a value is no string, number or literal");
+    if (word.size() > 40 || !std::regex_match(word, form)) fail("a value is not a string, number or literal");
     return word;
   }
 
@@ -158,7 +158,7 @@ inline std::string from_base64(const std::string& text) {
     const char c = text[i];
     const int v = c >= 'A' && c <= 'Z' ? c - 'A' : c >= 'a' && c <= 'z' ? c - 'a' + 26 : c >= '0' && c <= '9' ? c - '0' + 52
                 : c == '+' || c == '-' ? 62 : c == '/' || c == '_' ? 63 : -1;
-    if (v < 0) throw Error("image_base64 holds what is no base 64");
+    if (v < 0) throw Error("image_base64 is not base 64");
     bits = bits << 6 | static_cast<uint32_t>(v);
     if ((n += 6) >= 8) out += static_cast<char>(bits >> (n -= 8) & 0xFF);
   }

@@ -88,8 +88,8 @@ int leak(const std::string& path, const std::string& pair_path, const std::strin
     emb.score(text, image.embedding);
     emb.tokenize({"a"});
     emb.probe(good);
-    judge.scores({"a", "b"}, {good, bad});
-    judge.classify(judge.scores({"a"}, {good}).scores, 1);
+    judge.score_pairs({"a", "b"}, {good, bad});
+    judge.classify(judge.score_pairs({"a"}, {good}).scores, 1);
     CHECK(!error_of([&] { emb.score(text, torch::zeros({1, 1})); }).empty());
     CHECK(!error_of([&] { judge.encode_text({"a"}); }).empty());
   }
@@ -219,20 +219,24 @@ int main(int argc, char** argv) {
   Embedder judge(pair_path);
   judge.warmup();
   CHECK(judge.pairs() && !emb.pairs() && judge.labels() == std::vector<std::string>({"mismatch", "match"}));
-  auto pairs = judge.scores({"a red circle", "b", "c"}, {good, Image::bytes("x"), Image::rgb(rgb)});
+  auto pairs = judge.score_pairs({"a red circle", "b", "c"}, {good, Image::bytes("x"), Image::rgb(rgb)});
   CHECK(pairs.scores.sizes() == torch::IntArrayRef({3, 2}) && pairs.ok(0) && !pairs.ok(1) && pairs.ok(2));
   CHECK(pairs.scores[1].isnan().all().item<bool>() && !pairs.scores[0].isnan().any().item<bool>());
-  CHECK(torch::equal(pairs.scores[0], judge.scores({"a red circle", "c"}, {good, Image::rgb(rgb)}).scores[0]));
-  CHECK(judge.scores({}, {}).scores.sizes() == torch::IntArrayRef({0, 2}));
+  CHECK(torch::equal(pairs.scores[0], judge.score_pairs({"a red circle", "c"}, {good, Image::rgb(rgb)}).scores[0]));
+  CHECK(judge.score_pairs({}, {}).scores.sizes() == torch::IntArrayRef({0, 2}));
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  CHECK(torch::equal(judge.scores({"a red circle"}, {good}).scores, judge.score_pairs({"a red circle"}, {good}).scores));  // its older name
+#pragma GCC diagnostic pop
   auto found = judge.classify(pairs.scores.index({torch::tensor({0, 2})}), 1);
   CHECK(found.labels.size() == 2 && found.labels[0].size() == 1 && found.index.sizes() == torch::IntArrayRef({2, 1}));
   CHECK(found.labels[0][0] == judge.labels()[static_cast<size_t>(pairs.scores[0].argmax().item<int64_t>())]);
 
   // wrong calls name what is wrong
-  CHECK(error_of([&] { judge.encode_text({"a"}); }).rfind("encode_text: this artifact scores pairs", 0) == 0);
+  CHECK(error_of([&] { judge.encode_text({"a"}); })== "encode_text: this artifact scores pairs and has no embeddings: call score_pairs(texts, images)");
   CHECK(error_of([&] { judge.encode_image({good}); }).rfind("encode_image: this artifact scores pairs", 0) == 0);
-  CHECK(error_of([&] { emb.scores({"a"}, {good}); }).rfind("this artifact embeds", 0) == 0);
-  CHECK(error_of([&] { judge.scores({"a"}, {}); }) == "1 texts and 0 images are no pairs");
+  CHECK(error_of([&] { emb.score_pairs({"a"}, {good}); })== "this artifact embeds: call score(text, image) with embeddings; score_pairs is for a PairClassifier's");
+  CHECK(error_of([&] { judge.score_pairs({"a"}, {}); }) == "1 texts and 0 images are not pairs");
   CHECK(error_of([&] { emb.classify(text); }).rfind("this artifact has no labels", 0) == 0);
   CHECK(error_of([&] { emb.score(torch::Tensor(), alone); }) == "text is an undefined tensor");
   CHECK(error_of([&] { emb.score(text, alone[0]); }) == "image must have the shape (I, " + std::to_string(D) + ") and the type Float, got Float [" + std::to_string(D) + "]");

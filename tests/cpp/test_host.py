@@ -174,7 +174,7 @@ def test_stored_embeddings(cli, tmp_path):
 
 def test_counts_of_pairs_must_agree(cli):
     apart = call(cli, tiny.pair_artifact(), '--text', 'a', '--text', 'b', '--image', '/no/such.png')
-    assert apart.returncode == 2 and '2 texts and 1 images are no pairs' in apart.stderr
+    assert apart.returncode == 2 and '2 texts and 1 images are not pairs' in apart.stderr
 
 
 def test_decoders_change_no_answer(cli, tmp_path):
@@ -229,7 +229,7 @@ def test_server_on_standard_input(server, picture):
         '/no/such: No such file or directory',
         'send either text or image',
         'unknown key tekst',
-        'image_base64 holds what is no base 64',
+        'image_base64 is not base 64',
     ]
     assert got[3]['error'].startswith('not a flat JSON object')
 

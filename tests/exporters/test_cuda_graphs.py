@@ -92,7 +92,7 @@ def test_options_are_verified_and_in_the_card():
     rows = {(r.stage, r.what) for r in report.rows}
     assert {('against fp32', 'text cosine'), ('graphs', 'text embedding'), ('graphs', 'image embedding')} <= rows
     assert report.card['variant'] == {'attention': 'math'} and report.card['graphs'] == [1, 4]
-    assert any(n.startswith('graphs: captured on a GPU alone') for n in report.notes)
+    assert any(n.startswith('CUDA graphs: only a GPU captures them') for n in report.notes)
     assert report.card['content_hash'] == make_card(tiny.model(), 24, variant={'attention': 'math'})['content_hash']
     emb = load(path)
     assert emb.graphs == () and 'graphs on CUDA alone' in repr(emb)

@@ -1,4 +1,4 @@
-"""Answers of the model, of its file here and in a fresh process, and of C++, to the same texts and images
+"""Collect the answers of a model, of its file in this and another process, and of C++, to the same questions
 
 Docs: https://mmembed.github.io/mmembed/exporters/verify/hosts.html.md"""
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ...core.torchscript import quietly
 from . import cpp as host
+from ..reference import ANSWERS
 from ...runtime.artifact import multiplies, read_card, widened
 from ...core.files import named
 from ...core.errors import reason
@@ -31,9 +32,11 @@ def answers(
     module,               # a loaded artifact, or `Eager`
     texts: list[Tensor],  # UTF-8, uint8 (N,) each
     images: list[Tensor], # files uint8 (N,), or decoded RGB uint8 (3, H, W)
-    sizes: list[int],     # batch sizes
+    sizes: list[int],     # batch sizes; 0: an empty batch
 ) -> dict: # (kind, batch size) -> list of tensors, or of strings
-    "Return the answers of `module` to every text and image, in batches of every size; its source runs elsewhere too."
+    """Ask `module` about every text and image in batches of each size, and return its answers.
+
+    The source of this function runs in processes without mmembed too."""
     def batches(items, size): return [items[i:i+size] for i in range(0, len(items), size)] if size else [items[:0]]
     def valid(t): return bytes(t.tolist()).decode(errors='replace').encode() == bytes(t.tolist())
     out, levels, status, good = {}, [], [], []
@@ -74,7 +77,7 @@ def answers(
 
 # %% ../../../nbs/exporters/verify/03_hosts.ipynb #bca58534
 def program() -> str:
-    "Return the source of what the fresh process runs."
+    "Return the source of the program that the fresh process runs."
     head = (
         "import sys\nsys.modules['mmembed'] = None  # any import of it fails\nimport importlib.util, io, json, re, "
         "tempfile, warnings, zipfile\n"
@@ -103,10 +106,12 @@ torch.save(answers(widened(found, card) if device == 'cpu' else found, **asked),
 def fresh(
     path: Path,   # an artifact
     asked: dict,  # the arguments of `answers`
-    decode: bool, # whether it decodes files
-    device: str = 'cpu', # where it is loaded
+    decode: bool, # the artifact decodes image files
+    device: str = 'cpu', # torch device that the artifact is loaded on
 ) -> dict: # as `answers` returns
-    "Return the answers of a new process without mmembed; raises `RuntimeError` with its last line when it fails."
+    """Ask an artifact in a new process that cannot import mmembed.
+
+    Raises `RuntimeError` with the last line that the process printed when it fails."""
     with tempfile.TemporaryDirectory() as d:
         torch.save(asked, f'{d}/asked.pt')
         card = json.dumps({k: v for k, v in read_card(path).items() if k in ('compiled', 'image_size', 'variant')})
@@ -117,14 +122,16 @@ def fresh(
         return torch.load(f'{d}/told.pt', map_location='cpu')
 
 # %% ../../../nbs/exporters/verify/03_hosts.ipynb #462dabaa
-CPP_SKIPS = 'score', 'raw batch', 'labels', 'class probability'  # kinds that the command-line host does not print
+# kinds that the C++ program does not print
+CPP_SKIPS = tuple(kind for kind, answer in ANSWERS.items() if not answer.cpp)
 
+# %% ../../../nbs/exporters/verify/03_hosts.ipynb #890f5ac3
 def cpp(
-    exe: Path,   # the compiled host
+    exe: Path,   # the compiled mmembed_cli
     path: Path,  # an artifact
     asked: dict, # the arguments of `answers`, without a batch size of 0
 ) -> dict: # as `answers` returns, without the kinds in `CPP_SKIPS`
-    "Return the answers of the C++ host."
+    "Ask an artifact in the C++ program."
     texts, images = [t.numpy().tobytes() for t in asked['texts']], asked['images']
     pairs, out = 'labels' in read_card(path), {}
     if pairs:  # pixels of every image, then text i with good image i, from the first again
@@ -154,11 +161,11 @@ def _decoded(rows: list[dict]) -> dict: # (kind, 1) -> pixels, uint8 (3, S, S); 
 
 # %% ../../../nbs/exporters/verify/03_hosts.ipynb #ee93bc5b
 def loaded_rows(
-    model: nn.Module,     # with its two pipelines
+    model: nn.Module,     # a DualEncoder or PairClassifier with its two pipelines
     texts: list[Tensor],  # UTF-8, uint8 (N,) each
     images: list[Tensor], # files, uint8 (N,) each
-) -> list[tuple]: # of batches: rows, ids, mask, pixels
-    "Return the validation batches that `PairData` makes of text i with image i."
+) -> list[tuple]: # of each batch: row numbers, ids, mask, pixels float32 (B, 3, S, S)
+    "Collect the validation batches that `PairData` makes of text i with image i."
     from mmembed.train.batches import Collate, Ledger, PairLoader, Rows
     from mmembed.data.source import Source
     class Samples(Source):

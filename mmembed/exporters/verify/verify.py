@@ -1,4 +1,4 @@
-"""Prove, item by item, that every host gives the numbers of the model in the notebook
+"""Compare an artifact with its model, item by item, in every program that can run it
 
 Docs: https://mmembed.github.io/mmembed/exporters/verify/verify.html.md"""
 
@@ -25,7 +25,7 @@ from ...core.quantize import dequantize
 from ...core.threads import give_back
 from ...core.torchcodec import register_image_ops
 from ..aot import program_hashes
-from ..card import content_hash, make_card, same_model, sha256
+from ..card import content_hash, make_card, sha256
 from ..reference import Eager
 from ..steps import Classes, Steps, read_classes, tried
 from ..variants import SAME, Variant, bounds
@@ -41,60 +41,65 @@ from ...runtime.cuda_graphs import Captured
 def all_tensors(
     module: nn.Module, # an `Artifact`, scripted or not
 ) -> dict: # name -> tensor
-    "Return every parameter and buffer, those included that a state_dict leaves out."
+    "Return every parameter and buffer by its name, those included that a state_dict leaves out."
     return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
 
 # %% ../../../nbs/exporters/verify/06_verify.ipynb #23a0e4b8
 def _changed_record(path: Path, card: dict) -> str: # '' for none
     try: found = records_hash(records_of(path, reuse=True))
     except zipfile.BadZipFile as e: return f'a record is damaged: {e}'
-    return '' if found == card['records_sha256'] else 'a record of the archive, code or data, is not as it was written'
+    return (
+        '' if found == card['records_sha256'] else 'a record of the archive, code or data, was changed after the export'
+    )
 
 def _held(kind: str, good: bool, note: str) -> Comparison:
     return Comparison('card', kind, 1, 0.0 if good else float('inf'), 0.0, '' if good else note)
 
 def _card_rows(path: Path, card: dict, loaded, notes: list[str]) -> list[Comparison]: # notes is added to
-    "Hold the file at `path`, and the module that was loaded from it, to its card."
-    in_module = 'the card in the module is not the card in the archive'
+    "Compare the file at `path`, and the module that was loaded from it, with its card."
+    in_module = 'the card in the module differs from the card in the archive'
     rows = [_held('identity card', json.loads(loaded.card()) == card, in_module)]
     if 'records_sha256' in card:
-        entries = "the card's entries are not those that its content hash was made of"
+        entries = "the card's entries do not match its content hash"
         rows.append(_held('content hash', content_hash(card) == card['content_hash'], entries))
         changed = _changed_record(path, card)
         rows.append(_held('records', not changed, changed))
-    else: notes.append('card: records, as this file is too old to have a hash of them')
+    else: notes.append('card: the records of the archive; this file is older than their hash')
     if 'tensors_sha256' in card:
         same = sha256(all_tensors(loaded)) == card['tensors_sha256']
-        rows.append(_held('tensors', same, "a tensor differs from the card's hash"))
+        rows.append(_held('tensors', same, "the tensors do not match the card's hash of them"))
     if hasattr(loaded, 'labels'):
         names = card.get('labels') or card.get('classes', {}).get('names', [])
-        rows.append(_held('names', loaded.labels() == names, 'the names in the module are not those in the card'))
-    else: notes.append('labels, which this file is too old to have')
+        rows.append(
+            _held('names', loaded.labels() == names, 'the class names in the module differ from those in the card')
+        )
+    else: notes.append('card: class names; this file is older than labels')
     if 'compiled' in card:
         same = program_hashes(path) == card['compiled']['programs_sha256']
-        rows.append(_held('programs', same, "a compiled program differs from the card's hash"))
+        rows.append(_held('programs', same, "the compiled programs do not match the card's hashes of them"))
     return rows
 
 def _model_row(model: nn.Module, card: dict, steps: Steps) -> Comparison:
     made = make_card(model, card['dim'], card['decode'], None, card.get('variant'), steps.words(), card.get('classes'))
-    return _held('model', same_model(card, made),
-                 'the file was exported from other weights, another preprocessing or other steps')
+    return _held('model', made['content_hash'] == card['content_hash'],
+                 'the file was exported from other weights, other preprocessing or other steps')
 
 # %% ../../../nbs/exporters/verify/06_verify.ipynb #7cf6a293
 class Host(NamedTuple):
-    "A way to run an artifact, and how its answers are compared with the reference's"
+    "A program that runs an artifact, and how its answers are compared with the reference's"
     stage: str                      # its name in the report
-    answers: Callable[[], dict]     # asks it: (kind, batch size) -> list of answers, as `hosts.answers` gives them
-    variant: Variant                # whose bounds hold
-    skips: Sequence[str] = ()       # kinds that it does not answer
-    sizes: Sequence[int] | None = None # batch sizes that it answers; None: all
+    answers: Callable[[], dict]     # returns its answers: (kind, batch size) -> list, as `hosts.answers`
+    variant: Variant                # options of the export, which decide the bounds
+    skips: Sequence[str] = ()       # kinds of answer that it does not give
+    sizes: Sequence[int] | None = None # batch sizes that it is asked in; None: all
 
     def rows(self,
-        reference: dict, # the answers to compare with
+        reference: dict, # answers to compare with
     ) -> list[Comparison]:
-        "Ask the host, and compare every kind of answer; a host that fails to answer is a row that fails."
+        "Ask the host, and compare every kind of answer; a host that raises is one failed row."
         return compare(self.stage, reference, self.answers, self.variant, self.skips, self.sizes)
 
+# %% ../../../nbs/exporters/verify/06_verify.ipynb #24f0457b
 def _looser(variant: Variant) -> Variant: # another device has other kernels, other sums
     coarse = SAME[variant.quantize or variant.precision] < SAME['fp16']
     return variant._replace(precision='fp16') if coarse else variant
@@ -117,19 +122,19 @@ def _graphs(loaded, device: str, path: Path, card: dict, asked: dict, variant: V
     return Host('graphs', replayed, variant if device == 'cpu' else _looser(variant))
 
 def _cpp_program(cpp: bool | str | Path | None) -> Path | str: # the program, or why it is not asked
-    if cpp is False: return 'c++: not asked for'
+    if cpp is False: return 'c++: not asked for (cpp=False)'
     if cpp is None: found = host.built()
     else: found = host.build_host() if cpp is True else Path(cpp)
-    return found or 'c++: no host is built; pass cpp=True to build it'
+    return found or 'c++: the program is not built; cpp=True builds it'
 
 # %% ../../../nbs/exporters/verify/06_verify.ipynb #7f5240d0
 def _no_loader(card: dict, variant: Variant, steps: Steps) -> str: # why the DataLoader is not compared; '' when it is
     if variant.trim or steps.before_text or steps.before_image:
-        return 'DataLoader: this file prepares its inputs otherwise than the loader, as its card says'
-    return '' if card['decode'] else 'DataLoader: it reads files, this artifact takes decoded RGB'
+        return 'DataLoader: this artifact prepares its inputs differently, as its card says'
+    return '' if card['decode'] else 'DataLoader: it reads image files, this artifact takes decoded RGB'
 
 def _loader_rows(model: nn.Module, loaded, asked: dict) -> list[Comparison]:
-    "Compare the batches that a model is trained on with what the artifact makes of the same texts and files."
+    "Compare the batches of the DataLoader with what the artifact makes of the same texts and files."
     texts, want, got = [bytes(t.tolist()) for t in asked['texts']], {}, {}
     def put(answers, kind, *values): answers.setdefault((kind, 7), []).extend(values)
     with torch.no_grad():
@@ -205,7 +210,7 @@ class _Verification:
         self.variant, self.notes = Variant(**card.get('variant', {})), []
 
     def run(self, calibrate, onnx, fresh: bool, exe: Path | str) -> list[Comparison]: # as in `verify`; exe: of C++
-        "Compare the model, the file in this process and every other host."
+        "Compare the model, the artifact in this process and every other host."
         want = self.of_model(calibrate)
         give_back()  # what that took, before the artifact comes to lie beside the model
         loaded = opened(self.path, self.card, kept=_lent(self.model) if self.model else None)
@@ -228,15 +233,15 @@ class _Verification:
         return answers(reference, **self.asked)
 
     def artifact(self, got: dict) -> Host:
-        "The file in this process, which has answered."
+        "Return the artifact in this process as a host; its answers are known."
         skips = ()
         if 'classes' in self.card and 'labels' not in self.card and not self.classes:
             skips = 'labels', 'class probability'
-            self.notes.append('artifact: labels, which verify was not given')
+            self.notes.append('artifact: labels; verify was called without labels=')
         return Host('compiled' if 'compiled' in self.card else 'artifact', lambda: got, self.variant, skips)
 
     def elsewhere(self, fresh: bool, exe: Path | str) -> list[Host]:
-        "Hosts that load the file themselves."
+        "Return the hosts that load the file themselves."
         same = self.path, self.card, self.asked, self.variant
         hosts = [_fresh(*same)] if fresh else []
         if not isinstance(exe, str): hosts.append(_cpp(exe, self.path, self.asked, self.variant))
@@ -247,7 +252,7 @@ class _Verification:
         rows = []
         if 'graphs' in self.card:
             if self.device == 'cpu':
-                self.notes.append('graphs: captured on a GPU alone; here batches were filled up as for them')
+                self.notes.append('CUDA graphs: only a GPU captures them; on this CPU batches were padded likewise')
             rows += _graphs(loaded, self.device, self.path, self.card, self.asked, self.variant).rows(got)
         if not self.model: return rows
         if why := _no_loader(self.card, self.variant, self.steps): self.notes.append(why)
@@ -260,11 +265,12 @@ class _Verification:
 # %% ../../../nbs/exporters/verify/06_verify.ipynb #e8e695db
 def verify(
     path: str | Path,                      # an artifact
-    model: nn.Module | None = None,        # the model it was exported from: the reference, when given
-    texts: Sequence[str | bytes] = (),     # samples of your own, beside the built-in ones
-    images: Sequence[bytes] = (),          # files of your own, beside the built-in ones; decoded RGB for decode=False
+    # the model it was exported from, which is the reference; None: the artifact is
+    model: nn.Module | None = None,
+    texts: Sequence[str | bytes] = (),     # texts of your own, besides the built-in ones
+    images: Sequence[bytes] = (),          # image files of your own, besides the built-in ones; RGB for decode=False
     fresh: bool = True,                    # ask a fresh process that cannot import mmembed
-    cpp: bool | str | Path | None = None,  # the C++ host: True builds it, a path names one, None asks one that is built
+    cpp: bool | str | Path | None = None,  # ask the C++ program: True builds it, a path names it, None: if it is built
     sizes: Sequence[int] = (0, 1, 3, 64),  # batch sizes
     samples: Sequence[tuple] = (),         # pairs (text, image file) of your own, as a `Source` yields them
     steps: Steps = Steps(),                # those that the file was exported with, when `model` is given
@@ -274,7 +280,7 @@ def verify(
     onnx: str | Path | None = None,        # a folder with the same model's files of `export_onnx`: ask onnxruntime too
     calibrate: Sequence[bytes | Tensor] = (), # what `export` was given, when `model` is given
 ) -> Report:
-    """Compare the answers of every host of the file; `Report.ok` is whether all agree, `Report.check()` raises if not.
+    """Compare the answers of every program that can run the artifact; `Report.check()` raises if any differs.
 
     Raises `FileNotFoundError` or `ValueError` for a file that is not an artifact, as `read_card` does."""
     start, path, card = time.perf_counter(), Path(path).resolve(), read_card(path)
@@ -283,8 +289,8 @@ def verify(
     classes = None if 'labels' in card or labels is None else read_classes(labels, tuple(templates))
     if card['decode']: register_image_ops()
     run = _Verification(path, card, asked, device, model, steps, classes)
-    if not fresh: run.notes.append('fresh process')
-    skipped = f'c++: {", ".join(CPP_SKIPS)}, batches of 0: the command-line host does not print them'
+    if not fresh: run.notes.append('fresh process: not asked for (fresh=False)')
+    skipped = f'c++: {", ".join(CPP_SKIPS)} and empty batches, which its program does not print'
     run.notes.append(exe if isinstance(exe, str) else skipped)
     with _as_hosts_run(): rows = run.run(calibrate, onnx, fresh, exe)
     return Report(path, card, rows, time.perf_counter() - start, run.notes)

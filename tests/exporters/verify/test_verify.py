@@ -135,8 +135,8 @@ def test_changed_code_is_found(tmp_path):
         assert failing(report) == {('card', 'records')}
     with pytest.raises(
         VerifyError,
-        match='code.pt fails verification: card, records: a record of the archive, code or data, is not as it was '
-              'written',
+        match='code.pt fails verification: card, records: a record of the archive, code or data, was changed after the '
+              'export',
     ):
         report.check()
     shutil.copy(tiny.artifact(), tmp_path/'more.pt')
@@ -309,7 +309,11 @@ def test_report_in_three_forms():
         and 'verified' in str(report)
         and len(said['rows']) == len(report.rows)
     )
-    assert said['not_run'] == ['fresh process', 'c++: not asked for'] and 'not run: c++' in str(report)
+    assert said['not_run'] == ['fresh process: not asked for (fresh=False)', 'c++: not asked for (cpp=False)']
+    assert 'not compared: c++' in str(report) and 'not compared: c++' in report._repr_html_()
+    rows = {tuple(line.split()) for line in str(report).splitlines()}
+    assert ('host', 'compared', 'values', 'difference', 'allowed') in rows
+    assert ('card', 'names', '1', 'none', 'none', 'ok') in rows  # and not 0e+00
     bad = Report(
         report.path, report.card, [*report.rows, Comparison('c++', 'pixels', 0, float('inf'), 0.0, 'shape <1>')], 1.0
     )
@@ -350,7 +354,7 @@ def test_an_older_file_is_checked_as_far_as_it_goes(tmp_path):
         r.what for r in report.rows
     }
     assert {
-        'card: records, as this file is too old to have a hash of them',
-        'labels, which this file is too old to have',
+        'card: the records of the archive; this file is older than their hash',
+        'card: class names; this file is older than labels',
     } <= set(report.notes)
-    assert 'not run: labels, which this file is too old to have' in str(report)
+    assert 'not compared: card: class names; this file is older than labels' in str(report)
