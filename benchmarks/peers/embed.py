@@ -43,7 +43,7 @@ def ours(what):
             if what == 'photos'
             else Lines(lines[:rows]),
             out,
-            what='image' if what == 'photos' else 'text',
+            modality='image' if what == 'photos' else 'text',
         )
     run(32, OUT/'warm')
     return lambda: run(ROWS, OUT/'all')

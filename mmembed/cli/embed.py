@@ -116,7 +116,7 @@ def _write(artifact, source, out, modality, columns, device, batch_size, threads
     kept = f'the parts that are whole stay in {out}' + ('' if Path(out).suffix == '' else '.parts')
     with resumable(kept), progress_bar() as progress:
         done = embed_to(
-            artifact, source, out, run, device, batch_size, progress, what=modality, keep=columns,
+            artifact, source, out, run, device, batch_size, progress, modality=modality, keep=columns,
             threads=threads, **job, **more,
         )
     print(typed(str(done)))

@@ -44,7 +44,7 @@ def _report(index, sentence: str, known: int = 0):
     "Print `sentence` and the first rows that could not be indexed; exit with status 1 if they are more than `known`."
     from mmembed.retrieval.query import one_line
     print(sentence)
-    bad = index.bad()
+    bad = index.failures()
     for row in bad[:5]: print(f"  not indexed: {one_line(row['id'])}: {one_line(row['error'])}")
     if len(bad) > 5: print(f'  and {len(bad) - 5} more, see `mmembed index failures {near(index.folder)}`')
     if len(bad) > known: raise SystemExit(1)
@@ -95,7 +95,7 @@ def add(
     from mmembed.core.progress import progress_bar
     from mmembed.retrieval.index import Index
     table = Index(index, artifact)
-    known = len(table.bad())
+    known = len(table.failures())
     with resumable('the index is as it was, what is embedded is kept'), progress_bar() as progress:
         n = table.add(_single(source), on_duplicate=on_duplicate, progress=progress, **source_options(**kwargs))
     _report(table, f'{n:,} added to {near(index)}, {len(table):,} there now', known)
@@ -151,7 +151,7 @@ def failures(
         with resumable('the index is as it was, what is embedded is kept'), progress_bar() as progress:
             n = table.retry(retry, progress=progress, **source_options(**kwargs))
         return _report(table, f'{n:,} added to {near(index)}, {len(table):,} there now')
-    bad = table.bad()
+    bad = table.failures()
     for row in bad:
         sentence = f"{one_line(row['id'])}: {one_line(row['error'])}"
         print(formats.dumps(row, ensure_ascii=False) if json else sentence)

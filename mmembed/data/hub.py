@@ -213,17 +213,18 @@ class HubRows(HubData):
     "The rows of a data set of `datasets`, with what a job wants"
     def __init__(self,
         name: str | Path | Any,     # as `HubData` takes it
-        what: str = 'image',        # 'image', 'text' or 'both': which columns there must be
+        modality: str = 'image',        # 'image', 'text' or 'both': which columns there must be
         image_key: str = 'image',
         text_key: str = 'text',
         id_key: str | None = None,  # column that names the rows; part and number by default
         keep: list | tuple = (),    # further columns
         **options,                  # as `HubData` takes them
     ):
-        self.captioned = what != 'image'
+        self.captioned = modality != 'image'
         self.keep, self.id_key = {k: text_key if k == 'text' else k for k in keep}, id_key
         super().__init__(
-            name, image_key if what != 'text' else text_key, text_key if what != 'image' else image_key, **options
+            name, image_key if modality != 'text' else text_key,
+            text_key if modality != 'image' else image_key, **options,
         )
 
     def _columns(self, d: Any, wanted: dict) -> dict:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..core.errors import reason
+from ..core.renamed import renamed
 from ..core.settings import settings
 from .source import Source
 from .tables import PairsFile, Table
@@ -153,7 +154,7 @@ class Lines(Source):
 # %% ../../nbs/data/10_open.ipynb #6b79f7d0
 def read_lines(
     stream,                     # of bytes, such as `sys.stdin.buffer`
-    what: str = 'image',        # 'image': lines are paths; 'text': texts; 'both': objects of JSON
+    modality: str = 'image',        # 'image': lines are paths; 'text': texts; 'both': objects of JSON
     null: bool = False,         # lines end with a zero byte instead of a newline
     **options,                  # of `Table`, for objects
 ) -> Source:
@@ -161,18 +162,19 @@ def read_lines(
     lines = stream.read().split(b'\0' if null else b'\n')
     if not null: lines = [line.removesuffix(b'\r') for line in lines]
     if lines and not lines[-1]: lines.pop()
-    if what != 'text': lines = [line for line in lines if line]
+    if modality != 'text': lines = [line for line in lines if line]
     if not lines: raise ValueError('there is nothing on standard input')
-    if what == 'text': return Lines(lines)
-    if what == 'image' and not lines[0].startswith(b'{"'):
+    if modality == 'text': return Lines(lines)
+    if modality == 'image' and not lines[0].startswith(b'{"'):
         return Files(Path.cwd(), [os.fsdecode(line) for line in lines])
-    return Table('standard input', what, data=b'\n'.join(lines), **options)
+    return Table('standard input', modality, data=b'\n'.join(lines), **options)
 
 # %% ../../nbs/data/10_open.ipynb #0de092b4
+@renamed(what='modality')
 def open_source(
     # a folder, a table, tar shards with {0..9} or *, `hf:NAME`, `-`: standard input, image files
     where: str | Path | list,
-    what: str = 'image',       # 'image', 'text' or 'both'
+    modality: str = 'image',       # 'image', 'text' or 'both'
     null: bool = False,        # names on standard input end with a zero byte
     stream=None,               # instead of standard input
     **options,                 # of the source: keep, id_key, image_key, text_key, image_root
@@ -182,14 +184,14 @@ def open_source(
     if isinstance(where, (list, tuple)) and len(where) == 1: where = where[0]
     if isinstance(where, (list, tuple)): return Files(Path.cwd(), [str(w) for w in where])
     name = str(where)
-    if name == '-': return read_lines(stream or sys.stdin.buffer, what, null, **options)
+    if name == '-': return read_lines(stream or sys.stdin.buffer, modality, null, **options)
     path, kind = Path(name).expanduser(), source_kind(where, options.get('image_key'))
     if kind == 'hub':
-        return HubRows(name.removeprefix('hf:'), what, **_only(options, 'image_key', 'text_key', 'id_key', 'keep'))
-    if kind == 'shards': return ShardRows(name, what, **_only(options, 'text_key', 'id_key', 'keep'))
+        return HubRows(name.removeprefix('hf:'), modality, **_only(options, 'image_key', 'text_key', 'id_key', 'keep'))
+    if kind == 'shards': return ShardRows(name, modality, **_only(options, 'text_key', 'id_key', 'keep'))
     if kind == 'image': return Files(Path.cwd(), [name])
-    if kind == 'table': return Table(path, what, **options)
-    if what != 'image': raise ValueError(f'{path} is a folder of pictures: there are no texts in it')
+    if kind == 'table': return Table(path, modality, **options)
+    if modality != 'image': raise ValueError(f'{path} is a folder of pictures: there are no texts in it')
     return Files(path)
 
 def _only(options: dict, *known: str) -> dict:
@@ -230,20 +232,20 @@ def stamp(
 
 def survey_names(
     source: Source,             # rows with names
-    what: str = 'image',        # 'image', 'text' or 'both': which of a row is looked at
+    modality: str = 'image',        # 'image', 'text' or 'both': which of a row is looked at
     content_hash: bool = False, # images are told apart by their bytes, not by size and time of their files
 ) -> NameSurvey:
     "Walk over all rows: a hash that tells another or a changed source from this one, and which names occur twice."
     import numpy as np
     h, seen = hashlib.blake2b(str(len(source)).encode(), digest_size=16), array('q')
     own = source.digest()
-    texts = what != 'image' and not own  # else they are in the digest
+    texts = modality != 'image' and not own  # else they are in the digest
     for i in range(len(source)):
         name = source.name(i)
         seen.append(hash(name))
         h.update(name.encode('utf-8', 'surrogatepass') + b'\0')
         if texts: h.update(_told(source.text, i))
-        if what == 'text': continue
+        if modality == 'text': continue
         if content_hash: h.update(_told(source.image, i))
         elif file := source.file(i): h.update(_told(stamp, file))
     h.update(own)

@@ -46,7 +46,7 @@ class Table(Source):
     "The rows of a table file as an embedding job reads them: with or without images, with or without texts"
     def __init__(self,
         path: str | Path,                     # a file with an ending of `TABLES`; else in `settings().data_path`
-        what: str = 'image',                  # 'image', 'text' or 'both': which columns there must be
+        modality: str = 'image',                  # 'image', 'text' or 'both': which columns there must be
         image_key: str = 'image',             # column that holds paths of image files
         text_key: str = 'text',               # column that holds texts, `name.*` for several by name
         # column that names the rows; the path of the image by default, without images the number
@@ -58,7 +58,8 @@ class Table(Source):
         "Raises `FileNotFoundError` for a missing file, and `ValueError` for what `read_table` refuses."
         self.path = find_file(path) if data is None else Path(path)
         self.root = (image_folder(self.path, image_root) if data is None else Path(image_root or '.')).resolve()
-        roles = dict(image=image_key if what != 'text' else None, text=text_key if what != 'image' else None, id=id_key)
+        roles = dict(image=image_key if modality != 'text' else None,
+                     text=text_key if modality != 'image' else None, id=id_key)
         self.roles = {role: key for role, key in roles.items() if key}
         self.keep = {k: text_key if k == 'text' else k for k in keep}
         texts = [*self.roles.values(), *(key for k, key in self.keep.items() if k == 'text')]

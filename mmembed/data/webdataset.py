@@ -227,14 +227,14 @@ class ShardRows(Shards):
     "The samples of WebDataset tar files that have what a job wants"
     def __init__(self,
         urls: str | list[str],      # as `Shards` takes them
-        what: str = 'image',        # 'image', 'text' or 'both'
+        modality: str = 'image',        # 'image', 'text' or 'both'
         text_key: str = 'txt',      # part that holds the text, or 'json:field'
         id_key: str | None = None,  # part or 'json:field' that names the rows
         keep: list | tuple = (),    # fields of the sample's JSON; 'text' is the text
         **options,                  # as `Shards` takes them
     ):
         import pyarrow as pa
-        self.what, self.id_key, self.ids = what, id_key, []
+        self.modality, self.id_key, self.ids = modality, id_key, []
         self.kept: dict[str, Any] = {k: [] for k in keep}
         super().__init__(urls, text_key=text_key, **options)
         for k, values in self.kept.items():
@@ -247,10 +247,10 @@ class ShardRows(Shards):
     def _add(self, n: int, s, text_key, *_):
         place = f'{self.urls[n]}: {s.key}'
         texts = _texts(s, text_key, place)
-        if (self.what != 'text' and not s.image) or (self.what != 'image' and not texts):
-            self.ignored.append(f'{place} has no {"image" if self.what != "text" and not s.image else text_key}')
+        if (self.modality != 'text' and not s.image) or (self.modality != 'image' and not texts):
+            self.ignored.append(f'{place} has no {"image" if self.modality != "text" and not s.image else text_key}')
             return
-        if self.what == 'image': texts = texts[:1] or ['']
+        if self.modality == 'image': texts = texts[:1] or ['']
         for number, text in enumerate(texts, 1): self._keep_row(n, s, text, number if len(texts) > 1 else 0, place)
 
     def _keep_row(self, n: int, s, text: str, number: int, place: str):

@@ -179,8 +179,8 @@ def _embedded(
     emb: Embedder, source: Source, threads: int, progress
 ) -> tuple[Tensor, list[str]]:  # float32 (N, D); '' or why a row has none
     with tempfile.TemporaryDirectory() as d:
-        ledger = embed(emb, source, d, threads=threads, progress=progress).ledger
-        failed = [json.loads(line) for line in ledger.read_text(encoding='utf-8').splitlines()]
+        done = embed(emb, source, d, threads=threads, progress=progress)
+        failed = [json.loads(line) for line in done.failures.read_text(encoding='utf-8').splitlines()]
         vectors = load_vectors(d).float()
     why = {f['row']: f['error'] for f in failed}
     return vectors, [why.get(i, '') for i in range(len(source))]

@@ -17,6 +17,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from ..core.renamed import renamed, warn_renamed
 from ..data.source import Source, Subset
 from .embed import readable_id
 from .ingest import About, card_of, open_rows
@@ -46,11 +47,11 @@ class VectorIndex(ABC):
     def fields(self) -> dict[str, str]: "Name and type of all columns, `vector` and `thumbnail` included."
 
     @abstractmethod
-    def nearest(self, vector, k, where=None, exact=None, settings=None) -> list[dict]:
+    def nearest(self, vector, top_k, where=None, exact=None, settings=None) -> list[dict]:
         "Find the rows nearest to a vector, best first: `id`, `score` (the cosine) and the columns."
 
     @abstractmethod
-    def matching(self, words, k, where=None) -> list[dict]:
+    def matching(self, words, top_k, where=None) -> list[dict]:
         "Find rows by words in the column `text`, best first: `id`, `score` (the full-text rank) and the columns."
 
     @abstractmethod
@@ -65,7 +66,7 @@ class VectorIndex(ABC):
     def remove(self, ids, where) -> int: "Delete rows by ids or by a condition; return how many."
 
     @abstractmethod
-    def bad(self) -> list[dict]: "List the rows that could not be indexed: `id` and `error`."
+    def failures(self) -> list[dict]: "List the rows that could not be indexed: `id` and `error`."
 
     @abstractmethod
     def full_text(self) -> None: "Make or renew the full-text index of the column `text`."
@@ -109,8 +110,8 @@ def columns(self: VectorIndex) -> dict[str, str]: # name: type
 def info(self: VectorIndex) -> dict:
     "Describe the index: rows, columns and what made it; a store adds what it knows besides."
     a = self.about
-    return dict(items=len(self), bad=len(self.bad()), side=a.side, dim=a.dim, artifact=a.artifact, model=a.model,
-                columns=self.columns, thumbnails='thumbnail' in self.fields, approximate=self.search_settings(),
+    return dict(items=len(self), failures=len(self.failures()), modality=a.modality, dim=a.dim, artifact=a.artifact,
+                model=a.model, columns=self.columns, thumbnails='thumbnail' in self.fields, approximate=self.search_settings(),
                 version=self.version)
 
 @patch
@@ -148,9 +149,10 @@ def _model_for(self: VectorIndex, source): # what embeds new rows; checked
 
 # %% ../../nbs/retrieval/08_base.ipynb #ee86c09a
 @patch
+@renamed(k='top_k')
 def search(self: VectorIndex,
     query=None,                  # text, image, vector or `Query`; see there
-    k: int = 10,                 # rows, at most
+    top_k: int = 10,                 # rows, at most
     where: str | None = None,    # an SQL condition on the columns: "year > 2020 and label = 'boat'"
     exact: bool | None = None,   # True: compare with every row, also where the index has something faster
     words: str | None = None,    # full-text on the captions: alone, or together with `query`
@@ -158,15 +160,15 @@ def search(self: VectorIndex,
     """Find the nearest rows; with `query` and `words` the two rankings are merged.
 
     Raises `ValueError` for what cannot be asked."""
-    if k < 1: raise ValueError(f'k must be at least 1, got {k}')
+    if top_k < 1: raise ValueError(f'top_k must be at least 1, got {top_k}')
     words = words and words.encode('utf-8', 'replace').decode()  # half characters are in no caption
     if query is None and not (words or '').strip():
         raise ValueError('nothing to search for: give a text, an image or words')
     title = _title(query, words, where)
-    if query is None: return Found(self.matching(words, k, where), title, self.thumbnails)
+    if query is None: return Found(self.matching(words, top_k, where), title, self.thumbnails)
     vector = Query(query).vector(self.embedder, self.about.dim)
-    if not words: return Found(self.nearest(vector, k, where, exact), title, self.thumbnails)
-    rows = merged(self.nearest(vector, 4*k, where, exact), self.matching(words, 4*k, where), k)
+    if not words: return Found(self.nearest(vector, top_k, where, exact), title, self.thumbnails)
+    rows = merged(self.nearest(vector, 4*top_k, where, exact), self.matching(words, 4*top_k, where), top_k)
     return Found(self._scored(rows, vector), title, self.thumbnails)
 
 def _title(query, words: str | None, where: str | None) -> str: # what is asked, for a person
@@ -187,26 +189,28 @@ def _scored(self: VectorIndex, rows: list[dict], vector: np.ndarray) -> list[dic
     return out
 
 @patch
+@renamed(k='top_k')
 def find(self: VectorIndex,
     vector,                     # float (D,), made by the artifact of the index: see `check`
-    k: int = 10,                # rows, at most
+    top_k: int = 10,                # rows, at most
     where: str | None = None,   # as in `search`
     exact: bool | None = None,  # as in `search`
 ) -> list[dict]: # with `id`, `score` and the columns, ready for JSON
     "Find the nearest rows for a service."
     return [{c: v if isinstance(v, (str, int, float, bool, type(None))) else str(v) for c, v in row.items()}
-            for row in self.search(np.asarray(vector, 'f'), k, where, exact)]
+            for row in self.search(np.asarray(vector, 'f'), top_k, where, exact)]
 
 @patch
+@renamed(k='top_k')
 def like(self: VectorIndex,
     id: str,                  # of a row in the index
-    k: int = 10,              # rows besides it
+    top_k: int = 10,              # rows besides it
     where: str | None = None, # as in `search`
 ) -> Found:
     "Find the nearest rows of a row; needs no model. Raises `KeyError` for an id that is not there."
     id = readable_id(id)  # as the index holds it
-    found = self.nearest(self.vector_of(id), k + 1, where)
-    return Found([row for row in found if row['id'] != id][:k], f'like {one_line(id)}', self.thumbnails)
+    found = self.nearest(self.vector_of(id), top_k + 1, where)
+    return Found([row for row in found if row['id'] != id][:top_k], f'like {one_line(id)}', self.thumbnails)
 
 # %% ../../nbs/retrieval/08_base.ipynb #8b097c7c
 @patch
@@ -246,11 +250,11 @@ def thumbnails(self: VectorIndex,
 
 # %% ../../nbs/retrieval/08_base.ipynb #c5423aae
 def check_build(
-    side: str,         # modality that is indexed
+    modality: str,         # modality that is indexed
     on_duplicate: str, # what happens to ids that come twice
 ) -> None:
     "Raise `ValueError` for arguments of `build` that are not among those allowed."
-    if side not in ('image', 'text'): raise ValueError(f"side must be 'image' or 'text', got {side!r}")
+    if modality not in ('image', 'text'): raise ValueError(f"modality must be 'image' or 'text', got {modality!r}")
     if on_duplicate not in ('raise', 'skip'):
         raise ValueError(f"on_duplicate must be 'raise' or 'skip', got {on_duplicate!r}")
 
@@ -284,12 +288,12 @@ def retry(self: VectorIndex,
     progress=None,                  # as in `add`
     **options,                      # of `open_source`
 ) -> int: # rows added
-    """Embed and add the rows of `source` that `bad` lists, and no other; what fails again stays listed.
+    """Embed and add the rows of `source` that `failures` lists, and no other; what fails again stays listed.
 
     Raises `ValueError` where no row of the source is listed, and for vectors that are ready; otherwise as `add`."""
-    listed = {row['id'] for row in self.bad()}
+    listed = {row['id'] for row in self.failures()}
     if not listed: return 0
-    source, keep = open_rows(source, self.about.side, columns, options)
+    source, keep = open_rows(source, self.about.modality, columns, options)
     if not isinstance(source, Source): raise ValueError('ready vectors cannot be tried again: add them')
     rows = [i for i in range(len(source)) if prefix + readable_id(source.name(i)) in listed]
     if not rows:
@@ -297,7 +301,13 @@ def retry(self: VectorIndex,
     return self.add(Subset(source, rows), keep, 'skip', thumbnails, prefix, work, threads, progress)
 
 @patch
+def bad(self: VectorIndex) -> list[dict]: # as `failures`
+    "List the rows that could not be indexed; deprecated, an older name of `failures`."
+    warn_renamed('Index.bad', 'Index.failures')
+    return self.failures()
+
+@patch
 def __repr__(self: VectorIndex):
     a, n = self.about, len(self)
-    rows = f'{n:,} {a.side}{"" if n == 1 else "s"}'
+    rows = f'{n:,} {a.modality}{"" if n == 1 else "s"}'
     return f'{type(self).__name__}({Path(self.place).name!r}, {rows}, {a.dim} wide, artifact {a.artifact[:12]})'

@@ -23,6 +23,7 @@ from ..core.errors import reason
 from ..core.files import write_whole, writing
 from ..core.images import stack_levels
 from ..core.quantize import dequantize, quantize
+from ..core.renamed import renamed, warn_renamed
 from ..core.threads import cores, thread_pool
 from ..core.types import Tokens
 from ..data.source import Source
@@ -55,7 +56,7 @@ def prepare_batch(
     embedder: Embedder,       # that decodes and tokenizes
     source: Source,           # of the rows
     rows: range,              # numbers of the rows
-    what: str = 'image',      # modality: 'image', 'text' or 'both'
+    modality: str = 'image',      # modality: 'image', 'text' or 'both'
     keep: list | tuple = (),  # columns of the source to keep
 ) -> PreparedBatch:
     "Read, decode and tokenize `rows`. Unreadable rows carry an error; exceptions from a bug in the source propagate."
@@ -64,11 +65,11 @@ def prepare_batch(
         values, error = _kept_values(source, i, keep)
         for column, value in values.items(): kept[column].append(value)
         try:
-            text = source.text(i) if what != 'image' else None
-            if what != 'text' and not error: pixels.append(embedder.preprocess(source.image(i)))
+            text = source.text(i) if modality != 'image' else None
+            if modality != 'text' and not error: pixels.append(embedder.preprocess(source.image(i)))
         except FAILURES as e: error = why(e)
         except Exception as e: raise RuntimeError(f'{source.name(i)}: {type(e).__name__}: {e}') from e
-        if what != 'image' and not error: texts.append(text)
+        if modality != 'image' and not error: texts.append(text)
         errors.append(_readable(error))
     return PreparedBatch(
         rows, [readable_id(source.name(i)) for i in rows], kept, errors,
@@ -112,27 +113,27 @@ def batches(
     embedder: Embedder,       # whose towers embed
     source: Source,           # of the rows
     shards: list[range],      # rows; no batch reaches across two of them
-    what: str = 'image',      # modality: 'image', 'text' or 'both'
+    modality: str = 'image',      # modality: 'image', 'text' or 'both'
     keep: list | tuple = (),  # columns of the source to keep
     threads: int = 2,         # to read and decode with
 ) -> Iterator[tuple[PreparedBatch, dict[str, Tensor]]]: # and its vectors: float32 (good rows, D) by modality
     "Yield prepared batches in order with their vectors; decoding runs ahead in threads."
     # texts are tokenized in one call, and sorted by length
-    size = max(embedder.batch_size, TEXTS) if what == 'text' else embedder.batch_size
+    size = max(embedder.batch_size, TEXTS) if modality == 'text' else embedder.batch_size
     pool, waiting = thread_pool(threads), deque()
     todo = (shard[i:i + size] for shard in shards for i in range(0, len(shard), size))
     def begin():
         if (rows := next(todo, None)) is not None:
-            waiting.append(pool.submit(prepare_batch, embedder, source, rows, what, keep))
+            waiting.append(pool.submit(prepare_batch, embedder, source, rows, modality, keep))
     try:
-        for _ in range(2 if what == 'text' else 2 * threads + 1): begin()
+        for _ in range(2 if modality == 'text' else 2 * threads + 1): begin()
         while waiting:
             b = waiting.popleft().result()
             begin()
             vectors = {}
             if b.pixels is not None: vectors['image'] = embedder.encode_pixels(b.pixels.to(embedder.device))
             if b.tokens is not None: vectors['text'] = embedder.encode_tokens(b.tokens)
-            yield b, {side: decoded(embedder.card, x) for side, x in vectors.items()}
+            yield b, {modality: decoded(embedder.card, x) for modality, x in vectors.items()}
     finally: pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/retrieval/02_embed.ipynb #e961a33f
@@ -144,12 +145,18 @@ class Done(NamedTuple):
     failed: int      # rows without vectors, in the whole result
     repeated: int    # rows whose id an earlier row has
     example: str     # such an id
-    ledger: Path     # list of failures: one JSON object a row
+    failures: Path   # list of failures: one JSON object a row
     seconds: float   # of this run
+
+    @property
+    def ledger(self) -> Path:
+        "Deprecated, an older name of `failures`."
+        warn_renamed('Done.ledger', 'Done.failures')
+        return self.failures
 
     def __str__(self):
         rate = f', {self.written/self.seconds:,.1f} a second' if self.seconds and self.written else ''
-        bad = f'; {self.failed:,} could not be embedded, see {self.ledger}' if self.failed else ''
+        bad = f'; {self.failed:,} could not be embedded, see {self.failures}' if self.failed else ''
         twice = f'; {self.repeated:,} have the id of an earlier row, such as {self.example!r}' if self.repeated else ''
         return f'{self.rows:,} rows in {self.folder}, {self.written:,} of them now{rate}{bad}{twice}'
 
@@ -157,7 +164,7 @@ class Done(NamedTuple):
 def plan(
     model: Embedder,            # that embeds
     source: Source,             # of the rows
-    what: str = 'image',        # modality: 'image', 'text' or 'both'
+    modality: str = 'image',        # modality: 'image', 'text' or 'both'
     keep: list | tuple = (),    # columns of the source to keep
     precision: str = 'float32', # one of `PRECISIONS`
     shard_rows: int = 8192,     # rows in a shard
@@ -166,7 +173,7 @@ def plan(
     spark: bool = False,        # as in `embed`
 ) -> tuple[Job, NameSurvey]: # the manifest, and what the ids are like
     "Plan a job; raises `ValueError` for settings that make no sense and for a source without rows."
-    if what not in ('image', 'text', 'both'): raise ValueError(f"what must be 'image', 'text' or 'both', got {what!r}")
+    if modality not in ('image', 'text', 'both'): raise ValueError(f"modality must be 'image', 'text' or 'both', got {modality!r}")
     if shard_rows < 1: raise ValueError(f'want shard_rows of at least 1, got {shard_rows}')
     quantize(torch.zeros(1, 8), precision)
     types, taken = column_types(source, keep), {'row', 'id', 'error', 'image_vector', 'text_vector'}
@@ -174,11 +181,11 @@ def plan(
         raise ValueError(f'a kept column cannot be called {clash[0]}: the job has a column of that name')
     if spark and precision == 'float16': precision = 'float32'
     if not len(source): raise ValueError(f'{source!r} holds no rows')
-    found = survey_names(source, what, content_hash)
+    found = survey_names(source, modality, content_hash)
     if unique and found.repeated:
         raise ValueError(f'{found.repeated:,} rows have the id of an earlier row, such as {found.example!r}')
     return Job(
-        model.card['content_hash'], found.hash, len(source), what, types, precision, vector_dim(model.card),
+        model.card['content_hash'], found.hash, len(source), modality, types, precision, vector_dim(model.card),
         shard_rows, model.batch_size, model.deterministic, ROWWISE if precision == 'int8' else FIXED,
     ), found
 
@@ -211,7 +218,7 @@ def embed_parts(
 ):
     "Make shards; each is written in a thread of its own while the towers go on."
     rows = [range(r.start - offset, r.stop - offset) for r in map(job.shard, todo)]
-    stream = batches(model, source, rows, job.what, list(job.keep), threads)
+    stream = batches(model, source, rows, job.modality, list(job.keep), threads)
     saver, saving = thread_pool(1), None
     try:
         for k, part in zip(todo, rows):
@@ -231,8 +238,8 @@ def _finish_part(folder: Path, job: Job, k: int, source: Source, part: range, of
         raise ValueError(f'{gone} has changed while the job was running; the parts before it are kept')
     ready = [b for b, _ in done]
     vectors = {
-        side: torch.cat([v[side] for _, v in done if side in v] or [torch.zeros(0, job.dim)]).cpu()
-        for side in job.sides()
+        modality: torch.cat([v[modality] for _, v in done if modality in v] or [torch.zeros(0, job.dim)]).cpu()
+        for modality in job.modalities()
     }
     table = part_table(
         job,
@@ -245,11 +252,12 @@ def _finish_part(folder: Path, job: Job, k: int, source: Source, part: range, of
     save_part(folder, job, k, table)
 
 # %% ../../nbs/retrieval/02_embed.ipynb #bcdabbb1
+@renamed(what='modality')
 def embed(
     model: Embedder | str | Path,  # an artifact
     source: Source,                # see `open_source`
     out: str | Path,               # a folder: new, or of the same job
-    what: str = 'image',           # modality: 'image', 'text' or 'both'
+    modality: str = 'image',           # modality: 'image', 'text' or 'both'
     keep: list | tuple = (),       # columns of the source to keep
     precision: str = 'float32',    # one of `PRECISIONS`
     shard_rows: int = 8192,        # rows in a Parquet file; a killed run redoes at most one
@@ -270,7 +278,7 @@ def embed(
     if threads < 0: raise ValueError(f'want 0 or more threads, got {threads}')
     if not isinstance(model, Embedder):
         model = Embedder(model, device, batch_size=batch_size or service_batch(device), deterministic=True)
-    job, found = plan(model, source, what, keep, precision, shard_rows, unique, content_hash, spark)
+    job, found = plan(model, source, modality, keep, precision, shard_rows, unique, content_hash, spark)
     start, folder, ready = time.perf_counter(), Path(out), 0
     with open_job(folder, job) as (job, todo):
         there = job.rows - sum(len(job.shard(k)) for k in todo)

@@ -35,6 +35,6 @@ def to_faiss(
         made.hnsw.efConstruction = ef_construction
     made.add(x.numpy())
     faiss.write_index(made, str(path))
-    names = dict(artifact=about.artifact, side=about.side, dim=about.dim, metric='cosine', ids=ids)
+    names = dict(artifact=about.artifact, modality=about.modality, dim=about.dim, metric='cosine', ids=ids)
     write_whole(path.with_suffix('.ids.json'), json.dumps(names, ensure_ascii=False).encode())
     return path

@@ -19,6 +19,7 @@ import pyarrow as pa
 from fastcore.basics import patch
 
 from ..core.files import writing
+from ..core.renamed import renamed
 from .base import VectorIndex, check_add, check_build, complete
 from .ingest import About, about_index, new_vectors, open_rows, stream, work_name
 from .lance import among, asked, connect, has_table, whole_condition, write_table
@@ -70,11 +71,12 @@ class Index(VectorIndex):
 
 # %% ../../nbs/retrieval/10_index.ipynb #6f56a8ad
 @patch(cls_method=True)
+@renamed(side='modality')
 def build(cls: Index,
     model: Embedder | str | Path,   # an artifact
     source,                         # a `Source`, a path for `open_source`, or vectors: see `holds_vectors`
     folder: str | Path,             # for the index
-    side: str = 'image',            # modality that is indexed: 'image' or 'text'
+    modality: str = 'image',            # modality that is indexed: 'image' or 'text'
     columns: list | tuple = (),     # of the source, to filter by; captions and classes are kept anyway
     thumbnails: int = 112,          # pixels of the longer side; 0: none
     on_duplicate: str = 'raise',    # ids that come twice: 'raise', or 'skip': the first stays
@@ -88,32 +90,33 @@ def build(cls: Index,
     """Embed and index a source. Killed at any moment it leaves the index that was there, and goes on when run again.
 
     Raises `ValueError` for a folder that has an index or that another process writes to, vectors of another artifact
-    or width, and ids that come twice; otherwise as `embed`. Rows that cannot be indexed are listed by `bad`."""
-    check_build(side, on_duplicate)
-    source, keep = open_rows(source, side, columns, options)
-    folder, about, failed = Path(folder), about_index(model, side), []
+    or width, and ids that come twice; otherwise as `embed`. Rows that cannot be indexed are listed by `failures`."""
+    check_build(modality, on_duplicate)
+    source, keep = open_rows(source, modality, columns, options)
+    folder, about, failed = Path(folder), about_index(model, modality), []
     db = connect(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with writing(folder):
         mine = folder/f'.build-{work_name(about, source)}'
         if has_table(folder, 'items') and not overwrite and not mine.exists():
             raise ValueError(f'{folder} holds an index; add to it, choose another folder, or overwrite it')
-        rows, bad = new_vectors(model, source, keep, about, Path(work)/'vectors' if work else mine, set(), on_duplicate,
+        rows, failures = new_vectors(model, source, keep, about, Path(work)/'vectors' if work else mine, set(), on_duplicate,
                                 thumbnails, prefix, threads, progress)
         reader = stream(rows, about, None, failed)
         write_table(lambda: db.create_table('items', reader, mode='overwrite'), failed)
         (folder/'approximate.json').unlink(missing_ok=True)
         index = cls(folder, model)
-        index._list_bad(bad, fresh=True)
+        index._list_failures(failures, fresh=True)
         if index.fields.get('text') == 'string': index.full_text()
         for left in folder.glob('.build-*'): shutil.rmtree(left)
     return index
 
 # %% ../../nbs/retrieval/10_index.ipynb #f9571e5d
 @patch
+@renamed(k='top_k')
 def nearest(self: Index,
     vector: np.ndarray,           # float32 (D,), unit length
-    k: int,                       # rows, at most
+    top_k: int,                       # rows, at most
     where: str | None = None,     # an SQL condition on the columns
     exact: bool | None = None,    # True: compare with every row
     settings: dict | None = None, # of the approximate index; default: those in force
@@ -122,7 +125,7 @@ def nearest(self: Index,
     ask = (
         self._table.search(vector, 'vector', 'vector')
         .distance_type('cosine')
-        .limit(k)
+        .limit(top_k)
         .select([*self.columns, '_distance'])
     )
     if where: ask = ask.where(whole_condition(where), prefilter=True)
@@ -132,23 +135,24 @@ def nearest(self: Index,
         ask = ask.nprobes(settings['nprobes'])
         if settings['refine']: ask = ask.refine_factor(settings['refine'])
         # a graph must keep what is compared again
-        if settings['ef']: ask = ask.ef(max(settings['ef'], k * max(1, settings['refine'])))
+        if settings['ef']: ask = ask.ef(max(settings['ef'], top_k * max(1, settings['refine'])))
     rows = asked(ask.to_list, where)
     # what is left lies in other partitions
-    if len(rows) < k and settings and not exact: return self.nearest(vector, k, where, True)
+    if len(rows) < top_k and settings and not exact: return self.nearest(vector, top_k, where, True)
     return [{'id': row.pop('id'), 'score': 1 - row.pop('_distance')} | row for row in rows]
 
 @patch
+@renamed(k='top_k')
 def matching(self: Index,
     words: str,               # in the column `text`
-    k: int,                   # rows, at most
+    top_k: int,                   # rows, at most
     where: str | None = None, # an SQL condition
 ) -> list[dict]: # with `id`, `score` (the full-text rank) and the columns
     "Find rows by words in their captions, best first; raises `ValueError` without such a column."
     from lancedb.query import MatchQuery
     if not any(i.index_type == 'FTS' for i in self._table.list_indices()):
         raise ValueError(f'{self.folder} has no full-text index: it needs a column of text, see Index.full_text')
-    ask = self._table.search(MatchQuery(words, 'text'), query_type='fts').limit(k).select([*self.columns, '_score'])
+    ask = self._table.search(MatchQuery(words, 'text'), query_type='fts').limit(top_k).select([*self.columns, '_score'])
     rows = asked((ask.where(whole_condition(where), prefilter=True) if where else ask).to_list, where)
     return [{'id': row.pop('id'), 'score': row.pop('_score')} | row for row in rows]
 
@@ -179,12 +183,12 @@ def add(self: Index,
     "Embed and add rows: readers see all of them or none. Raises as `Index.build`; nothing is added then."
     check_add(on_duplicate)
     about, schema, failed = self.about, self._table.schema, []
-    source, keep = open_rows(source, about.side, columns, options)
+    source, keep = open_rows(source, about.modality, columns, options)
     model = self._model_for(source)
     mine = self.folder/f'.add-{work_name(about, source)}'
     with writing(self.folder):
         there = set(self.ids())
-        rows, bad = new_vectors(model, source, keep, about, Path(work)/'vectors' if work else mine, there, on_duplicate,
+        rows, failures = new_vectors(model, source, keep, about, Path(work)/'vectors' if work else mine, there, on_duplicate,
                                 thumbnails if 'thumbnail' in schema.names else 0, prefix, threads, progress)
         rows = (b if 'file' in schema.names or 'file' not in b.schema.names else b.drop_columns(['file']) for b in rows)
         reader = stream(rows, about, schema, failed)
@@ -196,7 +200,7 @@ def add(self: Index,
         else:
             write_table(lambda: self._table.add(reader), failed)
             added = len(self) - len(there)
-        self._list_bad(bad)
+        self._list_failures(failures)
         if added: self._table.optimize()
         if mine.exists(): shutil.rmtree(mine)
     return added
@@ -216,13 +220,13 @@ def remove(self: Index,
         return before - len(self)
 
 @patch
-def bad(self: Index) -> list[dict]: # with `id` and `error`
+def failures(self: Index) -> list[dict]: # with `id` and `error`
     "List the rows that could not be indexed, and why."
     return self._db.open_table('bad').to_arrow().to_pylist() if has_table(self.folder, 'bad') else []
 
 @patch
-def _list_bad(self: Index, new: list, fresh: bool = False):
-    listed = {} if fresh else {row['id']: row['error'] for row in self.bad()}
+def _list_failures(self: Index, new: list, fresh: bool = False):
+    listed = {} if fresh else {row['id']: row['error'] for row in self.failures()}
     if not fresh and listed:
         there = set(self.select(['id'], ids=list(listed))['id'].to_pylist())
         listed = {i: e for i, e in listed.items() if i not in there}

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from ..core.renamed import warn_renamed
 from ..core.threads import cores, thread_pool
 from ..data.source import Source, Subset
 from ..data.open import column_types, open_source, survey_names
@@ -40,13 +41,19 @@ class About(NamedTuple):
     "What the vectors of an index are"
     artifact: str    # content hash of the artifact that made them
     dim: int         # numbers in a vector
-    side: str        # modality of the rows: 'image' or 'text'
+    modality: str        # modality of the rows: 'image' or 'text'
     model: str = ''  # where the artifact lay
     format: int = FORMAT # of the index
 
+    @property
+    def side(self) -> str:
+        "Deprecated, an older name of `modality`."
+        warn_renamed('About.side', 'About.modality')
+        return self.modality
+
     def to_bytes(self) -> bytes:
-        "Return the description as JSON."
-        return json.dumps(self._asdict()).encode()
+        "Return the description as JSON, where the modality is called `side`."
+        return json.dumps({'side' if k == 'modality' else k: v for k, v in self._asdict().items()}).encode()
 
     @classmethod
     def from_bytes(cls,
@@ -58,6 +65,7 @@ class About(NamedTuple):
         except ValueError: raise ValueError(f'{where} is not an index of mmembed') from None
         if d.get('format', 0) > FORMAT:
             raise ValueError(f'{where} has format {d["format"]}; this mmembed reads up to {FORMAT}: upgrade mmembed')
+        d = {'modality' if k == 'side' else k: v for k, v in d.items()}
         return cls(**{k: d[k] for k in cls._fields if k in d})
 
 # %% ../../nbs/retrieval/06_ingest.ipynb #84818a38
@@ -89,11 +97,11 @@ def _matrix(column: pa.Array, dim: int) -> tuple[np.ndarray, list[str]]: # float
 def checked_rows(
     batches: Iterable[pa.RecordBatch], # with `id` and `vector`; `error` marks rows that have none
     dim: int,                          # that the vectors must have
-    bad: list,                         # filled with (id, reason) of every row left out
+    failures: list,                    # filled with (id, reason) of every row left out
     taken: set | None = None,          # ids that are there already
     on_duplicate: str = 'raise',       # 'raise', or 'skip': the first one stays
     prefix: str = '',                  # put before every id
-) -> Iterator[pa.RecordBatch]: # without the bad rows; vectors float32, of unit length
+) -> Iterator[pa.RecordBatch]: # without the rows that failed; vectors float32, of unit length
     """Yield the good rows, their vectors scaled to unit length.
 
     Raises `ValueError` for vectors of another width, for an id that comes twice and for a column that an index makes
@@ -116,7 +124,7 @@ def checked_rows(
                         f'the id {name!r} comes twice; on_duplicate="skip" keeps the first, "replace" the new one'
                     )
                 reason = 'another row has this id'
-            if reason: bad.append((name or '', reason))
+            if reason: failures.append((name or '', reason))
             else:
                 taken.add(name)
                 keep.append(k)
@@ -150,7 +158,7 @@ def holds_vectors(
 def ready_vectors(
     source,         # for which `holds_vectors`
     about: About,   # of the index: which artifact must have made them
-    side: str,      # modality: 'image' or 'text'
+    modality: str,      # modality: 'image' or 'text'
 ) -> Iterator[pa.RecordBatch]: # with `id`, `vector` and everything else the source has
     """Read vectors that exist.
 
@@ -167,7 +175,7 @@ def ready_vectors(
         return (
             b
             for k in range(job.shards())
-            for b in _of_job(pq.ParquetFile(path / job.file(k)).iter_batches(8192), job, about, side, path)
+            for b in _of_job(pq.ParquetFile(path / job.file(k)).iter_batches(8192), job, about, modality, path)
         )
     if path.suffix == '.lance':
         import lancedb
@@ -179,20 +187,20 @@ def ready_vectors(
     if 'vector' in schema.names: return iter(batches)
     manifest = json.loads((schema.metadata or {}).get(b'mmembed', b'{}'))
     if not manifest: raise ValueError(f'{path} has no column vector and does not say which artifact made it')
-    return _of_job(batches, Job.from_dict(manifest, path), about, side, path)
+    return _of_job(batches, Job.from_dict(manifest, path), about, modality, path)
 
 def _of_job(
-    batches: Iterable[pa.RecordBatch], job: Job, about: About, side: str, where: Path
+    batches: Iterable[pa.RecordBatch], job: Job, about: About, modality: str, where: Path
 ) -> Iterator[pa.RecordBatch]:
     if job.artifact != about.artifact:
         raise ValueError(
             f'{where} was embedded by artifact {job.artifact[:12]}, not by {about.artifact[:12]}: vectors of two '
             f'models cannot be mixed'
         )
-    if side not in job.sides(): raise ValueError(f'{where} has vectors of {job.what}, not of {side}')
+    if modality not in job.modalities(): raise ValueError(f'{where} has vectors of {job.modality}, not of {modality}')
     for b in batches:
         columns = {n: c for n, c in zip(b.schema.names, b.columns) if not n.endswith('_vector')}
-        given = b[f'{side}_vector']
+        given = b[f'{modality}_vector']
         valid = np.asarray(given.is_valid())
         stored = given.drop_null().flatten().to_numpy(zero_copy_only=False).reshape(-1, given.type.list_size)
         x = np.zeros((len(b), job.dim), 'f')
@@ -203,7 +211,7 @@ def _of_job(
 # %% ../../nbs/retrieval/06_ingest.ipynb #9a7a642e
 def open_rows(
     source,                       # as `Index.build` takes it
-    side: str,                    # modality: 'image' or 'text'
+    modality: str,                    # modality: 'image' or 'text'
     columns: list | tuple = (),   # to keep, besides captions and classes
     options: dict | None = None,  # of `open_source`
 ) -> tuple[Any, list[str]]: # a `Source` or vectors as they are; the columns that are kept
@@ -212,10 +220,10 @@ def open_rows(
     if isinstance(source, Source): found = source
     else:
         wanted = list(dict.fromkeys(['text', *columns]))
-        try: found = open_source(source, what=side, keep=wanted, **options or {})
+        try: found = open_source(source, modality=modality, keep=wanted, **options or {})
         except ValueError:
             if 'text' in columns: raise
-            found = open_source(source, what=side, keep=list(columns), **options or {})
+            found = open_source(source, modality=modality, keep=list(columns), **options or {})
     keep = [c for c in ('text', 'label') if c not in columns and _has(found, c)] + list(columns)
     column_types(found, keep)
     if clash := sorted(set(keep) & {*RESERVED, 'file'}):
@@ -235,14 +243,14 @@ def embedded(
     source: Source,     # of the rows
     keep: list[str],    # columns of the source to keep
     folder: Path,       # to embed in
-    side: str,          # modality that is embedded: 'image' or 'text'
+    modality: str,          # modality that is embedded: 'image' or 'text'
     threads: int = 0,   # to decode with; 0: one a core
     progress=None,      # as in `embed`
 ) -> Iterator[pa.RecordBatch]: # with `row`, `id`, `vector`, `error`, the kept columns, and `file` where rows are files
     "Embed what is missing in `folder` and read it; raises as `embed`."
-    embed(model, source, folder, what=side, keep=keep, threads=threads, progress=progress)
+    embed(model, source, folder, modality=modality, keep=keep, threads=threads, progress=progress)
     place = _files(source)
-    for b in ready_vectors(folder, about_index(model, side), side):
+    for b in ready_vectors(folder, about_index(model, modality), modality):
         yield b.append_column('file', pa.array([place(i) for i in b['row'].to_pylist()], pa.string())) if place else b
 
 def _files(source: Source) -> Callable[[int], str | None] | None: # the file of a row, where rows are files
@@ -290,19 +298,19 @@ def with_thumbnails(
 # %% ../../nbs/retrieval/06_ingest.ipynb #7cf1eee9
 def about_index(
     model: Embedder | str | Path, # an artifact, loaded or not
-    side: str,                    # modality of the rows: 'image' or 'text'
+    modality: str,                    # modality of the rows: 'image' or 'text'
 ) -> About:
     "Describe the vectors that an artifact makes; raises as `read_card`."
     card, path = card_of(model), model.path if isinstance(model, Embedder) else Path(model)
-    return About(card['content_hash'], vector_dim(card), side, str(path.resolve()))
+    return About(card['content_hash'], vector_dim(card), modality, str(path.resolve()))
 
 def work_name(
     about: About,  # of the index
     source,        # of `open_rows`
 ) -> str:
     "Return the name of a working folder: another source or artifact works in another one."
-    rows = survey_names(source, about.side).hash if isinstance(source, Source) else ''
-    return hashlib.blake2b(f'{about.artifact} {about.side} {rows}'.encode(), digest_size=6).hexdigest()
+    rows = survey_names(source, about.modality).hash if isinstance(source, Source) else ''
+    return hashlib.blake2b(f'{about.artifact} {about.modality} {rows}'.encode(), digest_size=6).hexdigest()
 
 def only_new(
     source,            # of `open_rows`
@@ -343,14 +351,14 @@ def new_vectors(
     if isinstance(source, Source) and not isinstance(model, Embedder):
         model = Embedder(model, batch_size=service_batch('cpu'), deterministic=True)
     source = only_new(source, there, prefix, on_duplicate)
-    bad: list = []
-    if not isinstance(source, Source): rows = ready_vectors(source, about, about.side)
+    failures: list = []
+    if not isinstance(source, Source): rows = ready_vectors(source, about, about.modality)
     elif not len(source): rows = iter(())
     else:
-        rows = embedded(model, source, keep, work, about.side, threads, progress)
-        if thumbnails and about.side == 'image': rows = with_thumbnails(rows, source, model, thumbnails, threads)
+        rows = embedded(model, source, keep, work, about.modality, threads, progress)
+        if thumbnails and about.modality == 'image': rows = with_thumbnails(rows, source, model, thumbnails, threads)
     taken, on_duplicate = (set(), 'raise') if on_duplicate == 'replace' else (set(there), on_duplicate)
-    return checked_rows(rows, about.dim, bad, taken, on_duplicate, prefix), bad
+    return checked_rows(rows, about.dim, failures, taken, on_duplicate, prefix), failures
 
 # %% ../../nbs/retrieval/06_ingest.ipynb #998fca87
 def stream(

@@ -18,19 +18,21 @@ import torch
 from torch import Tensor
 
 from ..core.files import draft
+from ..core.renamed import renamed, warn_renamed
 from ..core.quantize import dequantize, quantize, quantize_fixed
 
 # %% ../../nbs/retrieval/01_parts.ipynb #91de2e53
 # in a folder of shards: programs that read it as one table pass over names that begin so
 MANIFEST, ERRORS = '_manifest.json', '_errors.jsonl'
 FIXED, ROWWISE = 'fixed', 'rowwise'  # rules of int8: steps of 1/127; the largest number of each row is 127
+_STORED = dict(modality='what')       # field: its key in manifests, which keep the name that it once had
 
 class Job(NamedTuple):
     "The settings that decide the bytes of a result"
     artifact: str       # hash of the artifact's identity card
     source: str         # hash of the source's rows: see `survey_names`
     rows: int           # of the source
-    what: str           # modality: 'image', 'text' or 'both'
+    modality: str           # modality: 'image', 'text' or 'both'
     keep: dict          # kept columns of the source: the name of each one's Arrow type
     precision: str      # one of `PRECISIONS`
     dim: int            # numbers in a vector
@@ -39,9 +41,15 @@ class Job(NamedTuple):
     deterministic: bool # whether the bits of a row are independent of its batch
     int8: str = FIXED   # rule by which int8 is written: `FIXED` or `ROWWISE`
 
-    def sides(self) -> list[str]:
-        "Return the modalities that have vectors."
-        return ['image', 'text'] if self.what == 'both' else [self.what]
+    @property
+    def what(self) -> str:
+        "Deprecated, an older name of `modality`."
+        warn_renamed('Job.what', 'Job.modality')
+        return self.modality
+
+    def modalities(self) -> list[str]:
+        "Return the modalities that have vectors: 'image', 'text'."
+        return ['image', 'text'] if self.modality == 'both' else [self.modality]
     def shards(self) -> int:
         "Return the number of shards."
         return -(-self.rows // self.shard_rows)
@@ -59,7 +67,7 @@ class Job(NamedTuple):
         return dequantize(x, self.precision, self.dim)
     def to_dict(self) -> dict:
         "Return the manifest; without `int8` for the older rule, as in manifests that did not know another."
-        return {k: v for k, v in self._asdict().items() if k != 'int8' or v != FIXED}
+        return {_STORED.get(k, k): v for k, v in self._asdict().items() if k != 'int8' or v != FIXED}
     def to_json(self) -> str:
         "Return the manifest as indented JSON."
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
@@ -70,9 +78,9 @@ class Job(NamedTuple):
         where = '',  # named in errors
     ) -> 'Job':
         "Read a manifest; raises `ValueError` where a field is missing, or int8 is written by an unknown rule."
-        if missing := [k for k in cls._fields if k not in d and k not in cls._field_defaults]:
-            raise ValueError(f'{where} is not a manifest of embeddings: it has no {missing[0]}')
-        job = cls(**{k: d[k] for k in cls._fields if k in d})
+        if missing := [k for k in cls._fields if _STORED.get(k, k) not in d and k not in cls._field_defaults]:
+            raise ValueError(f'{where} is not a manifest of embeddings: it has no {_STORED.get(missing[0], missing[0])}')
+        job = cls(**{k: d[_STORED.get(k, k)] for k in cls._fields if _STORED.get(k, k) in d})
         if job.int8 not in (FIXED, ROWWISE):
             raise ValueError(f'{where} stores int8 by the rule {job.int8!r}, which this mmembed does not know: upgrade')
         return job
@@ -88,7 +96,7 @@ def same_job(
     if 'int8' not in there and job.precision == there.get('precision') == 'int8': job = job._replace(int8=FIXED)
     # another modality changes `source` and `rows` too: report it first
     for k, v in sorted(job._asdict().items(), key=lambda kv: kv[0] in ('source', 'rows')):
-        found = there.get(k, Job._field_defaults.get(k))
+        found = there.get(_STORED.get(k, k), Job._field_defaults.get(k))
         if found == v: continue
         reason = dict(artifact='another model made the vectors in it', source=_source_hint(str(found), str(v))).get(k)
         raise ValueError(
@@ -111,7 +119,7 @@ def part_schema(
     width = -(-job.dim // 8) if job.precision == 'binary' else job.dim
     kind = {'float32': pa.float32(), 'float16': pa.float16(), 'int8': pa.int8(), 'binary': pa.uint8()}[job.precision]
     kept = [(k, pa.type_for_alias(t)) for k, t in job.keep.items()]
-    vectors = [(f'{side}_vector', pa.list_(kind, width)) for side in job.sides()]
+    vectors = [(f'{modality}_vector', pa.list_(kind, width)) for modality in job.modalities()]
     fields = [('row', pa.int64()), ('id', pa.string()), *kept, *vectors, ('error', pa.string())]
     return pa.schema(fields, metadata={'mmembed': job.to_json()})
 
@@ -129,9 +137,9 @@ def part_table(
     schema = part_schema(job)
     good, vectors = _only_finite(errors, vectors)
     columns = {'row': rows, 'id': ids, **kept, 'error': errors}
-    for side in job.sides():
-        field = schema.field(f'{side}_vector')
-        stored = job.quantize(vectors[side])                       # (good rows, width)
+    for modality in job.modalities():
+        field = schema.field(f'{modality}_vector')
+        stored = job.quantize(vectors[modality])                       # (good rows, width)
         values = torch.zeros(len(rows), field.type.list_size, dtype=stored.dtype)
         values[good] = stored
         columns[field.name] = pa.FixedSizeListArray.from_arrays(
@@ -147,7 +155,7 @@ def _only_finite(errors: list[str], vectors: dict[str, Tensor]) -> tuple[Tensor,
     wrong = good.nonzero().flatten()[~finite]
     for i in wrong.tolist(): errors[i] = 'the model gave no finite embedding'
     good[wrong] = False
-    return good, {side: v[finite] for side, v in vectors.items()}
+    return good, {modality: v[finite] for modality, v in vectors.items()}
 
 def _column(values, field):
     import pyarrow as pa
@@ -185,12 +193,9 @@ def check_part(
     try: about = pq.read_metadata(path)
     except (FileNotFoundError, pa.ArrowException): return False
     there = Job._field_defaults | json.loads((about.metadata or {}).get(b'mmembed', b'{}'))
-    differ = [f for f, v in job._asdict().items() if there.get(f) != v]
-    if differ:
-        raise ValueError(
-            f'{path} is of another job: {differ[0]} is {there.get(differ[0])!r} there and '
-            f'{job._asdict()[differ[0]]!r} here'
-        )
+    for field, here in job._asdict().items():
+        found = there.get(_STORED.get(field, field))
+        if found != here: raise ValueError(f'{path} is of another job: {field} is {found!r} there and {here!r} here')
     return about.num_rows == len(job.shard(k))
 
 # %% ../../nbs/retrieval/01_parts.ipynb #2305e19c
@@ -240,30 +245,31 @@ def read_job(
 # %% ../../nbs/retrieval/01_parts.ipynb #9a4c7847
 def each_shard(
     folder: str | Path, # that `embed` wrote
-    side: str,          # modality: 'image' or 'text'
+    modality: str,          # modality: 'image' or 'text'
 ) -> Iterator[tuple[list[str], Tensor, Tensor]]: # ids, vectors (n, D) as stored, ok bool (n,)
     "Yield the result shard by shard; raises as `load_vectors`."
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
     job = read_job(folder)
-    if side not in job.sides(): raise ValueError(f'{folder} has vectors of {job.what}, not of {side}')
+    if modality not in job.modalities(): raise ValueError(f'{folder} has vectors of {job.modality}, not of {modality}')
     for k in range(job.shards()):
         check_part(Path(folder), job, k)
-        table = pq.read_table(Path(folder)/job.file(k), columns=['id', f'{side}_vector'])
-        column = table[f'{side}_vector'].combine_chunks()
+        table = pq.read_table(Path(folder)/job.file(k), columns=['id', f'{modality}_vector'])
+        column = table[f'{modality}_vector'].combine_chunks()
         ok = torch.from_numpy(pc.is_valid(column).to_numpy(zero_copy_only=False).copy())
         good = torch.from_numpy(column.drop_null().flatten().to_numpy(zero_copy_only=False).copy())
         values = torch.zeros(len(ok), column.type.list_size, dtype=good.dtype)
         values[ok] = good.reshape(-1, column.type.list_size)
         yield table['id'].to_pylist(), values, ok
 
+@renamed(side='modality')
 def load_vectors(
     folder: str | Path,      # that `embed` wrote
-    side: str | None = None, # modality: 'image' or 'text'; None: the one there is
+    modality: str | None = None, # modality: 'image' or 'text'; None: the one there is
 ) -> Vectors:
     """Load everything a job wrote for one modality.
 
     Raises as `read_job`, and `ValueError` for a modality that it lacks and for shards of another job."""
     job = read_job(folder)
-    ids, vectors, ok = zip(*each_shard(folder, side or job.sides()[0]))
+    ids, vectors, ok = zip(*each_shard(folder, modality or job.modalities()[0]))
     return Vectors([i for part in ids for i in part], torch.cat(vectors), torch.cat(ok), job)

@@ -18,6 +18,7 @@ import pyarrow as pa
 from fastcore.basics import patch
 
 from ..core.errors import reason
+from ..core.renamed import renamed
 from .base import VectorIndex, check_add, check_build, complete
 from .ingest import About, about_index, new_vectors, open_rows, stream
 from .lance import checked_condition
@@ -214,23 +215,24 @@ def _copy(self: PostgresIndex, table: str, reader: pa.RecordBatchReader) -> int:
     return n
 
 @patch
-def _list_bad(self: PostgresIndex, bad: list):
+def _list_failures(self: PostgresIndex, failures: list):
     self._db.execute(
-        'DELETE FROM mmembed_failures WHERE name = %s AND id = ANY(%s)', [self.name, [_cell(i) for i, _ in bad]]
+        'DELETE FROM mmembed_failures WHERE name = %s AND id = ANY(%s)', [self.name, [_cell(i) for i, _ in failures]]
     )
     with self._db.cursor() as c:
         c.executemany(
-            'INSERT INTO mmembed_failures VALUES (%s, %s, %s)', [[self.name, *map(_cell, row)] for row in bad]
+            'INSERT INTO mmembed_failures VALUES (%s, %s, %s)', [[self.name, *map(_cell, row)] for row in failures]
         )
 
 # %% ../../nbs/retrieval/11_postgres.ipynb #b05d5c82
 @patch(cls_method=True)
+@renamed(side='modality')
 def build(cls: PostgresIndex,
     model: Embedder | str | Path,   # an artifact
     source,                         # as `Index.build` takes it
     url: str,                       # of the database
     name: str = 'mmembed',          # of the index
-    side: str = 'image',            # modality that is indexed: 'image' or 'text'
+    modality: str = 'image',            # modality that is indexed: 'image' or 'text'
     columns: list | tuple = (),     # of the source, to filter by; captions and classes are kept anyway
     thumbnails: int = 112,          # pixels of the longer side; 0: none
     on_duplicate: str = 'raise',    # ids that come twice: 'raise', or 'skip': the first stays
@@ -245,19 +247,19 @@ def build(cls: PostgresIndex,
 
     A comment on a table says that it is an index. A table without it is never dropped, `overwrite` or not: its name
     raises `ValueError`."""
-    check_build(side, on_duplicate)
-    source, keep = open_rows(source, side, columns, options)
-    self, about = cls.__new__(cls), about_index(model, side)
+    check_build(modality, on_duplicate)
+    source, keep = open_rows(source, modality, columns, options)
+    self, about = cls.__new__(cls), about_index(model, modality)
     self._open(url, name, model)
     self._begin()
     with tempfile.TemporaryDirectory() as tmp, _changing(self._db):
         self._free(overwrite)
-        rows, bad = new_vectors(model, source, keep, about, Path(work or tmp)/'vectors', set(), on_duplicate,
+        rows, failures = new_vectors(model, source, keep, about, Path(work or tmp)/'vectors', set(), on_duplicate,
                                 thumbnails, prefix, threads, progress)
         reader = stream(rows, about)
         self._create(about, reader.schema)
         self._copy(self.name, reader)
-        self._list_bad(bad)
+        self._list_failures(failures)
         self._db.execute(
             self._sql.SQL('CREATE INDEX ON {} USING hnsw (vector vector_cosine_ops)').format(self._id())
         )
@@ -304,24 +306,26 @@ def _asked(
 def _shown(self: PostgresIndex): return self._sql.SQL(', ').join(map(self._sql.Identifier, self.columns))
 
 @patch
+@renamed(k='top_k')
 def nearest(self: PostgresIndex,
     vector: np.ndarray,           # float32 (D,), unit length
-    k: int,                       # rows, at most
+    top_k: int,                       # rows, at most
     where: str | None = None,     # an SQL condition on the columns
     exact: bool | None = None,    # True: compare with every row
     settings: dict | None = None, # `ef` is the least number of candidates; default: those in force
 ) -> list[dict]: # with `id`, `score` (the cosine) and the columns
     "Find the rows nearest to a vector, best first."
     ef = (settings or self.search_settings())['ef']
-    graph = {'hnsw.ef_search': min(1000, max(ef, 2 * k)), 'hnsw.iterative_scan': 'strict_order'}
+    graph = {'hnsw.ef_search': min(1000, max(ef, 2 * top_k)), 'hnsw.iterative_scan': 'strict_order'}
     query = self._sql.SQL('SELECT {}, 1 - (vector <=> %s) AS score FROM {} WHERE {} ORDER BY vector <=> %s LIMIT %s')
     query = query.format(self._shown(), self._id(), self._where(where))
-    return self._asked(query, [vector, vector, k], where, dict(enable_indexscan='off') if exact else graph)
+    return self._asked(query, [vector, vector, top_k], where, dict(enable_indexscan='off') if exact else graph)
 
 @patch
+@renamed(k='top_k')
 def matching(self: PostgresIndex,
     words: str,               # in the column `text`
-    k: int,                   # rows, at most
+    top_k: int,                   # rows, at most
     where: str | None = None, # an SQL condition
 ) -> list[dict]: # with `id`, `score` (the full-text rank) and the columns
     "Find rows by words in their captions, best first; raises `ValueError` without such a column."
@@ -331,7 +335,7 @@ def matching(self: PostgresIndex,
     text = self._sql.SQL("to_tsvector('simple', coalesce(text, ''))")
     asked = self._sql.SQL("plainto_tsquery('simple', %s)")
     query = query.format(self._shown(), text, asked, self._id(), self._where(where))
-    return self._asked(query, [_cell(words), _cell(words), k], where)
+    return self._asked(query, [_cell(words), _cell(words), top_k], where)
 
 @patch
 def select(self: PostgresIndex,
@@ -371,19 +375,19 @@ def add(self: PostgresIndex,
     "Embed and add rows in one transaction. Raises as `PostgresIndex.build`; nothing is added then."
     check_add(on_duplicate)
     about = self.about
-    source, keep = open_rows(source, about.side, columns, options)
+    source, keep = open_rows(source, about.modality, columns, options)
     model = self._model_for(source)
     with tempfile.TemporaryDirectory() as tmp, _changing(self._db):
         self._db.execute(self._sql.SQL('LOCK TABLE {} IN SHARE ROW EXCLUSIVE MODE').format(self._id()))
         there, known = set(self.ids()), self.fields
-        rows, bad = new_vectors(model, source, keep, about, Path(work or tmp)/'vectors', there, on_duplicate,
+        rows, failures = new_vectors(model, source, keep, about, Path(work or tmp)/'vectors', there, on_duplicate,
                                 thumbnails if 'thumbnail' in known else 0, prefix, threads, progress)
         rows = (b if 'file' in known or 'file' not in b.schema.names else b.drop_columns(['file']) for b in rows)
         reader = stream(rows, about)
         if new := [n for n in reader.schema.names if n not in known]:
             raise ValueError(f'the index has no column {new[0]!r}; it has {", ".join(known)}')
         n = self._merge(reader)
-        self._list_bad(bad)
+        self._list_failures(failures)
         if n: self._changed()
     return n
 
@@ -422,7 +426,7 @@ def remove(self: PostgresIndex,
         return deleted
 
 @patch
-def bad(self: PostgresIndex) -> list[dict]: # with `id` and `error`
+def failures(self: PostgresIndex) -> list[dict]: # with `id` and `error`
     "List the rows that could not be indexed, and why."
     return self._asked('SELECT id, error FROM mmembed_failures WHERE name = %s', [self.name])
 

@@ -205,12 +205,12 @@ class Groups(list):
 def merged(
     near: list[dict],  # rows by vector, best first
     said: list[dict],  # rows by words, best first
-    k: int,            # rows, at most
+    top_k: int,            # rows, at most
 ) -> list[dict]: # with `relevance`; `score` is None for a row that only the words found
     "Merge two rankings by reciprocal ranks."
     rows = {row['id']: row | dict(score=None) for row in said} | {row['id']: row for row in near}
     total = dict.fromkeys(rows, 0.)
     for ranking in (near, said):
         for place, row in enumerate(ranking, 1): total[row['id']] += 1 / (60 + place)
-    best = sorted(rows, key=lambda i: -total[i])[:k]
+    best = sorted(rows, key=lambda i: -total[i])[:top_k]
     return [rows[i] | dict(relevance=total[i]) for i in best]

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from ..core.errors import reason
+from ..core.renamed import renamed
 from ..data.source import Source
 from .embed import Done, embed_parts, open_job, plan, service_batch
 from ..runtime.embedder import Embedder
@@ -48,11 +49,12 @@ class PartWorker:
         return {'part': batch['part'], 'rows': [len(self.job.shard(int(k))) for k in batch['part']]}
 
 # %% ../../nbs/retrieval/04_ray.ipynb #5dffccb4
+@renamed(what='modality')
 def embed_ray(
     model: Embedder | str | Path,    # an artifact, at a path that all machines can read
     source: Source,                  # see `open_source`
     out: str | Path,                 # a folder that all machines can write to
-    what: str = 'image',             # modality: 'image', 'text' or 'both'
+    modality: str = 'image',             # modality: 'image', 'text' or 'both'
     keep: list | tuple = (),         # columns of the source to keep
     precision: str = 'float32',      # one of `PRECISIONS`
     shard_rows: int = 8192,          # rows in a shard: what a worker that dies loses
@@ -74,7 +76,7 @@ def embed_ray(
     except ImportError: raise ImportError('--engine ray wants Ray: pip install "mmembed[ray]"') from None
     if not isinstance(model, Embedder):
         model = Embedder(model, batch_size=batch_size or service_batch(device), deterministic=True)
-    job, found = plan(model, source, what, keep, precision, shard_rows, unique, content_hash, spark)
+    job, found = plan(model, source, modality, keep, precision, shard_rows, unique, content_hash, spark)
     start, folder, ready, mine = time.perf_counter(), Path(out).resolve(), 0, not ray.is_initialized()
     with open_job(folder, job) as (job, todo):
         there = job.rows - sum(len(job.shard(k)) for k in todo)

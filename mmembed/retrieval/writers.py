@@ -23,18 +23,19 @@ from .embed import Done, embed, plan, service_batch
 from ..runtime.embedder import Embedder
 from .parts import Job, each_shard, part_schema, read_job, same_job, write_failures
 from ..core.files import draft, write_whole, writing
+from ..core.renamed import renamed
 
 # %% ../../nbs/retrieval/03_writers.ipynb #28ac5284
 def save_npy(
     folder: Path,              # of shards
     path: Path,                # the file to write
-    side: str | None = None,   # modality: 'image' or 'text'; None: the one there is
+    modality: str | None = None,   # modality: 'image' or 'text'; None: the one there is
 ):
     "Write one modality of a job as a numpy array (rows, D)."
     import numpy as np
     job, header = read_job(folder), None
     with draft(path) as temporary, temporary.open('wb') as f:
-        for _, values, _ in each_shard(folder, side or job.sides()[0]):
+        for _, values, _ in each_shard(folder, modality or job.modalities()[0]):
             if header is None:
                 header = np.lib.format.header_data_from_array_1_0(values.numpy()) | {
                     'shape': (job.rows, values.shape[1])
@@ -54,16 +55,16 @@ def save_safetensors(
     name = {'float32': 'F32', 'float16': 'F16', 'int8': 'I8', 'binary': 'U8'}[job.precision]
     header: dict = {'__metadata__': {k: v if isinstance(v, str) else json.dumps(v) for k, v in job.to_dict().items()}}
     end = 0
-    for side in job.sides():
-        kind = part_schema(job).field(f'{side}_vector').type
+    for modality in job.modalities():
+        kind = part_schema(job).field(f'{modality}_vector').type
         begin, end = end, end + job.rows * kind.list_size * kind.value_type.bit_width // 8
-        header[side] = dict(dtype=name, shape=[job.rows, kind.list_size], data_offsets=[begin, end])
+        header[modality] = dict(dtype=name, shape=[job.rows, kind.list_size], data_offsets=[begin, end])
     text = json.dumps(header).encode()
     text += b' ' * (-len(text) % 8)
     with draft(path) as temporary, temporary.open('wb') as f:
         f.write(len(text).to_bytes(8, 'little') + text)
-        for side in job.sides():
-            for _, values, _ in each_shard(folder, side): f.write(values.numpy().data)
+        for modality in job.modalities():
+            for _, values, _ in each_shard(folder, modality): f.write(values.numpy().data)
 
 # %% ../../nbs/retrieval/03_writers.ipynb #df6b454d
 def save_ids(
@@ -149,11 +150,12 @@ def targets(
     job: Job,      # whose vectors are written
 ) -> dict[Path, str | None]: # file: the modality that it holds, None for all
     "Return the files of vectors: two arrays for a job of both modalities."
-    if out.suffix == '.npy' and job.what == 'both':
-        return {out.with_suffix(f'.{side}.npy'): side for side in job.sides()}
+    if out.suffix == '.npy' and job.modality == 'both':
+        return {out.with_suffix(f'.{modality}.npy'): modality for modality in job.modalities()}
     return {out: None}
 
 # %% ../../nbs/retrieval/03_writers.ipynb #f20a3e07
+@renamed(what='modality')
 def embed_to(
     model: Embedder | str | Path,  # an artifact
     source: Source,                # see `open_source`
@@ -178,7 +180,7 @@ def embed_to(
         model = Embedder(model, where, batch_size=batch_size or service_batch(device), deterministic=True)
     if form is None: return run(model, source, out, progress=progress, device=device, **options)
     start, place = time.perf_counter(), _places(out)
-    about = ('what', 'keep', 'precision', 'shard_rows', 'unique', 'content_hash', 'spark')
+    about = ('modality', 'keep', 'precision', 'shard_rows', 'unique', 'content_hash', 'spark')
     job, found = plan(model, source, **{k: options[k] for k in about if k in options})
     files = targets(out, job)
     if _is_finished(files, place, job):
@@ -189,7 +191,7 @@ def embed_to(
     with writing(place['parts'], '.out.lock'):
         done = run(model, source, place['parts'], progress=progress, device=device, **options)
         _put_together(place, files, form)
-    return done._replace(folder=out, ledger=place['errors'], seconds=time.perf_counter() - start)
+    return done._replace(folder=out, failures=place['errors'], seconds=time.perf_counter() - start)
 
 # %% ../../nbs/retrieval/03_writers.ipynb #36fb6160
 def _places(out: Path) -> dict[str, Path]: # what lies beside a file while it is made, and afterwards
@@ -209,7 +211,7 @@ def _put_together(place: dict[str, Path], files: dict[Path, str | None], form: F
     parts = place['parts']
     for path in (*files, place['ids'], place['errors'], place['manifest']):
         for left in path.parent.glob(f'.{escape(path.name)}.*.draft'): left.unlink()
-    for path, side in files.items(): form.save(*[parts, path, *([side] if side else [])])
+    for path, modality in files.items(): form.save(*[parts, path, *([modality] if modality else [])])
     if form.ids: save_ids(parts, place['ids'])
     job = read_job(parts)  # by the int8 rule with which it was begun
     write_failures(parts, job, place['errors'])

@@ -77,7 +77,7 @@ def source(): return Worn(train=N, valid=0)
 def files(folder): return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name != '.lock'}
 
 
-KW = dict(what='both', keep=['text'], shard_rows=32)
+KW = dict(modality='both', keep=['text'], shard_rows=32)
 
 
 @pytest.fixture(scope='module')
@@ -201,7 +201,7 @@ class Torn(Scenes):
 def test_failures_of_every_part_are_listed(model, tmp_path):
     for shard_rows in (2, 3, 5, 100):
         done = embed(model, Torn(train=5, valid=0), tmp_path/str(shard_rows), shard_rows=shard_rows)
-        rows = [json.loads(line) for line in done.ledger.read_text().splitlines()]
+        rows = [json.loads(line) for line in done.failures.read_text().splitlines()]
         assert done.failed == 2 and [(r['row'], r['error']) for r in rows] == [(0, 'torn'), (4, 'torn')]
 
 
@@ -248,7 +248,7 @@ def test_one_job_at_a_time(model, source, tmp_path):
 
 @pytest.mark.parametrize('precision', PRECISIONS)
 def test_precisions(model, source, whole, tmp_path, precision):
-    embed(model, source, tmp_path, what='image', precision=precision, shard_rows=100)
+    embed(model, source, tmp_path, modality='image', precision=precision, shard_rows=100)
     found, exact = load_vectors(tmp_path), load_vectors(whole, 'image')
     assert found.vectors[exact.ok].equal(quantize(exact.vectors[exact.ok], precision))
     assert found.ok.sum() == exact.ok.sum() + 1
@@ -268,7 +268,7 @@ def test_precision_round_trip(dim):
 
 def begun_by_the_older_rule(model, source, folder, rows=64):
     "A folder as `mmembed embed --precision int8` left it when it multiplied by 127: its manifests name no rule."
-    embed(model, source, folder, what='image', precision='int8', shard_rows=rows)
+    embed(model, source, folder, modality='image', precision='int8', shard_rows=rows)
     job = read_job(folder)._replace(int8='fixed')
     (folder/'_manifest.json').write_text(job.to_json())
     assert 'int8' not in json.loads(job.to_json()) and json.loads(job.to_json())['precision'] == 'int8'
@@ -284,7 +284,7 @@ def begun_by_the_older_rule(model, source, folder, rows=64):
 
 
 def embed_exact(model, source, folder, rows):
-    embed(model, source, folder, what='image', shard_rows=rows)
+    embed(model, source, folder, modality='image', shard_rows=rows)
     return folder
 
 
@@ -307,10 +307,10 @@ def test_a_job_of_the_older_int8_is_finished_by_its_rule(model, source, tmp_path
     before = files(folder)
     (folder/job.file(1)).unlink()
     if run == 'folder':
-        done = embed(model, source, folder, what='image', precision='int8', shard_rows=64)
+        done = embed(model, source, folder, modality='image', precision='int8', shard_rows=64)
         assert files(folder) == before
     else:
-        done = embed_to(model, source, out, what='image', precision='int8', shard_rows=64)
+        done = embed_to(model, source, out, modality='image', precision='int8', shard_rows=64)
         whole = pq.read_table(out)['image_vector'].combine_chunks().drop_null().to_numpy(False)
         exact = load_vectors(tmp_path/f'{folder.name}-exact')
         assert torch.from_numpy(np.stack(whole)).equal(quantize_fixed(exact.vectors[exact.ok]))
@@ -319,14 +319,14 @@ def test_a_job_of_the_older_int8_is_finished_by_its_rule(model, source, tmp_path
 
 
 def test_int8_by_an_unknown_rule_is_refused(model, source, tmp_path):
-    embed(model, source, tmp_path, what='image', precision='int8')
+    embed(model, source, tmp_path, modality='image', precision='int8')
     manifest = json.loads((tmp_path/'_manifest.json').read_text())
     assert manifest['int8'] == 'rowwise'
     (tmp_path/'_manifest.json').write_text(json.dumps(manifest | dict(int8='log')))
     with pytest.raises(ValueError, match="stores int8 by the rule 'log', which this mmembed does not know"):
         load_vectors(tmp_path)
     with pytest.raises(ValueError, match="int8 is 'log' there and 'rowwise' here"):
-        embed(model, source, tmp_path, what='image', precision='int8')
+        embed(model, source, tmp_path, modality='image', precision='int8')
 
 
 @pytest.mark.parametrize('output', ['int8', 'binary'])
@@ -338,7 +338,7 @@ def test_artifacts_that_store_small_embeddings(source, tmp_path, output):
     rows = [0, 1, 2]
     want = dequantize(emb.encode_image([source.image(i) for i in rows]), output)
     for precision in ('float32', 'int8'):
-        embed(emb, source, tmp_path/precision, what='image', precision=precision)
+        embed(emb, source, tmp_path/precision, modality='image', precision=precision)
         found = load_vectors(tmp_path/precision).float()
         assert found.shape[1] == want.shape[1] and (found[rows] * want).sum(1).min() > .9999
     Index.build(emb, tmp_path/'float32', tmp_path/'idx')
@@ -524,14 +524,14 @@ def test_files_of_one_name_and_several_endings(model, tmp_path):
     "Each has a manifest, failures and ids of its own, and none takes the other for its own."
     source = Worn(train=20, valid=0)
     for form, what in (('.npy', 'image'), ('.parquet', 'text'), ('.safetensors', 'both'), ('.lance', 'image')):
-        assert embed_to(model, source, tmp_path / f'x{form}', what=what).written == 20
+        assert embed_to(model, source, tmp_path / f'x{form}', modality=what).written == 20
     for form, what in (('.npy', 'image'), ('.parquet', 'text'), ('.safetensors', 'both'), ('.lance', 'image')):
-        assert embed_to(model, source, tmp_path/f'x{form}', what=what).written == 0
+        assert embed_to(model, source, tmp_path/f'x{form}', modality=what).written == 0
         assert json.loads((tmp_path/f'x{form}.manifest.json').read_text())['what'] == what
     with pytest.raises(
         ValueError, match="x.npy.manifest.json belongs to another job: what is 'image' there and 'text' here"
     ):
-        embed_to(model, source, tmp_path / 'x.npy', what='text')
+        embed_to(model, source, tmp_path / 'x.npy', modality='text')
 
 
 def test_unknown_endings(model, tmp_path, capsys, monkeypatch):
@@ -597,7 +597,7 @@ class Odd(Source):
 
 
 def test_hostile_names(model, tmp_path):
-    done = embed(model, Odd(), tmp_path, what='both', keep=['text', 'label', 'group'])
+    done = embed(model, Odd(), tmp_path, modality='both', keep=['text', 'label', 'group'])
     assert (done.failed, done.repeated, done.example) == (
         0,
         1,
@@ -726,7 +726,7 @@ def test_kept_columns_keep_their_types(model, tmp_path):
         model,
         open_source(tmp_path / 't.parquet', 'both', keep=keep, id_key='code'),
         tmp_path / 'out',
-        what='both',
+        modality='both',
         keep=keep,
         shard_rows=2,
     )
@@ -749,7 +749,7 @@ def test_kept_columns_keep_their_types(model, tmp_path):
                 else map(json.dumps, rows)
             )
         )
-        embed(model, open_source(path, 'both', keep=['year']), tmp_path/kind, what='both', keep=['year'])
+        embed(model, open_source(path, 'both', keep=['year']), tmp_path/kind, modality='both', keep=['year'])
         assert pq.read_table(tmp_path/kind/'part-000000.parquet')['year'].to_pylist() == [2000 + i for i in range(5)]
         assert load_vectors(tmp_path/kind, 'text').vectors.equal(load_vectors(tmp_path/'out', 'text').vectors)
 
@@ -763,13 +763,13 @@ def test_hub_rows_and_pictures_inside_parquet(model, tmp_path):
     ).cast_column('image', Image())
     data.to_parquet(tmp_path/'pictures.parquet')
     data.save_to_disk(tmp_path/'set')
-    embed(model, scenes, tmp_path/'want', what='both')
+    embed(model, scenes, tmp_path/'want', modality='both')
     for where in ('pictures.parquet', 'set'):
         embed(
             model,
             open_source(tmp_path / where, 'both', keep=['year']),
             tmp_path / f'{where}.out',
-            what='both',
+            modality='both',
             keep=['year'],
             shard_rows=3,
         )
@@ -831,10 +831,10 @@ def test_texts_of_every_length_in_any_company(model, tmp_path):
     alone = torch.cat([emb.encode_text([t]) for t in texts])
     assert len(emb._lengths(emb.tokenize(texts)).unique()) == 5  # 8, 12, 16, 20, 24
     for rows in (7, 64, 500):
-        embed(emb, source, tmp_path/str(rows), what='text', shard_rows=rows)
+        embed(emb, source, tmp_path/str(rows), modality='text', shard_rows=rows)
         assert load_vectors(tmp_path/str(rows)).vectors.equal(alone)
     loose = Embedder(model, batch_size=4)
-    embed(loose, source, tmp_path/'loose', what='text')
+    embed(loose, source, tmp_path/'loose', modality='text')
     torch.testing.assert_close(load_vectors(tmp_path/'loose').vectors, alone, atol=1e-5, rtol=0)
 
 
@@ -847,10 +847,10 @@ def test_texts_of_a_part_are_tokenized_at_once(model, tmp_path, monkeypatch):
         Embedder.tokenize,
     )
     monkeypatch.setattr(Embedder, 'tokenize', lambda self, texts: calls.append(len(texts)) or real(self, texts))
-    embed(emb, source, tmp_path/'one', what='text')
+    embed(emb, source, tmp_path/'one', modality='text')
     assert calls == [3000]
     calls.clear()
-    embed(emb, source, tmp_path/'two', what='text', shard_rows=2000)
+    embed(emb, source, tmp_path/'two', modality='text', shard_rows=2000)
     assert sorted(calls) == [1000, 2000]
     assert [load_vectors(tmp_path/f).vectors.shape for f in ('one', 'two')] == [(3000, 12)] * 2
 
@@ -951,10 +951,10 @@ def test_a_source_that_changes(model, tmp_path, monkeypatch):
         embed(model, open_source(tmp_path / 'in'), tmp_path / 'a', shard_rows=20)
 
     (tmp_path/'t.csv').write_text('text\na boat\na cat\n')
-    embed(model, open_source(tmp_path/'t.csv', 'text'), tmp_path/'t', what='text')
+    embed(model, open_source(tmp_path/'t.csv', 'text'), tmp_path/'t', modality='text')
     (tmp_path/'t.csv').write_text('text\na boat\na dog\n')
     with pytest.raises(ValueError, match='the source has changed since'):
-        embed(model, open_source(tmp_path / 't.csv', 'text'), tmp_path / 't', what='text')
+        embed(model, open_source(tmp_path / 't.csv', 'text'), tmp_path / 't', modality='text')
 
     samples = [(f'{i}.jpg', bytes(scenes.image(i).tolist())) for i in range(40)]
     shards = open_source(f'{tar(tmp_path/"s.tar", samples)}')
@@ -1009,7 +1009,7 @@ def test_odd_values_in_lines_of_json(model, tmp_path, monkeypatch):
         model,
         open_source(tmp_path / 't.jsonl', 'text', id_key='id', keep=keep),
         tmp_path / 'out',
-        what='text',
+        modality='text',
         keep=keep,
     )
     assert (done.rows, done.failed) == (9, 5)
@@ -1085,12 +1085,12 @@ def test_captions_that_change(model, tmp_path):
         said = 'a cat'
         def text(self, i): return self.said if i == 7 else super().text(i)
     source = Told(train=20, valid=0)
-    for what in ('text', 'both'): embed(model, source, tmp_path/what, what=what)
+    for what in ('text', 'both'): embed(model, source, tmp_path/what, modality=what)
     embed(model, source, tmp_path/'image')
     source.said = 'a dog'
     for what in ('text', 'both'):
         with pytest.raises(ValueError, match='the source has changed since'):
-            embed(model, source, tmp_path / what, what=what)
+            embed(model, source, tmp_path / what, modality=what)
     assert embed(model, source, tmp_path/'image').written == 0
 
 
@@ -1114,7 +1114,7 @@ def test_the_command_prints_what_it_would_write(model, tmp_path, capsys, monkeyp
 
 def test_mistakes(model, source, tmp_path):
     for kw, message in [
-        (dict(what='sound'), "what must be 'image', 'text' or 'both', got 'sound'"),
+        (dict(modality='sound'), "modality must be 'image', 'text' or 'both', got 'sound'"),
         (dict(precision='int4'), "got 'int4'"),
         (dict(keep=['price']), 'has no column price; it has text, label and group'),
         (dict(threads=-1), 'want 0 or more threads, got -1'),
@@ -1123,5 +1123,5 @@ def test_mistakes(model, source, tmp_path):
         with pytest.raises(ValueError, match=message): embed(model, source, tmp_path, **kw)
     with pytest.raises(ValueError, match='holds no rows'): embed(model, Scenes(train=0, valid=0), tmp_path)
     with pytest.raises(FileNotFoundError, match='holds no embeddings'): load_vectors(tmp_path)
-    embed(model, Scenes(train=3, valid=0), tmp_path, what='text')
+    embed(model, Scenes(train=3, valid=0), tmp_path, modality='text')
     with pytest.raises(ValueError, match='has vectors of text, not of image'): load_vectors(tmp_path, 'image')

@@ -91,7 +91,7 @@ def test_every_query_finds_what_brute_force_finds(index, emb, scenes, exact):
     ids = [scenes.name(i) for i in range(N)]
     for i in range(0, N, 4):
         for q, v in ((bytes(scenes.image(i).tolist()), x[i]), (scenes.text(i), emb.encode_text([scenes.text(i)])[0])):
-            found = index.search(q, k=N, exact=exact)
+            found = index.search(q, top_k=N, exact=exact)
             cosine = (x @ v).numpy()
             np.testing.assert_allclose(found.scores, np.sort(cosine)[::-1], atol=1e-5)
             np.testing.assert_allclose([cosine[ids.index(n)] for n in found.ids], found.scores, atol=1e-5)
@@ -168,22 +168,22 @@ def test_columns_of_a_table_keep_their_types(model, scenes, tmp_path):
 
 def test_bad_items_are_listed_and_not_indexed(model, tmp_path):
     index = Index.build(model, Worn(train=N, valid=0), tmp_path/'a')
-    bad = {r['id']: r['error'] for r in index.bad()}
+    bad = {r['id']: r['error'] for r in index.failures()}
     assert (
         set(bad) == {'scene train 7', *(f'scene train {i}' for i in range(3, N, 20))}
         and bad['scene train 7'] == 'no such picture'
     )
     assert len(index) == N - len(bad) and not set(bad) & set(index.ids())
-    assert index.info()['bad'] == len(bad)
+    assert index.info()['failures'] == len(bad)
     index.add(Scenes(train=N, valid=0), on_duplicate='skip')  # the same rows, whole now
-    assert len(index) == N and not index.bad()
+    assert len(index) == N and not index.failures()
 
 
 def test_vectors_that_mean_nothing(model, tmp_path):
     x = matrix(points(6))
     x[1], x[2], x[3], x[4] = np.nan, 0, np.inf, 3*x[4]
     index = Index.build(model, table([f'v{i}' for i in range(6)], x), tmp_path/'a')
-    assert sorted(index.ids()) == ['v0', 'v4', 'v5'] and {r['id'] for r in index.bad()} == {'v1', 'v2', 'v3'}
+    assert sorted(index.ids()) == ['v0', 'v4', 'v5'] and {r['id'] for r in index.failures()} == {'v1', 'v2', 'v3'}
     assert np.linalg.norm(index.vector_of('v4')) == pytest.approx(1)
     with pytest.raises(ValueError, match='13 wide; this index holds vectors of 12'):
         index.add(table(['w'], np.ones((1, D + 1))))
@@ -195,7 +195,7 @@ def test_ids_that_come_twice(model, tmp_path, scenes):
     with pytest.raises(ValueError, match="the id 'p0' comes twice"): Index.build(model, twice, tmp_path/'a')
     with pytest.raises(FileNotFoundError, match='holds no index'): Index(tmp_path/'a')
     index = Index.build(model, twice, tmp_path/'a', on_duplicate='skip')
-    assert len(index) == 5 and index.bad() == [dict(id='p0', error='another row has this id')]
+    assert len(index) == 5 and index.failures() == [dict(id='p0', error='another row has this id')]
     with pytest.raises(ValueError, match="the id 'p4' comes twice"):
         index.add(pa.concat_tables([points(2, 1, 'q'), points(5).slice(4)]))
     assert len(index) == 5
@@ -223,13 +223,13 @@ def test_mixed_artifacts(index, model, other, scenes, tmp_path):
 
 def test_what_embed_wrote(emb, model, scenes, tmp_path):
     for precision in ('float32', 'int8'):
-        embed(model, Worn(train=N, valid=0), tmp_path/precision, what='both', keep=['text'], precision=precision)
+        embed(model, Worn(train=N, valid=0), tmp_path/precision, modality='both', keep=['text'], precision=precision)
     a, b = (Index.build(model, tmp_path/p, tmp_path/f'{p}.idx') for p in ('float32', 'int8'))
-    assert a.ids() == b.ids() and len(a) == N - 4 and a.bad() == b.bad()
+    assert a.ids() == b.ids() and len(a) == N - 4 and a.failures() == b.failures()
     same = Index.build(model, Worn(train=N, valid=0), tmp_path/'direct.idx')
     np.testing.assert_array_equal(a.vectors()[1], same.vectors()[1])
     assert float((a.vectors()[1] * b.vectors()[1]).sum(1).min()) > .99
-    texts = Index.build(model, tmp_path/'float32', tmp_path/'texts.idx', side='text')
+    texts = Index.build(model, tmp_path/'float32', tmp_path/'texts.idx', modality='text')
     np.testing.assert_allclose(texts.vector_of(scenes.name(0)), emb.encode_text([scenes.text(0)])[0], atol=1e-5)
 
 
@@ -298,7 +298,7 @@ def test_hostile_file_names(model, scenes, tmp_path):
     for i, n in enumerate(names):
         (tmp_path / 'in').joinpath(n.decode('utf-8', 'surrogateescape')).write_bytes(bytes(scenes.image(i).tolist()))
     index = Index.build(model, tmp_path/'in', tmp_path/'a')
-    assert len(index) == len(names) and not index.bad()
+    assert len(index) == len(names) and not index.failures()
     for i, name in enumerate(index.ids(), 1):
         assert (
             index.search(index.vector_of(name), 1).scores[0] > 0.999
@@ -317,12 +317,12 @@ def test_an_empty_index(model, scenes, tmp_path):
 
 
 def test_words(index, scenes):
-    found = index.search(words='circle', k=N)
+    found = index.search(words='circle', top_k=N)
     assert set(found.ids) == {scenes.name(i) for i in range(N) if 'circle' in scenes.text(i).split()}
     chinese = next(scenes.text(i) for i in range(N) if not scenes.text(i).isascii())
-    assert any(r['text'] == chinese for r in index.search(words=chinese, k=5))
-    for hostile in ('a"b (c OR', '*', 'text:x', 'NOT', '\0'): index.search(words=hostile, k=3)
-    both = index.search('a red circle', k=8, words='circle')
+    assert any(r['text'] == chinese for r in index.search(words=chinese, top_k=5))
+    for hostile in ('a"b (c OR', '*', 'text:x', 'NOT', '\0'): index.search(words=hostile, top_k=3)
+    both = index.search('a red circle', top_k=8, words='circle')
     assert (
         len(both) == 8
         and all(-1.001 <= s <= 1.001 for s in both.scores)
@@ -572,7 +572,7 @@ def test_commands(model, scenes, tmp_path, monkeypatch, capsys):
     assert '14.jpg' in run('search', 'my.idx', 'more/14.jpg')
     assert '1 deleted' in run('index', 'delete', 'my.idx', '5.jpg', 'never.jpg')
     info = json.loads(run('index', 'info', 'my.idx', '--json'))
-    assert info['items'] == 15 and info['bad'] == 1
+    assert info['items'] == 15 and info['failures'] == 1
     for words, error in (
         (('search', 'none', 'x'), 'holds no index'),
         (('search', 'my.idx', 'x', '--filter', 'year >'), 'where='),
@@ -652,7 +652,7 @@ def test_retry_says_what_it_cannot_do(model, tmp_path):
     index = Index.build(model, tmp_path/'photos', tmp_path/'my.idx')
     with pytest.raises(ValueError, match='none of the 2 rows that failed'): index.retry(tmp_path/'photos', prefix='x/')
     with pytest.raises(ValueError, match='ready vectors'): index.retry(points(3))
-    assert index.retry(tmp_path/'photos') == 0 and len(index.bad()) == 2
+    assert index.retry(tmp_path/'photos') == 0 and len(index.failures()) == 2
 
 
 def test_one_row_a_line(emb, scenes, tmp_path, monkeypatch, capsys):

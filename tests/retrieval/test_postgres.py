@@ -52,7 +52,7 @@ def test_both_stores_answer_alike(model, url, folder):
     assert (
         sorted(a.ids()) == sorted(b.ids())
         and len(b) == N - 3
-        and sorted(r['id'] for r in a.bad()) == sorted(r['id'] for r in b.bad())
+        and sorted(r['id'] for r in a.failures()) == sorted(r['id'] for r in b.failures())
     )
     for i in range(0, N, 6):
         for where in (None, "text LIKE '%circle%'"):
@@ -66,7 +66,7 @@ def test_both_stores_answer_alike(model, url, folder):
     assert a.like(scenes.name(0), 3).ids == b.like(scenes.name(0), 3).ids
     assert a.thumbnails([scenes.name(0)]) == b.thumbnails([scenes.name(0)])
     english = {scenes.name(i) for i in range(N) if 'circle' in scenes.text(i).split() and scenes.name(i) in a.ids()}
-    assert set(b.search(words='circle', k=N).ids) == english
+    assert set(b.search(words='circle', top_k=N).ids) == english
     assert json.dumps(b.find(np.ones(D), 3)) and 'data:image/jpeg' in b.search('x', 2)._repr_html_()
     assert b.info()['items'] == len(b) and b.about == a.about
     b.close()
@@ -147,9 +147,9 @@ def test_both_stores_mend_failures_and_take_a_working_folder(model, url, tmp_pat
         (photos/'broken.jpg').write_bytes(b'no picture')
         with s.build(model, photos, *place, work=photos.with_suffix('.work')) as index:
             assert (photos.with_suffix('.work')/'vectors'/'_manifest.json').is_file()
-            assert [r['id'] for r in index.bad()] == ['broken.jpg'] and len(index) == 3
+            assert [r['id'] for r in index.failures()] == ['broken.jpg'] and len(index) == 3
             (photos/'broken.jpg').write_bytes(bytes(scenes.image(3).tolist()))
-            assert index.retry(photos) == 1 and index.bad() == [] and len(index) == 4
+            assert index.retry(photos) == 1 and index.failures() == [] and len(index) == 4
             assert index.retry(photos) == 0 and len(index.thumbnails(index.ids())) == 4
 
 
@@ -177,7 +177,7 @@ def test_add_delete_and_ids_that_come_twice(model, other, url):
     np.testing.assert_allclose(index.vector_of('p0'), matrix(new)[0], atol=1e-6)
     bad = matrix(points(3))
     bad[0], bad[1] = np.nan, 0
-    assert index.add(table(['n', 'z', 'good'], bad)) == 1 and {'n', 'z'} <= {r['id'] for r in index.bad()}
+    assert index.add(table(['n', 'z', 'good'], bad)) == 1 and {'n', 'z'} <= {r['id'] for r in index.failures()}
     assert index.delete(['p0', 'nobody']) == 1 and index.delete(where="id LIKE 'p1%'") == 11 and index.delete([]) == 0
     with pytest.raises(ValueError, match='cannot ask an index'):
         PostgresIndex(url, 'twice', other).search('a red circle')
@@ -260,9 +260,10 @@ def test_a_table_of_the_user_is_never_dropped(model, url):
         bad = table(['n', 'good'], np.stack([np.full(D, np.nan), np.ones(D)]))
         one = PostgresIndex.build(model, bad, url, 'one')
         two = PostgresIndex.build(model, bad, url, 'one_bad')
-        assert [len(i) for i in (one, two)] == [1, 1] and one.bad() == two.bad() != []
+        assert [len(i) for i in (one, two)] == [1, 1] and one.failures() == two.failures() != []
         assert (
-            len(PostgresIndex.build(model, points(3), url, 'one', overwrite=True)) == 3 and one.bad() == [] != two.bad()
+            len(PostgresIndex.build(model, points(3), url, 'one', overwrite=True)) == 3
+            and one.failures() == [] != two.failures()
         )
         db.execute('CREATE VIEW on_one AS SELECT id FROM one')
         with pytest.raises(OSError, match='nothing was changed: cannot drop table one'):

@@ -18,7 +18,7 @@ from mmembed.retrieval.ray import embed_ray
 
 from tests.retrieval.test_embed import Worn, artifact, files
 
-KW = dict(what='both', keep=['text'], shard_rows=10)
+KW = dict(modality='both', keep=['text'], shard_rows=10)
 
 
 class Slow(Worn):
@@ -49,4 +49,4 @@ def test_a_node_dies_in_the_middle(tmp_path):
     assert (done.rows, done.written, done.failed) == (150, 150, 6) and seen[-1] == 150 and killed[0] < 150
     embed(model, source, tmp_path/'local', **KW)
     assert files(tmp_path/'ray') == files(tmp_path/'local')
-    assert Path(done.ledger).is_file()
+    assert Path(done.failures).is_file()
