@@ -520,8 +520,8 @@ TABLE = [
         (
             'jobs/parts of another artifact',
             'mmembed/retrieval/parts.py',
-            'if differ:',
-            'if not there:',
+            'if found != here: raise',
+            'if not there: raise',
             'tests/retrieval/test_embed.py::test_parts_of_another_artifact_are_found_out',
         ),
         # ---- index

@@ -8,17 +8,13 @@ Docs: https://mmembed.github.io/mmembed/retrieval/ann.html.md"""
 __all__ = ['KINDS', 'Measured', 'measure_recall', 'approximate']
 
 # %% ../../nbs/retrieval/13_ann.ipynb #ec60c089
-import json
 import time
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from ..core.files import draft, writing
 from .base import VectorIndex
-from .index import Index
-from .lance import write_table
 
 # %% ../../nbs/retrieval/13_ann.ipynb #8eaccc86
 KINDS = dict(
@@ -79,7 +75,7 @@ def _sample(index: VectorIndex, n: int, seed: int = 0) -> tuple[list[str], Tenso
 
 # %% ../../nbs/retrieval/13_ann.ipynb #14fbc86b
 def approximate(
-    index: Index,                   # in a folder
+    index: VectorIndex,             # in a folder
     kind: str = 'hnsw_sq',          # one of `KINDS`
     recall: float = .95,            # to reach
     k: int = 10,                    # nearest rows at which recall is measured
@@ -90,10 +86,8 @@ def approximate(
     """Make an approximate index and raise its search parameters until recall@k reaches `recall`, or their maximum.
 
     Rows added later are compared one by one until `add` merges them in. Raises `ValueError` for fewer than 256 rows,
-    a share outside of 0 to 1 and no queries, `TypeError` for a `PostgresIndex`."""
+    a share outside of 0 to 1 and no queries, `TypeError` for a store that makes its approximate index itself."""
     import lancedb.index as kinds
-    if not isinstance(index, Index):
-        raise TypeError('a PostgresIndex has its approximate index already: pgvector builds one graph with the table')
     if not 0 < recall <= 1: raise ValueError(f'recall is a share of 0 to 1, got {recall}')
     if queries is not None and not len(queries): raise ValueError('there are no queries to measure with')
     if kind not in KINDS: raise ValueError(f'kind must be one of {", ".join(KINDS)}, got {kind!r}')
@@ -103,14 +97,13 @@ def approximate(
         )
     partitions = partitions or max(1, rows >> (20 if kind.startswith('hnsw') else 12))
     best, truth = None, None
-    with writing(index.folder):
-        config = getattr(kinds, KINDS[kind])(distance_type='cosine', num_partitions=partitions, **options)
-        write_table(lambda: index._table.create_index('vector', config=config, replace=True, name='vector_idx'), [])
+    with index.locked():
+        index.index_vectors(getattr(kinds, KINDS[kind])(distance_type='cosine', num_partitions=partitions, **options))
         for settings in _steps(kind, partitions):
             found, truth = measure_recall(index, queries, k, settings=settings, truth=truth)
             if best is None or found.recall > best.recall: best = found
             if found.recall >= recall: break
-        with draft(index.folder/'approximate.json') as f: f.write_text(json.dumps(best._asdict()))
+        index.keep_settings(best._asdict())
     return best
 
 def _steps(kind: str, partitions: int) -> list[dict]: # settings, each more thorough than the one before

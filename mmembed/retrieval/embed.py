@@ -160,7 +160,7 @@ class Done(NamedTuple):
         twice = f'; {self.repeated:,} have the id of an earlier row, such as {self.example!r}' if self.repeated else ''
         return f'{self.rows:,} rows in {self.folder}, {self.written:,} of them now{rate}{bad}{twice}'
 
-# %% ../../nbs/retrieval/02_embed.ipynb #cd40bc42
+# %% ../../nbs/retrieval/02_embed.ipynb #433f4f58
 def plan(
     model: Embedder,            # that embeds
     source: Source,             # of the rows
@@ -173,7 +173,8 @@ def plan(
     spark: bool = False,        # as in `embed`
 ) -> tuple[Job, NameSurvey]: # the manifest, and what the ids are like
     "Plan a job; raises `ValueError` for settings that make no sense and for a source without rows."
-    if modality not in ('image', 'text', 'both'): raise ValueError(f"modality must be 'image', 'text' or 'both', got {modality!r}")
+    if modality not in ('image', 'text', 'both'):
+        raise ValueError(f"modality must be 'image', 'text' or 'both', got {modality!r}")
     if shard_rows < 1: raise ValueError(f'want shard_rows of at least 1, got {shard_rows}')
     quantize(torch.zeros(1, 8), precision)
     types, taken = column_types(source, keep), {'row', 'id', 'error', 'image_vector', 'text_vector'}

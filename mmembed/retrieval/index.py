@@ -11,6 +11,7 @@ __all__ = ['Index']
 import json
 import shutil
 import warnings
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from fastcore.basics import patch
 
-from ..core.files import writing
+from ..core.files import draft, writing
 from ..core.renamed import renamed
 from .base import VectorIndex, check_add, check_build, complete
 from .ingest import About, about_index, new_vectors, open_rows, stream, work_name
@@ -69,6 +70,22 @@ class Index(VectorIndex):
         try: return json.loads((self.folder/'approximate.json').read_text())
         except FileNotFoundError: return None
 
+    def keep_settings(self,
+        settings: dict, # as `search_settings` is to return them
+    ) -> None:
+        "Write the settings beside the table, for this and every other process."
+        with draft(self.folder/'approximate.json') as f: f.write_text(json.dumps(settings))
+
+    def index_vectors(self,
+        config, # one of `lancedb.index`
+    ) -> None:
+        "Make an approximate index of the vectors, in place of one that is there; raises `OSError` where it fails."
+        write_table(lambda: self._table.create_index('vector', config=config, replace=True, name='vector_idx'), [])
+
+    def locked(self) -> AbstractContextManager:
+        "Keep other writers away during a `with` block; raises `ValueError` where one is at work."
+        return writing(self.folder)
+
 # %% ../../nbs/retrieval/10_index.ipynb #6f56a8ad
 @patch(cls_method=True)
 @renamed(side='modality')
@@ -100,16 +117,16 @@ def build(cls: Index,
         mine = folder/f'.build-{work_name(about, source)}'
         if has_table(folder, 'items') and not overwrite and not mine.exists():
             raise ValueError(f'{folder} holds an index; add to it, choose another folder, or overwrite it')
-        rows, failures = new_vectors(model, source, keep, about, Path(work)/'vectors' if work else mine, set(), on_duplicate,
-                                thumbnails, prefix, threads, progress)
+        rows, failures = new_vectors(model, source, keep, about, Path(work)/'vectors' if work else mine, set(),
+                                       on_duplicate, thumbnails, prefix, threads, progress)
         reader = stream(rows, about, None, failed)
         write_table(lambda: db.create_table('items', reader, mode='overwrite'), failed)
         (folder/'approximate.json').unlink(missing_ok=True)
-        index = cls(folder, model)
-        index._list_failures(failures, fresh=True)
-        if index.fields.get('text') == 'string': index.full_text()
+        self = cls(folder, model)
+        self._list_failures(failures, fresh=True)
+        if self.fields.get('text') == 'string': self.full_text()
         for left in folder.glob('.build-*'): shutil.rmtree(left)
-    return index
+    return self
 
 # %% ../../nbs/retrieval/10_index.ipynb #f9571e5d
 @patch
@@ -188,8 +205,9 @@ def add(self: Index,
     mine = self.folder/f'.add-{work_name(about, source)}'
     with writing(self.folder):
         there = set(self.ids())
-        rows, failures = new_vectors(model, source, keep, about, Path(work)/'vectors' if work else mine, there, on_duplicate,
-                                thumbnails if 'thumbnail' in schema.names else 0, prefix, threads, progress)
+        rows, failures = new_vectors(model, source, keep, about, Path(work)/'vectors' if work else mine, there,
+                                       on_duplicate, thumbnails if 'thumbnail' in schema.names else 0, prefix, threads,
+                                       progress)
         rows = (b if 'file' in schema.names or 'file' not in b.schema.names else b.drop_columns(['file']) for b in rows)
         reader = stream(rows, about, schema, failed)
         if on_duplicate == 'replace':
@@ -257,7 +275,9 @@ def info(self: Index) -> dict:
     )
 
 @patch
-def compact(self: Index) -> int: # bytes that became free
+def compact(self: Index,
+    lock: bool = False, # of no effect: a folder is compacted without keeping searches waiting
+) -> int: # bytes that became free
     """Throw away old versions and what killed writers left, while no other process writes.
 
     An `Index` that is in the middle of a search asks again by itself. Other programs that hold a version of the

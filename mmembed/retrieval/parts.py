@@ -21,12 +21,13 @@ from ..core.files import draft
 from ..core.renamed import renamed, warn_renamed
 from ..core.quantize import dequantize, quantize, quantize_fixed
 
-# %% ../../nbs/retrieval/01_parts.ipynb #91de2e53
+# %% ../../nbs/retrieval/01_parts.ipynb #48a26c7c
 # in a folder of shards: programs that read it as one table pass over names that begin so
 MANIFEST, ERRORS = '_manifest.json', '_errors.jsonl'
 FIXED, ROWWISE = 'fixed', 'rowwise'  # rules of int8: steps of 1/127; the largest number of each row is 127
 _STORED = dict(modality='what')       # field: its key in manifests, which keep the name that it once had
 
+# %% ../../nbs/retrieval/01_parts.ipynb #20e28d6d
 class Job(NamedTuple):
     "The settings that decide the bytes of a result"
     artifact: str       # hash of the artifact's identity card
@@ -78,9 +79,10 @@ class Job(NamedTuple):
         where = '',  # named in errors
     ) -> 'Job':
         "Read a manifest; raises `ValueError` where a field is missing, or int8 is written by an unknown rule."
-        if missing := [k for k in cls._fields if _STORED.get(k, k) not in d and k not in cls._field_defaults]:
-            raise ValueError(f'{where} is not a manifest of embeddings: it has no {_STORED.get(missing[0], missing[0])}')
-        job = cls(**{k: d[_STORED.get(k, k)] for k in cls._fields if _STORED.get(k, k) in d})
+        stored = {k: _STORED.get(k, k) for k in cls._fields}
+        if missing := [s for k, s in stored.items() if s not in d and k not in cls._field_defaults]:
+            raise ValueError(f'{where} is not a manifest of embeddings: it has no {missing[0]}')
+        job = cls(**{k: d[s] for k, s in stored.items() if s in d})
         if job.int8 not in (FIXED, ROWWISE):
             raise ValueError(f'{where} stores int8 by the rule {job.int8!r}, which this mmembed does not know: upgrade')
         return job

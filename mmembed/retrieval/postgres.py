@@ -118,6 +118,12 @@ class PostgresIndex(VectorIndex):
         "Return the settings of pgvector's graph, which `build` makes; candidates grow with the rows asked for."
         return dict(kind='hnsw_flat', nprobes=1, refine=0, ef=40)
 
+    def index_vectors(self,
+        config, # of no use
+    ) -> None:
+        "Raise `TypeError`: the table has its graph from the start."
+        raise TypeError('a PostgresIndex has its approximate index already: pgvector builds one graph with the table')
+
     def close(self) -> None:
         "End the connection."
         self._db.close()
@@ -406,7 +412,7 @@ def _merge(self: PostgresIndex, reader: pa.RecordBatchReader) -> int:
     run('DROP TABLE incoming')
     return n
 
-# %% ../../nbs/retrieval/11_postgres.ipynb #ea5bf1b0
+# %% ../../nbs/retrieval/11_postgres.ipynb #e579116e
 @patch
 def remove(self: PostgresIndex,
     ids: list[str] | None,  # rows to delete
@@ -444,14 +450,20 @@ def full_text(self: PostgresIndex):
         make = s.SQL("CREATE INDEX ON {} USING gin (to_tsvector('simple', coalesce(text, '')))")
         self._db.execute(make.format(self._id()))
 
+# %% ../../nbs/retrieval/11_postgres.ipynb #8b8a9996
 @patch
-def compact(self: PostgresIndex) -> int: # bytes that became free
-    "Write the table anew without deleted rows; searches wait meanwhile."
+def compact(self: PostgresIndex,
+    lock: bool = False, # write the table anew, and keep searches and writers waiting meanwhile
+) -> int: # bytes that the table has become smaller by
+    """Free the space of deleted rows; raises `OSError` where PostgreSQL refuses.
+
+    Without `lock` searches and writers go on, and the space is free for rows that come later: the table keeps its
+    size. With `lock` the table is written anew, as small as it can be; every search waits until that is done."""
     psycopg, _ = _psycopg()
-    before = self._bytes()
-    try: self._db.execute(self._sql.SQL('VACUUM (FULL, ANALYZE) {}').format(self._id()))
+    how, before = 'FULL, ANALYZE' if lock else 'ANALYZE, INDEX_CLEANUP ON, TRUNCATE OFF', self._bytes()
+    try: self._db.execute(self._sql.SQL(f'VACUUM ({how}) {{}}').format(self._id()))
     except psycopg.Error as e: raise OSError(f'nothing was changed: {reason(e)}') from None
-    return before - self._bytes()
+    return max(0, before - self._bytes())
 
 @patch
 def _bytes(self: PostgresIndex) -> int:

@@ -18,7 +18,7 @@ from mmembed.models.towers import ConvNet, TextTransformer
 from mmembed.retrieval.embed import embed
 from mmembed.retrieval.index import Index
 from mmembed.retrieval.ingest import About
-from mmembed.retrieval.parts import load_vectors, read_job
+from mmembed.retrieval.parts import Job, load_vectors, read_job
 from mmembed.retrieval.writers import embed_to
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
@@ -105,3 +105,17 @@ def test_files_of_before_are_read(model, scenes, tmp_path):
     assert json.loads(about.to_bytes())['side'] == 'text' and About.from_bytes(about.to_bytes()) == about
     with pytest.raises(ValueError, match="modality is 'text' there and 'image' here"):
         embed(model, scenes, tmp_path, modality='image')
+
+
+def private_uses():
+    "Find attributes of other objects that are private to them: `index._table` in a function over an index."
+    for path in sorted([*(ROOT/'retrieval').glob('*.py'), *(ROOT/'demo').glob('*.py')]):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr.startswith('_') and not node.attr.startswith('__'):
+                owner = ast.unparse(node.value)
+                public = node.attr in (*dir(Job), '_repr_html_')
+                if owner in ('self', 'cls', 'super()') or public: continue
+                yield f'{path.relative_to(ROOT)}:{node.lineno}: {owner}.{node.attr}'
+
+
+def test_functions_over_an_index_use_its_public_methods(): assert [*private_uses()] == []

@@ -132,6 +132,21 @@ def test_whatever_one_store_can_the_other_can(model, url, folder, tmp_path):
         s.close()
 
 
+def test_compact_keeps_no_search_waiting(model, url):
+    "A reader in the middle of its transaction and a `compact` go on beside each other; only `lock` waits for it."
+    import psycopg
+    patient = url + ('&' if '?' in url else '?') + 'options=-c%20lock_timeout%3D1000'
+    with PostgresIndex.build(model, points(300), patient, 'busy') as index, psycopg.connect(url) as reader:
+        assert reader.execute('SELECT count(*) FROM busy').fetchone() == (300,)  # and stays within its transaction
+        index.delete([f'p{i}' for i in range(200)])
+        assert index.compact() == 0 and len(index) == 100 and len(index.search(matrix(points(1))[0], 5)) == 5
+        with pytest.raises(OSError, match='nothing was changed: .*lock timeout'): index.compact(lock=True)
+        reader.rollback()
+        size = index.info()['bytes']
+        assert index.compact(lock=True) == size - index.info()['bytes'] > 0 and len(index) == 100
+        assert index.add(points(50, 7, 'q')) == 50 and len(index) == 150
+
+
 def has_faiss():
     try: import faiss  # noqa: F401
     except ImportError: return False
