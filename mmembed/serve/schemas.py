@@ -361,7 +361,7 @@ async def run(
     timeout: float | None = None, # seconds; as configured by default
     span=None, # of the request
 ) -> list[Item]: # the same, settled
-    "Embed items by `service.run`; those that were refused before get their status without it."
+    "Embed items by `service.run`; refused ones get their status without it."
     if len(items) > service.config.max_items:
         raise HTTPException(413, f'{len(items)} items; this server takes up to {service.config.max_items}')
     bad = [i for i in items if isinstance(i.data, RefusedEntry)]

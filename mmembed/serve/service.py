@@ -1,4 +1,4 @@
-"""What every protocol shares: the engine in force, canaries, reloading, scores
+"""What every protocol shares: the current engine, canaries, reloading, scores
 
 Docs: https://mmembed.github.io/mmembed/serve/service.html.md"""
 
@@ -40,22 +40,22 @@ from .telemetry import Metrics, Tracer, open_log
 class Config(NamedTuple):
     "All options of a server"
     artifact: str | Path             # an exported file
-    host: str = '127.0.0.1'
-    port: int = 8000                 # of HTTP and WebSocket
+    host: str = '127.0.0.1'          # the address to listen on
+    port: int = 8000                 # of HTTP and WebSocket; 0: any that is free
     grpc_port: int | None = None     # of gRPC; None: no gRPC
     name: str = ''                   # of the model, in answers; the file's stem by default
-    device: str = 'cpu'
-    threads: int | None = None       # for one torch operation
+    device: str = 'cpu'              # where the towers run
+    threads: int | None = None       # threads of one torch operation; None: torch's default
     replicas: int = 1                # processes that share the ports
     deterministic: bool = False      # batches of one shape: an item's vector has the same bits in any batch
     engine: Options = Options()
-    max_body: int = 64 << 20         # bytes of a request
-    max_items: int = 2048            # items of a request, as many as OpenAI takes; they go through the queue in parts
+    max_body: int = 64 << 20         # most bytes of a request
+    max_items: int = 2048            # most items of a request, as at OpenAI; they go through the queue in parts
     body_timeout: float = 30.        # seconds a client may take to send a request
-    max_connections: int = 20_000    # more are answered 503
+    max_connections: int = 20_000    # most connections; more are answered 503
     api_keys: tuple = ()             # a request needs one of these; none: open to all
-    tls_cert: str | None = None      # PEM files
-    tls_key: str | None = None
+    tls_cert: str | None = None      # PEM file of the certificate
+    tls_key: str | None = None       # PEM file of its key
     cors: tuple = ()                 # origins that browsers may call from; '*' for any
     fetch_hosts: tuple = ()          # that image URLs may name: 'host' (80 and 443), 'host:port', 'host:*'
     index: str | None = None         # an index for /search
@@ -63,10 +63,10 @@ class Config(NamedTuple):
     any_model: bool = False          # whether a request may name any model; else another's name is answered 404
     log: str | None = None           # a file for the access log; standard error by default
     traces: str | None = None        # OTLP endpoint: 'http://host:4318' or 'grpc://host:4317'
-    trace_ratio: float = 1.
+    trace_ratio: float = 1.          # share of requests that are traced, 0 to 1
     drain: float = 0.                # seconds between "not ready" and closing the entry, for balancers to notice
     grace: float = 30.               # seconds to answer what is running then
-    # bytes of requests that are held at once; 0: a sixteenth of the memory, at most 1 GB
+    # most bytes of requests that are held at once; 0: a sixteenth of the memory, at most 1 GB
     bodies: int = 0
 
 # %% ../../nbs/serve/05_service.ipynb #0eaebf8c
@@ -186,7 +186,7 @@ class Service:
     "The current engine with its canary, metrics, log and index"
     def __init__(self,
         config: Config, # all options
-        on_unfit=None, # called with the reason when this process can no longer answer
+        on_unfit=None, # function that is called with the reason when this process can no longer answer
         tracer: Tracer | None = None, # another one, for tests
     ):
         check_keys(config.api_keys)
