@@ -19,8 +19,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from benchmarks.fuzz_text import code_points, data_root, differences, random_bytes, random_texts, real_lines
 from mmembed.core.packing import pack
 from mmembed.core.torchscript import quietly
-from mmembed.text.bpe import CLIP_PATTERN, CLIP_STRINGS
-from mmembed.text.byte_level import needs_cleaning, open_clip_clean
+from mmembed.text.bpe_files import CLIP_PATTERN, CLIP_STRINGS
+from mmembed.text.byte_classes import needs_cleaning, open_clip_clean
 from mmembed.text.pipeline import TextPipeline
 
 ATOMS = [

@@ -104,7 +104,7 @@ TABLE = [
         ),
         (
             'text/final sigma',
-            'mmembed/text/byte_level.py',
+            'mmembed/text/byte_classes.py',
             'capital[cased_left & ~cased_right]',
             'capital[cased_left]',
             'tests/text/test_bpe.py::test_open_clip_after_its_own_cleaning tests/text/test_bpe.py::test_open_clip',

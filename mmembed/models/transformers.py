@@ -22,7 +22,8 @@ from .open_clip import Parts
 from .base import Tower, enough_rows, finite, read_weights
 from .towers import Bert, from_hub, longest
 from ..text.pipeline import TextPipeline
-from ..text.tokenizer_files import read_any, stated
+from ..text.tokenizer_files import read_any
+from ..text.stated import stated
 from ..vision.pipeline import VisionPipeline
 
 # %% ../../nbs/models/04_transformers.ipynb #36843a50

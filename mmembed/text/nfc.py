@@ -72,22 +72,15 @@ def nfc_rules(
     Raises `ValueError` if the reference does more than these rules can express."""
     if python:
         name = f'nfc-python-{unicodedata.unidata_version}'
-        probe = lambda: _probe_nfc(
-            functools.partial(unicodedata.normalize, 'NFC'),
+        probe = lambda: _probe_nfc(functools.partial(unicodedata.normalize, 'NFC'),
             functools.partial(unicodedata.normalize, 'NFD'),
-            np.array([unicodedata.combining(chr(c)) for c in range(N_CODES)]),
-        )
+            np.array([unicodedata.combining(chr(c)) for c in range(N_CODES)]))
     else:
         name = 'nfc'
         probe = lambda: _probe_nfc(normalizers.NFC().normalize_str, normalizers.NFD().normalize_str, combining_ranks())
     answer = probed(name, probe)
-    return NfcRules(
-        answer['ranks'],
-        answer['counts'],
-        answer['images'],
-        answer['pairs'].reshape(-1, 3),
-        answer['touched'].astype(bool),
-    )
+    return NfcRules(answer['ranks'], answer['counts'], answer['images'], answer['pairs'].reshape(-1, 3),
+        answer['touched'].astype(bool))
 
 # %% ../../nbs/text/03_nfc.ipynb #85797ddb
 class Nfc(nn.Module):
@@ -100,10 +93,8 @@ class Nfc(nn.Module):
         more = np.zeros(MAX_ADDED, np.int64)
         self.scale = self.SCALE
         self.rank = PageTable(np.concatenate([rules.ranks, more]))
-        self.parts = ExpandTable(
-            np.concatenate([rules.counts, more + 1]),
-            np.concatenate([rules.images, np.arange(ADDED, ADDED + MAX_ADDED)]),
-        )
+        self.parts = ExpandTable(np.concatenate([rules.counts, more + 1]),
+            np.concatenate([rules.images, np.arange(ADDED, ADDED + MAX_ADDED)]))
         pairs = torch.from_numpy(np.ascontiguousarray(rules.pairs)).long()
         self.table = VocabTable((pairs[:, 0] << 32 | pairs[:, 1]) * self.scale, pairs[:, 2])
 

@@ -167,14 +167,8 @@ class AddedTokens(nn.Module):
         word = self.word(x.codes) > 0
         touched = (word[(at - 1).clamp(min=0)] & (at > row_start)) | (word[end.clamp(max=n - 1)] & (end < row_end))
         keep = (~(flags[:, 0] & touched)).nonzero().flatten()
-        at, token, end, flags, row_start, row_end = (
-            at[keep],
-            token[keep],
-            end[keep],
-            flags[keep],
-            row_start[keep],
-            row_end[keep],
-        )
+        at, token, end, flags, row_start, row_end = (at[keep], token[keep], end[keep], flags[keep], row_start[keep],
+            row_end[keep])
         solid = ~torch.isin(x.codes, self.space)
         last, next = last_before(solid)[at], first_from(solid)[end]
         end = torch.where(flags[:, 2], torch.minimum(next, row_end), end)

@@ -293,11 +293,8 @@ class CharTables(nn.Module):
     def forward(self, x: Codes) -> tuple[Codes, Tensor]:
         "Return values, and the code point that each came from, int64 (K,), which is empty where nothing moved."
         values, source, sort = self.table(x.codes)
-        nowhere = (
-            torch.empty(0, dtype=torch.int64, device=source.device)
-            if self.shortcuts
-            else torch.arange(x.codes.numel(), device=source.device)
-        )
+        nowhere = (torch.empty(0, dtype=torch.int64, device=source.device) if self.shortcuts
+            else torch.arange(x.codes.numel(), device=source.device))
         if not (self.sorts and sort): return self._placed(values, source, x, nowhere)
         values, source, _ = self.decompose(x.codes)
         apart, first = self._placed(values, source, x, nowhere)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, processors
 from benchmarks import fuzz_bpe, fuzz_text
 from mmembed.core.packing import pack
 from mmembed.text.bpe import BytePairs, byte_letters
-from mmembed.text.byte_level import needs_cleaning, open_clip_clean
+from mmembed.text.byte_classes import needs_cleaning, open_clip_clean
 from mmembed.text.pipeline import TextPipeline
 from mmembed.text.unicode import Codes
 from tests.helpers import FORMS, data_path, in_form
@@ -343,7 +343,7 @@ def test_normalizers_one_by_one():
 def test_open_clips_file_is_read_once(monkeypatch):
     "All its models of this kind have one vocabulary; what a caller does to the answer is the caller's."
     from open_clip import tokenizer
-    from mmembed.text.bpe import open_clip_tokenizer
+    from mmembed.text.bpe_files import open_clip_tokenizer
     first = open_clip_tokenizer('ViT-B-32')[0]
     monkeypatch.setattr(tokenizer, 'SimpleTokenizer', None)
     second, again = open_clip_tokenizer('ViT-L-14')[0], first['model']['vocab'].pop('a</w>')

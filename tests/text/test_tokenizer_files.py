@@ -331,3 +331,32 @@ def test_learning_refuses_what_is_no_list_of_texts():
             with pytest.raises(error, match=says): TextPipeline.learn(captions, 400, model=model)
     with pytest.raises(ValueError, match="model='wordpieces' is none of"):
         TextPipeline.learn(CAPTIONS, model='wordpieces')
+
+
+@pytest.mark.parametrize(
+    'name, content, says',
+    [
+        ('tokenizer_config.json', '{"model_max_length": ', 'is not JSON'),
+        ('tokenizer_config.json', '[1]', 'holds a list, not a JSON object'),
+        ('tokenizer_config.json', '{"padding_side": "middle", "pad_token": "[PAD]"}', "padding_side is 'middle'"),
+        ('tokenizer.json', dict(added_tokens={}), '"added_tokens" is of type dict, not list'),
+        ('tokenizer.json', dict(truncation=64), '"truncation" is of type int, not dict'),
+        ('tokenizer.json', dict(model=dict(type='WordPiece', vocab=7)), '"vocab" of "model" is of type int'),
+        ('tokenizer.json', dict(model=dict(type='WordPiece', vocab={})), "the key 'unk_token' is missing"),
+        ('tokenizer.json', dict(normalizer=dict(type='NFKC')), "its normalizer is 'NFKC'"),
+    ],
+)
+def test_an_error_names_file_and_key(name, content, says, tmp_path):
+    tok = TextPipeline.learn(CAPTIONS, 300).spec()['tokenizer']
+    write(tmp_path, tokenizer__json={**tok, **content} if isinstance(content, dict) else tok)
+    if isinstance(content, str): (tmp_path/name).write_text(content)
+    with pytest.raises(ValueError) as e: TextPipeline.from_pretrained(tmp_path)
+    assert name in str(e.value) and says in str(e.value) and '\n' not in str(e.value)
+
+
+def test_the_rules_of_a_file_alone_are_refused_with_its_name(tmp_path):
+    tok = TextPipeline.learn(CAPTIONS, 300).spec()['tokenizer']
+    path = write(tmp_path, my__json={**tok, 'pre_tokenizer': dict(type='Digits')})/'my.json'
+    for make in TextPipeline.from_pretrained, TextPipeline.from_tokenizer_file:
+        with pytest.raises(ValueError, match="my.json: this tokenizer is not supported: its pre_tokenizer is 'Digits'"):
+            make(path)

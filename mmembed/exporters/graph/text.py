@@ -20,7 +20,8 @@ from ...text.nfc import Nfc
 from ...text.pipeline import TextPipeline
 from ...text.pretokenize import AddedTokens, last_before
 from ...text.hash_table import SubstringHash
-from ...text.wordpiece import BertFront, WordPiece
+from ...text.wordpiece import WordPiece
+from ...text.front import BertFront
 from ...text.wordlevel import WholeWords
 
 # %% ../../../nbs/exporters/graph/01_text.ipynb #301f7db1
