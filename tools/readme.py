@@ -28,7 +28,7 @@ def from_root(text: str) -> str:
     def moved(m):
         here = (ROOT/'nbs'/m[1]).exists() and not (ROOT/m[1]).exists()
         return f'](nbs/{m[1]}' if here else m[0]
-    return FILES.sub('](', re.sub(r'\]\(([\w./-]+\.(?:ipynb|webp))', moved, text))
+    return FILES.sub('](', re.sub(r'\]\(([\w./-]+\.(?:ipynb|webp|svg))', moved, text))
 
 
 def markdown(cell) -> str:

@@ -87,8 +87,9 @@ def test_names_in_backticks_exist(page):
     for config in re.findall(r'configs/[\w.]+\.yaml', text): assert (ROOT/config).is_file(), f'{config}: no such file'
 
 
-def test_sidebar_is_in_step():
-    subprocess.run([sys.executable, ROOT/'tools'/'sidebar.py', '--check'], check=True)
+@pytest.mark.parametrize('tool', ['sidebar', 'rooms'])
+def test_what_tools_write_is_in_step(tool):
+    subprocess.run([sys.executable, ROOT/'tools'/f'{tool}.py', '--check'], check=True)
 
 
 def test_sidebar_lists_every_notebook_once():
