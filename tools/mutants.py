@@ -434,7 +434,7 @@ TABLE = [
         ),
         (
             'runtime/order of lengths',
-            'mmembed/runtime/embedder.py',
+            'mmembed/runtime/loaded.py',
             'torch.cat(parts)[torch.cat(places).argsort()]',
             'torch.cat(parts)',
             'tests/runtime/test_embedder.py::test_texts_of_many_lengths_come_back_in_their_order',

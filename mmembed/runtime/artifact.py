@@ -24,12 +24,12 @@ from typing import BinaryIO
 import torch
 
 # %% ../../nbs/runtime/02_artifact.ipynb #069e9ef1
-FORMAT_VERSION = 1 # of the identity card and of the artifact's methods
+FORMAT_VERSION = 1 # version of the identity card and of the artifact's methods
 NEEDED = {'format_version': int, 'short_hash': str, 'content_hash': str, 'decode': bool, 'dim': int, 'max_length': int,
           'vocab_size': int, 'image_size': list, 'parameters': int} # entries of a card that hosts rely on
 
 class Card(dict):
-    "An identity card: plain JSON values, and in a notebook a table"
+    "An identity card: plain JSON values, shown as a table in a notebook."
     def _repr_html_(self) -> str:
         def cell(v): return escape(str(v) if isinstance(v, str | int | float) else json.dumps(v, ensure_ascii=False))
 
@@ -50,9 +50,9 @@ class Card(dict):
 def read_card(
     path: str | Path, # an artifact
 ) -> Card:
-    """The identity card of the artifact at `path`, without loading the model.
+    """Read the identity card of the artifact at `path`, without loading the model.
 
-    Raises `FileNotFoundError`, `PermissionError`, or `ValueError` for a file that is no artifact, truncated, of a
+    Raises `FileNotFoundError`, `PermissionError`, or `ValueError` for a file that is not an artifact, truncated, of a
     newer format, or whose card lacks an entry."""
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f'path must be a str or a Path, got {type(path).__name__}')
@@ -83,10 +83,9 @@ def read_card(
 # %% ../../nbs/runtime/02_artifact.ipynb #a5b2ad55
 def records_of(
     file: str | Path | BinaryIO, # an artifact
-    # contents lie in one buffer, which the next record overwrites: for files as large as the memory
-    reuse: bool = False,
+    reuse: bool = False,         # read into one buffer, which the next record overwrites; for very large files
 ) -> Iterator[tuple[str, bytes | memoryview]]:
-    """Yield every record's name, without the archive's own folder, and its content.
+    """Yield the name of every record, without the archive's own folder, and its content.
 
     Raises `zipfile.BadZipFile` where a record's CRC is wrong."""
     with zipfile.ZipFile(file) as z:
@@ -99,24 +98,23 @@ def records_of(
                 if at != info.file_size: raise zipfile.BadZipFile(f'{name} is cut off')
                 yield name, buffer[:at]
 
-def _filled(
-    source, buffer
-) -> int:  # a megabyte at a time: a record that is read whole leaves a hole of its size in malloc's heap
+def _filled(source: BinaryIO, buffer: memoryview) -> int: # bytes read
+    # a megabyte at a time: a record that is read whole leaves a hole of its size in malloc's heap
     at = 0
     while data := source.read(1 << 20): buffer[at:at + len(data)], at = data, at + len(data)
     return at
 
 def records_hash(
     records: Iterable[tuple[str, bytes | memoryview]], # names and contents, in any order
-) -> str:
-    """SHA-256 over the names and contents of all records of an artifact, its card included.
+) -> str: # 64 hexadecimal digits
+    """Return the SHA-256 over the names and contents of all records of an artifact, its card included.
 
-    The value of `records_sha256` in the card counts as zeros. Left out is torch's own sum, which follows from the
+    The value of `records_sha256` in the card counts as zeros. torch's own checksum is left out: it follows from the
     rest."""
     lines = []
     for name, data in records:
         if name == '.data/serialization_id': continue
-        # an archive in a package, with the same card
+        # a compiled artifact holds another archive, with the same card
         if name == 'mmembed/rest.pt':
             data = records_hash(records_of(io.BytesIO(data))).encode()
         elif name in ('extra/card.json', 'data.pkl'):
@@ -127,21 +125,20 @@ def records_hash(
 # %% ../../nbs/runtime/02_artifact.ipynb #c21a5f7e
 def damaged(
     path: str | Path, # an artifact
-) -> str:
-    "Name the first record that is not what its CRC says; '' for none."
+) -> str: # '' for none
+    "Name the first record of an artifact whose CRC does not fit its content."
     try:
         with zipfile.ZipFile(path) as z: return (z.testzip() or '').partition('/')[2]
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError): return 'the directory'
 
 def checked_artifact(
-    path: str | Path,
+    path: str | Path, # an artifact
     card: dict,     # its identity card
-    check: bool,    # hold every record to the card's hash, or to its CRC where the card has none, before loading
-    load: Callable, # without arguments
-):
-    "What `load` returns; raises `ValueError` where the file is not as it was written."
-
-    def tell(record: str):
+    check: bool,    # compare every record with the card's hash, or its CRC where the card has none, before loading
+    load: Callable, # loads the artifact, without arguments
+): # what `load` returns
+    "Call `load`; raises `ValueError` where the file is not as it was written."
+    def refuse(record: str):
         raise ValueError(
             f'{path} is damaged: {record} is not as it was written; copy it anew, or export it again'
         ) from None
@@ -149,19 +146,19 @@ def checked_artifact(
         try:
             found = records_hash(records_of(path, reuse=True))
         except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError):
-            tell(damaged(path) or 'a record')
-        if found != card['records_sha256']: tell('a record, of code or data,')
-    elif check and (record := damaged(path)): tell(record)
+            refuse(damaged(path) or 'a record')
+        if found != card['records_sha256']: refuse('a record, of code or data,')
+    elif check and (record := damaged(path)): refuse(record)
     try: return load()
     except ValueError:
-        if record := damaged(path): tell(record)
+        if record := damaged(path): refuse(record)
         raise
 
 # %% ../../nbs/runtime/02_artifact.ipynb #690f407c
 def device_of(
-    device: str | torch.device, # as the caller named it
+    device: str | torch.device, # such as 'cpu' or 'cuda:1'
 ) -> torch.device:
-    "The device; raises `ValueError` for what is none, or is not there."
+    "Return the device; raises `ValueError` for a name that is not a device, or a device that is not there."
     try: found = torch.device(device)
     except (RuntimeError, TypeError): found = None
     if not found or found.type == 'meta':
@@ -172,15 +169,14 @@ def device_of(
 
 # %% ../../nbs/runtime/02_artifact.ipynb #e0619fa9
 def prepack(
-    module, # an artifact, loaded, on the CPU
-    # 'torch': linear layers in float32 multiply by torch's own product, their weights as they are
-    kernel: str = 'onednn',
-) -> int: # how many layers are packed
+    module, # an artifact, loaded on the CPU; changed in place
+    kernel: str = 'onednn', # 'torch': leave linear layers in float32 to torch's own product
+) -> int: # number of packed layers
     """Bring the weights of an artifact's layers into oneDNN's order.
 
-    The plain ones are given up, so it is not to be saved or moved again."""
+    The plain weights are freed, so the module cannot be saved or moved to another device afterwards."""
     layers = [m for m in module.modules() if hasattr(m, 'pack')] if torch.backends.mkldnn.is_available() else []
-    with torch.no_grad():  # with gradients, what is packed would keep what it was packed from
+    with torch.no_grad():  # with gradients, a packed weight would keep the plain one alive
         for m in layers:
             if kernel == 'torch' and chooses(m): m.own = True
             else: m.pack()
@@ -189,15 +185,14 @@ def prepack(
 def chooses(
     layer, # of an artifact
 ) -> bool:
-    """Whether it can multiply by oneDNN or by torch's own product: linear layers in float32, of files since there is
-    this choice."""
+    "Whether a layer can multiply by oneDNN or by torch: linear layers in float32, except of older artifacts."
     return hasattr(layer, 'own') and layer.weight.dtype == torch.float32
 
 # %% ../../nbs/runtime/02_artifact.ipynb #fdb4f560
 def multiplies(
-    precision: str, # 'fp32', 'bf16', 'fp16', or 'int8' by `torch._int_mm`
+    precision: str, # 'fp32', 'bf16', 'fp16', or 'int8' (by `torch._int_mm`)
 ) -> bool:
-    """Whether this processor has the instructions, and torch's oneDNN uses them.
+    """Whether this processor multiplies a precision by instructions of its own, and torch's oneDNN uses them.
 
     True for a kind of processor where that is not known."""
     if precision not in ('bf16', 'fp16', 'int8') or not hasattr(torch.cpu, 'get_capabilities'): return True
@@ -221,43 +216,43 @@ def multiplies(
         else torch.ops.mkldnn._is_mkldnn_fp16_supported()
     )
 
+# %% ../../nbs/runtime/02_artifact.ipynb #0a53ddd9
+def _widen_constants(part): # half-precision constants and conversions in the code of a traced module
+    half, float32 = (torch.float16, torch.bfloat16), 6  # TorchScript has numbers for types: 5 and 15 for these two
+    def is_dtype(use):
+        if not use.user.kind().startswith('aten::'): return False
+        return torch._C.parse_schema(use.user.schema()).arguments[use.offset].name == 'dtype'
+    if getattr(part, 'dtype', None) in (5, 15): part.dtype = float32
+    for graph in (part._c._get_method(m).graph for m in part._c._method_names()):
+        for node in list(graph.findAllNodes('prim::Constant', True)):
+            kind = node.output().type().str()
+            if kind == 'Tensor' and node.t('value').dtype in half: node.t_('value', node.t('value').float())
+            if kind != 'int' or node.i('value') not in (5, 15): continue
+            for use in filter(is_dtype, list(node.output().uses())):
+                graph.setInsertPoint(use.user)
+                use.user.replaceInput(use.offset, graph.insertConstant(float32))
+
 def widened(
-    module,     # an artifact, loaded, on the CPU, not called yet; changed in place
+    module,     # an artifact, loaded on the CPU, not called yet; changed in place
     card: dict, # its identity card
-):
-    """`module` with towers that compute in float32, weights, traced constants and conversions, if it is of a
-    precision that this processor does not multiply."""
+): # `module`
+    "Convert towers to float32 if this processor does not multiply their precision."
     variant = card.get('variant', {})
     if 'compiled' in card: return module
     if 'quantize' in variant and variant.get('portable') and not multiplies('int8'):
         for part in (m for m in module.modules() if hasattr(m, 'widen')): part.widen()
     if multiplies(variant.get('precision', 'fp32')): return module
-    half, float32 = (torch.float16, torch.bfloat16), 6  # TorchScript has numbers for types: 5 and 15 for these two
-
-    def dtype(use):
-        return (
-            use.user.kind().startswith('aten::')
-            and torch._C.parse_schema(use.user.schema()).arguments[use.offset].name == 'dtype'
-        )
-    for part in (p for name in ('text', 'image') for p in getattr(module.model.net, name).to(torch.float32).modules()):
-        if getattr(part, 'dtype', None) in (5, 15): part.dtype = float32
-        for graph in (part._c._get_method(m).graph for m in part._c._method_names()):
-            for node in list(graph.findAllNodes('prim::Constant', True)):
-                kind = node.output().type().str()
-                if kind == 'Tensor' and node.t('value').dtype in half: node.t_('value', node.t('value').float())
-                if kind != 'int' or node.i('value') not in (5, 15): continue
-                for use in filter(dtype, list(node.output().uses())):
-                    graph.setInsertPoint(use.user)
-                    use.user.replaceInput(use.offset, graph.insertConstant(float32))
+    for name in ('text', 'image'):
+        for part in getattr(module.model.net, name).to(torch.float32).modules(): _widen_constants(part)
     return module
 
 # %% ../../nbs/runtime/02_artifact.ipynb #c98b62d1
 def computes(
     card: dict, # of an artifact
-    module=None, # the artifact, loaded and packed on the CPU
-    device: str | torch.device = 'cpu',
-) -> str:
-    "Say in a line what the towers multiply in, here."
+    module=None, # the artifact, loaded and packed on the CPU; None: judge by the card alone
+    device: str | torch.device = 'cpu', # where the towers run
+) -> str: # one line
+    "Describe what the towers multiply in on this device."
     variant, compiled = card.get('variant', {}), 'compiled' in card
     precision, here = variant.get('precision', 'fp32'), torch.backends.cpu.get_cpu_capability()
     if torch.device(device).type != 'cpu': return variant.get('quantize') or precision

@@ -1,4 +1,4 @@
-"""The methods and the entries of a card that a host relies on, in a file of some kilobytes
+"""The methods and the card that a host relies on, in a module of a page
 
 Docs: https://mmembed.github.io/mmembed/runtime/example.html.md"""
 
@@ -22,21 +22,21 @@ from .artifact import FORMAT_VERSION, records_hash, records_of
 
 # %% ../../nbs/runtime/03_example.ipynb #f3bcc932
 class Picked(NamedTuple):
-    "Labels of each row, best first"
-    labels: List[List[str]]
+    "Labels of each row, best first."
+    labels: List[List[str]]  # K names of each of B rows
     probability: Tensor  # float32 (B, K)
 
 # %% ../../nbs/runtime/03_example.ipynb #33aad1a8
 class Example(nn.Module):
-    "What artifacts of either kind share, in TorchScript: from raw texts and images to tokens and pixels"
+    "The part that all artifacts share: from raw texts and images to tokens and pixels, in TorchScript."
     dim: int          # width of an embedding, or the number of labels
     names: List[str]
 
     def __init__(
         self,
         model: nn.Module,   # a DualEncoder or PairClassifier with its two pipelines, in eval mode
-        names: list[str],   # of the labels; [] for none
-        seams: str = '',    # regular expression over bytes: where a long text may be cut
+        names: list[str],   # labels; [] for none
+        seams: str = '',    # regular expression over bytes: a long text may be cut behind each match
     ):
         super().__init__()
         self.model, self.text_pipeline, self.vision_pipeline = model, model.text_pipeline, model.vision_pipeline
@@ -47,7 +47,7 @@ class Example(nn.Module):
 
     @torch.jit.export
     def labels(self) -> List[str]:
-        "The names of the labels."
+        "Return the names of the labels."
         return self.names
 
     @torch.jit.export
@@ -66,13 +66,13 @@ class Example(nn.Module):
 
     @torch.jit.export
     def preprocess_image(self, image: Tensor) -> Tensor:
-        "Decode and resize one image, a file or decoded RGB, to the uint8 (3, S, S) that its tower sees."
+        "Decode and resize one image, a file or decoded RGB, to the pixels of its tower, uint8 (3, S, S)."
         rgb = self.vision_pipeline.decode(image) if image.dim() == 1 else image
         return self.vision_pipeline.transform(rgb)
 
     @torch.jit.export
     def normalized(self, pixels: Tensor) -> Tensor:
-        "Normalise uint8 (B, 3, S, S) as the image tower wants it; float32 is taken as normalised already."
+        "Normalise uint8 pixels (B, 3, S, S) to float32; pixels in float32 are returned as they are."
         return self.vision_pipeline.normalize(pixels) if pixels.dtype == torch.uint8 else pixels
 
     def pick(self, probability: Tensor, top_k: int) -> Picked:
@@ -86,8 +86,13 @@ class Example(nn.Module):
 
 # %% ../../nbs/runtime/03_example.ipynb #3af41178
 class ExampleEncoder(Example):
-    "The artifact of a dual encoder: embeddings of texts and of images, and their scores"
-    def __init__(self, model: nn.Module, names: list[str], seams: str = ''):
+    "The artifact of a dual encoder: embeddings of texts and of images, and their scores."
+    def __init__(
+        self,
+        model: nn.Module, # a DualEncoder, as in `Example`
+        names: list[str], # texts, by which embeddings are named; [] for none
+        seams: str = '',  # as in `Example`
+    ):
         super().__init__(model, names, seams)
         self.dim = model.dim
         with torch.no_grad(): rows = model.encode_text(model.text_pipeline(names or ['']))
@@ -116,8 +121,13 @@ class ExampleEncoder(Example):
 
 # %% ../../nbs/runtime/03_example.ipynb #6b9b4b7b
 class ExampleScorer(Example):
-    "The artifact of a pair classifier: a score of a text with an image, for each label"
-    def __init__(self, model: nn.Module, names: list[str], seams: str = ''):
+    "The artifact of a pair classifier: a score of a text with an image, for each label."
+    def __init__(
+        self,
+        model: nn.Module, # a PairClassifier, as in `Example`
+        names: list[str], # its labels
+        seams: str = '',  # as in `Example`
+    ):
         super().__init__(model, names, seams)
         self.dim = len(names)
 
@@ -153,7 +163,7 @@ def example_card(
         'vocab_size': text.vocab_size,
         'image_size': list(vision.size),
         'parameters': sum(p.numel() for p in model.parameters()),
-        'logit_scale': 1. if scale is None else float(scale.exp()),
+        'logit_scale': 1. if scale is None else float(scale.detach().exp()),
         'logit_bias': 0.,
         'pixels': {'alpha': vision.alpha, 'heic': False},
         **({'labels': labels} if labels else {}),
@@ -162,7 +172,7 @@ def example_card(
 def save_example(
     model: nn.Module,       # a DualEncoder or PairClassifier with its two pipelines
     path: str | Path,       # the file to write
-    labels: tuple = (),     # texts, by which a dual encoder names embeddings
+    labels: tuple = (),     # texts, by which embeddings of a dual encoder are named
     seams: str = '',        # as in `Example`
     **entries,              # further entries of the card, such as `graphs`
 ) -> Path: # `path`

@@ -1,4 +1,4 @@
-"""What a caller may pass as texts, images, tokens, pixels and embeddings, and what the error says of anything else
+"""What a caller may pass as texts, tokens, pixels and embeddings, and the error for anything else
 
 Docs: https://mmembed.github.io/mmembed/runtime/inputs.html.md"""
 
@@ -23,23 +23,23 @@ from ..core.types import Tokens
 # %% ../../nbs/runtime/04_inputs.ipynb #f44073d1
 def text_error(
     text, # what the caller passed
-) -> str: # empty for a text
-    "Why this is no text."
+) -> str: # '' for a text
+    "Return the reason why `text` is not a text."
     if isinstance(text, str): return markers.doubt(text)
     return (
         ''
         if isinstance(text, (bytes, bytearray, memoryview))
-        else f'{type(text).__name__} is no text: pass str or bytes'
+        else f'{type(text).__name__} is not a text: pass str or bytes'
     )
 
 # %% ../../nbs/runtime/04_inputs.ipynb #c6cf4613
 def enough(
-    text: str | bytes,
-    seams: re.Pattern, # over bytes: what it matches is followed by a place where a text may be cut
-    fills: Callable,   # whether bytes, tokenized, fill a row
-    first: int,        # characters, or bytes, that are tried first
+    text: str | bytes, # one text
+    seams: re.Pattern, # over bytes; a text may be cut behind each match
+    fills: Callable,   # takes bytes; returns whether their tokens fill a row
+    first: int,        # characters, or bytes, to try first
 ) -> str | bytes: # `text` itself if all of it may matter
-    "Return the beginning of `text` that has all the tokens which are kept."
+    "Return the beginning of `text` that holds all tokens which are kept."
     size = first
     while size < len(text):
         head = text[:size].encode('utf-8', 'surrogatepass') if isinstance(text, str) else bytes(text[:size])
@@ -51,9 +51,9 @@ def enough(
 # %% ../../nbs/runtime/04_inputs.ipynb #25115fe2
 def name_of(
     item,   # a text, an image or a row of embeddings
-    i: int, # its place
-) -> str:
-    "What to call an item in a table."
+    i: int, # its place in the batch
+) -> str: # the text, the file's name, or the place
+    "Name an item for a table."
     if isinstance(item, bytes) and b'\0' not in item[:64] and len(item) < 4096: return item.decode(errors='replace')
     return (
         Path(item).name
@@ -65,20 +65,20 @@ def name_of(
 
 # %% ../../nbs/runtime/04_inputs.ipynb #9055ed17
 def chunks(
-    items: Iterable,
-    size: int,
-) -> Iterator[list]:
-    "Lists of `size` items each, the last one shorter; reads no further than asked."
+    items: Iterable, # a stream, which may be endless
+    size: int,       # items of a list
+) -> Iterator[list]: # the last may be shorter
+    "Yield lists of `size` items."
     items = iter(items)
     while chunk := list(islice(items, size)): yield chunk
 
 # %% ../../nbs/runtime/04_inputs.ipynb #9c1fe16e
 def tokens_of(
     tokens,     # what the caller passed
-    vocab: int, # how many ids there are
-    most: int,  # tokens of a row
-) -> Tokens:
-    "`tokens`, fit for a text tower; raises `TypeError` or `ValueError`."
+    vocab: int, # number of ids
+    most: int,  # tokens that a row may have
+) -> Tokens:    # ids and mask int64 (B, L)
+    "Check tokens for a text tower; raises `TypeError` or `ValueError`."
     if not (isinstance(tokens, tuple) and len(tokens) == 2 and all(isinstance(x, Tensor) for x in tokens)):
         raise TypeError(f'tokens must be Tokens(ids, mask), as tokenize gives them, got {type(tokens).__name__}')
     ids, mask = tokens
@@ -98,11 +98,11 @@ def tokens_of(
 
 # %% ../../nbs/runtime/04_inputs.ipynb #2afe9fdb
 def pixels_of(
-    pixels,             # what the caller passed
-    size: list,         # (H, W) of the image tower
-    floats: bool = True, # it takes normalised float32, too
-) -> Tensor:
-    "`pixels`, fit for an image tower; raises `TypeError` or `ValueError`."
+    pixels,              # what the caller passed
+    size: list,          # (H, W) of the image tower
+    floats: bool = True, # whether normalised float32 is allowed
+) -> Tensor: # (B, 3, H, W), uint8 or float32
+    "Check pixels for an image tower; raises `TypeError` or `ValueError`."
     if not isinstance(pixels, Tensor):
         raise TypeError(f'pixels must be a tensor, as preprocess gives them, got {type(pixels).__name__}')
     if (
@@ -118,12 +118,12 @@ def pixels_of(
 
 # %% ../../nbs/runtime/04_inputs.ipynb #0f566a9a
 def rows_of(
-    x,         # what the caller passed: embeddings, or items
-    name: str, # of the argument
-    dim: int,  # of an embedding
-    dtype: torch.dtype,
-) -> Tensor | None: # None for items
-    "Embeddings as a tensor; raises `ValueError` for those of another artifact."
+    x,                  # what the caller passed: embeddings, or items to embed
+    name: str,          # of the argument, such as 'texts'
+    dim: int,           # width of an embedding
+    dtype: torch.dtype, # of an embedding
+) -> Tensor | None: # (B, D); None for items
+    "Return embeddings as a tensor; raises `ValueError` for those of another artifact."
     if type(x).__module__ == 'numpy' and getattr(x, 'ndim', 0) == 2 and x.dtype.kind in 'fiu': x = torch.from_numpy(x)
     if not isinstance(x, Tensor): return None
     if x.ndim != 2 or x.shape[1] != dim or x.dtype != dtype:

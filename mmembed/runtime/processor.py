@@ -1,4 +1,4 @@
-"""Torch's own matrix product or oneDNN's: timed once for a processor, and kept for all its processes
+"""Torch's own matrix product or oneDNN's: timed once on a processor, and kept for all its processes
 
 Docs: https://mmembed.github.io/mmembed/runtime/processor.html.md"""
 
@@ -23,23 +23,22 @@ import torch.nn.functional as F
 from ..core.files import write_once, write_whole
 
 # %% ../../nbs/runtime/01_processor.ipynb #71cbce60
-KERNELS = 'auto', 'onednn', 'torch' # what `choose_kernel` can be told
+KERNELS = 'auto', 'onednn', 'torch' # names that `choose_kernel` takes
 
 def timed(
-    seconds: float = .05, # that the turns take together
+    seconds: float = .05, # to measure for
 ) -> dict[str, float]: # seconds of one product, by kernel
-    """Time a linear layer of 768 to 1,536 on 256 rows, with oneDNN and with torch's own product, on the threads that
-    torch has now."""
+    "Time a linear layer of 768 to 1,536 on 256 rows by oneDNN and by torch, on torch's present threads."
     g = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.rand(*shape, generator=g) - .5 for shape in ((256, 768), (1536, 768), (1536,)))
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
-    ways = {
+    kernels = {
         'onednn': lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, 'gelu', [], 'none'),
         'torch': lambda: F.gelu(F.linear(x, weight, bias)),
     }
-    best, end = dict.fromkeys(ways, float('inf')), time.perf_counter() + seconds
+    best, end = dict.fromkeys(kernels, float('inf')), time.perf_counter() + seconds
     for turn in range(100):
-        for name, f in ways.items():
+        for name, f in kernels.items():
             start = time.perf_counter()
             f()
             if turn: best[name] = min(best[name], time.perf_counter() - start)  # the first call makes the kernel
@@ -47,12 +46,11 @@ def timed(
     return best
 
 # %% ../../nbs/runtime/01_processor.ipynb #3f3b8421
-# variables that hold instructions back
+# environment variables that limit the instruction sets
 LIMITS = 'ATEN_CPU_CAPABILITY', 'ONEDNN_MAX_CPU_ISA', 'DNNL_MAX_CPU_ISA', 'MKL_ENABLE_INSTRUCTIONS'
 
-def processor_name() -> str:
-    """Name this processor, its instruction sets, torch's version and its threads, in characters that a file's name
-    may have."""
+def processor_name() -> str: # usable as the name of a file
+    "Name this processor, its instruction sets, torch's version and torch's threads."
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
     flags = ','.join(sorted(k for k, v in found.items() if v is True) + [os.environ.get(k, '') for k in LIMITS])
     processor, instructions = found.get('cpu_name') or 'processor', torch.backends.cpu.get_cpu_capability()
@@ -61,27 +59,26 @@ def processor_name() -> str:
     return re.sub('[^A-Za-z0-9.]+', '-', name)
 
 # %% ../../nbs/runtime/01_processor.ipynb #429e5bf5
-# of oneDNN's time, which torch's own product must stay below to be chosen: a tie is never decided by chance
-MARGIN = .95
+MARGIN = .95 # torch's product is chosen below this share of oneDNN's time, so that no tie is decided by chance
 
 def choices_folder() -> Path | None:
-    "Return where choices are kept, None where there is no such place."
+    "Return the folder of kept choices; None where the environment names no absolute path."
     base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     return Path(base)/'mmembed'/'kernels' if os.path.isabs(base) else None
 
-def _kept(file: Path) -> str: # '' for none, or a damaged one
+def _kept(file: Path) -> str: # '' if there is none, or it is damaged
     try: found = json.loads(file.read_bytes())
     except (OSError, ValueError): return ''
     return found['linear'] if isinstance(found, dict) and found.get('linear') in KERNELS[1:] else ''
 
-def _keep(file: Path, choice: str, times: dict) -> str: # the choice that is in the file now
+def _keep(file: Path, choice: str, times: dict) -> str: # the choice that the file holds now
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         content = dict(linear=choice, ms={k: round(1e3 * t, 3) for k, t in times.items()})
         data = f'{json.dumps(content)}\n'.encode()
         if write_once(file, data) == data: return choice
-        if first := _kept(file): return first  # of another process
-        write_whole(file, data)  # what was there is damaged
+        if first := _kept(file): return first  # another process wrote it meanwhile
+        write_whole(file, data)  # replaces a damaged file
     except OSError: pass
     return choice
 
@@ -94,13 +91,13 @@ def _measured(file: Path | None, description: str, timing: Callable) -> str:
     return _keep(file, choice, times) if file else choice
 
 def choose_kernel(
-    kernels: str | None = None,        # 'auto', 'onednn' or 'torch'; None: what MMEMBED_KERNELS says, or 'auto'
-    fixed: bool = False,               # without timing: 'onednn', unless one of the two is named
-    timing: Callable | None = None,    # without arguments: seconds by kernel; None: `timed`
+    kernels: str | None = None,        # 'auto', 'onednn' or 'torch'; None: the variable MMEMBED_KERNELS, or 'auto'
+    fixed: bool = False,               # do not measure: 'auto' is 'onednn'
+    timing: Callable | None = None,    # returns seconds by kernel, without arguments; None: `timed`
 ) -> str: # 'onednn' or 'torch'
-    """Choose what the linear layers of an exported tower multiply by.
+    """Choose the kernel that multiplies in the linear layers of an exported tower.
 
-    Raises `ValueError` for a name that is none of the three."""
+    Raises `ValueError` for a name that is not one of the three."""
     source, kernels = (
         ('kernels', kernels)
         if kernels is not None

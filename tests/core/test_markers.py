@@ -58,7 +58,7 @@ def test_images_are_marked_too(emb, tmp_path):
     )
     assert repr(mm.Image('cat.jpg')) == "Image('cat.jpg')" and repr(mm.Text('cat.jpg')) == "Text('cat.jpg')"
     with pytest.raises(ValueError, match='fetch it and pass its bytes'): mm.Image('https://example.org/cat.jpg')
-    with pytest.raises(ValueError, match='Image is no text'): emb.encode_text([mm.Image(path)])
+    with pytest.raises(ValueError, match='Image is not a text'): emb.encode_text([mm.Image(path)])
 
 
 def test_a_query_and_every_way_to_score(emb, tmp_path):

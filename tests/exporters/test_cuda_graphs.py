@@ -96,7 +96,7 @@ def test_options_are_verified_and_in_the_card():
     assert report.card['content_hash'] == make_card(tiny.model(), 24, variant={'attention': 'math'})['content_hash']
     emb = load(path)
     assert emb.graphs == () and 'graphs on CUDA alone' in repr(emb)
-    with pytest.raises(ValueError, match="graphs want device='cuda', got 'cpu'"): load(path, graphs=(1, 2))
+    with pytest.raises(ValueError, match="graphs needs device='cuda', got 'cpu'"): load(path, graphs=(1, 2))
 
 
 def test_options_that_do_not_go_together(tmp_path):

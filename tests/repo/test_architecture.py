@@ -197,8 +197,7 @@ LONG = {
     'data/03_source: Source', 'data/06_tables: PairsFile', 'data/06_tables: Table', 'data/07_folders: ClassFolder',
     'data/08_hub: HubData', 'data/09_webdataset: ShardRows', 'data/09_webdataset: Shards',
     'exporters/05_convolutions: _Plan', 'exporters/12_triton: _Repository', 'exporters/onnx/02_model: OnnxModel',
-    'runtime/06_cuda_graphs: Captured', 'runtime/07_aot: Packaged',
-    'runtime/08_embedder: Embedder', 'train/02_loader: Loader',
+    'train/02_loader: Loader',
     'train/05_datamodule: PairData', 'train/07_modules: LitDualEncoder', 'train/07_modules: Shell',
     'train/09_config: TrainCLI',
 }

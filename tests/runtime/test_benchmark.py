@@ -31,7 +31,7 @@ def test_bench_from_the_shell(tmp_path, capsys):
     for args, message in (
         (['--batches', '0'], 'batches must be at least 1, got 0'),
         (['--threads', 'x'], "threads must be whole numbers"),
-        (['--data', 'no'], 'holds no images'),
+        (['--data', 'no'], 'holds no image files'),
     ):
         assert main(['bench', str(tiny.artifact()), *args]) == 1 and message in capsys.readouterr().err
 

@@ -21,7 +21,8 @@ from mmembed.exporters.verify import samples as cases
 from mmembed.exporters.verify.verify import verify
 from mmembed.runtime.inputs import enough
 from mmembed.runtime.results import ranking
-from mmembed.runtime.embedder import BYTES, Embedder, load, portions
+from mmembed.runtime.embedder import Embedder, load
+from mmembed.runtime.loaded import BYTES, portions
 from mmembed.runtime.results import Encoded
 from mmembed.core.errors import reason
 
@@ -160,7 +161,7 @@ def test_one_bad_item_harms_no_neighbour(emb):
 def test_bad_texts(emb):
     result = emb.encode_text(['a', None, b'b', 3.5], on_error='flag')
     assert result.ok.tolist() == [True, False, True, False] and result.errors[1:2] == [
-        'NoneType is no text: pass str or bytes'
+        'NoneType is not a text: pass str or bytes'
     ]
     assert torch.equal(result.embedding[result.ok], emb.encode_text(['a', 'b']))
     assert emb.encode_text([None], on_error='skip').embedding.shape == (0, 24)
@@ -361,7 +362,7 @@ def test_each_kind_of_artifact_names_its_calls(emb, judge):
     ):
         with pytest.raises(TypeError, match='scores pairs and has no embeddings: call score_pairs'): call()
     for call in (emb.scores, emb.classify):
-        with pytest.raises(TypeError, match='scores no pairs: call score'): call(['a'], [FILES['RGB.png']])
+        with pytest.raises(TypeError, match='does not score pairs: call score'): call(['a'], [FILES['RGB.png']])
     for call in (emb.classify_text, emb.classify_image):
         with pytest.raises(TypeError, match='has no labels: export it with labels='): call([])
 
@@ -425,12 +426,34 @@ def test_heat_map(emb, tmp_path):
     assert (
         s.texts == ['a & b', 'c']
         and s.images == ['<x>.png', '1']
-        and torch.equal(s.levels[1], emb.preprocess(FILES['gray.jpg']))
+        and torch.equal(s.pixels[1], emb.preprocess(FILES['gray.jpg']))
     )
     html = s._repr_html_()
     assert 'a &amp; b' in html and '&lt;x&gt;' in html and html.count('<img') == 2 and f'{s.cosine[1, 1]:.3f}' in html
     given = emb.similarity(emb.encode_text(['a', 'b']), emb.encode_image([FILES['RGB.png']]))
-    assert given.levels == [None] and given.images == ['0'] and emb.similarity(['a'], []).cosine.shape == (1, 0)
+    assert given.pixels == [None] and given.images == ['0'] and emb.similarity(['a'], []).cosine.shape == (1, 0)
+
+
+def test_the_old_name_of_pixels_warns(emb):
+    s = emb.similarity(['a'], [FILES['gray.jpg']])
+    with pytest.warns(DeprecationWarning, match='Similarity.levels is now called pixels'): old = s.levels
+    assert torch.equal(old[0], s.pixels[0])
+
+
+def test_a_heat_map_in_a_terminal_is_a_table(emb):
+    lines = str(emb.similarity(['a red circle', 'x' * 99], [FILES['gray.jpg']] * 2)).splitlines()
+    assert [len(line) for line in lines] == [54] * 3 and lines[1].startswith('a red circle  ')
+
+
+def test_methods_added_in_steps_are_those_of_a_plain_class(emb):
+    "Signature, docstring, parameters' comments and qualified names, which help and the docs show."
+    import inspect
+    from fastcore.docments import docments
+    for cls in type(emb).__mro__[:2]:
+        for name, f in vars(cls).items():
+            if not inspect.isfunction(f) or name.startswith('_'): continue
+            assert f.__qualname__ == f'{cls.__name__}.{name}' and f.__doc__ and next(iter(inspect.signature(f).parameters)) == 'self'
+            assert all(v for k, v in docments(f).items() if k not in ('self', 'return')), (name, docments(f))
 
 
 def test_warmup_and_profile(emb, judge, plain):
@@ -518,8 +541,8 @@ def test_errors_name_the_item_everywhere(emb, judge):
         lambda: emb.profile(['a', 3], [good], 1),
         lambda: emb.score(['a', 3], [good]),
     ):
-        with pytest.raises(ValueError, match=r'^texts\[1\]: int is no text'): call()
-    with pytest.raises(ValueError, match='2 texts and 1 images are no pairs'): judge.profile(['a', 'b'], [good], 1)
+        with pytest.raises(ValueError, match=r'^texts\[1\]: int is not a text'): call()
+    with pytest.raises(ValueError, match='2 texts and 1 images are not pairs'): judge.profile(['a', 'b'], [good], 1)
     for name in ('texts', 'images'):
         with pytest.raises(TypeError, match=f'{name} is a set, which has no order'):
             emb.encode_text({'a'}) if name == 'texts' else emb.encode_image({good})
@@ -781,7 +804,7 @@ def test_an_embedder_pickles_by_its_path(emb, tmp_path, monkeypatch):
     shutil.copy(tiny.artifact(), tmp_path/'m.pt')
     data = pickle.dumps(load(tmp_path/'m.pt'))
     shutil.copy(tiny.other(), tmp_path/'m.pt')
-    with pytest.raises(ValueError, match='m.pt is another artifact than the one that was pickled'): pickle.loads(data)
+    with pytest.raises(ValueError, match='m.pt is not the artifact that was pickled'): pickle.loads(data)
 
 
 def test_a_path_that_is_not_utf8(emb, tmp_path):

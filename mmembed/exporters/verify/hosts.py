@@ -25,7 +25,7 @@ from ...runtime.artifact import multiplies, read_card, widened
 from ...core.files import named
 from ...core.errors import reason
 from ...core.torchcodec import register_image_ops
-from ...runtime.aot import Packaged, opened
+from ...runtime.aot import Packaged, Programs, check_processor, opened, well_formed
 
 # %% ../../../nbs/exporters/verify/03_hosts.ipynb #ef797f09
 def answers(
@@ -88,7 +88,8 @@ def program() -> str:
         head
         + '\n'.join(
             inspect.getsource(f)
-            for f in (register_image_ops, reason, named, quietly, multiplies, widened, Packaged, opened, answers)
+            for f in (register_image_ops, reason, named, quietly, multiplies, widened, check_processor, well_formed,
+                      Programs, Packaged, opened, answers)
         )
         + '''
 path, card, asked, told, decode, threads, device = sys.argv[1:]
