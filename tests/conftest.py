@@ -97,7 +97,7 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section(f'by folder ({instruction_sets()})')
     for folder, s in seconds.most_common():
         terminalreporter.line(f'{folder:16}{tests[folder]:6} tests {s:8.0f} s {spent[folder]:8.0f} s of CPU')
-    if config.getoption('weekly'): record(terminalreporter.stats)
+    if config.getoption('weekly') and not config.getoption('collectonly'): record(terminalreporter.stats)
     terminalreporter.line(last_weekly())
 
 

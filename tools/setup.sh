@@ -30,10 +30,20 @@ unpack_prometheus() {
     return $done
 }
 
-suits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
+# What some tests want beside Python; without it they are skipped.
+programs() {
+    PATH="$PATH:/sbin" ldconfig -p 2>/dev/null | grep libheif.so >/dev/null || apt_install libheif1 ||
+        echo "mmembed: without libheif the tests of HEIC are skipped (apt-get install libheif1)"
+    command -v chromium >/dev/null || apt_install chromium ||
+        echo "mmembed: without Chromium the tests of the demo's page are skipped (apt-get install chromium)"
+    { command -v promtool || [ -x .venv/bin/promtool ]; } >/dev/null || unpack_prometheus ||
+        echo "mmembed: without Prometheus the tests of the alerts are skipped (apt-get install prometheus)"
+}
+
+suits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; }
 
 find_python() {
-    for p in "${PYTHON:-}" python3 python3.12 python3.11 python3.13; do
+    for p in "${PYTHON:-}" python3 python3.12 python3.11 python3.13 python3.14; do
         [ -n "$p" ] && command -v "$p" >/dev/null && suits "$p" && { echo "$p"; return; }
     done
     return 0
@@ -41,7 +51,7 @@ find_python() {
 
 if ! { [ -x .venv/bin/python ] && suits .venv/bin/python && .venv/bin/python -m pip --version >/dev/null 2>&1; }; then
     python=$(find_python)
-    [ -n "$python" ] || die "no Python 3.11, 3.12 or 3.13 was found. Install one (Debian, Ubuntu: apt-get install python3 python3-venv) or name it: make PYTHON=/path/to/python ..."
+    [ -n "$python" ] || die "no Python from 3.11 to 3.14 was found. Install one (Debian, Ubuntu: apt-get install python3 python3-venv) or name it: make PYTHON=/path/to/python ..."
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     "$python" -c 'import ensurepip, venv' 2>/dev/null || apt_install "python$version-venv" ||
         die "this Python $version has no venv module. Install it: apt-get install python$version-venv"
@@ -53,19 +63,16 @@ fi
 if [[ ",$extras," == *,dev,* ]]; then
     command -v "${CXX:-g++}" >/dev/null || apt_install g++ ||
         die "no C++ compiler was found, and the tests compile the C++ host. Install one: apt-get install g++"
-    PATH="$PATH:/sbin" ldconfig -p 2>/dev/null | grep libheif.so >/dev/null || apt_install libheif1 ||
-        echo "mmembed: without libheif the tests of HEIC are skipped (apt-get install libheif1)"
-    command -v chromium >/dev/null || apt_install chromium ||
-        echo "mmembed: without Chromium the tests of the demo's page are skipped (apt-get install chromium)"
-    { command -v promtool || [ -x .venv/bin/promtool ]; } >/dev/null || unpack_prometheus ||
-        echo "mmembed: without Prometheus the tests of the alerts are skipped (apt-get install prometheus)"
+    programs & # while pip downloads, too
+    trap wait EXIT
 fi
 
 stamp=".venv/.mmembed-${extras:-base}"
 state=$( { cat pyproject.toml constraints.txt; .venv/bin/python --version; pwd; } | sha256sum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$state" ]; then
+    # --no-compile: of 25,000 modules, which take a minute, some thousands are ever imported, and Python compiles those then
     echo "mmembed: installing the packages (the first time about 5 GB: PyTorch with its CUDA libraries)"
-    .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".${extras:+[$extras]}" ||
+    .venv/bin/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e ".${extras:+[$extras]}" ||
         die "the packages could not be installed; pip's message is above"
     echo "$state" >"$stamp"
 fi

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...text.bpe import BytePairs
 from ...text.byte_level import ByteFront, PatternStrings
-from ...text.nfc import Nfc
+from ...text.nfc import Nfc, first_of_runs
 from ...text.pipeline import TextPipeline
 from ...text.pretokenize import AddedTokens, last_before
 from ...text.hash_table import SubstringHash
@@ -120,6 +120,7 @@ class LoopedNfc(Nfc):
             free = free & ((near == last) | (rank.index_select(0, near.clamp(min=0)) < rank))
             whole = self.table((code.index_select(0, letter) << 32 | code) * self.scale)
             hit = free & (whole >= 0)
+            if self.chains: hit = first_of_runs(hit, (rank == 0) & here & (self.joins(code) == 0))
             # a letter's first mark that it accepts
             nearest = none.scatter_reduce(0, letter, torch.where(hit, at, none), 'amin')
             joins = nearest < none
