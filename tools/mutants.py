@@ -678,7 +678,7 @@ TABLE = [
             'tests/demo/test_demo.py::test_filter_and_words_of_an_index',
         ),
         (
-            'demo/templates', 'mmembed/demo/handlers.py', 't.view(len(names), len(forms), -1).mean(1)',
+            'demo/templates', 'mmembed/demo/match.py', 't.view(len(names), len(forms), -1).mean(1)',
             't.view(len(names), len(forms), -1)[:, 0]', 'tests/demo/test_demo.py::test_match',
         ),
         # ---- commands

@@ -529,7 +529,7 @@ def test_files_of_one_name_and_several_endings(model, tmp_path):
         assert embed_to(model, source, tmp_path/f'x{form}', modality=what).written == 0
         assert json.loads((tmp_path/f'x{form}.manifest.json').read_text())['what'] == what
     with pytest.raises(
-        ValueError, match="x.npy.manifest.json belongs to another job: what is 'image' there and 'text' here"
+        ValueError, match="x.npy.manifest.json belongs to another job: modality is 'image' there and 'text' here"
     ):
         embed_to(model, source, tmp_path / 'x.npy', modality='text')
 
