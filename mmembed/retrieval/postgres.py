@@ -7,7 +7,7 @@ Docs: https://mmembed.github.io/mmembed/retrieval/postgres.html.md"""
 # %% auto #0
 __all__ = ['PostgresIndex']
 
-# %% ../../nbs/retrieval/12_postgres.ipynb #11850504
+# %% ../../nbs/retrieval/12_postgres.ipynb #3fcb48ad
 import json
 import tempfile
 from pathlib import Path
@@ -19,7 +19,8 @@ from fastcore.basics import patch
 from ..core.errors import reason
 from ..core.renamed import renamed
 from mmembed.retrieval.database import (
-    arrow_column, as_cell, ask, changing, condition_sql, connect_postgres, copy_rows, import_psycopg, sql_type, table_name,
+    arrow_column, as_cell, ask, changing, condition_sql, connect_postgres, copy_rows, import_psycopg, sql_type,
+    table_name,
 )
 from .base import VectorIndex, check_add, check_build, complete
 from .ingest import About, about_index, new_vectors, open_rows, stream
