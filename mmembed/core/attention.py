@@ -7,17 +7,17 @@ Docs: https://mmembed.github.io/mmembed/core/attention.html.md"""
 # %% auto #0
 __all__ = ['attend']
 
-# %% ../../nbs/core/06_attention.ipynb #67e70639
+# %% ../../nbs/core/06_attention.ipynb #30997d8f
 from typing import Optional
-import torch
 
+import torch
 from torch import Tensor
 
-# %% ../../nbs/core/06_attention.ipynb #9a0fe53c
+# %% ../../nbs/core/06_attention.ipynb #5a71fe03
 def attend(
-    q: Tensor, # (B, H, L, D)
-    k: Tensor, # (B, H, N, D)
-    v: Tensor, # (B, H, N, D)
+    q: Tensor, # queries (B, H, L, D)
+    k: Tensor, # keys (B, H, N, D)
+    v: Tensor, # values (B, H, N, D)
     # broadcast to (B, H, L, N), 2 axes or more: bool, True where q may attend to k; or numbers added to the scores
     mask: Optional[Tensor] = None,
     fused: bool = True, # use torch's fused kernel, if it has one for these inputs
@@ -33,6 +33,7 @@ def attend(
     return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, mask)[0]
 
 def _attend_bf16(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor]) -> Tensor:
+    "Compute attention of bfloat16 rows on a CPU: in float32 for few and short rows, else with a float32 softmax."
     if q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] < 25000:  # measured: from here on the conversions cost more
         if mask is not None and mask.dtype != torch.bool: mask = mask.float()
         return torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(

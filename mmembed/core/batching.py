@@ -1,4 +1,4 @@
-"""Pad batches to a few fixed shapes, so that a row gets the same bits in any company
+"""Pad batches to a few fixed shapes, so that a row's embedding has the same bits in every batch
 
 Docs: https://mmembed.github.io/mmembed/core/batching.html.md"""
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .types import Tokens
 
-# %% ../../nbs/core/05_batching.ipynb #67eaaf0f
+# %% ../../nbs/core/05_batching.ipynb #e19facdc
 def filled(
     x: Tensor, # (B, ...), B at least 1
     rows: int, # number of rows wanted
@@ -26,7 +26,7 @@ def filled(
 def lengthened(
     x: Tensor, # int64 (B, L)
     length: int, # number of columns wanted
-    value: int, # the id of padding, or 0 for a mask
+    value: int, # padding id, or 0 for a mask
 ) -> Tensor: # int64 (B, length), or `x` if it is as long
     "Pad `x` on the right with `value` to `length` columns; return `x` if it has as many."
     return torch.nn.functional.pad(x, [0, max(0, length - x.shape[1])], value=float(value))
@@ -45,11 +45,11 @@ def text_lengths(
         sizes.append(min(longer, most))
     return sizes
 
-# %% ../../nbs/core/05_batching.ipynb #f8343a74
+# %% ../../nbs/core/05_batching.ipynb #434be3dd
 def join_tokens(
     batches: list[Tokens], # B batches of any lengths
-    pad_id: int,           # of the tokenizer
-    length: int = 0,       # tokens that a row has at least
+    pad_id: int,           # padding id of the tokenizer
+    length: int = 0,       # smallest number of columns of the result
 ) -> Tokens: # ids and mask int64 (sum of rows, longest)
     "Join tokenized batches of different lengths into one, padded to the longest."
     length = max(length, *(b.ids.shape[1] for b in batches))

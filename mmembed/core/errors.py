@@ -17,12 +17,12 @@ from difflib import get_close_matches
 from operator import index
 from pathlib import Path
 
-# %% ../../nbs/core/03_errors.ipynb #6b5cfb22
+# %% ../../nbs/core/03_errors.ipynb #222f83b1
 def reason(
     error: BaseException, # from Python, the operating system, torch (scripted or not) or another library
     joined: int = 0,      # join the lines of a message of up to this many characters; 0: never
 ) -> str: # one line
-    "Return the sentence of an exception's message that says what went wrong, without traceback or source position."
+    "Return the one sentence of an exception's message that names the cause, without traceback or source position."
     if isinstance(error, OSError) and error.strerror:
         return f'{error.filename}: {error.strerror}' if error.filename else error.strerror
     kind = r'^(builtins\.)?\w*(Error|Exception): '
@@ -58,11 +58,11 @@ def did_you_mean(
     near = get_close_matches(plain(name), names, 1, 0.75)
     return f'; is {names[near[0]]!r} meant?' if near else ''
 
-# %% ../../nbs/core/03_errors.ipynb #216f743d
+# %% ../../nbs/core/03_errors.ipynb #c84f4951
 def whole_number(
     name: str,  # of the argument, for the error
     value,      # what the caller passed
-    least: int, # the smallest number allowed
+    least: int, # smallest number allowed
 ) -> int:
     "Return `value` as an `int`; raises `TypeError` if it is not a whole number, `ValueError` if it is below `least`."
     if isinstance(value, bool) or not hasattr(value, '__index__'):
@@ -77,17 +77,17 @@ def shape_of(
     "Return dtype and shape of `x` as error messages show them, such as `float32 (3, 224, 224)`."
     return f'{str(x.dtype).removeprefix("torch.")} {tuple(x.shape)}'
 
-# %% ../../nbs/core/03_errors.ipynb #411ffdfa
+# %% ../../nbs/core/03_errors.ipynb #dcd05f76
 def items_of(
     x,         # what the caller passed as a batch
     name: str, # of the argument, in the plural
 ) -> Iterable:
-    "Return `x` if it is a batch; raises `TypeError` for a single item, for results of ours, and for what has no order."
+    "Return `x` if it is a batch; raises `TypeError` for a single item, for a result of ours, and for a set."
     if type(x) is list or type(x) is tuple: return x
     kind = type(x).__name__
     if x is None: raise TypeError(f'{name} is None; pass a list: [{name[:-1]}]')
     if isinstance(x, (set, frozenset)): raise TypeError(f'{name} is a {kind}, which has no order; pass a list')
-    if hasattr(x, '_fields'): raise TypeError(f'{name} is an answer, {kind}; pass its rows: {name}.{x._fields[0]}')
+    if hasattr(x, '_fields'): raise TypeError(f'{name} is a result, {kind}; pass its rows: {name}.{x._fields[0]}')
     # numpy's arrays of strings are batches, its other arrays are images
     strings = getattr(getattr(x, 'dtype', None), 'kind', '') in tuple('OSTU') and getattr(x, 'ndim', 0) == 1
     array = type(x).__module__.split('.')[0] in ('PIL', 'numpy') and not strings

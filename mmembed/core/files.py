@@ -27,11 +27,11 @@ def read_bytes(
     "Read the content of the file at `path`; raises `OSError` as `open` does."
     return as_bytes(Path(path).read_bytes())
 
-# %% ../../nbs/core/08_files.ipynb #1f2b10c1
+# %% ../../nbs/core/08_files.ipynb #b6714677
 @contextmanager
 def draft(
-    path: Path,       # where the file is to be
-    suffix: str = '', # of the draft's name, for a library that asks for one
+    path: Path,       # of the finished file
+    suffix: str = '', # ending of the draft's name, for a library that needs one
 ) -> Iterator[Path]:
     "Yield the path of a draft that takes the name `path` when the block ends, and is removed when the block raises."
     temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.draft{suffix}')
@@ -50,17 +50,17 @@ def draft(
         if e.errno is None or e.filename not in (None, str(temporary)): raise  # of another file, which it names
         raise OSError(e.errno, f'{os.strerror(e.errno)}; what was written before is kept', str(path)) from None
 
-# %% ../../nbs/core/08_files.ipynb #5b55434d
+# %% ../../nbs/core/08_files.ipynb #a81e003c
 def write_whole(
-    path: Path,  # where the file is to be; an older one is replaced
+    path: Path,  # of the file; an older one is replaced
     data: bytes, # the content of the file
 ):
     "Write `data` to `path` atomically."
     with draft(path) as temporary: temporary.write_bytes(data)
 
-# %% ../../nbs/core/08_files.ipynb #e942a3df
+# %% ../../nbs/core/08_files.ipynb #6a6fad01
 def write_once(
-    path: Path,  # where the file is to be
+    path: Path,  # of the file
     data: bytes, # its content, unless another process has written the file already
 ) -> bytes: # the content of the file
     "Write a new file atomically; the first of several processes wins, and all return what it wrote."
@@ -72,25 +72,25 @@ def write_once(
     finally: temporary.unlink(missing_ok=True)
     return path.read_bytes()
 
-# %% ../../nbs/core/08_files.ipynb #adbab699
+# %% ../../nbs/core/08_files.ipynb #e198f4bf
 @contextmanager
 def writing(
     folder: Path,        # the folder to lock
     name: str = '.lock', # of the file in it that carries the lock
     wait: bool = False,  # wait for another process to end its block, instead of raising
 ) -> Iterator[None]:
-    """Lock `folder` for one writer at a time, in all processes; readers are not kept out.
+    """Lock `folder` for one writer at a time, in all processes; reading needs no lock.
 
-    The lock ends with its process, however that ends. Raises `ValueError` if another process holds it."""
+    The lock ends with its process, even a killed one. Raises `ValueError` if another process holds it."""
     with (folder/name).open('w') as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError: raise ValueError(f'another process is writing to {folder}') from None
         yield
 
-# %% ../../nbs/core/08_files.ipynb #b96b4ff4
+# %% ../../nbs/core/08_files.ipynb #8030133d
 @contextmanager
 def named(
-    path: str | Path, # a file, whose name may be any bytes
+    path: str | Path, # of a file, whose name may be any bytes
 ) -> Iterator[str | Path]:
     "Yield `path`, or a temporary link to it with a plain name where its own is not UTF-8."
     try: str(path).encode()

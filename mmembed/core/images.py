@@ -7,16 +7,16 @@ Docs: https://mmembed.github.io/mmembed/core/images.html.md"""
 # %% auto #0
 __all__ = ['DOT', 'stack_levels', 'opaque', 'as_image']
 
-# %% ../../nbs/core/10_images.ipynb #e7167f17
+# %% ../../nbs/core/10_images.ipynb #bd69dcd8
 import os
 import sys
 from typing import List
-import torch
 
+import torch
 from torch import Tensor
+
 from . import markers
 from .files import read_bytes
-
 from .packing import as_bytes
 
 # %% ../../nbs/core/10_images.ipynb #250a770c
@@ -31,12 +31,12 @@ def stack_levels(
     for x in levels: rows.append(x.permute(1, 2, 0))
     return torch.stack(rows).permute(0, 3, 1, 2)
 
-# %% ../../nbs/core/10_images.ipynb #089710ff
+# %% ../../nbs/core/10_images.ipynb #0aa2e6d1
 def opaque(
     rgba: Tensor, # uint8 (4, H, W)
     alpha: str, # what shows through transparent pixels: 'white', 'black', or 'drop' for their hidden colours
 ) -> Tensor: # uint8 (3, H, W)
-    "Composite `rgba` on white or black, or drop its alpha."
+    "Composite an image with transparency on white or black, or drop its alpha."
     if alpha == 'drop': return rgba[:3]
     height, width = rgba.size(1), rgba.size(2)
     out = torch.empty([height, width, 3], dtype=torch.uint8, device=rgba.device).permute(2, 0, 1)
@@ -50,7 +50,7 @@ def opaque(
             out[:, i:i + rows] = 255 - x if alpha == 'white' else x
     return out
 
-# %% ../../nbs/core/10_images.ipynb #42b29f8a
+# %% ../../nbs/core/10_images.ipynb #cfd3acf5
 def as_image(
     # a file as bytes, a path or uint8 (N,); a PIL image; a uint8 array or tensor (H, W), (H, W, C) or (C, H, W)
     item,
@@ -64,10 +64,12 @@ def as_image(
     pil = sys.modules.get('PIL.Image')
     if pil and isinstance(item, pil.Image): return _rgb(_from_pil(item), alpha, True)
     if hasattr(item, '__array__'): return _rgb(_from_array(item), alpha, True)
-    raise TypeError(f'{type(item).__name__} is no image: pass bytes, a path, a PIL image, or a uint8 array or tensor')
+    raise TypeError(f'{type(item).__name__} is not an image: pass bytes, a path, a PIL image, or a uint8 array or '
+                    'tensor')
 
-# %% ../../nbs/core/10_images.ipynb #0964fba7
+# %% ../../nbs/core/10_images.ipynb #73389285
 def _rgb(x: Tensor, alpha: str, last: bool) -> Tensor: # last: (H, W, C) is tried before (C, H, W)
+    "Bring pixels of any layout to (3, H, W); a file (N,) is returned as it is."
     known, flat = (1, 3, 4), x.dtype == torch.uint8 and x.ndim == 1
     first, end = x.ndim == 3 and x.shape[0] in known, x.ndim == 3 and x.shape[2] in known
     if x.dtype != torch.uint8 or not (flat or x.numel() and (first or end or x.ndim == 2)):
@@ -80,15 +82,17 @@ def _rgb(x: Tensor, alpha: str, last: bool) -> Tensor: # last: (H, W, C) is trie
     elif end and (last or not first): x = x.permute(2, 0, 1)
     return opaque(x, alpha) if x.shape[0] == 4 else x.expand(3, -1, -1)
 
-# %% ../../nbs/core/10_images.ipynb #8ed3a168
+# %% ../../nbs/core/10_images.ipynb #e36e5584
 def _from_array(x) -> Tensor:
+    "Return a numpy array, or what becomes one, as a tensor; raises `ValueError` if it is not uint8."
     import numpy as np
     x = np.asarray(x)
     if x.dtype != np.uint8: raise ValueError(f'an image must be uint8, got an array of {x.dtype} {x.shape}')
     return torch.from_numpy(np.require(x, requirements=['C', 'W']))
 
-# %% ../../nbs/core/10_images.ipynb #84ad9311
+# %% ../../nbs/core/10_images.ipynb #d7d4ced1
 def _from_pil(image) -> Tensor: # uint8 (H, W, 3) or (H, W, 4)
+    "Return the pixels of a Pillow image, upright, with alpha if it has transparency."
     from PIL import ImageOps
     try:
         image = ImageOps.exif_transpose(image)
@@ -102,11 +106,12 @@ def _from_pil(image) -> Tensor: # uint8 (H, W, 3) or (H, W, 4)
     except Exception as e: raise ValueError(f'Pillow cannot read this image: {e}') from None
 
 def _from_gray16(image) -> Tensor: # uint8 (H, W, 4)
+    "Round 16-bit gray levels to 8 bits."
     raw = torch.frombuffer(bytearray(image.convert('I').tobytes()), dtype=torch.int32).view(image.height, image.width)
     gray = (raw.clamp(0, 65535) * 255 + 32895 >> 16).to(torch.uint8)  # libpng's rounding
     return torch.stack([gray, gray, gray, (raw != image.info.get('transparency', -1)).to(torch.uint8) * 255], dim=2)
 
-# %% ../../nbs/core/10_images.ipynb #5abeddfd
-# a PNG of one black pixel, to warm a decoder up with
+# %% ../../nbs/core/10_images.ipynb #a4a84ca2
+# a PNG of one black pixel, with which decoders are warmed up
 DOT = bytes.fromhex('89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c494441'
                     '54789c63606060000000040001f61738550000000049454e44ae426082')

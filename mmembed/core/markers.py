@@ -1,4 +1,4 @@
-"""`Text` and `Image` name what an item is, where its Python type does not say it
+"""Mark a string as a text or as the path of an image, where its Python type does not tell
 
 Docs: https://mmembed.github.io/mmembed/core/markers.html.md"""
 
@@ -12,10 +12,14 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
-# %% ../../nbs/core/09_markers.ipynb #5ab2b897
-def _is_url(text: str) -> bool: return text[:5].lower() == 'data:' or '://' in text[:16]
+# %% ../../nbs/core/09_markers.ipynb #0df845a3
+def _is_url(text: str) -> bool:
+    "Tell whether `text` begins as a URL does."
+    return text[:5].lower() == 'data:' or '://' in text[:16]
 
-def _short(text: str) -> str: return repr(text if len(text) <= 80 else text[:77] + '...')
+def _short(text: str) -> str:
+    "Quote up to 80 characters of a text for a message."
+    return repr(text if len(text) <= 80 else text[:77] + '...')
 
 # %% ../../nbs/core/09_markers.ipynb #c3606f07
 class Text(str):
@@ -39,15 +43,15 @@ class Image:
     def __repr__(self): return f'Image({str(self.item)!r})' if isinstance(self.item, Path) \
         else f'Image({type(self.item).__name__})'
 
-# %% ../../nbs/core/09_markers.ipynb #7bcc41a5
+# %% ../../nbs/core/09_markers.ipynb #dadfc32c
 # endings of image files
 IMAGE_ENDINGS = ('.jpg', '.jpeg', '.jpe', '.png', '.gif', '.webp', '.avif', '.heic', '.heif', '.bmp', '.tif', '.tiff')
 
 def names_image(
     text: str, # a caption, a path or a URL
-    local: bool = True, # whether the names of files on this machine may be looked up
+    local: bool = True, # whether to look for such a file on this machine
 ) -> bool:
-    "Return whether `text` as a whole is the path or the URL of an image."
+    "Tell whether `text` as a whole is the path or the URL of an image."
     if text[:11].lower() == 'data:image/': return True
     if len(text) > 4096: return False
     if _is_url(text):
@@ -56,13 +60,13 @@ def names_image(
     if not text[-5:].lower().endswith(IMAGE_ENDINGS) or '\n' in text or '\0' in text: return False
     return len(text.split()) == 1 or text[:1] in '/~.\\' or text[1:3] in (':\\', ':/') or local and os.path.isfile(text)
 
-# %% ../../nbs/core/09_markers.ipynb #dabd64b9
+# %% ../../nbs/core/09_markers.ipynb #6a44f189
 def doubt(
-    text: str, # what the caller passed as a text
-    local: bool = True, # as for `names_image`
-    image: str = "Image(...) or a Path for the image", # what to pass instead
-    words: str = 'Text(...) for the words', # what to pass instead, if it is a text
-) -> str: # empty for a text
+    text: str, # passed as a text
+    local: bool = True, # whether to look for such a file on this machine
+    image: str = "Image(...) or a Path for the image", # advice for a caller who means the image
+    words: str = 'Text(...) for the words', # advice for a caller who means the text
+) -> str: # '' for a text
     "Explain why a `str` may not be meant as a text: it names an image and is not marked as `Text`."
     if isinstance(text, Text) or not names_image(text, local): return ''
     if _is_url(text) and local: image = 'its bytes for the image'

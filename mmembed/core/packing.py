@@ -17,11 +17,12 @@ from torch import Tensor
 
 from .errors import items_of
 
-# %% ../../nbs/core/04_packing.ipynb #33b35ff0
+# %% ../../nbs/core/04_packing.ipynb #06e7ebe8
 def _utf8(
     text: str | bytes, # one text
     i: int,            # its place in the batch, for the error
 ) -> bytes:
+    "Encode one text as UTF-8; raises `TypeError` that names its place."
     if isinstance(text, str): return text.encode('utf-8', 'surrogatepass')
     if isinstance(text, (bytes, bytearray, memoryview)): return bytes(text)
     raise TypeError(f'texts[{i}] is {type(text).__name__}, not str or bytes: {str(text)[:60]!r}')
@@ -39,13 +40,13 @@ def as_bytes(
     # frombuffer refuses an empty buffer and warns about a read-only one; a bytearray is writable and copied once
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if len(data) else torch.empty(0, dtype=torch.uint8)
 
-# %% ../../nbs/core/04_packing.ipynb #ff478ba1
+# %% ../../nbs/core/04_packing.ipynb #5b4fb28f
 def pack(
     texts: Sequence[str | bytes], # B texts, or their UTF-8 bytes
 ) -> tuple[Tensor, Tensor]: # data uint8 (N,), offsets int64 (B+1,)
     """Join the UTF-8 bytes of all `texts` in one tensor; row `i` is `data[offsets[i]:offsets[i+1]]`.
 
-    A lone surrogate, which UTF-8 cannot hold, is passed on as its three bytes and so becomes three U+FFFD. Raises
+    A lone surrogate, which UTF-8 cannot hold, is kept as its three bytes, which tokenizers read as three U+FFFD. Raises
     `TypeError` for a bare string instead of a list, and for an item that is neither `str` nor `bytes`, naming it."""
     texts = list(items_of(texts, 'texts'))
     try: whole = ''.join(texts)

@@ -13,25 +13,25 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-# %% ../../nbs/core/14_progress.ipynb #beb9aa4e
+# %% ../../nbs/core/14_progress.ipynb #442e2fb4
 def duration(
     seconds: float, # a length of time
 ) -> str: # such as '3 min' or '1 h 6 min'
-    "Write a number of seconds in the unit a person would use."
+    "Write a number of seconds in minutes, hours or days, as people would."
     s = round(seconds)
     if s < 60: return f'{s} s'
     if s < 3600: return f'{s // 60} min'
     if s < 86400: return f'{s // 3600} h {s % 3600 // 60} min'
     return f'{s / 86400:.1f} days'
 
-# %% ../../nbs/core/14_progress.ipynb #e83d3439
+# %% ../../nbs/core/14_progress.ipynb #a29ee4f7
 @contextmanager
 def progress_bar(
-    label: str = '',          # stands before the bar
+    label: str = '',          # text before the bar
     every: float = 10.,       # seconds between two lines, where standard error is not a terminal
     transient: bool = False,  # remove the bar when the block ends
 ) -> Iterator[Callable[[int, int | None], None]]:
-    "Yield a function of (rows done, rows in all or `None`) that shows them on standard error."
+    "Show progress on standard error: yields a function of (rows done, rows in all or `None`) that updates it."
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     columns = [BarColumn(), MofNCompleteColumn(), TextColumn('{task.fields[rate]}'), TimeRemainingColumn()]
@@ -51,13 +51,14 @@ def progress_bar(
         yield show
 
 def _line(label: str, ready: int, rows: int | None, rate: float) -> str: # rate: rows a second
+    "Write one line of progress for a log."
     head = f'{label}: ' if label else ''
     if rows is None: return f'{head}{ready:,} rows, {rate:,.1f} a second'
     return f'{head}{ready:,} of {rows:,} rows, {rate:,.1f} a second, {duration((rows - ready) / rate)} left'
 
-# %% ../../nbs/core/14_progress.ipynb #868af6ed
+# %% ../../nbs/core/14_progress.ipynb #978eed62
 def watched(
-    items: Iterable, # read one after another
+    items: Iterable, # items to count
     progress: bool | str, # whether to show a bar; a string is its label
 ) -> Iterator:
     "Yield the items, and show on standard error how many have been read."

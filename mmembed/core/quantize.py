@@ -30,11 +30,11 @@ def quantize(
         return (positive.view(x.shape[0], -1, 8) * places).sum(2).to(torch.uint8)
     raise ValueError("precision must be 'float32', 'float16', 'int8' or 'binary', got '" + precision + "'")
 
-# %% ../../nbs/core/07_quantize.ipynb #186841b0
+# %% ../../nbs/core/07_quantize.ipynb #c945a83e
 def dequantize(
-    x: Tensor,       # as `quantize` returned it
+    x: Tensor,       # result of `quantize`
     precision: str,  # the precision it was written with
-    dim: int = 0,    # numbers of the original vectors; 0: 8 a byte of 'binary'
+    dim: int = 0,    # dimension of the original vectors, needed for 'binary' if it is not a multiple of 8
 ) -> Tensor: # float32 (B, D); unit length for int8 and binary
     "Decode stored vectors to float32."
     if precision == 'int8': return F.normalize(x.float(), dim=-1)

@@ -28,23 +28,23 @@ class Settings(NamedTuple):
     seed: int = 42
     accelerator: str = 'auto'          # as Lightning names it: 'auto', 'cpu', 'cuda', ...
 
-# %% ../../nbs/core/13_settings.ipynb #5ac7f3a2
+# %% ../../nbs/core/13_settings.ipynb #de287063
 def settings(
     start: str | Path | None = None, # where the search begins; the current folder by default
     **overrides,                     # fields that win over the file
 ) -> Settings:
-    """Return the defaults in force below `start`: `overrides`, then the nearest settings.ini with a section
-    `[mmembed]`, then the built-in ones.
+    """Look up the defaults that hold in the folder `start`.
 
-    Relative paths in a settings.ini are relative to that file. Raises `ValueError` for a key or value that is not
-    known."""
+    `overrides` win over the nearest settings.ini with a section `[mmembed]`, and that over the built-in values.
+    Relative paths in a settings.ini are relative to that file. Raises `ValueError` for an unknown key or value."""
     here = Path(start or Path.cwd()).resolve()
     found = (_read_settings(folder/'settings.ini') for folder in [here, *here.parents])
     values = next((v for v in found if v is not None), {})
     return Settings(**(values | {k: v for k, v in overrides.items() if v is not None}))
 
-# %% ../../nbs/core/13_settings.ipynb #665fbef3
-def _read_settings(path: Path) -> dict | None: # None: it is not there, or another program's
+# %% ../../nbs/core/13_settings.ipynb #b34783e8
+def _read_settings(path: Path) -> dict | None:
+    "Read the values of a settings.ini; None if there is none, or if it belongs to another program."
     try: content = path.read_bytes()
     except OSError: return None
     ours = re.search(rb'^\s*\[mmembed\]', content, re.M)
@@ -67,10 +67,9 @@ def _read_settings(path: Path) -> dict | None: # None: it is not there, or anoth
         elif k.endswith('_path'): values[k] = str(path.parent/v)
     return values
 
-# %% ../../nbs/core/13_settings.ipynb #1c0e0be0
+# %% ../../nbs/core/13_settings.ipynb #f2c902e3
 def config_places() -> list[Path]:
-    """List the folders of shipped configurations: beside the package in a checkout, under the environment's share/
-    in an installation."""
+    "List the folders of the shipped configurations: beside the package in a checkout, in share/ of an installation."
     return [
         Path(mmembed.__file__).resolve().parent.parent / 'configs',
         Path(sysconfig.get_path('data')) / 'share' / 'mmembed' / 'configs',

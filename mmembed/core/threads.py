@@ -21,7 +21,7 @@ import torch
 from .errors import whole_number
 from .torchscript import inlining
 
-# %% ../../nbs/core/12_threads.ipynb #4b4367ce
+# %% ../../nbs/core/12_threads.ipynb #29efaf09
 def give_back():
     """Return freed memory to the system; glibc keeps some 100 MB after a load.
 
@@ -32,7 +32,7 @@ def give_back():
 class steady:
     "Switch off gradients, the caller's autocast and TorchScript's inlining inside the block"
     def __enter__(self):
-        self.inlining = inlining(False)  # what is called first is kept as it is prepared then
+        self.inlining = inlining(False)  # a function keeps the form of its first call
         self.inlining.__enter__()
         self.cast = [torch.autocast(kind, enabled=False) for kind in ('cpu', 'cuda') if torch.is_autocast_enabled(kind)]
         for cast in self.cast: cast.__enter__()
@@ -43,12 +43,12 @@ class steady:
         torch.set_grad_enabled(self.before)
         for cast in reversed(self.cast): cast.__exit__(*error)
 
-# %% ../../nbs/core/12_threads.ipynb #337ff257
+# %% ../../nbs/core/12_threads.ipynb #40677ddb
 def ahead(
     f: Callable, # a function of one item that raises nothing
     items: Iterable, # read in the thread of the caller
     threads: int, # number of threads; 0: compute each result when it is asked for
-    depth: int = 64, # number of results that may wait
+    depth: int = 64, # largest number of results that wait
 ) -> Iterator:
     "Yield `f(item)` for every item, in order, computed in threads before it is asked for."
     if threads < 1:
@@ -63,13 +63,13 @@ def ahead(
         while waiting: yield waiting.popleft().result()
     finally: pool.shutdown(wait=False, cancel_futures=True)  # the caller may have stopped early
 
-# %% ../../nbs/core/12_threads.ipynb #c9e6538c
+# %% ../../nbs/core/12_threads.ipynb #0bb7a350
 def cores() -> int:
-    "Return how many processors this process may use: a container or `taskset` may allow fewer than there are."
+    "Count the processors that this process may use; a container or `taskset` may allow fewer than there are."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 def memory() -> int:
-    "Return how many bytes of memory this process may use, which a container or `ulimit` may make fewer than there are."
+    "Count the bytes of memory that this process may use; a container or `ulimit` may allow fewer than there are."
     import resource
     limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
     found = [
@@ -85,26 +85,27 @@ def memory() -> int:
         found += [int(line) for line in _lines(path) if line.strip().isdecimal()]
     return min(found)
 
-def _lines(path: str) -> list[str]: # none where the file is not there
+def _lines(path: str) -> list[str]:
+    "Read the lines of a file; [] if there is no such file."
     try: return Path(path).read_text().splitlines()
     except OSError: return []
 
 def decoders(
     items, # the batch of images
-    asked: int | None, # number the caller wants; None: as many as there are cores, up to 8, and 0 for a single item
+    asked: int | None, # number that the caller wants; None: one for each processor, up to 8, and 0 for a single item
 ) -> int:
-    "Return the number of threads that decode; raises `ValueError` for a number below 0."
+    "Choose the number of threads that decode; raises `ValueError` for a number below 0."
     if asked is not None: return whole_number('decoders', asked, 0)
     return 0 if cores() == 1 or hasattr(items, '__len__') and len(items) < 2 else min(cores(), 8)
 
-# %% ../../nbs/core/12_threads.ipynb #f8bbe865
+# %% ../../nbs/core/12_threads.ipynb #10593d14
 def thread_pool(
     n: int, # number of threads
 ) -> ThreadPoolExecutor:
     "Make a pool of `n` threads that run torch's operations on one core each; the caller's own setting stays."
     cores, pool, ready = torch.get_num_threads(), ThreadPoolExecutor(n, 'mmembed-loader'), threading.Barrier(n + 1)
     def alone():
-        torch.get_num_threads()  # a thread's first question sets its figure, so it must come before our own
+        torch.get_num_threads()  # the first call in a thread sets its number, so it must come before ours
         torch.set_num_threads(1)
         ready.wait()
     for _ in range(n): pool.submit(alone)

@@ -37,7 +37,29 @@ def register_image_ops(
     except OSError as e:
         raise ImportError(f"torchcodec's image operators do not load beside torch {torch.__version__}: {e}") from None
 
-# %% ../../nbs/core/11_torchcodec.ipynb #3202edcc
+# %% ../../nbs/core/11_torchcodec.ipynb #2cfcbc15
+def _stderr_of(
+    elf: bytes, # content of a shared library
+) -> list[tuple[int, bool]]: # place of an address of `stderr`, and whether the loader makes it read-only
+    "Find where a library keeps the address of `stderr`, in its dynamic symbols and relocations."
+    at, size, count = *unpack_from('<Q', elf, 32), *unpack_from('<HH', elf, 54)
+    # type, flags, offset, address, -, bytes in the file, in memory
+    parts = [unpack_from('<IIQQQQQ', elf, at + i * size) for i in range(count)]
+
+    def offset(address):
+        return next(address - p[3] + p[2] for p in parts if p[0] == 1 and p[3] <= address < p[3] + p[5])
+    start, length = next((p[2], p[5]) for p in parts if p[0] == 2)
+    table = dict(unpack_from('<qQ', elf, start + i) for i in range(0, length, 16))
+    names, symbols, moves = (offset(table[k]) for k in (5, 6, 7))
+    found = []
+    for i in range(moves, moves + table[8], 24):
+        place, info = unpack_from('<QQ', elf, i)
+        name = names + unpack_from('<I', elf, symbols + 24 * (info >> 32))[0]
+        if elf[name : name + 7] == b'stderr\0':
+            found.append((place, any(p[0] == 0x6474E552 and p[3] <= place < p[3] + p[6] for p in parts)))
+    return found
+
+# %% ../../nbs/core/11_torchcodec.ipynb #7434b7ad
 @cache
 def silence_decoders():
     """Discard what libjpeg and libpng of torchcodec's wheel print on standard error.
@@ -64,31 +86,9 @@ def silence_decoders():
             if fixed: protect(base + place, 1)
     return nowhere  # kept as long as the cache is
 
-def _stderr_of(
-    elf: bytes,
-) -> list[
-    tuple[int, bool]
-]:  # where a library keeps the address of `stderr`, and whether the loader makes that read-only
-    at, size, count = *unpack_from('<Q', elf, 32), *unpack_from('<HH', elf, 54)
-    # type, flags, offset, address, -, bytes in the file, in memory
-    parts = [unpack_from('<IIQQQQQ', elf, at + i * size) for i in range(count)]
-
-    def offset(address):
-        return next(address - p[3] + p[2] for p in parts if p[0] == 1 and p[3] <= address < p[3] + p[5])
-    start, length = next((p[2], p[5]) for p in parts if p[0] == 2)
-    table = dict(unpack_from('<qQ', elf, start + i) for i in range(0, length, 16))
-    names, symbols, moves = (offset(table[k]) for k in (5, 6, 7))
-    found = []
-    for i in range(moves, moves + table[8], 24):
-        place, info = unpack_from('<QQ', elf, i)
-        name = names + unpack_from('<I', elf, symbols + 24 * (info >> 32))[0]
-        if elf[name : name + 7] == b'stderr\0':
-            found.append((place, any(p[0] == 0x6474E552 and p[3] <= place < p[3] + p[6] for p in parts)))
-    return found
-
-# %% ../../nbs/core/11_torchcodec.ipynb #1e5aa258
+# %% ../../nbs/core/11_torchcodec.ipynb #34e007cc
 def load_heic():
-    "Register torchcodec's HEIC operator; raises `ImportError` if libheif or torchcodec is not installed."
+    "Register torchcodec's operator for HEIC; raises `ImportError` if libheif or torchcodec is not installed."
     spec = importlib.util.find_spec('torchcodec')
     if not spec: raise ImportError('heic=True needs torchcodec: pip install torchcodec')
     try: torch.ops.load_library(str(Path(spec.origin).parent/'libtorchcodec_heic.so'))

@@ -23,11 +23,11 @@ def quietly(
         warnings.filterwarnings('ignore', category=DeprecationWarning)
         return f(*args, **kwargs)
 
-# %% ../../nbs/core/02_torchscript.ipynb #f1dc98de
+# %% ../../nbs/core/02_torchscript.ipynb #25fe44a3
 class inlining:
-    "Have TorchScript inline functions into their callers (`on`), or leave them apart, in this thread, inside the block"
+    "Switch TorchScript's inlining of functions on or off, in this thread, inside the block"
     def __init__(self,
-        on: bool, # False: smaller and prepared sooner; True: as `torch.jit.freeze` wants it
+        on: bool, # False: smaller and prepared sooner; True: needed by `torch.jit.freeze`
     ): self.on = on
     def __enter__(self): self.before = torch._C._get_graph_executor_optimize(self.on)
     def __exit__(self, *error): torch._C._get_graph_executor_optimize(self.before)
@@ -36,5 +36,5 @@ def frozen(
     scripted: torch.jit.ScriptModule, # in eval mode
     **kwargs, # of `torch.jit.freeze`
 ) -> torch.jit.ScriptModule:
-    "Freeze `scripted`, whatever this thread does about inlining."
+    "Freeze `scripted`, whether inlining is on in this thread or not."
     with inlining(True): return quietly(torch.jit.freeze, scripted, **kwargs)

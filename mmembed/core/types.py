@@ -1,4 +1,4 @@
-"""The few types, helpers and defaults that every other room shares
+"""The few NamedTuples that rooms hand to each other: tokens, encodings, image headers, batches, embeddings
 
 Docs: https://mmembed.github.io/mmembed/core/types.html.md"""
 
@@ -28,9 +28,9 @@ class Encoding(NamedTuple):
     # int64 (B, L, 2): the bytes [begin, end) of its text that a token came from; (0, 0) for special tokens
     spans: Tensor
 
-# %% ../../nbs/core/01_types.ipynb #b6552ded
+# %% ../../nbs/core/01_types.ipynb #96294b5a
 class ImageInfo(NamedTuple):
-    "What the header of an image file states, read before anything is decoded"
+    "Fields of an image file's header, read before anything is decoded"
     format: str       # 'jpeg', 'png', 'webp', 'gif', 'avif' or '' when not recognised
     width: int        # pixels as stored, before EXIF orientation
     height: int       # pixels as stored, before EXIF orientation
@@ -38,18 +38,17 @@ class ImageInfo(NamedTuple):
     channels: int     # channels as stored (a palette counts as 1); 0 when the header does not say
     orientation: int  # EXIF orientation, 1 to 8; 1 is upright
     frames: int       # 1, or 2 for "more than one" where the header does not count them
-    error: str        # '' or why this file will not be decoded
+    error: str        # reason why this file will not be decoded; '' if it will be
 
-# %% ../../nbs/core/01_types.ipynb #aca30827
+# %% ../../nbs/core/01_types.ipynb #e2e0a650
 class PairBatch(NamedTuple):
     "A batch of matching texts and images, as the DataLoader yields it"
     tokens: Tokens
     pixels: Tensor  # float32 (B, 3, H, W), normalised
     index: Tensor   # int64 (B,): the rows of the data set
 
-# %% ../../nbs/core/01_types.ipynb #3f53f2d4
 class Embeddings(NamedTuple):
     "Embeddings of both towers of a dual encoder, of unit length"
     text: Tensor         # float32 (B, D)
     image: Tensor        # float32 (B, D)
-    logit_scale: Tensor  # float32 (): what the cosine is multiplied by, already exponentiated
+    logit_scale: Tensor  # float32 (): factor of the cosine, already exponentiated

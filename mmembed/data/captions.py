@@ -1,4 +1,4 @@
-"""What a cell of a table, a field of JSON or a label says as a caption, alike in every format
+"""Read captions from the cells of a table, from fields of JSON and from labels, alike in every format
 
 Docs: https://mmembed.github.io/mmembed/data/captions.html.md"""
 
@@ -16,11 +16,11 @@ from typing import Any
 
 from .split_names import unit_hash
 
-# %% ../../nbs/data/02_captions.ipynb #5504ec23
+# %% ../../nbs/data/02_captions.ipynb #807e1a05
 NO_CAPTION, NO_LABEL = 'there is no caption', 'there is no label'
 
 def captions_of(
-    value: Any, # of a cell: text, a list of texts or one that was written as text, None, NaN
+    value: Any, # of a cell: text, a list of texts, such a list written as text, None or NaN
 ) -> list[str]:
     "List the captions in a cell; [] for none. Raises `ValueError` for what is neither text nor a list of texts."
     if value is None or (isinstance(value, float) and value != value): return []
@@ -36,7 +36,7 @@ def captions_of(
     return [text for v in value for text in captions_of(v)]
 
 def _written_list(text: str) -> list | str:
-    "The list of which `text` is the JSON, the repr or the str (of numpy); else `text`."
+    "Parse a list that JSON, Python or numpy wrote as text; returns `text` if it is not one."
     if text[0] == '[' and text[-1] == ']':
         try:
             value = json.loads(text)
@@ -60,11 +60,11 @@ def as_text(
     if isinstance(value, (bool, list, dict)): return json.dumps(value, ensure_ascii=False, default=str)
     return '' if value is None or value != value else str(value)
 
-# %% ../../nbs/data/02_captions.ipynb #7f6e6341
+# %% ../../nbs/data/02_captions.ipynb #e8eb1b23
 def from_template(
     label: str,                     # a class
     templates: list[str] | tuple,   # with {} where the class goes
-    name: str,                      # of the row: decides which template
+    name: str,                      # of the row; its hash chooses the template
 ) -> str:
     "Make a caption for `label`, '' for none; raises `ValueError` for a template without `{}`."
     if not label: return ''

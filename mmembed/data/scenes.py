@@ -45,23 +45,24 @@ class Scene(NamedTuple):
     relation: str  # of RELATIONS
     second: Thing
 
-# %% ../../nbs/data/04_scenes.ipynb #b3c4cb30
+# %% ../../nbs/data/04_scenes.ipynb #b79b4bb3
 def is_held_out(
     scene: Scene, # any scene
 ) -> bool:
-    "Whether a combination of `HELD_OUT` is in the scene."
+    "Tell whether a combination of `HELD_OUT` is in the scene."
     return any((t.colour, t.shape) in HELD_OUT for t in (scene.first, scene.second))
 
-# %% ../../nbs/data/04_scenes.ipynb #45ccbda2
+# %% ../../nbs/data/04_scenes.ipynb #0be862fe
 def canonical_scene(
     scene: Scene, # any scene
 ) -> Scene:
-    "The same scene told as 'left of' or 'above': two scenes look alike exactly if their canonical forms are equal."
+    "Return the scene told as 'left of' or 'above': two scenes look alike exactly if their canonical forms are equal."
     turned = {'right of': 'left of', 'below': 'above'}.get(scene.relation)
     return Scene(scene.second, turned, scene.first) if turned else scene
 
-# %% ../../nbs/data/04_scenes.ipynb #769fbe42
+# %% ../../nbs/data/04_scenes.ipynb #76ecc5ba
 def _english(scene: Scene, way: int) -> str:
+    "Write a scene as an English sentence, by one of four templates."
     a, b = (f'{t.size} {t.colour} {t.shape}' for t in (scene.first, scene.second))
     first, second = (f'an {x}' if x[0] in 'aeiou' else f'a {x}' for x in (a, b))
     at = f'to the {scene.relation}' if scene.relation in ('left of', 'right of') else scene.relation
@@ -69,24 +70,26 @@ def _english(scene: Scene, way: int) -> str:
     return [f'{first} {scene.relation} {second}', f'{first} {at} {second}', f'there is {first} {at} {second}',
             f'{second} with {first} {its}'][way]
 
-# %% ../../nbs/data/04_scenes.ipynb #966d30d1
+# %% ../../nbs/data/04_scenes.ipynb #7ff8b957
 def _chinese(scene: Scene, way: int) -> str:
+    "Write a scene as a Chinese sentence, by one of four templates."
     a, b = (f'{SIZES[t.size]}{COLOURS[t.colour][0]}{SHAPES[t.shape]}' for t in (scene.first, scene.second))
     at = RELATIONS[scene.relation]
     return [f'一个{a}在一个{b}的{at}', f'一个{b}的{at}有一个{a}', f'{a}在{b}{at}',
             f'图中有一个{b}，它的{at}是一个{a}'][way]
 
-# %% ../../nbs/data/04_scenes.ipynb #8f931865
+# %% ../../nbs/data/04_scenes.ipynb #995c967a
 def caption(
-    scene: Scene,             # what to tell
+    scene: Scene,             # any scene
     lang: str = 'en',         # 'en' or 'zh'
     way: int = 0,             # 0 to 3: which of the templates
 ) -> str:
-    "The scene in one sentence."
+    "Write a scene as one sentence."
     return (_chinese if lang == 'zh' else _english)(scene, way)
 
-# %% ../../nbs/data/04_scenes.ipynb #3ea86cac
+# %% ../../nbs/data/04_scenes.ipynb #039f0638
 def _background(rng: random.Random, w: int, h: int) -> Image.Image:
+    "Draw a background in muted colours: plain, with a gradient or with grain."
     def muted():
         if rng.random() < 0.5: return tuple(rng.randint(150, 245) for _ in range(3))
         return (rng.randint(140, 250),) * 3
@@ -100,9 +103,9 @@ def _background(rng: random.Random, w: int, h: int) -> Image.Image:
         image = Image.blend(image, Image.merge('RGB', (grain,) * 3), rng.uniform(0.05, 0.25))
     return image
 
-# %% ../../nbs/data/04_scenes.ipynb #8c007f6d
+# %% ../../nbs/data/04_scenes.ipynb #ff717337
 def _outline(shape: str, x: float, y: float, r: float, turn: float) -> list[tuple[float, float]]:
-    "The corners of a polygon of radius `r`; squares and triangles are scaled to about the area of the circle."
+    "List the corners of a polygon of radius `r`; squares and triangles have about the area of the circle."
     arm = (math.hypot(1.15, 0.38), math.atan2(0.38, 1.15))  # the outer corner of a cross's arm
     corners = {
         'square': [(1.25, math.pi/4 + k*math.pi/2) for k in range(4)],
@@ -113,9 +116,9 @@ def _outline(shape: str, x: float, y: float, r: float, turn: float) -> list[tupl
     }[shape]
     return [(x + q*r*math.cos(a + turn), y + q*r*math.sin(a + turn)) for q, a in corners]
 
-# %% ../../nbs/data/04_scenes.ipynb #6368fa1f
+# %% ../../nbs/data/04_scenes.ipynb #ab509639
 def _place(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]]:
-    "Centre and radius of both things in a unit square."
+    "Choose centre and radius of both things in a unit square."
     sizes = {'small': (0.085, 0.115), 'large': (0.155, 0.185)}
     radii = [rng.uniform(*sizes[t.size]) for t in (scene.first, scene.second)]
     lo = radii[0]*1.3 + 0.01
@@ -128,12 +131,12 @@ def _place(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]]
     if scene.relation in ('right of', 'below'): places = [(1 - p, q, r) for p, q, r in places]
     return places if scene.relation in ('left of', 'right of') else [(q, p, r) for p, q, r in places]
 
-# %% ../../nbs/data/04_scenes.ipynb #01650296
+# %% ../../nbs/data/04_scenes.ipynb #0618f4f0
 def draw(
-    scene: Scene,           # what to draw
-    rng: random.Random,     # everything the caption does not say
+    scene: Scene,           # any scene
+    rng: random.Random,     # decides all that the caption leaves open
 ) -> Image.Image: # RGB, sides of 64 to 96 pixels
-    "A picture of the scene."
+    "Draw a scene."
     w, h = rng.randint(64, 96), rng.randint(64, 96)
     image, k, side = _background(rng, w, h), 3, min(w, h)
     for thing, (x, y, r) in zip((scene.first, scene.second), _place(scene, rng)):
@@ -150,27 +153,30 @@ def draw(
         image.paste(shade, (x0, y0), big.reduce(k))
     return image
 
-# %% ../../nbs/data/04_scenes.ipynb #7e9a41bb
+# %% ../../nbs/data/04_scenes.ipynb #a4c53dc8
 def _rng(*key) -> random.Random:
-    "A generator that depends on `key` alone; seeding by a string is the same in every Python version."
+    "Return a generator that depends on `key` alone; seeding by a string is the same in every Python version."
     return random.Random('/'.join(map(str, key)))
 
 def _random_scene(rng: random.Random) -> Scene:
+    "Draw a scene at random; both things may be equal."
     def thing(): return Thing(rng.choice([*SIZES]), rng.choice([*COLOURS]), rng.choice([*SHAPES]))
     return Scene(thing(), rng.choice([*RELATIONS]), thing())
 
 def _is_for_validation(scene: Scene) -> bool:
+    "Choose one scene in ten, by its meaning."
     return _rng('split', *canonical_scene(scene)).random() < 0.1
 
-# %% ../../nbs/data/04_scenes.ipynb #8a6d682b
+# %% ../../nbs/data/04_scenes.ipynb #93a404ce
 class Scenes(Source):
     "Generated scenes of two coloured shapes, with captions in English and Chinese"
     def __init__(self,
         train: int = 12000,                                    # rows for training
         valid: int = 1000,                                     # rows for validation, no two of the same meaning
-        seed: int = 42,                                        # another seed, other scenes and pictures
+        seed: int = 42,                                        # another seed makes other scenes and images
         lang: Literal['en', 'zh', 'mixed', 'both'] = 'mixed',  # captions; 'mixed': either, 'both': both in one text
     ):
+        "Raises `ValueError` for another language, and for counts that are out of range."
         if lang not in ('en', 'zh', 'mixed', 'both'):
             raise ValueError(f"lang must be 'en', 'zh', 'mixed' or 'both', got {lang!r}")
         if train < 0 or not 0 <= valid <= 2000:
@@ -214,7 +220,7 @@ class Scenes(Source):
     def kind(self, i: int) -> str: return 'unseen' if is_held_out(self.scenes[i]) else 'seen'
 
     def split(self, share: float = 0.1) -> tuple[Subset, Subset]:
-        "Training and validation rows as generated; `share` is not used."
+        "Return the training and the validation rows as generated; `share` is not used."
         return Subset(self, range(self.train)), Subset(self, range(self.train, len(self)))
 
     def __getstate__(self): return self.__dict__ | {'_files': {}}  # a spawned worker draws its own

@@ -21,11 +21,11 @@ from torch.utils.data import Dataset
 from ..core.settings import settings
 from .split_names import PART_NAMES, unit_hash, what_parts
 
-# %% ../../nbs/data/03_source.ipynb #244e9cea
+# %% ../../nbs/data/03_source.ipynb #0ff02b28
 class Source(Dataset):
     "Rows of raw caption text and raw image file; a new source defines `__len__`, `text` and `image`"
     of_classes = False           # whether captions only name a class: training may then mirror the images
-    # what names of parts mean that `PART_NAMES` lacks: 'train', 'valid', 'test', or None to leave the rows out
+    # meaning of names of parts that `PART_NAMES` lacks: 'train', 'valid', 'test', or None to leave the rows out
     meaning: dict | None = None
 
     def __len__(self) -> int: raise NotImplementedError
@@ -54,52 +54,49 @@ class Source(Dataset):
         "Return the file on this machine that holds the image of row `i` alone; None where there is none."
         return None
 
-    def label(self,
-        i: int, # row
-    ) -> str:
-        "Return the class of row `i`; '' for none."
-        return ''
-
-    def missing(self,
-        modality: str, # 'text' or 'image'
-    ) -> dict[int, str]: # row: reason
-        "List the rows without a text, or whose image is missing, as far as that is known without opening images."
-        return {}
-
-    def left_out(self) -> dict[str, str]: # name: reason
-        "List what the source itself has left out, such as samples of a shard without a caption."
-        return {}
-
-    def near(self,
-        i: int, # row
-    ) -> str:
-        "Return a value that similar rows share: `MatchData` takes wrong captions from there; by default `group`."
-        return self.group(i)
-
-    def value(self,
-        i: int,       # row
-        column: str,  # of `types`, or 'text', 'label' or 'group'
-    ) -> Any:
-        "Return the value of a column in row `i`; raises `KeyError` for a column that the source does not have."
-        if column not in ('text', 'label', 'group'): raise KeyError(f'{self!r} has no column {column}')
-        return getattr(self, column)(i)
-
     def __getitem__(self, i: int) -> tuple[str, Tensor]: return self.text(i), self.image(i)
 
-# %% ../../nbs/data/03_source.ipynb #79931f7b
+# %% ../../nbs/data/03_source.ipynb #00b63500
+@patch
+def missing(self: Source,
+    modality: str, # 'text' or 'image'
+) -> dict[int, str]: # row: reason
+    "List the rows without a text, or whose image is missing, as far as that is known without opening images."
+    return {}
+
+@patch
+def left_out(self: Source) -> dict[str, str]: # name: reason
+    "List what the source itself has left out, such as samples of a shard without a caption."
+    return {}
+
+# %% ../../nbs/data/03_source.ipynb #96ba205d
 @patch
 def picture(self: Source,
     i: int, # row
 ) -> str:
-    "Return a name of the image of row `i`: rows of one image with other captions have it equal; by default `name`."
+    "Return a name of the image of row `i`, which all captions of this image share; by default `name`."
     return self.name(i)
 
 @patch
 def group(self: Source,
     i: int, # row
 ) -> str:
-    "Return the group of row `i`, which stays on one side of `split` where `part` names no side; by default `name`."
+    "Return the group of row `i`: `split` keeps a group on one side unless `part` names the side; by default `name`."
     return self.name(i)
+
+@patch
+def near(self: Source,
+    i: int, # row
+) -> str:
+    "Return a value that similar rows share: `MatchData` takes wrong captions from there; by default `group`."
+    return self.group(i)
+
+@patch
+def label(self: Source,
+    i: int, # row
+) -> str:
+    "Return the class of row `i`; '' for none."
+    return ''
 
 @patch
 def kind(self: Source,
@@ -123,27 +120,36 @@ def part(self: Source,
     "Return the data's own name for the part that row `i` is in, such as `val`; '' where they name none."
     return ''
 
-# %% ../../nbs/data/03_source.ipynb #30c5d68d
+# %% ../../nbs/data/03_source.ipynb #6d12497f
 @patch
 def types(self: Source) -> dict: # column: pyarrow data type
     "Return the further columns that were kept, with their types."
     return {}
 
 @patch
+def value(self: Source,
+    i: int,       # row
+    column: str,  # of `types`, or 'text', 'label' or 'group'
+) -> Any:
+    "Return the value of a column in row `i`; raises `KeyError` for a column that the source does not have."
+    if column not in ('text', 'label', 'group'): raise KeyError(f'{self!r} has no column {column}')
+    return getattr(self, column)(i)
+
+@patch
 def digest(self: Source) -> bytes:
-    "Return a hash of all that the source itself holds, such as texts; b'' if that is only known row by row."
+    "Return a hash of the data that the source holds itself, such as texts; b'' if only single rows can be hashed."
     return b''
 
 @patch
 def version(self: Source) -> bytes:
-    "Return a hash of what shows that files of many rows have changed, such as size and time; b'' for no such files."
+    "Return a hash of size and time of the files that hold many rows each, such as shards; b'' for no such files."
     return b''
 
 @patch
 def excerpt(self: Source,
     rows: range, # to keep
 ) -> Source:
-    "Return these rows as a source that holds no others, to be sent to another process."
+    "Return a source of these rows alone, which can be sent to another process without the others."
     return Subset(self, rows)
 
 @patch
@@ -153,7 +159,7 @@ def changed(self: Source,
     "Return a file of many rows, such as a tar shard, that has changed since the source was opened; '' for none."
     return ''
 
-# %% ../../nbs/data/03_source.ipynb #db1c3d34
+# %% ../../nbs/data/03_source.ipynb #75a69baa
 @patch
 def divided(self: Source) -> dict[str, list[int]]: # 'train', 'valid', 'test': rows
     "List the rows of each part where the data name several; {} where they name none, or only one."
@@ -168,9 +174,9 @@ def divided(self: Source) -> dict[str, list[int]]: # 'train', 'valid', 'test': r
 def split(self: Source,
     share: float = 0.1, # of the groups, for validation, where the data name no parts
 ) -> tuple['Subset', 'Subset']: # training and validation rows
-    """Split as the data say, with their test rows for validation where they have no others; else by group.
+    """Split by the data's own parts, else by group; without validation rows, the test rows are taken for it.
 
-    Whole groups are on either side, chosen by a hash of the group's name: adding rows moves no other row.
+    Whole groups are on one side, chosen by a hash of the group's name: adding rows moves no other row.
     Raises `ValueError` for a name of a part that is neither training, validation nor test."""
     divided = self.divided()
     if held_out := divided.get('valid') or divided.get('test'):
@@ -188,12 +194,12 @@ def splits(self: Source,
     if divided.get('valid') and divided.get('test'): found['test'] = Subset(self, divided['test'])
     return found
 
-# %% ../../nbs/data/03_source.ipynb #2a08e058
+# %% ../../nbs/data/03_source.ipynb #7baa00a3
 class Subset(Source):
-    "Some rows of a source, as a source: a side of a split, a shard of a job, what is new to an index"
+    "Some rows of a source, as a source: a side of a split, a shard of a job, rows that an index lacks"
     def __init__(self,
         source: Source,           # the whole
-        rows: list[int] | range,  # the rows of the whole that this part holds
+        rows: list[int] | range,  # rows of `source` that are in the subset
     ): self.source, self.rows = source, rows
 
     def __len__(self) -> int: return len(self.rows)

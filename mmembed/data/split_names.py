@@ -13,7 +13,7 @@ import hashlib
 import re
 from collections.abc import Iterable
 
-# %% ../../nbs/data/01_split_names.ipynb #c9446c90
+# %% ../../nbs/data/01_split_names.ipynb #97d6f2c7
 PART_NAMES = {'train': ('train', 'training'),  # the keywords of datasets/data_files.py
               'valid': ('valid', 'val', 'validation', 'dev'),
               'test': ('test', 'testing', 'eval', 'evaluation')}
@@ -27,7 +27,7 @@ def part_named(
 def what_parts(
     names: Iterable[str],         # the different names that the data have
     meaning: dict | None = None,  # for names that the table does not have: name: part, or None to leave out
-    where: str = 'the data set',  # for messages
+    where: str = 'the data set',  # its name in messages
 ) -> dict[str, str | None]: # name: 'train', 'valid', 'test' or None
     "Look up all names; raises `ValueError` for one that is not a part's, and if none of them is training."
     names, meaning = list(names), meaning or {}
@@ -44,8 +44,8 @@ def what_parts(
 def part_meaning(
     parts: dict | None,   # what a user says: name: part, or None to leave out
     names: Iterable[str], # that the data have
-    where: str,           # for messages
-) -> dict: # what `Source.meaning` is to be
+    where: str,           # the data set, in messages
+) -> dict: # value for `Source.meaning`
     "Check `parts`; raises `ValueError` for a name that the data do not have, and for what is not a part."
     meaning, names = {str(k): v for k, v in (parts or {}).items()}, list(names)
     for name, part in meaning.items():
@@ -55,9 +55,10 @@ def part_meaning(
     return meaning
 
 def _some(names: list[str]) -> str:
+    "List up to five names, and count the others."
     return ', '.join(map(repr, names[:5])) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
 
-# %% ../../nbs/data/01_split_names.ipynb #b06a0e56
+# %% ../../nbs/data/01_split_names.ipynb #9164d084
 def part_in(
     path: str, # of a file, as far as it tells files of a data set apart: 'coco-val-0001.tar', 'val/0001.parquet'
 ) -> str:
@@ -67,19 +68,15 @@ def part_in(
         if words: return next(iter(words.values())) if len(words) == 1 else ''
     return ''
 
+# %% ../../nbs/data/01_split_names.ipynb #ade40c60
 YES, NO = ('1', '1.0', 'true', 'yes', 't', 'y'), ('0', '0.0', 'false', 'no', 'f', 'n')
 
 def _yes_or_no(key: str, values: Iterable[str]) -> dict[str, str]:
-    "What the values of a column such as `is_train` mean; {} if it is not one."
+    "Look up the part that each value of a column such as `is_train` stands for; {} for another column."
     words = [w.lower() for w in re.findall('[A-Z]?[a-z]+|[A-Z]+', key)]
     words = [w for w in words if w not in ('is', 'in', 'for', 'set', 'split', 'part', 'row', 'data')]
-    part = (
-        'valid'
-        if words in (['held', 'out'], ['heldout'], ['holdout'])
-        else part_named(words[0])
-        if len(words) == 1
-        else ''
-    )
+    held_out = words in (['held', 'out'], ['heldout'], ['holdout'])
+    part = 'valid' if held_out else part_named(words[0]) if len(words) == 1 else ''
     if not part or not all(v.lower() in YES + NO for v in values): return {}
     return {v: part if v.lower() in YES else 'valid' if part == 'train' else 'train' for v in values}
 
@@ -87,8 +84,8 @@ def column_parts(
     key: str,               # the column's name
     values: Iterable[str],  # its different values
     parts: dict | None,     # what a user says of values that the table does not have
-    where: str,             # for messages
-) -> dict: # what `Source.meaning` is to be
+    where: str,             # the table, in messages
+) -> dict: # value for `Source.meaning`
     "Look up the values of a column of parts; raises `ValueError` for one that is not a part's, naming it."
     values = list(values)
     found = _yes_or_no(key, values) | part_meaning(parts, values, f'{where}, {key}')
@@ -108,7 +105,7 @@ def column_parts(
 def check_groups(
     key: str,               # the column's name
     values: Iterable[str],  # its different values
-    where: str,             # for messages
+    where: str,             # the table, in messages
 ):
     "Raise `ValueError` for a column of parts that is given as one of groups: a hash would mix them."
     values = [v for v in values if v]

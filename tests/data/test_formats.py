@@ -11,6 +11,7 @@ from mmembed.data.open import open_pairs, open_source, survey_names
 from mmembed.data.source import Source
 from mmembed.data.tables import PairsFile, Table
 from mmembed.retrieval.ingest import open_rows
+from tests.data.test_webdataset import tarball
 
 FORMATS = ['.csv', '.tsv', '.json', '.jsonl', '.parquet']
 NESTED = ['.json', '.jsonl', '.parquet']
@@ -81,6 +82,54 @@ def test_nested_keys(tmp_path, form, key, found):
     assert alike(path, text_key=key) == found
     assert "no column 'text.fr'; there are: image, text" in alike(path, text_key='text.fr')
     assert Table(path, 'text', text_key='text.de', keep=['text.en']).value(0, 'text.en') == 'cat'
+
+
+def elsewhere(folder, form, rows):
+    "The rows as a data set of Hugging Face, or as a tar shard with a JSON file for each row: its name, and its keys."
+    if form == 'shards':
+        files = [(f'{i}.{end}', data) for i, row in enumerate(rows) for end, data in (
+            ('jpg', b'\xff\xd8'), ('json', json.dumps({k: v for k, v in row.items() if k != 'image'}).encode()))]
+        return str(tarball(folder/'s.tar', files)), 'json:'
+    datasets = pytest.importorskip('datasets')
+    found = datasets.Dataset.from_list([row | dict(image=b'\xff\xd8') for row in rows])
+    if form == 'hub': found.save_to_disk(folder/'saved')
+    else: found.to_parquet(folder/'copy'/'train-00000-of-00001.parquet')
+    return f'hf:{folder}/{"saved" if form == "hub" else "copy"}', ''
+
+
+DEEP = [dict(image='0.jpg', text=dict(en='cat', de=['Katze', 'Kater']), about=dict(album='a', year=2019)),
+        dict(image='1.jpg', text=dict(en=None, de=['Hund']), about=dict(album='b', year=2021)),
+        dict(image='2.jpg', text=dict(en='bird', de=['Vogel']), about=dict(album='a', year=2020))]
+
+
+@pytest.mark.parametrize('key', ['text.en', 'text.de', 'text.*', 'text.de,en'])
+@pytest.mark.parametrize('form', ['hub', 'copy', 'shards'])
+def test_nested_keys_beyond_tables(tmp_path, form, key):
+    "A data set of the hub and a shard have the captions that a table of the same rows has, for train, embed and index."
+    want = [(name.partition(' ')[2], text) for name, text in alike(write(tmp_path, '.jsonl', DEEP), text_key=key)
+            if text]
+    where, begin = elsewhere(tmp_path, form, DEEP)
+    found = alike(where, text_key=begin + key)
+    assert [(name[name.index('('):] if '(' in name else '', text) for name, text in found if text] == want
+    for missing in ('text.fr', 'texts.en', 'text.fr,it'):
+        assert f'no column {begin + missing!r}; there are: ' in alike(where, text_key=begin + missing)
+
+
+@pytest.mark.parametrize('form', ['hub', 'copy', 'shards'])
+def test_other_columns_may_be_nested_too(tmp_path, form):
+    where, begin = elsewhere(tmp_path, form, DEEP)
+    pairs = open_pairs(where, text_key=f'{begin}text.*', label_key=f'{begin}about.album',
+                       group_key=f'{begin}about.album', split_key=None)
+    assert [pairs.kind(i) for i in range(len(pairs))] == ['de', 'de', 'en', 'de', 'de', 'en']
+    assert [pairs.group(i) for i in range(6)] == [pairs.label(i) for i in range(6)] == list('aaabaa')
+    assert len({pairs.picture(i) for i in range(3)}) == 1
+    rows = open_source(where, 'both', text_key=f'{begin}text.en', id_key=f'{begin}about.year', keep=['about.year'])
+    assert rows.types()['about.year'] == pa.int64()
+    assert [rows.value(i, 'about.year') for i in range(len(rows))] == [int(rows.name(i)) for i in range(len(rows))]
+    assert rows.excerpt(range(len(rows) - 1, len(rows))).text(0) == 'bird'
+    for options in (dict(id_key=f'{begin}about.name'), dict(keep=['about.name'])):
+        with pytest.raises(ValueError, match="no column '.*about.name'; there are: "):
+            open_source(where, 'image', **options)
 
 
 @pytest.mark.parametrize('form', ['.csv', '.tsv', '.json', '.jsonl'])

@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 
-from mmembed.data.hub import HubData
+from mmembed.data.hub import HubData, HubRows
 from mmembed.train.datamodule import PairData
 from mmembed.data.scenes import Scenes
 from mmembed.text.pipeline import TextPipeline
@@ -110,6 +110,15 @@ def test_mistakes(whole, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='neither a folder of `save_to_disk` nor of Parquet files'): HubData(tmp_path)
     with pytest.raises(ValueError, match='holds no rows'): HubData(whole['train'].select([]))
     with pytest.raises(
-        FileNotFoundError, match=r'no data set some/thing: it is no folder here, .*HF_HUB_OFFLINE is set'
+        FileNotFoundError, match=r'no data set some/thing: it is not a folder here, .*HF_HUB_OFFLINE is set'
     ):
         HubData('some/thing')
+
+
+def test_a_job_embeds_no_empty_text():
+    "As of a table, a row without a text fails alone, with its reason, instead of being embedded as nothing."
+    d = datasets.Dataset.from_list([dict(text='a cat'), dict(text=None), dict(text=' ')])
+    rows = HubRows(d, 'text')
+    assert rows.text(0) == 'a cat'
+    for i in (1, 2):
+        with pytest.raises(ValueError, match='text is empty'): rows.text(i)

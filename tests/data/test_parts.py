@@ -204,7 +204,7 @@ def test_files_of_other_systems_in_shards(tmp_path):
     files = [('cat/1.jpg', b'x'), ('cat/1.txt', b'a cat')]
     for name in LEFT_BEHIND: files += [(name, b'y')] + [(name[:-4] + '.txt', b'z')]*name.endswith(('.jpg', '.png'))
     source = Shards(tarball(tmp_path/'a.tar', files))
-    assert source.keys == ['cat/1'] and not source.ignored
+    assert source.keys == ['cat/1'] and not source.left_out()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 "WebDataset shards: the rows are those that `webdataset` itself reads, from a disk, from memory and over HTTP."
 import http.server
 import io
+import json
 import pickle
 import tarfile
 import threading
@@ -10,7 +11,7 @@ import torch
 
 from mmembed.train.datamodule import PairData
 from mmembed.data.scenes import Scenes
-from mmembed.data.webdataset import Shards, shard_urls
+from mmembed.data.webdataset import ShardRows, Shards, shard_urls
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 
@@ -52,7 +53,7 @@ def test_rows_are_those_of_webdataset(folder, scenes):
     wds = pytest.importorskip('webdataset')
     theirs = list(wds.WebDataset(f'{folder}/s-{{00..03}}.tar', shardshuffle=False, empty_check=False))
     ours = Shards(f'{folder}/s-{{00..03}}.tar', label_key='cls', group_key='json:album')
-    assert len(ours) == len(theirs) == N and not ours.ignored
+    assert len(ours) == len(theirs) == N and not ours.left_out()
     for i, sample in enumerate(theirs):
         assert ours.keys[i] == sample['__key__']
         assert bytes(ours.image(i).tolist()) == sample['jpg'] == bytes(scenes.image(i).tolist())
@@ -79,7 +80,7 @@ def test_parts_of_a_sample(folder, tmp_path, scenes):
     assert [source.group(i) for i in range(3)] == ['3', './b/2', 'c'] and source.name(1) == 'x.tar: ./b/2'
     fields = Shards(path, text_key='json:caption', label_key='cls')
     assert len(fields) == 1 and fields[0][0] == 'other' and fields.label(0) == '7'
-    assert fields.ignored == [f'{path}: ./b/2 has no json:caption', f'{path}: c has no json:caption']
+    assert fields.left_out() == dict.fromkeys(('x.tar: ./b/2', 'x.tar: c'), 'there is no caption (json:caption)')
     labels = Shards(path, text_key=None, label_key='cls', templates=['a {}'])
     assert labels.text(0) == 'a 7' and len(labels) == 1
 
@@ -183,8 +184,22 @@ def test_mistakes(tmp_path):
     with pytest.raises(FileNotFoundError, match='no shards match'): Shards(f'{tmp_path}/*.tar')
     with pytest.raises(FileNotFoundError, match='no such shard: .*gone-0.tar'): Shards(f'{tmp_path}/gone-{{0..3}}.tar')
     path = tarball(tmp_path/'a.tar', [('a.jpg', b'x'), ('a.json', b'[1]')])
-    with pytest.raises(ValueError, match='no sample has an image and txt; the first of 1: .*a.tar: a has no txt'):
-        Shards(path)
+    with pytest.raises(ValueError, match="a.tar: no column 'txt'; there are: json"): Shards(path)
+    bare = tarball(tmp_path/'b.tar', [('a.jpg', b'x'), ('b.txt', b'a cat')])
+    why = 'no sample has an image and txt; the first of 2: b.tar: a: there is no caption'
+    with pytest.raises(ValueError, match=why): Shards(bare)
     with pytest.raises(ValueError, match='a: json is not a JSON object'): Shards(path, text_key='json:caption')
     with pytest.raises(ValueError, match='want text_key or label_key'): Shards(path, text_key=None)
     assert shard_urls('a-{1,3}{x..z}.tar') == [f'a-{n}{c}.tar' for n in '13' for c in 'xyz']
+
+
+def test_a_wrong_caption_costs_its_own_sample(tmp_path):
+    "As in a table: the other samples stay, for training and for a job, and the reason is named."
+    texts = ['a cat', 3, None, ['two', 'cats']]
+    path = tarball(tmp_path/'a.tar', [(f'{i}.{end}', data) for i, text in enumerate(texts) for end, data in (
+        ('jpg', b'x'), ('json', json.dumps({'text': text}).encode()))])
+    for source in (Shards(path, text_key='json:text'), ShardRows(str(path), 'both', text_key='json:text')):
+        assert [source.text(i) for i in range(len(source))] == ['a cat', 'two', 'cats']
+        assert source.left_out() == {'a.tar: 1': 'json:text is int, not text: 3',
+                                     'a.tar: 2': 'there is no caption (json:text)'}
+    assert len(ShardRows(str(path), 'image', text_key='json:text')) == 4

@@ -194,8 +194,6 @@ def test_ruff():
 # Classes that TorchScript compiles stand as one body, and may be longer; so may what is pasted as source into a process
 # without mmembed. The others of this list are to be cut, and none may join them.
 LONG = {
-    'data/03_source: Source', 'data/06_tables: PairsFile', 'data/06_tables: Table', 'data/07_folders: ClassFolder',
-    'data/08_hub: HubData', 'data/09_webdataset: ShardRows', 'data/09_webdataset: Shards',
     'exporters/05_convolutions: _Plan', 'exporters/12_triton: _Repository', 'exporters/onnx/02_model: OnnxModel',
     'train/02_loader: Loader',
     'train/05_datamodule: PairData', 'train/07_modules: LitDualEncoder', 'train/07_modules: Shell',

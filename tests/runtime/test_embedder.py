@@ -559,7 +559,7 @@ def test_embeddings_as_arrays(emb):
         ValueError, match=r'texts: embeddings must have the shape \(B, 24\) and the type float32, got float64 \(2, 24\)'
     ):
         emb.score(t.double(), i)
-    with pytest.raises(TypeError, match='texts is an answer, Encoded; pass its rows: texts.embedding'):
+    with pytest.raises(TypeError, match='texts is a result, Encoded; pass its rows: texts.embedding'):
         emb.score(emb.encode_text(['a'], on_error='flag'), i)
 
 

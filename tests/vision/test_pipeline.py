@@ -342,7 +342,7 @@ def test_errors_name_the_item():
     vp, good = VisionPipeline(size=32), FILES['jpeg']
     raises(lambda: vp([good, as_bytes(b'')]), 'images[1]: the file is empty')
     raises(lambda: vp([good, good, good[:500]]), 'images[2]: ')
-    raises(lambda: vp([3]), 'images[0]: int is no image')
+    raises(lambda: vp([3]), 'images[0]: int is not an image')
     raises(lambda: vp([torch.zeros(3, 4, 4)]), 'must be uint8')
     raises(lambda: vp([torch.zeros(7, 4, 5, dtype=torch.uint8)]), '(7, 4, 5)')
     raises(lambda: vp(b'abc'), 'pass a list')
