@@ -263,12 +263,12 @@ def label(self: HubData, i: int) -> str: return self._text_of('label', i)
 def part(self: HubData, i: int) -> str:
     return self._text_of('split', i) if 'split' in self.parts[self.rows[i][0]] else self.rows[i][0]
 
-# %% ../../nbs/data/09_hub.ipynb #4a504632
+# %% ../../nbs/data/09_hub.ipynb #e1aed9d7
 class HubRows(HubData):
     "The rows of a data set of `datasets`, with what a job wants"
     def __init__(self,
         name: str | Path | Any,     # as `HubData` takes it
-        what: str = 'image',        # 'image', 'text' or 'both': which columns there must be
+        modality: str = 'image',    # 'image', 'text' or 'both': which columns there must be
         image_key: str = 'image',   # column of images: files, bytes or paths
         text_key: str = 'text',     # column of texts, `name.*` for several by name
         id_key: str | None = None,  # column that names the rows; part and number by default
@@ -278,8 +278,9 @@ class HubRows(HubData):
     ):
         "Raises what `HubData` raises."
         self.keep = {k: text_key if k == 'text' else k for k in keep}
-        wanted = {'image': image_key if what != 'text' else None, 'text': text_key if what != 'image' else None,
-                  'id': id_key, **{f'keep {k}': c for k, c in self.keep.items() if k != 'text' or what == 'image'}}
+        wanted = {'image': image_key if modality != 'text' else None,
+                  'text': text_key if modality != 'image' else None, 'id': id_key,
+                  **{f'keep {k}': c for k, c in self.keep.items() if k != 'text' or modality == 'image'}}
         self._open(name, {role: key for role, key in wanted.items() if key}, config, revision)
         self.columns = next(iter(self.parts.values()))  # of all parts alike
 

@@ -8,7 +8,7 @@ Docs: https://mmembed.github.io/mmembed/data/open.html.md"""
 __all__ = ['BY_CONTENT', 'source_kind', 'is_dataset', 'open_pairs', 'Lines', 'read_lines', 'open_source', 'column_types',
            'NameSurvey', 'stamp', 'survey_names']
 
-# %% ../../nbs/data/11_open.ipynb #1ab216c5
+# %% ../../nbs/data/11_open.ipynb #88614234
 import hashlib
 import os
 import sys
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..core.errors import reason
+from ..core.renamed import renamed
 from ..core.settings import settings
 from .source import Source
 from .tables import PairsFile, Table
@@ -130,10 +131,10 @@ class Lines(Source):
     def excerpt(self, rows: range) -> 'Lines': return Lines(self.texts[rows.start:rows.stop])
     def __repr__(self): return f'{len(self)} texts'
 
-# %% ../../nbs/data/11_open.ipynb #332f288b
+# %% ../../nbs/data/11_open.ipynb #57869ca1
 def read_lines(
     stream,                     # of bytes, such as `sys.stdin.buffer`
-    what: str = 'image',        # 'image': lines are paths; 'text': texts; 'both': objects of JSON
+    modality: str = 'image',    # 'image': lines are paths; 'text': texts; 'both': objects of JSON
     null: bool = False,         # lines end with a zero byte instead of a newline
     **options,                  # of `Table`, for objects
 ) -> Source:
@@ -141,18 +142,19 @@ def read_lines(
     lines = stream.read().split(b'\0' if null else b'\n')
     if not null: lines = [line.removesuffix(b'\r') for line in lines]
     if lines and not lines[-1]: lines.pop()
-    if what != 'text': lines = [line for line in lines if line]
+    if modality != 'text': lines = [line for line in lines if line]
     if not lines: raise ValueError('there is nothing on standard input')
-    if what == 'text': return Lines(lines)
-    if what == 'image' and not lines[0].startswith(b'{"'):
+    if modality == 'text': return Lines(lines)
+    if modality == 'image' and not lines[0].startswith(b'{"'):
         return Files(Path.cwd(), [os.fsdecode(line) for line in lines])
-    return Table('standard input', what, data=b'\n'.join(lines), **options)
+    return Table('standard input', modality, data=b'\n'.join(lines), **options)
 
-# %% ../../nbs/data/11_open.ipynb #b9a34a7b
+# %% ../../nbs/data/11_open.ipynb #c1a392d4
+@renamed(what='modality')
 def open_source(
     # a folder, a table, tar shards with {0..9} or *, `hf:NAME`, `-`: standard input, image files
     where: str | Path | list,
-    what: str = 'image',       # 'image', 'text' or 'both'
+    modality: str = 'image',   # 'image', 'text' or 'both'
     null: bool = False,        # names on standard input end with a zero byte
     stream=None,               # of bytes, instead of standard input
     **options,                 # of the source: keep, id_key, image_key, text_key, image_root
@@ -162,14 +164,14 @@ def open_source(
     if isinstance(where, (list, tuple)) and len(where) == 1: where = where[0]
     if isinstance(where, (list, tuple)): return Files(Path.cwd(), [str(w) for w in where])
     name = str(where)
-    if name == '-': return read_lines(stream or sys.stdin.buffer, what, null, **options)
+    if name == '-': return read_lines(stream or sys.stdin.buffer, modality, null, **options)
     path, kind = Path(name).expanduser(), source_kind(where, options.get('image_key'))
     if kind == 'hub':
-        return HubRows(name.removeprefix('hf:'), what, **_only(options, 'image_key', 'text_key', 'id_key', 'keep'))
-    if kind == 'shards': return ShardRows(name, what, **_only(options, 'text_key', 'id_key', 'keep'))
+        return HubRows(name.removeprefix('hf:'), modality, **_only(options, 'image_key', 'text_key', 'id_key', 'keep'))
+    if kind == 'shards': return ShardRows(name, modality, **_only(options, 'text_key', 'id_key', 'keep'))
     if kind == 'image': return Files(Path.cwd(), [name])
-    if kind == 'table': return Table(path, what, **options)
-    if what != 'image': raise ValueError(f'{path} is a folder of images: there are no texts in it')
+    if kind == 'table': return Table(path, modality, **options)
+    if modality != 'image': raise ValueError(f'{path} is a folder of images: there are no texts in it')
     return Files(path)
 
 def _only(options: dict, *known: str) -> dict:
@@ -190,7 +192,7 @@ def column_types(
         raise ValueError(f'{source!r} has no column {unknown[0]}; it has {", ".join(own) or "text, label and group"}')
     return {k: t.replace('large_string', 'string') for k, t in found.items()}
 
-# %% ../../nbs/data/11_open.ipynb #96f9639f
+# %% ../../nbs/data/11_open.ipynb #87e35f20
 BY_CONTENT = 'content ' # prefix of a hash over the content of the images
 
 class NameSurvey(NamedTuple):
@@ -210,20 +212,20 @@ def stamp(
 
 def survey_names(
     source: Source,             # rows with names
-    what: str = 'image',        # 'image', 'text' or 'both': what of a row is hashed
+    modality: str = 'image',    # 'image', 'text' or 'both': what of a row is hashed
     content_hash: bool = False, # hash the bytes of images, not size and time of their files
 ) -> NameSurvey:
     "Hash all rows, so that another or a changed source has another hash, and find names that occur twice."
     import numpy as np
     h, seen = hashlib.blake2b(str(len(source)).encode(), digest_size=16), array('q')
     own = source.digest()
-    texts = what != 'image' and not own  # else they are in the digest
+    texts = modality != 'image' and not own  # else they are in the digest
     for i in range(len(source)):
         name = source.name(i)
         seen.append(hash(name))
         h.update(name.encode('utf-8', 'surrogatepass') + b'\0')
         if texts: h.update(_told(source.text, i))
-        if what == 'text': continue
+        if modality == 'text': continue
         if content_hash: h.update(_told(source.image, i))
         elif file := source.file(i): h.update(_told(stamp, file))
     h.update(own)

@@ -40,12 +40,12 @@ def repeated(
     "Repeat the values of a table's rows for each of their captions."
     return values if isinstance(rows, range) else [values[row] for row in rows]
 
-# %% ../../nbs/data/07_tables.ipynb #fc639777
+# %% ../../nbs/data/07_tables.ipynb #e50264e8
 class Table(Source):
     "The rows of a table file as an embedding job reads them: with or without images, with or without texts"
     def __init__(self,
         path: str | Path,                     # a file with an ending of `TABLES`; else in `settings().data_path`
-        modality: str = 'image',                  # 'image', 'text' or 'both': which columns there must be
+        modality: str = 'image',              # 'image', 'text' or 'both': which columns there must be
         image_key: str = 'image',             # column that holds paths of image files
         text_key: str = 'text',               # column that holds texts, `name.*` for several by name
         # column that names the rows; the path of the image by default, without images the number

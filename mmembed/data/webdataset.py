@@ -269,12 +269,12 @@ def group(self: Shards, i: int) -> str: return (self.groups[i] or self.keys[i]) 
 @patch
 def part(self: Shards, i: int) -> str: return self.sides[i] if self.sides else self.named[self.places[i][0]]
 
-# %% ../../nbs/data/10_webdataset.ipynb #22c5c3cf
+# %% ../../nbs/data/10_webdataset.ipynb #491c4604
 class ShardRows(Shards):
     "The samples of WebDataset tar files that have what a job wants"
     def __init__(self,
         urls: str | list[str],      # shards: paths or URLs, with {000..031}, {a,b} or *
-        what: str = 'image',        # 'image', 'text' or 'both': what a sample must have
+        modality: str = 'image',    # 'image', 'text' or 'both': what a sample must have
         text_key: str = 'txt',      # part that holds the text, or 'json:field'
         id_key: str | None = None,  # part or 'json:field' that names the rows
         keep: list | tuple = (),    # fields of the sample's JSON; 'text' is the text
@@ -284,9 +284,9 @@ class ShardRows(Shards):
         "Raises what `Shards` raises."
         import pyarrow as pa
         columns = {k: text_key if k == 'text' else f'json:{k}' for k in keep}
-        texts = text_key if what != 'image' else None
+        texts = text_key if modality != 'image' else None
         cells = self._open(urls, [texts, id_key, *columns.values()], options, index)
-        self._take(cells, texts, None, image=what != 'text', text=what != 'image')
+        self._take(cells, texts, None, image=modality != 'text', text=modality != 'image')
         self.ids = self._of_rows(cells, id_key) if id_key else []
         self.kept = {k: pa.array(self.texts, pa.large_string()) if key == texts
                      else cells.values(key, k == 'text').take(self.rows) for k, key in columns.items()}
