@@ -45,14 +45,14 @@ def naming(
         if e.errno is not None and e.filename is None: e.filename = str(path)
         raise
 
-# %% ../../nbs/core/03_errors.ipynb #fcfd0937
+# %% ../../nbs/core/03_errors.ipynb #73785443
 def did_you_mean(
     name: str,            # as the user wrote it
     known: Iterable[str], # the names that exist
 ) -> str: # such as "; is 'ViT-B-32' meant?", or ''
     """Return the end of an error message: the known name nearest to `name`, or '' if none is near.
 
-    Letters and digits count, upper and lower case and punctuation do not."""
+    Compares letters and digits only, without case."""
     def plain(s): return re.sub(r'[\W_]', '', s).casefold()
     names = {plain(k): k for k in reversed(list(known))}
     near = get_close_matches(plain(name), names, 1, 0.75)

@@ -63,7 +63,7 @@ def ahead(
         while waiting: yield waiting.popleft().result()
     finally: pool.shutdown(wait=False, cancel_futures=True)  # the caller may have stopped early
 
-# %% ../../nbs/core/12_threads.ipynb #0bb7a350
+# %% ../../nbs/core/12_threads.ipynb #a9e87519
 def cores() -> int:
     "Count the processors that this process may use; a container or `taskset` may allow fewer than there are."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
@@ -72,16 +72,11 @@ def memory() -> int:
     "Count the bytes of memory that this process may use; a container or `ulimit` may allow fewer than there are."
     import resource
     limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
-    found = [
-        os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'),
-        *(n for n in limits if n != resource.RLIM_INFINITY),
-    ]
+    found = [n for n in limits if n != resource.RLIM_INFINITY]
+    found.append(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))
     own = next((line[3:].strip() for line in _lines('/proc/self/cgroup') if line.startswith('0::')), '')
-    for path in (
-        f'/sys/fs/cgroup{own}/memory.max',
-        '/sys/fs/cgroup/memory.max',
-        '/sys/fs/cgroup/memory/memory.limit_in_bytes',
-    ):
+    for path in (f'/sys/fs/cgroup{own}/memory.max', '/sys/fs/cgroup/memory.max',
+                 '/sys/fs/cgroup/memory/memory.limit_in_bytes'):
         found += [int(line) for line in _lines(path) if line.strip().isdecimal()]
     return min(found)
 

@@ -67,9 +67,9 @@ def _csv(path: Path, delimiter: str, texts: list[str], values: list[str]) -> Cel
         cells.data = read(min(path.stat().st_size + 1, (1 << 31) - 1))
     return cells
 
-# %% ../../nbs/data/06_formats.ipynb #d7c71d49
+# %% ../../nbs/data/06_formats.ipynb #210615e8
 def _arrow_json(file: Path | bytes, texts: list[str], more: bool): # pyarrow.Table, or None
-    "Read lines of JSON whose `texts` are texts, or lists of texts; None where Arrow cannot."
+    "Read lines of JSON whose `texts` are texts, or lists of texts; returns None if Arrow cannot."
     import pyarrow as pa
     import pyarrow.json
     def read(lists=()):
@@ -88,9 +88,9 @@ def _arrow_json(file: Path | bytes, texts: list[str], more: bool): # pyarrow.Tab
     try: return read(lists) if lists else None
     except pa.ArrowInvalid: return None
 
-# %% ../../nbs/data/06_formats.ipynb #846a8655
+# %% ../../nbs/data/06_formats.ipynb #7460f251
 def _json_lines(data: bytes, where: str) -> tuple[list[dict], list[str]]:
-    "The objects of all lines, and the place of each."
+    "List the objects of all lines, and the place of each."
     rows, places = [], []
     for n, line in enumerate(data.removeprefix(b'\xef\xbb\xbf').splitlines(), 1):
         if not line.strip(): continue
@@ -105,7 +105,7 @@ def _json_lines(data: bytes, where: str) -> tuple[list[dict], list[str]]:
     return rows, places
 
 def _json_array(data: bytes, where: str) -> tuple[list[dict], list[str]]:
-    "The objects of an array, and the place of each."
+    "List the objects of an array, and the place of each."
     try: rows = json.loads(data.decode('utf-8-sig', 'surrogateescape'))
     except json.JSONDecodeError as e: raise ValueError(f'{where}, line {e.lineno}: not JSON ({e.msg})') from None
     for n, row in enumerate(rows, 1):
@@ -115,10 +115,10 @@ def _json_array(data: bytes, where: str) -> tuple[list[dict], list[str]]:
     return rows, [f'row {n}' for n in range(1, len(rows) + 1)]
 
 def _utf8_shown(text: str) -> str:
-    "The beginning of a line, fit for a message."
+    "Shorten a line to its beginning, for a message."
     return text.strip()[:60].encode('utf-8', 'replace').decode()
 
-# %% ../../nbs/data/06_formats.ipynb #a79e0717
+# %% ../../nbs/data/06_formats.ipynb #32daafb1
 def _json(file: Path | bytes, where: str, texts: list[str], values: list[str]) -> Cells:
     "Read lines of JSON, or one array of objects; by Arrow where it can."
     wanted = [*texts, *values]
@@ -133,7 +133,7 @@ def _json(file: Path | bytes, where: str, texts: list[str], values: list[str]) -
     return Cells(where, list({k: None for row in rows for k in row}), rows, lambda: places)
 
 def _line_numbers(file: Path | bytes) -> list[str]:
-    "The places of the lines that are not empty."
+    "List the places of the lines that are not empty."
     data = file if isinstance(file, bytes) else file.read_bytes()
     return [f'line {n}' for n, line in enumerate(data.splitlines(), 1) if line.strip()]
 
@@ -154,19 +154,19 @@ def _parquet(path: Path, wanted: list[str]) -> Cells:
         raise ValueError(f'{path} is not a readable Parquet file: {reason(e)}') from None
     return Cells(str(path), names, table, lambda: [f'row {n}' for n in range(1, len(table) + 1)])
 
-# %% ../../nbs/data/06_formats.ipynb #337c7aa2
+# %% ../../nbs/data/06_formats.ipynb #9bd42b7e
 TABLES = ('.csv', '.tsv', '.json', '.jsonl', '.ndjson', '.parquet', '.pq') # endings of table files
 
 def read_table(
     file: Path | bytes,        # a file with an ending of `TABLES`, or lines of JSON
     texts: list[str],          # columns of texts, names or captions; 'name.en' is a field of an object
     values: list | tuple = (), # columns that keep their types
-    where: str = '',           # for messages; the path by default
+    where: str = '',           # name of the table in messages; the path by default
 ) -> Cells:
     """Read the wanted columns of a table file.
 
-    Raises `FileNotFoundError`, and `ValueError` for what cannot be read, naming the line, for a column that is missing,
-    listing those there are, for a wanted column that is there twice, and for a table without rows."""
+    Raises `FileNotFoundError`, and `ValueError` that names the line for a file that cannot be read; also for a missing
+    column, listing those there are, for a wanted column that occurs twice, and for a table without rows."""
     import pyarrow as pa
     texts, values, ending = list(texts), [v for v in values if v not in texts], '.jsonl'
     if isinstance(file, Path):

@@ -159,7 +159,7 @@ def changed(self: Source,
     "Return a file of many rows, such as a tar shard, that has changed since the source was opened; '' for none."
     return ''
 
-# %% ../../nbs/data/03_source.ipynb #75a69baa
+# %% ../../nbs/data/03_source.ipynb #47dbe42c
 @patch
 def divided(self: Source) -> dict[str, list[int]]: # 'train', 'valid', 'test': rows
     "List the rows of each part where the data name several; {} where they name none, or only one."
@@ -174,7 +174,7 @@ def divided(self: Source) -> dict[str, list[int]]: # 'train', 'valid', 'test': r
 def split(self: Source,
     share: float = 0.1, # of the groups, for validation, where the data name no parts
 ) -> tuple['Subset', 'Subset']: # training and validation rows
-    """Split by the data's own parts, else by group; without validation rows, the test rows are taken for it.
+    """Split by the data's own parts, else by group; where there are no validation rows, the test rows serve as such.
 
     Whole groups are on one side, chosen by a hash of the group's name: adding rows moves no other row.
     Raises `ValueError` for a name of a part that is neither training, validation nor test."""

@@ -132,6 +132,17 @@ def test_other_columns_may_be_nested_too(tmp_path, form):
             open_source(where, 'image', **options)
 
 
+@pytest.mark.parametrize('form', NESTED)
+def test_only_captions_may_be_several_fields(tmp_path, form):
+    "A path, or a column that is kept, is one field; a column with a dot in its name is still found."
+    path = write(tmp_path, form, [dict(image='0.jpg', text=dict(en='cat', de='Katze'), **{'text.en': 'own'})])
+    for make in (lambda: Table(path, 'text', text_key='text.de', keep=['text.*']),
+                 lambda: PairsFile(path, text_key='text.de', group_key='text.en,de')):
+        with pytest.raises(ValueError, match="'text.*' names several fields; want one"): make()
+    assert Table(path, 'text', text_key='text.en').text(0) == 'own'
+    assert Table(path, 'text', text_key='text.de').text(0) == 'Katze'
+
+
 @pytest.mark.parametrize('form', ['.csv', '.tsv', '.json', '.jsonl'])
 def test_an_unused_column_of_mixed_types(tmp_path, form):
     "Numbers for longer than the reader looks ahead, then a word."
