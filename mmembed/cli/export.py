@@ -229,8 +229,7 @@ def exportable(
                 dict(config={k: v for k, v in (('hugging_face', checkpoint), ('image', image)) if v}),
             )
         if image: raise ValueError('--image goes with a Hugging Face folder')
-        from mmembed.train.checkpoint import load_checkpoint
-        from mmembed.train.run import training_record
+        from mmembed.train.checkpoint import load_checkpoint, training_record
         return load_checkpoint(checkpoint), Path(checkpoint).resolve().parent.name, training_record(Path(checkpoint))
     if not weights and ':' not in open_clip:
         raise ValueError(

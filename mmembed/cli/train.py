@@ -141,7 +141,8 @@ def quickstart(
     import mmembed as mm
     from mmembed.core.settings import settings
     from mmembed.runtime.embedder import load
-    from mmembed.train.run import run, training_record
+    from mmembed.train.checkpoint import training_record
+    from mmembed.train.run import run
     start = time.perf_counter()
     def step(text): print(f'\n[{time.perf_counter() - start:5.0f} s] {text}', flush=True)
     step('training on generated scenes, captions in English and Chinese')

@@ -95,7 +95,7 @@ def default_artifact(
         if (folder/name).is_file(): return folder/name
     import mmembed as mm
     from mmembed.core.settings import config_path
-    from mmembed.train.run import training_record
+    from mmembed.train.checkpoint import training_record
     from mmembed.train.run import run
     rows, epochs = (64, 1) if small else (3000, 6)
     options = {

@@ -115,6 +115,19 @@ class ProjectedBert(Bert):
         for layer, state in zip(self.head[::2], layers): layer.load_state_dict(state)
         return self
 
+    @classmethod
+    def from_pretrained(cls,
+        folder: str | Path,             # of transformers or sentence-transformers, or a name on the hub
+        pooling: str | None = None,     # as in `Bert`; None: as the folder says, else 'mean'
+        max_length: int | None = None,  # tokens, if the encoder takes so many; None: as the folder says, else 128
+    ) -> 'ProjectedBert':
+        """Make the text tower of a saved encoder, with the `Dense` layers that sentence-transformers saved behind it.
+
+        Raises `FileNotFoundError` for a file that is not there, `ValueError` for a model of images and texts and for a
+        module that is not supported, `OSError` for a hub name that cannot be downloaded."""
+        folder = Path(folder) if Path(folder).is_dir() else Path(from_hub(str(folder), HUB_FILES))
+        return _projected(cls, folder, pooling, max_length)
+
 # %% ../../nbs/models/04_transformers.ipynb #9352a8f6
 class _Conv(nn.Conv2d):
     "A convolution that an export leaves as it is, because transformers reads the dtype of its weight"
@@ -228,7 +241,7 @@ def _text(model: nn.Module, folder: Path) -> Tower:
 # %% ../../nbs/models/04_transformers.ipynb #7247924d
 HUB_FILES = '*.json', '*.txt', '*.model', '*.safetensors' # of a folder on the hub
 
-# %% ../../nbs/models/04_transformers.ipynb #d2e31212
+# %% ../../nbs/models/04_transformers.ipynb #3793f296
 def sentence_modules(
     folder: str | Path, # of a saved model
 ) -> list[dict]: # 'type' and 'path' of each, in order; none for a folder of transformers
@@ -236,14 +249,25 @@ def sentence_modules(
     path = Path(folder)/'modules.json'
     return sorted(json.loads(path.read_text()), key=lambda m: m['idx']) if path.is_file() else []
 
-def _beside(folder: Path, modules: list[dict], parts: Parts) -> Parts:
-    "Replace the text tower of `parts` by the text encoder in `folder`."
-    body = folder/(modules[0]['path'] if modules else '')
-    pooling, states, shapes = 'mean', [], []
-    for m in modules[1:]:
+def _body(folder: Path) -> tuple[Path, str]: # the folder of the network itself, and the type of its model
+    "Find the network in a folder of either library; raises `FileNotFoundError` if it is not there."
+    modules = sentence_modules(folder)
+    body = folder/modules[0]['path'] if modules else folder
+    if not (body/'config.json').is_file():
+        raise FileNotFoundError(f'no config.json in {body}: want the folder of a model that transformers saved')
+    return body, _json(body/'config.json').get('model_type')
+
+def _projected(cls: type, folder: Path, pooling: str | None, max_length: int | None) -> ProjectedBert:
+    "Make the text tower of the encoder in `folder` and of the modules behind it."
+    body, kind = _body(folder)
+    if kind in MODEL_TYPES:
+        raise ValueError(f'{folder} holds a {kind}, a model of images and texts: make it with '
+                         'DualEncoder.from_transformers')
+    said, states, shapes = 'mean', [], []
+    for m in sentence_modules(folder)[1:]:
         kind, place = m['type'].rpartition('.')[2], folder/m['path']
         config = _json(place/'config.json')
-        if kind == 'Pooling': pooling = _pooling(config, folder)
+        if kind == 'Pooling': said = _pooling(config, folder)
         elif kind == 'Dense':
             shapes.append([config['in_features'], config['out_features'], config.get('bias', True),
                            config['activation_function'].rpartition('.')[2]])
@@ -253,8 +277,13 @@ def _beside(folder: Path, modules: list[dict], parts: Parts) -> Parts:
     if config.get('do_lower_case'):
         raise ValueError(f'{folder}: do_lower_case=True is not supported; its tokenizer should do it')
     net = _read(body)
-    pipeline = _words(body, min(config.get('max_seq_length') or 128, longest(net)))
-    tower = ProjectedBert(pipeline, net.config.to_dict(), pooling, shapes).filled(net, states)
+    pipeline = _words(body, min(max_length or config.get('max_seq_length') or 128, longest(net)))
+    return cls(pipeline, net.config.to_dict(), pooling or said, shapes).filled(net, states)
+
+# %% ../../nbs/models/04_transformers.ipynb #898beb54
+def _beside(folder: Path, parts: Parts) -> Parts:
+    "Replace the text tower of `parts` by the text encoder in `folder`."
+    tower = ProjectedBert.from_pretrained(folder)
     if tower.width != parts.image.width:
         raise ValueError(f'{folder} gives {tower.width} numbers, the image tower {parts.image.width}')
     return parts._replace(text=tower)
@@ -289,13 +318,9 @@ def transformers_towers(
     `OSError` for a hub name that cannot be downloaded."""
     try: folder = Path(folder) if Path(folder).is_dir() else Path(from_hub(str(folder), HUB_FILES))
     except OSError as e: raise type(e)(f'{e}{_of_open_clip(str(folder))}') from None
-    inside = sentence_modules(folder)
-    body = folder/inside[0]['path'] if inside else folder
-    if not (body / 'config.json').is_file():
-        raise FileNotFoundError(f'no config.json in {body}: want the folder of a model that transformers saved')
-    kind = json.loads((body/'config.json').read_text()).get('model_type')
+    inside, (body, kind) = sentence_modules(folder), _body(folder)
     if kind not in MODEL_TYPES:
-        if image is not None: return _beside(folder, inside, transformers_towers(image))
+        if image is not None: return _beside(folder, transformers_towers(image))
         raise ValueError(
             f'{folder} holds a {kind}: mmembed makes an artifact of {", ".join(MODEL_TYPES)}; a text encoder that was '
             f'trained to meet the image tower of such a model '

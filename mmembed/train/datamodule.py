@@ -13,24 +13,25 @@ from html import escape
 from typing import Literal
 
 import torch
+from fastcore.basics import patch
 from lightning.pytorch import LightningDataModule
 
 from ..core.settings import settings
 from .batches import Collate, Ledger, PairLoader, Rows
-from .show import Seen, show_batch
+from .show import Seen, show_batch as draw_batch
 from .loader import Share, Shuffle, even_batches
 from ..data.open import is_dataset, open_pairs
 from ..data.source import Source, Subset
-from ..data.splits import PARTS, Survey, split_once, survey
+from ..data.splits import PARTS, Survey, split_once, survey as surveyed
 from ..text.pipeline import TextPipeline
 from ..vision.pipeline import VisionPipeline
 
 # %% ../../nbs/train/05_datamodule.ipynb #ec2d9d25
 class Shuffled(Subset):
-    "A source whose captions have been dealt out again at random"
+    "A source whose captions are permuted at random"
     def __init__(self,
         source: Source, # whose images stay
-        seed: int = 0,  # of the dealing
+        seed: int = 0,  # of the permutation
     ):
         super().__init__(source, range(len(source)))
         self.dealt = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -38,8 +39,15 @@ class Shuffled(Subset):
     def text(self, i: int) -> str: return self.source.text(self.dealt[i])
 
 # %% ../../nbs/train/05_datamodule.ipynb #2af75a98
-def checked_options(path, source, batch_size: int, worker_type: str, valid_share: float, on_error: str):
-    "Raise `ValueError` or `TypeError` for options of `PairData` that mean nothing."
+def checked_options(
+    path: str | None,      # of the data
+    source: Source | None, # instead of `path`
+    batch_size: int,       # pairs
+    worker_type: str,      # 'processes' or 'threads'
+    valid_share: float,    # above 0, at most 1
+    on_error: str,         # 'skip', 'raise' or 'blank'
+):
+    "Check options of `PairData`; raises `ValueError` or `TypeError` with the option and its value."
     if (path is None) == (source is None):
         raise ValueError('PairData wants either path, the name of the data, or source')
     if path is None and not isinstance(source, Source):
@@ -54,11 +62,11 @@ def checked_options(path, source, batch_size: int, worker_type: str, valid_share
         raise ValueError(f"on_error must be 'skip', 'raise' or 'blank', got {on_error!r}")
 
 def checked_split(
-    path: str | None,
+    path: str | None,     # of the data; None: a source is given
     held: dict[str, str], # 'valid' and 'test': files that were given for them
     given: dict,          # 'split_file', 'split_key', 'group_key', 'parts'
 ):
-    "Raise `ValueError` for options that contradict each other about what is held out."
+    "Check that options do not contradict each other about what is held out; raises `ValueError`."
     for name in ('split_file', 'split_key'):
         if given[name] and held:
             raise ValueError(f'{name} and {next(iter(held))}_path both say what is held out: give one of them')
@@ -68,7 +76,7 @@ def checked_split(
     if held and path is None: raise ValueError(f'{next(iter(held))}_path goes with path, not with source')
 
 def opened_pairs(
-    path: str,
+    path: str,            # of the data
     held: dict[str, str], # 'valid' and 'test': files that were given for them
     **options,            # of `open_pairs`
 ) -> tuple[Source, dict[str, Source]]: # of `path`, and of the files held out
@@ -86,39 +94,33 @@ def opened_pairs(
         )
     return source, opened
 
-# %% ../../nbs/train/05_datamodule.ipynb #20874c23
+# %% ../../nbs/train/05_datamodule.ipynb #0db5b147
 class PairData(LightningDataModule):
     "Batches of matching texts and images from any source, through the model's own pipelines"
     def __init__(self,
-        # a .jsonl, .csv, .tsv or .parquet file, a folder of classes, 'train-{000..031}.tar', or hf:NAME
-        path: str | None = None,
-        source: Source | None = None,                   # or any other source
-        image_key: str = 'image',                       # column of `path` that holds paths of image files
-        text_key: str | None = 'text',                  # column of `path` that holds captions; None: made from labels
-        label_key: str | None = None,                   # column of `path` that holds a class
-        templates: list[str] | None = None,             # of captions for `text_key: null`, with {} for the class
-        near_key: str | None = None,                    # column of `path`: `MatchData`'s wrong captions have it equal
-        # column of `path` that holds parts: train, val, test; or `is_train`
-        split_key: str | None = None,
-        parts: dict | None = None,                      # other values of it: 'train', 'valid', 'test', null: left out
-        group_key: str | None = None,                   # column of `path`: equal values stay on one side of the split
-        image_root: str | None = None,                  # where image paths begin; the folder of `path` by default
-        # share of the groups kept for validation; 1: all rows, to judge a model by
-        valid_share: float = 0.1,
-        split_file: str | None = None,                  # a .csv of which group is where: written once, then read
-        # a file as `path`, of rows to validate on: all rows of `path` are then trained on
-        valid_path: str | None = None,
-        # a file as `path`, of rows for a last test: `mmembed eval --part test`
-        test_path: str | None = None,
-        batch_size: int = 128,                          # pairs
-        workers: int = 0,                               # that prepare batches; 0: none but this process
-        worker_type: Literal['processes', 'threads'] = 'processes', # of the workers; the batches are the same
-        start_method: Literal['fork', 'spawn', 'forkserver'] | None = None, # of worker processes; None: the platform's
-        augment: bool = True,                           # random crops in training, as the pipeline has them
-        # a missing caption or image: leave out, stop, or mean colour
-        on_error: Literal['skip', 'raise', 'blank'] = 'skip',
-        shuffle_captions: bool = False,                 # a control: train on captions of other images
-        seed: int | None = None,                        # of order and crops; `settings().seed` by default
+        path: str | None = None,        # .jsonl, .csv, .tsv, .parquet, a folder, 'train-{000..031}.tar', or hf:NAME
+        source: Source | None = None,   # or any other source
+        image_key: str = 'image',       # column of `path` that holds paths of image files
+        text_key: str | None = 'text',  # column of `path` that holds captions; None: made from labels
+        label_key: str | None = None,   # column of `path` that holds a class
+        templates: list[str] | None = None,  # of captions for `text_key: null`, with {} for the class
+        near_key: str | None = None,    # column of `path`: `MatchData` takes wrong captions from rows with it equal
+        split_key: str | None = None,   # column of `path` that holds parts: train, val, test; or `is_train`
+        parts: dict | None = None,      # other values of it: 'train', 'valid', 'test', null: left out
+        group_key: str | None = None,   # column of `path`: equal values stay on one side of the split
+        image_root: str | None = None,  # where image paths begin; the folder of `path` by default
+        valid_share: float = 0.1,       # share of the groups kept for validation; 1: all rows, to judge a model by
+        split_file: str | None = None,  # a .csv of which group is where: written once, then read
+        valid_path: str | None = None,  # a file as `path`, of rows to validate on: all of `path` is then trained on
+        test_path: str | None = None,   # a file as `path`, of rows for a last test: `mmembed eval --part test`
+        batch_size: int = 128,          # pairs
+        workers: int = 0,               # that prepare batches; 0: none but this process
+        worker_type: Literal['processes', 'threads'] = 'processes',  # of the workers; the batches are the same
+        start_method: Literal['fork', 'spawn', 'forkserver'] | None = None,  # of processes; None: the platform's
+        augment: bool = True,           # random crops in training, as the pipeline has them
+        on_error: Literal['skip', 'raise', 'blank'] = 'skip',  # missing or broken: leave out, stop, mean colour
+        shuffle_captions: bool = False, # a control: train on captions of other images
+        seed: int | None = None,        # of order and crops; `settings().seed` by default
         text_pipeline: TextPipeline | None = None,      # the model's by default
         vision_pipeline: VisionPipeline | None = None,  # the model's by default
     ):
@@ -127,24 +129,13 @@ class PairData(LightningDataModule):
         if is_dataset(source): path, source = source, None
         checked_options(path, source, batch_size, worker_type, valid_share, on_error)
         held = {k: v for k, v in (('valid', valid_path), ('test', test_path)) if v is not None}
-        checked_split(
-            path, held, {'split_file': split_file, 'split_key': split_key, 'group_key': group_key, 'parts': parts}
-        )
+        split = {'split_key': split_key, 'group_key': group_key, 'parts': parts}
+        checked_split(path, held, split | {'split_file': split_file})
         if path is not None:
-            source, held = opened_pairs(
-                path,
-                held,
-                image_key=image_key,
-                text_key=text_key,
-                split_key=split_key,
-                image_root=image_root,
-                label_key=label_key,
-                near_key=near_key,
-                group_key=group_key,
-                parts=parts,
-                templates=templates,
-                on_error='raise' if on_error == 'raise' else 'skip',
-            )
+            columns = {'image_key': image_key, 'text_key': text_key, 'label_key': label_key, 'near_key': near_key}
+            more = {'image_root': image_root, 'templates': templates}
+            failing = 'raise' if on_error == 'raise' else 'skip'
+            source, held = opened_pairs(path, held, on_error=failing, **columns, **split, **more)
         self.source, self.held = source, held
         self.batch_size, self.workers = batch_size, workers
         self.worker_type, self.start_method = worker_type, start_method
@@ -156,138 +147,173 @@ class PairData(LightningDataModule):
         self._divide(valid_share, split_file, group_key)
         if shuffle_captions: self.train = Shuffled(self.train, self.seed)
 
-    def _divide(self, valid_share: float, split_file: str | None, group_key: str | None):
-        "Set `train`, `valid` and `test`; raises `ValueError` where no row is left for one of the first two."
-        whole = valid_share == 1 and split_file is None and 'valid' not in self.held
-        if split_file is not None: parts = split_once(self.source, split_file, valid_share)
-        elif 'valid' in self.held: parts = {'train': self.source} | self.held
-        elif whole: parts = {'train': Subset(self.source, []), 'valid': self.source} | self.held
-        else: parts = self.source.splits(valid_share) | self.held
-        parts = {name: self.usable(part) for name, part in parts.items()}
-        self.train, self.valid, self.test = parts['train'], parts['valid'], parts.get('test')
-        for name, part in [] if whole else [('training', self.train), ('validation', self.valid)]:
-            if len(part): continue
-            why = f'valid_share is {valid_share}' + (f', group_key is {group_key!r}' if group_key else '')
-            if self.ledger:
-                row, reason = next(iter(self.ledger.items()))
-                why += f'; {len(self.ledger)} are left out, {row}: {reason}'
-            raise ValueError(f'{self.source!r}: no rows for {name}; {why}')
-
-    def part(self,
-        name: str, # 'train', 'valid', 'test', or 'all': every row of `path` or `source`
-    ) -> Source:
-        "The rows of a part; raises `ValueError` for one that there is not."
-        if name == 'all': return self.prepared(self.source)
-        if name not in PARTS: raise ValueError(f'a part is one of {", ".join(PARTS)}, all; got {name!r}')
-        if not (part := getattr(self, name)):
-            how = (
-                ': give test_path, a split_key of three parts, or a split_file that has a third'
-                if name == 'test'
-                else ''
-            )
-            raise ValueError(f'{self.source!r} has no rows for {name}{how}')
-        return part
-
-    def prepared(self, part: Source) -> Source:
-        "A part as batches are made of it."
-        return part
-
     captioned = True  # whether a row without a caption is of no use
 
-    def missing(self, part: Source) -> dict[int, str]: # row: reason
-        "Name the rows of a part that are of no use, as far as that is known without opening the images."
-        found = part.missing('image') if self.on_error != 'blank' else {}
-        return part.missing('text') | found if self.captioned else found
+# %% ../../nbs/train/05_datamodule.ipynb #50428ba3
+@patch
+def _divide(self: PairData, valid_share: float, split_file: str | None, group_key: str | None):
+    "Set `train`, `valid` and `test`; raises `ValueError` where no row is left for one of the first two."
+    whole = valid_share == 1 and split_file is None and 'valid' not in self.held
+    if split_file is not None: parts = split_once(self.source, split_file, valid_share)
+    elif 'valid' in self.held: parts = {'train': self.source} | self.held
+    elif whole: parts = {'train': Subset(self.source, []), 'valid': self.source} | self.held
+    else: parts = self.source.splits(valid_share) | self.held
+    parts = {name: self.usable(part) for name, part in parts.items()}
+    self.train, self.valid, self.test = parts['train'], parts['valid'], parts.get('test')
+    for name, part in [] if whole else [('training', self.train), ('validation', self.valid)]:
+        if len(part): continue
+        why = f'valid_share is {valid_share}' + (f', group_key is {group_key!r}' if group_key else '')
+        if self.ledger:
+            row, reason = next(iter(self.ledger.items()))
+            why += f'; {len(self.ledger)} are left out, {row}: {reason}'
+        raise ValueError(f'{self.source!r}: no rows for {name}; {why}')
 
-    def usable(self, part: Source) -> Source:
-        """Leave out the rows that `missing` names, and enter them in the ledger.
+# %% ../../nbs/train/05_datamodule.ipynb #c40550ba
+@patch
+def part(self: PairData,
+    name: str, # 'train', 'valid', 'test', or 'all': every row of `path` or `source`
+) -> Source:
+    "Return the rows of a part; raises `ValueError` for one that the data does not have."
+    if name == 'all': return self.prepared(self.source)
+    if name not in PARTS: raise ValueError(f'a part is one of {", ".join(PARTS)}, all; got {name!r}')
+    if not (part := getattr(self, name)):
+        how = ': give test_path, a split_key of three parts, or a split_file that has a third' if name == 'test' else ''
+        raise ValueError(f'{self.source!r} has no rows for {name}{how}')
+    return part
 
-        Raises `ValueError` for them with `on_error='raise'`."""
-        found = self.missing(part)
-        failed = part.left_out() | {part.name(i): reason for i, reason in sorted(found.items())}
-        if failed and self.on_error == 'raise':
-            name, reason = next(iter(failed.items()))
-            more = f' (and {len(failed) - 1} more of {len(part)} rows)' if len(failed) > 1 else ''
-            raise ValueError(f'{name}: {reason}{more}; on_error: skip leaves such rows out')
-        for name, reason in failed.items(): self.ledger[name] = reason
-        if not found: return part
-        rows = [i for i in range(len(part)) if i not in found]
-        return Subset(part.source, [part.rows[i] for i in rows]) if type(part) is Subset else Subset(part, rows)
+@patch
+def prepared(self: PairData, part: Source) -> Source:
+    "Return a part as batches are made of it; `MatchData` and `LabelData` add labels."
+    return part
 
-    def captions(self) -> Iterator[str]:
-        "The captions of the training rows: what a vocabulary may be learnt from."
-        return (self.train.text(i) for i in range(len(self.train)))
+# %% ../../nbs/train/05_datamodule.ipynb #92012bb4
+@patch
+def missing(self: PairData, part: Source) -> dict[int, str]: # row: reason
+    "Name the rows of a part that are of no use, as far as that is known without opening the images."
+    found = part.missing('image') if self.on_error != 'blank' else {}
+    return part.missing('text') | found if self.captioned else found
 
-    def pipelines(self) -> tuple[TextPipeline, VisionPipeline]:
-        "Those given, else those of the model being trained; raises `ValueError` if there are none."
-        model = getattr(getattr(self.trainer, 'lightning_module', None), 'model', None)
-        found = [getattr(self, k) or getattr(model, k, None) for k in ('text_pipeline', 'vision_pipeline')]
-        for k, v in zip(('text_pipeline', 'vision_pipeline'), found):
-            if v is None:
-                raise ValueError(f'PairData has no {k}: give it one, or train a model whose towers carry theirs')
-        return tuple(found)
+@patch
+def usable(self: PairData, part: Source) -> Source:
+    """Leave out the rows that `missing` names, and enter them in the ledger.
 
-    def rows(self,
-        part: Source,    # `train`, `valid` or `test`
-        training: bool,  # with random crops, if the module has them
-    ) -> Rows:
-        "The data set behind a loader."
-        return Rows(part, self.pipelines()[1], training and self.augment, self.seed, self.on_error == 'blank')
+    Raises `ValueError` for them with `on_error='raise'`."""
+    found = self.missing(part)
+    failed = part.left_out() | {part.name(i): reason for i, reason in sorted(found.items())}
+    if failed and self.on_error == 'raise':
+        name, reason = next(iter(failed.items()))
+        more = f' (and {len(failed) - 1} more of {len(part)} rows)' if len(failed) > 1 else ''
+        raise ValueError(f'{name}: {reason}{more}; on_error: skip leaves such rows out')
+    for name, reason in failed.items(): self.ledger[name] = reason
+    if not found: return part
+    rows = [i for i in range(len(part)) if i not in found]
+    return Subset(part.source, [part.rows[i] for i in rows]) if type(part) is Subset else Subset(part, rows)
 
-    def collate(self) -> Collate: return Collate(*self.pipelines())
+# %% ../../nbs/train/05_datamodule.ipynb #493e275e
+@patch
+def captions(self: PairData) -> Iterator[str]:
+    "Yield the captions of the training rows, from which a vocabulary may be learnt."
+    return (self.train.text(i) for i in range(len(self.train)))
 
-    def _loader(self, part: Source, training: bool) -> PairLoader:
-        rank, world = (getattr(self.trainer, k, default) for k, default in (('global_rank', 0), ('world_size', 1)))
-        size, options = self.batch_size, {'collate_fn': self.collate()}
-        if self.worker_type == 'threads': options['threads'] = self.workers
-        elif self.workers:
-            options |= {'num_workers': self.workers, 'persistent_workers': True,
-                        'multiprocessing_context': self.start_method}
-        device = getattr(getattr(self.trainer, 'strategy', None), 'root_device', torch.device('cpu'))
-        options['pin_memory'] = device.type == 'cuda'
-        if training:
-            order = Shuffle(len(part), self.seed, rank, world)
-            options |= {'sampler': order, 'drop_last': len(order) >= size}
-        elif world > 1:
-            size = even_batches(len(part), size, world)
-            options['sampler'] = Share(len(part), rank, world)
-        ledger = None if self.on_error == 'raise' else self.ledger
-        return PairLoader(self.rows(part, training), size, ledger, **options)
+@patch
+def pipelines(self: PairData) -> tuple[TextPipeline, VisionPipeline]:
+    "Return the given pipelines, else those of the model in training; raises `ValueError` if there are none."
+    model = getattr(getattr(self.trainer, 'lightning_module', None), 'model', None)
+    found = [getattr(self, k) or getattr(model, k, None) for k in ('text_pipeline', 'vision_pipeline')]
+    for k, v in zip(('text_pipeline', 'vision_pipeline'), found):
+        if v is None:
+            raise ValueError(f'PairData has no {k}: give it one, or train a model whose towers carry theirs')
+    return tuple(found)
 
-    def train_dataloader(self) -> PairLoader: return self._loader(self.part('train'), training=True)
-    def val_dataloader(self) -> PairLoader: return self._loader(self.valid, training=False)
+@patch
+def rows(self: PairData,
+    part: Source,    # `train`, `valid` or `test`
+    training: bool,  # with random crops, if the module has them
+) -> Rows:
+    "Make the data set behind a loader."
+    return Rows(part, self.pipelines()[1], training and self.augment, self.seed, self.on_error == 'blank')
 
-    def test_dataloader(self) -> PairLoader:
-        "Batches of `test_path`, or of the third part of a split; raises `ValueError` where there is none."
-        return self._loader(self.part('test'), training=False)
+@patch
+def collate(self: PairData) -> Collate:
+    "Make what turns rows into a batch."
+    return Collate(*self.pipelines())
 
-    def survey(self) -> Survey:
-        "What is broken, twice there, or on both sides of the split; see `mmembed.data.splits`."
-        parts = {'train': self.train, 'valid': self.valid} | ({'test': self.test} if self.test else {})
-        return survey(parts, self.vision_pipeline)
+# %% ../../nbs/train/05_datamodule.ipynb #96f17ab1
+@patch
+def _loader(self: PairData, part: Source, training: bool) -> PairLoader:
+    "Make the loader of a part: shuffled rows for training, each row once on one process otherwise."
+    rank, world = (getattr(self.trainer, k, default) for k, default in (('global_rank', 0), ('world_size', 1)))
+    size, options = self.batch_size, {'collate_fn': self.collate()}
+    if self.worker_type == 'threads': options['threads'] = self.workers
+    elif self.workers:
+        options |= {'num_workers': self.workers, 'persistent_workers': True,
+                    'multiprocessing_context': self.start_method}
+    device = getattr(getattr(self.trainer, 'strategy', None), 'root_device', torch.device('cpu'))
+    options['pin_memory'] = device.type == 'cuda'
+    if training:
+        order = Shuffle(len(part), self.seed, rank, world)
+        options |= {'sampler': order, 'drop_last': len(order) >= size}
+    elif world > 1:
+        size = even_batches(len(part), size, world)
+        options['sampler'] = Share(len(part), rank, world)
+    ledger = None if self.on_error == 'raise' else self.ledger
+    return PairLoader(self.rows(part, training), size, ledger, **options)
 
-    def setup(self, stage: str):
-        if stage == 'fit' and self.ledger and self.trainer.is_global_zero: print(self.ledger, flush=True)
+@patch
+def train_dataloader(self: PairData) -> PairLoader:
+    "Make the loader of training batches, in an order of its own for each epoch."
+    return self._loader(self.part('train'), training=True)
 
-    def teardown(self, stage: str):
-        if stage == 'fit' and self.ledger: print(self.ledger, flush=True)
+@patch
+def val_dataloader(self: PairData) -> PairLoader:
+    "Make the loader of validation batches."
+    return self._loader(self.valid, training=False)
 
-    def show_batch(self,
-        n: int = 8,      # pairs
-        columns: int = 4,
-    ): # a matplotlib figure
-        "The first `n` training pairs, pixels and tokens as the model sees them; see `mmembed.train.show`."
-        return show_batch(first_rows(self, n), columns)
+@patch
+def test_dataloader(self: PairData) -> PairLoader:
+    "Make the loader of `test_path`, or of the third part of a split; raises `ValueError` where there is none."
+    return self._loader(self.part('test'), training=False)
 
-    def _repr_html_(self) -> str:
-        parts = [('training', self.train), ('validation', self.valid), ('test', self.test)]
-        rows = [('source', repr(self.source)), *((name, f'{len(part):,} rows') for name, part in parts if part),
-                ('batches', f'{self.batch_size} pairs, {self.workers or "no"} {self.worker_type} besides'),
-                ('training sees', 'random crops, as the vision pipeline says' if self.augment else 'no random crops')]
-        if self.ledger: rows.append(('skipped', f'{len(self.ledger):,} rows'))
-        table = ''.join(f'<tr><th style="text-align:left">{k}</th><td style="text-align:left">{escape(v)}</td></tr>'
-                        for k, v in rows)
-        return f'<b>{type(self).__name__}</b><table>{table}</table>'
+# %% ../../nbs/train/05_datamodule.ipynb #e16d93d8
+@patch
+def survey(self: PairData) -> Survey:
+    "Find rows that are broken, repeated, or on both sides of the split; see `mmembed.data.splits`."
+    parts = {'train': self.train, 'valid': self.valid} | ({'test': self.test} if self.test else {})
+    return surveyed(parts, self.vision_pipeline)
+
+@patch
+def setup(self: PairData,
+    stage: str, # Lightning's: 'fit', 'validate', 'test'
+):
+    "Print what is left out, before a run."
+    if stage == 'fit' and self.ledger and self.trainer.is_global_zero: print(self.ledger, flush=True)
+
+@patch
+def teardown(self: PairData,
+    stage: str, # Lightning's: 'fit', 'validate', 'test'
+):
+    "Print what was left out, after a run."
+    if stage == 'fit' and self.ledger: print(self.ledger, flush=True)
+
+@patch
+def show_batch(self: PairData,
+    n: int = 8,      # pairs
+    columns: int = 4,  # of images
+): # a matplotlib figure
+    "Draw the first `n` training pairs, pixels and tokens as the model sees them."
+    return draw_batch(first_rows(self, n), columns)
+
+@patch
+def _repr_html_(self: PairData) -> str:
+    "Show the source, its parts and what training does, as a table."
+    parts = [('training', self.train), ('validation', self.valid), ('test', self.test)]
+    rows = [('source', repr(self.source)), *((name, f'{len(part):,} rows') for name, part in parts if part),
+            ('batches', f'{self.batch_size} pairs, {self.workers or "no"} {self.worker_type} besides'),
+            ('training sees', 'random crops, as the vision pipeline says' if self.augment else 'no random crops')]
+    if self.ledger: rows.append(('skipped', f'{len(self.ledger):,} rows'))
+    table = ''.join(f'<tr><th style="text-align:left">{k}</th><td style="text-align:left">{escape(v)}</td></tr>'
+                    for k, v in rows)
+    return f'<b>{type(self).__name__}</b><table>{table}</table>'
 
 # %% ../../nbs/train/05_datamodule.ipynb #d1775eec
 def first_rows(

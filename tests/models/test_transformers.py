@@ -20,7 +20,7 @@ from transformers import (
 from mmembed.exporters.verify import samples as cases
 from mmembed.exporters.export import export
 from mmembed.models.dual import DualEncoder
-from mmembed.models.transformers import TransformersText, transformers_towers
+from mmembed.models.transformers import ProjectedBert, TransformersText, transformers_towers
 from mmembed.models.base import from_spec
 from mmembed.runtime.embedder import load
 from mmembed.text.pipeline import TextPipeline
@@ -273,3 +273,26 @@ def test_what_cannot_be_built_is_named(tmp_path):
     fails(ValueError, 'the weights lack text_projection.weight', 'dual')
     (tmp_path/'dual'/'model.safetensors').unlink()
     fails(OSError, 'model.safetensors', 'dual')
+
+
+@pytest.mark.parametrize('layers', [0, 1])
+def test_a_text_encoder_alone(layers, tmp_path):
+    "`ProjectedBert.from_pretrained` reads the encoder and the layers behind it; without layers it is a `Bert`."
+    dense = [torch.nn.Linear(32, 20)] * layers
+    (tmp_path/'t').mkdir()
+    tokenizer, net = sentences(tmp_path/'t', dense)
+    tower = ProjectedBert.from_pretrained(tmp_path/'t').eval()
+    words = tokenizer(TEXTS, padding=True, truncation=True, max_length=24, return_tensors='pt')
+    x, keep = net(words.input_ids, words.attention_mask).last_hidden_state, words.attention_mask[:, :, None]
+    want = (x * keep).sum(1) / keep.sum(1)
+    for layer in dense: want = torch.tanh(layer(want))
+    assert tower.width == want.shape[1] and torch.allclose(tower(tower.pipeline(TEXTS)), want, atol=1e-5)
+    first = ProjectedBert.from_pretrained(tmp_path/'t', pooling='cls', max_length=9)
+    assert (first.pooling, first.pipeline.max_length) == ('cls', 9)
+
+
+def test_a_model_of_both_is_not_a_text_encoder(tmp_path):
+    bert(tmp_path)
+    with pytest.raises(ValueError, match='vision-text-dual-encoder, a model of images and texts: .*from_transformers'):
+        ProjectedBert.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match='no config.json'): ProjectedBert.from_pretrained(tmp_path.parent)

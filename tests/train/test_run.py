@@ -17,10 +17,9 @@ from mmembed.models.towers import ConvNet, TextTransformer
 from mmembed.train.finetune import parameter_groups
 from mmembed.train.modules import plain_recall
 from mmembed.cli.main import main
-from mmembed.train.run import training_record
 from mmembed.train.pair_data import LabelData
 from mmembed.train.evaluate import evaluate, judged_data, show_recall
-from mmembed.train.checkpoint import load_checkpoint
+from mmembed.train.checkpoint import load_checkpoint, training_record
 from mmembed.train.config import new_folder
 from mmembed.train.run import prepare, run
 from mmembed.train.modules import judge, warm_cosine
