@@ -43,7 +43,8 @@ from mmembed.models.dual import projection  # noqa: E402
 from mmembed.models.losses import info_nce  # noqa: E402
 from mmembed.models.metrics import correct_images, ranks  # noqa: E402
 from mmembed.models.towers import bert, image_tower  # noqa: E402
-from mmembed.train.modules import judge, warm_cosine  # noqa: E402
+from mmembed.train.modules import judge  # noqa: E402
+from mmembed.train.shell import warm_cosine  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get('MMEMBED_DATA') or ROOT.parent/'shared'/'data')

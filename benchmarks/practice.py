@@ -32,7 +32,7 @@ from mmembed.models.metrics import TEMPLATES, class_embeddings, classification
 from mmembed.models.pair import PairClassifier
 from mmembed.train.finetune import interpolate, lock, parameter_groups, still
 from mmembed.train.modules import judge
-from mmembed.train.modules import warm_cosine
+from mmembed.train.shell import warm_cosine
 
 
 def encoder(name):

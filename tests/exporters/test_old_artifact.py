@@ -12,7 +12,7 @@ import torch
 
 import mmembed
 from mmembed.core.packing import as_bytes, pack
-from mmembed.exporters.card import make_card, same_model
+from mmembed.exporters.card import make_card, same_cards
 from mmembed.exporters.verify.verify import verify
 from mmembed.runtime.aot import opened
 from mmembed.runtime.artifact import read_card
@@ -108,7 +108,7 @@ def test_an_old_file_is_told_from_another_model(change):
     if change == 'pixels': model.vision_pipeline.alpha = 'black'
     if change == 'tokenizer': model.text_pipeline.pad_to = 16
     made = make_card(model, then['dim'] + (change == 'dim'), True, None, None, {}, None)
-    assert not same_model(then, made)
+    assert not same_cards(then, made)
 
 
 def test_these_are_the_only_weights_in_the_repository():

@@ -22,7 +22,8 @@ from mmembed.train.evaluate import evaluate, judged_data, show_recall
 from mmembed.train.checkpoint import load_checkpoint, training_record
 from mmembed.train.config import new_folder
 from mmembed.train.run import prepare, run
-from mmembed.train.modules import judge, warm_cosine
+from mmembed.train.modules import judge
+from mmembed.train.shell import warm_cosine
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 

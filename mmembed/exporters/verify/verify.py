@@ -25,7 +25,7 @@ from ...core.quantize import dequantize
 from ...core.threads import give_back
 from ...core.torchcodec import register_image_ops
 from ..aot import program_hashes
-from ..card import content_hash, make_card, same_model, sha256
+from ..card import content_hash, make_card, same_cards, sha256
 from ..reference import Eager
 from ..steps import Classes, Steps, read_classes, tried
 from ..variants import SAME, Variant, bounds
@@ -81,7 +81,7 @@ def _card_rows(path: Path, card: dict, loaded, notes: list[str]) -> list[Compari
 
 def _model_row(model: nn.Module, card: dict, steps: Steps) -> Comparison:
     made = make_card(model, card['dim'], card['decode'], None, card.get('variant'), steps.words(), card.get('classes'))
-    return _held('model', same_model(card, made),
+    return _held('model', same_cards(card, made),
                  'the file was exported from other weights, other preprocessing or other steps')
 
 # %% ../../../nbs/exporters/verify/06_verify.ipynb #7cf6a293
