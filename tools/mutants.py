@@ -337,7 +337,7 @@ TABLE = [
         # ---- training
         (
             'train/decay of the average',
-            'mmembed/train/modules.py',
+            'mmembed/train/shell.py',
             'EMAWeightAveraging(decay=self.hparams.ema)',
             'EMAWeightAveraging(decay=0.999)',
             'tests/train/test_run.py::test_the_average_of_the_weights_has_its_decay',
@@ -345,26 +345,26 @@ TABLE = [
         (
             'train/best is the least',
             'mmembed/train/config.py',
-            "mode='max', enable",
-            "mode='min', enable",
+            "mode='max', save_on",
+            "mode='min', save_on",
             'tests/train/test_run.py::test_the_best_checkpoint_has_the_highest_figure',
         ),
         (
             'train/patience with the least',
             'mmembed/train/config.py',
-            "EarlyStopping(self.monitor, mode='max'",
-            "EarlyStopping(self.monitor, mode='min'",
+            "EarlyStopping(monitor, mode='max'",
+            "EarlyStopping(monitor, mode='min'",
             'tests/train/test_run.py::test_the_best_checkpoint_has_the_highest_figure',
         ),
         (
             'train/layer_decay ignored',
-            'mmembed/train/modules.py',
+            'mmembed/train/shell.py',
             'h.lr, h.weight_decay, h.layer_decay)',
             'h.lr, h.weight_decay)',
             'tests/train/test_run.py::test_layers_learn_at_the_rates_of_the_configuration',
         ),
         (
-            'train/warm-up', 'mmembed/train/modules.py', 'if step < up: return (step + 1) / up',
+            'train/warm-up', 'mmembed/train/shell.py', 'if step < up: return (step + 1) / up',
             'if step < up: return step / up', 'tests/train/test_run.py::test_schedule',
         ),
         (
