@@ -15,7 +15,7 @@ from .main import COMMANDS, GROUPS, Formatter, Parser, parser, path, path_or_nam
 
 # %% ../../nbs/cli/10_completion.ipynb #50bd9889
 def tree() -> argparse.ArgumentParser:
-    "All commands and groups as one parser with sub-parsers."
+    "Make one parser of all commands and groups, with sub-parsers."
     import shtab
     root = Parser('mmembed', description='Train on exactly what you serve.', formatter_class=Formatter)
     root.add_argument('-V', '--version', action='store_true', help='print the version')
@@ -40,7 +40,7 @@ def tree() -> argparse.ArgumentParser:
 
 # %% ../../nbs/cli/10_completion.ipynb #e13f9934
 def completion(
-    shell: Annotated[str, {'choices': ['bash', 'zsh', 'fish', 'tcsh']}], # whose script to print
+    shell: Annotated[str, {'choices': ['bash', 'zsh', 'fish', 'tcsh']}], # shell to print the script for
 ):
     """Print a script that makes the Tab key complete commands, options and files.
 

@@ -17,21 +17,20 @@ from .main import near, path
 
 # %% ../../nbs/cli/09_demo.ipynb #1eca6b1f
 def demo(
-    # an exported file; by default quickstart.pt or demo.pt of the artifacts folder, trained for a moment where neither
-    # is there
+    # artifact to show; by default quickstart.pt or demo.pt of the artifacts folder, or else one that is trained now
     artifact: Annotated[path, {'opt': False, 'nargs': '?'}] = None,
-    images: path = None,        # a folder of pictures to search; by default generated scenes
-    index: path = None,         # an index to search, as `mmembed index build` makes it
-    limit: int = 20000,        # pictures of the folder at most, spread evenly
-    host: str = '127.0.0.1',   # the address to listen on; 0.0.0.0 for all
-    port: int = None,          # the first free one from 7860 on by default
+    images: path = None,        # folder of images to search; by default generated scenes
+    index: path = None,         # index to search, as `mmembed index build` makes it
+    limit: int = 20000,        # most images of the folder, evenly spread
+    host: str = '127.0.0.1',   # address to listen on; 0.0.0.0: all
+    port: int = None,          # port to listen on; by default the first free one from 7860 on
     device: str = 'cpu',       # where the towers run: cpu, cuda, ...
-    threads: int = 2,          # that read and decode the folder
-    max_upload: str = '20mb',  # of one uploaded file
-    auth: str = None,          # user:password that visitors must give
+    threads: int = 2,          # threads that read and decode the folder
+    max_upload: str = '20mb',  # most bytes of an uploaded file
+    auth: str = None,          # user:password that visitors must give; by default none
     open: store_true = False,  # open the page in a browser
 ):
-    """Try an exported file in the browser: search, match, look inside, embeddings.
+    """Try an artifact in the browser: search, match, look inside, embeddings.
 
     mmembed demo
     mmembed demo model.pt --images photos/ --open
@@ -43,7 +42,7 @@ def demo(
     from mmembed.runtime.embedder import load
 
     if images and not Path(images).is_dir():
-        raise FileNotFoundError(f'{images} is no folder: --images wants one with pictures')
+        raise FileNotFoundError(f'{images} is not a folder: --images wants one with images')
     if limit < 1: raise ValueError(f'limit must be at least 1, got {limit}')
     if not artifact: print(f'artifact: {near(artifact := default_artifact())}', flush=True)
     emb, sets = load(artifact, device), []

@@ -21,11 +21,11 @@ from .main import path, resumable, taken, typed
 
 # %% ../../nbs/cli/06_embed.ipynb #b8242055
 def cluster_options(
-    engine: Annotated[str, {'choices': ['local', 'ray']}] = 'local', # this process, or the workers of a Ray cluster
-    workers: str = '1',         # workers of Ray: a number, or a range as 2-16 that grows and shrinks
-    address: str = None,        # of a Ray cluster: auto, or ray://HOST:PORT; by default one is started on this machine
-    gpus: float = 0.,           # GPUs of each Ray worker
-    cpus: float = 1.,           # processors of each Ray worker
+    engine: Annotated[str, {'choices': ['local', 'ray']}] = 'local', # embed in this process, or on a Ray cluster
+    workers: str = '1',         # with --engine ray: workers, a number or a range that follows the load, as 2-16
+    address: str = None,        # with --engine ray: auto or ray://HOST:PORT; by default a cluster of this machine
+    gpus: float = 0.,           # with --engine ray: GPUs of each worker
+    cpus: float = 1.,           # with --engine ray: processors of each worker
 ) -> dict: # as `embed_ray` takes them; empty for this process alone
     "Return the options of a Ray cluster; raises `ValueError` for workers that are not a number or a range."
     if engine == 'local': return {}
@@ -36,11 +36,11 @@ def cluster_options(
 
 @delegates(cluster_options)
 def job_options(
-    # precision of the stored vectors; Spark cannot read float16: see --spark
+    # type of the stored vectors; Spark cannot read float16: see --spark
     precision: Annotated[str, {'choices': ['float32', 'float16', 'int8', 'binary']}] = 'float32',
-    shard_rows: int = 8192,     # rows of a Parquet file; a killed run redoes at most one file
+    shard_rows: int = 8192,     # rows of a shard, one Parquet file; a killed run redoes at most one shard
     unique: store_true = False, # refuse a source in which an id occurs twice
-    # tell changed images by their bytes (reads them twice), not by size and time of their files
+    # detect changed images by their bytes (reads them twice), not by size and time of their files
     content_hash: store_true = False,
     spark: store_true = False,  # write Parquet that Spark reads: float32 instead of float16
     **kwargs,
@@ -55,24 +55,24 @@ def embed(
     # image files; or one folder, table (.csv, .tsv, .json, .jsonl, .parquet), 'shards-{000..099}.tar', hf:NAME, or -
     # for standard input
     *source: str,
-    # a folder for Parquet files, or a name that ends in .parquet, .npy, .safetensors or .lance; without it JSON lines
-    # are printed
+    # folder for Parquet files, or a name that ends in .parquet, .npy, .safetensors or .lance; by default JSON lines are
+    # printed
     Out: path = None,
-    text: str = None,           # a text, to be printed
-    stdin: store_true = False,  # read texts from standard input, one a line: as `- --modality text`
-    modality: Annotated[str, {'choices': ['image', 'text', 'both']}] = None, # which vectors; image by default
+    text: str = None,           # text to embed and print
+    stdin: store_true = False,  # read texts from standard input, one a line; the same as `- --modality text`
+    modality: Annotated[str, {'choices': ['image', 'text', 'both']}] = None, # what to embed; by default image
     keep: str = '',             # columns of the source to keep, separated by commas
     id_key: str = None,         # column that names the rows
-    image_key: str = None,      # column of images; image by default
-    text_key: str = None,       # column of texts; text by default, txt in shards
-    image_root: path = None,    # folder where the paths of a table begin; by default that of the table
-    null: store_true = False,   # what comes on standard input ends with a zero byte, as from find -print0
-    batch_size: int = 0,        # items that a tower sees at once; as in `mmembed serve`: 16, or 64 on a GPU
-    threads: int = 0,           # threads that read and decode; 0: one a core
+    image_key: str = None,      # column of images; by default image
+    text_key: str = None,       # column of texts; by default text, in shards txt
+    image_root: path = None,    # folder that image paths are relative to; by default that of the table
+    null: store_true = False,   # entries on standard input end with a zero byte, as from find -print0
+    batch_size: int = 0,        # items that a tower sees at once; 0: 16, or 64 on a GPU
+    threads: int = 0,           # threads that read and decode; 0: one per core
     device: str = 'cpu',        # where the towers run: cpu, cuda, ...
     **kwargs,
 ):
-    """Embed texts, images, a folder or a data set; the same command goes on with a run that was stopped.
+    """Embed texts, images, a folder or a data set; run again, it resumes where it was stopped.
 
     mmembed embed model.pt photo.jpg --text "a red boat"
     mmembed embed model.pt --stdin < captions.txt
@@ -97,7 +97,7 @@ def embed(
 def _source(artifact, source, modality, null, **options):
     "Open what the words of the command line name; raises `ValueError` for several sources, and for none."
     if len(source) > 1 and (bad := [s for s in source if not _is_image(s)]):
-        raise ValueError(f'{bad[0]} is no image file: want image files, or one source alone')
+        raise ValueError(f'{bad[0]} is not an image file: name image files, or one source alone')
     if not source: raise ValueError('nothing to embed: name a source')
     from mmembed.data.open import open_source
     from mmembed.runtime.artifact import read_card
@@ -113,7 +113,7 @@ def _write(artifact, source, out, modality, columns, device, batch_size, threads
     from mmembed.retrieval.embed import embed as run
     from mmembed.retrieval.writers import embed_to
     if more := cluster_options(**cluster): from mmembed.retrieval.ray import embed_ray as run
-    kept = f'the parts that are whole stay in {out}' + ('' if Path(out).suffix == '' else '.parts')
+    kept = f'the shards that are complete stay in {out}' + ('' if Path(out).suffix == '' else '.parts')
     with resumable(kept), progress_bar() as progress:
         done = embed_to(
             artifact, source, out, run, device, batch_size, progress, modality=modality, keep=columns,
@@ -124,13 +124,13 @@ def _write(artifact, source, out, modality, columns, device, batch_size, threads
 
 # %% ../../nbs/cli/06_embed.ipynb #46207f7f
 def _is_image(name: str) -> bool:
-    "Whether a word of the command line means an image file: whatever is no source of another kind."
+    "Return whether a word of the command line means an image file: whatever is not a source of another kind."
     from mmembed.data.formats import TABLES
     if name == '-' or name.startswith('hf:') or '.tar' in name: return False
     return not Path(name).is_dir() and Path(name).suffix.lower() not in TABLES
 
 def _print_items(artifact, images, text, stdin, device):
-    "JSON lines of single texts and image files, each with its token ids or its error."
+    "Print single texts and image files as JSON lines, each with its token ids or its error."
     from mmembed.runtime.embedder import load
     texts: list = [] if text is None else [os.fsencode(text)]
     if stdin: texts += sys.stdin.buffer.read().splitlines()
@@ -150,7 +150,7 @@ def _print_items(artifact, images, text, stdin, device):
     if not done.ok.all(): raise SystemExit(1)
 
 def _print(artifact, source, what, keep, batch, threads, device):
-    "JSON lines of a source, as they come."
+    "Print the rows of a source as JSON lines, as they come."
     from mmembed.core.threads import cores
     from mmembed.data.open import column_types
     from mmembed.retrieval.embed import batches, service_batch

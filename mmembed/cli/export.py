@@ -24,10 +24,10 @@ def triton_options(
     triton_device: str = None,     # with --triton: where the towers run: cpu, cuda or cuda:1; by default cpu
     triton_instances: int = None,  # with --triton: instances of each tower; by default 1
     triton_preprocess: int = None, # with --triton: instances that decode and resize, about one a core; by default 1
-    triton_max_batch: int = None,  # with --triton: rows of a batch, at most; by default 64
-    triton_delay: int = None,      # with --triton: microseconds that a request may wait for others; by default 2000
+    triton_max_batch: int = None,  # with --triton: most rows of a batch; by default 64
+    triton_delay: int = None,      # with --triton: microseconds a request may wait for others; by default 2000
     triton_warm_up: store_true = False, # with --triton: run each model before the server calls it ready
-    triton_strings: store_true = False, # with --triton: models that take texts as BYTES, too
+    triton_strings: store_true = False, # with --triton: add models that take texts as BYTES
 ) -> dict: # as `export_triton` takes them
     "Return the options of a Triton repository that were given."
     given = dict(
@@ -40,22 +40,22 @@ def triton_options(
 # %% ../../nbs/cli/04_export.ipynb #aa015865
 @delegates(triton_options)
 def variant_options(
-    no_decode: store_true = False, # leave the file decoders out, for hosts with libtorch alone
-    precision: str = 'fp32',       # of the towers: fp32, bf16, fp16
-    quantize: str = None,          # int8: linear layers and convolutions multiply int8 by int8
-    # with --quantize int8: a folder of images like those to come, for the ranges of convolutions
+    no_decode: store_true = False, # leave out the image decoders, for hosts with libtorch alone
+    precision: str = 'fp32',       # precision of the towers: fp32, bf16 or fp16
+    quantize: str = None,          # int8: linear layers and convolutions multiply int8 by int8; by default neither
+    # with --quantize int8: a folder of typical images, from which the ranges of convolutions are measured
     calibrate: path = None,
     fold: store_true = False,      # fold the normalisation into the first convolution
-    trim: int = 0,                 # pad texts to multiples of this many tokens
-    # rows of every batch that a tower sees, so that an embedding does not depend on its neighbours
+    trim: int = 0,                 # pad texts to a multiple of this many tokens; 0: to the maximum length
+    # batch size that towers always see, so that an embedding does not depend on its neighbours; 0: as it comes
     deterministic: int = 0,
-    dim: int = None,               # numbers kept of an embedding
-    output: str = 'float32',       # of embeddings: float32, int8, binary
-    portable: store_true = False,  # towers in torch's own layers, for a torch without oneDNN (macOS on ARM)
-    attention: str = 'sdpa',       # of the towers: sdpa, one kernel (flash, where there is one), or math, in steps
-    labels: str = None,            # names of classes, separated by commas: the file then classifies
-    top_k: int = 5,                # labels of an answer, at most
-    threshold: float = 0.,         # probability from which a label counts
+    dim: int = None,               # keep the first so many dimensions of an embedding; by default all
+    output: str = 'float32',       # type of the embeddings: float32, int8 or binary
+    portable: store_true = False,  # build the towers of torch's own layers, for a torch without oneDNN (macOS on ARM)
+    attention: str = 'sdpa',       # attention of the towers: sdpa (one kernel, flash where there is one) or math
+    labels: str = None,            # names of classes, separated by commas, by which the artifact classifies
+    top_k: int = 5,                # with --labels: most labels of an answer
+    threshold: float = 0.,         # with --labels: least probability of a label, 0 to 1
     **kwargs,
 ) -> dict: # as `mm.export` takes them
     "Return the options of a variant; raises `ValueError` for images to calibrate with where nothing is quantized."
@@ -79,10 +79,10 @@ def variant_options(
 
 # %% ../../nbs/cli/04_export.ipynb #8dd4f590
 def calibration(
-    folder: str | Path,
-    most: int = 32,
+    folder: str | Path, # that is searched, with its folders
+    most: int = 32, # images
 ) -> list[bytes]:
-    """Read the images of `folder` and its folders, `most` of them, evenly chosen by name.
+    """Read at most `most` images of a folder, evenly chosen by name.
 
     Raises `ValueError` where there is none."""
     from mmembed.data.folders import image_files
@@ -94,28 +94,27 @@ def calibration(
 # %% ../../nbs/cli/04_export.ipynb #63c50080
 @delegates(variant_options)
 def export(
-    # what `mmembed train` printed: a .ckpt file; or a Hugging Face folder or name; for --triton alone, a file exported
-    # before
+    # the .ckpt file that `mmembed train` printed; or a Hugging Face folder or name; for --triton alone, an artifact
     checkpoint: Annotated[path_or_name, {'opt': False, 'nargs': '?'}] = None,
-    Out: path = None,           # the artifact; by default <artifacts_path>/<name of the run>.pt
-    # instead of a checkpoint: ViT-B-32 or another model of open_clip's, local-dir:FOLDER, hf-hub:NAME
+    Out: path = None,           # file of the artifact; by default <artifacts_path>/<name of the run>.pt
+    # instead of a checkpoint: ViT-B-32 or another model of open_clip, local-dir:FOLDER, hf-hub:NAME
     open_clip: str = None,
-    weights: path_or_name = None,  # of that model: a file, or a name of open_clip's such as laion2b_s34b_b79k
-    # for a Hugging Face folder with a text encoder alone: the folder whose image tower it was trained to meet
+    weights: path_or_name = None,  # with --open-clip: a file of weights, or a name such as laion2b_s34b_b79k
+    # for a Hugging Face folder with a text encoder alone: the folder with the image tower that it was trained with
     image: path_or_name = None,
-    triton: path = None,        # write a Triton model repository to this folder, too
-    # write ONNX files to this folder, too, and ask onnxruntime; with --triton of an exported file: where they are
+    triton: path = None,        # also write a Triton model repository to this folder
+    # also write ONNX files to this folder, and verify them; with --triton of an artifact: the folder they are in
     onnx: path = None,
-    # with --onnx: files.onnx, too, which takes JPEG and PNG files and wants onnxruntime-extensions
+    # with --onnx: also write files.onnx, which takes JPEG and PNG files and needs onnxruntime-extensions
     onnx_files: store_true = False,
-    compiled: path = None,      # compile tokenizer and towers into this .pt2 file, too, and verify it
-    cuda_graphs: str = None,    # batch sizes that a host on a GPU captures as CUDA graphs, as 1,2,4,8,16
-    device: str = 'cpu',        # verify on this device, too
-    cpp: store_true = False,    # compile the C++ host and ask it, too
+    compiled: path = None,      # also compile tokenizer and towers into this .pt2 file, and verify it
+    cuda_graphs: str = None,    # batch sizes that a host on a GPU captures as CUDA graphs: 1,2,4,8,16; by default none
+    device: str = 'cpu',        # device to verify on as well: cpu, cuda, ...
+    cpp: store_true = False,    # also compile the C++ host and verify in it
     json: store_true = False,   # print the report as JSON
     **kwargs,
 ):
-    """Freeze a trained model and its preprocessing into one file, and verify it.
+    """Export a trained model with its preprocessing as one artifact, and verify it.
 
     mmembed export runs/quickstart/best.ckpt --out model.pt
     mmembed export --open-clip ViT-B-32 --weights open_clip.safetensors --out clip.pt
@@ -129,8 +128,9 @@ def export(
     made = is_artifact(checkpoint) if (triton or onnx) and checkpoint else False
     check_targets(checkpoint, made, triton, served, onnx, onnx_files, compiled)
     if not made:
+        options = variant_options(**kwargs)  # what does not go together ends before a model is loaded
         model, name, training = exportable(checkpoint, open_clip, weights, image)
-        options = variant_options(**kwargs) | dict(training=training, cpp=cpp)
+        options |= dict(training=training, cpp=cpp)
         checkpoint = write_files(model, name, Out, compiled, json, options, onnx, onnx_files, device, cuda_graphs)
     if triton:
         from mmembed.exporters.triton import export_triton
@@ -179,28 +179,32 @@ def write_files(
     from mmembed.core.settings import settings
     out = Path(out or Path(settings().artifacts_path)/f'{name}.pt')
     sizes = [int(x) if x.strip().isdigit() else x for x in cuda_graphs.split(',')] if cuda_graphs else ()
-    with working('exporting, and asking every host the same'):
+    with working('exporting and verifying'):
         report = mm.export(model, out, onnx=onnx, onnx_files=onnx_files, device=device, graphs=sizes, **options)
     print(report.to_json() if as_json else f'{report}\n\n{near(out)} ({out.stat().st_size / 1e6:.1f} MB)')
     if onnx and not as_json:
         files = ', '.join(p.name for p in sorted(Path(onnx).glob('*.onnx')))
         print(f'ONNX: {files} and embed.py, which runs them, in {near(onnx)}')
     if compiled:
-        with working('compiling tokenizer and towers, and asking them the same'):
+        with working('compiling tokenizer and towers, and verifying them'):
             report = mm.export(model, compiled, **options)
         if not as_json: print(f'\n{report}\n\n{near(compiled)} ({Path(compiled).stat().st_size / 1e6:.1f} MB)')
     return out
 
 # %% ../../nbs/cli/04_export.ipynb #dbaf0f33
-def is_artifact(path: str | Path) -> bool:
-    "Whether `path` was exported already."
+def is_artifact(
+    path: str | Path, # of a file
+) -> bool:
+    "Return whether `path` is an artifact."
     from mmembed.runtime.artifact import read_card
     try: return bool(read_card(path))
     except ValueError: return False
 
 # %% ../../nbs/cli/04_export.ipynb #d66656f3
-def saved_model(path: str) -> bool:
-    "Whether `path` is a folder, or looks like a name on the hub."
+def saved_model(
+    path: str, # a path or a name
+) -> bool:
+    "Return whether `path` is a folder, or looks like a name on the hub."
     return (
         Path(path).is_dir()
         or not Path(path).exists()
@@ -210,12 +214,12 @@ def saved_model(path: str) -> bool:
 
 # %% ../../nbs/cli/04_export.ipynb #c09db78e
 def exportable(
-    checkpoint: str | None,
-    open_clip: str | None,
-    weights: str | None,
+    checkpoint: str | None, # a .ckpt file, or a Hugging Face folder or name
+    open_clip: str | None, # a model of open_clip
+    weights: str | None, # of that model
     image: str | None = None, # for a Hugging Face folder with a text encoder alone
 ) -> tuple: # the model, a name for its file, what its card says of the training
-    "What `export` is asked to freeze; raises `ValueError` for neither or both, and for a model without weights."
+    "Load the model to export; raises `ValueError` for neither or both, and for a model without weights."
     if bool(checkpoint) == bool(open_clip):
         raise ValueError('name either a checkpoint of `mmembed train`, a Hugging Face folder, or --open-clip MODEL')
     if checkpoint:

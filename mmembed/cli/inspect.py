@@ -17,16 +17,15 @@ from .main import path, path_or_name, working
 
 # %% ../../nbs/cli/05_inspect.ipynb #09b6cb1a
 def verify(
-    artifact: path,            # an exported file
-    # pairs of your own to ask about, too, named as `mmembed train` takes them: a table, a folder of classes, shards,
-    # hf:NAME
+    artifact: path,            # artifact to verify
+    # pairs of your own to compare as well, named as for `mmembed train`: a table, a folder of classes, shards, hf:NAME
     data: path_or_name = None,
-    samples: int = 100,       # pairs of it, evenly spread
-    cpp: store_true = False,  # compile the C++ host and ask it, too
-    onnx: path = None,         # a folder with the same model's ONNX files: ask onnxruntime, too
+    samples: int = 100,       # with --data: pairs to take, evenly spread
+    cpp: store_true = False,  # also compile the C++ host and verify in it
+    onnx: path = None,         # folder of the same model's ONNX files, to verify in onnxruntime as well
     json: store_true = False, # print the report as JSON
 ):
-    """Ask an exported file the same in several hosts and compare the answers.
+    """Run an artifact in several hosts and compare their results, item by item.
 
     mmembed verify model.pt --cpp --onnx onnx
     mmembed verify model.pt --data pairs.csv"""
@@ -36,15 +35,15 @@ def verify(
         from mmembed.data.open import open_pairs
         pairs = open_pairs(data)
         own = [pairs[i] for i in range(0, len(pairs), max(1, len(pairs) // max(1, samples)))]
-    with working('asking every host the same'): report = compare(artifact, cpp=cpp, samples=own, onnx=onnx)
+    with working('verifying in every host'): report = compare(artifact, cpp=cpp, samples=own, onnx=onnx)
     print(report.to_json() if json else report)
     report.check()
 
 # %% ../../nbs/cli/05_inspect.ipynb #d7f0f434
 def info(
-    artifact: path, # an exported file
+    artifact: path, # artifact to read
 ):
-    """Print the identity card of an exported file, as JSON, without running the model.
+    """Print the identity card of an artifact as JSON, without running the model.
 
     mmembed info model.pt"""
     from mmembed.runtime.artifact import computes, read_card
@@ -53,17 +52,17 @@ def info(
 
 # %% ../../nbs/cli/05_inspect.ipynb #e280f341
 def bench(
-    artifact: path,                # an exported file
-    # a folder of images, and a captions.txt with one text a line; made-up ones by default
+    artifact: path,                # artifact to measure
+    # folder of images, with a captions.txt of one text a line; by default generated ones
     data: path = None,
-    batch_sizes: str = '1,2,4,8,16,32,64', # rows of a batch
-    threads: str = '1',           # of one torch operation, as 1,2
-    rounds: int = 5,              # of which the median counts
+    batch_sizes: str = '1,2,4,8,16,32,64', # batch sizes to measure, separated by commas
+    threads: str = '1',           # threads of one torch operation, separated by commas
+    rounds: int = 5,              # rounds to measure, of which the median counts
     device: str = 'cpu',          # where the towers run: cpu, cuda, ...
-    no_cold: store_true = False,  # leave out the fresh process
+    no_cold: store_true = False,  # leave out the start of a fresh process
     json: store_true = False,     # print the figures as JSON
 ):
-    """Measure an exported file on this machine: texts and images a second from raw bytes, and what preprocessing adds.
+    """Measure an artifact on this machine: texts and images a second from raw bytes, and the cost of preprocessing.
 
     mmembed bench model.pt
     mmembed bench model.pt --data photos --batch-sizes 1,16 --threads 1,4 --json"""

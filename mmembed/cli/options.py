@@ -48,7 +48,7 @@ def describe_parameters(
         )
 
 def _values(kind: Any) -> tuple[tuple, str]: # choices, and what stands for a value
-    "What an option of this type takes."
+    "Return what an option of this type takes."
     union = get_origin(kind) in (Union, UnionType)
     kinds = [k for k in (get_args(kind) if union else (kind,)) if k is not type(None)]
     if kinds and all(get_origin(k) is Literal for k in kinds):
@@ -96,7 +96,7 @@ def named_options(
     for key, value in inner.items(): yield from named_options(value, f'{prefix}{key}.')
 
 def _at(path: str) -> Any:
-    "The class or function at a dotted path."
+    "Return the class or function at a dotted path."
     parts = path.split('.')
     for n in range(len(parts) - 1, 0, -1):
         try: found = import_module('.'.join(parts[:n]))
@@ -109,7 +109,7 @@ def _at(path: str) -> Any:
 def with_configs(
     argv: list[str], # words of a command line
 ) -> list[str]:
-    """`argv` with the full path of each shipped configuration that `--config` names.
+    """Return `argv` with the full path of each shipped configuration that `--config` names.
 
     Raises `FileNotFoundError` for one that is not there."""
     out, follows = [], False
@@ -133,7 +133,7 @@ def _config_file(word: str) -> str:
 def train_parser(
     argv: Sequence[str] = (), # a command line whose `--config`, `--task` bring options with them
 ) -> Parser:
-    "All options of a training run in groups, with what they mean."
+    "Make a parser of all options of a training run, in groups, with what they mean."
     import yaml
     from mmembed.train.config import TASKS, task_of
     shell, data, _ = TASKS[task_of(argv)]

@@ -17,17 +17,17 @@ from typing import Annotated
 from fastcore.meta import delegates
 from fastcore.script import store_true
 
-from .main import near, path, path_or_name, resumable
+from .main import near, path, path_or_name, resumable, typed
 
 # %% ../../nbs/cli/07_search.ipynb #279780df
 def source_options(
-    keep: str = '',             # columns of the source to filter by, separated by commas
-    thumbnails: int = 112,      # pixels of the longer side of a thumbnail; 0: none
-    prefix: str = '',           # put before every id
-    threads: int = 0,           # threads that read and decode; 0: one a core
-    image_key: str = None,      # column of a table that holds paths of images
-    text_key: str = None,       # column of a table that holds captions
-    image_root: path = None,    # folder where the image paths of a table begin; by default that of the table
+    keep: str = '',             # columns of the source to keep and filter by, separated by commas
+    thumbnails: int = 112,      # longer side of the thumbnails, in pixels; 0: none
+    prefix: str = '',           # text to put before every id
+    threads: int = 0,           # threads that read and decode; 0: one per core
+    image_key: str = None,      # column of a table with the paths of images; by default image
+    text_key: str = None,       # column of a table with the texts; by default text
+    image_root: path = None,    # folder that image paths are relative to; by default that of the table
     id_key: str = None,         # column that names the rows
 ) -> dict: # as `Index.build`, `add` and `retry` take them
     "Return how a source is read, with the columns as a list; options that were not given are left out."
@@ -55,16 +55,16 @@ def _single(source: tuple[str, ...]): return source[0] if len(source) == 1 else 
 @delegates(source_options)
 def build(
     artifact: path,  # artifact that embeds rows and queries
-    # a folder, table, tar shards, hf:NAME, image files, or what `mmembed embed` wrote
+    # folder, table, tar shards, hf:NAME, image files, or what `mmembed embed` has written
     *source: Annotated[str, {'nargs': '+'}],
     Out: Annotated[path, {'required': True}] = None,  # folder of the index
-    modality: Annotated[str, {'choices': ['image', 'text']}] = 'image',  # which side of the rows is indexed
-    overwrite: store_true = False,  # replace an index that is there, when the new one is ready
-    # an id that comes twice: raise an error, or skip all rows but the first
+    modality: Annotated[str, {'choices': ['image', 'text']}] = 'image',  # which of a row to index
+    overwrite: store_true = False,  # replace an existing index, once the new one is ready
+    # when an id occurs twice: raise an error, or skip all rows but the first
     on_duplicate: Annotated[str, {'choices': ['raise', 'skip']}] = 'raise',
     **kwargs,
 ):
-    """Embed a source and index it in a folder. Run again after a kill it goes on.
+    """Embed a source and index it in a folder; run again, it resumes where it was stopped.
 
     mmembed index build model.pt photos -o photos.idx
     mmembed index build model.pt pairs.csv -o pairs.idx --keep year,price
@@ -84,11 +84,11 @@ def add(
     index: path,  # folder of an index
     *source: Annotated[str, {'nargs': '+'}],  # as for `index build`
     artifact: path = None,  # the index's artifact, where it has moved
-    # an id that is there or comes twice: raise an error, skip the new row, or replace the old one
+    # when an id is there or occurs twice: raise an error, skip the new row, or replace the old one
     on_duplicate: Annotated[str, {'choices': ['raise', 'skip', 'replace']}] = 'raise',
     **kwargs,
 ):
-    """Embed more and add it in one step; searches go on meanwhile.
+    """Embed more rows and add them in one step; searches go on meanwhile.
 
     mmembed index add photos.idx new-photos
     mmembed index add photos.idx photos --on-duplicate skip"""
@@ -103,8 +103,8 @@ def add(
 # %% ../../nbs/cli/07_search.ipynb #5788099c
 def delete(
     index: path,         # folder of an index
-    *ids: str,           # ids of the rows
-    where: str = None,   # SQL condition on the columns, instead of ids
+    *ids: str,           # ids of the rows to delete
+    where: str = None,   # SQL condition on the columns, instead of ids: "year < 2000"
 ):
     """Delete rows by id or by a condition.
 
@@ -120,7 +120,7 @@ def info(
     index: path,              # folder of an index
     json: store_true = False, # print it as JSON
 ):
-    """Print what an index holds, what made it, and how good its approximate search is.
+    """Print what an index holds, what made it, and the recall of its approximate search.
 
     mmembed index info photos.idx"""
     from mmembed.retrieval.index import Index
@@ -128,17 +128,17 @@ def info(
     found = Index(index).info()
     if json: return print(formats.dumps(found, indent=1, ensure_ascii=False))
     for k, v in found.items():
-        print(f'{k:12} {", ".join(f"{one_line(a)}: {b}" for a, b in v.items()) if isinstance(v, dict) else v}')
+        print(typed(f'{k:12} {", ".join(f"{one_line(a)}: {b}" for a, b in v.items()) if isinstance(v, dict) else v}'))
 
 @delegates(source_options)
 def failures(
     index: path,                # folder of an index
     json: store_true = False,   # print them as JSON lines
-    retry: path_or_name = None, # source that holds them: embed them again and add them
+    retry: path_or_name = None, # source that holds them, to embed them again and add them
     artifact: path = None,      # the index's artifact, where it has moved
     **kwargs,
 ):
-    """List what could not be indexed and why, or try it again.
+    """List the rows that could not be indexed and why, or try them again.
 
     mmembed index failures photos.idx
     mmembed index failures photos.idx --retry photos"""
@@ -161,7 +161,7 @@ def failures(
 def compact(
     index: path, # folder of an index
 ):
-    """Free the space of old versions and of what killed runs left.
+    """Free the space of old versions of the table and of what killed runs have left.
 
     mmembed index compact photos.idx"""
     from mmembed.retrieval.index import Index
@@ -172,14 +172,14 @@ def compact(
 # %% ../../nbs/cli/07_search.ipynb #2839164c
 def approximate(
     index: path,            # folder of an index
-    kind: str = 'hnsw_sq',  # ivf_flat, ivf_sq, ivf_pq, hnsw_flat, hnsw_sq or hnsw_pq
-    recall: float = .95,    # share of the 10 nearest rows to find
-    # a table of texts as people will ask them, with which recall is then measured
+    kind: str = 'hnsw_sq',  # kind of index: ivf_flat, ivf_sq, ivf_pq, hnsw_flat, hnsw_sq or hnsw_pq
+    recall: float = .95,    # share of the 10 nearest rows that a search should find, 0 to 1
+    # table of typical texts to measure recall with; by default rows of the index
     queries: path_or_name = None,
-    text_key: str = None,   # column of that table that holds the texts
+    text_key: str = None,   # with --queries: column with the texts; by default text
     artifact: path = None,  # the index's artifact, where it has moved
 ):
-    """Make searches of many rows fast, and measure what they miss.
+    """Build an approximate index, by which searches of many rows are fast, and measure its recall.
 
     mmembed index approximate photos.idx --kind ivf_pq --recall 0.95
     mmembed index approximate photos.idx --queries captions.csv"""
@@ -200,9 +200,9 @@ def _texts(index, where: str, text_key: str | None):
 def duplicates(
     index: path,              # folder of an index
     threshold: float = .95,   # cosine from which two rows count as duplicates
-    top_K: int = 0,           # compare each row with so many of its nearest rows; 0: all with all
-    json: store_true = False, # print groups of ids as JSON
-    open: store_true = False, # show them in a browser
+    top_K: int = 0,           # compare each row with so many of its nearest rows; 0: with all
+    json: store_true = False, # print the groups of ids as JSON
+    open: store_true = False, # show the groups in a browser
 ):
     """Find rows that are nearly the same.
 
@@ -214,10 +214,10 @@ def duplicates(
 def clusters(
     index: path,              # folder of an index
     n: int = 10,              # number of clusters
-    json: store_true = False, # print groups of ids as JSON
-    open: store_true = False, # show them in a browser
+    json: store_true = False, # print the groups of ids as JSON
+    open: store_true = False, # show the groups in a browser
 ):
-    """Sort rows into groups that are alike.
+    """Group rows that are alike.
 
     mmembed index clusters photos.idx --n 20 --open"""
     from mmembed.retrieval.clusters import clusters
@@ -227,7 +227,7 @@ def clusters(
 # %% ../../nbs/cli/07_search.ipynb #ee3cc1b9
 def export(
     index: path,       # folder of an index
-    Out: Annotated[path, {'required': True}] = None,  # the FAISS file
+    Out: Annotated[path, {'required': True}] = None,  # FAISS file to write
     kind: Annotated[str, {'choices': ['flat', 'hnsw']}] = 'flat', # kind of the FAISS index
 ):
     """Write the vectors as a FAISS file, with the ids in a JSON file beside it.
@@ -253,15 +253,15 @@ def _browser(page: str):
 # %% ../../nbs/cli/07_search.ipynb #23e64ac8
 def search(
     index: path,              # folder of an index
-    *query: str,              # texts and image files; several are a sum
-    minus: Annotated[str, {'action': 'append'}] = None, # a text or image file to take away; may come several times
-    weights: str = '',        # weights of the queries, separated by commas: 1,0.5
+    *query: str,              # texts and image files; several are added up
+    minus: Annotated[str, {'action': 'append'}] = None, # text or image file to subtract; may be given several times
+    weights: str = '',        # weights of the queries, separated by commas: 1,0.5; by default 1 each
     top_K: int = 10,          # rows to find
     # SQL condition on the columns: "year > 2020", "taken >= date '2024-12-31'"
     where: str = None,
-    words: str = None,        # full-text search in the captions, alone or besides a query
-    like: str = None,         # id of a row of the index, instead of a query
-    exact: store_true = False, # compare with every row
+    words: str = None,        # words to find in the captions by full-text search, alone or besides a query
+    like: str = None,         # id of a row of the index, to search with its vector instead of a query
+    exact: store_true = False, # compare with every row, also where the index is approximate
     artifact: path = None,    # the index's artifact, where it has moved
     json: store_true = False, # print rows as JSON
     open: store_true = False, # show thumbnails in a browser
@@ -293,7 +293,7 @@ def query_of(
     return sum(terms[1:], terms[0]) if terms else None
 
 def _item(word: str) -> str | Path:
-    "A file that is there, or a name with the ending of an image, as a path; any other word as a text."
+    "Return a file that is there, or a name with the ending of an image, as a path; any other word as a text."
     from mmembed.data.folders import ENDINGS
     file = Path(word)
     try: there = file.is_file()

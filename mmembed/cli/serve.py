@@ -15,12 +15,12 @@ from .main import path
 
 # %% ../../nbs/cli/08_serve.ipynb #a5badd6f
 def engine_options(
-    batch_size: int = 0,        # items that a tower sees at once; 16 by default, 64 on a GPU
-    wait_ms: float = 2.,        # milliseconds after its arrival in which an item goes into a batch that is not full
-    queue: int = 1024,          # items that may wait; more are answered 429
-    decoders: int = 0,          # threads that decode images; 0: one a core
-    timeout: float = 30.,       # seconds a request may take
-    max_pixels: int = 1 << 25,  # pixels of an image, or the artifact's own limit where that is less
+    batch_size: int = 0,        # most items that a tower sees at once; 0: 16, or 64 on a GPU
+    wait_ms: float = 2.,        # milliseconds after which an item no longer waits for a batch to fill
+    queue: int = 1024,          # most items that may wait; more are answered 429
+    decoders: int = 0,          # threads that decode images; 0: one per core
+    timeout: float = 30.,       # seconds that a request may take
+    max_pixels: int = 1 << 25,  # most pixels of an image, or the artifact's own limit where that is less
     device: str = 'cpu',        # where the towers run: cpu, cuda, ...
 ): # `mmembed.serve.engine.Options`
     "Return the options of the engine."
@@ -36,35 +36,35 @@ def engine_options(
 
 @delegates(engine_options)
 def config_of(
-    artifact: path,              # the artifact
-    host: str = '127.0.0.1',    # the address to listen on; 0.0.0.0 for all
-    port: int = 8000,           # port of HTTP and WebSocket
-    grpc_port: int = None,      # port of gRPC; none by default
+    artifact: path,              # artifact to serve
+    host: str = '127.0.0.1',    # address to listen on; 0.0.0.0: all
+    port: int = 8000,           # port of HTTP and WebSocket; 0: any that is free
+    grpc_port: int = None,      # port of gRPC; by default no gRPC
     name: str = '',             # name of the model in answers; by default that of the file
-    threads: int = None,        # threads of one torch operation
+    threads: int = None,        # threads of one torch operation; by default as torch chooses
     replicas: int = 1,          # processes that share the ports
-    deterministic: store_true = False, # the same bits for an item in any company
-    max_items: int = 2048,      # items of a request
-    max_body: int = 64,         # megabytes of a request
-    # megabytes of requests that are held at once, more are answered 429; by default a sixteenth of the memory
+    deterministic: store_true = False, # give an item the same vector, bit for bit, in any batch
+    max_items: int = 2048,      # most items of a request
+    max_body: int = 64,         # most megabytes of a request
+    # most megabytes of all requests in hand, more are answered 429; 0: a sixteenth of the memory, at most 1024
     max_held: int = 0,
-    api_keys: path = None,      # a file with one key a line; or the variable MMEMBED_API_KEYS, separated by commas
+    api_keys: path = None,      # file with one key a line; by default the variable MMEMBED_API_KEYS, with commas
     tls_cert: path = None,      # PEM file of the certificate
     tls_key: path = None,       # PEM file of its key
     cors: str = '',             # origins that browsers may call from, separated by commas
-    fetch_hosts: str = '',      # that image URLs may name, separated by commas: host (ports 80, 443), host:port, host:*
-    index: path = None,         # an index for /search
-    # the table of the token ids that clients send for texts: a file of tiktoken or a tokenizer.json
+    fetch_hosts: str = '',      # hosts of image URLs, separated by commas: host (ports 80, 443), host:port or host:*
+    index: path = None,         # index to search with /search
+    # table of the token ids that clients may send for texts: a file of tiktoken or a tokenizer.json
     token_ids: path = None,
-    any_model: store_true = False, # answer whatever model a request names; else 404 for another name
-    log: path = None,           # a file for the access log; standard error by default
-    traces: str = None,         # OTLP endpoint: http://host:4318 or grpc://host:4317
-    trace_ratio: float = 1.,    # share of requests that are traced
-    drain: float = 0.,          # seconds between "not ready" and closing the doors
-    grace: float = 30.,         # seconds to answer what is running then
+    any_model: store_true = False, # answer whatever model a request names; otherwise another name is answered 404
+    log: path = None,           # file for the access log; by default standard error
+    traces: str = None,         # OTLP endpoint for traces: http://host:4318 or grpc://host:4317; by default no traces
+    trace_ratio: float = 1.,    # share of requests to trace, 0 to 1
+    drain: float = 0.,          # seconds to go on serving after readiness has ended, for balancers to notice
+    grace: float = 30.,         # seconds to answer the requests that are running at the end
     **kwargs,
 ): # `mmembed.serve.service.Config`
-    "Return what a server is told; raises `ValueError` for options that cannot be."
+    "Return the configuration of a server; raises `ValueError` for options that are out of range."
     from mmembed.serve.service import Config, read_keys
     given = {k: v for k, v in locals().items() if k in Config._fields}
     for key in ('cors', 'fetch_hosts'): given[key] = tuple(x.strip() for x in given[key].split(',') if x.strip())
@@ -77,12 +77,12 @@ def config_of(
 # %% ../../nbs/cli/08_serve.ipynb #68011a20
 @delegates(config_of)
 def serve(
-    artifact: path,             # the artifact
-    ray: store_true = False,    # replicas on the Ray cluster that RAY_ADDRESS names, or on one of this machine alone
-    max_replicas: int = 0,      # with ray: as many as the load needs, up to so many
+    artifact: path,             # artifact to serve
+    ray: store_true = False,    # run replicas on the Ray cluster that RAY_ADDRESS names, or on one of this machine
+    max_replicas: int = 0,      # with --ray: most replicas, of which as many run as the load needs; 0: --replicas
     **kwargs,
 ):
-    """Serve an exported file: HTTP, WebSocket and gRPC, with metrics and a status for every item.
+    """Serve an artifact by HTTP, WebSocket and gRPC, with metrics and a status for every item.
 
     mmembed serve model.pt
     mmembed serve model.pt --host 0.0.0.0 --grpc-port 8001 --replicas 4 --api-keys keys.txt
@@ -98,8 +98,8 @@ def serve(
         raise ValueError('max_replicas goes with ray: without it the number of replicas is fixed')
     config = config_of(artifact, **kwargs)
     check_config(config, here=False)
-    read_card(artifact)  # what is no artifact ends here, with one sentence
-    if config.token_ids: token_table(config.token_ids)  # and so does what is no table
+    read_card(artifact)  # what is not an artifact ends here, with one sentence
+    if config.token_ids: token_table(config.token_ids)  # and so does what is not a table
     if ray:
         from mmembed.serve.ray import run_cluster
         least = config.replicas if max_replicas else 0

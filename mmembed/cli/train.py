@@ -1,4 +1,4 @@
-"""`mmembed quickstart | train | eval | export`
+"""`mmembed quickstart | train | eval`
 
 Docs: https://mmembed.github.io/mmembed/cli/train.html.md"""
 
@@ -67,14 +67,14 @@ train.parser = lambda: train_parser(['--config', str(config_path('pairs'))])
 @passes_on('--data.', add_data_options)
 def evaluate(
     checkpoint: path, # what `mmembed train` printed: a .ckpt or .safetensors file
-    # rows to judge: by default valid, and all of another file
+    # rows to evaluate on; by default valid, and all rows of another file
     split: Annotated[str, {'choices': ['train', 'valid', 'test', 'all']}] = None,
-    # where the figures go; by default <checkpoint>.json, for other rows <checkpoint>.<split or file>.json
+    # file for the figures; by default <checkpoint>.json, for other rows <checkpoint>.<split or file>.json
     Out: path = None,
     json: store_true = False,         # print the figures as JSON instead of tables
     unread: Annotated[list, {'action': 'extend', 'nargs': '*', 'help': argparse.SUPPRESS}] = None, # --data. options
 ):
-    """Judge a trained model on held-out data: tables, and figures as JSON beside the checkpoint.
+    """Evaluate a trained model on held-out data: print tables, and write the figures as JSON beside the checkpoint.
 
     mmembed eval runs/quickstart/best.ckpt
     mmembed eval runs/pairs/best.ckpt --split test
@@ -102,15 +102,15 @@ def evaluate(
 def place_name(
     place: str | dict, # a path, or a source as a configuration has it
 ) -> str:
-    "The last part of a path, or the class of a source."
+    "Return the last part of a path, or the class of a source."
     if isinstance(place, dict): return place['class_path'].rpartition('.')[2]
     return re.sub(r'[^\w.-]+', '-', re.split(r'[/\\]', place.rstrip('/\\'))[-1]).strip('-')
 
 def figures_path(
-    checkpoint: str | Path,
-    about: dict, # what was judged, as `mmembed.train.evaluate.evaluate` gives it in 'data'
+    checkpoint: str | Path, # that was evaluated
+    about: dict, # its rows, as `mmembed.train.evaluate.evaluate` returns them in 'data'
 ) -> Path:
-    "Where the figures of these rows go: no file that holds those of others."
+    "Return the file for the figures of these rows, which is none that holds the figures of others."
     calm = {'batch_size', 'workers', 'worker_type', 'start_method', 'seed'}  # options that change no figure
     own, changed = not about['other'], not about['options'].keys() <= calm
     words = [] if own and not changed else [place_name(about['path'])]
@@ -123,17 +123,17 @@ def figures_path(
     return out
 
 def _judged(path: Path) -> dict | None:
-    "What a file of figures says of the rows; None for one that says nothing."
+    "Return what a file of figures says of its rows; None for one that says nothing."
     try: about = formats.loads(path.read_text())['data']
     except (ValueError, KeyError, TypeError): return None
     return {k: about.get(k) for k in ('path', 'part', 'options')}
 
 # %% ../../nbs/cli/03_train.ipynb #07d9bb79
 def quickstart(
-    out: path = None,     # the artifact; by default <artifacts_path>/quickstart.pt
-    options: str = '',   # more options for training, as one string: "--trainer.max_epochs 1"
+    out: path = None,     # file of the artifact; by default <artifacts_path>/quickstart.pt
+    options: str = '',   # further options of training, as one string: "--trainer.max_epochs 1"
 ):
-    """Train on generated scenes, export, verify, and search with the exported file: minutes on a laptop.
+    """Train on generated scenes, export and verify the artifact, and search with it: minutes on a laptop.
 
     mmembed quickstart"""
     import shlex
@@ -150,7 +150,7 @@ def quickstart(
     out = Path(out or Path(settings().artifacts_path)/'quickstart.pt')
     step(f'exporting {near(result.checkpoint)} to one file and verifying it')
     print(mm.export(result.model, out, training=training_record(result.checkpoint)))
-    step('searching the held-out pictures with the file alone')
+    step('searching the held-out images with the artifact alone')
     gallery = result.data.valid
     emb = load(out)
     images = emb.encode_image(gallery.image(i) for i in range(len(gallery)))
@@ -166,15 +166,15 @@ def show_matches(
     emb,             # an Embedder
     images,          # float32 (N, D): a gallery
     captions: list,  # N: the true caption of each
-    queries: int = 8,
+    queries: int = 8, # captions that are searched for, evenly spread
 ):
-    "Prints a table: queries, what was found first, and at which place the picture lies that was meant."
+    "Print a table: each query, the best match, and the place of the right image among all."
     import torch
     from rich.console import Console
     from rich.table import Table
     picked = [i * len(captions) // queries for i in range(queries)]
     order = emb.score([captions[i] for i in picked], images).argsort(1, descending=True)
-    table = Table(title=f'Text -> image among {len(captions):,} held-out pictures')
+    table = Table(title=f'Text -> image among {len(captions):,} held-out images')
     for c in ('query', 'best match (its true caption)', 'place of the right one'):
         table.add_column(c, justify='right' if 'place' in c else 'left')
     for i, found in zip(picked, order):
@@ -187,7 +187,7 @@ def next_steps(
     folder: Path,   # with some pictures
     text: str,      # a caption
 ) -> str:
-    "The lines of Python and the commands that use the file next."
+    "Return the lines of Python and the commands that use the artifact next."
     return f'''The artifact is {artifact} ({artifact.stat().st_size / 1e6:.1f} MB). Use it from Python:
 
     import mmembed as mm

@@ -52,7 +52,7 @@ def test_any_width_of_the_terminal(columns, monkeypatch, capsys):
     monkeypatch.setenv('COLUMNS', columns)
     for argv in (['verify', '--help'], ['eval', '--help'], ['train', '--help'], ['index', 'build', '--help']):
         assert main(argv) == 0
-    assert 'an exported file' in ' '.join(capsys.readouterr().out.split())
+    assert 'artifact to verify' in ' '.join(capsys.readouterr().out.split())
 
 
 CLOSED = [
@@ -227,3 +227,15 @@ def test_bash_completes_options_of_train(scripts):
 
 def test_configurations_are_listed_by_name():
     assert {'pairs', 'clip_vitb32', 'bert_resnet', 'quickstart'} <= set(config_names())
+
+
+@pytest.mark.parametrize('name', [n for n in COMMANDS if n != 'train'])
+def test_help_explains_every_option_and_names_values_without_python(name):
+    p = parser(name)
+    assert not re.search(r'\((str|int|float|path|path_or_name)\)', p.format_help())
+    assert [a.dest for a in p._actions if not a.help] == []
+
+
+def test_options_that_do_not_go_together_end_before_a_model_is_loaded(here, capsys):
+    assert main(['export', 'none.ckpt', '--calibrate', 'photos']) == 1
+    assert '--calibrate goes with --quantize int8' in capsys.readouterr().err

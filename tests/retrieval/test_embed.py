@@ -577,7 +577,7 @@ def test_control_c_says_how_to_go_on(model, tmp_path):
     said = run.communicate(timeout=HANG)[1]
     assert (
         run.returncode == 130
-        and 'mmembed: stopped; the parts that are whole stay in out, and the same command goes on from there' in said
+        and 'mmembed: stopped; the shards that are complete stay in out, and the same command goes on from there' in said
         and 'Traceback' not in said
     ), said
     there = len(list((tmp_path/'out').glob('part-*')))

@@ -223,3 +223,15 @@ def test_open_inference_protocol(channel, emb):
         dict(inputs=[tensors[0]], raw_input_contents=[b'\1\0']),
     ):
         assert code(infer, Infer(**dict(model_name=name) | bad)) in ('INVALID_ARGUMENT', 'NOT_FOUND'), bad
+
+
+@pytest.mark.parametrize('method', ['ModelReady', 'ModelMetadata', 'ModelConfig', 'ModelStatistics', 'ModelInfer'])
+def test_a_version_that_is_not_here_is_refused_as_by_http(channel, http, method):
+    [mine] = http.get('/v2/models/stats').json()['model_stats']
+    ask, kind = call(channel, method, V2), message(f'inference.{method}Request')
+    name, version = ('model_name', 'model_version') if method == 'ModelInfer' else ('name', 'version')
+    text = dict(name='text', datatype='BYTES', shape=[1], contents=dict(bytes_contents=[b'a cat']))
+    more = dict(inputs=[text]) if method == 'ModelInfer' else {}
+    assert code(ask, kind(**{name: mine['name'], version: '7'}, **more)) == 'NOT_FOUND'
+    assert http.get(f'/v2/models/{mine["name"]}/versions/7').status_code == 404
+    ask(kind(**{name: mine['name'], version: mine['version']}, **more), timeout=HANG)
