@@ -35,15 +35,17 @@ def demo(
     mmembed demo
     mmembed demo model.pt --images photos/ --open
     mmembed demo model.pt --index idx/ --host 0.0.0.0 --port 7860 --auth me:secret"""
+    if images and not Path(images).is_dir():
+        raise FileNotFoundError(f'{images} is not a folder: --images wants one with images')
+    if limit < 1: raise ValueError(f'limit must be at least 1, got {limit}')
+    if artifact:
+        from mmembed.runtime.artifact import read_card
+        read_card(artifact)  # what is not an artifact ends here, before gradio is loaded
     from mmembed.demo.app import default_artifact, serve_page
     from mmembed.demo.handlers import Panels
     from mmembed.demo.gallery import IndexImages, embed_folder, embed_scenes
     from mmembed.core.progress import progress_bar
     from mmembed.runtime.embedder import load
-
-    if images and not Path(images).is_dir():
-        raise FileNotFoundError(f'{images} is not a folder: --images wants one with images')
-    if limit < 1: raise ValueError(f'limit must be at least 1, got {limit}')
     if not artifact: print(f'artifact: {near(artifact := default_artifact())}', flush=True)
     emb, sets = load(artifact, device), []
     if not hasattr(emb.module, 'score_pairs'):
