@@ -25,7 +25,7 @@ from mmembed.serve.queue import PendingRequest
 from mmembed.serve.protobuf import message, methods
 from mmembed.serve.server import running
 from mmembed.serve.service import Config, Service
-from mmembed.serve.schemas import Downloads, run
+from mmembed.serve.entries import Downloads, run
 
 from tests.exporters import tiny
 from tests.serve.conftest import config

@@ -16,7 +16,7 @@ from mmembed.serve.queue import Item
 from mmembed.serve.queue import PendingRequest
 from mmembed.serve.server import running
 from mmembed.serve.token_ids import text_of, token_table
-from mmembed.serve.schemas import _in_parts, run
+from mmembed.serve.entries import _in_parts, run
 
 from tests.exporters import tiny
 from tests.serve.conftest import config

@@ -274,7 +274,7 @@ def test_storm(engine):
 def test_pairs_have_spans():
     "Each stage of a pair is a span below its request's, as a text's and an image's are."
     spans = pytest.importorskip('opentelemetry.sdk.trace.export.in_memory_span_exporter').InMemorySpanExporter()
-    from mmembed.serve.telemetry import Tracer
+    from mmembed.serve.tracing import Tracer
     engine, tracer, done = Engine(Embedder(tiny.pair_artifact())), Tracer(exporter=spans), Future()
     engine.submit([Item('pair', ('a', FILES['RGB.png']))], done.set_result)
     span = tracer.begin('/v1/scores', {})

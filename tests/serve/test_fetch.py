@@ -11,7 +11,7 @@ import pytest
 
 from mmembed.exporters.verify import samples as cases
 from mmembed.serve.server import running
-from mmembed.serve.schemas import RefusedEntry, check_url
+from mmembed.serve.entries import RefusedEntry, check_url
 
 from tests.serve.conftest import config
 from tests.helpers import HANG, until

@@ -11,7 +11,7 @@ from mmembed.serve.engine import Engine, Options
 from mmembed.serve.queue import Item
 from mmembed.serve.queue import PendingRequest
 from mmembed.serve.service import Canary, Config, Service
-from mmembed.serve.schemas import to_items
+from mmembed.serve.entries import to_items
 
 from tests.exporters import tiny
 from tests.serve.test_queue import Stepped

@@ -27,7 +27,7 @@ from mmembed.runtime.artifact import read_card
 from mmembed.serve.client import Client
 from mmembed.serve.transport import ServiceError
 from mmembed.serve.engine import Options
-from mmembed.serve.telemetry import Tracer
+from mmembed.serve.tracing import Tracer
 from mmembed.serve.server import UNFIT, listen, running, serve
 from mmembed.serve.service import Config, Service
 
@@ -430,7 +430,8 @@ def test_every_line_is_json_and_the_file_is_opened_anew(tmp_path):
     end; after the file was moved away, in a new one."""
     program = """
         import asyncio, logging, os, sys, threading, warnings
-        from mmembed.serve.telemetry import Tracer, open_log, redirect_logs
+        from mmembed.serve.telemetry import open_log, redirect_logs
+        from mmembed.serve.tracing import Tracer
         redirect_logs()
         logging.getLogger('uvicorn.error').error('before the log is open')
         log = open_log(sys.argv[1])
