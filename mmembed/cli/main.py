@@ -61,50 +61,31 @@ COMMANDS = {
 GROUPS: dict[str, str] = {'index': 'Build and maintain an index of images or texts'} # first word: what its commands do
 
 # %% ../../nbs/cli/01_main.ipynb #a36da29c
-def command(
-    name: str, # of `COMMANDS`
+def command(name: str, # of `COMMANDS`
 ) -> Callable:
     "Return the function of a command."
     module, _, f = COMMANDS[name].partition(':')
     return getattr(import_module(f'mmembed.cli.{module}'), f)
 
 # %% ../../nbs/cli/01_main.ipynb #f6237488
-def usage(
-    group: str = '', # the first word of a group; '' for all commands
+def usage(group: str = '', # the first word of a group; '' for all commands
 ) -> str:
     "Return the help of `mmembed` itself, or of a group."
-    rows, seen = [], set()
+    rows = []
     for name in COMMANDS:
         first, _, second = name.partition(' ')
-        if group and first == group: rows.append((second, summary(name)))
-        elif not group and second:
-            if first not in seen:
-                rows.append(
-                    (
-                        first,
-                        f'{GROUPS[first]}: '
-                        + ', '.join(n.partition(' ')[2] for n in COMMANDS if n.startswith(first + ' ')),
-                    )
-                )
-            seen.add(first)
-        elif not group: rows.append((name, summary(name)))
+        if group: rows += [(second, summary(name))] if first == group else []
+        elif not second: rows.append((name, summary(name)))
+        elif first not in dict(rows):
+            inner = [n.partition(' ')[2] for n in COMMANDS if n.startswith(f'{first} ')]
+            rows.append((first, f'{GROUPS[first]}: {", ".join(inner)}'))
     called, what = f'mmembed {group}'.strip(), GROUPS[group] + '.' if group else 'Train on exactly what you serve.'
-    return '\n'.join(
-        [
-            f'usage: {called} COMMAND [options]',
-            '',
-            what,
-            '',
-            *(f'  {n:11} {text}' for n, text in rows),
-            '',
-            f'{called} COMMAND --help shows its options and examples. MMEMBED_DEBUG=1 shows the trace of an '
-            f'error.',
-            'Exit status: 0 done; 1 an error, or items that failed; 2 a wrong call; 130 interrupted.',
-        ]
-    )
+    return '\n'.join([
+        f'usage: {called} COMMAND [options]\n\n{what}\n', *(f'  {n:11} {text}' for n, text in rows), '',
+        f'{called} COMMAND --help shows its options and examples. MMEMBED_DEBUG=1 shows the trace of an error.',
+        'Exit status: 0 done; 1 an error, or items that failed; 2 a wrong call; 130 interrupted.'])
 
-def summary(
-    name: str, # of `COMMANDS`
+def summary(name: str, # of `COMMANDS`
 ) -> str:
     "Return the first line of a command's docstring."
     return inspect.getdoc(command(name)).splitlines()[0]
@@ -113,9 +94,8 @@ def summary(
 class Formatter(argparse.RawDescriptionHelpFormatter):
     "Format help: leave examples as they are written, and do not say that a flag is off by default."
     def __init__(self, prog: str):
-        super().__init__(
-            prog, max_help_position=28, width=min(120, max(60, shutil.get_terminal_size((100, 24)).columns))
-        )
+        columns = shutil.get_terminal_size((100, 24)).columns
+        super().__init__(prog, max_help_position=28, width=min(120, max(60, columns)))
 
     def _get_help_string(self, action): return re.sub(r' \(default: (False|\'\')?\)$', '', action.help or '')
     def _expand_help(self, action): return self._get_help_string(action)
@@ -123,9 +103,8 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     "A parser that ends a wrong call with one sentence, and the command that shows more."
     def error(self, message):
-        self.exit(
-            2, f'mmembed: error: {message}{nearest_option(message, self)}; `{self.prog} --help` shows the options\n'
-        )
+        near = nearest_option(message, self)
+        self.exit(2, f'mmembed: error: {message}{near}; `{self.prog} --help` shows the options\n')
 
 def nearest_option(
     message: str,                # that an option is not known
@@ -135,10 +114,8 @@ def nearest_option(
 
     '' if none is near, or the message is of another kind."""
     if not (typed := re.search(r"unrecognized arguments:.*?--([\w.-]+)|[Oo]ption '([\w.-]+)'", message)): return ''
-    known, keys = (
-        [o.removeprefix('--') for o in p._option_string_actions if o.startswith('--')],
-        re.findall(r'(?:key|[Gg]roup) ["\']([\w.]+)["\']', message),
-    )
+    known = [o.removeprefix('--') for o in p._option_string_actions if o.startswith('--')]
+    keys = re.findall(r'(?:key|[Gg]roup) ["\']([\w.]+)["\']', message)
     # what stands in a configuration is named within its group
     prefix = '' if typed[1] else ''.join(f'{k}.' for k in keys)
     near = get_close_matches(prefix + (typed[1] or typed[2]), [k for k in known if k.startswith(prefix)], 1, .7)
@@ -166,21 +143,18 @@ def parser(
         if whole: f.more_options(p)
     return p
 
-def taken(
-    f: Callable, # a function of options
+def taken(f: Callable, # a function of options
     given: dict, # options, of other functions too
 ) -> dict:
     "Return those of `given` that are parameters of `f`."
     return {k: v for k, v in given.items() if k in inspect.signature(f).parameters}
 
-def takes_argv(
-    f: Callable, # a command
+def takes_argv(f: Callable, # a command
 ) -> bool:
     "Return whether `f` parses its words itself."
     return list(inspect.signature(f).parameters) == ['argv']
 
-def passes_on(
-    prefix: str,       # how the options begin, as '--data.'
+def passes_on(prefix: str, # how the options begin, as '--data.'
     options: Callable, # adds them to a parser, for help and completion
 ) -> Callable: # a decorator
     "Pass options that begin with `prefix` to a command unparsed, as its argument `unread`."
@@ -190,8 +164,7 @@ def passes_on(
     return decorate
 
 # %% ../../nbs/cli/01_main.ipynb #8a5168b8
-def split_doc(
-    f: Callable, # a command
+def split_doc(f: Callable, # a command
 ) -> tuple[str, str]:
     "Split a docstring into its first paragraph and its examples."
     text, _, examples = inspect.getdoc(f).partition('\n\n')
@@ -227,8 +200,7 @@ def with_new_names(
     return out
 
 # %% ../../nbs/cli/01_main.ipynb #f9cdfd08
-def call(
-    name: str,       # of `COMMANDS`
+def call(name: str, # of `COMMANDS`
     rest: list[str], # its words: options and what they are given
 ):
     "Run one command."
@@ -248,8 +220,7 @@ def call(
     f(*before, *words, **args)
 
 # %% ../../nbs/cli/01_main.ipynb #d3d3f58e
-def main(
-    argv: list[str] | None = None, # the command and its options; from the shell by default
+def main(argv: list[str] | None = None, # the command and its options; from the shell by default
 ) -> int: # the exit status: 0, 1 for an error, 2 for a wrong call
     "Run a command, and return its exit status."
     argv = sys.argv[1:] if argv is None else argv
@@ -299,8 +270,7 @@ def drop_output():
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 # %% ../../nbs/cli/01_main.ipynb #62ec0b41
-def dispatch(
-    argv: list[str], # the words
+def dispatch(argv: list[str], # the words
 ) -> int: # the exit status
     "Run a command, or print the help about all or a group of them; raises what a command raises."
     if not argv or argv[0] in ('-h', '--help', 'help'):
@@ -323,8 +293,7 @@ def dispatch(
     return 0
 
 # %% ../../nbs/cli/01_main.ipynb #cb3370b9
-def unknown(
-    argv: list[str], # words that name no command
+def unknown(argv: list[str], # words that name no command
 ) -> str:
     "Return a sentence that names the nearest command, or all."
     typed = ' '.join(argv[:2 if argv[0] in GROUPS else 1])
@@ -353,34 +322,29 @@ def quiet():
         logging.getLogger(f'lightning.{name}.utilities.rank_zero').setLevel(logging.WARNING)
 
 # %% ../../nbs/cli/01_main.ipynb #407653f7
-def path(
-    name: str, # of a file or folder, as it was typed
+def path(name: str, # of a file or folder, as it was typed
 ) -> str:
     "Return an absolute path, which other processes find, too, whatever their folder is."
     return os.path.abspath(name) + '/' * name.endswith('/') if name else name  # the stroke says that it is a folder
 
-def path_or_name(
-    name: str, # as it was typed
+def path_or_name(name: str, # as it was typed
 ) -> str:
     "Return an absolute path for a file or folder that is there, and anything else as it is."
     return path(name) if name and os.path.exists(name) else name
 
-def near(
-    path: str | Path, # of a file or folder
+def near(path: str | Path, # of a file or folder
 ) -> Path:
     "Return `path` as one would type it: relative where it lies below the current folder."
     path = Path(path).resolve()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
-def typed(
-    text: str, # with absolute paths in it
+def typed(text: str, # with absolute paths in it
 ) -> str:
     "Return `text` with paths below the current folder as one would type them."
     return text.replace(here, '') if (here := os.path.join(os.getcwd(), '')) != os.sep else text
 
 @contextmanager
-def resumable(
-    kept: str, # what is kept, as a sentence without its end
+def resumable(kept: str, # what is kept, as a sentence without its end
 ):
     "Report after Ctrl-C what is kept and how to go on."
     try:
@@ -388,8 +352,7 @@ def resumable(
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f'stopped; {kept}, and the same command goes on from there') from None
 
-def working(
-    what: str, # is being done
+def working(what: str, # is being done
 ):
     "Show on a terminal's standard error what is going on while a `with` block runs; nothing elsewhere."
     from rich.console import Console
