@@ -563,7 +563,7 @@ TABLE = [
         # ---- serving
         (
             'serve/index of a mixed request',
-            'mmembed/serve/schemas.py',
+            'mmembed/serve/entries.py',
             'for at, i in enumerate(items): i.index = at',
             'pass',
             'tests/serve/test_http.py::test_answers_are_numbered_by_their_places_in_the_request '
@@ -578,14 +578,14 @@ TABLE = [
         ),
         (
             'serve/time of a long request',
-            'mmembed/serve/schemas.py',
+            'mmembed/serve/entries.py',
             'min(timeout or options.timeout, options.timeout)',
             '(timeout or options.timeout)',
             'tests/serve/test_budgets.py::test_a_client_gets_no_more_time_than_the_server_gives',
         ),
         (
             'serve/time of downloads',
-            'mmembed/serve/schemas.py',
+            'mmembed/serve/entries.py',
             'min(seconds or 1e9, service.config.engine.timeout)',
             '(seconds or service.config.engine.timeout)',
             'tests/serve/test_budgets.py::test_a_client_gets_no_more_time_than_the_server_gives',
@@ -649,7 +649,7 @@ TABLE = [
         ),
         (
             'serve/hosts to fetch from',
-            'mmembed/serve/schemas.py',
+            'mmembed/serve/entries.py',
             'if not forms & {h.lower() for h in hosts}:',
             'if not hosts:',
             'tests/serve/test_fetch.py::test_ports_are_named',
