@@ -95,7 +95,7 @@ def prepare(args, folder):
     import numpy as np
     import torch
     from mmembed.core.torchscript import quietly
-    from mmembed.exporters.artifact import trace_image
+    from mmembed.exporters.assemble import trace_image
     from mmembed.exporters.convolutions import int8_convolutions
     from mmembed.exporters.onednn import quick
     from mmembed.exporters.variants import PRECISION_BOUNDS

@@ -168,7 +168,7 @@ def cpp(tp):
 def compiled(tp):
     "Our pipeline in a package (`.pt2`), as a host has it: compiled here, beside towers of next to nothing."
     import mmembed as mm
-    from mmembed.exporters.artifact import assemble
+    from mmembed.exporters.assemble import assemble
     from mmembed.exporters.card import make_card
     from mmembed.exporters.aot import save_package
     from mmembed.models.dual import DualEncoder

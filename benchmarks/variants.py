@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from benchmarks import begun
 import mmembed as mm
 from mmembed.core.torchscript import quietly
-from mmembed.exporters.artifact import assemble, save
+from mmembed.exporters.archive import save
+from mmembed.exporters.assemble import assemble
 from mmembed.exporters.card import make_card
 from mmembed.core.quantize import quantize, dequantize
 from mmembed.exporters.variants import Variant

@@ -133,7 +133,7 @@ def export(
         options |= dict(training=training, cpp=cpp)
         checkpoint = write_files(model, name, Out, compiled, json, options, onnx, onnx_files, device, cuda_graphs)
     if triton:
-        from mmembed.exporters.triton import export_triton
+        from mmembed.exporters.triton.repository import export_triton
         written = export_triton(checkpoint, triton, onnx=onnx, **served)
         if not json: print(f'Triton: {", ".join(p.name for p in written)} in {near(triton)}')
 

@@ -14,7 +14,7 @@ import torch
 from mmembed.core.packing import as_bytes, pack
 from mmembed.exporters import aot as compiled
 from mmembed.exporters.verify import cpp as host
-from mmembed.exporters.artifact import assemble
+from mmembed.exporters.assemble import assemble
 from mmembed.exporters.card import make_card
 from mmembed.exporters.variants import DTYPES, SAME, Variant
 from mmembed.exporters.int8 import Int8Linear, exact_products, int8_steps

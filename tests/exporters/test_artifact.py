@@ -11,7 +11,8 @@ from mmembed.core.types import Tokens
 from mmembed.core.packing import as_bytes, pack
 from mmembed.core.torchscript import quietly
 from mmembed.exporters.verify import samples as cases
-from mmembed.exporters.artifact import assemble, save, trace_text
+from mmembed.exporters.archive import save
+from mmembed.exporters.assemble import assemble, trace_text
 from mmembed.models.base import Tower
 from mmembed.core.errors import reason
 from mmembed.core.torchcodec import register_image_ops

@@ -9,8 +9,9 @@ from torch import nn
 
 import mmembed as mm
 from mmembed.cli.export import calibration
-from mmembed.exporters.artifact import assemble
-from mmembed.exporters.convolutions import Int8Conv, Largest, Span, converted, int8_convolutions, safe_step, traced
+from mmembed.exporters.assemble import assemble
+from mmembed.exporters.convolutions import converted, int8_convolutions, traced
+from mmembed.exporters.int8_conv import Int8Conv, Largest, Span, safe_step
 from mmembed.exporters.variants import PRECISION_BOUNDS, SAME, Variant, prepared
 from mmembed.exporters.export import export
 from mmembed.core.torchscript import quietly

@@ -14,7 +14,7 @@ from mmembed.core.types import Tokens
 from mmembed.core.packing import as_bytes, pack
 from mmembed.core.torchscript import quietly
 from mmembed.exporters.cuda_graphs import left_behind, waits
-from mmembed.exporters.artifact import assemble
+from mmembed.exporters.assemble import assemble
 from mmembed.exporters.card import make_card
 from mmembed.exporters.onnx.model import provider_of
 from mmembed.exporters.int8 import SelfAttention

@@ -15,7 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from mmembed.core.torchscript import quietly
 from mmembed.exporters.verify import samples as cases
-from mmembed.exporters.artifact import assemble, save, storage_bytes
+from mmembed.exporters.archive import save, storage_bytes
+from mmembed.exporters.assemble import assemble
 from mmembed.exporters.int8 import Int8Embedding, int8_linear, with_linear_attention
 from mmembed.exporters.variants import Variant, prepared
 from mmembed.runtime.artifact import prepack, read_card, records_hash, records_of
@@ -184,7 +185,7 @@ def test_a_file_is_written_without_a_copy_in_memory(tmp_path):
 import re, sys, torch
 from pathlib import Path
 from mmembed.core.torchscript import quietly
-from mmembed.exporters.artifact import save
+from mmembed.exporters.archive import save
 def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024
 scripted = quietly(torch.jit.script, torch.nn.ModuleList([torch.nn.Linear(1024, 1024) for _ in range(32)]))
 before = peak()
@@ -202,7 +203,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path, limit):
     program = '''
 import resource, sys, torch
 from mmembed.core.torchscript import quietly
-from mmembed.exporters.artifact import save
+from mmembed.exporters.archive import save
 scripted = quietly(torch.jit.script, torch.nn.Linear(1024, 1024))
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 try: save(scripted, sys.argv[1], '{}')
@@ -216,7 +217,7 @@ except OSError as e: print(e.strerror, e.filename == sys.argv[1])
 
 def test_what_torchs_writer_cannot_write_is_an_error_afterwards(tmp_path):
     "Its first pass had room; the disk fills during the second."
-    module = importlib.import_module('mmembed.exporters.artifact')
+    module = importlib.import_module('mmembed.exporters.archive')
     scripted = quietly(torch.jit.script, nn.Linear(512, 512))
     class Full:
         def __init__(self, file): self.file, self.left = file, 200_000
@@ -236,7 +237,7 @@ def test_an_error_of_ours_while_torch_writes_is_that_error(tmp_path, monkeypatch
     """torch's writer ends its archive as it goes.
 
     The file is closed by then, and an exception there would end the process."""
-    module = importlib.import_module('mmembed.exporters.artifact')
+    module = importlib.import_module('mmembed.exporters.archive')
     real = module.records_of
     def cut_off(*args, **kwargs):
         for i, record in enumerate(real(*args, **kwargs)):

@@ -9,10 +9,12 @@ from mmembed.cli.main import main
 from mmembed.core.packing import pack
 from mmembed.core.torchscript import quietly
 from mmembed.exporters.verify import samples as cases
-from mmembed.exporters import triton
 from mmembed.exporters.export import export
 from mmembed.runtime.embedder import load
 from mmembed.core.errors import reason
+from mmembed.exporters.triton.check import check_repository
+from mmembed.exporters.triton.config import read_pbtxt
+from mmembed.exporters.triton.repository import export_triton
 
 from tests.exporters import tiny
 
@@ -21,7 +23,7 @@ from tests.exporters import tiny
 def repository(tmp_path_factory):
     folder = tmp_path_factory.mktemp('models')
     for path, name in ((tiny.artifact(), 'clip'), (tiny.artifact(False), 'rgb'), (tiny.pair_artifact(), 'pairs')):
-        triton.export_triton(path, folder, name)
+        export_triton(path, folder, name)
     return folder
 
 
@@ -71,7 +73,7 @@ def test_configurations_are_protocol_buffers(repository):
     except (ImportError, RuntimeError): pytest.skip('no tritonclient[grpc]')
     from google.protobuf import text_format
     for path in repository.glob('*/config.pbtxt'):
-        got, own = text_format.Parse(path.read_text(), pb.ModelConfig()), triton.read_pbtxt(path.read_text())
+        got, own = text_format.Parse(path.read_text(), pb.ModelConfig()), read_pbtxt(path.read_text())
         assert got.name == path.parent.name == own['name'][0] and got.max_batch_size == own['max_batch_size'][0]
         for kind in ('input', 'output'):
             assert [(s.name, pb.DataType.Name(s.data_type), list(s.dims)) for s in getattr(got, kind)] == [
@@ -117,7 +119,7 @@ def test_what_does_not_fit_is_named(repository, tmp_path, name, old, new, messag
     good = path.read_text()
     assert old in good
     path.write_text(good.replace(old, new))
-    with pytest.raises(ValueError, match=message): triton.check_repository(tmp_path)
+    with pytest.raises(ValueError, match=message): check_repository(tmp_path)
 
 
 def test_from_the_shell(tmp_path, capsys):
@@ -131,9 +133,9 @@ def test_from_the_shell(tmp_path, capsys):
         main(['export', '--triton', str(tmp_path / 'm')]) == 1 and 'name either a checkpoint' in capsys.readouterr().err
     )
     with pytest.raises(ValueError, match='max_batch must be at least 1'):
-        triton.export_triton(tiny.artifact(), tmp_path, max_batch=0)
+        export_triton(tiny.artifact(), tmp_path, max_batch=0)
     with pytest.raises(ValueError, match="name: 'a/b' is not a name for Triton"):
-        triton.export_triton(tiny.artifact(), tmp_path, 'a/b')
+        export_triton(tiny.artifact(), tmp_path, 'a/b')
 
 
 def test_open_clip_weights_without_training(tmp_path, capsys, monkeypatch):
@@ -180,19 +182,19 @@ def test_open_clip_weights_without_training(tmp_path, capsys, monkeypatch):
 
 def test_instances_are_options_and_hand_edits_stay(tmp_path):
     folder = tmp_path/'models'
-    triton.export_triton(tiny.artifact(), folder, 'clip', instances=2, preprocess=3)
+    export_triton(tiny.artifact(), folder, 'clip', instances=2, preprocess=3)
     path, tower = folder/'clip_preprocess'/'config.pbtxt', folder/'clip_text'/'config.pbtxt'
-    group = lambda p: triton.read_pbtxt(p.read_text())['instance_group'][0]['count']
+    group = lambda p: read_pbtxt(p.read_text())['instance_group'][0]['count']
     assert (group(path), group(tower), group(folder/'clip_pixels'/'config.pbtxt')) == ([3], [2], [2])
     path.write_text(
         path.read_text().replace('count: 3', 'count: 7') + 'version_policy { latest { num_versions: 2 } }\n'
     )
     with pytest.warns(UserWarning, match='clip_preprocess/config.pbtxt was edited by hand and stays'):
-        triton.export_triton(tiny.artifact(), folder, 'clip', instances=4)
+        export_triton(tiny.artifact(), folder, 'clip', instances=4)
     assert (group(path), group(path.with_suffix('.pbtxt.new')), group(tower)) == ([7], [1], [4])
     for option in ('instances', 'preprocess'):
         with pytest.raises(ValueError, match=f'{option} must be at least 1'):
-            triton.export_triton(tiny.artifact(), folder, 'clip', **{option: 0})
+            export_triton(tiny.artifact(), folder, 'clip', **{option: 0})
 
 
 def test_options_warm_up_strings_and_labels(tmp_path, capsys):
@@ -215,7 +217,7 @@ def test_options_warm_up_strings_and_labels(tmp_path, capsys):
         )
         == 0
     ), capsys.readouterr()
-    c = triton.read_pbtxt((tmp_path/'p_pairs_strings'/'config.pbtxt').read_text())
+    c = read_pbtxt((tmp_path/'p_pairs_strings'/'config.pbtxt').read_text())
     assert c['max_batch_size'] == [4] and c['dynamic_batching'][0]['max_queue_delay_microseconds'] == [7]
     assert c['instance_group'] == [{'count': [2], 'kind': ['KIND_GPU'], 'gpus': [1]}] and [
         w['batch_size'] for w in c['model_warmup']
@@ -227,18 +229,18 @@ def test_options_warm_up_strings_and_labels(tmp_path, capsys):
     labels = tmp_path/'p_match'/'labels.txt'
     assert labels.read_text() == 'mismatch\nmatch\n'
     labels.write_text('no\nyes\n')
-    with pytest.warns(UserWarning) as said: triton.export_triton(tiny.pair_artifact(), tmp_path, 'p')
+    with pytest.warns(UserWarning) as said: export_triton(tiny.pair_artifact(), tmp_path, 'p')
     assert labels.read_text() == 'no\nyes\n' and any('labels.txt was edited by hand' in str(w.message) for w in said)
     assert any('p_pairs_strings is of an earlier export' in str(w.message) for w in said)
     labels.write_text('one\n')
     with pytest.raises(ValueError, match='p_match: labels.txt has 1 lines for 2 labels'):
-        triton.check_repository(tmp_path)
+        check_repository(tmp_path)
     assert (
         main(['export', str(tiny.artifact()), '--triton-delay', '3']) == 1
         and '--triton-delay wants --triton FOLDER' in capsys.readouterr().err
     )
     with pytest.raises(ValueError, match="device must be cpu, cuda or cuda:N, got 'gpu'"):
-        triton.export_triton(tiny.artifact(), tmp_path, device='gpu')
+        export_triton(tiny.artifact(), tmp_path, device='gpu')
 
 
 def test_probabilities_of_an_artifacts_labels(tmp_path):
@@ -246,8 +248,8 @@ def test_probabilities_of_an_artifacts_labels(tmp_path):
     model gives them."""
     names = ['red\n circle', 'blue square', '一个圆']
     export(tiny.model(), tmp_path/'m.pt', fresh=False, cpp=False, labels=names, templates=['a {}'])
-    for made in triton.export_triton(tmp_path/'m.pt', tmp_path/'models', 'm'):
-        outputs = triton.read_pbtxt((made/'config.pbtxt').read_text())['output']
+    for made in export_triton(tmp_path/'m.pt', tmp_path/'models', 'm'):
+        outputs = read_pbtxt((made/'config.pbtxt').read_text())['output']
         labelled = [o for o in outputs if 'label_filename' in o]
         if made.name not in ('m_pixels', 'm_image'): assert not labelled and not (made/'labels.txt').exists(), made
         else:
@@ -269,4 +271,4 @@ def test_probabilities_of_an_artifacts_labels(tmp_path):
     ) and torch.allclose(probability.sum(1), torch.ones(2))
     (tmp_path/'models'/'m_image'/'labels.txt').write_text('one\n' * 4)
     with pytest.raises(ValueError, match='m_image: labels.txt has 4 lines for 3 labels'):
-        triton.check_repository(tmp_path / 'models')
+        check_repository(tmp_path / 'models')

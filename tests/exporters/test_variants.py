@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mmembed.core.torchscript import quietly
 from mmembed.exporters.verify import samples as cases
-from mmembed.exporters.artifact import assemble
+from mmembed.exporters.assemble import assemble
 from mmembed.runtime.artifact import read_card
 from mmembed.core.quantize import dequantize
 from mmembed.exporters.steps import Steps, read_classes

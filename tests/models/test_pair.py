@@ -102,8 +102,8 @@ def test_the_file_scores_as_the_model(fusion, tmp_path):
     assert artifact.score_pairs(*pack(TEXTS[:3]), levels).equal(artifact(TEXTS[:3], pictures))
     assert artifact([], []).shape == (0, 2)
     for call, message in [
-        (lambda: artifact(TEXTS[:2], pictures), '2 texts and 3 images are no pairs'),
-        (lambda: artifact.score_pairs(*pack(TEXTS[:2]), levels), '2 texts and 3 images are no pairs'),
+        (lambda: artifact(TEXTS[:2], pictures), '2 texts and 3 images are not pairs'),
+        (lambda: artifact.score_pairs(*pack(TEXTS[:2]), levels), '2 texts and 3 images are not pairs'),
     ]:
         with pytest.raises((RuntimeError, torch.jit.Error), match=message): call()
     with torch.no_grad(): next(model.fusion.parameters()).add_(0.1)

@@ -198,7 +198,7 @@ def test_the_bert_family_is_the_reference_and_traces(kind):
     hidden = tower.net(input_ids=ids, attention_mask=tokens.mask).last_hidden_state
     want = torch.stack([h[m > 0].amax(0) for h, m in zip(hidden, tokens.mask)])
     assert torch.allclose(tower(Tokens(ids, tokens.mask)), want, atol=1e-6)
-    from mmembed.exporters.artifact import trace_text
+    from mmembed.exporters.assemble import trace_text
     traced = trace_text(tower, [TP(TEXTS), TP(TEXTS[:1]), TP(TEXTS[4:])])
     assert torch.allclose(traced(tokens), tower(tokens), atol=1e-6)
 

@@ -193,9 +193,7 @@ def test_ruff():
 
 # Classes that TorchScript compiles stand as one body, and may be longer; so may what is pasted as source into a process
 # without mmembed. The others of this list are to be cut, and none may join them.
-LONG = {
-    'exporters/05_convolutions: _Plan', 'exporters/12_triton: _Repository', 'exporters/onnx/02_model: OnnxModel',
-}
+LONG = set()
 
 
 def long_cells(root=ROOT):

@@ -438,10 +438,12 @@ def test_what_a_graph_cannot_hold(options, message, tmp_path):
 def test_triton_serves_both(made, pairs, tmp_path, capsys):
     import onnxruntime
     from mmembed.cli.main import main
-    from mmembed.exporters import triton
+    from mmembed.exporters.triton.check import check_repository
+    from mmembed.exporters.triton.config import read_pbtxt
+    from mmembed.exporters.triton.repository import export_triton
     assert main(['export', str(made[0]), '--triton', str(tmp_path/'m'), '--onnx', str(made[1])]) == 0
     assert 'model_text_onnx, model_image_onnx' in capsys.readouterr().out
-    triton.export_triton(pairs[0], tmp_path/'m', 'both', onnx=pairs[1])
+    export_triton(pairs[0], tmp_path/'m', 'both', onnx=pairs[1])
     data, offsets = pack(cases.texts())
     path = tmp_path/'m'/'model_text_onnx'
     (got,) = onnxruntime.InferenceSession(path / '1' / 'model.onnx').run(
@@ -453,7 +455,7 @@ def test_triton_serves_both(made, pairs, tmp_path, capsys):
     except (ImportError, RuntimeError): pb = None
     for name in 'model_text_onnx', 'model_image_onnx', 'both_pairs_onnx':
         config = tmp_path/'m'/name/'config.pbtxt'
-        read = triton.read_pbtxt(config.read_text())
+        read = read_pbtxt(config.read_text())
         assert (
             read['platform'] == ['onnxruntime_onnx'] and read['max_batch_size'] == [64] and 'dynamic_batching' in read
         )
@@ -468,10 +470,10 @@ def test_triton_serves_both(made, pairs, tmp_path, capsys):
     ):
         assert old in good
         config.write_text(good.replace(old, new))
-        with pytest.raises(ValueError, match=message): triton.check_repository(tmp_path/'m')
+        with pytest.raises(ValueError, match=message): check_repository(tmp_path/'m')
     shutil.copy(made[1]/'text.onnx', tmp_path/'pairs.onnx')
     with pytest.raises(ValueError, match='was exported from another model'):
-        triton.export_triton(pairs[0], tmp_path / 'n', onnx=tmp_path)
+        export_triton(pairs[0], tmp_path / 'n', onnx=tmp_path)
 
 
 def test_a_file_cannot_be_traced_again(made, tmp_path, capsys):

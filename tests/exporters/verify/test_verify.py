@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import mmembed
 from mmembed.core.torchscript import quietly
 from mmembed.exporters.verify import samples as cases
-from mmembed.exporters.artifact import save
+from mmembed.exporters.archive import save
 from mmembed.exporters.verify.hosts import program
 from mmembed.exporters.reference import ANSWERS
 from mmembed.exporters.verify.report import Comparison, Report, VerifyError
