@@ -50,8 +50,8 @@ def sha256(
 # %% ../../nbs/exporters/01_card.ipynb #84994f1f
 def abridged(
     x,              # a specification: dicts, lists, numbers, strings
-    longest=32,     # most items of a list or dict that is kept; a string may have 16 times as many characters
-): # as `x`
+    longest=32,     # longest list or dict that is kept, in items; a string may have 16 times as many characters
+): # `x`, shortened
     "Replace every long list, dict or string in `x` by its length and the start of its SHA-256."
     if isinstance(x, (list, tuple, dict, str)) and len(x) > (16 * longest if isinstance(x, str) else longest):
         return {'count': len(x), 'sha256': sha256(canonical_json(x))[:16]}
@@ -86,7 +86,7 @@ BESIDE = ('short_hash', 'content_hash', 'pixels', 'tokenizer', 'versions', 'trai
 def content_hash(
     card: dict, # of `make_card` or `read_card`
 ) -> str: # 64 hexadecimal digits
-    "Hash the entries of `card` that decide the numbers: all but those of `BESIDE`."
+    "Hash the entries of `card` that decide what the artifact computes: all but those in `BESIDE`."
     entries = {k: v for k, v in card.items() if k not in BESIDE}
     return sha256(canonical_json(entries | {'short_hash': '', 'content_hash': ''}))
 
@@ -139,9 +139,9 @@ def make_card(
     dim: int,                      # width of an embedding; of a PairClassifier, its number of labels
     decode: bool = True,           # whether the artifact decodes image files
     training: dict | None = None,  # 'config', 'counts' and 'metrics' of the run
-    variant: dict | None = None,   # options that change its numbers, of `Variant.changes`
-    steps: dict | None = None,     # the user's own steps, of `Steps.words`
-    classes: dict | None = None,   # class names and what belongs to them, of `Classes.words`
+    variant: dict | None = None,   # options that change its numbers: `Variant.changes()`
+    steps: dict | None = None,     # the user's own steps: `Steps.words()`
+    classes: dict | None = None,   # class names and their settings: `Classes.words()`
 ) -> dict: # JSON values
     """Make the identity card of `model`. Hosts rely on the flat fields at its start.
 

@@ -1,4 +1,4 @@
-"""Convert the convolutions of an image tower to int8, two to four times as fast as float32, where its embeddings stay the same
+"""Convert the convolutions of an image tower to int8, where its embeddings stay the same: two to four times as fast
 
 Docs: https://mmembed.github.io/mmembed/exporters/convolutions.html.md"""
 

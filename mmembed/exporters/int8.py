@@ -38,7 +38,7 @@ def evened(
 # %% ../../nbs/exporters/03_int8.ipynb #9a216698
 @functools.cache
 def exact_products() -> bool:
-    "Whether `torch._int_mm`, which exported graphs call, is exact in this process; tried on the largest numbers."
+    "Return whether `torch._int_mm`, which exported graphs call, is exact here; tried on the largest numbers."
     x = torch.full((64, 64), 127, dtype=torch.int8)
     return bool((torch._int_mm(x, x) == 64 * 127 * 127).all())
 

@@ -135,7 +135,7 @@ class Int8Conv(nn.Module):
         other: Optional[Span] = None, # what the added bytes stand for; None: nothing is added
         keep: bool = False,         # copy the added tensor, which is read again: oneDNN writes into it
         size: Optional[list[int]] = None, # usual shape (B, in, H, W) of the input, for the order of packed weights
-        mean: Optional[Tensor] = None, # (in,) means of the input, which correct the bias for the rounding of the weights
+        mean: Optional[Tensor] = None, # (in,) means of the input, to correct the bias for rounded weights
     ):
         super().__init__()
         weight = layer.weight.detach()

@@ -76,12 +76,12 @@ def _is_image(x) -> bool: # uint8 (3, H, W)
     return isinstance(x, Tensor) and x.dtype == torch.uint8 and x.dim() == 3 and len(x) == 3 and x.numel() > 0
 
 def tried(
-    steps: Steps, # of a user
-) -> Steps:
-    """Copy each step in eval mode, after trying it scripted on a small input.
+    steps: Steps, # steps of a user
+) -> Steps: # copies in eval mode, on the CPU
+    """Script each step and try it on a small input.
 
-    Raises `TypeError` for a step that is not a module or does not script, `ValueError` for one that returns something
-    else than it must."""
+    Raises `TypeError` for a step that is not a module or cannot be scripted, `ValueError` for one that returns
+    another type or shape than it must."""
     done = {}
     if steps.before_text is not None:
         texts = ['a b', '', 'é']

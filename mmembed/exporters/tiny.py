@@ -24,9 +24,9 @@ from ..vision.pipeline import VisionPipeline
 CAPTIONS = ('a small red circle', 'a large blue square', 'a green triangle above a red circle', '一个红色的圆')
 
 def tiny_model(
-    seed: int = 0,         # of the weights
-    dim: int = 32,         # of the embeddings
-    max_length: int = 16,  # ids of a text
+    seed: int = 0,         # seed of the random weights
+    dim: int = 32,         # width of the embeddings
+    max_length: int = 16,  # most token ids of a text
 ) -> DualEncoder: # in eval mode
     "Make a dual encoder of some 30,000 random weights, for images of 64 pixels."
     text, image = TextPipeline.learn(CAPTIONS, vocab_size=200, max_length=max_length), VisionPipeline(size=64)
@@ -44,7 +44,7 @@ def _written(**options) -> bytes:
 
 def tiny_artifact(
     path: str | Path, # the file to write
-    **options,        # of `tiny_model`
+    **options,        # arguments of `tiny_model`
 ) -> Path: # `path`
     "Write the artifact of `tiny_model`, verified in this process."
     path = Path(path)
