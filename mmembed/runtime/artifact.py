@@ -65,7 +65,7 @@ def read_card(
             card = json.loads(z.read(name)) if name else None
     except PermissionError: raise
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, ValueError, EOFError, OSError):
-        raise ValueError(f'{path} is not an mmembed artifact, or is truncated: it is no complete zip archive') from None
+        raise ValueError(f'{path} is not an mmembed artifact, or is truncated: it is not a complete zip archive') from None
     if not isinstance(card, dict): raise ValueError(f'{path} is not an mmembed artifact: it holds no identity card')
     version = card.get('format_version')
     if isinstance(version, int) and version > FORMAT_VERSION:

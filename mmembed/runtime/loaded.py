@@ -178,7 +178,7 @@ def _as_image(self: LoadedArtifact, image) -> Tensor: # a file uint8 (N,), or RG
 def probe(
     self: LoadedArtifact,
     image, # one image: a file's bytes or path, a PIL image, an array or a tensor
-) -> ImageInfo: # its `error` says why a file will not be decoded, or is ''
+) -> ImageInfo: # its `error` states why a file will not be decoded, or is ''
     "Read the header of `image` without decoding it."
     with steady(): return ImageInfo(*self.module.probe(self._as_image(image)))
 

@@ -166,6 +166,7 @@ def read_properties(
     orientation = [1, 4, 2, 8, 5, 7, 3, 2, 4, 6, 7, 5][3 * angle + mirror]
     return ImageProperties(width, height, bits, channels, orientation)
 
+# %% ../../nbs/vision/02_probe_bmff.ipynb #612bbb80
 def scan_boxes(
     data: Tensor, # uint8 (N,): a file
     format: str,  # 'avif' or 'heic'

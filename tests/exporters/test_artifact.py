@@ -133,7 +133,7 @@ def test_a_function_has_a_file_of_its_own():
         code = {n.partition('/code/')[2]: z.read(n) for n in z.namelist() if '/code/' in n}
     heads = {n: re.findall(rb'^(?:def|class) (\w+)', text, re.M) for n, text in code.items()}
     assert not [n for n, text in code.items() if re.search(rb'^def ', text, re.M) and len(heads[n]) > 1]
-    assert heads['__torch__/mmembed/vision/probe/scan_jpeg.py'] == [b'scan_jpeg']
+    assert heads['__torch__/mmembed/vision/probe_jpeg/scan_jpeg.py'] == [b'scan_jpeg']
     assert [b'Header'] in heads.values()
 
 

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmembed.core.packing import as_bytes
 from mmembed.core.torchscript import quietly
 from mmembed.core.files import read_bytes
-from mmembed.vision.probe import chain, probe, scan
+from mmembed.vision.chain import chain
+from mmembed.vision.probe import probe, scan
 
 from tests.helpers import data_path
 from tests.vision.conftest import FILES, opened, picture, saved, upright
