@@ -23,6 +23,7 @@ from torch import Tensor
 from ..core.types import Tokens
 from ..core.packing import pack
 from ..core.errors import whole_number
+from ..core.renamed import renamed
 
 # %% ../../nbs/runtime/05_results.ipynb #7612fc4e
 class Encoded(NamedTuple):
@@ -39,6 +40,7 @@ class Scored(NamedTuple):
     errors: list    # '' or the reason, for each of the B pairs
 
 # %% ../../nbs/runtime/05_results.ipynb #ed8d709c
+@renamed(kind='result')
 def settle(
     done: list[Tensor], # batches of the good rows, (b, D) each
     errors: list[str],  # '' or the reason, for each of B items

@@ -440,6 +440,12 @@ def test_the_old_name_of_pixels_warns(emb):
     assert torch.equal(old[0], s.pixels[0])
 
 
+def test_the_old_name_of_an_argument_of_settle_warns():
+    from mmembed.runtime.results import Scored, settle
+    with pytest.warns(DeprecationWarning, match=r'settle\(kind=\) is now settle\(result=\)'):
+        assert isinstance(settle([], ['x'], torch.zeros(0, 2), 'flag', kind=Scored), Scored)
+
+
 def test_a_heat_map_in_a_terminal_is_a_table(emb):
     lines = str(emb.similarity(['a red circle', 'x' * 99], [FILES['gray.jpg']] * 2)).splitlines()
     assert [len(line) for line in lines] == [54] * 3 and lines[1].startswith('a red circle  ')
