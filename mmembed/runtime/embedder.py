@@ -8,7 +8,6 @@ Docs: https://mmembed.github.io/mmembed/runtime/embedder.html.md"""
 __all__ = ['TEXTS', 'Embedder', 'load']
 
 # %% ../../nbs/runtime/09_embedder.ipynb #6d201f16
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from ..core.errors import items_of, reason, whole_number
 from ..core.images import DOT, stack_levels
 from ..core.progress import watched
+from ..core.renamed import warn_renamed
 from ..core.threads import ahead, decoders as threads_for, steady
 from .inputs import name_of, rows_of, text_error
 from .loaded import LoadedArtifact
@@ -216,7 +216,7 @@ def scores(
     **kwargs, # as in `score_pairs`
 ) -> Tensor | Scored: # as `score_pairs`
     "Score pairs; deprecated, an older name of `score_pairs`."
-    warnings.warn('Embedder.scores is now called score_pairs', DeprecationWarning, stacklevel=2)
+    warn_renamed('Embedder.scores', 'Embedder.score_pairs')
     return self.score_pairs(*args, **kwargs)
 
 # %% ../../nbs/runtime/09_embedder.ipynb #fab0c0f9

@@ -13,7 +13,6 @@ import base64
 import io
 import statistics
 import time
-import warnings
 from html import escape
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ from torch import Tensor
 from ..core.types import Tokens
 from ..core.packing import pack
 from ..core.errors import whole_number
-from ..core.renamed import renamed
+from ..core.renamed import renamed, warn_renamed
 
 # %% ../../nbs/runtime/05_results.ipynb #7612fc4e
 class Encoded(NamedTuple):
@@ -179,7 +178,7 @@ class Similarity(NamedTuple):
     @property
     def levels(self) -> list: # as `pixels`
         "Return `pixels`; deprecated, their older name."
-        warnings.warn('Similarity.levels is now called pixels', DeprecationWarning, stacklevel=2)
+        warn_renamed('Similarity.levels', 'Similarity.pixels')
         return self.pixels
 
     def __repr__(self):

@@ -436,7 +436,7 @@ def test_heat_map(emb, tmp_path):
 
 def test_the_old_name_of_pixels_warns(emb):
     s = emb.similarity(['a'], [FILES['gray.jpg']])
-    with pytest.warns(DeprecationWarning, match='Similarity.levels is now called pixels'): old = s.levels
+    with pytest.warns(DeprecationWarning, match='Similarity.levels is now Similarity.pixels'): old = s.levels
     assert torch.equal(old[0], s.pixels[0])
 
 
