@@ -65,7 +65,8 @@ def read_card(
             card = json.loads(z.read(name)) if name else None
     except PermissionError: raise
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, ValueError, EOFError, OSError):
-        raise ValueError(f'{path} is not an mmembed artifact, or is truncated: it is not a complete zip archive') from None
+        why = 'is not an mmembed artifact, or is truncated: it is not a complete zip archive'
+        raise ValueError(f'{path} {why}') from None
     if not isinstance(card, dict): raise ValueError(f'{path} is not an mmembed artifact: it holds no identity card')
     version = card.get('format_version')
     if isinstance(version, int) and version > FORMAT_VERSION:
