@@ -50,22 +50,28 @@ class ShortWords(nn.Module):
 
     def _mixed(self, a: Tensor, b: Tensor) -> Tensor: return (a ^ (b * self.mix)) * self.mix
 
-    def eights(self, bytes: Tensor) -> Tensor:
+    def eights(self, bytes: Tensor, # int64 (M,): 0 to 255
+    ) -> Tensor:
         "Return the eight bytes from each position on as one integer: int64 (M,) -> (M+16,)."
         x = nn.functional.pad(bytes, (0, 24))
         x = x[:-1] | x[1:] << 8
         x = x[:-2] | x[2:] << 16
         return x[:-4] | x[4:] << 32
 
-    def forward(self, eights: Tensor, start: Tensor, size: Tensor) -> Tensor:
+    def forward(self,
+        eights: Tensor, # int64 (M+16,), from `eights`
+        start: Tensor,  # int64 (W,): the first byte of each
+        size: Tensor,   # int64 (W,): bytes
+    ) -> Tensor:
         "Look strings up by their first eight bytes and their size, int64 (W,); return ids, -1 for absent strings."
-        size = size.clamp(max=16)
-        a = eights.index_select(0, start) & self.first.index_select(0, size)
+        size = size.clamp(max=16)  # (W,)
+        a = eights.index_select(0, start) & self.first.index_select(0, size)  # (W,): bytes 0 to 7
+        # (W,): bytes 8 to 14, and the size
         b = eights.index_select(0, start + 8) & self.last.index_select(0, size) | self.length.index_select(0, size)
-        key = self._mixed(a, b)
+        key = self._mixed(a, b)  # (W,)
         by = self.multiplier.index_select(0, (key >> self.bucket_shift) & self.bucket_mask)
-        slot = ((key * by) >> self.slot_shift) & self.slot_mask
-        same = (self.a.index_select(0, slot) == a) & (self.b.index_select(0, slot) == b)
+        slot = ((key * by) >> self.slot_shift) & self.slot_mask  # (W,)
+        same = (self.a.index_select(0, slot) == a) & (self.b.index_select(0, slot) == b)  # (W,)
         return torch.where(same, self.ids.index_select(0, slot), -1)
 
 # %% ../../nbs/text/10_bpe.ipynb #3d0cf85c
@@ -95,11 +101,12 @@ class PairRanks(nn.Module):
         self.register_buffer('keys', torch.where(slots.ids < 0, 1, slots.keys))
         self.register_buffer('ranks', torch.where(slots.ids < 0, self.none, slots.ids))
 
-    def forward(self, id: Tensor) -> Tensor:
+    def forward(self, id: Tensor, # int64 (M,)
+    ) -> Tensor:
         "Return the merge rank of each id with its right neighbour: int64 (M,) -> (M-1,)."
-        key = torch.add(id[1:], id[:-1], alpha=1 << 32) * self.scale
-        by = self.multiplier.index_select(0, (key >> self.bucket_shift) & self.bucket_mask)
-        slot = ((key * by) >> self.slot_shift) & self.slot_mask
+        key = torch.add(id[1:], id[:-1], alpha=1 << 32) * self.scale  # (M-1,)
+        by = self.multiplier.index_select(0, (key >> self.bucket_shift) & self.bucket_mask)  # (M-1,)
+        slot = ((key * by) >> self.slot_shift) & self.slot_mask  # (M-1,)
         return torch.where(self.keys.index_select(0, slot) == key, self.ranks.index_select(0, slot), self.none)
 
 # %% ../../nbs/text/10_bpe.ipynb #c1f191ad
@@ -188,42 +195,50 @@ class BytePairs(nn.Module):
         known = dict(entries) | marks
         self.words = ShortWords(list(known), list(known.values()))
 
-    def forward(self, x: Codes) -> Pieces:
+    def forward(self, x: Codes, # flagged bytes, of `ByteFront`
+    ) -> Pieces:
         "Split flagged bytes (of `ByteFront`) into pieces."
         n = x.codes.numel()
+        # (W,): where words and white space begin
         bound = (x.codes >= 256).nonzero().flatten() if not self.drops else (x.codes & 256).nonzero().flatten()
-        edges = ended(bound, n)
+        edges = ended(bound, n)  # (W+1,)
         bound, end = edges[:-1], edges[1:]
         if self.drops:
-            keep = (x.codes.index_select(0, bound) < 512).nonzero().flatten()
+            keep = (x.codes.index_select(0, bound) < 512).nonzero().flatten()  # words alone
             bound, end = bound.index_select(0, keep), end.index_select(0, keep)
-        byte = x.codes & 255
-        size = end - bound
-        id = self.words(self.words.eights(byte), bound, size)
+        byte = x.codes & 255  # (N,)
+        size = end - bound  # (W,)
+        id = self.words(self.words.eights(byte), bound, size)  # (W,): -1 where merges must tell
+        # (N,): the token that begins at each byte
         found = torch.full((n,), -1, dtype=torch.int64, device=byte.device).index_copy_(0, bound, id)
-        rest = (id < 0).nonzero().flatten()
+        rest = (id < 0).nonzero().flatten()  # (R,)
         if not self.shortcuts or rest.numel() > 0:
             at, id = self.spelt(byte, bound.index_select(0, rest), size.index_select(0, rest))
             found.index_copy_(0, at, id)
         has = found >= 0
-        begin = has.nonzero().flatten()
-        ids = found.index_select(0, begin)
-        length = self.size.index_select(0, ids)
+        begin = has.nonzero().flatten()  # (T,)
+        ids = found.index_select(0, begin)  # (T,)
+        length = self.size.index_select(0, ids)  # (T,): bytes
         if self.repeated: length = torch.where(byte.index_select(0, begin) == 255, 4, length)
         return Pieces(ids, begin, begin + length, nn.functional.pad(has.cumsum(0), (1, 0)).index_select(0, x.offsets))
 
-    def spelt(self, byte: Tensor, start: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    def spelt(self,
+        byte: Tensor,  # int64 (N,): bytes of the batch
+        start: Tensor, # int64 (W,): the first byte of each word
+        size: Tensor,  # int64 (W,): its bytes
+    ) -> tuple[Tensor, Tensor]:
         "Split the words at bytes [start, start + size) by merges; return where each piece begins, and its id."
         word = torch.repeat_interleave(size + 1)  # each word and a wall
-        total = (size + 1).cumsum(0)
+        total = (size + 1).cumsum(0)  # (R,)
+        # (S,): the byte of each symbol
         at = torch.arange(word.numel(), device=byte.device) + (start - total + size + 1).index_select(0, word)
-        b = byte.index_select(0, at.clamp(max=byte.numel() - 1))
-        id = self.inner.index_select(0, b)
-        tail = total - 2
+        b = byte.index_select(0, at.clamp(max=byte.numel() - 1))  # (S,)
+        id = self.inner.index_select(0, b)  # (S,)
+        tail = total - 2  # (R,): the last byte of each word
         id = id.index_copy(0, tail, self.last.index_select(0, b.index_select(0, tail)))
         id.index_fill_(0, total - 1, self.wall)
         at, id = self._merged(id, at, word, size) if self.orderly else self._one_by_one(id, at, word, size)
-        real = (id != self.wall).nonzero().flatten()
+        real = (id != self.wall).nonzero().flatten()  # (T,)
         return at.index_select(0, real), id.index_select(0, real)
 
     def _merged(self, id: Tensor, at: Tensor, word: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,15 +248,16 @@ class BytePairs(nn.Module):
         long = size > self.reach
         far = bool(long.any())
         while True:
-            rank = self.ranks(id)
-            owner = word[:-1]
-            best = nothing.scatter_reduce(0, owner, rank, 'amin')
-            low = best.index_select(0, owner)
+            rank = self.ranks(id)  # (S-1,): of each symbol with the next
+            owner = word[:-1]  # (S-1,)
+            best = nothing.scatter_reduce(0, owner, rank, 'amin')  # (R,): the best rank of each word
+            low = best.index_select(0, owner)  # (S-1,)
             if far: low = torch.where(long.index_select(0, owner), self._lowest(rank), low)
-            hit = ((rank == low) & (rank < self.none)).nonzero().flatten()
+            hit = ((rank == low) & (rank < self.none)).nonzero().flatten()  # (H,): pairs that merge
             if hit.numel() == 0: break
             if far or bool((hit[1:] - hit[:-1] == 1).any()): hit = self._apart(hit, rank)
-            id = id.index_copy(0, hit, self.made.index_select(0, rank.index_select(0, hit)))
+            id = id.index_copy(0, hit, self.made.index_select(0, rank.index_select(0, hit)))  # (S,)
+            # (S,): all but the second of each pair
             keep = torch.ones_like(id, dtype=torch.bool).index_fill_(0, hit + 1, False)
             if id.numel() > 8192:  # words that are finished leave, which pays when there are many
                 busy = (best < self.none).index_select(0, word)
@@ -249,7 +265,7 @@ class BytePairs(nn.Module):
                 ats.append(at.index_select(0, done))
                 ids.append(id.index_select(0, done))
                 keep = keep & busy
-            left = keep.nonzero().flatten()
+            left = keep.nonzero().flatten()  # what remains
             id, at, word = id.index_select(0, left), at.index_select(0, left), word.index_select(0, left)
         ats.append(at)
         ids.append(id)
@@ -260,10 +276,10 @@ class BytePairs(nn.Module):
         word a round."""
         while True:
             n = id.numel()
-            rank = self.ranks(id)
+            rank = self.ranks(id)  # (S-1,)
             place = torch.arange(n - 1, device=id.device)
-            key = torch.where(rank < self.none, rank * n + place, self.none * n)
-            best = torch.full_like(size, self.none * n).scatter_reduce(0, word[:-1], key, 'amin')
+            key = torch.where(rank < self.none, rank * n + place, self.none * n)  # (S-1,): the rank, then the place
+            best = torch.full_like(size, self.none * n).scatter_reduce(0, word[:-1], key, 'amin')  # (R,)
             hit = best[best < self.none * n] % n
             if hit.numel() == 0: break
             id = id.index_copy(0, hit, self.made.index_select(0, rank.index_select(0, hit)))
@@ -274,11 +290,11 @@ class BytePairs(nn.Module):
     def _apart(self, hit: Tensor, rank: Tensor) -> Tensor:
         """`hit` without the pairs that overlap one merged before: in a run of equal tokens every other pair stays,
         if its first does."""
-        place = torch.arange(rank.numel(), device=hit.device)
-        same = nn.functional.pad(rank[1:] == rank[:-1], (1, 0))
+        place = torch.arange(rank.numel(), device=hit.device)  # (S-1,)
+        same = nn.functional.pad(rank[1:] == rank[:-1], (1, 0))  # (S-1,)
         # where the run of equal ranks begins
         first = torch.where(same, -1, place).cummax(0).values.index_select(0, hit)
-        begins = torch.zeros_like(rank, dtype=torch.bool).index_fill_(0, hit, True).index_select(0, first)
+        begins = torch.zeros_like(rank, dtype=torch.bool).index_fill_(0, hit, True).index_select(0, first)  # (H,)
         return hit[((hit - first) % 2 == 0) & begins]
 
     def _lowest(self, rank: Tensor) -> Tensor:

@@ -107,15 +107,17 @@ class FinalSigma(nn.Module):
         super().__init__()
         self.cased = PageTable(np.concatenate([cased, np.zeros(MAX_ADDED, np.int64)]))
 
-    def forward(self, x: Codes) -> Codes:
+    def forward(self, x: Codes, # code points
+    ) -> Codes:
         n = x.codes.numel()
-        capital = (x.codes == 0x3A3).nonzero().flatten()
+        capital = (x.codes == 0x3A3).nonzero().flatten()  # (S,)
         if self.shortcuts and capital.numel() == 0: return x
-        kind = self.cased(x.codes)
-        solid = kind != 1
+        kind = self.cased(x.codes)  # (M,)
+        solid = kind != 1  # (M,): not ignorable
+        # (S,), (S,): the nearest such characters
         left, right = last_before(solid).index_select(0, capital) - 1, first_from(solid).index_select(0, capital + 1)
-        row = torch.repeat_interleave(x.offsets[1:] - x.offsets[:-1]).index_select(0, capital)
-        begin, end = x.offsets.index_select(0, row), x.offsets.index_select(0, row + 1)
-        cased_left = (left >= begin) & (kind.index_select(0, left.clamp(min=0)) == 2)
+        row = torch.repeat_interleave(x.offsets[1:] - x.offsets[:-1]).index_select(0, capital)  # (S,)
+        begin, end = x.offsets.index_select(0, row), x.offsets.index_select(0, row + 1)  # (S,), (S,)
+        cased_left = (left >= begin) & (kind.index_select(0, left.clamp(min=0)) == 2)  # (S,)
         cased_right = (right < end) & (kind.index_select(0, right.clamp(max=n - 1)) == 2)
         return Codes(x.codes.index_fill(0, capital[cased_left & ~cased_right], 0x3C2), x.offsets)

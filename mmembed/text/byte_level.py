@@ -40,28 +40,32 @@ class PatternStrings(nn.Module):
         self.strings = strings
         self.first = strings[0][0]
 
-    def forward(self, v: Tensor, start: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self,
+        v: Tensor,       # int64 (M,): values
+        start: Tensor,   # bool (M,): a match begins here without these strings
+        offsets: Tensor, # int64 (B+1,): where rows begin
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return start, end and number of each listed string that matches.
 
         Takes values, whether each value begins a match without these strings, and the offsets of rows."""
-        at = (v == self.first).nonzero().flatten()
+        at = (v == self.first).nonzero().flatten()  # (C,)
         if self.shortcuts and at.numel() == 0: return at, at, at
         which, end = self._matches(
             v, at, torch.repeat_interleave(offsets[1:], offsets[1:] - offsets[:-1]).index_select(0, at)
         )
-        found = (which >= 0).nonzero().flatten()
+        found = (which >= 0).nonzero().flatten()  # (F,)
         at, end, which = at[found], end[found], which[found]
-        chained = nn.functional.pad(end, (1, 0), value=-1.)[:-1] == at
-        begins = start.index_select(0, at)
-        ok = last_before(begins)[1:] >= last_before(~chained)[1:]
+        chained = nn.functional.pad(end, (1, 0), value=-1.)[:-1] == at  # (F,): right behind another
+        begins = start.index_select(0, at)  # (F,)
+        ok = last_before(begins)[1:] >= last_before(~chained)[1:]  # (F,)
         return at[ok], end[ok], which[ok]
 
     def _matches(self, v: Tensor, at: Tensor, row_end: Tensor) -> tuple[Tensor, Tensor]:
         "Which string stands at each of `at`, or -1, and where it ends."
-        last = v.numel() - 1
+        last = v.numel() - 1  # of the places
         which, end = torch.full_like(at, -1), at
         for k, codes in enumerate(self.strings):
-            here = at + len(codes) <= row_end
+            here = at + len(codes) <= row_end  # (C,)
             for j, c in enumerate(codes): here = here & (v.index_select(0, (at + j).clamp(max=last)) == c)
             which, end = torch.where(here, k, which), torch.where(here, at + len(codes), end)
         return which, end
@@ -143,12 +147,16 @@ class ByteFront(nn.Module):
         self.r, self.v, self.e, self.l = map(value, 'rvel')
         self.register_buffer('quick', self._quick_table())
 
-    def forward(self, data: Tensor, offsets: Tensor, spans: bool) -> Located:
+    def forward(self,
+        data: Tensor,    # uint8 (N,): packed UTF-8
+        offsets: Tensor, # int64 (B+1,): text i is data[offsets[i]:offsets[i+1]]
+        spans: bool,     # return the bytes of each value too
+    ) -> Located:
         """Convert uint8 (N,) and int64 (B+1,) to flagged bytes.
 
         With `spans` also return the source bytes of the character that each comes from."""
         nowhere = torch.empty(0, dtype=torch.int64, device=data.device)
-        values = self.quick.index_select(0, data.int())
+        values = self.quick.index_select(0, data.int())  # (N,): one a byte; -1 where it says nothing
         if self.shortcuts and (data.numel() == 0 or int(values.min()) >= 0):
             at = torch.arange(data.numel(), device=data.device) if spans else nowhere
             if not self.prefix:
@@ -159,9 +167,9 @@ class ByteFront(nn.Module):
                 x.offsets)), x.offsets, begin, end)
         x, begin, end = self._normalised(data, offsets, spans)
         if self.prefix: x, begin, end = self._prefixed(x, begin, end)
-        start = self._starts(x.codes, x.offsets)
+        start = self._starts(x.codes, x.offsets)  # (M,)
         if self.listed:
-            at, till, which = self.strings(x.codes, start, x.offsets)
+            at, till, which = self.strings(x.codes, start, x.offsets)  # (S,) each
             if not self.shortcuts or at.numel() > 0:
                 if self.replaces and (not self.shortcuts or int(which.max()) >= self.marked_from):
                     x, begin, end = self._replaced(x, at, till, which, begin, end)
@@ -170,22 +178,22 @@ class ByteFront(nn.Module):
                 start = start.index_fill(0, till[till < start.numel()], True)
             start = self._contract(x.codes, start, x.offsets)
             if not self.shortcuts or at.numel() > 0:
-                one = (which >= self.joined_from).nonzero().flatten()
+                one = (which >= self.joined_from).nonzero().flatten()  # strings that are one word
                 start = start & ~self._inside(at[one] + 1, till[one], start.numel())
         else: start = self._contract(x.codes, start, x.offsets)
         return self._bytes(x, start, begin, end)
 
     def _normalised(self, data: Tensor, offsets: Tensor, spans: bool) -> tuple[Codes, Tensor, Tensor]:
         "Values, and with `spans` the source bytes of each, else nothing."
-        x, begin = self.utf8(data, offsets)
-        edges = ended(begin, data.numel())
+        x, begin = self.utf8(data, offsets)  # (M,), (M,)
+        edges = ended(begin, data.numel())  # (M+1,)
         if self.early:
             x, kept = self.raw(x)
             if spans and kept.numel() > 0: edges = edges.index_select(0, kept)
         nowhere = torch.empty(0, dtype=torch.int64, device=data.device)
         begin, end = (edges[:-1], edges[1:]) if spans else (nowhere, nowhere)
         if self.fixes:
-            codes, source, compose = self.first(x.codes)
+            codes, source, compose = self.first(x.codes)  # (K,), (K,)
             x, begin, end = self._moved(codes, source, x, begin, end)
             if compose:
                 rows = x.offsets
@@ -195,7 +203,7 @@ class ByteFront(nn.Module):
                     end = end.index_select(0, torch.maximum(edge[1:] - 1, source))
                     begin = begin.index_select(0, source)
         if self.lowers_sigma: x = self.sigma(x)
-        codes, source, _ = self.values(x.codes)
+        codes, source, _ = self.values(x.codes)  # (V,), (V,): with the class above the code point
         x, begin, end = self._moved(codes, source, x, begin, end)
         if self.late:
             y, kept = self.normed(Codes(x.codes & 0x1FFFFF, x.offsets))
@@ -211,7 +219,7 @@ class ByteFront(nn.Module):
         "What a table made of `x`, with the rows' offsets and the spans moved accordingly."
         if self.shortcuts and source.numel() == 0 and codes.numel() == x.codes.numel():
             return Codes(codes, x.offsets), begin, end
-        count = torch.zeros(x.codes.numel() + 1, dtype=torch.int64, device=codes.device)
+        count = torch.zeros(x.codes.numel() + 1, dtype=torch.int64, device=codes.device)  # (M+1,)
         count.index_add_(0, source + 1, torch.ones_like(source))
         return (Codes(codes, count.cumsum(0).index_select(0, x.offsets)), self._picked(begin, source),
             self._picked(end, source))
@@ -223,11 +231,13 @@ class ByteFront(nn.Module):
     def _prefixed(self, x: Codes, begin: Tensor, end: Tensor) -> tuple[Codes, Tensor, Tensor]:
         "With a space before each part that begins without one (`add_prefix_space`)."
         n = x.codes.numel()
-        kind = x.codes >> 21
+        kind = x.codes >> 21  # (M,)
+        # (M,): a part begins
         first = torch.zeros(n + 1, dtype=torch.bool, device=kind.device).index_fill_(0, x.offsets, True)[:n]
         first = first | nn.functional.pad(kind == 10, (1, 0))[:n]
+        # (M + parts,): the value that each is, or stands before
         owner = torch.repeat_interleave(1 + (first & (kind != 10) & (x.codes != 32)).long())
-        new = nn.functional.pad(owner[:-1], (1, 0), value=-1.)[:owner.numel()] != owner
+        new = nn.functional.pad(owner[:-1], (1, 0), value=-1.)[:owner.numel()] != owner  # the space that is put in
         new = new & nn.functional.pad(owner[1:] == owner[:-1], (0, 1))[:owner.numel()]  # the first of two is the space
         count = torch.zeros(n + 1, dtype=torch.int64, device=kind.device).index_add_(
             0, owner + 1, torch.ones_like(owner)
@@ -240,29 +250,31 @@ class ByteFront(nn.Module):
     def _starts(self, v: Tensor, offsets: Tensor) -> Tensor:
         "Which values begin a word or a stretch of white space, contractions apart: bool (M,)."
         n = v.numel()
-        kind = v >> 21
+        kind = v >> 21  # (M,)
         before = nn.functional.pad(kind, (1, 0)).index_fill_(0, offsets, 31)  # 31: nothing, a text begins
-        start = (kind != before[:n]) | ((kind & self.alone) != 0)
+        start = (kind != before[:n]) | ((kind & self.alone) != 0)  # (M,)
         if self.clip: return start
         solid = (kind != 0) & (kind != 10)
+        # (M,): takes the space before it along
         joined = nn.functional.pad(v == 32, (1, 0))[:n] & (before[:n] == 0) & solid
+        # (M,): the last space before a word
         last = (kind == 0) & (before[1:] == 0) & nn.functional.pad(solid, (0, 1))[1:]
         return (start & ~joined) | last
 
     def _contract(self, v: Tensor, start: Tensor, offsets: Tensor) -> Tensor:
         "`start`, with contractions as words."
-        at = (start & (v == self.apostrophe)).nonzero().flatten() + 1
+        at = (start & (v == self.apostrophe)).nonzero().flatten() + 1  # (A,): behind each apostrophe
         if self.shortcuts and at.numel() == 0: return start
         n = v.numel()
         new = torch.zeros(n + 1, dtype=torch.bool, device=v.device).index_fill_(0, offsets, True)
-        more = nn.functional.pad(v, (0, 2))
-        a, b = more.index_select(0, at), more.index_select(0, at + 1)
+        more = nn.functional.pad(v, (0, 2))  # (M+2,)
+        a, b = more.index_select(0, at), more.index_select(0, at + 1)  # (A,), (A,): the two characters that follow
         same = ~new.index_select(0, at)
-        one = same & torch.isin(a, self.single)
+        one = same & torch.isin(a, self.single)  # (A,): 's 't 'm 'd
         two = (same & ~new.index_select(0, (at + 1).clamp(max=n)) & (((a == self.l) & (b == self.l))
             | (((a == self.r) | (a == self.v)) & (b == self.e))))
-        end = at + one.long() + 2 * two.long()
-        hit = (one | two).nonzero().flatten()
+        end = at + one.long() + 2 * two.long()  # (A,)
+        hit = (one | two).nonzero().flatten()  # among A
         start = start.index_fill(0, at[hit], False)
         end = end[hit]
         return start.index_fill(0, end[end < n], True)
@@ -277,7 +289,7 @@ class ByteFront(nn.Module):
         self, x: Codes, at: Tensor, till: Tensor, which: Tensor, begin: Tensor, end: Tensor
     ) -> tuple[Codes, Tensor, Tensor]:
         "With each string that is a token as one value."
-        hit = (which >= self.marked_from).nonzero().flatten()
+        hit = (which >= self.marked_from).nonzero().flatten()  # among S
         at, till, which = at[hit], till[hit], which[hit]
         n = x.codes.numel()
         keep = (~self._inside(at + 1, till, n)).nonzero().flatten()
@@ -296,12 +308,13 @@ class ByteFront(nn.Module):
 
     def _bytes(self, x: Codes, start: Tensor, begin: Tensor, end: Tensor) -> Located:
         "Each value as its UTF-8."
-        code = x.codes & 0x1FFFFF
-        size = 1 + (code >= 0x80).long() + (code >= 0x800) + (code >= 0x10000)
-        total = nn.functional.pad(size.cumsum(0), (1, 0))
-        owner = torch.repeat_interleave(size)
+        code = x.codes & 0x1FFFFF  # (M,)
+        size = 1 + (code >= 0x80).long() + (code >= 0x800) + (code >= 0x10000)  # (M,): bytes of each
+        total = nn.functional.pad(size.cumsum(0), (1, 0))  # (M+1,)
+        owner = torch.repeat_interleave(size)  # (N',): the value of each byte
+        # (N',): which of its bytes
         nth = torch.arange(owner.numel(), device=owner.device) - total.index_select(0, owner)
-        c, size = code.index_select(0, owner), size.index_select(0, owner)
+        c, size = code.index_select(0, owner), size.index_select(0, owner)  # (N',), (N',)
         lead = torch.where(size == 2, 0xC0, torch.where(size == 3, 0xE0, 0xF0)) | c >> 6 * (size - 1)
         byte = torch.where(nth == 0, torch.where(size == 1, c, lead), (c >> 6 * (size - 1 - nth)) & 0x3F | 0x80)
         token = torch.where(nth == 0, 0xFF, (c - 0x110000) >> 7 * (nth - 1).clamp(min=0) & 0x7F)

@@ -89,36 +89,42 @@ class KnownWords(nn.Module):
         )
         self.register_buffer('cuts', self.masks[1:16] | self.masks[16] & ~self.masks[15])  # the last byte stays
 
-    def forward(self, data: Tensor, offsets: Tensor) -> Known:
+    def forward(self,
+        data: Tensor,    # uint8 (N,): packed UTF-8
+        offsets: Tensor, # int64 (B+1,): text i is data[offsets[i]:offsets[i+1]]
+    ) -> Known:
         "Look up the words of packed UTF-8, uint8 (N,) with N > 0 and int64 (B+1,), on the CPU."
         n = data.numel()
-        x = torch.cat([self.before, data.int(), self.behind])
+        x = torch.cat([self.before, data.int(), self.behind])  # (1+N+16,): nothing before, the end behind
         code, after = self.codes.index_select(0, x), self.after.index_select(0, x)
         if offsets.numel() > 2: after.index_fill_(0, offsets, 223)  # FRESH: with nothing before it
         # a kind of byte that does not go on with what stands before it; 0 elsewhere
         begins = self.kinds.index_select(0, x)[1:] & after[:-1]
         edges = begins.nonzero().squeeze(1)  # the last of them is the end
-        start = edges[:-1]
-        size = edges[1:] - start
+        start = edges[:-1]  # (W,)
+        size = edges[1:] - start  # (W,)
         if n > self.most: size.clamp_(max=16)  # there are masks for all others
-        letters = code.as_strided([n, 16], [1, 1], 1).index_select(0, start)
+        letters = code.as_strided([n, 16], [1, 1], 1).index_select(0, start)  # (W, 16): the codes from each start on
         # `view` has no dtype in TorchScript
         key = torch.view_copy(letters, dtype=torch.int64) & self.masks.index_select(0, size)
-        row = self.rows.index_select(0, self._slots(key))
+        row = self.rows.index_select(0, self._slots(key))  # (W, 3): the two halves of a word, and its token
         if n <= self.most:
             # two spaces side by side
             sure = torch.equal(row[:, :2], key) and not (self.spaced and bool((begins & 32).any()))
             if sure: return Known(row[:, 2], start, start[:0], True, start[:0], size, code)
-        hit = (row[:, 0] == key[:, 0]) & (row[:, 1] == key[:, 1])
+        hit = (row[:, 0] == key[:, 0]) & (row[:, 1] == key[:, 1])  # (W,)
         return self._apart(Known(row[:, 2], start, hit, False, (begins & 96).nonzero().squeeze(1), size, code), offsets)
 
     def _slots(self, key: Tensor) -> Tensor:
         "Where each key could only be, int64 (W, 2) -> (W,)."
-        mixed = key.mv(self.mix)
-        by = self.multiplier.index_select(0, (mixed >> self.bucket_shift) & self.bucket_mask)
+        mixed = key.mv(self.mix)  # (W,)
+        by = self.multiplier.index_select(0, (mixed >> self.bucket_shift) & self.bucket_mask)  # (W,)
         return ((mixed * by) >> self.slot_shift) & self.slot_mask
 
-    def sizes(self, start: Tensor, n: int) -> Tensor:
+    def sizes(self,
+        start: Tensor, # int64 (W,)
+        n: int,        # how many
+    ) -> Tensor:
         "Return the number of bytes of each word, with the white space behind it."
         edges = nn.functional.pad(start, [0, 1], value=float(n))
         return edges[1:] - edges[:-1]
@@ -128,47 +134,57 @@ class KnownWords(nn.Module):
 
         All of a text is, where words have a space before them."""
         if x.odd.numel() == 0: return x
-        border = torch.zeros_like(x.code, dtype=torch.bool).index_fill_(0, offsets, True)
+        border = torch.zeros_like(x.code, dtype=torch.bool).index_fill_(0, offsets, True)  # (1+N+16,)
+        # (W,): after a space, or first
         fresh = (x.code.index_select(0, x.start) == 0) | border.index_select(0, x.start)
-        stretch = fresh.cumsum(0) - 1
-        within = torch.searchsorted(x.start, x.odd, right=True) - 1
+        stretch = fresh.cumsum(0) - 1  # (W,): the number of what stands between two spaces
+        within = torch.searchsorted(x.start, x.odd, right=True) - 1  # (K,): the word that each odd byte lies in
+        # (W,)
         odd = torch.zeros_like(fresh).index_fill_(0, stretch.index_select(0, within), True).index_select(0, stretch)
         keep = (fresh | ~odd).nonzero().squeeze(1)
         return Known(x.ids.index_select(0, keep), x.start.index_select(0, keep), (x.hit & ~odd).index_select(0, keep),
             False, x.odd, x.size.index_select(0, keep), x.code)
 
-    def plain(self, x: Known, miss: Tensor) -> tuple[Tensor, Tensor, int]:
+    def plain(self,
+        x: Known,     # from `forward`
+        miss: Tensor, # int64 (M,): the unknown words
+    ) -> tuple[Tensor, Tensor, int]:
         """Return start and size, int64 (M,), of the unknown words `miss`, and the longest size.
 
         The longest is 0 unless all are short and made of letters that one table of pieces knows."""
         start = x.start.index_select(0, miss)
         if x.odd.numel() > 0: return start, start, 0
-        size = x.size.index_select(0, miss)
+        size = x.size.index_select(0, miss)  # (M,)
         longest = int(size.max())
         if longest > 15: return start, start, 0
         if self.greedy: return start, size, longest  # with the white space behind it, which changes no key
-        letters = x.code.as_strided([x.code.numel() - 17, 16], [1, 1], 1).index_select(0, start)
+        letters = x.code.as_strided([x.code.numel() - 17, 16], [1, 1], 1).index_select(0, start)  # (M, 16)
         if self.quote > 0 and bool((letters == self.quote).any()): return start, start, 0
         return start, ((letters != 0) & (torch.arange(16) < size.unsqueeze(1))).sum(1), longest
 
-    def pieces(self, x: Known, start: Tensor, size: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    def pieces(self,
+        x: Known,      # from `forward`
+        start: Tensor, # int64 (M,), from `plain`
+        size: Tensor,  # int64 (M,): bytes of each word
+        longest: int,  # the largest of these
+    ) -> tuple[Tensor, Tensor]:
         "Split unknown words into pieces, longest first from the left; return start byte and token of each, int64 (P,)."
         word = torch.repeat_interleave(size + 1)  # each word and a wall
-        wall = (size + 1).cumsum(0) - 1
-        begin = wall - size
-        place = torch.arange(word.numel())
-        at = place + (start - begin).index_select(0, word)
-        left = (wall.index_select(0, word) - place).unsqueeze(1)
-        letters = x.code.as_strided([x.code.numel() - 16, 16], [1, 1], 1).index_select(0, at)
+        wall = (size + 1).cumsum(0) - 1  # (M,)
+        begin = wall - size  # (M,)
+        place = torch.arange(word.numel())  # (S,)
+        at = place + (start - begin).index_select(0, word)  # (S,): the byte of each
+        left = (wall.index_select(0, word) - place).unsqueeze(1)  # (S, 1): bytes to the end of the word
+        letters = x.code.as_strided([x.code.numel() - 16, 16], [1, 1], 1).index_select(0, at)  # (S, 16)
         letters[:, 15] = 1  # it continues a word
         letters.select(1, 15).index_fill_(0, begin, 0)
         # (places * lengths, 2)
         key = (torch.view_copy(letters, dtype=torch.int64).unsqueeze(1) & self.cuts[:longest]).flatten(0, 1)
-        row = self.rows.index_select(0, self._slots(key))
+        row = self.rows.index_select(0, self._slots(key))  # (S*L, 3)
         lengths = self.lengths[:longest]
-        hit = ((row[:, 0] == key[:, 0]) & (row[:, 1] == key[:, 1])).view(-1, longest) & (lengths <= left)
-        best, which = (hit * lengths).max(1)
-        id = row[:, 2].view(-1, longest).gather(1, which.unsqueeze(1)).squeeze(1)
+        hit = ((row[:, 0] == key[:, 0]) & (row[:, 1] == key[:, 1])).view(-1, longest) & (lengths <= left)  # (S, L)
+        best, which = (hit * lengths).max(1)  # (S,), (S,)
+        id = row[:, 2].view(-1, longest).gather(1, which.unsqueeze(1)).squeeze(1)  # (S,)
         taken, now = torch.zeros_like(at, dtype=torch.bool).index_fill_(0, begin, True), begin
         then = now + best.index_select(0, now)
         while not torch.equal(now, then):
@@ -181,35 +197,51 @@ class KnownWords(nn.Module):
             first = begin[stuck]
             taken.index_fill_(0, first, True)
             id.index_fill_(0, first, self.unknown)
-        found = taken.index_fill_(0, wall, False).nonzero().squeeze(1)
+        found = taken.index_fill_(0, wall, False).nonzero().squeeze(1)  # (P,)
         return at.index_select(0, found), id.index_select(0, found)
 
-    def placed(self, x: Known, offsets: Tensor, at: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def placed(self,
+        x: Known,        # from `forward`
+        offsets: Tensor, # int64 (B+1,): where texts begin
+        at: Tensor,      # int64 (T,): the byte at which each token begins
+        ids: Tensor,     # int64 (T,): tokens of unknown words
+    ) -> tuple[Tensor, Tensor]:
         """Merge the tokens `ids`, which begin at the bytes `at`, int64 (T,), with those of the known words.
 
         Returns all ids, and where those of each text begin, int64 (B+1,)."""
-        found = torch.full((x.code.numel() - 17,), -1, dtype=torch.int64)
+        found = torch.full((x.code.numel() - 17,), -1, dtype=torch.int64)  # (N,): the token that begins at each byte
         # what was no token gives way to the first of the word
         found.index_copy_(0, x.start, x.ids).index_copy_(0, at, ids)
-        begin = (found >= 0).nonzero().squeeze(1)
+        begin = (found >= 0).nonzero().squeeze(1)  # (T,)
         return found.index_select(0, begin), torch.searchsorted(begin, offsets)
 
-    def rest(self, x: Known, data: Tensor, miss: Tensor) -> tuple[Tensor, Tensor]:
+    def rest(self,
+        x: Known,     # from `forward`
+        data: Tensor, # uint8 (N,): packed UTF-8
+        miss: Tensor, # int64 (M,): the unknown words
+    ) -> tuple[Tensor, Tensor]:
         "Pack the unknown words `miss` as if each were a text: uint8 (K,), int64 (M+1,)."
+        # (M,), (M,)
         size, first = self.sizes(x.start, data.numel()).index_select(0, miss), x.start.index_select(0, miss)
         offsets = nn.functional.pad(size.cumsum(0), [1, 0])
-        place = torch.repeat_interleave(first - offsets[:-1], size)
+        place = torch.repeat_interleave(first - offsets[:-1], size)  # (K,)
         return data.index_select(0, place + torch.arange(place.numel())), offsets
 
-    def merged(self, x: Known, offsets: Tensor, miss: Tensor, ids: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
+    def merged(self,
+        x: Known,        # from `forward`
+        offsets: Tensor, # int64 (B+1,): where texts begin
+        miss: Tensor,    # int64 (M,): the unknown words
+        ids: Tensor,     # int64 (T,): their tokens
+        begins: Tensor,  # int64 (M+1,): where those of each begin
+    ) -> tuple[Tensor, Tensor]:
         """Merge the tokens of the unknown words, `ids` int64 (T,) with `begins` int64 (M+1,), with those of the known
         words.
 
         Returns all ids, and where those of each text begin, int64 (B+1,)."""
-        more = begins[1:] - begins[:-1]
-        count = torch.ones_like(x.start).index_copy_(0, miss, more)
-        till = nn.functional.pad(count.cumsum(0), [1, 0])
-        out = torch.empty(x.start.numel() - miss.numel() + ids.numel(), dtype=torch.int64)
+        more = begins[1:] - begins[:-1]  # (M,): tokens of each unknown word
+        count = torch.ones_like(x.start).index_copy_(0, miss, more)  # (W,)
+        till = nn.functional.pad(count.cumsum(0), [1, 0])  # (W+1,)
+        out = torch.empty(x.start.numel() - miss.numel() + ids.numel(), dtype=torch.int64)  # (T,)
         hit = x.hit.nonzero().squeeze(1)  # others may have no token at all, and the place of the next
         out.index_copy_(0, till.index_select(0, hit), x.ids.index_select(0, hit))
         place = torch.repeat_interleave(till.index_select(0, miss) - begins[:-1], more)

@@ -22,7 +22,8 @@ class NoTokens(nn.Module):
         super().__init__()
         self.first: list[int] = []  # Python only
 
-    def forward(self, x: Codes) -> tuple[Codes, Tensor]:
+    def forward(self, x: Codes, # code points
+    ) -> tuple[Codes, Tensor]:
         return x, torch.empty(0, dtype=torch.int64, device=x.codes.device)
 
 # %% ../../nbs/text/05_front.ipynb #4e0be3d9
@@ -49,23 +50,27 @@ class BertFront(nn.Module):
         if late: self.late.base = self.from_late
         self.register_buffer('quick', self._quick_table())
 
-    def forward(self, data: Tensor, offsets: Tensor, spans: bool) -> Located:
+    def forward(self,
+        data: Tensor,    # uint8 (N,): packed UTF-8
+        offsets: Tensor, # int64 (B+1,): text i is data[offsets[i]:offsets[i+1]]
+        spans: bool,     # return the bytes of each value too
+    ) -> Located:
         "Convert uint8 (N,) and int64 (B+1,) to values; with `spans` also return the bytes of each."
         nowhere = torch.empty(0, dtype=torch.int64, device=data.device)
-        values = self.quick.index_select(0, data.long())
+        values = self.quick.index_select(0, data.long())  # (N,): one a byte; -1 where it says nothing
         if self.shortcuts and (data.numel() == 0 or int(values.min()) >= 0):
             at = torch.arange(data.numel(), device=data.device) if spans else nowhere
             return Located(values, offsets, at, at + 1)
-        codes, begin = self.utf8(data, offsets)
-        codes, kept = self.added(codes)
-        x, source = self.tables(codes)
+        codes, begin = self.utf8(data, offsets)  # (M,), and the first byte of each, (M,)
+        codes, kept = self.added(codes)  # (K,), (K+1,)
+        x, source = self.tables(codes)  # (V,), and the code point that each came from
         if not spans: return Located(*self._with_late(x)[0], nowhere, nowhere)
-        edges = ended(begin, data.numel())
+        edges = ended(begin, data.numel())  # (M+1,): where code points begin
         if kept.numel() > 0: edges = edges.index_select(0, kept)
-        first, last = edges[:-1], edges[1:]
+        first, last = edges[:-1], edges[1:]  # (K,), (K,)
         if source.numel() > 0 or x.codes.numel() != first.numel():
             first, last = first.index_select(0, source), last.index_select(0, source)
-        x, joined = self._with_late(x)
+        x, joined = self._with_late(x)  # added tokens that normalised text has are one value
         if joined.numel() > 0: first, last = first.index_select(0, joined[:-1]), last.index_select(0, joined[1:] - 1)
         return Located(x.codes, x.offsets, first, last)
 
@@ -73,7 +78,7 @@ class BertFront(nn.Module):
         """Values with the tokens that normalised text has marked, and where each value now begins, as `AddedTokens`
         says it."""
         if self.from_late < 0: return x, x.codes[:0]
-        y, joined = self.late(Codes(x.codes & ((1 << shift) - 1), x.offsets))
+        y, joined = self.late(Codes(x.codes & ((1 << shift) - 1), x.offsets))  # (V,), (V+1,)
         if joined.numel() == 0: return x, joined
         values = torch.where(y.codes >= self.from_late, y.codes | alone << shift, x.codes.index_select(0, joined[:-1]))
         return Codes(values, y.offsets), joined

@@ -115,15 +115,17 @@ class Graphemes(nn.Module):
         # without these each character is a cluster
         self.odd = self.follows | LF | PREPEND | HANGUL_V | HANGUL_T | HANGUL_L | INDICATOR
 
-    def forward(self, x: Codes) -> Tensor:
+    def forward(self, x: Codes, # code points, with added tokens among them
+    ) -> Tensor:
         "Return whether a cluster begins at each code point: bool (M,)."
         n = x.codes.numel()
+        # (M,): a text begins
         row = torch.zeros(n + 1, dtype=torch.bool, device=x.codes.device).index_fill_(0, x.offsets, True)[:n]
-        now = self.flags(x.codes)
+        now = self.flags(x.codes)  # (M,)
         if self.shortcuts and not bool((now & self.odd > 0).any()): return torch.ones_like(row)
-        was = nn.functional.pad(now, (1, 0))[:n]
-        plain = (now | was) & self.control == 0
-        join = now & self.follows > 0
+        was = nn.functional.pad(now, (1, 0))[:n]  # (M,): of the code point before
+        plain = (now | was) & self.control == 0  # (M,): no control on either side
+        join = now & self.follows > 0  # (M,): nothing parts it from the one before
         join = join | (was & self.prepend > 0)
         join = join | ((was & self.l > 0) & (now & (self.l | self.v | self.lv | self.lvt) > 0))
         join = join | ((was & (self.lv | self.v) > 0) & (now & (self.v | self.t) > 0))
@@ -134,15 +136,15 @@ class Graphemes(nn.Module):
     def _last(self, where: Tensor) -> Tensor:
         "The last place before each at which `where` holds, int64 (M,); -1 if there is none."
         n = where.numel()
-        places = nn.functional.pad(where.nonzero().flatten() + 1, (1, 0)) - 1
+        places = nn.functional.pad(where.nonzero().flatten() + 1, (1, 0)) - 1  # (1 + marked,)
         return places.index_select(0, nn.functional.pad(where.long().cumsum(0), (1, 0))[:n])
 
     def _conjunct(self, now: Tensor, row: Tensor) -> Tensor:
         "GB9c: a consonant after a consonant, linkers and other marks between."
-        base = self._last((now & (self.linker | self.joined) == 0) | row)
-        links = nn.functional.pad((now & self.linker > 0).long().cumsum(0), (1, 0))
+        base = self._last((now & (self.linker | self.joined) == 0) | row)  # (M,): the last that is no mark
+        links = nn.functional.pad((now & self.linker > 0).long().cumsum(0), (1, 0))  # (M+1,): linkers before each
         here = links[:now.numel()]
-        between = here - links.index_select(0, base + 1)
+        between = here - links.index_select(0, base + 1)  # (M,): linkers since
         opened = nn.functional.pad(now, (1, 0)).index_select(0, base + 1) & self.consonant > 0
         return (now & self.consonant > 0) & opened & (between > 0)
 
@@ -156,10 +158,10 @@ class Graphemes(nn.Module):
     def _paired(self, now: Tensor, row: Tensor) -> Tensor:
         "GB12, GB13: the second, fourth, ... of regional indicators in a row."
         n = now.numel()
-        flag = now & self.indicator > 0
+        flag = now & self.indicator > 0  # (M,)
         place = torch.arange(n, device=now.device)
-        head = flag & (row | ~nn.functional.pad(flag, (1, 0))[:n])
-        first = self._last(head)
+        head = flag & (row | ~nn.functional.pad(flag, (1, 0))[:n])  # (M,): the first of a run
+        first = self._last(head)  # (M,)
         return flag & ~head & ((place - first) % 2 == 1)
 
 # %% ../../nbs/text/15_graphemes.ipynb #fd89aa60
@@ -188,13 +190,14 @@ class ClusterCharsmap(nn.Module):
         codes[np.isin(codes, list(single))] = [ord(c) for k in sorted(single) for c in single[k]]
         self.images = ExpandTable(np.concatenate([counts, [len(i) for i in images]]), np.concatenate([codes, *images]))
 
-    def forward(self, x: Located) -> Located:
+    def forward(self, x: Located, # code points, with the bytes of each
+    ) -> Located:
         """Normalize code points, with added tokens among them.
 
         Each value keeps the bytes of what it came from."""
-        begins = self.graphemes(Codes(x.codes, x.offsets))
+        begins = self.graphemes(Codes(x.codes, x.offsets))  # (M,)
         if not self.shortcuts or not bool(begins.all()): x = self._replaced(x, begins)
-        values, source, _ = self.images(x.codes)
+        values, source, _ = self.images(x.codes)  # (V,), (V,)
         if self.shortcuts and source.numel() == 0 and values.numel() == x.codes.numel():
             return Located(values, x.offsets, x.begin, x.end)
         count = torch.zeros(x.codes.numel() + 1, dtype=torch.int64, device=source.device).index_add(
@@ -206,22 +209,23 @@ class ClusterCharsmap(nn.Module):
     def _replaced(self, x: Located, begins: Tensor) -> Located:
         "`x` with each short cluster that a rule begins made one private code point."
         n = x.codes.numel()
-        start = begins.nonzero().flatten()
-        size = ended(start[1:], n)[:start.numel()] - start
+        start = begins.nonzero().flatten()  # (C,): clusters
+        size = ended(start[1:], n)[:start.numel()] - start  # (C,): their code points
+        # (M,): bytes of each code point
         need = 1 + (x.codes >= 0x80).long() + (x.codes >= 0x800).long() + (x.codes >= 0x10000).long()
-        read = nn.functional.pad(need.cumsum(0), (1, 0))
-        short = read.index_select(0, start + size) - read.index_select(0, start) < 6
-        some = (short & (size > 1)).nonzero().flatten()
+        read = nn.functional.pad(need.cumsum(0), (1, 0))  # (M+1,)
+        short = read.index_select(0, start + size) - read.index_select(0, start) < 6  # (C,): fewer than six bytes
+        some = (short & (size > 1)).nonzero().flatten()  # those that a rule may replace
         start, size = start.index_select(0, some), size.index_select(0, some)
         place, length, entry = self.rules(x.codes, torch.zeros_like(x.codes).index_copy(0, start, size), start)
         first = torch.full_like(x.codes, place.numel()).scatter_reduce(
             0, place, torch.arange(place.numel(), device=place.device), 'amin'
         )
         found = first.index_select(0, start)  # shorter ones come first
-        hit = (found < place.numel()).nonzero().flatten()
+        hit = (found < place.numel()).nonzero().flatten()  # clusters that are replaced
         start, size, entry = (start.index_select(0, hit), size.index_select(0, hit),
             entry.index_select(0, found.index_select(0, hit)))
-        change = torch.zeros(n + 1, dtype=torch.int64, device=x.codes.device)
+        change = torch.zeros(n + 1, dtype=torch.int64, device=x.codes.device)  # (M+1,)
         change = change.index_add(0, start + 1, torch.ones_like(start)).index_add(
             0, start + size, -torch.ones_like(start)
         )
@@ -229,6 +233,6 @@ class ClusterCharsmap(nn.Module):
         keep = kept.nonzero().flatten()
         codes, end = (x.codes.index_copy(0, start, entry + self.base), x.end.index_copy(0, start,
             x.end.index_select(0, start + size - 1)))
-        count = nn.functional.pad(kept.long().cumsum(0), (1, 0))
+        count = nn.functional.pad(kept.long().cumsum(0), (1, 0))  # (M+1,)
         return Located(codes.index_select(0, keep), count.index_select(0, x.offsets), x.begin.index_select(0, keep),
             end.index_select(0, keep))

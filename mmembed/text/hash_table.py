@@ -29,7 +29,8 @@ class PageTable(nn.Module):
         self.register_buffer('page', torch.tensor(which, dtype=torch.int64) * 256)
         self.register_buffer('values', torch.frombuffer(bytearray(b''.join(pages)), dtype=torch.int64))
 
-    def forward(self, keys: Tensor) -> Tensor:
+    def forward(self, keys: Tensor, # int64 (M,): below `len(values)`
+    ) -> Tensor:
         "Look up int64 (M,) -> int64 (M,)."
         return self.values.index_select(0, self.page.index_select(0, keys >> 8) + (keys & 255))
 
@@ -70,19 +71,22 @@ class ExpandTable(nn.Module):
         self.register_buffer('flag', torch.tensor([s[-1] for s in ids] or [False]))
         self.register_buffer('pool', torch.tensor([v for s in ids for v in s[:-1]] or [0], dtype=torch.int64))
 
-    def forward(self, keys: Tensor) -> tuple[Tensor, Tensor, bool]:
+    def forward(self, keys: Tensor, # int64 (M,)
+    ) -> tuple[Tensor, Tensor, bool]:
         """int64 (M,) -> values int64 (K,); where each came from, int64 (K,), empty when every key has just one value;
         and whether a flagged key was among them."""
-        entry = self.table(keys)
+        entry = self.table(keys)  # (M,): the difference to the key, or below 0 the number of a sequence
         nowhere = torch.empty(0, dtype=torch.int64, device=keys.device)
-        plain = entry + (keys - self.bias)
+        plain = entry + (keys - self.bias)  # (M,)
         if self.shortcuts and (entry.numel() == 0 or int(entry.min()) >= 0): return plain, nowhere, False
-        odd = entry < 0
-        seq = torch.where(odd, -1 - entry, 0)
-        count = torch.where(odd, self.count.index_select(0, seq), 1)
+        odd = entry < 0  # (M,): keys that have not just one value
+        seq = torch.where(odd, -1 - entry, 0)  # (M,)
+        count = torch.where(odd, self.count.index_select(0, seq), 1)  # (M,): values of each key
         flagged = not self.shortcuts or bool((odd & self.flag.index_select(0, seq)).any())
-        source = torch.repeat_interleave(count)
+        source = torch.repeat_interleave(count)  # (K,): the key that each value came from
+        # (K,): which of its key's values
         nth = torch.arange(source.numel(), device=keys.device) - (count.cumsum(0) - count).index_select(0, source)
+        # (K,): in the pool; 0 for plain keys
         place = (self.start.index_select(0, seq.index_select(0, source)) + nth) * odd.index_select(0, source)
         values = torch.where(
             odd.index_select(0, source), self.pool.index_select(0, place), plain.index_select(0, source)
@@ -124,26 +128,38 @@ class SubstringHash(nn.Module):
         x[:1] = first
         return x.cumprod(0)
 
-    def prefix(self, codes: Tensor, beyond: int = 0) -> Tensor:
+    def prefix(self,
+        codes: Tensor,   # int64 (M,)
+        beyond: int = 0, # how many places beyond the end may be read
+    ) -> Tensor:
         """Return the running sums H of `codes`, int64 (M,): int64 (M+1+beyond,), with H[0] = 0.
 
         Places beyond the end may be read; they count as 0."""
         n = codes.numel()
-        powers = self.powers[:n] if n <= self.powers.numel() else self._series(n, self.base, 1, codes.device)
+        powers = self.powers[:n] if n <= self.powers.numel() else self._series(n, self.base, 1, codes.device)  # (M,)
         # each code counts as one more than it is, so that a code of 0 (a NUL) is seen
         return torch.nn.functional.pad(torch.addcmul(powers, codes, powers).cumsum(0), (1, beyond))
 
-    def inverses(self, n: int, device: torch.device) -> Tensor:
+    def inverses(self,
+        n: int,               # the last position that is needed
+        device: torch.device, # where the result lies
+    ) -> Tensor:
         "Return P⁻ˢ for s from 0 to `n`, scaled: int64, at least n+1 values."
         if n < self.scaled_inverses.numel(): return self.scaled_inverses
         return self._series(n + 1, self.inverse, self.scale, device)
 
-    def forward(self, prefix: Tensor, inverses: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    def forward(self,
+        prefix: Tensor,   # int64 (M+1,): running sums, from `prefix`
+        inverses: Tensor, # int64 (M+1,) or more, from `inverses`
+        start: Tensor,    # int64 (W,)
+        end: Tensor,      # int64 (W,): one past the last
+    ) -> Tensor:
         "Return the keys of the substrings [start, end), all int64 (W,)."
         return (prefix.index_select(0, end) - prefix.index_select(0, start)) * inverses.index_select(0, start)
 
     @torch.jit.unused
-    def keys_of(self, strings: list[list[int]]) -> Tensor:
+    def keys_of(self, strings: list[list[int]], # V sequences of values
+    ) -> Tensor:
         "Return the keys of whole sequences, to build a table from: int64 (V,)."
         lengths = torch.tensor([0] + [len(s) for s in strings]).cumsum(0)
         codes = torch.tensor([c for s in strings for c in s], dtype=torch.int64)
@@ -172,15 +188,17 @@ class VocabTable(nn.Module):
         self.register_buffer('keys', torch.from_numpy(table))
         self.register_buffer('ids', torch.from_numpy(values))
 
-    def forward(self, keys: Tensor) -> Tensor:
+    def forward(self, keys: Tensor, # int64 (W,)
+    ) -> Tensor:
         "Look up keys, int64 (W,); return ids, int64 (W,), with -1 for an absent key."
-        slot, hit = self.slots(keys)
+        slot, hit = self.slots(keys)  # (W,), (W,)
         return torch.where(hit, self.ids.index_select(0, slot), -1)
 
-    def slots(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def slots(self, keys: Tensor, # int64 (W,)
+    ) -> tuple[Tensor, Tensor]:
         "Return the one slot that could hold each key, int64 (W,), and whether it does, bool (W,)."
-        by = self.multiplier.index_select(0, (keys >> self.bucket_shift) & self.bucket_mask)
-        slot = ((keys * by) >> self.slot_shift) & self.slot_mask
+        by = self.multiplier.index_select(0, (keys >> self.bucket_shift) & self.bucket_mask)  # (W,): that of its bucket
+        slot = ((keys * by) >> self.slot_shift) & self.slot_mask  # (W,)
         return slot, self.keys.index_select(0, slot) == keys
 
     @torch.jit.unused

@@ -99,34 +99,40 @@ class WordStates(nn.Module):
         self.register_buffer('trans', torch.tensor([[model['trans'][a].get(b, self.NEVER) for a in p]
             for b, p in zip('BMES', ['ES', 'BM', 'BM', 'ES'])], dtype=torch.float64))
 
-    def forward(self, codes: Tensor, start: Tensor, size: Tensor) -> Tensor:
+    def forward(self,
+        codes: Tensor, # int64 (M,): code points
+        start: Tensor, # int64 (R,): where each run begins
+        size: Tensor,  # int64 (R,): its length, none 0
+    ) -> Tensor:
         """Return whether a word ends at each code, bool (M,), within the runs [start, start + size); false outside.
 
         Codes are int64 (M,), and no run is empty."""
         ends = torch.zeros(codes.numel(), dtype=torch.bool, device=codes.device)
         if start.numel() == 0: return ends
-        size, order = size.sort(descending=True, stable=True)
+        size, order = size.sort(descending=True, stable=True)  # (R,): the longest first
         start = start.index_select(0, order)
         active: list[int] = size.bincount().flip(0).cumsum(0).flip(0)[1:].tolist()
-        emit = self.emit.index_select(0, self.row(codes.index_select(0, start)))
-        best = self.first + emit
+        emit = self.emit.index_select(0, self.row(codes.index_select(0, start)))  # (R, 4)
+        best = self.first + emit  # (R, 4): the best score in each state
         came: list[Tensor] = []
         finals = [best[:0]]
         for t in range(1, len(active)):
             n = active[t]
             if n < best.shape[0]: finals.append(best[n:])
+            # (A, 4), of the runs that are so long
             emit = self.emit.index_select(0, self.row(codes.index_select(0, start[:n] + t)))
+            # (A, 4, 2): from each state that may precede
             total = best[:n].index_select(1, self.before.flatten()).view(n, 4, 2) + self.trans + emit[:, :, None]
-            late = total[:, :, 1] >= total[:, :, 0]
-            best = torch.where(late, total[:, :, 1], total[:, :, 0])
+            late = total[:, :, 1] >= total[:, :, 0]  # (A, 4)
+            best = torch.where(late, total[:, :, 1], total[:, :, 0])  # (A, 4)
             came.append(torch.where(late, self.before[:, 1], self.before[:, 0]))
         finals.append(best)
         last = torch.cat(finals[::-1])  # the longest runs finish last and stand first
-        state = torch.where(last[:, 3] >= last[:, 2], 3, 2)
+        state = torch.where(last[:, 3] >= last[:, 2], 3, 2)  # (R,)
         for k in range(len(active)):
             t = len(active) - 1 - k
             n = active[t]
-            now = state[:n]
+            now = state[:n]  # (A,)
             ends.index_copy_(0, start[:n] + t, now >= 2)
             if t > 0: state = torch.cat([came[t - 1].gather(1, now[:, None]).flatten(), state[n:]])
         return ends
@@ -158,21 +164,22 @@ class Segmenter(nn.Module):
         empty = dict(start=dict.fromkeys('BMES', 0.), trans=dict.fromkeys('BMES', {}), emit=dict.fromkeys('BMES', {}))
         self.states = WordStates(json.loads(_unpack(spec['hmm'])) if spec['hmm'] else empty)
 
-    def forward(self, x: Codes) -> Words:
+    def forward(self, x: Codes, # code points
+    ) -> Words:
         "Cut code points into words."
         n = x.codes.numel()
-        kind = self.kind(x.codes)
-        block = kind > 0
+        kind = self.kind(x.codes)  # (M,)
+        block = kind > 0  # (M,)
         edge = torch.zeros(n + 1, dtype=torch.bool, device=kind.device).index_fill_(0, x.offsets, True)[:n]
         edge = edge | (block != self._before(block))  # where a block or a stretch of other characters begins
         begins = ~(self._before(x.codes == 13) & (x.codes == 10) & ~edge)  # each character, but for the \n of \r\n
-        at = block.nonzero().flatten()
+        at = block.nonzero().flatten()  # (K,): the characters of all blocks
         if not self.shortcuts or at.numel() > 0:
             begins = begins.index_copy(
                 0, at, self._blocks(x.codes.index_select(0, at), edge.index_select(0, at), kind.index_select(0, at))
             )
-        start = begins.nonzero().flatten()
-        count = nn.functional.pad(begins.long().cumsum(0), (1, 0))
+        start = begins.nonzero().flatten()  # (W,)
+        count = nn.functional.pad(begins.long().cumsum(0), (1, 0))  # (M+1,)
         return Words(start, ended(start[1:], n)[:start.numel()], count.index_select(0, x.offsets))
 
     def _before(self, x: Tensor) -> Tensor:
@@ -190,27 +197,28 @@ class Segmenter(nn.Module):
     def _blocks(self, codes: Tensor, edge: Tensor, kind: Tensor) -> Tensor:
         "Where words begin in blocks joined to one sequence, in which `edge` tells them apart: bool (M,)."
         n = codes.numel()
-        start = edge.nonzero().flatten()
-        width = self._sizes(start, n)
+        start = edge.nonzero().flatten()  # (S,): blocks
+        width = self._sizes(start, n)  # (S,)
+        # (K,): characters to the end of the block
         room = torch.repeat_interleave(start + width, width) - torch.arange(n, device=codes.device)
-        place, size, entry = self.trie(codes, room, torch.arange(n, device=codes.device))
-        length = self._best(codes, place, size, entry, start, width)
-        begins = length > 0
-        single = length == 1
+        place, size, entry = self.trie(codes, room, torch.arange(n, device=codes.device))  # (H,) each
+        length = self._best(codes, place, size, entry, start, width)  # (K,): 0 inside words
+        begins = length > 0  # (K,)
+        single = length == 1  # (K,)
         if not self.guesses:
             name = single & ((kind == 2) | (kind == 3))
             return begins & ~(name & self._before(name) & ~edge)
-        first = single & (~self._before(single) | edge)
-        run = first.nonzero().flatten()
+        first = single & (~self._before(single) | edge)  # (K,): a run of single characters begins
+        run = first.nonzero().flatten()  # (R,)
         if self.shortcuts and run.numel() == 0: return begins
-        owner = first.long().cumsum(0) - 1
-        long = self._counted(owner, single, run.numel())
+        owner = first.long().cumsum(0) - 1  # (K,): the run of each
+        long = self._counted(owner, single, run.numel())  # (R,): characters of each
         # a run that is a word keeps its characters apart
         extent = torch.zeros_like(codes).index_copy(0, run, long)
         known = (torch.zeros_like(single).index_fill(0, place[extent.index_select(0, place) == size],
             True).index_select(0, run))
         wanted = nn.functional.pad(((long > 1) & ~known).long(), (1, 0))  # in front what no run owns
-        guess = single & (wanted.index_select(0, owner + 1) > 0)
+        guess = single & (wanted.index_select(0, owner + 1) > 0)  # (K,)
         return (guess & self._guessed(codes, kind, guess, first)) | (begins & ~guess)
 
     def _best(self, codes: Tensor, place: Tensor, size: Tensor, entry: Tensor, start: Tensor, width: Tensor) -> Tensor:
@@ -218,35 +226,37 @@ class Segmenter(nn.Module):
         int64 (M,)."""
         n = codes.numel()
         place = n - place - size  # mirrored: the walk goes from left to right, jieba from right to left
-        grid = lattice(place, size, entry, n, self.none, self._widest(size))
-        alone = (grid == self.none).all(1)
+        grid = lattice(place, size, entry, n, self.none, self._widest(size))  # (K, L)
+        alone = (grid == self.none).all(1)  # (K,): no word ends here
         grid = torch.cat([grid[:, :-1], torch.where(alone[:, None], self.none - 1, grid[:, -1:])], 1)
-        score = self.score.index_select(0, grid.flatten()).view_as(grid)
+        score = self.score.index_select(0, grid.flatten()).view_as(grid)  # (K, L)
         return self._paths(score, place, size, (n - start - width).flip(0), width.flip(0)).flip(0)
 
     def _paths(self, score: Tensor, place: Tensor, size: Tensor, block: Tensor, width: Tensor) -> Tensor:
         """The length of the word that ends at each place of the mirrored blocks [block, block + width), 0 inside
         words: int64 (M,)."""
         n = score.shape[0]
-        cut = uncrossed(place, size, n)
+        cut = uncrossed(place, size, n)  # (C,)
         both = (
             torch.zeros(n, dtype=torch.bool, device=place.device).index_fill_(0, cut, True).index_fill_(0, block, True)
         )
-        cut = both.nonzero().flatten()
-        steps = self._sizes(cut, n)
+        cut = both.nonzero().flatten()  # segments that reach over no block
+        steps = self._sizes(cut, n)  # their sizes
         few = (steps <= self.short).nonzero().flatten()
-        best, margin = walk(score, cut.index_select(0, few), steps.index_select(0, few), True)
-        length = trace(best, cut.index_select(0, few), steps.index_select(0, few))
+        best, margin = walk(score, cut.index_select(0, few), steps.index_select(0, few), True)  # (K,), (K,)
+        length = trace(best, cut.index_select(0, few), steps.index_select(0, few))  # (K,)
         long = (cut + steps - 1).index_select(0, (steps > self.short).nonzero().flatten())
         last, margin = length.index_fill(0, long, 1) > 0, margin.index_fill(0, long, 0)
         # sums of that many numbers of that size, in another order, differ by less than this
-        spread = torch.repeat_interleave(width, width) * self.worst
+        spread = torch.repeat_interleave(width, width) * self.worst  # (K,)
+        # (K,): rounding could have decided
         near = last & (margin <= 4 * 2.0 ** -53 * (torch.repeat_interleave(steps, steps) + 2) * spread)
         if bool(near.any()):
-            wrong = nn.functional.pad(near.long().cumsum(0), (1, 0))
+            wrong = nn.functional.pad(near.long().cumsum(0), (1, 0))  # (K+1,)
+            # blocks that are walked again
             some = (wrong.index_select(0, block + width) > wrong.index_select(0, block)).nonzero().flatten()
             block, size = block.index_select(0, some), width.index_select(0, some)
-            inside = torch.zeros(n + 1, dtype=torch.int64, device=place.device)
+            inside = torch.zeros(n + 1, dtype=torch.int64, device=place.device)  # (K+1,)
             inside = (inside.index_add(0, block, torch.ones_like(block)).index_add(0, block + size,
                 -torch.ones_like(block)).cumsum(0)[:n] > 0)
             length = torch.where(inside, trace(walk(score, block, size, False)[0], block, size), length)
@@ -255,10 +265,12 @@ class Segmenter(nn.Module):
     def _guessed(self, codes: Tensor, kind: Tensor, guess: Tensor, first: Tensor) -> Tensor:
         "Where words begin in the runs `guess` of single characters, each beginning at `first`: bool (M,)."
         n = codes.numel()
-        han = guess & (kind == 1)
+        han = guess & (kind == 1)  # (K,)
+        # (K,): another kind of character begins
         turn = first | ((kind == 1) != self._before(kind == 1)) | (guess != self._before(guess))
-        start = (han & turn).nonzero().flatten()
-        runs = (turn & han).long().cumsum(0) - 1
+        start = (han & turn).nonzero().flatten()  # runs of Chinese
+        runs = (turn & han).long().cumsum(0) - 1  # (K,): the number of each
+        # (K,): the one before ends a word
         done = self._before(self.states(codes, start, self._counted(runs, han, start.numel())))
         # [a-zA-Z0-9]+(?:\.\d+)?%?, and what is between such matches
         name, digit, dot = guess & ((kind == 2) | (kind == 3)), guess & (kind == 3), guess & (kind == 4)
@@ -267,8 +279,8 @@ class Segmenter(nn.Module):
         linked = head & digit & ~turn & self._before(dot & ~turn & self._before(name))
         place = torch.arange(n, device=codes.device)
         run = head.long().cumsum(0) - 1
-        heads = head.nonzero().flatten()
-        letters = self._counted(run, name & (kind == 2), heads.numel())
+        heads = head.nonzero().flatten()  # (N,): runs of letters and digits
+        letters = self._counted(run, name & (kind == 2), heads.numel())  # (N,): letters in each
         follows = linked.index_select(0, heads)
         # all digits after a dot: a fraction, unless what precedes the dot is one
         numeric = (letters == 0) & follows
@@ -276,7 +288,7 @@ class Segmenter(nn.Module):
         other_heads = nn.functional.pad((~numeric).nonzero().flatten() + 1, (1, 0)) - 1
         # the last that is none; the first of all never follows
         base = other_heads.index_select(0, (~numeric).long().cumsum(0))
-        fraction = follows & ~self._before(numeric & ((order - base) % 2 == 1))
+        fraction = follows & ~self._before(numeric & ((order - base) % 2 == 1))  # (N,): digits after a point
         joined = torch.zeros_like(name).index_copy(0, heads, fraction)
         # letters after a fraction's digits begin a new name
         whole = (nn.functional.pad(fraction.long(), (1, 0)).index_select(0, run + 1) > 0) & name & ~digit
@@ -284,7 +296,7 @@ class Segmenter(nn.Module):
         parted = torch.zeros(n + 1, dtype=torch.bool, device=codes.device).index_fill_(0, nondigit, True)[:n]
         percent = other & (kind == 5) & ~turn & self._before(name)
         link = dot & nn.functional.pad(joined, (0, 1))[1:]
-        rest = other & ~percent & ~link
+        rest = other & ~percent & ~link  # (K,): signs
         begins = (head & ~joined) | parted | (rest & (turn | ~self._before(rest)))
         return (han & (turn | done)) | (begins & ~han)
 
@@ -310,14 +322,15 @@ class SegmentedWords(nn.Module):
         space[[*WHITE_SPACE, *range(0x1C, 0x20)]] = 1  # str.isspace
         self.space = PageTable(space)
 
-    def forward(self, x: Codes) -> Pieces:
+    def forward(self, x: Codes, # code points
+    ) -> Pieces:
         "Convert code points to one piece for each word."
-        words = self.segmenter(x)
-        solid = self.space(x.codes.index_select(0, words.start)) == 0
-        keep = solid.nonzero().flatten()
+        words = self.segmenter(x)  # (W,)
+        solid = self.space(x.codes.index_select(0, words.start)) == 0  # (W,)
+        keep = solid.nonzero().flatten()  # (V,)
         start, end = words.start.index_select(0, keep), words.end.index_select(0, keep)
-        entry = self.table(x.codes, start, end)
-        ids = torch.where(entry < 0, self.unk_id, self.ids.index_select(0, entry.clamp(min=0)))
+        entry = self.table(x.codes, start, end)  # (V,)
+        ids = torch.where(entry < 0, self.unk_id, self.ids.index_select(0, entry.clamp(min=0)))  # (V,)
         return Pieces(ids, start, end, nn.functional.pad(solid.long().cumsum(0), (1, 0)).index_select(0, words.offsets))
 
 # %% ../../nbs/text/17_jieba.ipynb #c40ef7d8
@@ -327,7 +340,11 @@ class Utf8Front(nn.Module):
         super().__init__()
         self.utf8 = Utf8()
 
-    def forward(self, data: Tensor, offsets: Tensor, spans: bool) -> Located:
+    def forward(self,
+        data: Tensor,    # uint8 (N,): packed UTF-8
+        offsets: Tensor, # int64 (B+1,): text i is data[offsets[i]:offsets[i+1]]
+        spans: bool,     # return the bytes of each value too
+    ) -> Located:
         "Convert uint8 (N,) and int64 (B+1,) to code points; with `spans` also return the bytes of each."
         x, begin = self.utf8(data, offsets)
         if not spans: return Located(x.codes, x.offsets, begin[:0], begin[:0])

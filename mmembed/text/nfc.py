@@ -105,7 +105,8 @@ class Nfc(nn.Module):
     chains: torch.jit.Final[bool]  # True: a starter composes with the one before it and with the one after it
     SCALE = 0x2545F4914F6CDD1D
 
-    def __init__(self, rules: NfcRules):
+    def __init__(self, rules: NfcRules, # from `nfc_rules`
+    ):
         super().__init__()
         more = np.zeros(MAX_ADDED, np.int64)
         self.scale = self.SCALE
@@ -117,39 +118,46 @@ class Nfc(nn.Module):
         self.chains = rules.chains
         if self.chains: self.joins = PageTable(np.isin(np.arange(N_CODES + MAX_ADDED), rules.pairs[:, 1]))
 
-    def forward(self, x: Codes) -> tuple[Codes, Tensor]:
+    def forward(self, x: Codes, # code points
+    ) -> tuple[Codes, Tensor]:
         "Return composed code points, and the index of the first code point that each came from, int64 (K,)."
-        code, source, _ = self.parts(x.codes)
+        code, source, _ = self.parts(x.codes)  # (D,), (D,): letters and marks apart
         if self.shortcuts and source.numel() == 0: source = torch.arange(x.codes.numel(), device=code.device)
-        row = torch.repeat_interleave(x.offsets[1:] - x.offsets[:-1]).index_select(0, source)
-        rank = self.rank(code)
+        row = torch.repeat_interleave(x.offsets[1:] - x.offsets[:-1]).index_select(0, source)  # (D,): the text of each
+        rank = self.rank(code)  # (D,): 0 for a letter
+        # (D,): the run of marks, then the class
         key = ((rank == 0) | (row != nn.functional.pad(row, (1, 0), value=-1.)[:-1])).cumsum(0) * 4096 + rank
-        order = key.argsort(stable=True)
+        order = key.argsort(stable=True)  # (D,)
         code, rank, source = code.index_select(0, order), rank.index_select(0, order), source.index_select(0, order)
         code, row, source = self._compose(code, rank, row, source)
-        count = torch.zeros_like(x.offsets).index_add_(0, row + 1, torch.ones_like(row))
+        count = torch.zeros_like(x.offsets).index_add_(0, row + 1, torch.ones_like(row))  # (B+1,)
         return Codes(code, count.cumsum(0)), source
 
     def _compose(self, code: Tensor, rank: Tensor, row: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         passed = torch.zeros_like(rank)  # 1: this mark met its letter and stayed
         while code.numel() > 1:
             n = code.numel()
-            at = torch.arange(n, device=code.device)
+            at = torch.arange(n, device=code.device)  # (D,)
             last = torch.where(rank == 0, at, -1).cummax(0).values[:-1]  # the starter before each but the first
-            letter = last.clamp(min=0)
+            letter = last.clamp(min=0)  # (D-1,)
             before = rank[:-1] * (last != at[:-1])  # the class of what stands between, 0 for nothing
+            # (D-1,): in the letter's row, and tried for the first time
             free = (last >= 0) & (row.index_select(0, letter) == row[1:]) & (passed[1:] == 0)
             free = free & (((last == at[:-1]) | (before < rank[1:])))
+            # (D-1,): the composite, or -1
             made = self.table((code.index_select(0, letter) << 32 | code[1:]) * self.scale)
             found = free & (made >= 0)
-            if self.chains: found = first_of_runs(nn.functional.pad(found, (1, 0)), (rank == 0) & (self.joins(code) == 0))[1:]
-            hit = found.nonzero().flatten()
+            if self.chains:
+                begins = (rank == 0) & (self.joins(code) == 0)  # (D,): a run of letters that may join one another
+                found = first_of_runs(nn.functional.pad(found, (1, 0)), begins)[1:]
+            hit = found.nonzero().flatten()  # (H,)
             if hit.numel() == 0: break
-            nearest = torch.full((n,), n, dtype=torch.int64, device=code.device)
+            nearest = torch.full((n,), n, dtype=torch.int64, device=code.device)  # (D,)
             nearest = nearest.scatter_reduce(0, letter.index_select(0, hit), hit, 'amin')
             hit = hit[nearest.index_select(0, letter.index_select(0, hit)) == hit]
-            where = letter.index_select(0, hit)
-            code = code.index_copy(0, where, made.index_select(0, hit))
+            where = letter.index_select(0, hit)  # (H,): the letters that change
+            code = code.index_copy(0, where, made.index_select(0, hit))  # (D,)
+            # (D,): one past the mark that each letter took
             limit = torch.zeros(n, dtype=torch.int64, device=code.device).index_copy_(0, where, hit + 1)
             passed = torch.where(nn.functional.pad(limit.index_select(0, letter), (1, 0)) > at, 1, passed)
             keep = (

@@ -32,12 +32,14 @@ def split_words(
 ) -> Words:
     "Split each row into words and drop white space (`BertPreTokenizer`'s rule, once classes are given)."
     n = x.codes.numel()
-    kind = x.codes >> shift
+    kind = x.codes >> shift  # (M,)
+    # (M+1,): the class to the left; a space before each row
     before = torch.nn.functional.pad(kind, (1, 0)).index_fill_(0, x.offsets, space)
     bound = (kind | before[:n]).nonzero().flatten()  # WORD is 0: inside a word both are
-    keep = (kind.index_select(0, bound) != space).nonzero().flatten()
-    end = ended(bound[1:], n)
-    start = bound.index_select(0, keep)
+    keep = (kind.index_select(0, bound) != space).nonzero().flatten()  # (W,): of the stretches, those that are words
+    end = ended(bound[1:], n)  # where each stretch ends
+    start = bound.index_select(0, keep)  # (W,)
+    # (M+1,): 1 after each start
     first = torch.zeros(n + 1, dtype=torch.int64, device=x.codes.device).index_fill_(0, start + 1, 1)
     return Words(start, end.index_select(0, keep), first.cumsum(0).index_select(0, x.offsets))
 
@@ -94,32 +96,34 @@ class AddedTokens(nn.Module):
             np.pad(word_characters(), (0, MAX_ADDED)) if bool(flags[:, 0].any()) else np.zeros(ADDED + MAX_ADDED)
         )
 
-    def forward(self, x: Codes) -> tuple[Codes, Tensor]:
+    def forward(self, x: Codes, # code points
+    ) -> tuple[Codes, Tensor]:
         """Return the code points with matches replaced, and where each now begins, int64 (K+1,) with the total at the
         end.
 
         The second is empty if nothing changed."""
         nowhere = torch.empty(0, dtype=torch.int64, device=x.codes.device)
-        likely = torch.zeros_like(x.codes, dtype=torch.bool)
+        likely = torch.zeros_like(x.codes, dtype=torch.bool)  # (M,)
         for c in self.first: likely = likely | (x.codes == c)
-        at = likely.nonzero().flatten()
+        at = likely.nonzero().flatten()  # (C,): where a token could begin
         if self.shortcuts and at.numel() == 0: return x, nowhere
         n = x.codes.numel()
-        row_end = self._per_code(x.offsets[1:], x).index_select(0, at)
-        token, length = self._matches(x.codes, at, row_end)
-        found = (token >= 0).nonzero().flatten()
+        row_end = self._per_code(x.offsets[1:], x).index_select(0, at)  # (C,)
+        token, length = self._matches(x.codes, at, row_end)  # (C,), (C,)
+        found = (token >= 0).nonzero().flatten()  # (F,)
         if self.shortcuts and found.numel() == 0: return x, nowhere
-        at, token, end = at[found], token[found], (at + length)[found]
-        keep = self._leftmost(at, end, n)
+        at, token, end = at[found], token[found], (at + length)[found]  # (F,) each
+        keep = self._leftmost(at, end, n)  # (K,)
         at, token, end = at[keep], token[keep], end[keep]
         if self.conditions:
             at, token, end = self._conditioned(x, at, token, end)
             if self.shortcuts and at.numel() == 0: return x, nowhere
+        # (M+1,): +1 after a match begins, -1 where it ends
         change = torch.zeros(n + 1, dtype=torch.int64, device=x.codes.device)
         change.index_add_(0, at + 1, torch.ones_like(at)).index_add_(0, end, -torch.ones_like(at))
         source = (change.cumsum(0)[:n] == 0).nonzero().flatten()  # the first character of a match stays
-        codes = x.codes.index_copy(0, at, token + self.base)
-        kept = torch.zeros(n + 1, dtype=torch.int64, device=x.codes.device).index_fill_(0, source + 1, 1)
+        codes = x.codes.index_copy(0, at, token + self.base)  # (M,)
+        kept = torch.zeros(n + 1, dtype=torch.int64, device=x.codes.device).index_fill_(0, source + 1, 1)  # (M+1,)
         return (Codes(codes.index_select(0, source), kept.cumsum(0).index_select(0, x.offsets)),
             ended(source, n))
 
@@ -128,7 +132,7 @@ class AddedTokens(nn.Module):
         last = v.numel() - 1
         token, length = torch.full_like(at, -1), torch.zeros_like(at)
         for k, codes in enumerate(self.codes):
-            here = at + len(codes) <= row_end
+            here = at + len(codes) <= row_end  # (C,)
             for j, c in enumerate(codes): here = here & (v.index_select(0, (at + j).clamp(max=last)) == c)
             token = torch.where(here, self.number[k], token)
             length = torch.where(here, len(codes), length)
@@ -142,6 +146,7 @@ class AddedTokens(nn.Module):
         "Which of these matches, sorted by start, remain when each excludes those that it overlaps."
         if self.shortcuts and not bool((start[1:] < end[:-1]).any()):
             return torch.arange(start.numel(), device=start.device)
+        # (M+1,): matches that begin before each place
         begun = torch.zeros(n + 1, dtype=torch.int64, device=start.device).index_fill_(0, start + 1, 1).cumsum(0)
         next = ended(begun.index_select(0, end), start.numel())  # the first match that begins where each has ended
         return (
@@ -162,14 +167,16 @@ class AddedTokens(nn.Module):
     def _conditioned(self, x: Codes, at: Tensor, token: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "The matches that are words of their own where they must be, with the white space that they swallow."
         n = x.codes.numel()
-        flags = self.flags.index_select(0, token)
-        row_start, row_end = self._per_code(x.offsets[:-1], x)[at], self._per_code(x.offsets[1:], x)[at]
-        word = self.word(x.codes) > 0
+        flags = self.flags.index_select(0, token)  # (K, 3): single_word, lstrip, rstrip
+        row_start, row_end = self._per_code(x.offsets[:-1], x)[at], self._per_code(x.offsets[1:], x)[at]  # (K,), (K,)
+        word = self.word(x.codes) > 0  # (M,)
+        # (K,): a word character stands beside it
         touched = (word[(at - 1).clamp(min=0)] & (at > row_start)) | (word[end.clamp(max=n - 1)] & (end < row_end))
         keep = (~(flags[:, 0] & touched)).nonzero().flatten()
         at, token, end, flags, row_start, row_end = (at[keep], token[keep], end[keep], flags[keep], row_start[keep],
             row_end[keep])
-        solid = ~torch.isin(x.codes, self.space)
+        solid = ~torch.isin(x.codes, self.space)  # (M,): no white space
+        # (K,), (K,): the white space on either side ends here
         last, next = last_before(solid)[at], first_from(solid)[end]
         end = torch.where(flags[:, 2], torch.minimum(next, row_end), end)
         # a match before has had its spaces

@@ -133,52 +133,55 @@ class Charsmap(nn.Module):
         codes[np.isin(codes, list(single))] = [ord(c) for k in sorted(single) for c in single[k]]
         self.images = ExpandTable(np.concatenate([counts, [len(i) for i in images]]), np.concatenate([codes, *images]))
 
-    def forward(self, x: Codes) -> tuple[Tensor, Tensor, Codes, Tensor]:
+    def forward(self, x: Codes, # code points
+    ) -> tuple[Tensor, Tensor, Codes, Tensor]:
         """Return the values, the element that each came from, the elements, and where each begins in `x`.
 
         Elements are code points and matches. The second is empty if each has one value; the fourth, int64 (E+1,), if
         nothing matched."""
         kept = torch.empty(0, dtype=torch.int64, device=x.codes.device)
         if not self.shortcuts or x.codes.numel() > 0:
-            pair = self.pair(x.codes)
-            next = ended(pair[1:], 0)[:x.codes.numel()]
-            at = (((pair & (next >> 1) & 1) > 0) | (pair > 3)).nonzero().flatten()
+            pair = self.pair(x.codes)  # (M,): what a character may be in longer rules
+            next = ended(pair[1:], 0)[:x.codes.numel()]  # (M,): of the one after it
+            at = (((pair & (next >> 1) & 1) > 0) | (pair > 3)).nonzero().flatten()  # (C,): where one may begin
             if not self.shortcuts or at.numel() > 0: x, kept = self._replaced(x, at)
-        values, source, _ = self.images(x.codes)
+        values, source, _ = self.images(x.codes)  # (V,), (V,)
         return values, source, x, kept
 
     def _replaced(self, x: Codes, at: Tensor) -> tuple[Codes, Tensor]:
         "`x` with each longer match made one private code point, and where each element now begins."
         n = x.codes.numel()
-        here = torch.arange(n, device=at.device)
+        here = torch.arange(n, device=at.device)  # (M,)
+        # (M,): characters to the end of the text
         room = torch.repeat_interleave(x.offsets[1:], x.offsets[1:] - x.offsets[:-1]) - here
-        place, size, entry = self.rules(x.codes, room, at)
+        place, size, entry = self.rules(x.codes, room, at)  # (H,) each
         if self.has_symbols:  # written over the rules
-            p, s, e = self.symbols(x.codes, room, at)
+            p, s, e = self.symbols(x.codes, room, at)  # the same, of symbols
             place, size, entry = (torch.cat([place, p]), torch.cat([size, s]),
                 torch.cat([entry, self.symbol.index_select(0, e)]))
         else:
             long = (size > 1).nonzero().flatten()
             place, size, entry = place.index_select(0, long), size.index_select(0, long), entry.index_select(0, long)
+        # (M,): matches that begin at each place
         order = torch.zeros_like(here).index_add(0, place, torch.ones_like(place))
         if not self.shortcuts or place.numel() > 0 and int(order.max()) > 1:  # only the last, the longest, counts
             last = torch.full_like(here, -1).scatter_reduce(
                 0, place, torch.arange(place.numel(), device=at.device), 'amax'
             )
-            last = last[last >= 0]
+            last = last[last >= 0]  # the longest at each place
             place, size, entry = place.index_select(0, last), size.index_select(0, last), entry.index_select(0, last)
         else:
             place, by = place.sort()
             size, entry = size.index_select(0, by), entry.index_select(0, by)
-        keep = self._leftmost(place, place + size, n)
+        keep = self._leftmost(place, place + size, n)  # (K,)
         place, size, entry = place.index_select(0, keep), size.index_select(0, keep), entry.index_select(0, keep)
-        change = torch.zeros(n + 1, dtype=torch.int64, device=at.device)
+        change = torch.zeros(n + 1, dtype=torch.int64, device=at.device)  # (M+1,)
         change = change.index_add(0, place + 1, torch.ones_like(place)).index_add(
             0, place + size, -torch.ones_like(place)
         )
         source = (change.cumsum(0)[:n] == 0).nonzero().flatten()
-        codes = x.codes.index_copy(0, place, entry + self.base)
-        kept = torch.zeros(n + 1, dtype=torch.int64, device=at.device).index_fill_(0, source + 1, 1)
+        codes = x.codes.index_copy(0, place, entry + self.base)  # (M,)
+        kept = torch.zeros(n + 1, dtype=torch.int64, device=at.device).index_fill_(0, source + 1, 1)  # (M+1,)
         return (Codes(codes.index_select(0, source), kept.cumsum(0).index_select(0, x.offsets)),
             ended(source, n))
 
@@ -190,10 +193,10 @@ class Charsmap(nn.Module):
         if self.shortcuts and (m < 2 or not bool((start[1:] < end[:-1]).any())): return here
         none = torch.zeros(n + 1, dtype=torch.int64, device=start.device)
         # how many have ended where each begins: all before it, and it is the head of a cluster
-        over = none.index_add(0, end, one).cumsum(0)
-        head = ended((over.index_select(0, start) == here).long(), 1)
+        over = none.index_add(0, end, one).cumsum(0)  # (M+1,)
+        head = ended((over.index_select(0, start) == here).long(), 1)  # (K+1,)
         # the first that begins after each
-        next = ended(none.index_fill(0, start + 1, 1).cumsum(0).index_select(0, end), m)
+        next = ended(none.index_fill(0, start + 1, 1).cumsum(0).index_select(0, end), m)  # (K+1,)
         next = torch.where(head.index_select(0, next) > 0, m, next)
         return self._followed(head, next)[:-1].nonzero().flatten()
 
@@ -221,7 +224,11 @@ class SentenceFront(nn.Module):
         self.dummy, self.squeeze = add_dummy_prefix, remove_extra_whitespaces
         self.mark = METASPACE if escape_whitespaces else 32
 
-    def forward(self, data: Tensor, offsets: Tensor, spans: bool) -> Located:
+    def forward(self,
+        data: Tensor,    # uint8 (N,): packed UTF-8
+        offsets: Tensor, # int64 (B+1,): text i is data[offsets[i]:offsets[i+1]]
+        spans: bool,     # return the bytes of each value too
+    ) -> Located:
         "Convert uint8 (N,) and int64 (B+1,) to values; with `spans` also return the bytes of each."
         nowhere = torch.empty(0, dtype=torch.int64, device=data.device)
         begin = nowhere
@@ -230,23 +237,28 @@ class SentenceFront(nn.Module):
             if spans: begin = torch.arange(data.numel(), device=data.device)
         else: x, begin = self.utf8(data, offsets)
         some = x.offsets[1:] > x.offsets[:-1]  # texts that are not empty
-        values, source, x, kept = self.charsmap(x)
+        values, source, x, kept = self.charsmap(x)  # (V,), (V,), elements (E,), (E+1,)
+        # (B+1,): where the values of each text begin
         rows = self._moved(source, x) if self._several(values, source, x) else x.offsets
-        keep = self._kept(values, source, rows).nonzero().flatten()
+        keep = self._kept(values, source, rows).nonzero().flatten()  # (K,)
+        # (V+1,)
         count = torch.zeros(values.numel() + 1, dtype=torch.int64, device=data.device).index_fill_(0, keep + 1, 1)
         count = count.cumsum(0).index_select(0, rows)
-        size = count[1:] - count[:-1]
+        size = count[1:] - count[:-1]  # (B,): values that stay
         if self.squeeze: some = size > 0
+        # (B,): spaces that were put in front so far
         added = some.long().cumsum(0) if self.dummy else torch.zeros_like(size)
+        # (K,): in the result
         place = torch.arange(keep.numel(), device=data.device) + torch.repeat_interleave(added, size)
-        ends = nn.functional.pad(count[1:] + added, (1, 0))
+        ends = nn.functional.pad(count[1:] + added, (1, 0))  # (B+1,)
+        # (K + texts,): all ▁ to begin with
         out = torch.full_like(torch.repeat_interleave(ends[1:] - ends[:-1]), self.mark)
         kept_values = values.index_select(0, keep)
         out.index_copy_(0, place, torch.where(kept_values == 32, self.mark, kept_values))
         if not spans: return Located(out, ends, nowhere, nowhere)
-        edges = ended(begin, data.numel())
+        edges = ended(begin, data.numel())  # (E+1,)
         if kept.numel() > 0: edges = edges.index_select(0, kept)
-        element = source.index_select(0, keep) if self._several(values, source, x) else keep
+        element = source.index_select(0, keep) if self._several(values, source, x) else keep  # (K,)
         # the space before a text has no bytes of its own
         first = torch.repeat_interleave(offsets[:-1], ends[1:] - ends[:-1])
         low = first.index_copy(0, place, edges.index_select(0, element))

@@ -52,30 +52,34 @@ class Utf8(nn.Module):
         low[0xE0], high[0xED], low[0xF0], high[0xF4] = 0xA0, 0x9F, 0x90, 0x8F
         for name, x in [('need', need), ('low', low), ('high', high)]: self.register_buffer(name, torch.from_numpy(x))
 
-    def forward(self, data: Tensor, offsets: Tensor) -> tuple[Codes, Tensor]:
+    def forward(self,
+        data: Tensor,    # uint8 (N,): packed UTF-8
+        offsets: Tensor, # int64 (B+1,): where texts begin, and the end
+    ) -> tuple[Codes, Tensor]:
         "Decode uint8 (N,) and int64 (B+1,); return code points, and the byte at which each begins, int64 (M,)."
         n = data.numel()
-        x = nn.functional.pad(data, (0, 3))
-        follows = (x & 0xC0) == 0x80
+        x = nn.functional.pad(data, (0, 3))  # (N+3,)
+        follows = (x & 0xC0) == 0x80  # (N+3,): bytes 10xxxxxx
         follows.index_fill_(0, offsets, False)  # the first byte of a text continues nothing
-        lead = data.long()
-        need, second = self.need.index_select(0, lead), x[1:n + 1]
+        lead = data.long()  # (N,)
+        need, second = self.need.index_select(0, lead), x[1:n + 1]  # (N,): bytes that must follow, and the next byte
         one = follows[1:n + 1] & (need >= 1) & (second >= self.low.index_select(0, lead)) & (
             second <= self.high.index_select(0, lead))
-        two = follows[2:n + 2] & one & (need >= 2)
-        three = follows[3:n + 3] & two & (need == 3)
+        two = follows[2:n + 2] & one & (need >= 2)  # and the second
+        three = follows[3:n + 3] & two & (need == 3)  # and the third
         pad = nn.functional.pad
         first = ~(pad(one, (1, 0))[:n] | pad(two, (2, 0))[:n] | pad(three, (3, 0))[:n])  # not inside a sequence
-        begin = first.nonzero().flatten()
-        need, lead = need.index_select(0, begin).long(), lead.index_select(0, begin)
-        got = (one.byte() + two + three).index_select(0, begin)
-        tail = (x & 0x3F).long()
+        begin = first.nonzero().flatten()  # (M,)
+        need, lead = need.index_select(0, begin).long(), lead.index_select(0, begin)  # (M,)
+        got = (one.byte() + two + three).index_select(0, begin)  # (M,): how many of the needed bytes are there
+        tail = (x & 0x3F).long()  # (N+3,): the six bits of a following byte
+        # (M,) each
         b, c, d = tail.index_select(0, begin + 1), tail.index_select(0, begin + 2), tail.index_select(0, begin + 3)
-        code = torch.where(need == 0, lead, (lead & 0x1F) << 6 | b)
+        code = torch.where(need == 0, lead, (lead & 0x1F) << 6 | b)  # (M,)
         code = torch.where(need == 2, (lead & 0x0F) << 12 | b << 6 | c, code)
         code = torch.where(need == 3, (lead & 0x07) << 18 | b << 12 | c << 6 | d, code)
         code = torch.where((got != need) | ((need == 0) & (lead >= 0x80)), 0xFFFD, code)
-        count = pad(first.cumsum(0), (1, 0))
+        count = pad(first.cumsum(0), (1, 0))  # (N+1,): code points before each byte
         return Codes(code, count.index_select(0, offsets)), begin
 
 # %% ../../nbs/text/02_unicode.ipynb #36dcc2bd
@@ -214,13 +218,14 @@ class CanonicalOrder(nn.Module):
         super().__init__()
         self.rank = PageTable(np.concatenate([combining_ranks(), np.zeros(MAX_ADDED, np.int64)]))
 
-    def forward(self, x: Codes) -> Tensor:
+    def forward(self, x: Codes, # code points
+    ) -> Tensor:
         "Return the positions of the code points in their new order: int64 (M,)."
-        rank = self.rank(x.codes)
-        starts = rank == 0
+        rank = self.rank(x.codes)  # (M,)
+        starts = rank == 0  # (M,): no mark
         inside = x.offsets[x.offsets < x.codes.numel()]
         starts[inside] = True  # a row's first mark follows nothing in the row before
-        key = starts.cumsum(0) * 4096 + rank
+        key = starts.cumsum(0) * 4096 + rank  # (M,): the run, then the class
         return key.argsort(stable=True)
 
 # %% ../../nbs/text/02_unicode.ipynb #f5336558
@@ -279,7 +284,8 @@ class CharTables(nn.Module):
     "Convert code points to values (code point | class << 21) by one table look-up, and sort marks where it matters"
     shortcuts: torch.jit.Final[bool] = True  # False in the exported form, which takes every step
 
-    def __init__(self, rules: CharRules):
+    def __init__(self, rules: CharRules, # of single characters, such as `bert_rules(...)`
+    ):
         super().__init__()
         marked = np.zeros(N_CODES, bool)
         self.sorts = rules.decomposed is not None
@@ -290,20 +296,22 @@ class CharTables(nn.Module):
         self.order = CanonicalOrder()
         self.finish = self._with_added(*(rules.finished or none), rules.classes)
 
-    def forward(self, x: Codes) -> tuple[Codes, Tensor]:
+    def forward(self, x: Codes, # code points; added tokens stay
+    ) -> tuple[Codes, Tensor]:
         "Return values, and the code point that each came from, int64 (K,), which is empty where nothing moved."
-        values, source, sort = self.table(x.codes)
+        values, source, sort = self.table(x.codes)  # (K,), (K,)
         nowhere = (torch.empty(0, dtype=torch.int64, device=source.device) if self.shortcuts
             else torch.arange(x.codes.numel(), device=source.device))
         if not (self.sorts and sort): return self._placed(values, source, x, nowhere)
-        values, source, _ = self.decompose(x.codes)
+        values, source, _ = self.decompose(x.codes)  # (P,), (P,): letters and marks apart
         apart, first = self._placed(values, source, x, nowhere)
-        order = self.order(apart)
-        values, source, _ = self.finish(apart.codes.index_select(0, order))
+        order = self.order(apart)  # (P,)
+        values, source, _ = self.finish(apart.codes.index_select(0, order))  # (K,), (K,)
         # sorting moves marks, not their places
         if self.shortcuts and first.numel() == 0: return self._placed(values, source, apart, first)
+        # (P,): 1 where the next code point of the text begins
         opens = nn.functional.pad((first[1:] != first[:-1]).long(), (1, 0), value=1.)[:first.numel()]
-        place = opens.index_select(0, order).cumsum(0).clamp(min=1) - 1
+        place = opens.index_select(0, order).cumsum(0).clamp(min=1) - 1  # (P,): which of them each is
         return self._placed(
             values, source, apart, first.index_select(0, opens.nonzero().flatten()).index_select(0, place)
         )
@@ -318,7 +326,7 @@ class CharTables(nn.Module):
 
     def _moved(self, source: Tensor, x: Codes) -> Tensor:
         "The offsets of rows, once position `source[j]` has become position j."
-        count = torch.zeros(x.codes.numel() + 1, dtype=torch.int64, device=source.device)
+        count = torch.zeros(x.codes.numel() + 1, dtype=torch.int64, device=source.device)  # (M+1,)
         count.index_add_(0, source + 1, torch.ones_like(source))
         return count.cumsum(0).index_select(0, x.offsets)
 

@@ -69,16 +69,18 @@ class Unigram(nn.Module):
 
         Place and length of all pieces."""
         n, none = codes.numel(), self.unk + 1
-        place, size, entry = self.trie(codes, room, torch.arange(n, device=codes.device))
-        grid = lattice(place, size, entry, n, none, self._widest(size))
-        single = grid[:, -1:]
+        place, size, entry = self.trie(codes, room, torch.arange(n, device=codes.device))  # (H,) each
+        grid = lattice(place, size, entry, n, none, self._widest(size))  # (M, L)
+        single = grid[:, -1:]  # (M, 1): pieces of one character
         return torch.cat([grid[:, :-1], torch.where(single == none, self.unk, single)], 1), place, size
 
     def _widest(self, size: Tensor) -> int: return max(int(size.max()), 1) if size.numel() > 0 else 1
 
-    def forward(self, x: Codes) -> Pieces:
+    def forward(self, x: Codes, # code points
+    ) -> Pieces:
         "Split code points into pieces."
         n = x.codes.numel()
+        # (M,): a row or a word begins
         bound = torch.zeros(n + 1, dtype=torch.bool, device=x.codes.device).index_fill_(0, x.offsets, True)[:n]
         if self.by_word: bound = bound | (x.codes == self.mark)
         length, entry = self._best(x, bound.nonzero().flatten())
@@ -91,27 +93,28 @@ class Unigram(nn.Module):
         n = x.codes.numel()
         length, entry, margin = (torch.zeros_like(x.codes), torch.zeros_like(x.codes),
             torch.zeros(n, dtype=torch.float64, device=x.codes.device))
-        segment = torch.ones_like(x.codes)
-        end = ended(start[1:], n)[:start.numel()]
-        piece = self.words(x.codes, start, end)
+        segment = torch.ones_like(x.codes)  # (M,): the size of the segment that each place lies in
+        end = ended(start[1:], n)[:start.numel()]  # (W,)
+        piece = self.words(x.codes, start, end)  # (W,): the word as a piece, or -1
+        # (W,): by how much it beats its other cuts
         gap = self.alone.index_select(0, torch.where(piece < 0, self.unk, piece))
         settled = gap > 0.01
-        done = settled.nonzero().flatten()
-        last = end.index_select(0, done) - 1
+        done = settled.nonzero().flatten()  # words that need no walk
+        last = end.index_select(0, done) - 1  # their last places
         width = (end - start).index_select(0, done)
         length.index_copy_(0, last, width)
         entry.index_copy_(0, last, piece.index_select(0, done))
         margin.index_copy_(0, last, gap.index_select(0, done))
         segment.index_copy_(0, last, width)
-        rest = (~settled).nonzero().flatten()
+        rest = (~settled).nonzero().flatten()  # words that are walked
         if rest.numel() > 0:
-            at, room = self._places(start.index_select(0, rest), end.index_select(0, rest))
-            k, e, m, s = self._cut(x.codes.index_select(0, at), room)
+            at, room = self._places(start.index_select(0, rest), end.index_select(0, rest))  # (R,), (R,): their places
+            k, e, m, s = self._cut(x.codes.index_select(0, at), room)  # (R,) each
             length.index_copy_(0, at, k)
             entry.index_copy_(0, at, e)
             margin.index_copy_(0, at, m)
             segment.index_copy_(0, at, s)
-            first, stop = self._doubtful(x, length, entry, margin, segment)
+            first, stop = self._doubtful(x, length, entry, margin, segment)  # rows that are walked again
             if first.numel() > 0:
                 at, room = self._places(first, stop)
                 k, e = self._cut_exactly(x.codes.index_select(0, at), room, stop - first)
@@ -122,20 +125,20 @@ class Unigram(nn.Module):
     def _places(self, start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
         "All places of these stretches, int64 (M,), and how far it is from each to the end of its own."
         size = end - start
-        owner = torch.repeat_interleave(size)
+        owner = torch.repeat_interleave(size)  # (R,)
         at = torch.arange(owner.numel(), device=start.device) + (start - (size.cumsum(0) - size)).index_select(0, owner)
         return at, end.index_select(0, owner) - at
 
     def _cut(self, codes: Tensor, room: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         "Length and entry of the piece that ends at each place (0: none), its margin, and the size of its segment."
         n = codes.numel()
-        grid, place, size = self._grid(codes, room)
-        start = uncrossed(place, size, n)
-        width = nn.functional.pad(start[1:], (0, 1), value=float(n)) - start
-        few = (width <= self.short).nonzero().flatten()
+        grid, place, size = self._grid(codes, room)  # (R, L), (H,), (H,)
+        start = uncrossed(place, size, n)  # (S,)
+        width = nn.functional.pad(start[1:], (0, 1), value=float(n)) - start  # (S,)
+        few = (width <= self.short).nonzero().flatten()  # segments that are short enough
         begin, size = start.index_select(0, few), width.index_select(0, few)
-        best, margin = walk(self.score.index_select(0, grid.flatten()).view_as(grid), begin, size, True)
-        length = trace(best, begin, size)
+        best, margin = walk(self.score.index_select(0, grid.flatten()).view_as(grid), begin, size, True)  # (R,), (R,)
+        length = trace(best, begin, size)  # (R,): 0 inside pieces
         if few.numel() < start.numel():  # one so long would be doubtful anyway
             last = (start + width - 1).index_select(0, (width > self.short).nonzero().flatten())
             length.index_fill_(0, last, 1)
@@ -158,13 +161,14 @@ class Unigram(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         "The rows in which rounding could have decided: starts and ends."
         start, end = x.offsets[:-1], x.offsets[1:]
-        last = (length > 0).nonzero().flatten()
+        last = (length > 0).nonzero().flatten()  # (P,)
+        # (P+1,): sums of absolute scores
         total = nn.functional.pad(self.score.index_select(0, entry.index_select(0, last)).abs().cumsum(0), (1, 0))
-        count = nn.functional.pad((length > 0).long().cumsum(0), (1, 0))
-        low, high = count.index_select(0, start), count.index_select(0, end)
-        size = total.index_select(0, high) - total.index_select(0, low)
-        m = segment.index_select(0, last) + 2
-        reach = torch.repeat_interleave(size, high - low) + m * self.worst
+        count = nn.functional.pad((length > 0).long().cumsum(0), (1, 0))  # (M+1,)
+        low, high = count.index_select(0, start), count.index_select(0, end)  # (B,), (B,)
+        size = total.index_select(0, high) - total.index_select(0, low)  # (B,)
+        m = segment.index_select(0, last) + 2  # (P,): numbers that are added
+        reach = torch.repeat_interleave(size, high - low) + m * self.worst  # (P,): a bound of the sums
         bad = (margin.index_select(0, last) <= 4 * self.unit * m * reach).long()
         wrong = nn.functional.pad(bad.cumsum(0), (1, 0))
         some = (wrong.index_select(0, high) > wrong.index_select(0, low)).nonzero().flatten()
@@ -172,20 +176,21 @@ class Unigram(nn.Module):
 
     def _pieces(self, x: Codes, length: Tensor, entry: Tensor) -> Pieces:
         "Pieces from what ends at each place; unknown characters merged, or as bytes."
-        last = (length > 0).nonzero().flatten()
-        piece, end = entry.index_select(0, last), last + 1
+        last = (length > 0).nonzero().flatten()  # (P,)
+        piece, end = entry.index_select(0, last), last + 1  # (P,), (P,)
         start = end - length.index_select(0, last)
         ids = self.ids.index_select(0, piece)
-        count = nn.functional.pad((length > 0).long().cumsum(0), (1, 0)).index_select(0, x.offsets)
+        count = nn.functional.pad((length > 0).long().cumsum(0), (1, 0)).index_select(0, x.offsets)  # (B+1,)
         unknown = piece == self.unk
         if self.shortcuts and not bool(unknown.any()): return Pieces(ids, start, end, count)
         if self.bytes:
-            code = x.codes.index_select(0, last)
+            code = x.codes.index_select(0, last)  # (P,)
             need = torch.where(
                 unknown, 1 + (code >= 0x80).long() + (code >= 0x800).long() + (code >= 0x10000).long(), 1
             )
-            total = nn.functional.pad(need.cumsum(0), (1, 0))
-            owner = torch.repeat_interleave(need)
+            total = nn.functional.pad(need.cumsum(0), (1, 0))  # (P+1,)
+            owner = torch.repeat_interleave(need)  # (T,): the piece of each id
+            # (T,): which of its bytes
             nth = torch.arange(owner.numel(), device=last.device) - total.index_select(0, owner)
             code, need = code.index_select(0, owner), need.index_select(0, owner)
             byte = self._byte(code, need, nth)

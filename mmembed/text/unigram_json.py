@@ -27,8 +27,7 @@ from mmembed.text.unicode import (
 from .sentencepiece import METASPACE
 from .unigram import Unigram
 from .wordpiece import Pieces
-from .front import refuse
-from .front import NoTokens
+from .front import NoTokens, refuse
 
 # %% ../../nbs/text/16_unigram_json.ipynb #b881a760
 def sections(
@@ -64,7 +63,8 @@ class CharStep(nn.Module):
         self.table = ExpandTable(np.concatenate([counts, np.ones(MAX_ADDED, np.int64)]),
             np.concatenate([images, np.arange(ADDED, ADDED + MAX_ADDED)]))
 
-    def forward(self, x: Located) -> Located:
+    def forward(self, x: Located, # values, with the bytes of each
+    ) -> Located:
         values, source, _ = self.table(x.codes)
         if self.shortcuts and source.numel() == 0 and values.numel() == x.codes.numel():
             return Located(values, x.offsets, x.begin, x.end)
@@ -78,20 +78,25 @@ class CharStep(nn.Module):
 class StripStep(nn.Module):
     "Drop white space at the ends of each section (`normalizers.Strip`)"
 
-    def __init__(self, left: bool, right: bool):
+    def __init__(self,
+        left: bool,  # at the beginning of a section
+        right: bool, # at its end
+    ):
         super().__init__()
         self.left, self.right = left, right
         self.space = PageTable(_table(WHITE_SPACE))
 
-    def forward(self, x: Located) -> Located:
+    def forward(self, x: Located, # values, with the bytes of each
+    ) -> Located:
         n = x.codes.numel()
-        blank = self.space(x.codes) > 0
-        head = sections(Codes(x.codes, x.offsets))
-        start, solid = head.nonzero().flatten(), nn.functional.pad((~blank).long().cumsum(0), (1, 0))
-        owner = head.long().cumsum(0) - 1
-        end = ended(start[1:], n)[:start.numel()]
+        blank = self.space(x.codes) > 0  # (M,)
+        head = sections(Codes(x.codes, x.offsets))  # (M,)
+        start, solid = head.nonzero().flatten(), nn.functional.pad((~blank).long().cumsum(0), (1, 0))  # (S,), (M+1,)
+        owner = head.long().cumsum(0) - 1  # (M,): the section of each
+        end = ended(start[1:], n)[:start.numel()]  # (S,)
+        # (M,): solid characters before it in its section
         before = solid[:n] - solid.index_select(0, start).index_select(0, owner)
-        after = solid.index_select(0, end).index_select(0, owner) - solid[:n]
+        after = solid.index_select(0, end).index_select(0, owner) - solid[:n]  # (M,): and from it on
         inside = torch.ones_like(blank)
         if self.left: inside = inside & (before > 0)
         if self.right: inside = inside & (after > 0)
@@ -112,17 +117,19 @@ class RunStep(nn.Module):
         self.member, self.least, self.put = PageTable(_table(which)), least, bool(content)
         self.content = ord(content) if content else 0
 
-    def forward(self, x: Located) -> Located:
+    def forward(self, x: Located, # values, with the bytes of each
+    ) -> Located:
         n = x.codes.numel()
+        # (M,): a text begins
         row = torch.zeros(n + 1, dtype=torch.bool, device=x.codes.device).index_fill_(0, x.offsets, True)[:n]
-        member = self.member(x.codes) > 0
-        head = member & (row | ~nn.functional.pad(member, (1, 0))[:n])
-        owner = head.long().cumsum(0)
+        member = self.member(x.codes) > 0  # (M,)
+        head = member & (row | ~nn.functional.pad(member, (1, 0))[:n])  # (M,): a run begins
+        owner = head.long().cumsum(0)  # (M,): the number of its run
         size = (torch.zeros(n + 1, dtype=torch.int64, device=x.codes.device).index_add(0, owner,
             member.long()).index_select(0, owner))
-        run = member & (size >= self.least)
-        start = (head & run).nonzero().flatten()
-        last = x.end.index_select(0, start + size.index_select(0, start) - 1)
+        run = member & (size >= self.least)  # (M,): in a run that is long enough
+        start = (head & run).nonzero().flatten()  # (R,)
+        last = x.end.index_select(0, start + size.index_select(0, start) - 1)  # (R,): the bytes of the whole run
         codes, end = x.codes.index_fill(0, start, self.content), x.end.index_copy(0, start, last)
         return kept_values(Located(codes, x.offsets, x.begin, end), ~run | head if self.put else ~run)
 
@@ -192,27 +199,28 @@ class WordStep(nn.Module):
         self.mark, self.added, self.flag = ord(meta.get('replacement', chr(METASPACE))), ADDED, 1 << CLASS_SHIFT
         self.space = PageTable(_table(WHITE_SPACE))
 
-    def forward(self, x: Located) -> Located:
+    def forward(self, x: Located, # values, with the bytes of each
+    ) -> Located:
         n = x.codes.numel()
-        head, codes = sections(Codes(x.codes, x.offsets)), x.codes
+        head, codes = sections(Codes(x.codes, x.offsets)), x.codes  # (M,), (M,): where words begin, and values
         if self.drops:
-            blank = self.space(codes) > 0
+            blank = self.space(codes) > 0  # (M,)
             head = (head | nn.functional.pad(blank, (1, 0))[:n]) & ~blank
             x = kept_values(Located(torch.where(head, codes | self.flag, codes), x.offsets, x.begin, x.end), ~blank)
             head, codes = x.codes >= self.flag, x.codes & (self.flag - 1)
         if not self.metaspace: return Located(torch.where(head, codes | self.flag, codes), x.offsets, x.begin, x.end)
-        codes = torch.where(codes == 32, self.mark, codes)
-        bare = head & (codes != self.mark) & (codes < self.added)
+        codes = torch.where(codes == 32, self.mark, codes)  # (M,)
+        bare = head & (codes != self.mark) & (codes < self.added)  # (M,): begins a word and has no mark
         if not self.prepends: bare = torch.zeros_like(bare)
         if self.only_first: bare = bare & self._opens(head, x.offsets)
         if self.cuts: head = head | (codes == self.mark)
-        count = 1 + bare.long()
-        owner = torch.repeat_interleave(count)
-        total = nn.functional.pad(count.cumsum(0), (1, 0))
+        count = 1 + bare.long()  # (M,)
+        owner = torch.repeat_interleave(count)  # (M + marks,): the value that each is, or stands before
+        total = nn.functional.pad(count.cumsum(0), (1, 0))  # (M+1,)
         extra = (torch.arange(owner.numel(), device=owner.device) == total.index_select(0, owner)) & bare.index_select(
             0, owner
         )
-        first = extra | (head & ~bare).index_select(0, owner)
+        first = extra | (head & ~bare).index_select(0, owner)  # the first of each word
         codes = torch.where(extra, self.mark, codes.index_select(0, owner))  # with the bytes of what it stands before
         return Located(torch.where(first, codes | self.flag, codes), total.index_select(0, x.offsets),
             x.begin.index_select(0, owner), x.end.index_select(0, owner))
@@ -246,46 +254,49 @@ class WordUnigram(Unigram):
             'marks', torch.tensor([added.get(ADDED + k, unk_id) for k in range(size)], dtype=torch.int64)
         )
 
-    def forward(self, x: Codes) -> Pieces:
+    def forward(self, x: Codes, # code points; the first of each word has a flag
+    ) -> Pieces:
         "Split flagged values into pieces."
         n = x.codes.numel()
-        codes, start = x.codes & (self.flag - 1), (x.codes >= self.flag).nonzero().flatten()
-        length, entry = self._best(Codes(codes, ended(start, n)), start)
+        codes, start = x.codes & (self.flag - 1), (x.codes >= self.flag).nonzero().flatten()  # (M,), (W,)
+        length, entry = self._best(Codes(codes, ended(start, n)), start)  # (M,), (M,)
         return self._fused(codes, x.offsets, start, length, entry)
 
     def _fused(self, codes: Tensor, offsets: Tensor, words: Tensor, length: Tensor, entry: Tensor) -> Pieces:
         "Pieces from what ends at each place; unknown characters of a word merged, or as bytes."
-        n, last = codes.numel(), (length > 0).nonzero().flatten()
-        piece, start = entry.index_select(0, last), last + 1 - length.index_select(0, last)
-        first = codes.index_select(0, start)
+        n, last = codes.numel(), (length > 0).nonzero().flatten()  # M, and (P,)
+        piece, start = entry.index_select(0, last), last + 1 - length.index_select(0, last)  # (P,), (P,)
+        first = codes.index_select(0, start)  # (P,)
         mark = first >= self.added  # an added token is a word by itself
-        ids = torch.where(mark, self.marks.index_select(0, (first - self.added).clamp(min=0,
+        ids = torch.where(mark, self.marks.index_select(0, (first - self.added).clamp(min=0,  # (P,)
             max=self.marks.numel() - 1)), self.ids.index_select(0, piece))
-        unknown = (ids == self.unk_id) & ~mark
+        unknown = (ids == self.unk_id) & ~mark  # (P,)
         opens = (torch.zeros(n + 1, dtype=torch.bool, device=codes.device).index_fill_(0, words,
             True)[:n].index_select(0, start))
+        # (P,): not merged with the one before
         head = ~(unknown & nn.functional.pad(unknown, (1, 0))[:last.numel()] & ~opens)
-        at = head.nonzero().flatten()
-        ids, start = ids.index_select(0, at), start.index_select(0, at)
+        at = head.nonzero().flatten()  # (Q,)
+        ids, start = ids.index_select(0, at), start.index_select(0, at)  # (Q,), (Q,)
         end = ended(start[1:], n)[:start.numel()]
+        # (M,): 1 where a piece begins
         begins = torch.zeros(n + 1, dtype=torch.int64, device=codes.device).index_fill_(0, start, 1)[:n]
         if self.shortcuts and not (self.bytes and bool(unknown.any())):
             return Pieces(ids, start, end, nn.functional.pad(begins.cumsum(0), (1, 0)).index_select(0, offsets))
         if not self.bytes:
             return Pieces(ids, start, end, nn.functional.pad(begins.cumsum(0), (1, 0)).index_select(0, offsets))
         # a run that is one piece called <unk> keeps its id; the characters of all others become bytes
-        owner = begins.cumsum(0) - 1
+        owner = begins.cumsum(0) - 1  # (M,): the piece of each character
         spelt = unknown.index_select(0, at) & (
             (piece.index_select(0, at) == self.unk) | (ended(at[1:], last.numel())[: at.numel()] - at > 1)
         )
-        spells = spelt.index_select(0, owner)
+        spells = spelt.index_select(0, owner)  # (M,)
         need = torch.where(
             spells, 1 + (codes >= 0x80).long() + (codes >= 0x800).long() + (codes >= 0x10000).long(), begins
         )
-        total = nn.functional.pad(need.cumsum(0), (1, 0))
-        place = torch.repeat_interleave(need)
-        nth = torch.arange(place.numel(), device=codes.device) - total.index_select(0, place)
-        run = owner.index_select(0, place)
+        total = nn.functional.pad(need.cumsum(0), (1, 0))  # (M+1,)
+        place = torch.repeat_interleave(need)  # (T,): the character of each id
+        nth = torch.arange(place.numel(), device=codes.device) - total.index_select(0, place)  # (T,)
+        run = owner.index_select(0, place)  # (T,)
         byte = self._byte(codes.index_select(0, place), need.index_select(0, place), nth)
         ids = torch.where(spells.index_select(0, place), byte, ids.index_select(0, run))
         return Pieces(ids, start.index_select(0, run), end.index_select(0, run), total.index_select(0, offsets))
@@ -307,7 +318,11 @@ class StepFront(nn.Module):
         self.added, self.marks = AddedTokens(added) if added else NoTokens(), bool(added)
         self.steps = nn.ModuleList([*normalizer_steps(normalizer), WordStep(pre_tokenizer)])
 
-    def forward(self, data: Tensor, offsets: Tensor, spans: bool) -> Located:
+    def forward(self,
+        data: Tensor,    # uint8 (N,): packed UTF-8
+        offsets: Tensor, # int64 (B+1,): text i is data[offsets[i]:offsets[i+1]]
+        spans: bool,     # return the bytes of each value too
+    ) -> Located:
         """Convert uint8 (N,) and int64 (B+1,) to values, with the bytes of each.
 
         A cluster or a run of spaces that became one value has the bytes of the whole; Hugging Face's offsets name one

@@ -35,7 +35,11 @@ class Automaton(nn.Module):
         self.edges = VocabTable(keys * self.mix, torch.from_numpy(np.asarray(child, np.int64)))
         self.register_buffer('entry', torch.from_numpy(np.asarray(entry, np.int64)))
 
-    def forward(self, codes: Tensor, room: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self,
+        codes: Tensor, # int64 (M,): values
+        room: Tensor,  # int64 (M,): how long an entry may be at each place
+        at: Tensor,    # int64 (K,): places to begin at
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return place, length and entry, int64 (H,), of the entries that begin at the places `at` of `codes`, int64
         (M,).
 
@@ -43,16 +47,17 @@ class Automaton(nn.Module):
         node, size = torch.ones_like(at), 0
         places, sizes, entries = [at[:0]], [at[:0]], [at[:0]]
         while at.numel() > 0:
+            # (K,): -1 where no entry goes on so
             child = self.edges((node << 21 | codes.index_select(0, at + size)) * self.mix)
             size += 1
             ok = (child >= 0).nonzero().flatten()
-            at, node = at.index_select(0, ok), child.index_select(0, ok)
-            entry = self.entry.index_select(0, node)
-            hit = (entry >= 0).nonzero().flatten()
+            at, node = at.index_select(0, ok), child.index_select(0, ok)  # those that go on
+            entry = self.entry.index_select(0, node)  # what is spelt here, or -1
+            hit = (entry >= 0).nonzero().flatten()  # entries that end here
             places.append(at.index_select(0, hit))
             sizes.append(torch.full_like(hit, size))
             entries.append(entry.index_select(0, hit))
-            more = (room.index_select(0, at) > size).nonzero().flatten()
+            more = (room.index_select(0, at) > size).nonzero().flatten()  # those that have room for another character
             at, node = at.index_select(0, more), node.index_select(0, more)
         return torch.cat(places), torch.cat(sizes), torch.cat(entries)
 
@@ -100,7 +105,7 @@ def lattice(
     widest: int,    # L, at least the longest
 ) -> Tensor:
     "Return the entry of the piece of each length that ends at each place: int64 (n, L), lengths from L down to 1."
-    grid = torch.full((n * widest,), none, dtype=torch.int64, device=place.device)
+    grid = torch.full((n * widest,), none, dtype=torch.int64, device=place.device)  # (n*L,)
     return grid.index_copy(0, (place + size) * widest - size, entry).view(n, widest)
 
 # %% ../../nbs/text/12_viterbi.ipynb #d4c3396b
@@ -110,8 +115,9 @@ def uncrossed(
     n: int,        # places
 ) -> Tensor:
     "Return the places, int64 (S,), that no piece crosses: the starts of segments that can be cut independently."
-    here = torch.arange(n, device=place.device)
+    here = torch.arange(n, device=place.device)  # (n,)
     long = (size > 1).nonzero().flatten()
+    # (n,): the farthest end of the pieces that begin here
     far = (here + 1).scatter_reduce(0, place.index_select(0, long), (place + size).index_select(0, long), 'amax')
     return (torch.nn.functional.pad((far.cummax(0)[0][: max(n - 1, 0)] <= here[1:]), (1, 0),
         value=True).nonzero().flatten()[:n])
@@ -132,32 +138,35 @@ def walk(
     value, offset = (torch.zeros(n, dtype=score.dtype, device=score.device),
         torch.zeros(n, dtype=torch.int64, device=score.device))
     if start.numel() == 0: return offset, value
-    size, order = size.sort(descending=True, stable=True)
+    size, order = size.sort(descending=True, stable=True)  # (S,): the longest first
     start = start.index_select(0, order)
     active: list[int] = size.bincount().flip(0).cumsum(0).flip(0)[1:].tolist()  # how many segments are longer than t
+    # (S, L): the best sums up to the last L places
     window = torch.full((start.numel(), widest), float('-inf'), dtype=score.dtype, device=score.device)
     window[:, -1] = 0
     places, tops, t = [start[:0]], [value[:0]], 0
     while t < len(active) and (active[t] > 1 or t == 0):
-        here = start[:active[t]] + t
-        top = (score.index_select(0, here) + window[:active[t]]).amax(1)
-        window = torch.cat([window[:active[t], 1:], top[:, None]], 1)
+        here = start[:active[t]] + t  # (A,): the place of each segment that is so long
+        top = (score.index_select(0, here) + window[:active[t]]).amax(1)  # (A,)
+        window = torch.cat([window[:active[t], 1:], top[:, None]], 1)  # (A, L)
         places.append(here)
         tops.append(top)
         t += 1
     if t < len(active):
-        rows = score[int(start[0]) + t:int(start[0]) + len(active)]
-        row = torch.cat([window[0], value[:rows.shape[0]]])
+        rows = score[int(start[0]) + t:int(start[0]) + len(active)]  # of the one segment that is left
+        row = torch.cat([window[0], value[:rows.shape[0]]])  # its sums, those of the window before them
         for i in range(rows.shape[0]): row[i + widest] = (rows[i] + row[i:i + widest]).amax()
         places.append(torch.arange(t, len(active), device=start.device) + start[0])
         tops.append(row[widest:])
     value.index_copy_(0, torch.cat(places), torch.cat(tops))
-    owner = torch.repeat_interleave(size)
+    owner = torch.repeat_interleave(size)  # the segment of each place
+    # the place within it
     nth = torch.arange(owner.numel(), device=start.device) - (size.cumsum(0) - size).index_select(0, owner)
     offset.index_copy_(0, start.index_select(0, owner) + nth, nth)
+    # (n, L): the best sums before pieces of each length
     before = torch.nn.functional.pad(value, (widest, 0)).unfold(0, widest, 1)[:n]
     reach = torch.arange(widest, 0, -1, device=start.device)
-    total = score + torch.where(offset[:, None] + 1 == reach, 0, before)
+    total = score + torch.where(offset[:, None] + 1 == reach, 0, before)  # (n, L)
     top, column = total.max(1)  # of equal ones the first, which is the longest piece
     if margins: value = top - total.scatter(1, column[:, None], float('-inf')).amax(1)
     return widest - column, value
@@ -171,7 +180,7 @@ def trace(
     "Return the length of each piece on the best paths at its last place, 0 elsewhere: int64 (n,)."
     last, out = start + size - 1, torch.zeros_like(best)
     while last.numel() > 0:
-        length = best.index_select(0, last)
+        length = best.index_select(0, last)  # (S,): the last piece of each
         out.index_copy_(0, last, length)
         last = last - length
         more = (last >= start).nonzero().flatten()

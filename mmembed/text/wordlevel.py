@@ -33,13 +33,13 @@ def split_runs(
 ) -> Words:
     "Split each row into words and drop white space; runs of letters and runs of signs are words."
     n = x.codes.numel()
-    kind = x.codes >> shift
-    before = torch.nn.functional.pad(kind, (1, 0)).index_fill_(0, x.offsets, -1)
-    bound = ((kind != before[:n]) | (kind == alone)).nonzero().flatten()
-    keep = (kind.index_select(0, bound) != space).nonzero().flatten()
+    kind = x.codes >> shift  # (M,)
+    before = torch.nn.functional.pad(kind, (1, 0)).index_fill_(0, x.offsets, -1)  # (M+1,): -1 before each row
+    bound = ((kind != before[:n]) | (kind == alone)).nonzero().flatten()  # where a stretch begins
+    keep = (kind.index_select(0, bound) != space).nonzero().flatten()  # (W,)
     end = ended(bound[1:], n)
-    start = bound.index_select(0, keep)
-    first = torch.zeros(n + 1, dtype=torch.int64, device=x.codes.device).index_fill_(0, start + 1, 1)
+    start = bound.index_select(0, keep)  # (W,)
+    first = torch.zeros(n + 1, dtype=torch.int64, device=x.codes.device).index_fill_(0, start + 1, 1)  # (M+1,)
     return Words(start, end.index_select(0, keep), first.cumsum(0).index_select(0, x.offsets))
 
 # %% ../../nbs/text/07_wordlevel.ipynb #0571901e
@@ -95,10 +95,15 @@ class WordTable(nn.Module):
         self.lexicon, self.seed = Lexicon([[v + 1 for v in s] for s in strings], [self.SEED] * len(strings)), self.SEED
         self.register_buffer('size', torch.tensor([*map(len, strings), 0], dtype=torch.int64))
 
-    def forward(self, codes: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    def forward(self,
+        codes: Tensor, # int64 (M,): values of the batch
+        start: Tensor, # int64 (W,)
+        end: Tensor,   # int64 (W,): one past the last
+    ) -> Tensor:
         "Return the number of each stretch [start, end) of codes, int64 (M,): int64 (W,), -1 for none."
         h = self.lexicon.hash
         codes, length = codes + 1, end - start
+        # (W,)
         entry = self.lexicon.table(h(h.prefix(codes), h.inverses(codes.numel(), codes.device), start, end) + self.seed)
         entry = torch.where(self.size.index_select(0, entry.clamp(min=0)) == length, entry, -1)
         return self.lexicon.confirmed(codes, entry, start, length)
@@ -123,11 +128,12 @@ class WholeWords(nn.Module):
         self.table, self.unk_id = WordTable([v for v, _ in entries]), vocab[unk_token]
         self.register_buffer('ids', torch.tensor([i for _, i in entries] or [0], dtype=torch.int64))
 
-    def forward(self, x: Codes) -> Pieces:
+    def forward(self, x: Codes, # values: code point | class << 21
+    ) -> Pieces:
         "Convert values to one piece for each word."
         words = split_runs(x)
-        entry = self.table(x.codes, words.start, words.end)
-        ids = torch.where(entry < 0, self.unk_id, self.ids.index_select(0, entry.clamp(min=0)))
+        entry = self.table(x.codes, words.start, words.end)  # (W,)
+        ids = torch.where(entry < 0, self.unk_id, self.ids.index_select(0, entry.clamp(min=0)))  # (W,)
         return Pieces(ids, words.start, words.end, words.offsets)
 
 # %% ../../nbs/text/07_wordlevel.ipynb #68fc35ab

@@ -40,17 +40,29 @@ class Lexicon(nn.Module):
         self.register_buffer('first', lengths.cumsum(0)[:-1])
         self.register_buffer('codes', torch.tensor([c for s in strings for c in s], dtype=torch.int64))
 
-    def agrees(self, codes: Tensor, entry: Tensor, start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    def agrees(self,
+        codes: Tensor,  # int64 (M,): values of the batch
+        entry: Tensor,  # int64 (W,): numbers of entries
+        start: Tensor,  # int64 (W,)
+        length: Tensor, # int64 (W,)
+    ) -> tuple[Tensor, Tensor]:
         """Return whether codes[start+j] is the j-th value of `entry`, for each j < length, and whose j it is: (sum of
         lengths,)."""
-        owner = torch.repeat_interleave(length)
+        owner = torch.repeat_interleave(length)  # (sum of lengths,): the word of each character
+        # its place in the word
         nth = torch.arange(owner.numel(), device=owner.device) - (length.cumsum(0) - length).index_select(0, owner)
+        # the entry's characters
         theirs = self.codes.index_select(0, self.first.index_select(0, entry).index_select(0, owner) + nth)
         return codes.index_select(0, start.index_select(0, owner) + nth) == theirs, owner
 
-    def confirmed(self, codes: Tensor, entry: Tensor, start: Tensor, length: Tensor) -> Tensor:
+    def confirmed(self,
+        codes: Tensor,  # int64 (M,): values of the batch
+        entry: Tensor,  # int64 (W,): numbers of entries, -1 for none
+        start: Tensor,  # int64 (W,)
+        length: Tensor, # int64 (W,)
+    ) -> Tensor:
         "Return `entry`, with -1 where the characters are not those of the entry."
-        hit = (entry >= 0).nonzero().flatten()
+        hit = (entry >= 0).nonzero().flatten()  # (H,)
         same, owner = self.agrees(codes, entry[hit], start[hit], length[hit])
         return entry.index_fill(0, hit.index_select(0, owner[~same]), -1)
 
@@ -95,7 +107,8 @@ class WordPiece(nn.Module):
             [0] * (len(whole) + len(marks)) + [self.CONTINUES] * len(inside))
         self.register_buffer('ids', torch.tensor([i for _, i in entries] + [self.unk_id], dtype=torch.int64))
 
-    def forward(self, x: Codes) -> Pieces:
+    def forward(self, x: Codes, # values: code point | class << 21
+    ) -> Pieces:
         "Split values into pieces."
         words = split_words(x)
         if not self.shortcuts: return self._tokenize(x.codes, words, True)[0]
@@ -106,32 +119,35 @@ class WordPiece(nn.Module):
         """The pieces, and whether every hit that was used agrees with the text.
 
         With `confirm` each candidate is checked first."""
-        start, length = words.start, words.end - words.start
+        start, length = words.start, words.end - words.start  # (W,), (W,)
         lex = self.lexicon
+        # (M+1+longest,), (M+1,) or more
         prefix, inverses = lex.hash.prefix(codes, lex.longest), lex.hash.inverses(codes.numel(), codes.device)
-        entry = lex.table(lex.hash(prefix, inverses, start, words.end))
+        entry = lex.table(lex.hash(prefix, inverses, start, words.end))  # (W,): the word as a whole, or -1
         if lex.longest > self.max_chars: entry = torch.where(length > self.max_chars, -1, entry)
         if confirm: entry = lex.confirmed(codes, entry, start, length)
-        rest = (entry < 0).nonzero().flatten()
+        rest = (entry < 0).nonzero().flatten()  # (R,): words that are cut
         if self.shortcuts and rest.numel() == 0:
             sure = confirm or bool(lex.agrees(codes, entry, start, length)[0].all())
             return Pieces(self.ids.index_select(0, entry), start, words.end, words.offsets), sure
+        # (P,) each
         word, nth, first, size, piece = self._rounds(codes, prefix, inverses, rest, start, words.end, confirm)
         sure = confirm or self._all_agree(
             codes, torch.cat([entry, piece]), torch.cat([start, first]), torch.cat([length, size])
         )
         # a word that is stuck, or too long to begin with, is one unknown piece
-        stuck = (piece < 0).nonzero().flatten()
+        stuck = (piece < 0).nonzero().flatten()  # among P
         if not self.shortcuts or stuck.numel() > 0:
-            fine = torch.ones_like(start, dtype=torch.bool).index_fill(0, word.index_select(0, stuck), False)
-            ok = fine.index_select(0, word).nonzero().flatten()
+            fine = torch.ones_like(start, dtype=torch.bool).index_fill(0, word.index_select(0, stuck), False)  # (W,)
+            ok = fine.index_select(0, word).nonzero().flatten()  # among P
             word, nth, first = word.index_select(0, ok), nth.index_select(0, ok), first.index_select(0, ok)
             size, piece = size.index_select(0, ok), piece.index_select(0, ok)
-        more = (nth > 0).nonzero().flatten()
+        more = (nth > 0).nonzero().flatten()  # pieces but the first of each word
+        # (W,): pieces of each word
         count = torch.ones_like(start).index_add(0, word.index_select(0, more), torch.ones_like(more))
-        total, n = count.cumsum(0), start.numel() + more.numel()
-        own = total - count
-        place = own.index_select(0, word) + nth
+        total, n = count.cumsum(0), start.numel() + more.numel()  # (W,), and T, the number of all pieces
+        own = total - count  # (W,): the place of each word's first piece
+        place = own.index_select(0, word) + nth  # (P,)
         unknown = self.ids.numel() - 1
         out = self._placed(n, own, torch.where(entry < 0, unknown, entry), place, piece)
         begin, end = self._placed(n, own, start, place, first), self._placed(n, own, words.end, place, first + size)
@@ -146,7 +162,7 @@ class WordPiece(nn.Module):
 
     def _all_agree(self, codes: Tensor, entry: Tensor, start: Tensor, length: Tensor) -> bool:
         "Whether every entry that is one (not -1) has the characters of the text at its place."
-        hit = (entry >= 0).nonzero().flatten()
+        hit = (entry >= 0).nonzero().flatten()  # (H,)
         same, _ = self.lexicon.agrees(
             codes, entry.index_select(0, hit), start.index_select(0, hit), length.index_select(0, hit)
         )
@@ -157,6 +173,7 @@ class WordPiece(nn.Module):
         """The longest match of every unfinished word, round by round, until all are consumed or stuck: word, round,
         start,
         length, entry of each piece; where a word got stuck, the entry is -1."""
+        # (R,), (R,): where each word stands, and what is left of it
         at, left = start.index_select(0, word), (end - start).index_select(0, word)
         seed, nth = 0, 0
         words, nths, starts, lengths, entries = [word[:0]], [word[:0]], [word[:0]], [word[:0]], [word[:0]]
@@ -164,6 +181,7 @@ class WordPiece(nn.Module):
             fits = (left <= self.max_chars).nonzero().flatten()
             word, at, left = word.index_select(0, fits), at.index_select(0, fits), left.index_select(0, fits)
         while word.numel() > 0:
+            # (L,): lengths to try
             size = torch.arange(1, min(int(left.max()), self.lexicon.longest) + 1, device=codes.device)
             if int(left.sum()) * size.numel() <= self.at_once:
                 w, n, s, l, e = self._followed(codes, prefix, inverses, word, at, left, size, seed, nth, confirm)
@@ -173,14 +191,14 @@ class WordPiece(nn.Module):
                 lengths.append(l)
                 entries.append(e)
                 break
-            best, entry = self._longest(codes, prefix, inverses, at, left, size,
+            best, entry = self._longest(codes, prefix, inverses, at, left, size,  # (R,), (R,)
                 torch.full((), seed, dtype=torch.int64, device=codes.device), confirm)
             words.append(word)
             nths.append(torch.full_like(word, nth))
             starts.append(at)
             lengths.append(best)
             entries.append(entry)
-            left = left - best
+            left = left - best  # (R,)
             more = ((left > 0) & (best > 0)).nonzero().flatten()
             word, at, left = word.index_select(0, more), (at + best).index_select(0, more), left.index_select(0, more)
             seed, nth = self.continues, nth + 1
@@ -201,14 +219,16 @@ class WordPiece(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What is left of few words, as `_rounds` has it: the longest match at each of their places first, then only
         steps from match to match."""
-        till = left.cumsum(0)
+        till = left.cumsum(0)  # (R,)
+        # (R,), (C,): the places of all unfinished words, one after another
         begin, place = till - left, torch.arange(int(till[-1]), device=codes.device)
-        owner = torch.zeros_like(place).index_fill_(0, begin, 1).cumsum(0) - 1
+        owner = torch.zeros_like(place).index_fill_(0, begin, 1).cumsum(0) - 1  # (C,): whose place it is
+        # (C,), (C,): the character, and how many are left
         start, rest = (at - begin).index_select(0, owner) + place, till.index_select(0, owner) - place
-        seeds = torch.full_like(place, self.continues).index_fill_(0, begin, seed).unsqueeze(1)
-        best, entry = self._longest(codes, prefix, inverses, start, rest, size, seeds, confirm)
+        seeds = torch.full_like(place, self.continues).index_fill_(0, begin, seed).unsqueeze(1)  # (C, 1)
+        best, entry = self._longest(codes, prefix, inverses, start, rest, size, seeds, confirm)  # (C,), (C,)
         nowhere = place.numel()
-        next = torch.where((best > 0) & (best < rest), place + best, nowhere)
+        next = torch.where((best > 0) & (best < rest), place + best, nowhere)  # (C,): where the piece after it begins
         spots, nths = [begin], [torch.full_like(begin, nth)]
         while True:
             to = next.index_select(0, spots[-1])
@@ -217,7 +237,7 @@ class WordPiece(nn.Module):
             nth += 1
             spots.append(to)
             nths.append(torch.full_like(to, nth))
-        spot = torch.cat(spots)
+        spot = torch.cat(spots)  # (P,)
         return (word.index_select(0, owner.index_select(0, spot)), torch.cat(nths), start.index_select(0, spot),
             best.index_select(0, spot), entry.index_select(0, spot))
 
@@ -235,18 +255,19 @@ class WordPiece(nn.Module):
         """One round: the longest piece at each of `at`, of the lengths `size` and at most `left`: its length, or 0,
         and entry, or -1."""
         table = self.lexicon.table
-        from_ = at.unsqueeze(1)
-        till = (from_ + size).flatten()
+        from_ = at.unsqueeze(1)  # (R, 1)
+        till = (from_ + size).flatten()  # (R*L,)
         key = (prefix.index_select(0, till).view(-1, size.numel()) - prefix.index_select(0, at).unsqueeze(1)
             ) * inverses.index_select(0, at).unsqueeze(1) + seed
-        slot, hit = table.slots(key.flatten())
-        good = hit.view_as(key) & (size <= left.unsqueeze(1))
+        slot, hit = table.slots(key.flatten())  # (R*L,), (R*L,)
+        good = hit.view_as(key) & (size <= left.unsqueeze(1))  # (R, L)
         if confirm:
             entry = torch.where(good.flatten(), table.ids.index_select(0, slot), -1)
             good = (
                 self.lexicon.confirmed(codes, entry, from_.expand_as(key).flatten(), size.expand_as(key).flatten()) >= 0
             ).view_as(key)
-        best = (good * size).amax(1)
+        best = (good * size).amax(1)  # (R,): the longest that hits
+        # (R,)
         entry = table.ids.index_select(0, slot.view_as(key).gather(1, (best - 1).clamp(min=0).unsqueeze(1)).flatten())
         return best, torch.where(best > 0, entry, -1)
 

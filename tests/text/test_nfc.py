@@ -6,7 +6,6 @@ import unicodedata
 
 import numpy as np
 import pytest
-import torch
 
 from mmembed.core.packing import pack
 from mmembed.exporters.graph.text import LoopedNfc
