@@ -24,6 +24,7 @@ from filelock import FileLock
 
 from benchmarks import LIMITS, instruction_sets
 from mmembed.core.torchscript import frozen, quietly
+from mmembed.text.pipeline import TextPipeline
 
 SHARED = 'MMEMBED_TESTS_SHARED'  # a folder of the run, for all its processes
 HANG = 300  # seconds: no test decides by a clock; what takes so long hangs
@@ -35,7 +36,8 @@ def in_form(module, form, calls=None):
 
     `calls`: the exported methods that the test calls beside `forward`, by default all. A frozen module holds the
     whole of its code once for each, which takes
-    seconds and a gigabyte to load for a tokenizer with four."""
+    seconds and a gigabyte to load for a tokenizer with four. So a frozen text pipeline is not loaded again here, but
+    in one test a family (test_what_is_frozen_is_saved_and_loaded)."""
     module = module.eval()
     if form == 'eager': return module
     scripted = quietly(torch.jit.script, module)
@@ -47,6 +49,12 @@ def in_form(module, form, calls=None):
             if getattr(getattr(type(module), m), '_torchscript_modifier', None) is FunctionModifiers.EXPORT
         ]
         scripted = frozen(scripted, preserved_attrs=keep)
+        if isinstance(module, TextPipeline): return scripted
+    return reloaded(scripted)
+
+
+def reloaded(scripted):
+    "A scripted module, saved and loaded."
     buffer = io.BytesIO()
     quietly(torch.jit.save, scripted, buffer)
     buffer.seek(0)

@@ -5,6 +5,8 @@ import logging
 import os
 import random
 import shutil
+import struct
+import sys
 import zipfile
 from unittest.mock import patch
 
@@ -56,6 +58,19 @@ def test_every_host_answers_as_the_model():
             == rows[stage, 'image status'].difference
             == 0
         )
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='ELF is the format of Linux')
+def test_no_program_asks_for_an_executable_stack():
+    "glibc from 2.41 on does not load a library that does (Debian 13, Ubuntu 25.04, Python 3.14's Debian)."
+    asked = {}
+    with zipfile.ZipFile(package()) as z:
+        for name in (n for n in z.namelist() if n.endswith('.so')):
+            library = z.read(name)
+            start, (size, count) = struct.unpack_from('<Q', library, 32)[0], struct.unpack_from('<HH', library, 54)
+            heads = [struct.unpack_from('<II', library, start + i * size) for i in range(count)]
+            asked[name.split('/')[-2]] = [flags & 1 for kind, flags in heads if kind == 0x6474e551]
+    assert len(asked) == 4 and all(flags == [0] for flags in asked.values()), asked
 
 
 def test_who_tokenizes():

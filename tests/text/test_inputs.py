@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from benchmarks import fuzz_text
 from mmembed.core.packing import pack
 from mmembed.text.pipeline import TextPipeline
-from tests.helpers import in_form
+from tests.helpers import in_form, reloaded
 
 CAPTIONS = [
     'a small red circle left of a large blue square', '一个红色的小圆在蓝色方块左边', 'Crème brûlée, naïve café!',
@@ -51,6 +51,14 @@ def test_empty(family, form):
     assert ids.shape == (2, 8) and mask.sum(1).tolist() == [special] * 2
     enc = m.encode([], []) if form == 'eager' else m.encode([], None)
     assert enc[0].shape[0] == 0 and enc[3].shape[2] == 2
+
+
+@pytest.mark.parametrize('family', ['clip', 'unigram', 'jieba'])  # WordPiece: what Triton gets, in test_triton.py
+def test_what_is_frozen_is_saved_and_loaded(family):
+    frozen = in_form(made(family), 'frozen', ['tokenize'])
+    texts = pack([*CAPTIONS, '', ' ', '\0\ud800', 'a' * 300, "it's 한국어 \u0301e\u0301 🎉 [SEP] <|endoftext|>"])
+    for want, *got in zip(made(family).tokenize(*texts), frozen.tokenize(*texts), reloaded(frozen).tokenize(*texts)):
+        assert all(torch.equal(want, x) for x in got)
 
 
 @families
