@@ -1,4 +1,4 @@
-"""Rows of raw text and raw file become tokens and pixels; what cannot be read is noted, with its reason
+"""Rows of raw texts and image files become tokens and pixels; what cannot be read is noted with its reason
 
 Docs: https://mmembed.github.io/mmembed/train/batches.html.md"""
 
@@ -31,14 +31,14 @@ from ..vision.pipeline import VisionPipeline
 # %% ../../nbs/train/03_batches.ipynb #d5f4ef39
 class Row(NamedTuple):
     "One pair, ready to be batched"
-    index: int
-    text: str
+    index: int             # row of the source
+    text: str              # its caption
     levels: Tensor | None  # uint8 (3, H, W); None if the image cannot be read and nothing stands in for it
-    error: str             # '' or why
+    error: str             # why it cannot be read; '' if it can
     label: int = -1        # of labelled data; -1 for none
 
 class Rows(Dataset):
-    "The rows of a source, images through the vision pipeline"
+    "Reads the rows of a source; images pass through the vision pipeline"
     def __init__(self,
         source: Source,           # raw pairs
         vision: VisionPipeline,   # decodes, and crops by `augment` or `preprocess`
@@ -72,10 +72,10 @@ class Rows(Dataset):
 
 # %% ../../nbs/train/03_batches.ipynb #c6475dcc
 class Collate:
-    "Rows to a `PairBatch` and the rows that failed"
+    "Turns rows into a `PairBatch`, and lists the rows that failed"
     def __init__(self,
-        text: TextPipeline,     # tokenises
-        vision: VisionPipeline, # normalises
+        text: TextPipeline,     # makes the tokens
+        vision: VisionPipeline, # normalises the pixels
     ): self.text, self.vision = text, vision
 
     def __call__(self, rows: list[Row]) -> tuple[PairBatch, list[tuple[int, str]]]:
@@ -87,13 +87,13 @@ class Collate:
         return PairBatch(tokens, pixels, torch.tensor([r.index for r in good], dtype=torch.int64)), failed
 
     def blank(self) -> dict:
-        "Tokens and pixels of one row that is none: an empty text, the mean colour."
+        "Return tokens and pixels of a row that stands for no pair: an empty text, the mean colour."
         pixels = self.vision.normalize(self.vision.blank()[None])
         return {'tokens': Tokens(*self.text.tokenize(*pack(['']))), 'pixels': pixels}
 
 # %% ../../nbs/train/03_batches.ipynb #e9d65657
 class Ledger(dict):
-    "What was skipped, or replaced: {name: reason}"
+    "Failed rows, skipped or replaced: {name: reason}"
     done = 'skipped'  # with an unreadable image
     file: Path | None = None
     _size, _there = 0, frozenset()  # of the file when this process wrote to it last: bytes, names
@@ -106,7 +106,7 @@ class Ledger(dict):
         file: str | Path,  # .jsonl, to which further failures are appended
         main: bool = True, # of several processes the one that writes what all of them know by now
     ):
-        "Write each failure to a file as it comes; there is none while nothing has failed."
+        "Write each failure to a file as it comes; the file does not exist while nothing has failed."
         self.file = Path(file)
         if main and self: self._write(self.items())
 
@@ -139,7 +139,7 @@ class Ledger(dict):
 
 # %% ../../nbs/train/03_batches.ipynb #24bf140c
 class PairLoader(Loader):
-    """A `Loader` that yields batches of pairs and enters what failed in its `ledger`, or raises
+    """Yields batches of pairs and enters failed rows in its `ledger`; without one it raises `ValueError`
 
     A batch of which nothing can be read is left out. Where several processes share the rows, each must take every step:
     such a batch then holds one blank row without an index, which counts in no loss."""

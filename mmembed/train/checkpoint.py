@@ -31,9 +31,9 @@ def load_checkpoint(
     path: str | Path,                # what a run saved: a .ckpt, or the .safetensors beside it
     model: nn.Module | None = None,  # for a model that cannot describe itself: one of the same shape
 ) -> nn.Module: # a DualEncoder or PairClassifier
-    """The trained model with its pipelines, on the CPU, in eval mode, adapters merged.
+    """Load a trained model with its pipelines: on the CPU, in eval mode, adapters merged.
 
-    Raises `FileNotFoundError`, and `ValueError` for what is no such checkpoint."""
+    Raises `FileNotFoundError`, and `ValueError` for a file that is not such a checkpoint."""
     note, weights = read_checkpoint(path)
     if model is None and note['model'] is None:
         raise ValueError(f'{path} does not describe its model: pass model=, one of the same shape')
@@ -46,8 +46,8 @@ def load_checkpoint(
 # %% ../../nbs/train/09_checkpoint.ipynb #6f817c6d
 def read_checkpoint(
     path: str | Path, # a .ckpt or .safetensors of a run
-) -> tuple[dict, dict]: # what is said of the model, and its weights
-    "Both parts of a checkpoint; nothing in it is executed. Raises as `load_checkpoint` does."
+) -> tuple[dict, dict]: # the note on the model and its figures; its weights by name
+    "Read both parts of a checkpoint; nothing in it is executed. Raises as `load_checkpoint` does."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'no checkpoint {path}')
     saved = read_saved(path)
@@ -63,9 +63,9 @@ def read_checkpoint(
 
 # %% ../../nbs/train/09_checkpoint.ipynb #dde16649
 class Checkpoint(ModelCheckpoint):
-    """Lightning's `ModelCheckpoint`, with the model's weights as safetensors beside each file.
+    """Lightning's `ModelCheckpoint`, which also writes the model's weights as safetensors beside each file
 
-    One that monitors a figure has the run end with a validation, and takes over the best so far of a run that is
+    One that monitors a figure makes the run end with a validation, and keeps the best checkpoint of a run that is
     resumed."""
     def __init__(self, *args, track: bool = True, **kwargs):
         super().__init__(*args, **kwargs)
@@ -84,7 +84,7 @@ class Checkpoint(ModelCheckpoint):
         if self.monitor and self.so_far.get('best_model_path'): self._take_over(trainer, module)
 
     def _take_over(self, trainer: Trainer, module):
-        "Copy the best checkpoint of the resumed run, and tell which; or tell why not."
+        "Copy the best checkpoint of the resumed run and print its figure, or print why it is not kept."
         old = Path(self.so_far['best_model_path'])
         path = next((p for p in (old, Path(trainer.ckpt_path).with_name(old.name)) if p.is_file()), None)
         note, score = read_checkpoint(path)[0] if path else {}, self.so_far['best_model_score']
@@ -111,13 +111,13 @@ class Checkpoint(ModelCheckpoint):
         if self.track and trainer.is_global_zero: write_weights(filepath)
 
 def _ends(trainer: Trainer) -> bool:
-    "Whether the run ends with the step that was just made."
+    "Return whether the run ends with the step that was just made."
     last = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
     return trainer.should_stop or last or 0 <= trainer.max_steps <= trainer.global_step
 
 # %% ../../nbs/train/09_checkpoint.ipynb #ac24008e
 def _score(note: dict, monitor: str) -> float:
-    "The figure that decides which checkpoint is best, as a checkpoint's note has it."
+    "Read the figure that decides which checkpoint is best from a checkpoint's note."
     return (
         note['figures'][monitor]
         if note.get('figures')
@@ -127,7 +127,7 @@ def _score(note: dict, monitor: str) -> float:
 def write_weights(
     path: str | Path, # a .ckpt
 ) -> Path: # the .safetensors
-    "The model of a checkpoint as safetensors beside it; one that cannot describe itself is written as it is."
+    "Write the model of a checkpoint as safetensors beside it, adapters merged."
     path = Path(path)
     note, weights = read_checkpoint(path)
     if note.get('lora'):

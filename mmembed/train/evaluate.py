@@ -30,7 +30,7 @@ from .pair_data import LabelData
 
 # %% ../../nbs/train/11_evaluate.ipynb #ada88af3
 def show_recall(
-    recall: dict, # as `RunResult` has it
+    recall: dict, # of a checkpoint's note, see `plain_recall`
 ):
     "Print recall and chance as a table."
     from rich.console import Console
@@ -58,7 +58,7 @@ def show_recall(
 
 # %% ../../nbs/train/11_evaluate.ipynb #916f8da0
 def show_figures(
-    note: dict, # what a checkpoint or an evaluation says: `recall`, `figures`
+    note: dict, # of a checkpoint, or what `evaluate` returned: `recall`, `figures`
 ):
     "Print whichever figures there are, and at which step they were measured if the weights are of another."
     if (at := note.get('measured_at')) is not None and at != note['step']:
@@ -73,11 +73,10 @@ def evaluate(
     argv: Sequence[str] = (), # options of the data: ['--data.path', 'other.csv', '--data.group_key', 'section']
     part: str | None = None, # 'train', 'valid', 'test' or 'all' rows; by default 'valid', and 'all' of another file
 ) -> dict: # 'recall' and 'map', or 'figures'; 'data': what was judged; 'step': of the weights; plain data
-    """The figures of a checkpoint on held-out rows of its run, or on those of another file.
+    """Measure a checkpoint on held-out rows of its run, or on those of another file.
 
     Raises `FileNotFoundError` without a configuration beside the checkpoint, `ValueError` for wrong options, and for
-    a split of the run's own data that
-    is not the run's."""
+    options that would divide the run's own data anew."""
     path = Path(checkpoint)
     model, step = load_checkpoint(path), read_checkpoint(path)[0].get('step')
     kept = path.parent/'config.yaml'
@@ -110,7 +109,7 @@ def judged_data(
     argv: list[str],  # options that change it
     part: str | None, # as `evaluate` takes it
 ) -> tuple[PairData, dict]: # with the rows to judge as `valid`; 'path', 'part', 'other': not the run's data, 'options'
-    "The data that options name, their part chosen; raises what `evaluate` raises for them."
+    "Make the data that options name, with the part to judge as `valid`; raises what `evaluate` raises for them."
     given = list(
         dict.fromkeys(re.split(r'[.=+]', a.removeprefix('--data.'))[0] for a in argv if a.startswith('--data.'))
     )
@@ -159,7 +158,7 @@ def _parser(kind: type) -> ArgumentParser:
     return parser
 
 def _data_config(kind: type, data: dict, argv: list[str]) -> Namespace:
-    "The options of a data module, those of the command line in the place of `data`'s, paths absolute."
+    "Parse the options of a data module: those of the command line replace those in `data`; paths become absolute."
     with tempfile.TemporaryDirectory() as d:
         (Path(d)/'data.yaml').write_text(yaml.safe_dump({'data': data}))
         try: config = _parser(kind).parse_args(['--config', f'{d}/data.yaml', *argv])

@@ -26,7 +26,7 @@ from ..models.metrics import TEMPLATES, class_embeddings, classification
 def layers(
     tower: nn.Module, # any text or image tower
 ) -> list[nn.Module]:
-    "The blocks of `tower`, bottom first; raises `ValueError` if it has none."
+    "Return the blocks of `tower`, bottom first; raises `ValueError` if it has none."
     found: list = []
     def walk(m):
         for child in m.children():
@@ -40,7 +40,7 @@ def layers(
 def depths(
     tower: nn.Module, # any text or image tower
 ) -> dict[str, int]: # parameter name: 0 is the bottom, n + 1 the top
-    "How high each parameter of `tower` stands: 0 before the blocks, 1 to n in them, n + 1 after them."
+    "Return the height of each parameter of `tower`: 0 before the blocks, 1 to n in them, n + 1 after them."
     blocks = layers(tower)
     owner = {id(p): i for i, b in enumerate(blocks, 1) for p in b.parameters()}
     result, height = {}, 0
@@ -60,7 +60,7 @@ def parameter_groups(
     weight_decay: float,       # of what has two dimensions or more
     layer_decay: float = 1.,   # a layer learns so much more slowly than the one above it; 1: all alike
 ) -> list[dict]: # as torch.optim wants them
-    "Every trainable parameter once, in groups of one learning rate and one decay."
+    "Put every trainable parameter into one group, with the other parameters of its learning rate and decay."
     rate: dict[int, float] = {}
     for tower in (getattr(model, 'text', None), getattr(model, 'image', None)) if layer_decay != 1 else ():
         if tower is None or not any(p.requires_grad for p in tower.parameters()): continue
@@ -82,7 +82,7 @@ def lock(
     model: nn.Module, # has the towers `text` and `image`
     what: str | list[str], # of 'text', 'image', 'text-N', 'image-N': all but the N top layers
 ):
-    "Makes parameters need no gradient; raises `ValueError` for a name that is not understood."
+    "Lock towers or parts of them: their parameters need no gradient. Raises `ValueError` for another name."
     for item in [what] if isinstance(what, str) else what:
         found = re.fullmatch(r'(text|image)(?:-(\d+))?', item)
         if not found:
@@ -99,10 +99,10 @@ def lock(
             p.requires_grad_(height[k] > blocks - n or (height[k] == top and top > blocks))
 
 def still(
-    model: nn.Module,
+    model: nn.Module,    # in train mode
     every: bool = False, # batch norms that are trained, too
 ):
-    "Batch norms of locked layers (or all) in eval mode: their statistics stay."
+    "Put the batch norms of locked layers (or all) in eval mode: their statistics stay."
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and (
             every or not any(p.requires_grad for p in m.parameters())
@@ -115,9 +115,9 @@ def add_lora(
     rank: int = 8,           # of the product
     alpha: float = 16,       # the product counts alpha / rank times
     dropout: float = 0.,     # before it
-    towers: tuple[str, ...] = ('text', 'image'),
+    towers: tuple[str, ...] = ('text', 'image'), # that get adapters
 ):
-    """Adapters in the blocks of the towers, the rest of these towers locked.
+    """Put adapters into the blocks of the towers, and lock the rest of these towers.
 
     Raises `ImportError` without peft, `ValueError` for a tower without linear layers in its blocks."""
     try: from peft import LoraConfig, inject_adapter_in_model
@@ -136,8 +136,10 @@ def add_lora(
             tower,
         )
 
-def merge_lora(model: nn.Module):
-    "Adds the adapters into the weights they stand beside, and takes them out; a model without any stays as it is."
+def merge_lora(
+    model: nn.Module, # changed in place
+) -> nn.Module: # `model`
+    "Add adapters to the weights beside them and remove them; a model without adapters stays as it is."
     for side in ('text', 'image'):
         tower, done = getattr(model, side, None), '-'
         for name, m in list(tower.named_modules()) if tower is not None else []:
@@ -160,7 +162,7 @@ def embed_in_chunks(
     pixels: Tensor,   # float32 (B, 3, H, W)
     size: int,        # rows whose activations are in memory at a time
 ) -> Embeddings: # as `model(tokens, pixels)`
-    "Both sides, a chunk at a time; raises `ValueError` for batch norms in train mode."
+    "Embed texts and images a chunk at a time; raises `ValueError` for batch norms in train mode."
     for k, m in model.named_modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training:
             raise ValueError(
@@ -179,8 +181,8 @@ def embed_in_chunks(
 def checkpointed(
     model: nn.Module, # has the towers `text` and `image`
 ):
-    """Within: the blocks of both towers keep no activations in training, and are computed once more in the backward
-    pass."""
+    """Make the blocks of both towers keep no activations within the context: the backward pass computes them once
+    more."""
     blocks = [b for t in (model.text, model.image) for b in layers(t)]
     def step(forward, *args, **kwargs):
         return (
@@ -198,7 +200,7 @@ def shard(
     model: nn.Module, # has the towers `text` and `image`; changed in place
     mesh,             # a torch DeviceMesh of one dimension
 ):
-    "Each process keeps its part of the weights (`torch.distributed.fsdp.fully_shard`); single numbers stay whole."
+    "Shard the weights over processes (`torch.distributed.fsdp.fully_shard`); single numbers stay whole."
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     whole = {p for p in model.parameters() if p.ndim == 0}
     for block in [b for t in (model.text, model.image) for b in layers(t)]: fully_shard(block, mesh=mesh)
@@ -218,7 +220,7 @@ def interpolate(
     after: dict[str, Tensor],  # one of the same model
     alpha: float,              # 0: before, 1: after
 ) -> dict[str, Tensor]:
-    "A state_dict between two; counters are those of `after`. Raises `ValueError` for other names or shapes."
+    "Interpolate two state_dicts; counters are those of `after`. Raises `ValueError` for other names or shapes."
     if before.keys() != after.keys():
         raise ValueError(f'weights of different models: {sorted(before.keys() ^ after.keys())[:3]}')
     for k in before:
@@ -227,12 +229,13 @@ def interpolate(
     return {k: torch.lerp(before[k], b, alpha) if b.is_floating_point() else b for k, b in after.items()}
 
 def trade_off(
-    model: nn.Module,                                  # left with the weights it had
-    before: dict[str, Tensor], after: dict[str, Tensor], # state_dicts
-    tasks: dict[str, Callable[[nn.Module], float]],    # name: figure of a model
-    alphas: tuple[float, ...] = (0, 0.25, 0.5, 0.75, 1),
+    model: nn.Module,           # keeps the weights it has
+    before: dict[str, Tensor],  # a state_dict
+    after: dict[str, Tensor],   # a state_dict
+    tasks: dict[str, Callable[[nn.Module], float]],  # name: measures a model
+    alphas: tuple[float, ...] = (0, 0.25, 0.5, 0.75, 1),  # shares of `after`
 ) -> dict[str, list[float]]: # 'alpha' and every task
-    "Every task's figure at every mixture."
+    "Measure every task at every mixture of two sets of weights."
     own, result = copy.deepcopy(model.state_dict()), {'alpha': list(alphas)} | {k: [] for k in tasks}
     for a in alphas:
         model.load_state_dict(interpolate(before, after, a))
@@ -241,10 +244,11 @@ def trade_off(
     return result
 
 def show_trade_off(
-    table: dict[str, list[float]], # as `trade_off` gives it
-    old: str, new: str,            # the tasks on the axes
+    table: dict[str, list[float]], # as `trade_off` returns it
+    old: str,                      # the task on the horizontal axis
+    new: str,                      # the task on the vertical axis
 ):
-    "The curve from before to after: the old task across, the new one up."
+    "Draw the curve from before to after: the old task to the right, the new one up."
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(3.6, 2.8))
     ax.plot(table[old], table[new], 'o-')
@@ -256,22 +260,24 @@ def show_trade_off(
 
 # %% ../../nbs/train/01_finetune.ipynb #63c04e70
 class ZeroShot:
-    "Accuracy of a model on labelled pictures by prompts alone; call it with a model"
+    "Measures a model on labelled images by prompts alone; call it with a model for the accuracy"
     def __init__(
         self,
-        images: list,  # raw files or pictures, as the model's pipeline takes them
+        images: list,  # files or decoded images, as the model's pipeline takes them
         target: list[int],  # class of each
         classes: list[str],  # names
         templates: tuple[str, ...] = TEMPLATES,  # each with one {}
-        batch_size: int = 64,
+        batch_size: int = 64,  # images at a time
     ):
         self.images, self.target, self.classes, self.templates, self.batch_size = (
             images, target, classes, templates, batch_size,
         )
 
     @torch.no_grad()
-    def figures(self, model: nn.Module) -> dict[str, float]:
-        "Accuracy, top-5 accuracy, macro F1 and AUC."
+    def figures(self,
+        model: nn.Module, # a DualEncoder
+    ) -> dict[str, float]:
+        "Return accuracy, top-5 accuracy, macro F1 and AUC."
         training, device = model.training, model.logit_scale.device
         model.eval()
         c = class_embeddings(

@@ -24,14 +24,14 @@ from ..data.splits import PARTS
 # %% ../../nbs/train/06_pair_data.ipynb #c1fbe985
 class LabelBatch(NamedTuple):
     "A batch of texts and images, each pair with its class"
-    tokens: Tokens
+    tokens: Tokens  # ids and mask, int64 (B, L)
     pixels: Tensor  # float32 (B, 3, H, W), normalised
     index: Tensor   # int64 (B,): the rows of the data module's part
     label: Tensor   # int64 (B,): the class
 
 # %% ../../nbs/train/06_pair_data.ipynb #fbd4d476
 class LabelCollate(Collate):
-    "Rows to a `LabelBatch` and the rows that failed"
+    "Turns rows into a `LabelBatch`, and lists the rows that failed"
     def __call__(self, rows: list[Row]) -> tuple[LabelBatch, list[tuple[int, str]]]:
         batch, failed = super().__call__(rows)
         labels = {r.index: r.label for r in rows}
@@ -39,10 +39,10 @@ class LabelCollate(Collate):
 
 # %% ../../nbs/train/06_pair_data.ipynb #a356b28a
 class Matches(Subset):
-    "Each row of a source once as it is, and some times to be paired with the caption of another"
+    "Rows of a source, each once with its own caption and then with captions of other rows"
     def __init__(self,
         source: Source,        # whose rows match
-        mismatches: int = 1,   # for each row
+        mismatches: int = 1,   # other captions for each row
         near: float = 1.0,     # share of the mismatches whose caption is of a row that is alike
         seed: int = 0,         # of the choice
     ):
@@ -57,7 +57,7 @@ class Matches(Subset):
         epoch: int, # in which the choice is made
         i: int,     # row
     ) -> tuple[str, int]: # 1: the caption is the image's own
-        "The caption for row `i` and whether it matches; raises `ValueError` if all captions are the same."
+        "Choose a caption for row `i`, with its label; raises `ValueError` if all captions are the same."
         own = self.rows[i]
         if i % self.times == 0: return self.source.text(own), 1
         rng = random.Random(hash((self.seed, epoch, i)))
@@ -74,7 +74,7 @@ class Matches(Subset):
 
 # %% ../../nbs/train/06_pair_data.ipynb #d282d468
 def _some(rows: list[int] | range, rng: random.Random, most: int = 64):
-    "Random members of `rows`, then, should none of these do, all of them from a random place on."
+    "Yield up to `most` random members of `rows`, then all of them from a random place on."
     n = len(rows)
     for _ in range(min(most, 2*n)): yield rows[rng.randrange(n)]
     start = rng.randrange(n) if n else 0
@@ -90,7 +90,7 @@ class MatchData(PairData):
         near: float = 1.0,    # share of the mismatches from rows alike: `near_key`, else `group_key`
         **options,            # as `PairData` takes them
     ):
-        "Raises `ValueError` for numbers that make no sense, and what `PairData` raises."
+        "Raises `ValueError` for numbers outside their range, and what `PairData` raises."
         if mismatches < 1: raise ValueError(f'mismatches must be at least 1, got {mismatches}')
         if not 0 <= near <= 1: raise ValueError(f'near is a share between 0 and 1, got {near}')
         super().__init__(**options)

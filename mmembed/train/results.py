@@ -25,18 +25,23 @@ class Gallery(NamedTuple):
     text: Tensor             # float32 (N, D), unit length
     image: Tensor            # float32 (N, D), unit length
     index: list[int]         # N rows of `source`: those that could be read
-    source: Source
-    vision: VisionPipeline
+    source: Source           # where texts and images are read again
+    vision: VisionPipeline   # shows images as the model has them
 
     def scores(self) -> Tensor: return self.text @ self.image.T # float32 (N, N): texts in rows, images in columns
-    def caption(self, i: int) -> str: return self.source.text(self.index[i])
+    def caption(self,
+        i: int, # of the gallery
+    ) -> str:
+        return self.source.text(self.index[i])
 
-    def picture(self, i: int) -> Tensor: # uint8 (3, H, W)
-        "Image `i` as the model has it."
+    def picture(self,
+        i: int, # of the gallery
+    ) -> Tensor: # uint8 (3, H, W)
+        "Return image `i` as the model has it."
         return self.vision.preprocess(self.source.image(self.index[i]))
 
     def relevant(self) -> Tensor: # bool (N, N)
-        "Captions that say the same are right for each other's images, and so are all captions of one image."
+        "Return which images are right for each caption; equal captions share their images."
         right = correct_images([self.source.text(i) for i in self.index], [self.source.picture(i) for i in self.index])
         return right.relevant[right.text][:, right.image]
 
@@ -47,7 +52,7 @@ def gallery(
     data: PairData,            # its validation rows are encoded
     limit: int | None = None,  # at most so many rows
 ) -> Gallery:
-    "The validation rows of `data`, encoded; raises `ValueError` if none can be read."
+    "Encode the validation rows of `data`; raises `ValueError` if none can be read."
     device, was = next(model.parameters()).device, model.training
     part, rows, collate = data.valid, data.rows(data.valid, training=False), data.collate()
     text, image, index = [], [], []
@@ -70,7 +75,7 @@ def show_scores(
     g: Gallery,          # encoded pairs
     n: int = 8,          # the first so many
 ): # a matplotlib figure
-    "A heat map of cosines, captions against pictures; the diagonal is what belongs together."
+    "Draw a heat map of cosines, captions against images; pairs lie on the diagonal."
     import matplotlib.pyplot as plt
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
     n = min(n, len(g.index))
@@ -94,7 +99,7 @@ def show_scores(
 
 # %% ../../nbs/train/13_results.ipynb #d14e0f43
 def _answers(g: Gallery, queries: list[int] | int, k: int, captions: bool, shape: dict, draw):
-    """A row of axes for each query, which `draw(axes, row, rank, found)` fills.
+    """Draw one row of axes for each query; `draw(axes, row, rank, found)` fills it.
 
     `found` holds (item, score, is it right), best first."""
     import matplotlib.pyplot as plt
@@ -121,7 +126,7 @@ def show_results(
     queries: list[int] | int = 4,  # rows of the gallery, or the first so many
     k: int = 5,                    # answers to each
 ): # a matplotlib figure
-    "For each caption the pictures found, best first: a right one is framed, and the rank of the right one is told."
+    "Draw the images found for each caption, best first; right ones are framed, and their best rank stands below."
     k = min(k, len(g.index))
     def draw(axes, row, rank, found):
         axes[0].axis('off')
@@ -143,7 +148,7 @@ def show_captions(
     queries: list[int] | int = 4,  # rows of the gallery, or the first so many
     k: int = 5,                    # answers to each
 ): # a matplotlib figure
-    "For each picture the captions found, best first; a right one is green."
+    "Draw the captions found for each image, best first; right ones are green."
     def draw(axes, row, rank, found):
         for ax in axes: ax.axis('off')
         axes[0].imshow(g.picture(row).permute(1, 2, 0).numpy())

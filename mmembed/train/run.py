@@ -28,7 +28,7 @@ from .evaluate import show_figures
 
 # %% ../../nbs/train/12_run.ipynb #9cfd3a1a
 class RunResult(NamedTuple):
-    "What a training run leaves behind"
+    "What a training run returns"
     folder: Path         # configuration, tokenizer, logs, checkpoints
     checkpoint: Path     # the best by recall@1 or accuracy, or the last if nothing was validated
     recall: dict         # kind ('all', ...): direction: {'at', 'chance', 'median_rank', 'queries'}, of that checkpoint
@@ -40,7 +40,7 @@ class RunResult(NamedTuple):
 def run(
     argv: list[str], # e.g. ['--config', 'configs/pairs.yaml', '--data.path', 'pairs.csv']
 ) -> RunResult:
-    """Train what the arguments describe.
+    """Train what the arguments describe; return the best checkpoint, loaded again.
 
     A user's mistake is a `ValueError` or `OSError` of one sentence; `--help`, `--print_config` raise `SystemExit`."""
     cli = prepare(argv)
@@ -67,7 +67,7 @@ def run(
 
 # %% ../../nbs/train/12_run.ipynb #eac19381
 def _fit(cli: TrainCLI):
-    "`Trainer.fit`; an interrupted one raises `KeyboardInterrupt` with what goes on from there."
+    "Call `Trainer.fit`; an interrupted one raises `KeyboardInterrupt` with the command that goes on from there."
     before = signal.getsignal(signal.SIGINT)
     try: cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.resume)
     except MisconfigurationException as e: raise ValueError(_told(e)) from None
@@ -80,7 +80,7 @@ def _fit(cli: TrainCLI):
 def go_on(
     cli: TrainCLI, # interrupted
 ) -> str:
-    "Tell how an interrupted run goes on, or that nothing of it was saved."
+    "Return the command by which an interrupted run goes on, or that nothing of it was saved."
     step, last = cli.trainer.global_step, cli.folder/'last.ckpt'
     if last.is_file():
         saved = read_checkpoint(last)[0].get('step', 'saved last')
@@ -91,13 +91,13 @@ def go_on(
     return f'interrupted at step {step}, before anything was saved; --save_every 100 saves within an epoch, too'
 
 def _told(e: Exception) -> str:
-    "What Lightning says of options that do not go together, in one line."
+    "Turn an error of Lightning into one line."
     return f'the Trainer cannot do that: {reason(e, joined=300)}'
 
 def find_lr(
     cli: TrainCLI, # its model gets the rate
 ):
-    "Lightning's range test: the loss over rising rates; where it falls most steeply is taken and printed."
+    "Take the learning rate at which the loss falls most steeply in Lightning's range test, and print it."
     cli.model.may_diverge = True
     try:
         found = (
@@ -126,7 +126,7 @@ def judge_the_last(
 def prepare(
     argv: list[str], # as for `run`
 ) -> TrainCLI:
-    "Model, data and trainer of a run, made but not fitted."
+    "Make the model, data and trainer of a run; nothing is fitted. Errors are one sentence each."
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message="LightningCLI's args parameter")  # sys.argv is not ours
         try: return TrainCLI(argv)

@@ -25,7 +25,7 @@ def levels(
     pixels: Tensor,          # float32 (B, 3, H, W) or (3, H, W), as a batch holds them
     vision: VisionPipeline,  # that normalised them
 ) -> Tensor: # uint8, the same shape
-    "The levels before `normalize`."
+    "Return the uint8 values that `normalize` was given."
     return ((pixels.detach().float().cpu() * vision.std.cpu() + vision.mean.cpu()) * 255).round().clamp(0, 255).byte()
 
 # %% ../../nbs/train/04_show.ipynb #164e4bad
@@ -34,28 +34,30 @@ def row_tokens(
     mask: Tensor,        # int64 (L,)
     text: TextPipeline,  # that made them
 ) -> list[str]:
-    "The tokens of one row, special ones included, padding left out."
+    "Return the tokens of one row as text, special ones included, padding left out."
     return [text.token(i) for i in ids[mask > 0].tolist()]
 
 # %% ../../nbs/train/04_show.ipynb #7404a385
 class Seen(NamedTuple):
     "A batch and what is needed to look at it"
     batch: PairBatch           # or any batch with tokens, pixels and index
-    text: TextPipeline
-    vision: VisionPipeline
+    text: TextPipeline         # that made its tokens
+    vision: VisionPipeline     # that made its pixels
     names: list[str]           # of the rows, or ''
     classes: list[str] = []    # names of the labels, if the batch has some
 
     def levels(self) -> Tensor: # uint8 (B, 3, H, W)
-        "The pictures as the model has them."
+        "Return the images as the model has them."
         return levels(self.batch.pixels, self.vision)
 
     def tokens(self) -> list[list[str]]:
-        "The tokens of each row."
+        "Return the tokens of each row as text."
         return [row_tokens(*row, self.text) for row in zip(*(t.cpu() for t in self.batch.tokens[:2]))]
 
-    def label(self, b: int) -> str:
-        "The class of row `b` of the batch; '' for none."
+    def label(self,
+        b: int, # row of the batch
+    ) -> str:
+        "Return the class of row `b` of the batch; '' for none."
         label = getattr(self.batch, 'label', None)
         if label is None: return ''
         return self.classes[int(label[b])] if self.classes else str(int(label[b]))
@@ -75,7 +77,7 @@ class Seen(NamedTuple):
 
 # %% ../../nbs/train/04_show.ipynb #1440eb93
 def _png(x: Tensor) -> str:
-    "uint8 (3, H, W) as a data URL."
+    "Encode an image, uint8 (3, H, W), as a data URL."
     from PIL import Image
     out = io.BytesIO()
     Image.fromarray(x.permute(1, 2, 0).numpy()).save(out, 'PNG')
@@ -84,11 +86,11 @@ def _png(x: Tensor) -> str:
 # %% ../../nbs/train/04_show.ipynb #175e4b49
 def show_batch(
     seen: Seen,         # what `first_rows` gave, or a batch of one's own with its pipelines
-    columns: int = 4,
+    columns: int = 4,   # of images
     width: int = 36,    # letters in a line
-    lines: int = 5,     # of tokens under a picture
+    lines: int = 5,     # of tokens under an image
 ): # a matplotlib figure
-    "Each picture as the model has it, with its label, and under it the caption's tokens."
+    "Draw each image as the model has it, with its label, and under it the tokens of its caption."
     import matplotlib.pyplot as plt
     n = len(seen.batch.pixels)
     height = max(1, -(-n // columns))
@@ -104,12 +106,16 @@ def show_batch(
     return fig
 
 # %% ../../nbs/train/04_show.ipynb #dd6659fe
-def wrapped(text: str, width: int, lines: int) -> str:
-    "At most so many lines; what does not fit is told by '…'."
+def wrapped(
+    text: str,  # of any length
+    width: int, # letters in a line
+    lines: int, # at most
+) -> str:
+    "Break `text` into lines; '…' stands for what does not fit."
     return '\n'.join(textwrap.wrap(text, width, max_lines=lines, placeholder=' …', break_on_hyphens=False))
 
 class caption_fonts:
-    "Names of fonts that hold the letters matplotlib's own does not, and silence about those that none holds."
+    "Draws text of any script within: adds installed CJK fonts and hides warnings of missing letters"
     wanted = ('Noto Sans CJK SC', 'Noto Sans CJK JP', 'Source Han Sans CN', 'WenQuanYi Zen Hei', 'PingFang SC',
               'Microsoft YaHei', 'Arial Unicode MS')
 
