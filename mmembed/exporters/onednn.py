@@ -19,9 +19,9 @@ from .int8 import with_linear_attention, mark_gelus
 
 # %% ../../nbs/exporters/04_onednn.ipynb #54121b1f
 def supported(
-    weight: Tensor, # of a layer
+    weight: Tensor, # weight of a layer
 ) -> bool:
-    "Whether oneDNN takes weights of this type on this device and processor."
+    "Return whether oneDNN takes weights of this dtype on this device and processor."
     if weight.device.type != 'cpu': return False
     if weight.dtype == torch.bfloat16: return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return weight.dtype == torch.float32

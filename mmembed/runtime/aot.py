@@ -194,7 +194,7 @@ class Packaged(Programs):
         if args and isinstance(args[0], tuple): return self._run('pair', *args[0], args[1])[0]
         texts, images = self._both(*args, **kwargs)
         if 'pair' not in self.programs: return self.rest.score(self.encode_text(texts), self.encode_image(images))
-        if len(texts) != len(images): raise ValueError(f'{len(texts)} texts and {len(images)} images are no pairs')
+        if len(texts) != len(images): raise ValueError(f'{len(texts)} texts and {len(images)} images are not pairs')
         return self._score_pairs(*self._packed(texts), self._pixels(images))
 
     def _both(self, texts: list[str], images: list[Tensor]) -> tuple: return texts, images

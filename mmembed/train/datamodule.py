@@ -112,7 +112,7 @@ class PairData(LightningDataModule):
         valid_share: float = 0.1,       # share of the groups kept for validation; 1: all rows, to judge a model by
         split_file: str | None = None,  # a .csv of which group is where: written once, then read
         valid_path: str | None = None,  # a file as `path`, of rows to validate on: all of `path` is then trained on
-        test_path: str | None = None,   # a file as `path`, of rows for a last test: `mmembed eval --part test`
+        test_path: str | None = None,   # a file as `path`, of rows for a last test: `mmembed eval --split test`
         batch_size: int = 128,          # pairs
         workers: int = 0,               # that prepare batches; 0: none but this process
         worker_type: Literal['processes', 'threads'] = 'processes',  # of the workers; the batches are the same

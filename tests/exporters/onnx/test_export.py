@@ -396,7 +396,7 @@ def test_labels_that_the_graph_lacks_or_confuses_are_found(tmp_path):
 def test_files_in_front(made, tmp_path):
     """JPEG and PNG files by another decoder: equal pixels where its colours are, the orientation of the camera, no
     row for what it would not survive."""
-    pytest.importorskip('onnxruntime_extensions', reason='needs onnxruntime-extensions, of which Python 3.14 has no wheel')
+    pytest.importorskip('onnxruntime_extensions', reason='onnxruntime-extensions has no wheel for Python 3.14')
     shutil.copytree(made[1], tmp_path/'g')
     assert set(operators(add_files(tmp_path/'g'))) == {'', 'com.microsoft.extensions'}
     report = verify(made[0], onnx=tmp_path/'g', fresh=False, cpp=False, sizes=(3,))
