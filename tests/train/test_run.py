@@ -15,7 +15,7 @@ from mmembed.data.scenes import Scenes
 from mmembed.models.dual import DualEncoder
 from mmembed.models.towers import ConvNet, TextTransformer
 from mmembed.train.finetune import parameter_groups
-from mmembed.train.modules import plain_recall
+from mmembed.train.modules import image_numbers, plain_recall
 from mmembed.cli.main import main
 from mmembed.train.pair_data import LabelData
 from mmembed.train.evaluate import evaluate, judged_data, show_recall
@@ -1060,7 +1060,7 @@ def test_training_knows_which_rows_show_one_picture(work, monkeypatch):
     cli.trainer.fit(cli.model, cli.datamodule)
     assert len(seen) == 1 and 0 < len(seen[0].unique()) < len(seen[0])
     cli.datamodule.train = Scenes(train=8, valid=0)
-    assert cli.model.pictures() is None
+    assert image_numbers(cli.datamodule.train) is None
 
 
 SHARDED = """
