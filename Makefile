@@ -19,7 +19,7 @@ dev:
 
 # after changing a notebook: the library, the metadata and the README follow it
 export: dev
-	@.venv/bin/nbdev-export && .venv/bin/nbdev-clean && .venv/bin/python tools/sidebar.py && .venv/bin/python tools/rooms.py && .venv/bin/python tools/readme.py
+	@.venv/bin/nbdev-export && .venv/bin/nbdev-clean && for t in pictures sidebar rooms readme; do .venv/bin/python tools/$$t.py || exit 1; done
 
 # the C++ host under the address, leak and undefined-behaviour sanitizers
 sanitize: dev

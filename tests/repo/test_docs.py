@@ -87,7 +87,7 @@ def test_names_in_backticks_exist(page):
     for config in re.findall(r'configs/[\w.]+\.yaml', text): assert (ROOT/config).is_file(), f'{config}: no such file'
 
 
-@pytest.mark.parametrize('tool', ['sidebar', 'rooms'])
+@pytest.mark.parametrize('tool', ['sidebar', 'rooms', 'pictures'])
 def test_what_tools_write_is_in_step(tool):
     subprocess.run([sys.executable, ROOT/'tools'/f'{tool}.py', '--check'], check=True)
 
