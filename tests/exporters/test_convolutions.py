@@ -196,6 +196,7 @@ def test_the_largest_byte_of_windows(pool):
             assert made(x).float().equal(pool(x.float())), side
 
 
+@pytest.mark.weekly
 def test_a_graph_answers_like_the_file(tmp_path):
     "ONNX has no bytes in it: float32 that is rounded alike."
     m = model()

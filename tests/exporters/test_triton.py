@@ -138,6 +138,7 @@ def test_from_the_shell(tmp_path, capsys):
         export_triton(tiny.artifact(), tmp_path, 'a/b')
 
 
+@pytest.mark.weekly
 def test_open_clip_weights_without_training(tmp_path, capsys, monkeypatch):
     "A model of open_clip's from a local weights file, by the command line alone; what it lacks is one sentence."
     import open_clip
@@ -180,6 +181,7 @@ def test_open_clip_weights_without_training(tmp_path, capsys, monkeypatch):
         assert message in error and len(re.findall('\n', error)) == 1
 
 
+@pytest.mark.weekly
 def test_instances_are_options_and_hand_edits_stay(tmp_path):
     folder = tmp_path/'models'
     export_triton(tiny.artifact(), folder, 'clip', instances=2, preprocess=3)
@@ -197,6 +199,7 @@ def test_instances_are_options_and_hand_edits_stay(tmp_path):
             export_triton(tiny.artifact(), folder, 'clip', **{option: 0})
 
 
+@pytest.mark.weekly
 def test_options_warm_up_strings_and_labels(tmp_path, capsys):
     """From the shell.
 
@@ -243,6 +246,7 @@ def test_options_warm_up_strings_and_labels(tmp_path, capsys):
         export_triton(tiny.artifact(), tmp_path, device='gpu')
 
 
+@pytest.mark.weekly
 def test_probabilities_of_an_artifacts_labels(tmp_path):
     """A text tower with labels: the server names the classes by the file beside the model, in the order in which the
     model gives them."""

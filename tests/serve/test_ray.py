@@ -84,6 +84,7 @@ def test_two_nodes_answer_survive_a_kill_and_change_the_artifact(url, tmp_path):
         assert abs(client.encode(texts[:8]) - want[:8]).max() > 1e-3
 
 
+@pytest.mark.weekly
 def test_the_command_serves_and_ends_on_sigterm(tmp_path):
     "`mmembed serve --ray` as a process, with a cluster of its own: right vectors by HTTP, an orderly end."
     port = free_port()

@@ -46,7 +46,8 @@ def exits_once(name, tp):
     return folder/'text.onnx', program(folder), onnx_runner(folder/'text.onnx')
 
 
-WEEKLY = {'CLIP, tokenizer.json', 'WordPiece, cased, Chinese'}  # open_clip's and the uncased one are of the same models
+# open_clip's, the uncased one and CLIP's bytes are of the same models
+WEEKLY = {'CLIP, tokenizer.json', 'WordPiece, cased, Chinese', 'whole words', 'GPT-2 style'}
 
 
 @pytest.fixture(scope='module', params=[pytest.param(k, marks=[pytest.mark.weekly] * (k in WEEKLY)) for k in FAMILIES])
