@@ -58,7 +58,6 @@ class ImageSet:
     def __repr__(self) -> str: return f'{self.title} ({len(self):,})'
 
     @property
-    # what a filter can name, in words; None where there is nothing to filter
     def columns(self) -> str | None:
         "Return what a filter can name, in words; None where there is nothing to filter."
         return None
@@ -66,19 +65,19 @@ class ImageSet:
     @property
     def version(self) -> int:
         "Return a number that changes when the images do."
-        return 0  # another one after every change of the images
+        return 0
 
     def rows(self) -> list[int]:
         "Return the numbers of the images that are there now."
-        return list(range(len(self)))           # that are there now
+        return list(range(len(self)))
     def some(self,
         rows: list[int], # of the collection
     ) -> Tensor:
         "Return the vectors of some rows, float32 (len(rows), D)."
-        return self.vectors[rows]  # float32 (len(rows), D)
+        return self.vectors[rows]
     def every(self) -> tuple[list[str], Tensor]:
         "Return all names, and their vectors, float32 (N, D)."
-        return self.names, self.vectors  # names and float32 (N, D)
+        return self.names, self.vectors
 
     # uint8 (3, H, W)
     def _decoded(self, emb: Embedder, row: int, side: int) -> Tensor: return emb.decode(self.read(row))
@@ -130,7 +129,7 @@ def thumb(self: ImageSet,
 
 @patch
 def _forget(self: ImageSet, row: int, side: int, path: Path):
-    "Of every row the last two versions stay: a page may be about to read the one before."
+    "Delete thumbnails of a row but the last two, as a page may be about to read the one before."
     with self._lock:
         made = self._made.setdefault((row, side), [])
         if path not in made: made.append(path)
@@ -219,13 +218,8 @@ def embed_folder(
             known |= dict(zip(part.files, zip(before, vectors, errors)))
             _keep(kept/'vectors.npz', {f: k for f, k in known.items() if k[0] and (source.path/f).exists()})
     rows = [known[f] for f in source.files]
-    return _pictures(
-        source,
-        source.path.name,
-        [readable_id(f) for f in source.files],
-        torch.stack([v for _, v, _ in rows]),
-        [e for *_, e in rows],
-    )
+    vectors = torch.stack([v for _, v, _ in rows])
+    return _pictures(source, source.path.name, [readable_id(f) for f in source.files], vectors, [e for *_, e in rows])
 
 CHUNK = 4096 # files after which the vectors are written; a start that is killed embeds at most so many again
 
@@ -233,9 +227,7 @@ def _stamp(path: Path) -> str: # '' for a file that cannot be looked at
     try: return stamp(path)
     except OSError: return ''
 
-def _known(
-    path: Path,
-) -> dict[str, tuple[str, Tensor, str]]:  # file: stamp, float32 (D,), '' or why it could not be read
+def _known(path: Path) -> dict[str, tuple[str, Tensor, str]]:  # file -> stamp, float32 (D,), '' or why it has none
     try:
         with np.load(path) as kept: rows, vectors = json.loads(bytes(kept['files'])), torch.from_numpy(kept['vectors'])
     except (OSError, ValueError, KeyError, BadZipFile): return {}
@@ -244,11 +236,8 @@ def _known(
 def _keep(path: Path, known: dict[str, tuple[str, Tensor, str]]):
     rows = np.frombuffer(json.dumps([(f, s, e) for f, (s, _, e) in known.items()]).encode(), np.uint8)
     with draft(path) as temporary, temporary.open('wb') as out:
-        np.savez(
-            out,
-            files=rows,
-            vectors=np.stack([v.numpy() for _, v, _ in known.values()]) if known else np.zeros((0, 0), 'f'),
-        )
+        vectors = np.stack([v.numpy() for _, v, _ in known.values()]) if known else np.zeros((0, 0), 'f')
+        np.savez(out, files=rows, vectors=vectors)
 
 # %% ../../nbs/demo/01_gallery.ipynb #67c615cc
 def embed_files(
@@ -277,8 +266,8 @@ class IndexImages(ImageSet):
     "The rows of an `Index`, as they are at every call: rows that come get the next numbers, those that go keep theirs"
 
     def __init__(self,
-        index, # of `mmembed.retrieval.index`
-    ): # of `mmembed.retrieval.index`; raises `ValueError` where another artifact made it than its model
+        index, # an `Index`; raises `ValueError` where its model is not the artifact that made it
+    ):
         super().__init__(f'index {index.folder.name}', [], torch.zeros(0, index.about.dim), self._thumbnail)
         self.index, self._row = index, {}
         index.embedder()
@@ -321,15 +310,8 @@ class IndexImages(ImageSet):
         found = self.index.search(
             None if query is None else query.cpu().numpy(), top, where.strip() or None, words=words.strip() or None
         )
-        return [
-            ImageHit(
-                self._number(r['id']),
-                r['id'],
-                None if query is None else r['score'],
-                str(r.get('text') or r.get('label') or ''),
-            )
-            for r in found
-        ]
+        return [ImageHit(self._number(r['id']), r['id'], None if query is None else r['score'],
+                         str(r.get('text') or r.get('label') or '')) for r in found]
 
 # %% ../../nbs/demo/01_gallery.ipynb #540143b4
 @patch
