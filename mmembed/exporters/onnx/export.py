@@ -136,19 +136,11 @@ def _texts(g: Graph, parts: dict) -> tuple: # ids, mask, int64 (B, L)
     g.graph.inputs.extend([data, offsets])
     most = g.ints((1 << 63) - 1)
     first, last = g.op('Slice', offsets, g.ints(0), g.ints(1)), g.op('Slice', offsets, g.ints(-1), most)
-    rising = g.op(
-        'GreaterOrEqual',
-        g.op('Sub', g.op('Slice', offsets, g.ints(1), most), g.op('Slice', offsets, g.ints(0), g.ints(-1))),
-        g.ints(0),
-    )
-    ends = (
-        g.op('Greater', g.rows(offsets), g.ints(0)),
-        g.op('Equal', first, g.ints(0)),
-        g.op('Equal', last, g.rows(data)),
-    )
-    offsets = g.require(
-        g.op('Concat', *ends, rising, axis=0), 'offsets must rise from 0 to the length of data', offsets
-    )
+    steps = g.op('Sub', g.op('Slice', offsets, g.ints(1), most), g.op('Slice', offsets, g.ints(0), g.ints(-1)))  # (B,)
+    rising, some = g.op('GreaterOrEqual', steps, g.ints(0)), g.op('Greater', g.rows(offsets), g.ints(0))
+    ends = g.op('Equal', first, g.ints(0)), g.op('Equal', last, g.rows(data))
+    good = g.op('Concat', some, *ends, rising, axis=0)
+    offsets = g.require(good, 'offsets must rise from 0 to the length of data', offsets)
     if 'text' in parts: data, offsets = g.absorb(parts['text'], 'before', data=data, offsets=offsets)
     return tuple(g.absorb(parts['tokenizer'], 'tokens', data=data, offsets=offsets))
 
@@ -166,11 +158,8 @@ def _pixels(g: Graph, parts: dict, images, sizes): # uint8 (B, 3, S, S)
         return graph.op('Mul', graph.op('ReduceProd', size, graph.ints(axis), keepdims=axis ^ 1), graph.ints(3))
     all_of = g.op('ReduceSum', bytes_of(g, sizes, 1), keepdims=0)
     flat = g.op('Reshape', sizes, g.ints(-1))
-    good = (
-        g.op('GreaterOrEqual', flat, g.ints(1)),
-        g.op('LessOrEqual', flat, g.rows(images)),
-        g.op('Equal', g.op('Reshape', all_of, g.ints(1)), g.rows(images)),
-    )
+    good = (g.op('GreaterOrEqual', flat, g.ints(1)), g.op('LessOrEqual', flat, g.rows(images)),
+            g.op('Equal', g.op('Reshape', all_of, g.ints(1)), g.rows(images)))
     sizes = g.require(g.op('Concat', *good, axis=0), 'sizes must be at least 1, 3 H W bytes of images for each', sizes)
     ends = g.op('CumSum', bytes_of(g, sizes, 1), g.number(0))
     body = Graph(value('i', torch.int64), value('go', torch.bool), name='picture')
