@@ -22,12 +22,12 @@ from ..vision.pipeline import VisionPipeline
 
 # %% ../../nbs/models/05_dual.ipynb #a322a9f1
 def projection(
-    width: int,         # of a tower
-    dim: int | None,    # of the common space; None: no projection
-    hidden: int | None, # of a second layer; None: one matrix
-    dropout: float = 0., # of the second layer
+    width: int,          # width of the tower's output
+    dim: int | None,     # width of the common space; None: no projection
+    hidden: int | None,  # width of a layer between; None: a single matrix
+    dropout: float = 0., # probability, after the layer between
 ) -> nn.Module:
-    "Make the projection from a tower to the common space."
+    "Make the layers that map a tower's output to the common space."
     if dim is None: return nn.Identity()
     if hidden is None: return nn.Linear(width, dim, bias=False)
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim, bias=False))
@@ -41,16 +41,16 @@ class DualEncoder(nn.Module):
     def __init__(self,
         text: nn.Module,                # a text tower: forward(Tokens) -> (B, text.width)
         image: nn.Module,               # an image tower: forward(pixels) -> (B, image.width)
-        dim: int | None = 128,          # of the common space; None: the towers share one already
-        logit_scale: float = 1 / 0.07,  # what cosines are multiplied by, at the start
-        logit_bias: float | None = None, # what is added to scores, at the start; None: nothing, ever
-        hidden: int | None = None,      # width of a second layer in each projection; None: one matrix
-        dropout: float = 0.,            # of that layer
+        dim: int | None = 128,          # width of the common space; None: the towers share one already
+        logit_scale: float = 1 / 0.07,  # initial factor of the cosines
+        logit_bias: float | None = None, # initial value of a learned bias added to scores; None: no bias
+        hidden: int | None = None,      # width of a layer between in each projection; None: a single matrix
+        dropout: float = 0.,            # probability, after that layer
     ):
-        "Raises `ValueError` for towers of different widths with `dim=None`."
+        "Join two towers; raises `ValueError` for towers of different widths with `dim=None`."
         super().__init__()
         if dim is None and text.width != image.width:
-            raise ValueError(f'dim=None wants towers of one width, got {text.width} and {image.width}')
+            raise ValueError(f'dim=None needs towers of the same width, got {text.width} and {image.width}')
         self.text, self.image, self.dim = text, image, dim or text.width
         object.__setattr__(self, 'heads', {'dim': dim, 'hidden': hidden, 'dropout': dropout})
         self.text_proj, self.image_proj = (projection(t.width, dim, hidden, dropout) for t in (text, image))
@@ -85,8 +85,7 @@ class DualEncoder(nn.Module):
 
     @torch.jit.unused
     def spec(self) -> dict:
-        """Return what `from_spec` needs to make this model again, pipelines included, weights not, as plain JSON
-        values.
+        """Describe this model and its pipelines, without weights, as plain JSON values; `from_spec` makes it again.
 
         Raises `TypeError` for a tower that has no `spec`."""
         for tower in (self.text, self.image):
@@ -103,12 +102,12 @@ class DualEncoder(nn.Module):
     @classmethod
     def from_open_clip(cls,
         name: str,                                     # 'ViT-B-32', 'local-dir:FOLDER' or 'hf-hub:NAME'
-        pretrained: str | None = None,                 # a weights file or a tag of open_clip's; None: random weights
+        pretrained: str | None = None,                 # weights file, or a tag of open_clip; None: random weights
         text_pipeline: TextPipeline | None = None,     # the model's own by default; SigLIP's must be given
         vision_pipeline: VisionPipeline | None = None, # the model's own by default
         state: str | None = None,                      # which of several states of a weights file, see `read_weights`
     ) -> 'DualEncoder':
-        """Make an open_clip model (ViT, ResNet, CoCa, SigLIP, MobileCLIP) with its pipelines, logit scale and bias.
+        """Make a model from open_clip (ViT, ResNet, CoCa, SigLIP, MobileCLIP), with its pipelines, scale and bias.
 
         Raises `ValueError` and `OSError` as `open_clip_towers` does."""
         from mmembed.models.open_clip import open_clip_towers
@@ -117,11 +116,10 @@ class DualEncoder(nn.Module):
 
     @classmethod
     def from_transformers(cls,
-        folder: str | Path,              # of transformers or sentence-transformers, or a name on the hub
-        # for a text encoder alone: the folder of the model whose image tower it was trained to meet
-        image: str | Path | None = None,
+        folder: str | Path,              # folder of a saved model, or its name on the hub
+        image: str | Path | None = None, # for a text encoder alone: the model whose image tower it was trained for
     ) -> 'DualEncoder':
-        """Make a model of a CLIP, a SigLIP or a BERT with an image tower, as Hugging Face's libraries save it.
+        """Make a model from a CLIP, a SigLIP or a text encoder that Hugging Face's libraries saved.
 
         Raises `ValueError`, `FileNotFoundError` and `OSError` as `transformers_towers` does."""
         from mmembed.models.transformers import transformers_towers

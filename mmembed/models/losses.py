@@ -21,16 +21,16 @@ from ..core.types import Embeddings, Tokens
 # %% ../../nbs/models/07_losses.ipynb #cf405ef5
 def info_nce(
     logits: Tensor,                # float32 (B, N): texts in rows, images in columns
-    same: Tensor | None = None,    # bool (B, N): further matches, as `same_text` finds them
+    same: Tensor | None = None,    # bool (B, N): further matches, as `same_rows` finds them
     first: int = 0,                # the pair of row i stands in column `first + i`
     columns: Tensor | None = None, # float32 (B, N): the other direction, images in rows; by default `logits.T`
-    hard: float = 0.,              # weight of hard negatives: 0 treats all alike
+    hard: float = 0.,              # how much more the better-scoring wrong pairs count; 0: all count alike
 ) -> Tensor: # float32 ()
     """Return the mean cross-entropy of texts over images and images over texts; matches share the target equally.
 
-    With `hard` a wrong pair counts `exp(hard * cosine-like standing)` times in the denominator, mean 1 over a row
-    (arXiv:2301.02280, eq. 3)."""
-    back = logits.T if columns is None else columns
+    With `hard` a wrong pair is weighted in the denominator in proportion to `exp(hard * logit)`, with mean 1 over the
+    wrong pairs of its row (arXiv:2301.02280, eq. 3)."""
+    back = logits.T if columns is None else columns  # (B, N): images in rows
     if not len(logits): return (logits.sum() + back.sum()) / 2  # 0, with a gradient: other processes wait for it
     target = torch.arange(first, first + len(logits), device=logits.device)
     if same is None and not hard: return (F.cross_entropy(logits, target) + F.cross_entropy(back, target)) / 2
@@ -61,9 +61,9 @@ def _plain(tokens: Tokens) -> Tensor: return tokens.ids.masked_fill(tokens.mask 
 # %% ../../nbs/models/07_losses.ipynb #514edb7d
 def same_rows(
     tokens: Tokens | None,           # ids and mask, int64 (B, L), of this process
-    pictures: Tensor | None = None,  # int64 (B,): equal for rows of one picture
-    sizes: list[int] | None = None,  # rows of each process: compare with those of all; None: with those of this one
-) -> Tensor | None: # bool (B, N); None if nothing is known of the rows
+    pictures: Tensor | None = None,  # int64 (B,): equal for rows of one image
+    sizes: list[int] | None = None,  # rows of each process, to compare with those of all; None: of this one
+) -> Tensor | None: # bool (B, N); None if neither is given
     "Find pairs of rows with the same tokens or the same image."
     text = None if tokens is None else same_text(tokens, gather_tokens(tokens, sizes) if sizes else None)
     if pictures is None: return text
@@ -74,7 +74,7 @@ def same_rows(
 def harden(
     logits: Tensor, # float32 (B, N)
     match: Tensor,  # bool (B, N): right pairs
-    weight: float,  # how much the better-scoring wrong pairs count more; 0: no change
+    weight: float,  # how much more the better-scoring wrong pairs count; 0: no change
 ) -> Tensor: # float32 (B, N)
     """Add `log(w)` to wrong pairs of `logits`, with `w` proportional to `exp(weight * logit)` and 1 on average over
     the row's wrong pairs."""
@@ -88,7 +88,7 @@ def sigmoid_loss(
     same: Tensor | None = None,  # bool (B, N): further matches
     first: int = 0,              # the pair of row i stands in column `first + i`
 ) -> Tensor: # float32 ()
-    "Return the sum over all pairs of `-log sigmoid(±logit)`, divided by B."
+    "Return the sum over all pairs of `-log sigmoid(±logit)`, + for a match and - for none, divided by B."
     target = torch.arange(first, first + len(logits), device=logits.device)
     match = F.one_hot(target, logits.shape[1]).bool()
     if same is not None: match = match | same
@@ -101,7 +101,7 @@ class _Gather(torch.autograd.Function):
         rank = dist.get_rank()
         ctx.mine = slice(sum(sizes[:rank]), sum(sizes[:rank + 1]))
         mine = x.contiguous()
-        more = max(sizes) - len(x)  # all send equally much
+        more = max(sizes) - len(x)  # all_gather needs equal shapes
         if more: mine = torch.cat([mine, x.new_zeros(more, *x.shape[1:])])
         out = [torch.empty_like(mine) for _ in sizes]
         dist.all_gather(out, mine)
@@ -110,7 +110,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)  # the sum of what every process wants of every row
+        dist.all_reduce(grad)  # (sum of sizes, ...): the sum over all processes
         return grad[ctx.mine], None
 
 def processes() -> int:
@@ -118,8 +118,8 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 def batch_sizes(
-    rows: int,            # of this process's batch; may be 0
-    device: torch.device, # over which the processes talk
+    rows: int,            # rows of this process's batch; may be 0
+    device: torch.device, # where the processes exchange tensors: the CPU for gloo, the GPU for NCCL
 ) -> list[int]:
     "Return how many rows of this step's batch each process has; all processes must call it."
     if processes() == 1: return [rows]
@@ -130,8 +130,8 @@ def batch_sizes(
 
 def weighted(
     loss: Tensor,     # float32 (), the mean over the rows of this process; 0 where it has none
-    rows: int,        # of this process
-    sizes: list[int], # of all
+    rows: int,        # rows of this process
+    sizes: list[int], # rows of each process
 ) -> Tensor: # float32 ()
     """Weight a mean over this process's rows, so that gradients averaged over the processes are those of the whole
     batch."""
@@ -139,7 +139,7 @@ def weighted(
 
 def gather(
     x: Tensor,                      # (B, ...); B may differ between the processes
-    sizes: list[int] | None = None, # as `batch_sizes` has it; asked for by default
+    sizes: list[int] | None = None, # rows of each process; by default `batch_sizes` is called
 ) -> Tensor: # (sum of all B, ...)
     "Gather the rows of all processes, in order, with gradient; with one process `x` itself is returned."
     if processes() == 1: return x
@@ -149,7 +149,7 @@ def gather(
 # %% ../../nbs/models/07_losses.ipynb #a5bcec52
 def gather_tokens(
     tokens: Tokens,                 # ids and mask, int64 (B, L); B and L may differ
-    sizes: list[int] | None = None, # as `batch_sizes` has it; asked for by default
+    sizes: list[int] | None = None, # rows of each process; by default `batch_sizes` is called
 ) -> Tokens:
     "Gather the tokens of all processes, padded to the longest."
     if processes() == 1: return tokens
@@ -160,20 +160,20 @@ def gather_tokens(
 
 # %% ../../nbs/models/07_losses.ipynb #287a8a98
 class InfoNCE(nn.Module):
-    "`info_nce` over the batch of all processes"
+    "InfoNCE loss over the batch of all processes"
     def __init__(self,
-        share_targets: bool = True, # captions that occur twice share their images, pictures their captions
-        hard: float = 0.,           # weight of hard negatives
-        reach: Literal['all', 'own'] = 'all', # negatives: those of all processes, or a process's own alone
+        share_targets: bool = True, # repeated captions match each other's images, repeated images each other's captions
+        hard: float = 0.,           # how much more the better-scoring wrong pairs count; 0: all count alike
+        reach: Literal['all', 'own'] = 'all', # take negatives from all processes, or from the same one only
     ):
         super().__init__()
         self.share_targets, self.hard, self.reach = share_targets, hard, reach
 
     def forward(self,
         out: Embeddings,               # of this process
-        tokens: Tokens | None = None,  # of this process: to find captions that occur twice
-        bias: Tensor | None = None,    # a constant added to every score changes nothing here
-        pictures: Tensor | None = None, # int64 (B,), of this process: equal for rows of one picture
+        tokens: Tokens | None = None,  # of this process, to find repeated captions; None: none are looked for
+        bias: Tensor | None = None,    # not used: a constant added to every score changes nothing
+        pictures: Tensor | None = None, # int64 (B,), of this process: equal for rows of one image
     ) -> Tensor: # float32 ()
         sizes, many = batch_sizes(len(out.text), out.text.device), processes() > 1 and self.reach == 'all'
         text, image = (gather(x, sizes) if many else x for x in out[:2])
@@ -185,20 +185,19 @@ class InfoNCE(nn.Module):
 
 # %% ../../nbs/models/07_losses.ipynb #23cc0112
 class SigmoidLoss(nn.Module):
-    "`sigmoid_loss` over the batch of all processes; the model must have a `logit_bias`"
+    "Sigmoid loss over the batch of all processes; the model must have a `logit_bias`"
     def __init__(self,
-        # captions that occur twice are matches of each other's images, a picture's captions of it
-        share_targets: bool = True,
-        reach: Literal['all', 'own'] = 'all', # negatives: those of all processes, or a process's own alone
+        share_targets: bool = True, # repeated captions match each other's images, repeated images each other's captions
+        reach: Literal['all', 'own'] = 'all', # take negatives from all processes, or from the same one only
     ):
         super().__init__()
         self.share_targets, self.reach = share_targets, reach
 
     def forward(self,
         out: Embeddings,              # of this process
-        tokens: Tokens | None = None, # of this process
+        tokens: Tokens | None = None, # of this process, to find repeated captions; None: none are looked for
         bias: Tensor | None = None,   # the model's; raises `ValueError` without it
-        pictures: Tensor | None = None, # int64 (B,), of this process: equal for rows of one picture
+        pictures: Tensor | None = None, # int64 (B,), of this process: equal for rows of one image
     ) -> Tensor:  # float32 ()
         if bias is None:
             raise ValueError(
