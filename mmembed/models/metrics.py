@@ -34,24 +34,24 @@ def ranks(
 
 # %% ../../nbs/models/08_metrics.ipynb #7d582a14
 class Recall(NamedTuple):
-    "Figures of retrieval in one direction"
-    at: dict[int, float]      # k: share of queries with a right answer among the first k
-    chance: dict[int, float]  # k: the same for a random order
-    median_rank: float        # of the first right answer
-    queries: int              # how many
-    gallery: int              # how many items each was looked for in
+    "Recall@k, chance level and median rank of retrieval in one direction"
+    at: dict[int, float]      # for each k: share of queries with a right answer among the first k
+    chance: dict[int, float]  # for each k: the same for a random order
+    median_rank: float        # median over queries of the rank of the first right answer, from 1
+    queries: int              # number of queries
+    gallery: int              # number of items that each query was compared with
 
 # %% ../../nbs/models/08_metrics.ipynb #b3ce7ab6
 def recall_at_k(
     scores: Tensor,                      # float32 (Q, N): queries in rows, the gallery in columns
     relevant: Tensor | None = None,      # bool (Q, N): right answers; by default item q for query q
-    ks: tuple[int, ...] = (1, 5, 10),    # how many to look at
-    rows: Tensor | None = None,          # bool (Q,): judge these queries only, against the whole gallery
+    ks: tuple[int, ...] = (1, 5, 10),    # numbers of first places to look at
+    rows: Tensor | None = None,          # bool (Q,): queries to judge, against the whole gallery; by default all
 ) -> Recall:
     "Return recall@k, its chance level and the median rank; raises `ValueError` if there is no query to judge."
     if relevant is None: relevant = torch.eye(*scores.shape, dtype=torch.bool, device=scores.device)
     if rows is not None: scores, relevant = scores[rows], relevant[rows]
-    if not len(scores): raise ValueError('recall of no queries')
+    if not len(scores): raise ValueError('recall of no queries: `scores` or `rows` is empty')
     r, N = ranks(scores, relevant).float(), scores.shape[1]
     right, chance = relevant.sum(1).double(), {}
     for k in ks:
@@ -62,12 +62,12 @@ def recall_at_k(
 
 # %% ../../nbs/models/08_metrics.ipynb #f23598a5
 def both_ways(
-    text: Tensor,                      # float32 (T, D)
-    image: Tensor,                     # float32 (I, D)
+    text: Tensor,                      # float32 (T, D), unit length
+    image: Tensor,                     # float32 (I, D), unit length
     relevant: Tensor | None = None,    # bool (T, I); by default text i belongs to image i
-    ks: tuple[int, ...] = (1, 5, 10),  # how many to look at
-    rows: Tensor | None = None,        # bool (T,): judge these texts only, against the whole gallery
-    columns: Tensor | None = None,     # bool (I,): judge these images only; by default `rows`
+    ks: tuple[int, ...] = (1, 5, 10),  # numbers of first places to look at
+    rows: Tensor | None = None,        # bool (T,): texts to judge, against all images; by default all
+    columns: Tensor | None = None,     # bool (I,): images to judge, against all texts; by default `rows`
 ) -> dict[str, Recall]: # 'text_to_image' and 'image_to_text'
     "Measure retrieval of images by text and of texts by image."
     scores = text @ image.T
@@ -87,8 +87,7 @@ def mean_average_precision(
     ranks(scores, relevant)  # the same checks
     if relevant is None: relevant = torch.eye(*scores.shape, dtype=torch.bool, device=scores.device)
     worth = scores.nan_to_num(nan=-torch.inf).masked_fill(scores.isnan() & ~relevant, torch.inf)
-    order = relevant.to(torch.int8).argsort(dim=1, stable=True)              # wrong ones first,
-    # so they lead among equals
+    order = relevant.to(torch.int8).argsort(dim=1, stable=True)  # wrong ones first: they lead among equals
     order = order.gather(1, worth.gather(1, order).argsort(dim=1, descending=True, stable=True))
     hit = relevant.gather(1, order).double()
     place = torch.arange(1, hit.shape[1] + 1, device=hit.device)
@@ -96,7 +95,7 @@ def mean_average_precision(
 
 # %% ../../nbs/models/08_metrics.ipynb #1f00c214
 class Answers(NamedTuple):
-    "Which of I images are right for which of T captions, each once, though N rows may repeat them"
+    "Matches of T distinct captions and I distinct images, found in N rows that may repeat both"
     relevant: Tensor    # bool (T, I)
     text: Tensor        # int64 (N,): the caption of each row
     image: Tensor       # int64 (N,): the image of each row
@@ -110,11 +109,12 @@ def _numbers(keys: list) -> tuple[Tensor, Tensor]:
     return of, torch.full((len(seen),), len(keys)).scatter_reduce(0, of, torch.arange(len(keys)), 'amin')
 
 def correct_images(
-    captions: list, # N keys: equal for captions that say the same
-    pictures: list, # N keys: equal for rows of one image
+    captions: list, # N hashable keys, equal for captions that say the same
+    pictures: list, # N hashable keys, equal for rows of one image
 ) -> Answers:
     "Find the images that some row pairs with each caption; raises `ValueError` for lists of different lengths."
-    if len(captions) != len(pictures): raise ValueError(f'{len(captions)} captions and {len(pictures)} pictures')
+    if len(captions) != len(pictures):
+        raise ValueError(f'want as many pictures as captions, got {len(captions)} captions and {len(pictures)} pictures')
     (text, first_text), (image, first_image) = _numbers(captions), _numbers(pictures)
     relevant = torch.zeros(len(first_text), len(first_image), dtype=torch.bool)
     relevant[text, image] = True
@@ -125,20 +125,20 @@ TEMPLATES = ('a photo of a {}.', 'a picture of a {}.', 'a close-up photo of a {}
 
 def class_embeddings(
     encode,                                # texts -> float32 (N, D), unit length
-    classes: list[str],                    # C names
-    templates: tuple[str, ...] = TEMPLATES, # each with one {}
+    classes: list[str],                    # C class names
+    templates: tuple[str, ...] = TEMPLATES, # sentences with one {} for the class name
 ) -> Tensor: # float32 (C, D), unit length
     "Embed classes as the mean of their prompts; raises `ValueError` for a template without {}."
     for t in templates:
-        if t.count('{}') != 1: raise ValueError(f'a template wants one {{}}, got {t!r}')
+        if t.count('{}') != 1: raise ValueError(f'a template wants one {{}} for the class name, got {t!r}')
     e = encode([t.format(c) for c in classes for t in templates]).view(len(classes), len(templates), -1)
     return torch.nn.functional.normalize(e.mean(1), dim=-1)
 
 # %% ../../nbs/models/08_metrics.ipynb #b11116bd
 def classification(
-    scores: Tensor, # float32 (N, C)
-    target: Tensor, # int64 (N,)
-) -> dict[str, float]: # accuracy, top-5 accuracy, macro F1, AUC
+    scores: Tensor, # float32 (N, C): images in rows, classes in columns
+    target: Tensor, # int64 (N,): number of the right class
+) -> dict[str, float]: # 'accuracy', 'accuracy@5', 'f1' (macro), 'auc'
     "Measure how often the best-scoring class is right; a score that is NaN counts as wrong."
     from torchmetrics.functional import classification as m
     C = scores.shape[1]

@@ -118,7 +118,7 @@ def test_several_captions_by_hand(levels):
 
 
 def test_mistakes():
-    with pytest.raises(ValueError, match='2 captions and 3 pictures'): correct_images(['a', 'b'], [1, 2, 3])
+    with pytest.raises(ValueError, match='got 2 captions and 3 pictures'): correct_images(['a', 'b'], [1, 2, 3])
     for f, message in [
         (lambda: ranks(torch.randn(3, 2)), '3 queries need as many items, got 2'),
         (lambda: ranks(torch.randn(2, 2), torch.ones(3, 2).bool()), r'relevant is \(3, 2\), scores \(2, 2\)'),
