@@ -164,7 +164,7 @@ class Base(Bert):
     "BERT-base and ResNet-50, a projection each"
     def towers(self):
         from transformers import BertConfig
-        from mmembed.models.towers import Bert as Net
+        from mmembed.models.bert import Bert as Net
 
         return Net(
             mm.TextPipeline.from_tokenizer_file(str(self.folder / 'tokenizer.json'), max_length=128, pad_to=8),

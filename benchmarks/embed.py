@@ -222,7 +222,7 @@ def shared(folder, net, rows):
     from benchmarks.serve import hugging_face
     from mmembed.exporters.export import export
     from mmembed.models.dual import DualEncoder
-    from mmembed.models.towers import bert
+    from mmembed.models.bert import bert
     from mmembed.models.towers import ConvNet
     from mmembed.vision.pipeline import VisionPipeline
 

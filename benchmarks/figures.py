@@ -42,7 +42,8 @@ from mmembed.data.source import Subset  # noqa: E402
 from mmembed.models.dual import projection  # noqa: E402
 from mmembed.models.losses import info_nce  # noqa: E402
 from mmembed.models.metrics import correct_images, ranks  # noqa: E402
-from mmembed.models.towers import bert, image_tower  # noqa: E402
+from mmembed.models.bert import bert  # noqa: E402
+from mmembed.models.towers import image_tower  # noqa: E402
 from mmembed.train.modules import judge  # noqa: E402
 from mmembed.train.shell import warm_cosine  # noqa: E402
 

@@ -31,8 +31,8 @@ class Tower(nn.Module):
     rule = None  # TextPipeline or VisionPipeline: the class whose `from_spec` makes the pipeline again
 
     def carry(self,
-        pipeline: nn.Module | None, # TextPipeline or VisionPipeline
-        **made_with,                # the arguments that make this tower again, plain data
+        pipeline: nn.Module | None, # the TextPipeline or VisionPipeline that feeds this tower
+        **made_with,                # arguments of `__init__` that make this tower again, as plain data
     ):
         "Remember the pipeline and the arguments; call it after `super().__init__()`."
         object.__setattr__(self, 'pipeline', pipeline)  # not registered as a submodule
@@ -49,8 +49,8 @@ class Tower(nn.Module):
 
 # %% ../../nbs/models/01_base.ipynb #474e1378
 def spec_of(
-    module: nn.Module, # has `made_with`
-    **more,            # further arguments that make it
+    module: nn.Module, # has `made_with`, its arguments
+    **more,            # further arguments
 ) -> dict:
     "Return `{'class_path': ..., 'init_args': ...}` for `module`, the form that configs use too."
     return {'class_path': class_path(module), 'init_args': module.made_with | more}
@@ -85,6 +85,8 @@ OLD = {
     'models.pretrained.TimmTower': 'models.towers.TimmTower',
     'models.pretrained.timm_tower': 'models.towers.timm_tower',
     'models.huggingface': 'models.transformers',
+    'models.towers.Bert': 'models.bert.Bert',
+    'models.towers.bert': 'models.bert.bert',
     'models.practice': 'train.finetune',
     'shells': 'train.modules',
     'train.Checkpoint': 'train.checkpoint.Checkpoint',
@@ -112,7 +114,7 @@ def renewed(
 # %% ../../nbs/models/01_base.ipynb #9dfc3dd5
 def enough_rows(
     pipeline: nn.Module, # a TextPipeline
-    rows: int,           # of the tower's embedding
+    rows: int,           # number of rows of the tower's embedding
 ):
     "Check that a tower has a row for every id of its pipeline; raises `ValueError` with both numbers."
     if pipeline.vocab_size > rows:
@@ -222,7 +224,7 @@ def fill(
     module: nn.Module,           # receives the weights
     state: Mapping[str, Tensor], # all of its weights by name
     path: str | Path,            # the file they come from, for the error
-    name: str,                   # of the network, for the error
+    name: str,                   # name of the network, for the error
 ):
     "Load `state` into `module`; raises `ValueError` with the first weight that is missing, unexpected or misshapen."
     try: module.load_state_dict(state)
@@ -234,7 +236,7 @@ def _is_mask(name: str, v: Tensor) -> bool:
     return name.endswith('mask') and not (v.isnan() | v.isposinf()).any()
 
 # %% ../../nbs/models/01_base.ipynb #cd7ac93e
-# of torch.compile, FSDP and activation checkpointing: no layer of a network has such a name
+# names that torch.compile, FSDP and activation checkpointing add; no layer of a network has such a name
 _WRAPPERS = {'_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'}
 _OUTER = _WRAPPERS | {'module', 'model'}  # of (Distributed)DataParallel and Lightning
 _OTHER = re.compile(r'optim|sched|scaler|callbacks|loops|rng|hyper|args|config', re.I)
@@ -253,7 +255,7 @@ def states(
     yield from found
 
 def bare(
-    name: str,                             # of a weight
+    name: str,                             # name of a weight
     wrappers: Collection[str] = _WRAPPERS, # parts of a name that a wrapper adds
 ) -> str:
     "Remove the parts of a weight's name that wrappers added."
@@ -262,7 +264,7 @@ def bare(
 def unwrapped(
     state: Mapping[str, Tensor], # weights by name
 ) -> dict[str, Tensor]:
-    "Remove the wrappers that all names share; for weights of an unknown model."
+    "Remove the wrappers that all names share, without knowing the model."
     out = {bare(k): v for k, v in state.items()}
     while out and any(all(k.startswith(p) for k in out) for p in ('module.', 'model.')):
         out = {k.partition('.')[2]: v for k, v in out.items()}
@@ -296,8 +298,7 @@ def places(
 def read_weights(
     path: str | Path,                      # a file of `torch.save`, a TorchScript archive or a .safetensors
     wanted: Collection[str] | None = None, # names of the model's weights: found under any wrappers
-    # which of several states; None: an average if there is one, else the usual names
-    state: str | None = None,
+    state: str | None = None, # name of the state to take; None: an average if there is one, else a usual name
 ) -> dict[str, Tensor]:
     """Read the weights of a model from somebody else's file; warns which of several states was taken.
 

@@ -187,7 +187,7 @@ with torch.no_grad():
 
 def test_bert_is_traced():
     pytest.importorskip('transformers')
-    from mmembed.models.towers import Bert
+    from mmembed.models.bert import Bert
     tp, _ = tiny.pipelines()
     torch.manual_seed(0)
     config = dict(

@@ -23,7 +23,7 @@ from mmembed.exporters.export import export
 from mmembed.runtime.cuda_graphs import Captured, Graphed
 from mmembed.models.dual import DualEncoder
 from mmembed.models.pair import PairClassifier
-from mmembed.models.towers import Bert
+from mmembed.models.bert import Bert
 from mmembed.runtime.embedder import load
 from mmembed.vision.pipeline import VisionPipeline
 from tests.rehearsal import Away, Mixed, Rehearsal, here, moved, there

@@ -142,7 +142,7 @@ def test_query_key_and_value_are_one_product_that_is_forgotten():
     "What the query's product gave waits for the key and the value of the same rows, once, and for no others."
     from transformers import BertConfig
 
-    from mmembed.models.towers import Bert
+    from mmembed.models.bert import Bert
     tp, _ = tiny.pipelines()
     config = BertConfig(vocab_size=tp.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
                         intermediate_size=48, max_position_embeddings=tp.max_length + 2)

@@ -20,6 +20,7 @@ ADDRESSES = {
     'mmembed.models.huggingface.TransformersImage': 'mmembed.models.transformers.TransformersImage',
     'mmembed.models.huggingface.ProjectedBert': 'mmembed.models.transformers.ProjectedBert',
     'mmembed.models.pretrained.TimmTower': 'mmembed.models.towers.TimmTower',
+    'mmembed.models.towers.Bert': 'mmembed.models.bert.Bert',
     'mmembed.models.tower.Tower': 'mmembed.models.base.Tower',
     'mmembed.models.weights.read_weights': 'mmembed.models.base.read_weights',
     'mmembed.data.module.PairData': 'mmembed.train.datamodule.PairData',
@@ -34,7 +35,7 @@ ADDRESSES = {
 }
 STAY = [
     'mmembed.models.dual.DualEncoder', 'mmembed.models.dual.DualEncoder.from_open_clip',
-    'mmembed.models.pair.PairClassifier', 'mmembed.models.towers.bert', 'mmembed.models.towers.image_tower',
+    'mmembed.models.pair.PairClassifier', 'mmembed.models.bert.bert', 'mmembed.models.towers.image_tower',
     'mmembed.models.towers.TextTransformer', 'mmembed.models.towers.ConvNet', 'mmembed.models.losses.SigmoidLoss',
     'mmembed.vision.pipeline.VisionPipeline', 'mmembed.data.scenes.Scenes', 'mmembed.data.folders.ClassFolder',
     'mmembed.data.hub.HubData', 'mmembed.train.checkpoint.Checkpoint', 'mmembed.data.source.Source',
@@ -143,3 +144,9 @@ def test_a_config_of_old_addresses_is_read(tmp_path):
         assert type(tower) is TimmTower and tower.made_with == dict(name='test_resnet', pooling='max')
     now = ['--config', str(tmp_path/'new.yaml'), '--image.init_args.name', 'x']
     assert renewed_args(now) == now
+
+
+def test_the_old_address_of_a_function_is_renewed():
+    "`bert` is a class method under an old name, so its own name is another."
+    assert renewed('mmembed.models.towers.bert') == 'mmembed.models.bert.bert'
+    assert found(renewed('mmembed.models.towers.bert')) == found('mmembed.models.bert.Bert.from_pretrained')

@@ -13,7 +13,8 @@ from mmembed.exporters.verify.verify import verify
 from mmembed.models.dual import DualEncoder
 from mmembed.models.pair import PairClassifier
 from mmembed.models.base import from_spec
-from mmembed.models.towers import Bert, ConvNet, TextTransformer, image_tower
+from mmembed.models.bert import Bert
+from mmembed.models.towers import ConvNet, TextTransformer, image_tower
 from mmembed.runtime.artifact import read_card
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline

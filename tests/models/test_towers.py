@@ -11,8 +11,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from mmembed.core.types import Tokens
 from mmembed.exporters.export import export
 from mmembed.models.dual import DualEncoder
+from mmembed.models.bert import Bert, bert
 from mmembed.models.towers import (
-    Bert, ConvNet, TextTransformer, TimmTower, TorchvisionTower, bert, image_tower, timm_tower,
+    ConvNet, TextTransformer, TimmTower, TorchvisionTower, image_tower, timm_tower,
 )
 from mmembed.models.base import from_spec
 from mmembed.text.pipeline import TextPipeline

@@ -19,7 +19,8 @@ from mmembed.core.torchscript import quietly
 from mmembed.models.dual import DualEncoder
 from mmembed.models.transformers import transformers_towers
 from mmembed.models.open_clip import open_clip_towers
-from mmembed.models.towers import bert, image_tower, timm_tower
+from mmembed.models.bert import bert
+from mmembed.models.towers import image_tower, timm_tower
 from mmembed.text.pipeline import TextPipeline
 from mmembed.train.checkpoint import load_checkpoint
 from mmembed.vision.pipeline import VisionPipeline

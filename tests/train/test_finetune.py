@@ -12,7 +12,8 @@ from mmembed.train.finetune import (
     still, trade_off,
 )
 from mmembed.models.open_clip import OpenClipImage, OpenClipText
-from mmembed.models.towers import Bert, TextTransformer, image_tower
+from mmembed.models.bert import Bert
+from mmembed.models.towers import TextTransformer, image_tower
 from mmembed.text.pipeline import TextPipeline
 from mmembed.vision.pipeline import VisionPipeline
 
