@@ -114,7 +114,7 @@ def correct_images(
 ) -> Answers:
     "Find the images that some row pairs with each caption; raises `ValueError` for lists of different lengths."
     if len(captions) != len(pictures):
-        raise ValueError(f'want as many pictures as captions, got {len(captions)} captions and {len(pictures)} pictures')
+        raise ValueError(f'want a picture for each caption, got {len(captions)} captions and {len(pictures)} pictures')
     (text, first_text), (image, first_image) = _numbers(captions), _numbers(pictures)
     relevant = torch.zeros(len(first_text), len(first_image), dtype=torch.bool)
     relevant[text, image] = True

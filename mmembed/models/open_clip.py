@@ -49,10 +49,10 @@ class OpenClipText(Tower):
         dim: int,                    # width of the output
         config: dict,                # open_clip's `text_cfg`
         quick_gelu: bool = False,    # GELU as OpenAI approximates it; stands in the model's configuration
-        net: nn.Module | None = None, # the tower itself, if it is there already
+        net: nn.Module | None = None, # the network, where it exists already; None: make one
     ):
-        """Raises `ValueError` for a pipeline with more ids or longer texts than the model takes, or Hugging Face's
-        encoder."""
+        """Raises `ValueError` for a pipeline with more ids or longer texts than the model takes, and for a
+        configuration whose text encoder is one of Hugging Face's."""
         super().__init__()
         from open_clip.model import CLIPTextCfg, _build_text_tower
         if config.get('hf_model_name'):
@@ -130,7 +130,7 @@ class OpenClipImage(Tower):
         dim: int,                     # width of the output
         config: dict,                 # open_clip's `vision_cfg`
         quick_gelu: bool = False,     # GELU as OpenAI approximates it; stands in the model's configuration
-        net: nn.Module | None = None, # the tower itself, if it is there already
+        net: nn.Module | None = None, # the network, where it exists already; None: make one
     ):
         "Raises `ValueError` for a pipeline of another size than the model's."
         super().__init__()
@@ -160,11 +160,11 @@ class OpenClipImage(Tower):
 
 # %% ../../nbs/models/04_open_clip.ipynb #4c4c7616
 class Parts(NamedTuple):
-    "The parts of a model of two towers"
-    text: Tower
-    image: Tower
-    logit_scale: float         # what cosines are multiplied by
-    logit_bias: float | None   # what is added; None for a model without one
+    "Two towers that were trained together, with their scale and bias"
+    text: Tower                # embeds tokens
+    image: Tower               # embeds pixels
+    logit_scale: float         # factor of the cosines
+    logit_bias: float | None   # added to scores; None for a model without one
 
 # %% ../../nbs/models/04_open_clip.ipynb #013c5907
 def open_clip_towers(

@@ -85,7 +85,7 @@ class TextSequence(nn.Module):
     def __init__(self,
         tower: nn.Module, # a TextTransformer or a Bert
     ):
-        "Raises `ValueError` for a tower that returns one vector a text."
+        "Raises `ValueError` for a tower that gives only one vector a text."
         super().__init__()
         if not isinstance(tower, (TextTransformer, Bert)):
             raise ValueError(f"fusion='cross' wants a vector a token, which {type(tower).__name__} does not give")

@@ -255,7 +255,7 @@ class TimmTower(Tower):
         pipeline: VisionPipeline | None, # None: the one that the network was evaluated with
         name: str,                       # name of a model, as `timm.create_model` takes it
         pooling: str | None = None,      # 'mean', 'max', 'cls' (transformers); None: the network's own
-        net: nn.Module | None = None,    # the network itself, if it is there already
+        net: nn.Module | None = None,    # the network, where it exists already; None: make one
     ):
         "Raises `ValueError` for a network or a pooling that timm does not know."
         super().__init__()

@@ -43,8 +43,8 @@ class TransformersText(Tower):
         name: str,                    # 'CLIPTextModel' or 'SiglipTextModel'
         config: dict,                 # the tower's own configuration
         dim: int,                     # width of the output
-        net: nn.Module | None = None, # the tower itself, if it is there already
-        head: nn.Module | None = None, # its projection; SigLIP has it inside
+        net: nn.Module | None = None, # the network, where it exists already; None: make one
+        head: nn.Module | None = None, # its projection; None: make one (SigLIP has it inside)
     ):
         "Raises `ValueError` for a pipeline with longer texts or more ids than the model takes."
         super().__init__()
@@ -87,7 +87,7 @@ class ProjectedBert(Bert):
         pipeline: TextPipeline, # made from the encoder's own tokenizer
         config: dict,           # the encoder's own configuration
         pooling: str,           # over tokens: 'mean', 'max', or 'cls', the first position
-        layers: list,           # (inputs, outputs, bias, activation) of each: int, int, bool, '', 'Tanh', 'GELU' or 'ReLU'
+        layers: list,           # [inputs, outputs, bias, activation] of each layer; '' is no activation
     ):
         "Raises `ValueError` for another activation."
         super().__init__(pipeline, config, pooling)
@@ -142,8 +142,8 @@ class TransformersImage(Tower):
         name: str,                     # transformers' class, such as 'CLIPVisionModel'
         config: dict,                  # the tower's own configuration
         dim: int | None = None,        # width of the projection; None: no projection
-        net: nn.Module | None = None,  # the tower itself, if it is there already
-        head: nn.Module | None = None, # its projection
+        net: nn.Module | None = None,  # the network, where it exists already; None: make one
+        head: nn.Module | None = None, # its projection; None: make one
     ):
         "Raises `ValueError` for a pipeline of another size than the model's."
         super().__init__()
