@@ -37,7 +37,7 @@ if __name__ == '__main__':
         notebook, changed = json.loads(text), False
         for data, png in pictures(notebook):
             small = with_palette(png) if len(png) > SMALL and '--check' not in sys.argv else png
-            if small != png: data['image/png'], changed = base64.b64encode(small).decode() + '\n', True
+            if small != png: data['image/png'], changed = base64.b64encode(small).decode(), True
             if len(small) > LARGEST: wrong.append(f'{path.relative_to(NBS)}: a picture of {len(small)/1000:.0f} kB')
         if changed: path.write_text(json.dumps(notebook, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
     if wrong: sys.exit('\n'.join(wrong))
