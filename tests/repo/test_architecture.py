@@ -191,11 +191,6 @@ def test_ruff():
     ] == []
 
 
-# Classes that TorchScript compiles stand as one body, and may be longer; so may what is pasted as source into a process
-# without mmembed. The others of this list are to be cut, and none may join them.
-LONG = set()
-
-
 def long_cells(root=ROOT):
     "Exported cells of more than 60 lines that define anything but one scripted module: chapter and first name."
     for path, _, cells in chapters(root):
@@ -209,7 +204,8 @@ def long_cells(root=ROOT):
 
 
 def test_exported_cells_are_short():
-    assert set(long_cells()) == LONG
+    "Only a class that TorchScript compiles stands as one body, and may be longer."
+    assert [*long_cells()] == []
 
 
 @pytest.fixture
