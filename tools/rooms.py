@@ -14,22 +14,49 @@ HOLDS = {
 # from top to bottom, as they are drawn
 ROWS = ['cli', 'exporters demo serve', 'train retrieval', 'models data runtime', 'text vision', 'core']
 TRAINING = {'text', 'vision', 'models', 'train', 'exporters'}  # what running an artifact does without
+FREE = {'__init__.py', '__main__.py', '_modidx.py'}  # made by hand, or by nbdev
 W, H, DX, DY = 168, 46, 214, 92
+
+
+def modules(root=ROOT):
+    "Every generated module, as its dotted name within the package, with its syntax tree."
+    folder = root/'mmembed'
+    for path in sorted(folder.rglob('*.py')):
+        if path.name not in FREE:
+            yield '.'.join(path.relative_to(folder).with_suffix('').parts), ast.parse(path.read_text())
+
+
+def imports(tree, module=''):
+    """Yield (line, module of ours, names) of every import, those inside functions too.
+
+    Relative ones as seen from `module`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            parts = module.split('.')[:-node.level] if node.level else []
+            target = '.'.join(filter(None, [*parts, node.module])) if node.level else node.module
+            if node.level or target.split('.')[0] == 'mmembed':
+                yield node.lineno, target.removeprefix('mmembed').lstrip('.'), [a.name for a in node.names]
+        elif isinstance(node, ast.Import):
+            for a in node.names:
+                if a.name.split('.')[0] == 'mmembed' and '.' in a.name:
+                    yield node.lineno, a.name.removeprefix('mmembed.'), []
+
+
+def resolved(target, names, known):
+    "The modules that `from target import names` loads."
+    whole = [f'{target}.{n}'.lstrip('.') for n in names]
+    found = [w for w in whole if w in known]
+    return found + ([target] if target and len(found) < len(names) or not names else [])
 
 
 def uses() -> dict[str, set[str]]:
     "Return the rooms that each room imports."
-    found = {room: set() for room in HOLDS}
-    for path in (ROOT/'mmembed').rglob('*.py'):
-        inside = path.relative_to(ROOT/'mmembed').parts
-        if len(inside) == 1: continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.ImportFrom): continue
-            up = [*inside[:-1]][:len(inside) - node.level] if node.level else []
-            parts = [*up, *(node.module or '').split('.')] if node.level else (node.module or '').split('.')[1:]
-            if (node.level or (node.module or '').startswith('mmembed.')) and parts and parts[0] in HOLDS:
-                found[inside[0]].add(parts[0])
-    return {room: used - {room} for room, used in found.items()}
+    known, found = dict(modules()), {room: set() for room in HOLDS}
+    for module, tree in known.items():
+        room = module.split('.')[0]
+        for _, target, names in imports(tree, module):
+            found[room] |= {used.split('.')[0] for used in resolved(target, names, known)} - {room, ''}
+    return found
 
 
 def direct(used: dict[str, set[str]]) -> dict[str, set[str]]:

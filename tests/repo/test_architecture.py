@@ -12,41 +12,13 @@ import pytest
 from fastcore.nbio import read_nb
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # this file is run by itself too
+
+from tools.rooms import FREE, imports, modules, resolved
+
 LAYERS = ['core', 'text vision', 'data models runtime', 'train', 'exporters', 'retrieval', 'serve', 'demo', 'cli']
 RANK = {room: i for i, rooms in enumerate(LAYERS) for room in rooms.split()}
 NEVER = {'runtime': 'text vision', 'serve': 'text models train exporters', 'retrieval': 'text models train exporters'}
-FREE = {'__init__.py', '__main__.py', '_modidx.py'}  # made by hand, or by nbdev
-
-
-def modules(root=ROOT):
-    "Every generated module, as its dotted name within the package, with its syntax tree."
-    folder = root/'mmembed'
-    for path in sorted(folder.rglob('*.py')):
-        if path.name not in FREE:
-            yield '.'.join(path.relative_to(folder).with_suffix('').parts), ast.parse(path.read_text())
-
-
-def imports(tree, module=''):
-    """Yield (line, module of ours, names) of every import, those inside functions too.
-
-    Relative ones as seen from `module`."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            parts = module.split('.')[:-node.level] if node.level else []
-            target = '.'.join(filter(None, [*parts, node.module])) if node.level else node.module
-            if node.level or target.split('.')[0] == 'mmembed':
-                yield node.lineno, target.removeprefix('mmembed').lstrip('.'), [a.name for a in node.names]
-        elif isinstance(node, ast.Import):
-            for a in node.names:
-                if a.name.split('.')[0] == 'mmembed' and '.' in a.name:
-                    yield node.lineno, a.name.removeprefix('mmembed.'), []
-
-
-def resolved(target, names, known):
-    "The modules that `from target import names` loads."
-    whole = [f'{target}.{n}'.lstrip('.') for n in names]
-    found = [w for w in whole if w in known]
-    return found + ([target] if target and len(found) < len(names) or not names else [])
 
 
 def arrows(root=ROOT):
